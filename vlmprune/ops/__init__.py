@@ -1,0 +1,18 @@
+"""The only door to kernels: checked ops with a reference, a fake and a table of backends."""
+
+from vlmprune.ops._dispatch import use_backend
+from vlmprune.ops.gather_tokens import gather_tokens
+from vlmprune.ops.prune_tokens import Pruned, prune_tokens
+from vlmprune.ops.received_attention import received_attention
+from vlmprune.ops.row_lse import row_lse
+from vlmprune.ops.select_topk import select_topk
+
+__all__ = [
+    "Pruned",
+    "gather_tokens",
+    "prune_tokens",
+    "received_attention",
+    "row_lse",
+    "select_topk",
+    "use_backend",
+]

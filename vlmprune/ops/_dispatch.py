@@ -1,0 +1,91 @@
+"""Choose which backend runs an op, or say why none can."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlmprune.env import INTERPRETED
+from vlmprune.errors import BackendError, check
+
+NAMES = ("cuda", "triton", "reference")
+TABLES: dict[str, Sequence[Backend]] = {}
+"""Op name -> its backends in preference order; filled by the op files, read by ``vlmprune info``."""
+
+_forced: ContextVar[str | None] = ContextVar("vlmprune_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an op: a lazy import plus the reason it may not be usable.
+
+    ``why_not(device, forced)`` returns None if the backend can run there, else the reason.
+    """
+
+    name: str
+    load: Callable[[], Callable[..., Any]]
+    why_not: Callable[[torch.device, bool], str | None]
+
+
+def always(device: torch.device, forced: bool) -> str | None:
+    """The reference runs anywhere."""
+    return None
+
+
+def needs_triton(device: torch.device, forced: bool) -> str | None:
+    """Triton runs on CUDA tensors; the interpreter runs it on CPU tensors, far too slowly to be a default."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        return "TRITON_INTERPRET=1 is set; unset it to compile for the GPU" if INTERPRETED else None
+    if not INTERPRETED:
+        return f"needs a CUDA tensor, got one on {device.type} (TRITON_INTERPRET=1 runs it there for tests)"
+    return None if forced else "the interpreter is used only when forced by use_backend('triton')"
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend by name inside the block: ``"reference"``, ``"triton"`` or ``"cuda"``.
+
+    An op that cannot run on the forced backend raises BackendError with the reasons.
+    """
+    check(name in NAMES, "name", f"one of {', '.join(NAMES)}", repr(name))
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def register(op: str, backends: Sequence[Backend]) -> None:
+    """Enter an op's backends, best first."""
+    TABLES[op] = tuple(backends)
+
+
+def choose(op: str, x: torch.Tensor) -> Callable[..., Any]:
+    """Return the first usable backend of ``op`` for ``x``; raise BackendError with all reasons."""
+    forced = _forced.get()
+    tried = []
+    for backend in TABLES[op]:
+        if forced not in (None, backend.name):
+            tried.append(f"{backend.name}: not the forced backend {forced!r}")
+            continue
+        reason = backend.why_not(x.device, forced is not None)
+        if reason is None:
+            return backend.load()
+        tried.append(f"{backend.name}: {reason}")
+    if forced is not None and forced not in [b.name for b in TABLES[op]]:
+        tried.append(f"{forced}: {op} has no such backend")
+    header = f"no backend can run {op} on {tuple(x.shape)} {x.dtype} {x.device}"
+    raise BackendError("\n  ".join([header, *tried]))
+
+
+def explain(op: str, device: torch.device) -> list[tuple[str, str | None]]:
+    """List (backend, reason it cannot run on ``device`` or None), in preference order."""
+    return [(b.name, b.why_not(device, False)) for b in TABLES[op]]

@@ -1,0 +1,165 @@
+"""What a policy is: settings in, kept visual tokens out. No model, no cache, no transformers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vlmprune import ops
+from vlmprune.errors import check, require
+
+Grid = tuple[int, int]
+"""Patch rows and patch columns of one image."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a policy reads besides the layout of the tokens; the wiring computes nothing else.
+
+    Args:
+        hidden: the visual tokens' hidden states entering the stage.
+        attention: query and key of the layer before the stage ("previous"), or None.
+        rows: which query rows: the last prompt row ("last"), or every prompt row ("all").
+    """
+
+    hidden: bool = False
+    attention: Literal["previous"] | None = None
+    rows: Literal["last", "all"] = "last"
+
+    def __or__(self, other: Needs) -> Needs:
+        """The needs of two policies that act at one layer."""
+        rows: Literal["last", "all"] = "all" if "all" in (self.rows, other.rows) else "last"
+        return Needs(self.hidden or other.hidden, self.attention or other.attention, rows)
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """Query rows and keys of one layer, ready for ``ops.received_attention``. S = cached past + this prompt chunk.
+
+    Attributes:
+        query: ``[B, H, Sq, D]`` after RoPE; covers the last Sq of the S positions (Sq is 1 when only the last row is needed).
+        key: ``[B, Hkv, S, D]`` after RoPE.
+        last: ``[B, 1]`` int64, key position of the last prompt row.
+        rows: ``[B, R]`` int64, key positions of all prompt rows with a query, -1 = padding.
+        columns: ``[B, N]`` int64, key positions of the visual tokens entering the stage, -1 = padding.
+        key_mask: ``[B, S]`` bool, False = padding; None = no padding.
+        rope: ``(cos, sin)``, each ``[B or 1, Q, D]``, of the last Q positions: this prompt chunk.
+        scale: softmax scale.
+    """
+
+    query: Tensor
+    key: Tensor
+    last: Tensor
+    rows: Tensor
+    columns: Tensor
+    key_mask: Tensor | None
+    rope: tuple[Tensor, Tensor]
+    scale: float
+
+    def chunk(self) -> AttentionInputs:
+        """The same without the cached past: keys, masks and positions of this prompt chunk only."""
+        past = self.key.shape[2] - self.rope[0].shape[1]
+        if past == 0:
+            return self
+        mask = None if self.key_mask is None else self.key_mask[:, past:]
+        last, rows, columns = (torch.where(t >= 0, t - past, t) for t in (self.last, self.rows, self.columns))
+        return AttentionInputs(self.query, self.key[:, :, past:], last, rows, columns, mask, self.rope, self.scale)
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """What a policy may look at: the visual tokens that enter a stage, in prompt order, padded on the right.
+
+    Attributes:
+        layer: the stage's decoder layer.
+        mask: ``[B, N]`` bool, False = padding (samples with fewer visual tokens).
+        counts: visual tokens of each sample, host ints (``mask.sum(1)``).
+        ordinals: ``[B, N]`` int64, each token's number among the prompt's visual tokens before any pruning, -1 = padding.
+        positions: ``[B, N]`` int64, each token's position in the prompt chunk before any pruning, -1 = padding.
+        grids: per sample, the patch grid of each image in prompt order (their products add up to the unpruned count).
+        hidden: ``[B, N, D]`` hidden states entering the stage, or None if not asked for.
+        attention: query and key of the layer before the stage, or None if not asked for.
+    """
+
+    layer: int
+    mask: Tensor
+    counts: tuple[int, ...]
+    ordinals: Tensor
+    positions: Tensor
+    grids: tuple[tuple[Grid, ...], ...]
+    hidden: Tensor | None = None
+    attention: AttentionInputs | None = None
+
+
+def keep_count(keep: float, tokens: int, images: int = 1) -> int:
+    """How many of ``tokens`` survive: a float is a share, an int is a number per image. Never more than there are."""
+    if tokens == 0:
+        return 0
+    if isinstance(keep, int):
+        return min(tokens, keep * images)
+    return min(tokens, max(1, int(keep * tokens + 1e-6)))
+
+
+def check_keep(keep: object) -> None:
+    """Raise ValueError unless ``keep`` is a float in (0, 1] or an int of at least 1."""
+    ok = isinstance(keep, int | float) and not isinstance(keep, bool)
+    ok = ok and (0.0 < keep <= 1.0 if isinstance(keep, float) else keep >= 1)  # type: ignore[operator]
+    check(ok, "keep", "a share in (0, 1] or a whole number of tokens per image >= 1", repr(keep))
+
+
+def check_layer(layer: object, least: int = 0, why: str = "") -> None:
+    """Raise ValueError unless ``layer`` is an int of at least ``least``."""
+    ok = isinstance(layer, int) and not isinstance(layer, bool) and layer >= least
+    check(ok, "layer", f"a whole number >= {least}{why}", repr(layer))
+
+
+def select_scores(scores: Tensor, ctx: TokenContext, keep: float) -> Tensor:
+    """Ordinals ``[B, K]`` of the best-scored tokens of each sample, ascending, -1 on the right.
+
+    K is known on the host (the counts are), so this never waits for the device.
+    """
+    quotas = [keep_count(keep, n, len(g)) for n, g in zip(ctx.counts, ctx.grids, strict=True)]
+    width = max(quotas, default=0)
+    if all(n == ctx.mask.shape[1] for n in ctx.counts) and len(set(quotas)) == 1:
+        return ops.select_topk(scores, width)[0]
+    quota = torch.tensor(quotas, dtype=torch.int64).to(scores.device, non_blocking=True)
+    code = torch.where(ctx.mask, 0, 2).to(torch.int8)
+    return ops.select_topk(scores, quota, code=code)[0][:, :width]
+
+
+@dataclass(frozen=True)
+class PruningPolicy(ABC):
+    """Decides which visual tokens survive at its stages. Holds settings only, never tensors or run state."""
+
+    summary: ClassVar[str] = ""
+    """One line for ``vlmprune list``."""
+    paper: ClassVar[str] = ""
+    """Where the method comes from."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers at which tokens are dropped, ascending; layer K and later see the shortened sequence."""
+
+    def needs(self, layer: int) -> Needs:
+        """What ``select`` reads from its context at this stage."""
+        return Needs()
+
+    @abstractmethod
+    def select(self, ctx: TokenContext) -> Tensor:
+        """Which of the visual tokens entering the stage stay: ``[B, K]`` int64 in 0..N-1, ascending, -1 on the right."""
+
+    def __or__(self, other: PruningPolicy) -> PruningPolicy:
+        """The union of what both keep, at the same layers."""
+        from vlmprune.policies.compose import Union
+
+        return Union(self, other)
+
+
+def attention_of(ctx: TokenContext) -> AttentionInputs:
+    """The context's attention inputs, or an error that says what the policy forgot to declare."""
+    return require(ctx.attention, "ctx.attention", "query and key (declare Needs(attention='previous'))")
