@@ -1,0 +1,112 @@
+"""A pruned cache layer counts tokens seen, not stored, through everything generate() does to a cache."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from vlmprune.errors import ModelError
+from vlmprune.models.kv_cache import PrunedDynamicLayer, extend_validity, make_prunable, past_validity
+
+
+def states(batch: int, n: int, start: int = 0) -> torch.Tensor:
+    """Keys that carry their number: ``[B, 1, n, 1]``."""
+    return (
+        torch.arange(start, start + n, dtype=torch.float32).view(1, 1, n, 1).expand(batch, -1, -1, -1).clone()
+    )
+
+
+def pruned(batch: int = 2) -> tuple[DynamicCache, PrunedDynamicLayer]:
+    """Five entries stored of nine seen; sample 1 has two padding slots in front."""
+    cache = DynamicCache()
+    layer = make_prunable(cache, 0)
+    layer.announce(torch.tensor([[True] * 5, [False, False, True, True, True]])[:batch], 4)
+    layer.update(states(batch, 5), states(batch, 5))
+    return cache, layer
+
+
+def test_lengths_are_logical():
+    cache, layer = pruned()
+    assert (cache.get_seq_length(), layer.stored(), layer.dropped) == (9, 5, 4)
+    assert layer.get_mask_sizes(3) == (8, 4)
+    layer.update(states(2, 1, 9), states(2, 1, 9))
+    assert (layer.get_seq_length(), layer.stored()) == (10, 6)
+
+
+def test_announcement_counts_once():
+    _, layer = pruned()
+    layer.update(states(2, 1), states(2, 1))
+    assert layer.dropped == 4 and layer.pending is None
+
+
+def test_validity_covers_what_came_later():
+    _, layer = pruned()
+    layer.update(states(2, 2), states(2, 2))
+    assert layer.validity(7).tolist() == [[True] * 7, [False, False, True, True, True, True, True]]
+
+
+def test_crop_reorder_repeat_select_reset():
+    _, layer = pruned()
+    layer.crop(-2)
+    assert (layer.get_seq_length(), layer.stored(), layer.valid.shape[1]) == (7, 3, 3)
+    layer.reorder_cache(torch.tensor([1, 0]))
+    assert layer.valid.tolist() == [[False, False, True], [True] * 3]
+    layer.batch_repeat_interleave(2)
+    assert layer.valid.shape == (4, 3) and layer.keys.shape[0] == 4
+    layer.batch_select_indices(torch.tensor([0]))
+    assert layer.valid.tolist() == [[False, False, True]]
+    layer.reset()
+    assert (layer.get_seq_length(), layer.valid, layer.dropped) == (0, None, 0)
+
+
+def test_positive_crop_is_refused():
+    _, layer = pruned()
+    with pytest.raises(
+        ValueError, match=r"^tokens_to_remove: expected a negative number on a pruned cache layer, got 3$"
+    ):
+        layer.crop(3)
+    assert layer.stored() == 5
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"]
+)
+def test_copies_are_independent(clone):
+    cache, layer = pruned()
+    other = clone(cache)
+    other.layers[0].update(states(2, 1), states(2, 1))
+    assert (other.get_seq_length(), cache.get_seq_length()) == (10, 9)
+    assert torch.equal(other.layers[0].valid, layer.valid)
+
+
+def test_other_layers_are_refused():
+    cache = DynamicCache()
+
+    class Strange(DynamicLayer):
+        pass
+
+    cache.layers.append(Strange())
+    with pytest.raises(ModelError, match=r"got Strange$"):
+        make_prunable(cache, 0)
+    assert type(cache.layers[0]) is Strange
+
+
+def test_past_of_an_unpruned_layer_is_told_by_the_attention_mask():
+    cache = DynamicCache()
+    cache.update(states(2, 3), states(2, 3), 0)
+    seen = torch.tensor([[False, True, True, True, True], [True] * 5])
+    assert past_validity(cache, 0, seen, 2).tolist() == seen[:, :3].tolist()
+    assert past_validity(cache, 0, None, 2) is None
+    assert past_validity(None, 0, seen, 5) is None
+
+
+def test_extend_validity():
+    some = torch.tensor([[False, True]])
+    assert extend_validity(None, 3, None, 2) is None
+    assert extend_validity(some, 2, None, 1).tolist() == [[False, True, True]]
+    assert extend_validity(None, 1, some, 2).tolist() == [[True, False, True]]

@@ -1,0 +1,108 @@
+"""Row bookkeeping against plain Python lists, on random batches."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmprune.models.forward import scatter_back
+from vlmprune.models.layout import keep_newest, kept_counts, open_layout, positions_of, shorten, take
+
+PAD, TEXT, VISUAL = "p", "t", "v"
+
+
+@st.composite
+def batches(draw):
+    """Samples as strings of t and v, padded left or right with p."""
+    batch = draw(st.integers(1, 4))
+    rows = [draw(st.text(alphabet="tv", min_size=1, max_size=12)) for _ in range(batch)]
+    width = max(map(len, rows))
+    side = draw(st.sampled_from(["left", "right"]))
+    return [r.rjust(width, PAD) if side == "left" else r.ljust(width, PAD) for r in rows], draw(
+        st.integers(0, 2**16)
+    )
+
+
+def padded(lists: list[list[int]]) -> torch.Tensor:
+    width = max(map(len, lists))
+    return torch.tensor([row + [-1] * (width - len(row)) for row in lists]).reshape(len(lists), width)
+
+
+@settings(max_examples=150, deadline=None)
+@given(batches())
+def test_three_stages_equal_lists(case):
+    rows, seed = case
+    rng = random.Random(seed)
+    visual = torch.tensor([[c == VISUAL for c in row] for row in rows])
+    padding = torch.tensor([[c != PAD for c in row] for row in rows])
+    layout = open_layout(visual, None if padding.all() else padding, None)
+    # the slow model: every sample is a list of (position in the prompt, kind), padding left out
+    lists = [[(i, c) for i, c in enumerate(row) if c != PAD] for row in rows]
+    for _ in range(3):
+        images = [[x for x in sample if x[1] == VISUAL] for sample in lists]
+        assert layout.counts == tuple(map(len, images))
+        kept = [sorted(rng.sample(range(len(v)), rng.randint(min(1, len(v)), len(v)))) for v in images]
+        index = padded(kept)
+        layout, survivors = shorten(layout, index, tuple(map(len, kept)))
+        lists = [
+            [x for x in sample if x[1] == TEXT or x in [v[i] for i in k]]
+            for sample, v, k in zip(lists, images, kept, strict=True)
+        ]
+        width = max(map(len, lists))
+        want = [[-1] * (width - len(sample)) + [i for i, _ in sample] for sample in lists]
+        assert layout.origin.tolist() == want
+        assert survivors.shape == layout.origin.shape
+        assert layout.rows == width
+        positions = padded([[i for i, c in sample if c == VISUAL] for sample in lists])
+        assert layout.positions().tolist() == positions.tolist()
+        if layout.valid is None:
+            assert all(len(sample) == width for sample in lists)
+        else:
+            assert torch.equal(layout.valid, layout.origin >= 0)
+
+
+def test_a_batch_of_one_opens_and_shortens_without_reading_the_device(monkeypatch):
+    def read(*args, **kwargs):
+        raise AssertionError("host read")
+
+    visual = torch.tensor([[False, True, True, True, False]])
+    for name in ("tolist", "item", "nonzero", "__bool__", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, read)
+    layout = open_layout(visual, None, 3)
+    index = torch.tensor([[0, 2]])
+    kept = kept_counts(index)
+    layout, survivors = shorten(layout, keep_newest(layout, index, kept), kept)
+    monkeypatch.undo()
+    assert survivors.tolist() == [[0, 1, 3, 4]]
+    assert layout.columns.tolist() == [[1, 2]]
+
+
+def test_a_prompt_that_ends_with_its_image_keeps_its_newest_token():
+    visual = torch.tensor([[False, True, True, True], [True, True, False, False]])
+    layout = open_layout(visual, None, None)
+    index = torch.tensor([[0, 1], [0, -1]])
+    fixed = keep_newest(layout, index, (2, 1))
+    assert fixed.tolist() == [[0, 2], [0, -1]]
+    alone = open_layout(visual[:1], None, 3)
+    assert keep_newest(alone, index[:1], (2,)).tolist() == [[0, 2]]
+    assert keep_newest(alone, torch.tensor([[0, 2]]), (2,)).tolist() == [[0, 2]]
+
+
+def test_small_pieces():
+    assert positions_of(torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]]).bool(), 2).tolist() == [[1, 2], [0, -1]]
+    assert take(torch.tensor([[7, 8, 9]]), torch.tensor([[2, -1, 0]])).tolist() == [[9, -1, 7]]
+    assert take(torch.empty(1, 0, dtype=torch.long), torch.tensor([[-1]])).tolist() == [[-1]]
+    back = scatter_back(torch.ones(1, 3, 2), torch.tensor([[-1, 0, 3]]), 5)
+    assert back[0, :, 0].tolist() == [1, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("known", [None, 2])
+def test_known_count_matters_only_without_padding(known):
+    visual = torch.tensor([[False, True, True, False]])
+    padding = torch.tensor([[False, True, True, True]])
+    layout = open_layout(visual, padding, known)
+    assert layout.counts == (2,) and layout.real == (3,)

@@ -1,0 +1,19 @@
+"""Wiring into Hugging Face transformers: the only layer that imports it."""
+
+from vlmprune.models.attach import attach, detach, meter, prune
+from vlmprune.models.family import check_config, check_layers, find_parts, patch_grid
+from vlmprune.models.run import Report, Run, StageRecord
+
+__all__ = [
+    "Report",
+    "Run",
+    "StageRecord",
+    "attach",
+    "check_config",
+    "check_layers",
+    "detach",
+    "find_parts",
+    "meter",
+    "patch_grid",
+    "prune",
+]

@@ -1,0 +1,93 @@
+"""Prune a model inside a block, or until further notice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from vlmprune.errors import check
+from vlmprune.models.engine import Engine
+from vlmprune.models.family import Parts, find_parts
+from vlmprune.models.run import Run
+from vlmprune.policies.base import PruningPolicy
+
+
+def find_engine(parts: Parts) -> Engine | None:
+    """The engine attached to a model: its hooks are the only trace it leaves there."""
+    for hook in parts.base._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Engine):
+            return owner
+    return None
+
+
+def _start(model: nn.Module, policy: PruningPolicy | None) -> Engine:
+    parts = find_parts(model)
+    active = find_engine(parts)
+    if active is not None:
+        check(
+            False, "model", "no policy attached yet (compose policies with | or Stages)", repr(active.policy)
+        )
+    engine = Engine(parts, policy)
+    engine.attach()
+    return engine
+
+
+@contextmanager
+def prune(model: nn.Module, policy: PruningPolicy) -> Iterator[Run]:
+    """Prune this model's visual tokens inside the block.
+
+    Only this instance is touched, by forward hooks that are gone when the block ends, also after an error.
+
+    Args:
+        model: a LLaVA-1.5-type ``LlavaForConditionalGeneration`` (CLIP or SigLIP tower; Llama, Mistral or Qwen2 decoder),
+            with sdpa or eager attention; a PEFT wrapper of one is looked through.
+        policy: what to keep, e.g. ``FastV(layer=2, keep=0.5)``.
+
+    Yields:
+        The ``Run``: stages, kept tokens and a report of the latest prefill.
+
+    Raises:
+        ModelError: the model, its decoder or its cache cannot be pruned.
+        ValueError: the policy has a stage beyond the decoder's depth, or the model already has a policy.
+        NotPrunedError: on leaving, if decoder layers ran without being pruned.
+    """
+    check(isinstance(policy, PruningPolicy), "policy", "a PruningPolicy, e.g. FastV(layer=2)", repr(policy))
+    engine = _start(model, policy)
+    try:
+        yield engine.run
+    finally:
+        engine.remove()
+    engine.raise_if_missed()
+
+
+@contextmanager
+def meter(model: nn.Module) -> Iterator[Run]:
+    """Measure an unpruned run the way ``prune`` measures a pruned one: same ``Run``, no stages."""
+    engine = _start(model, None)
+    try:
+        yield engine.run
+    finally:
+        engine.remove()
+
+
+def attach(model: nn.Module, policy: PruningPolicy) -> Run:
+    """Prune this model until ``detach``: for pipelines and servers. Arguments and errors as for ``prune``."""
+    check(isinstance(policy, PruningPolicy), "policy", "a PruningPolicy, e.g. FastV(layer=2)", repr(policy))
+    return _start(model, policy).run
+
+
+def detach(model: nn.Module) -> None:
+    """Stop pruning this model.
+
+    Raises:
+        ValueError: no policy is attached.
+        NotPrunedError: decoder layers ran without being pruned while it was attached.
+    """
+    engine = find_engine(find_parts(model))
+    check(engine is not None, "model", "a model with a policy attached", "none attached")
+    assert engine is not None
+    engine.remove()
+    engine.raise_if_missed()

@@ -1,0 +1,116 @@
+"""How long vision, prefill, selection and decode take: CUDA events on a GPU, the wall clock on a CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmprune.models.family import Parts
+
+Mark = Any  # a float (seconds), or a recorded torch.cuda.Event
+Hooked = tuple[nn.Module, Callable[..., None], Callable[..., None]]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Durations of the latest generation, in seconds. ``selection`` is part of ``prefill``; 0.0 = did not happen.
+
+    Attributes:
+        vision: vision tower and projector.
+        prefill: decoder over the prompt, language-model head included.
+        selection: scoring, selecting and gathering, all stages together.
+        decode: from the start of the first decode step to the end of the last one.
+    """
+
+    vision: float
+    prefill: float
+    selection: float
+    decode: float
+
+
+class Clock:
+    """Collects marks from hooks; reads them out only when asked, so timing never makes the host wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.vision: list[Mark] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the steps of the generation before; a vision pass may already belong to the coming one."""
+        self.steps: list[list[Mark]] = []
+        self.count = 0
+        self.chosen: list[list[Mark]] = []
+
+    def now(self) -> Mark:
+        """A mark in the stream of work, or the time."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def hooks(self, parts: Parts) -> list[Hooked]:
+        """Modules with what to call before and after them."""
+        return [
+            (parts.vision, self._vision_starts, _nothing),
+            (parts.projector, _nothing, self._vision_ends),
+            (parts.text, self._step_starts, self._step_ends),
+            (parts.model, _nothing, self._step_ends),
+        ]
+
+    @contextmanager
+    def selection(self) -> Iterator[None]:
+        """Time a piece of selection work."""
+        span = [self.now()]
+        try:
+            yield
+        finally:
+            self.chosen.append([*span, self.now()])
+
+    def seconds(self) -> Seconds:
+        """Read the marks out; on a GPU this waits for the work they mark."""
+        decode = [self.steps[1][0], self.steps[-1][-1]] if len(self.steps) > 1 else []
+        return Seconds(
+            vision=_length(self.vision),
+            prefill=_length(self.steps[0]) if self.steps else 0.0,
+            selection=sum(_length(span) for span in self.chosen),
+            decode=_length(decode),
+        )
+
+    def _vision_starts(self, *_: Any) -> None:
+        self.vision = [self.now()]
+
+    def _vision_ends(self, *_: Any) -> None:
+        if self.vision:
+            self.vision = [self.vision[0], self.now()]
+
+    def _step_starts(self, *_: Any) -> None:
+        self.count += 1
+        if len(self.steps) == 3:  # prefill, first decode step, latest decode step are all that is ever read
+            self.steps.pop()
+        self.steps.append([self.now()])
+
+    def _step_ends(self, *_: Any) -> None:
+        if self.steps:  # the text model ends first, then the language-modeling head moves the mark
+            self.steps[-1] = [self.steps[-1][0], self.now()]
+
+
+def _nothing(*_: Any) -> None:
+    """A hook that only completes a pair."""
+
+
+def _length(span: list[Mark]) -> float:
+    if len(span) < 2:
+        return 0.0
+    first, last = span[0], span[-1]
+    if isinstance(first, float):
+        return float(last - first)
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1000.0

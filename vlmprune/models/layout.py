@@ -1,0 +1,165 @@
+"""Where the visual tokens of a prompt are, before and after each stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmprune import ops
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of hidden states present at some depth, and which of them are visual tokens.
+
+    Attributes:
+        rows: number of rows n (physical sequence length) per sample.
+        columns: ``[B, N]`` row numbers of the visual tokens, ascending, -1 = padding on the right.
+        ordinals: ``[B, N]`` each visual token's number in the prompt before any pruning, -1 = padding.
+        counts: visual tokens per sample, on the host.
+        real: rows per sample that are no padding, on the host.
+        valid: ``[B, n]`` False = padding row; None = no padding.
+        origin: ``[B, n]`` position of each row in the prompt before any pruning, -1 = padding; None = unpruned.
+    """
+
+    rows: int
+    columns: Tensor
+    ordinals: Tensor
+    counts: tuple[int, ...]
+    real: tuple[int, ...]
+    valid: Tensor | None
+    origin: Tensor | None
+
+    def positions(self) -> Tensor:
+        """``[B, N]`` position of each visual token in the unpruned prompt, -1 = padding."""
+        return self.columns if self.origin is None else take(self.origin, self.columns)
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """``values[b, index[b, j]]``, and -1 where the index is -1."""
+    if values.shape[1] == 0:
+        return torch.full_like(index, -1)
+    return torch.where(index >= 0, values.gather(1, index.clamp(min=0)), -1)
+
+
+def positions_of(marked: Tensor, width: int) -> Tensor:
+    """Positions ``[B, width]`` of the True entries of ``marked [B, n]``, ascending, -1 on the right; no host sync."""
+    code = torch.where(marked, 1, 2).to(torch.int8)
+    blank = torch.zeros(marked.shape, dtype=torch.float32, device=marked.device)
+    return ops.select_topk(blank, 0, code=code)[0][:, :width]
+
+
+def open_layout(visual: Tensor, padding: Tensor | None, known: int | None) -> Layout:
+    """Layout of an unpruned prompt chunk.
+
+    Args:
+        visual: ``[B, q]`` True at visual tokens.
+        padding: ``[B, q]`` False at padding, or None if there is none.
+        known: number of visual tokens of a batch of one, when it is known without asking the device.
+    """
+    batch, q = visual.shape
+    if batch == 1 and padding is None and known is not None:
+        counts, real = (known,), (q,)
+    else:
+        valid = torch.ones_like(visual) if padding is None else padding
+        per_sample = torch.stack(
+            [visual.sum(1), valid.sum(1)]
+        ).tolist()  # the one host read of a padded prefill
+        counts, real = tuple(per_sample[0]), tuple(per_sample[1])
+    columns = positions_of(visual, max(counts))
+    order = torch.arange(columns.shape[1], device=columns.device)
+    return Layout(
+        rows=q,
+        columns=columns,
+        ordinals=torch.where(columns >= 0, order, -1),
+        counts=counts,
+        real=real,
+        valid=None if all(n == q for n in real) else padding,
+        origin=None,
+    )
+
+
+def kept_counts(index: Tensor) -> tuple[int, ...]:
+    """Entries of ``index [B, K]`` that are no padding, per sample. A batch of one has no padding: no host read."""
+    return (index.shape[1],) if index.shape[0] == 1 else tuple((index >= 0).sum(1).tolist())
+
+
+def keep_newest(layout: Layout, index: Tensor, kept: tuple[int, ...]) -> Tensor:
+    """``index``, with a visual token that ends the prompt in the place of the last one kept.
+
+    The newest row is the one whose logits generation continues from; a prompt that ends with its image would
+    otherwise lose it. Replacing the largest entry by a larger one keeps the order and the count.
+    """
+    if index.shape[1] == 0:
+        return index
+    if len(set(kept)) == 1 and len(set(layout.counts)) == 1:
+        slot, newest = index[:, -1:], layout.columns[:, -1:]
+        ends = newest == last_rows(layout)
+        return torch.cat([index[:, :-1], torch.where(ends, layout.columns.shape[1] - 1, slot)], dim=1)
+    total = torch.tensor([layout.counts, kept]).to(index.device, non_blocking=True).sub_(1)[:, :, None]
+    newest, slot = take(layout.columns, total[0]), total[1].clamp(min=0)
+    ends = (newest >= 0) & (newest == last_rows(layout))
+    return index.scatter(1, slot, torch.where(ends, total[0], index.gather(1, slot)))
+
+
+def last_rows(layout: Layout) -> Tensor:
+    """``[B, 1]`` row number of each sample's newest token; padding may stand on either side of the prompt."""
+    if layout.valid is None:
+        return torch.full((layout.columns.shape[0], 1), layout.rows - 1, device=layout.columns.device)
+    order = torch.arange(layout.rows, device=layout.columns.device)
+    return torch.where(layout.valid, order, -1).amax(1, keepdim=True)
+
+
+def shorten(layout: Layout, index: Tensor, kept: tuple[int, ...]) -> tuple[Layout, Tensor]:
+    """The layout after a stage that keeps visual tokens ``index [B, K]``, and the rows ``[B, n']`` that survive.
+
+    Samples that keep fewer rows than others are padded on the LEFT (-1), so that the last row stays the newest token.
+    """
+    real = tuple(r - c + k for r, c, k in zip(layout.real, layout.counts, kept, strict=True))
+    rows = max(real)
+    columns = take(layout.columns, index)
+    survivors = positions_of(_surviving(layout, columns), rows)
+    if min(real) < rows:
+        survivors = _align_right(survivors, torch.tensor(real).to(index.device, non_blocking=True))
+    origin = survivors if layout.origin is None else take(layout.origin, survivors)
+    new = Layout(
+        rows=rows,
+        columns=_renumber(survivors, columns, layout.rows),
+        ordinals=take(layout.ordinals, index),
+        counts=kept,
+        real=real,
+        valid=None if min(real) == rows else survivors >= 0,
+        origin=origin,
+    )
+    return new, survivors
+
+
+def _surviving(layout: Layout, kept_columns: Tensor) -> Tensor:
+    """``[B, n]`` True for rows that stay: text rows and kept visual tokens; padding goes."""
+    batch, n = layout.columns.shape[0], layout.rows
+    stay = torch.ones(
+        batch, n + 1, dtype=torch.bool, device=layout.columns.device
+    )  # column n takes the -1 entries
+    if layout.valid is not None:
+        stay[:, :n] = layout.valid
+    stay.scatter_(1, torch.where(layout.columns >= 0, layout.columns, n), False)
+    stay.scatter_(1, torch.where(kept_columns >= 0, kept_columns, n), True)
+    return stay[:, :n]
+
+
+def _align_right(rows: Tensor, count: Tensor) -> Tensor:
+    """Move the -1 padding of ``rows [B, n]`` from the right to the left."""
+    n = rows.shape[1]
+    source = torch.arange(n, device=rows.device) - (n - count)[:, None]
+    return take(rows, source.clamp(min=-1))
+
+
+def _renumber(survivors: Tensor, columns: Tensor, old_rows: int) -> Tensor:
+    """Row numbers ``[B, K]`` after the gather of rows that had numbers ``columns`` before it."""
+    batch, n = survivors.shape
+    where = torch.full((batch, old_rows + 1), -1, dtype=torch.int64, device=survivors.device)
+    order = torch.arange(n, device=survivors.device).expand(batch, -1)
+    where.scatter_(1, torch.where(survivors >= 0, survivors, old_rows), order)
+    return take(where[:, :old_rows], columns)
