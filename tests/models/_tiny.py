@@ -96,7 +96,7 @@ def masked(model: Any, dropped: dict[int, Tensor]) -> Iterator[None]:
     text, state = model.model.language_model, {}
 
     def enter(module: Any, args: Any, kwargs: Any) -> None:
-        batch, length = kwargs["inputs_embeds"].shape[:2]
+        length = kwargs["inputs_embeds"].shape[1]
         real = kwargs["attention_mask"].bool()
         state["mask"] = torch.ones(length, length, dtype=torch.bool).tril()[None, None] & real[:, None, None]
 

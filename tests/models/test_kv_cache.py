@@ -60,8 +60,11 @@ def test_crop_reorder_repeat_select_reset():
     assert layer.valid.shape == (4, 3) and layer.keys.shape[0] == 4
     layer.batch_select_indices(torch.tensor([0]))
     assert layer.valid.tolist() == [[False, False, True]]
+    plain = DynamicLayer()
+    plain.update(states(1, 3), states(1, 3))
     layer.reset()
-    assert (layer.get_seq_length(), layer.valid, layer.dropped) == (0, None, 0)
+    plain.reset()
+    assert (layer.get_seq_length(), layer.valid, layer.dropped) == (plain.get_seq_length(), None, 0)
 
 
 def test_positive_crop_is_refused():

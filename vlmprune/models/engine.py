@@ -109,7 +109,7 @@ class Engine:
         return args, {**kwargs, "vlmprune": forward}
 
     @torch.no_grad()  # recorded operations would differ when a checkpointed layer is replayed
-    def after_attention(self, module: nn.Module, args: Any, kwargs: Kwargs, output: Any) -> None:
+    def after_attention(self, module: Any, args: Any, kwargs: Kwargs, output: Any) -> None:
         """Read the query rows and keys that the next layer's stage will score with."""
         forward = self._forward(kwargs)
         stage = module.layer_idx + 1

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from vlmprune.errors import ModelError, check
 from vlmprune.flops import DecoderShape, projector_flops, vision_tower_flops
 from vlmprune.policies.base import Grid, PruningPolicy
@@ -29,12 +27,12 @@ class Parts:
         grid: patch rows and columns of every image.
     """
 
-    model: nn.Module
-    base: nn.Module
-    text: nn.Module
-    layers: list[nn.Module]
-    vision: nn.Module
-    projector: nn.Module
+    model: Any  # transformers' modules; torch types their attributes as Tensor | Module, which helps nobody
+    base: Any
+    text: Any
+    layers: list[Any]
+    vision: Any
+    projector: Any
     config: Any
     image_token_id: int
     grid: Grid
@@ -88,11 +86,11 @@ def patch_grid(config: Any) -> Grid:
     return height // patch, width // patch
 
 
-def find_parts(model: nn.Module) -> Parts:
+def find_parts(model: Any) -> Parts:
     """Find the parts of a supported VLM; PEFT wrappers are looked through. Raises ModelError otherwise."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     check_config(config)
     base = model.base_model
     if base is model or not hasattr(base, "language_model"):

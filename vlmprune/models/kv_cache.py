@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from vlmprune.errors import ModelError
 
 
-class PrunedDynamicLayer(DynamicLayer):
+class PrunedDynamicLayer(DynamicLayer):  # type: ignore[misc]
     """DynamicLayer whose ``get_seq_length`` counts tokens seen: stored entries plus ``dropped`` ones.
 
     ``valid`` is a bool ``[B, P]`` for the first P stored entries (entries after them are valid), or None if all are.

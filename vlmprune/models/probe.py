@@ -22,7 +22,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def heads(x: Tensor, head_dim: int) -> Tensor:
     """``[B, S, H * D]`` to ``[B, H, S, D]``."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
 
 
 def read_attention(
