@@ -25,7 +25,7 @@ def _row_logits(query: Tensor, key: Tensor, rows: Tensor, scale: float, rope: Ro
     if rope is not None:
         cos, sin = (t.expand(B, -1, -1) for t in rope)
         query, key = unrotate(query, cos[:, S - Sq :], sin[:, S - Sq :]), unrotate(key, cos, sin)
-    at = (rows.clamp(min=0) - (S - Sq))[:, None, :, None].expand(-1, H, -1, D)
+    at = torch.where(rows >= 0, rows - (S - Sq), 0)[:, None, :, None].expand(-1, H, -1, D)
     q = query.gather(2, at).float()
     k = key.float().repeat_interleave(H // key.shape[1], dim=1)
     return q @ k.transpose(2, 3) * scale
@@ -87,7 +87,8 @@ def received_attention(
         elif lse is None:
             total = logits.masked_fill(~ok, float("-inf")).logsumexp(-1)
         else:
-            total = lse.float().gather(2, (rows.clamp(min=0) - (S - Sq))[:, None, :].expand(-1, H, -1))
+            listed = torch.where(rows >= 0, rows - (S - Sq), 0)
+            total = lse.float().gather(2, listed[:, None, :].expand(-1, H, -1))
         p = (picked - total[..., None]).exp().masked_fill(~ok_columns, 0.0)
     return _reduce(p, ok_columns, rows, row_weight, row_reduce, head_reduce)
 
@@ -112,7 +113,13 @@ def _reduce(
             per_head = torch.where(total > 0, per_head / total, 0.0)
     if head_reduce == "none":
         return per_head
-    return per_head.amax(1) if head_reduce == "max" else per_head.mean(1) if head_reduce == "mean" else per_head.sum(1)
+    return (
+        per_head.amax(1)
+        if head_reduce == "max"
+        else per_head.mean(1)
+        if head_reduce == "mean"
+        else per_head.sum(1)
+    )
 
 
 def order_key(scores: Tensor) -> Tensor:
@@ -151,3 +158,32 @@ def gather_tokens(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
         rows = x.gather(dim, at.clamp(min=0).expand(full))
         out.append(torch.where(at >= 0, rows, torch.zeros((), dtype=x.dtype, device=x.device)))
     return out
+
+
+def prune_tokens(
+    query: Tensor,
+    key: Tensor,
+    tensors: Sequence[Tensor],
+    rows: Tensor,
+    columns: Tensor,
+    keep: int,
+    key_mask: Tensor | None,
+    causal: bool,
+    lse: Tensor | None,
+    row_weight: Tensor | None,
+    head_reduce: str,
+    row_reduce: str,
+    normalize: str,
+    scale: float,
+    rope: Rope | None,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Score the columns; keep the best ``keep`` of them and every unmasked position that is no column; gather."""
+    (B, S), N = (key.shape[0], key.shape[2]), columns.shape[1]
+    reduces = (head_reduce, row_reduce, normalize, scale, rope)
+    scores = received_attention(query, key, rows, columns, key_mask, causal, lse, row_weight, *reduces)
+    at = torch.where(columns >= 0, columns, S)  # padding lands in one extra position, cut off below
+    spread = scores.new_zeros(B, S + 1).scatter(1, at, scores)[:, :S]
+    code = torch.ones(B, S + 1, dtype=torch.int8, device=key.device).scatter(1, at, 0)[:, :S]
+    code = code if key_mask is None else code.masked_fill(~key_mask, 2)
+    index, count = select_topk(spread, keep, code, S - N + keep)
+    return gather_tokens(tensors, index), index, count, scores

@@ -67,7 +67,9 @@ class AttentionInputs:
             return self
         mask = None if self.key_mask is None else self.key_mask[:, past:]
         last, rows, columns = (torch.where(t >= 0, t - past, t) for t in (self.last, self.rows, self.columns))
-        return AttentionInputs(self.query, self.key[:, :, past:], last, rows, columns, mask, self.rope, self.scale)
+        return AttentionInputs(
+            self.query, self.key[:, :, past:], last, rows, columns, mask, self.rope, self.scale
+        )
 
 
 @dataclass(frozen=True)
@@ -117,16 +119,21 @@ def check_layer(layer: object, least: int = 0, why: str = "") -> None:
     check(ok, "layer", f"a whole number >= {least}{why}", repr(layer))
 
 
+def quotas(ctx: TokenContext, keep: float) -> list[int]:
+    """How many tokens each sample keeps at this stage, on the host."""
+    return [keep_count(keep, n, len(g)) for n, g in zip(ctx.counts, ctx.grids, strict=True)]
+
+
 def select_scores(scores: Tensor, ctx: TokenContext, keep: float) -> Tensor:
-    """Ordinals ``[B, K]`` of the best-scored tokens of each sample, ascending, -1 on the right.
+    """Numbers ``[B, K]`` of the best-scored entering tokens of each sample, ascending, -1 on the right.
 
     K is known on the host (the counts are), so this never waits for the device.
     """
-    quotas = [keep_count(keep, n, len(g)) for n, g in zip(ctx.counts, ctx.grids, strict=True)]
-    width = max(quotas, default=0)
-    if all(n == ctx.mask.shape[1] for n in ctx.counts) and len(set(quotas)) == 1:
+    kept = quotas(ctx, keep)
+    width = max(kept, default=0)
+    if all(n == ctx.mask.shape[1] for n in ctx.counts) and len(set(kept)) == 1:
         return ops.select_topk(scores, width)[0]
-    quota = torch.tensor(quotas, dtype=torch.int64).to(scores.device, non_blocking=True)
+    quota = torch.tensor(kept, dtype=torch.int64).to(scores.device, non_blocking=True)
     code = torch.where(ctx.mask, 0, 2).to(torch.int8)
     return ops.select_topk(scores, quota, code=code)[0][:, :width]
 

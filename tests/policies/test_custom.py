@@ -1,0 +1,77 @@
+"""Custom policies: any function works, and a wrong answer is named with its sample."""
+
+import pytest
+import torch
+
+from vlmprune.policies import Custom, Needs
+
+
+def first_two(ctx):
+    return torch.where(ctx.mask[:, :2], torch.arange(2), -1)
+
+
+def test_keeps_what_the_function_says(case):
+    ctx = case(["square", "none"]).ctx
+    assert Custom(2, first_two).select(ctx).tolist() == [[0, 1], [-1, -1]]
+
+
+def test_drops_columns_that_are_padding_everywhere(case):
+    index = torch.tensor([[0, 4, -1, -1], [3, -1, -1, -1]])
+    assert Custom(2, lambda ctx: index).select(case(["square", "two"]).ctx).tolist() == [[0, 4], [3, -1]]
+
+
+def test_sees_hidden_states_and_attention():
+    assert Custom(2, first_two).needs(2) == Needs(hidden=True, attention="previous")
+    assert Custom(0, first_two).needs(0) == Needs(hidden=True)
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        ([[0], [1]], r"^select\(ctx\): expected a tensor, got list$"),
+        (torch.tensor([[0], [1]], dtype=torch.int32), r"^select\(ctx\): expected int64, got torch\.int32$"),
+        (torch.tensor([0, 1]), r"^select\(ctx\): expected \[2, K\], got \[2\]$"),
+        (torch.tensor([[0, 1]]), r"^select\(ctx\): expected \[2, K\], got \[1, 2\]$"),
+        (
+            torch.zeros(2, 1, dtype=torch.int64, device="meta"),
+            r"^select\(ctx\): expected a tensor on cpu, got meta$",
+        ),
+        (
+            torch.tensor([[0, 1], [1, 0]]),
+            r"^select\(ctx\)\[1\]: expected ascending numbers, .*, got \[\(1, 0\)\]$",
+        ),
+        (
+            torch.tensor([[0, 0], [0, 1]]),
+            r"^select\(ctx\)\[0\]: expected ascending numbers, .*, got \[\(0, 0\)\]$",
+        ),
+        (torch.tensor([[0, 36], [0, 1]]), r"^select\(ctx\)\[0\]: expected numbers below 36, .*, got \[36\]$"),
+        (torch.tensor([[-2, 3], [0, 1]]), r"^select\(ctx\)\[0\]: expected numbers below 36, .*, got \[-2\]$"),
+        (
+            torch.tensor([[0, 1], [20, 21]]),
+            r"^select\(ctx\)\[1\]: expected numbers below 21, .*, got \[21\]$",
+        ),
+        (
+            torch.tensor([[-1, 3], [0, 1]]),
+            r"^select\(ctx\)\[0\]: expected -1 only on the right, got \[-1, 3\]$",
+        ),
+        (
+            torch.tensor([[0], [-1]]),
+            r"^select\(ctx\)\[1\]: expected at least one of this sample's 21 tokens, got none$",
+        ),
+    ],
+)
+def test_rejects_answers(answer, message, case):
+    with pytest.raises(ValueError, match=message):
+        Custom(2, lambda ctx: answer).select(case(["square", "tall"]).ctx)
+
+
+def test_a_sample_without_images_keeps_nothing(case):
+    with pytest.raises(ValueError, match=r"^select\(ctx\)\[1\]: expected numbers below 0, .*, got \[0\]$"):
+        Custom(2, lambda ctx: torch.zeros(2, 1, dtype=torch.int64)).select(case(["square", "none"]).ctx)
+
+
+def test_rejects_settings():
+    with pytest.raises(ValueError, match=r"^select: expected a callable that takes a TokenContext, got 3$"):
+        Custom(layer=2, select=3)
+    with pytest.raises(ValueError, match=r"^layer: expected a whole number >= 0, got -1$"):
+        Custom(layer=-1, select=first_two)

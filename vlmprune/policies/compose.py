@@ -1,0 +1,96 @@
+"""Policies made of policies: several layers (Stages), or the union of two choices at the same layers (Union)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlmprune.errors import check
+from vlmprune.policies.base import Needs, PruningPolicy, TokenContext
+from vlmprune.policies.sets import index_of, marks
+
+
+@dataclass(frozen=True)
+class Stages(PruningPolicy):
+    """Applies several policies, each at its own layers; a later one chooses among what earlier ones kept.
+
+    Args:
+        policies: the policies, in any order; kept in the order of their layers.
+
+    Raises:
+        ValueError: no policy, something that is not a policy, or two policies at one layer.
+    """
+
+    summary: ClassVar[str] = "several policies, each at its own layers"
+
+    policies: Sequence[PruningPolicy]
+
+    def __post_init__(self) -> None:
+        check(isinstance(self.policies, tuple | list), "policies", "a list of policies", repr(self.policies))
+        check(len(self.policies) > 0, "policies", "at least one policy", "none")
+        for policy in self.policies:
+            check(isinstance(policy, PruningPolicy), "policies", "policies only", repr(policy))
+        object.__setattr__(self, "policies", tuple(sorted(self.policies, key=lambda p: p.layers)))
+        for layer in self.layers:
+            here = [p for p in self.policies if layer in p.layers]
+            both = " and ".join(map(repr, here))
+            check(len(here) == 1, "policies", "one policy per layer", f"{both} at layer {layer}")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Every policy's layers."""
+        return tuple(sorted(layer for policy in self.policies for layer in policy.layers))
+
+    def needs(self, layer: int) -> Needs:
+        """What the policy of this layer reads."""
+        return self._at(layer).needs(layer)
+
+    def select(self, ctx: TokenContext) -> Tensor:
+        """What the policy of this layer keeps."""
+        return self._at(ctx.layer).select(ctx)
+
+    def _at(self, layer: int) -> PruningPolicy:
+        check(layer in self.layers, "layer", f"one of {self.layers}", layer)
+        return next(policy for policy in self.policies if layer in policy.layers)
+
+
+@dataclass(frozen=True)
+class Union(PruningPolicy):
+    """Keeps what either of two policies keeps; ``p | q``. How much that is depends on their overlap.
+
+    Args:
+        first: a policy.
+        second: another one with the same layers.
+
+    Raises:
+        ValueError: one of them is not a policy, or their layers differ.
+    """
+
+    summary: ClassVar[str] = "what either of two policies keeps"
+
+    first: PruningPolicy
+    second: PruningPolicy
+
+    def __post_init__(self) -> None:
+        for name, policy in (("first", self.first), ("second", self.second)):
+            check(isinstance(policy, PruningPolicy), name, "a policy", repr(policy))
+        same = self.first.layers == self.second.layers
+        check(same, "second", f"a policy with the layers {self.first.layers}", self.second.layers)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers of both."""
+        return self.first.layers
+
+    def needs(self, layer: int) -> Needs:
+        """What either policy reads."""
+        return self.first.needs(layer) | self.second.needs(layer)
+
+    def select(self, ctx: TokenContext) -> Tensor:
+        """The union of both choices. Its width is known only on the device: one host read."""
+        tokens = ctx.mask.shape[1]
+        kept = [marks(policy.select(ctx), tokens) for policy in (self.first, self.second)]
+        return index_of(kept[0] | kept[1])

@@ -1,0 +1,71 @@
+"""FastV: keep the visual tokens that the previous layer's attention looks at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from vlmprune import ops
+from vlmprune.errors import check
+from vlmprune.policies.base import (
+    Needs,
+    PruningPolicy,
+    TokenContext,
+    attention_of,
+    check_keep,
+    check_layer,
+    select_scores,
+)
+
+
+@dataclass(frozen=True)
+class FastV(PruningPolicy):
+    """Keeps the visual tokens with the most attention in layer ``layer - 1``, averaged over heads.
+
+    The softmax spans the whole row, so text counts in it too. The paper's text averages the attention received
+    from all tokens; its released code reads the last prompt row only. That is the default here.
+
+    Args:
+        layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones; at least 1.
+        keep: share (float) of the visual tokens, or visual tokens per image (int).
+        rows: ``"last"`` (released code) or ``"mean"`` over all prompt rows (paper text).
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    summary: ClassVar[str] = "most attended tokens of the previous layer"
+    paper: ClassVar[str] = "An Image is Worth 1/2 Tokens After Layer 2 (ECCV 2024), arXiv 2403.06764"
+
+    layer: int = 2
+    keep: int | float = 0.5
+    rows: Literal["last", "mean"] = "last"
+
+    def __post_init__(self) -> None:
+        check_layer(self.layer, 1, " (the score comes from the layer before)")
+        check_keep(self.keep)
+        check(self.rows in ("last", "mean"), "rows", "'last' or 'mean'", repr(self.rows))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The one stage."""
+        return (self.layer,)
+
+    def needs(self, layer: int) -> Needs:
+        """Query and key of the previous layer: the last row, or every prompt row."""
+        return Needs(attention="previous", rows="last" if self.rows == "last" else "all")
+
+    def select(self, ctx: TokenContext) -> Tensor:
+        """The best-scored tokens of each sample."""
+        seen = attention_of(ctx)
+        scores = ops.received_attention(
+            seen.query,
+            seen.key,
+            rows=seen.last if self.rows == "last" else seen.rows,
+            columns=seen.columns,
+            key_mask=seen.key_mask,
+            scale=seen.scale,
+        )
+        return select_scores(scores, ctx, self.keep)

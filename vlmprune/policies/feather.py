@@ -1,0 +1,81 @@
+"""FEATHER: two stages of RoPE-free attention, the first joined by a coarse grid so that no region is lost early."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlmprune import ops
+from vlmprune.errors import check
+from vlmprune.policies.base import (
+    Needs,
+    PruningPolicy,
+    TokenContext,
+    attention_of,
+    check_layer,
+    select_scores,
+)
+from vlmprune.policies.grid import check_stride, stride_grid
+from vlmprune.policies.sets import index_of, marks
+
+
+@dataclass(frozen=True)
+class Feather(PruningPolicy):
+    """Keeps what the last prompt row attends to without RoPE, whose decay otherwise favours the image's bottom.
+
+    Stage 1 keeps the best ``int(n * keep)`` tokens together with the stride grid of every image (a set union, so
+    between ``int(n * keep)`` and that plus the grid); stage 2 the best ``int(n1 * keep**2)`` of those, without a grid.
+    The score is softmax over the visual tokens alone, averaged over heads.
+
+    Args:
+        layers: the two stages, ascending, at least 1 each.
+        keep: share of the visual tokens, a float in (0, 1]; the paper's 1 - R.
+        stride: rows and columns between two grid tokens.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    summary: ClassVar[str] = "RoPE-free attention with a coarse grid, then a harder cut"
+    paper: ClassVar[str] = (
+        "Feather the Throttle: Revisiting Visual Token Pruning for Vision-Language Model Acceleration, arXiv 2412.13180"
+    )
+
+    layers: tuple[int, int] = (8, 16)
+    keep: float = 0.3
+    stride: int = 3
+
+    def __post_init__(self) -> None:
+        two = isinstance(self.layers, tuple | list) and len(self.layers) == 2
+        check(two, "layers", "two layers, ascending", repr(self.layers))
+        for layer in self.layers:
+            check_layer(layer, 1, " (the score comes from the layer before)")
+        check(self.layers[0] < self.layers[1], "layers", "two layers, ascending", repr(self.layers))
+        object.__setattr__(self, "layers", tuple(self.layers))
+        share = isinstance(self.keep, float) and 0.0 < self.keep <= 1.0
+        check(share, "keep", "a share in (0, 1] as a float", repr(self.keep))
+        check_stride(self.stride)
+
+    def needs(self, layer: int) -> Needs:
+        """The last query row and the keys of the previous layer."""
+        return Needs(attention="previous")
+
+    def select(self, ctx: TokenContext) -> Tensor:
+        """Top-k and grid at the first stage (one host read for the width), top-k alone at the second."""
+        seen = attention_of(ctx).chunk()
+        scores = ops.received_attention(
+            seen.query,
+            seen.key,
+            rows=seen.last,
+            columns=seen.columns,
+            key_mask=seen.key_mask,
+            normalize="columns",
+            scale=seen.scale,
+            rope=seen.rope,
+        )
+        if ctx.layer != self.layers[0]:
+            return select_scores(scores, ctx, self.keep**2)
+        best = marks(select_scores(scores, ctx, self.keep), ctx.mask.shape[1])
+        return index_of(best | stride_grid(ctx, self.stride))

@@ -1,0 +1,58 @@
+"""The random baseline: visual tokens drawn without looking at them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmprune.errors import check
+from vlmprune.policies.base import PruningPolicy, TokenContext, check_keep, check_layer, select_scores
+
+SEEDS = 1 << 63
+
+
+@dataclass(frozen=True)
+class Random(PruningPolicy):
+    """Keeps a uniformly random subset, the same one at every call with the same seed and on every device.
+
+    Each sample has a draw of its own, which depends on the seed and the sample's place in the batch alone.
+
+    Args:
+        layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones.
+        keep: share (float) of the visual tokens, or visual tokens per image (int).
+        seed: which draw.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    summary: ClassVar[str] = "a random subset, fixed by a seed"
+    paper: ClassVar[str] = "baseline; random tokens of FastV (K = 0), arXiv 2403.06764"
+
+    layer: int = 2
+    keep: int | float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_layer(self.layer)
+        check_keep(self.keep)
+        ok = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < SEEDS
+        check(ok, "seed", "a whole number in [0, 2**63)", repr(self.seed))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The one stage."""
+        return (self.layer,)
+
+    def select(self, ctx: TokenContext) -> Tensor:
+        """The tokens with the highest drawn scores."""
+        # On the CPU whatever the device: generators of different devices draw different numbers.
+        draw = torch.Generator().manual_seed(self.seed)
+        seeds = torch.randint(SEEDS - 1, (len(ctx.counts),), generator=draw).tolist()
+        scores = torch.zeros(ctx.mask.shape, dtype=torch.float32)
+        for row, tokens, seed in zip(scores, ctx.counts, seeds, strict=True):
+            row[:tokens] = torch.rand(tokens, generator=draw.manual_seed(seed))
+        return select_scores(scores.to(ctx.mask.device, non_blocking=True), ctx, self.keep)
