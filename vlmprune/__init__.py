@@ -9,16 +9,19 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vlmprune.models import attach, detach, prune
-    from vlmprune.policies import Custom, FastV, Feather, Random, Stages, Uniform
+    from vlmprune.policies import Custom, FastV, Feather, PruningPolicy, Random, Stages, TokenContext, Uniform, Union
     from vlmprune.policies.registry import list_policies
 
 __all__ = [
     "Custom",
     "FastV",
     "Feather",
+    "PruningPolicy",
     "Random",
     "Stages",
+    "TokenContext",
     "Uniform",
+    "Union",
     "attach",
     "detach",
     "list_policies",

@@ -20,7 +20,7 @@ def image_token_count(kwargs: dict[str, Any], grid: Grid) -> int | None:
     """
     encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
     if encoded is not None:
-        return sum(features.shape[0] for features in encoded.pooler_output)
+        return sum(features.shape[0] for features in encoded.pooler_output) or None
     pixels = kwargs.get("pixel_values")
     return None if pixels is None else pixels.shape[0] * grid[0] * grid[1]
 

@@ -1,0 +1,27 @@
+"""What `import vlmprune` promises."""
+
+import pytest
+
+import vlmprune
+from vlmprune.policies.registry import BUILT_IN
+
+
+def test_every_public_name_resolves():
+    for name in vlmprune.__all__:
+        assert getattr(vlmprune, name) is not None
+
+
+def test_every_built_in_policy_is_importable_from_the_top():
+    for cls in BUILT_IN.values():
+        assert getattr(vlmprune, cls.__name__) is cls
+        assert cls.__name__ in vlmprune.__all__
+
+
+def test_unknown_names_are_attribute_errors():
+    for name in ("Fastv", "nothing", "_private"):
+        with pytest.raises(AttributeError, match=f"module 'vlmprune' has no attribute '{name}'"):
+            getattr(vlmprune, name)
+
+
+def test_list_policies():
+    assert vlmprune.list_policies()[:2] == ["fastv", "feather"]
