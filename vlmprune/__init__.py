@@ -9,7 +9,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vlmprune.models import attach, detach, prune
-    from vlmprune.policies import Custom, FastV, Feather, PruningPolicy, Random, Stages, TokenContext, Uniform, Union
+    from vlmprune.policies import (
+        Custom,
+        FastV,
+        Feather,
+        PruningPolicy,
+        Random,
+        Stages,
+        TokenContext,
+        Uniform,
+        Union,
+    )
     from vlmprune.policies.registry import list_policies
 
 __all__ = [

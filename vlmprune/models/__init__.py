@@ -1,8 +1,8 @@
 """Wiring into Hugging Face transformers: the only layer that imports it."""
 
-from vlmprune.models.scope import attach, detach, meter, prune
 from vlmprune.models.family import check_config, check_layers, find_parts, patch_grid
 from vlmprune.models.run import Report, Run, StageRecord
+from vlmprune.models.scope import attach, detach, meter, prune
 
 __all__ = [
     "Report",
