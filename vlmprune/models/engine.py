@@ -14,17 +14,25 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
-from vlmprune import ops
-from vlmprune.errors import NotPrunedError, check
+from vlmprune.errors import NotPrunedError
 from vlmprune.models.calls import image_token_count, padding_mask, visual_mask
 from vlmprune.models.family import Parts, check_layers
-from vlmprune.models.forward import Forward, Plan, scatter_back
-from vlmprune.models.kv_cache import extend_validity, make_prunable, past_validity, pruned_layer
-from vlmprune.models.layout import Layout, keep_newest, kept_counts, shorten
+from vlmprune.models.forward import Forward, Plan, Rope, scatter_back
+from vlmprune.models.kv_cache import (
+    PrunedDynamicLayer,
+    Shift,
+    as_shift,
+    extend_validity,
+    make_prunable,
+    past_validity,
+    pruned_layer,
+)
 from vlmprune.models.masks import pruned_mask
 from vlmprune.models.probe import read_attention
 from vlmprune.models.run import Run
-from vlmprune.policies.base import Needs, PruningPolicy, TokenContext
+from vlmprune.models.stage import StageRunner
+from vlmprune.models.vision import VisionTaps
+from vlmprune.policies.base import Needs, PruningPolicy
 
 Kwargs = dict[str, Any]
 
@@ -34,11 +42,17 @@ class Engine:
 
     def __init__(self, parts: Parts, policy: PruningPolicy | None) -> None:
         self.parts, self.policy = parts, policy
-        self.stages = policy.layers if policy is not None else ()
-        if policy is not None:
-            check_layers(policy, len(parts.layers))
         self.depth = {id(layer): i for i, layer in enumerate(parts.layers)}
         self.run = Run(parts, policy)
+        self.needs: dict[int, Needs] = {}
+        if policy is not None:
+            check_layers(policy, len(parts.layers))
+            self.needs = {layer: policy.needs(layer) for layer in policy.layers}
+            vision = {layer for needs in self.needs.values() for layer in needs.vision}
+            self.taps = VisionTaps(parts, sorted(vision))
+            self.stage = StageRunner(parts, policy, self.run, self.taps)
+        self.wants_embeds = any(needs.embeds for needs in self.needs.values())
+        self.wants_text = self.wants_embeds or any(needs.rows == "text" for needs in self.needs.values())
         self.missed: str | None = None
         self.handles: list[RemovableHandle] = []
 
@@ -58,13 +72,15 @@ class Engine:
         for module, before, after in self.run.clock.hooks(parts):
             add(module.register_forward_pre_hook(before))
             add(module.register_forward_hook(after))
-        if not self.stages:
+        if not self.needs:
             return
-        read = [layer for layer in self.stages if self._needs(layer).attention is not None]
+        self.handles += self.taps.register()
+        read = [layer for layer, needs in self.needs.items() if needs.attention == "previous"]
         for layer in read:
             attn = parts.layers[layer - 1].self_attn
             add(attn.register_forward_hook(self.after_attention, with_kwargs=True))
-        for module in parts.layers[min([*self.stages, *(layer - 1 for layer in read)]) :]:
+        start = 0 if self.wants_embeds else min([*self.needs, *(layer - 1 for layer in read)])
+        for module in parts.layers[start:]:
             add(module.register_forward_pre_hook(self.before_layer, with_kwargs=True))
         add(parts.text.register_forward_hook(self.after_text, with_kwargs=True))
 
@@ -94,13 +110,13 @@ class Engine:
             return args, kwargs  # the model itself explains what is missing
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
-        forward = Forward(owner=self, q=some.shape[1])
+        forward = Forward(owner=self, q=some.shape[1], wants_text=self.wants_text)
         forward.known = image_token_count(kwargs, self.parts.grid)
         if forward.q > 1:
             forward.seen = padding_mask(kwargs.get("attention_mask"))
         if forward.known is not None:
             forward.visual = visual_mask(self.parts, ids, embeds)
-        elif ids is None and past == 0 and self.stages:
+        elif ids is None and past == 0 and self.needs:
             self.missed = (
                 self.missed or "inputs_embeds came without input_ids or images: no way to find visual tokens"
             )
@@ -116,10 +132,7 @@ class Engine:
         if forward is None or forward.visual is None or stage in forward.plans:
             return
         with self.run.clock.selection():
-            layout = forward.layout_before(stage)
-            forward.attention[stage] = read_attention(
-                module, kwargs, layout, forward.seen, self._needs(stage)
-            )
+            forward.attention[stage] = read_attention(module, kwargs, forward, self.needs[stage])
 
     def before_layer(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
@@ -131,17 +144,24 @@ class Engine:
                 self.missed or "decoder layers were called without going through the vision-language model"
             )
             return None
+        cache = kwargs.get("past_key_values")
+        layer = pruned_layer(cache, i)
+        shift = None if layer is None else layer.shift
+        rope = (
+            kwargs["position_embeddings"] if shift is None else self._shifted(forward, hidden, kwargs, shift)
+        )
         if forward.visual is not None:
             forward.open(kwargs.get("attention_mask"))
-            if i in self.stages:
-                hidden = self._stage(forward, i, hidden, kwargs["position_embeddings"])
-        cache = kwargs.get("past_key_values")
-        plan, layer = forward.plan_at(i), pruned_layer(cache, i)
-        if plan is None and (layer is None or (kwargs.get("attention_mask") is None and layer.valid is None)):
-            return None  # nothing was dropped here, or nothing needs a mask: batch 1 decodes at no cost
+            if i == 0 and self.wants_embeds:
+                forward.embeds = hidden
+            if i in self.needs:
+                with self.run.clock.selection():
+                    hidden = self.stage(forward, i, hidden, rope, cache)
+        plan = forward.plan_at(i)
+        if plan is None and shift is None and needs_nothing(layer, kwargs):
+            return None
         kwargs = {**kwargs, "position_ids": None}  # FlashAttention reads gaps in them as packed sequences
-        if plan is not None:
-            kwargs["position_embeddings"] = plan.rope
+        kwargs["position_embeddings"] = rope if plan is None else plan.rope
         kwargs["attention_mask"] = self._mask(forward, plan, hidden, cache, i)
         return (hidden, *args[1:]), kwargs
 
@@ -150,7 +170,7 @@ class Engine:
         forward = self._forward(kwargs)
         if forward is None or forward.visual is None:
             return output
-        silent = [layer for layer in self.stages if layer not in forward.plans]
+        silent = [layer for layer in self.needs if layer not in forward.plans]
         if silent:
             self.missed = self.missed or f"the stage at layer {silent[0]} did not fire"
         plan = forward.plan_at(len(self.parts.layers))
@@ -166,53 +186,14 @@ class Engine:
         forward = kwargs.get("vlmprune")
         return forward if forward is not None and forward.owner is self else None
 
-    def _needs(self, layer: int) -> Needs:
-        assert self.policy is not None
-        return self.policy.needs(layer)
-
-    def _stage(self, forward: Forward, i: int, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Decide once which rows survive into layer ``i``, and gather them (again, if the layer is replayed)."""
-        with self.run.clock.selection():
-            if i in forward.plans:
-                plan = forward.plans[i]
-                return hidden if plan is None else ops.gather_tokens([hidden], plan.survivors)[0]
-            before, layout = forward.plan_before(i), forward.layout_before(i)
-            with torch.no_grad():
-                index = self._select(forward, i, hidden, layout)
-                kept = kept_counts(index)
-                index = keep_newest(layout, index, kept)
-                if kept == layout.counts:
-                    forward.plans[i] = None
-                    self.run.record(i, layout, index, layout.rows)
-                    return hidden
-                after, survivors = shorten(layout, index, kept)
-                self.run.record(i, layout, index, after.rows)
-            rope = rope if before is None else before.rope
-            short, cos, sin = ops.gather_tokens([hidden, *rope], survivors)
-            forward.plans[i] = Plan(after, survivors, (cos, sin))
-            return short
-
-    def _select(self, forward: Forward, i: int, hidden: Tensor, layout: Layout) -> Tensor:
-        """Ask the policy which of the entering visual tokens stay."""
-        assert self.policy is not None and forward.first is not None
-        per_image = self.parts.grid[0] * self.parts.grid[1]
-        context = TokenContext(
-            layer=i,
-            mask=layout.columns >= 0,
-            counts=layout.counts,
-            ordinals=layout.ordinals,
-            positions=layout.positions(),
-            grids=tuple((self.parts.grid,) * (n // per_image) for n in forward.first.counts),
-            hidden=ops.gather_tokens([hidden], layout.columns)[0] if self._needs(i).hidden else None,
-            attention=forward.attention.pop(i, None),
-        )
-        index = self.policy.select(context)
-        shape = (len(layout.counts), "K")
-        ok = index.ndim == 2 and index.shape[0] == shape[0] and index.dtype == torch.int64
-        check(
-            ok, "select", f"int64 [{shape[0]}, K] from {self.policy!r}", f"{index.dtype} {tuple(index.shape)}"
-        )
-        return index
+    def _shifted(self, forward: Forward, hidden: Tensor, kwargs: Kwargs, shift: Shift) -> Rope:
+        """Rotary tables of this chunk after a packed cache; layers with the same shift share them."""
+        key = shift if isinstance(shift, int) else id(shift)
+        if key not in forward.ropes:
+            tables = self.parts.text.rotary_emb(hidden, kwargs["position_ids"] - shift)
+            forward.ropes[key] = (tables, shift)  # the shift is kept alive, so that no other can take its id
+        tables, _ = forward.ropes[key]
+        return tables  # type: ignore[no-any-return]
 
     def _mask(self, forward: Forward, plan: Plan | None, hidden: Tensor, cache: Cache | None, i: int) -> Any:
         """Build the layer's mask and announce this chunk to its cache; layers that need the same share the work."""
@@ -226,12 +207,19 @@ class Engine:
         if key not in forward.masks:
             valid = extend_validity(old, past, new, rows)
             mask = pruned_mask(self.parts.text.config, hidden, valid, cache, dropped, i)
+            moved = None if plan is None else as_shift(plan.shift, hidden.device)
             forward.masks[key] = (
                 valid,
                 mask,
+                moved,
                 known,
-            )  # known: kept alive, so that no other tensor can take its id
-        valid, mask, _ = forward.masks[key]
+            )  # known: kept alive, so that its id stays its own
+        valid, mask, moved, _ = forward.masks[key]
         if layer is not None:
-            layer.announce(valid, forward.q - rows)
+            layer.announce(valid, forward.q - rows, moved)
         return mask
+
+
+def needs_nothing(layer: PrunedDynamicLayer | None, kwargs: Kwargs) -> bool:
+    """Whether a layer may run as it is: nothing was dropped, or what was needs no mask (batch 1 decodes at no cost)."""
+    return layer is None or (kwargs.get("attention_mask") is None and layer.valid is None)

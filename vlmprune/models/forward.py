@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.models.layout import Layout, open_layout
+from vlmprune.models.layout import Layout, TextSpan, find_text, open_layout
 from vlmprune.policies.base import AttentionInputs
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin tables, each ``[B or 1, rows, D]``."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,15 @@ class Plan:
         layout: the rows after the stage.
         survivors: ``[B, n]`` rows of the previous layout that stay, -1 = padding.
         rope: the surviving rows' cos and sin, each ``[B, n, D]``.
+        shift: by how much the positions after the prompt move down per sample, where they were packed; else None.
+        rows: ``[B, K, D]`` new contents of the visual rows, or None.
     """
 
     layout: Layout
     survivors: Tensor
-    rope: tuple[Tensor, Tensor]
+    rope: Rope
+    shift: tuple[int, ...] | None = None
+    rows: Tensor | None = None
 
 
 @dataclass
@@ -43,6 +50,9 @@ class Forward:
         seen: ``[B, past + q]`` False at padding (the 2-D attention mask), or None.
         plans: by stage layer; None for a stage that kept everything.
         attention: query and key, by the stage layer that will read them.
+        wants_text: whether a stage asks where the text after the last image is; ``text`` says it.
+        embeds: ``[B, q, D]`` input embeddings, if a stage asks for them.
+        ropes: tables of packed caches, by their shift.
         masks: built masks, shared by the layers that need the same one.
     """
 
@@ -52,6 +62,10 @@ class Forward:
     known: int | None = None
     seen: Tensor | None = None
     first: Layout | None = None
+    wants_text: bool = False
+    text: TextSpan | None = None
+    embeds: Tensor | None = None
+    ropes: dict[Any, Any] = field(default_factory=dict)
     plans: dict[int, Plan | None] = field(default_factory=dict)
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
     masks: dict[Any, Any] = field(default_factory=dict)
@@ -70,6 +84,8 @@ class Forward:
             if attention_mask is None:
                 self.seen = None
             self.first = open_layout(self.visual, self.chunk_padding(), self.known)
+            if self.wants_text:
+                self.text = find_text(self.visual, self.first.valid)
         return self.first
 
     def plan_before(self, i: int) -> Plan | None:

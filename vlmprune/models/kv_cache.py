@@ -15,17 +15,22 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from vlmprune.errors import ModelError
 
+Shift = int | Tensor | None
+"""By how much positions lie below the number of tokens seen: the same for all samples, ``[B, 1]``, or not at all."""
+
 
 class PrunedDynamicLayer(DynamicLayer):  # type: ignore[misc]
     """DynamicLayer whose ``get_seq_length`` counts tokens seen: stored entries plus ``dropped`` ones.
 
     ``valid`` is a bool ``[B, P]`` for the first P stored entries (entries after them are valid), or None if all are.
+    ``shift`` says by how much rotary positions were packed; the tokens to come continue from there.
     Instances are made by changing the class of an existing DynamicLayer, so the caller's own cache object keeps working.
     """
 
     dropped: int = 0
     valid: Tensor | None = None
-    pending: tuple[Tensor | None, int] | None = None
+    shift: Shift = None
+    pending: tuple[Tensor | None, int, Shift] | None = None
 
     def stored(self) -> int:
         """Entries physically held."""
@@ -45,14 +50,16 @@ class PrunedDynamicLayer(DynamicLayer):  # type: ignore[misc]
         """Append keys and values; a chunk announced by ``announce`` also brings its validity and its dropped count."""
         out = super().update(key_states, value_states, *args, **kwargs)
         if self.pending is not None:
-            self.valid, newly_dropped = self.pending
+            self.valid, newly_dropped, newly_shifted = self.pending
             self.dropped += newly_dropped
+            if newly_shifted is not None:
+                self.shift = newly_shifted if self.shift is None else self.shift + newly_shifted
             self.pending = None
         return out
 
-    def announce(self, valid: Tensor | None, newly_dropped: int) -> None:
-        """Say what the next ``update`` means: validity of everything then stored, and tokens seen but not stored."""
-        self.pending = (valid, newly_dropped)
+    def announce(self, valid: Tensor | None, newly_dropped: int, newly_shifted: Shift = None) -> None:
+        """Say what the next ``update`` means: validity of all then stored, tokens seen but not stored, positions packed."""
+        self.pending = (valid, newly_dropped, newly_shifted)
 
     def validity(self, length: int) -> Tensor | None:
         """Bool ``[B, length]`` for the first ``length`` entries, or None if all are valid."""
@@ -75,23 +82,38 @@ class PrunedDynamicLayer(DynamicLayer):  # type: ignore[misc]
         super().reorder_cache(beam_idx)
         if self.valid is not None:
             self.valid = self.valid.index_select(0, beam_idx.to(self.valid.device))
+        if isinstance(self.shift, Tensor):
+            self.shift = self.shift.index_select(0, beam_idx.to(self.shift.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample."""
         super().batch_repeat_interleave(repeats)
         if self.valid is not None:
             self.valid = self.valid.repeat_interleave(repeats, dim=0)
+        if isinstance(self.shift, Tensor):
+            self.shift = self.shift.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some samples."""
         super().batch_select_indices(indices)
         if self.valid is not None:
             self.valid = self.valid[indices]
+        if isinstance(self.shift, Tensor):
+            self.shift = self.shift[indices]
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.dropped, self.valid, self.pending = 0, None, None
+        self.dropped, self.valid, self.shift, self.pending = 0, None, None, None
+
+
+def as_shift(shift: tuple[int, ...] | None, device: torch.device) -> Shift:
+    """Samples' shifts as the cache layer keeps them."""
+    if shift is None:
+        return None
+    if len(set(shift)) == 1:
+        return shift[0] or None
+    return torch.tensor(shift).to(device, non_blocking=True)[:, None]
 
 
 def pruned_layer(cache: Cache | None, i: int) -> PrunedDynamicLayer | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vlmprune import ops
+from vlmprune.policies.base import Reduction
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Layout:
         real: rows per sample that are no padding, on the host.
         valid: ``[B, n]`` False = padding row; None = no padding.
         origin: ``[B, n]`` position of each row in the prompt before any pruning, -1 = padding; None = unpruned.
+        ordered: False if an earlier stage rearranged the visual tokens, so that ordinals no longer ascend.
     """
 
     rows: int
@@ -31,6 +33,7 @@ class Layout:
     real: tuple[int, ...]
     valid: Tensor | None
     origin: Tensor | None
+    ordered: bool = True
 
     def positions(self) -> Tensor:
         """``[B, N]`` position of each visual token in the unpruned prompt, -1 = padding."""
@@ -81,6 +84,36 @@ def open_layout(visual: Tensor, padding: Tensor | None, known: int | None) -> La
     )
 
 
+@dataclass(frozen=True)
+class TextSpan:
+    """The text after the last image: ``mask [B, q]`` in the unpruned prompt, the most of any sample, and how far from
+    the prompt's end the farthest of it lies."""
+
+    mask: Tensor
+    width: int
+    reach: int
+
+
+def find_text(visual: Tensor, valid: Tensor | None) -> TextSpan:
+    """Find the text after each sample's last image. Its extent is data: one host read."""
+    q = visual.shape[1]
+    order = torch.arange(q, device=visual.device)
+    last_visual = torch.where(visual, order, -1).amax(1, keepdim=True)
+    mask = (order > last_visual) & (last_visual >= 0)
+    if valid is not None:
+        mask = mask & valid
+    width, reach = torch.stack([mask.sum(1).max(), torch.where(mask, q - order, 0).max()]).tolist()
+    return TextSpan(mask, width, reach)
+
+
+def text_rows(layout: Layout, text: TextSpan) -> Tensor:
+    """``[B, T]`` row numbers of the text after the last image in a layout, -1 = padding."""
+    mask = text.mask
+    if layout.origin is not None:
+        mask = (layout.origin >= 0) & mask.gather(1, layout.origin.clamp(min=0))
+    return positions_of(mask, text.width)
+
+
 def kept_counts(index: Tensor) -> tuple[int, ...]:
     """Entries of ``index [B, K]`` that are no padding, per sample. A batch of one has no padding: no host read."""
     return (index.shape[1],) if index.shape[0] == 1 else tuple((index >= 0).sum(1).tolist())
@@ -102,6 +135,53 @@ def keep_newest(layout: Layout, index: Tensor, kept: tuple[int, ...]) -> Tensor:
     newest, slot = take(layout.columns, total[0]), total[1].clamp(min=0)
     ends = (newest >= 0) & (newest == last_rows(layout))
     return index.scatter(1, slot, torch.where(ends, total[0], index.gather(1, slot)))
+
+
+def in_order(layout: Layout, choice: Tensor | Reduction) -> tuple[Tensor, tuple[int, ...]]:
+    """A choice's kept tokens ``[B, K]`` in ascending order, and how many of each sample."""
+    if not isinstance(choice, Reduction):
+        kept = kept_counts(choice)
+        return keep_newest(layout, choice, kept), kept
+    return ascending(choice.index), kept_counts(choice.index)
+
+
+def ascending(index: Tensor) -> Tensor:
+    """``index [B, K]`` sorted, its -1 padding still on the right."""
+    last = torch.iinfo(index.dtype).max
+    index = torch.where(index >= 0, index, last).sort(dim=1).values
+    return torch.where(index < last, index, -1)
+
+
+def rearrange(layout: Layout, after: Layout, survivors: Tensor, index: Tensor) -> tuple[Layout, Tensor]:
+    """``shorten``'s result with the visual rows in the order of ``index [B, K]`` instead of ascending."""
+    n = survivors.shape[1]
+    at = torch.where(after.columns >= 0, after.columns, n)
+    spare = survivors.new_full((len(survivors), 1), -1)  # takes what belongs to padding, and is cut off
+    survivors = torch.cat([survivors, spare], 1).scatter(1, at, take(layout.columns, index))[:, :n]
+    origin = survivors if layout.origin is None else take(layout.origin, survivors)
+    return replace(after, origin=origin, ordinals=take(layout.ordinals, index), ordered=False), survivors
+
+
+def packed_rows(first: Layout, after: Layout) -> Tensor:
+    """``[B, n]`` the unpruned rows whose positions a layout gets when it is packed, -1 = padding.
+
+    A sample's first real row has its first position, whatever padding stands before it.
+    """
+    order = torch.arange(after.rows, device=after.columns.device).expand(len(after.counts), -1)
+    if after.valid is not None:
+        order = torch.where(after.valid, after.valid.cumsum(1) - 1, -1)
+    if first.valid is None:
+        return order
+    start = first.valid.to(torch.uint8).argmax(1, keepdim=True)
+    return torch.where(order >= 0, order + start, -1)
+
+
+def put_rows(short: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """``short [B, n, D]`` with ``rows [B, K, D]`` in the places ``columns [B, K]``; -1 = padding."""
+    n, width = short.shape[1:]
+    at = torch.where(columns >= 0, columns, n)[..., None].expand(-1, -1, width)
+    spare = torch.cat([short, torch.zeros_like(short[:, :1])], 1)
+    return spare.scatter(1, at, rows.to(short.dtype))[:, :n]
 
 
 def last_rows(layout: Layout) -> Tensor:
@@ -132,6 +212,7 @@ def shorten(layout: Layout, index: Tensor, kept: tuple[int, ...]) -> tuple[Layou
         real=real,
         valid=None if min(real) == rows else survivors >= 0,
         origin=origin,
+        ordered=layout.ordered,
     )
     return new, survivors
 

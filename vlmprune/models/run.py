@@ -13,7 +13,7 @@ from vlmprune.errors import check
 from vlmprune.flops import decoder_flops, layer_inputs
 from vlmprune.models.clock import Clock, Seconds
 from vlmprune.models.family import Parts, decoder_shape, vision_flops
-from vlmprune.models.layout import Layout, take
+from vlmprune.models.layout import Layout, ascending, take
 from vlmprune.policies.base import PruningPolicy
 
 
@@ -102,15 +102,11 @@ class Run:
 
     def record(self, layer: int, layout: Layout, index: Tensor, rows: int) -> None:
         """A stage has chosen (called by the hooks); ``rows`` is the sequence length after it."""
-        self.stages.append(
-            StageRecord(
-                layer=layer,
-                tokens_in=layout.columns.shape[1],
-                tokens_kept=index.shape[1],
-                index=take(layout.positions(), index),
-                ordinals=take(layout.ordinals, index),
-            )
-        )
+        positions, ordinals = take(layout.positions(), index), take(layout.ordinals, index)
+        if not layout.ordered:
+            positions, ordinals = ascending(positions), ascending(ordinals)
+        tokens_in, tokens_kept = layout.columns.shape[1], index.shape[1]
+        self.stages.append(StageRecord(layer, tokens_in, tokens_kept, positions, ordinals))
         self._rows.append((layer, rows))
 
     def kept(self, sample: int = 0) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,18 +23,39 @@ class Needs:
 
     Args:
         hidden: the visual tokens' hidden states entering the stage.
-        attention: query and key of the layer before the stage ("previous"), or None.
-        rows: which query rows: the last prompt row ("last"), or every prompt row ("all").
+        attention: query and key of the layer before the stage ("previous"), of the stage's own layer, projected from
+            what enters it ("own"), or None.
+        rows: which query rows: the last prompt row ("last"), the text after the last image ("text", one host read a
+            prefill), or every prompt row ("all").
+        embeds: the input embeddings of the whole prompt, and where its text is (one host read a prefill).
+        vision: vision-tower layers whose query and key to read (-2 = the last but one); with any, also the features.
     """
 
     hidden: bool = False
-    attention: Literal["previous"] | None = None
-    rows: Literal["last", "all"] = "last"
+    attention: Literal["previous", "own"] | None = None
+    rows: Literal["last", "text", "all"] = "last"
+    embeds: bool = False
+    vision: tuple[int, ...] = ()
 
     def __or__(self, other: Needs) -> Needs:
-        """The needs of two policies that act at one layer."""
-        rows: Literal["last", "all"] = "all" if "all" in (self.rows, other.rows) else "last"
-        return Needs(self.hidden or other.hidden, self.attention or other.attention, rows)
+        """The needs of two policies that act at one layer. Raises ValueError where they cannot both be met."""
+        return Needs(
+            hidden=self.hidden or other.hidden,
+            attention=_either("attention", self.attention, other.attention, None),
+            rows=_either("rows", self.rows, other.rows, "last"),
+            embeds=self.embeds or other.embeds,
+            vision=tuple(sorted({*self.vision, *other.vision})),
+        )
+
+
+T = TypeVar("T")
+
+
+def _either(name: str, one: T, other: T, weakest: T) -> T:
+    """The stronger of two needs; two different ones above the weakest exclude each other."""
+    clash = one != other and weakest not in (one, other)
+    check(not clash, name, "policies at one layer that read the same", f"{one!r} and {other!r}")
+    return other if one == weakest else one
 
 
 @dataclass(frozen=True)
@@ -44,7 +66,7 @@ class AttentionInputs:
         query: ``[B, H, Sq, D]`` after RoPE; covers the last Sq of the S positions (Sq is 1 when only the last row is needed).
         key: ``[B, Hkv, S, D]`` after RoPE.
         last: ``[B, 1]`` int64, key position of the last prompt row.
-        rows: ``[B, R]`` int64, key positions of all prompt rows with a query, -1 = padding.
+        rows: ``[B, R]`` int64, key positions of the rows asked for (``Needs.rows``), -1 = padding.
         columns: ``[B, N]`` int64, key positions of the visual tokens entering the stage, -1 = padding.
         key_mask: ``[B, S]`` bool, False = padding; None = no padding.
         rope: ``(cos, sin)``, each ``[B or 1, Q, D]``, of the last Q positions: this prompt chunk.
@@ -73,6 +95,22 @@ class AttentionInputs:
 
 
 @dataclass(frozen=True)
+class VisionAttention:
+    """Query and key of one vision-tower layer, for the I images of a call in prompt order.
+
+    Attributes:
+        query, key: ``[I, H, P, D]``, or ``[I, H, 1 + P, D]`` with the CLS row first.
+        scale: softmax scale.
+        cls: whether row 0 is a CLS token.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    cls: bool
+
+
+@dataclass(frozen=True)
 class TokenContext:
     """What a policy may look at: the visual tokens that enter a stage, in prompt order, padded on the right.
 
@@ -84,7 +122,12 @@ class TokenContext:
         positions: ``[B, N]`` int64, each token's position in the prompt chunk before any pruning, -1 = padding.
         grids: per sample, the patch grid of each image in prompt order (their products add up to the unpruned count).
         hidden: ``[B, N, D]`` hidden states entering the stage, or None if not asked for.
-        attention: query and key of the layer before the stage, or None if not asked for.
+        attention: query and key of one layer, or None if not asked for.
+        embeds: ``[B, q, D]`` input embeddings of the whole prompt chunk, or None if not asked for.
+        text: ``[B, T]`` int64 positions in the prompt chunk of the text after the last image, -1 = padding; given with
+            ``embeds`` or text rows.
+        vision: query and key of the vision layers asked for, by the number they were asked with.
+        features: ``[I, P, Dv]`` what the projector got of every image, or None if no vision layer was asked for.
     """
 
     layer: int
@@ -95,6 +138,26 @@ class TokenContext:
     grids: tuple[tuple[Grid, ...], ...]
     hidden: Tensor | None = None
     attention: AttentionInputs | None = None
+    embeds: Tensor | None = None
+    text: Tensor | None = None
+    vision: Mapping[int, VisionAttention] = field(default_factory=dict)
+    features: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A choice that also changes the tokens: rows merged or made anew, another order, other positions.
+
+    Attributes:
+        index: ``[B, K]`` int64 whose places among the entering tokens are used, each once, -1 on the right. The rows
+            stand in this order where the image stood; a merged token may so follow the kept ones.
+        hidden: ``[B, K, D]`` the rows' new hidden states, or None to keep theirs.
+        positions: "keep" the rotary positions of the places used, or "pack" all rows to 0, 1, 2, ... without gaps.
+    """
+
+    index: Tensor
+    hidden: Tensor | None = None
+    positions: Literal["keep", "pack"] = "keep"
 
 
 def keep_count(keep: float, tokens: int, images: int = 1) -> int:
@@ -157,8 +220,11 @@ class PruningPolicy(ABC):
         return Needs()
 
     @abstractmethod
-    def select(self, ctx: TokenContext) -> Tensor:
-        """Which of the visual tokens entering the stage stay: ``[B, K]`` int64 in 0..N-1, ascending, -1 on the right."""
+    def select(self, ctx: TokenContext) -> Tensor | Reduction:
+        """Which of the visual tokens entering the stage stay: ``[B, K]`` int64 in 0..N-1, ascending, -1 on the right.
+
+        A method that merges tokens, reorders them or packs their positions returns a ``Reduction``.
+        """
 
     def __or__(self, other: PruningPolicy) -> PruningPolicy:
         """The union of what both keep, at the same layers."""

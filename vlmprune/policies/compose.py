@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.policies.base import Needs, PruningPolicy, TokenContext
+from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.sets import index_of, marks
 
 
@@ -48,7 +48,7 @@ class Stages(PruningPolicy):
         """What the policy of this layer reads."""
         return self._at(layer).needs(layer)
 
-    def select(self, ctx: TokenContext) -> Tensor:
+    def select(self, ctx: TokenContext) -> Tensor | Reduction:
         """What the policy of this layer keeps."""
         return self._at(ctx.layer).select(ctx)
 
@@ -91,6 +91,15 @@ class Union(PruningPolicy):
 
     def select(self, ctx: TokenContext) -> Tensor:
         """The union of both choices. Its width is known only on the device: one host read."""
-        tokens = ctx.mask.shape[1]
-        kept = [marks(policy.select(ctx), tokens) for policy in (self.first, self.second)]
-        return index_of(kept[0] | kept[1])
+        one, other = (marks(_plain(policy, ctx), ctx.mask.shape[1]) for policy in (self.first, self.second))
+        return index_of(one | other)
+
+
+def _plain(policy: PruningPolicy, ctx: TokenContext) -> Tensor:
+    """What a policy keeps; one that also changes the tokens cannot be joined with another choice."""
+    choice = policy.select(ctx)
+    if isinstance(choice, Reduction):
+        raise ValueError(
+            f"union: expected policies that only drop tokens, got {policy!r}, which changes them"
+        )
+    return choice

@@ -1,0 +1,127 @@
+"""What happens at one stage: show the policy its context, turn its choice into a plan, apply the plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmprune import ops
+from vlmprune.errors import check
+from vlmprune.models.family import Parts
+from vlmprune.models.forward import Forward, Plan, Rope
+from vlmprune.models.layout import Layout, in_order, packed_rows, put_rows, rearrange, shorten, text_rows
+from vlmprune.models.probe import read_own_attention
+from vlmprune.models.run import Run
+from vlmprune.models.vision import VisionTaps
+from vlmprune.policies.base import AttentionInputs, PruningPolicy, Reduction, TokenContext
+
+
+class StageRunner:
+    """Runs the stages of one policy on one model."""
+
+    def __init__(self, parts: Parts, policy: PruningPolicy, run: Run, taps: VisionTaps) -> None:
+        self.parts, self.policy, self.run, self.taps = parts, policy, run, taps
+
+    def __call__(self, forward: Forward, i: int, hidden: Tensor, rope: Rope, cache: Any) -> Tensor:
+        """Decide once which rows survive into layer ``i``, and apply it (again, if the layer is replayed).
+
+        Args:
+            forward: the running call.
+            i: the stage's layer.
+            hidden: ``[B, n, D]`` rows entering it.
+            rope: cos and sin of the unpruned chunk.
+            cache: the KV cache, or None.
+        """
+        if i in forward.plans:
+            plan = forward.plans[i]
+            return hidden if plan is None else _apply(plan, hidden)
+        before, layout = forward.plan_before(i), forward.layout_before(i)
+        tables = rope if before is None else before.rope
+        with torch.no_grad():
+            choice = self._ask(self._context(forward, i, hidden, tables, cache))
+            index, kept = in_order(layout, choice)
+            if kept == layout.counts and not isinstance(choice, Reduction):
+                forward.plans[i] = None
+                self.run.record(i, layout, index, layout.rows)
+                return hidden
+            after, survivors = shorten(layout, index, kept)
+            self.run.record(i, layout, index, after.rows)
+        if isinstance(choice, Reduction):
+            forward.plans[i] = plan = _reduced(forward, i, rope, tables, after, survivors, choice)
+            return _apply(plan, hidden)
+        short, cos, sin = ops.gather_tokens([hidden, *tables], survivors)  # one launch
+        forward.plans[i] = Plan(after, survivors, (cos, sin), shift=None if before is None else before.shift)
+        return short
+
+    def _ask(self, context: TokenContext) -> Tensor | Reduction:
+        """The policy's choice, checked for its form."""
+        choice = self.policy.select(context)
+        index = choice.index if isinstance(choice, Reduction) else choice
+        batch = len(context.counts)
+        ok = index.ndim == 2 and index.shape[0] == batch and index.dtype == torch.int64
+        got = f"{index.dtype} {tuple(index.shape)}"
+        check(ok, "select", f"int64 [{batch}, K] from {self.policy!r}", got)
+        if isinstance(choice, Reduction) and choice.hidden is not None:
+            shape = tuple(choice.hidden.shape)
+            check(shape[:2] == tuple(index.shape), "select", f"hidden {[*index.shape]} + [D]", [*shape])
+        return choice
+
+    def _context(self, forward: Forward, i: int, hidden: Tensor, rope: Rope, cache: Any) -> TokenContext:
+        """Everything the policy asked for, and where the visual tokens are."""
+        assert forward.first is not None
+        needs, layout, grid = self.policy.needs(i), forward.layout_before(i), self.parts.grid
+        grids = tuple((grid,) * (n // (grid[0] * grid[1])) for n in forward.first.counts)
+        images = sum(map(len, grids))
+        return TokenContext(
+            layer=i,
+            mask=layout.columns >= 0,
+            counts=layout.counts,
+            ordinals=layout.ordinals,
+            positions=layout.positions(),
+            grids=grids,
+            hidden=ops.gather_tokens([hidden], layout.columns)[0] if needs.hidden else None,
+            attention=self._attention(forward, i, hidden, rope, cache, layout),
+            embeds=forward.embeds if needs.embeds else None,
+            text=None if forward.text is None else text_rows(forward.first, forward.text),
+            vision={layer: self.taps.attention(layer, images) for layer in needs.vision},
+            features=self.taps.features(images) if needs.vision else None,
+        )
+
+    def _attention(
+        self, forward: Forward, i: int, hidden: Tensor, rope: Rope, cache: Any, layout: Layout
+    ) -> AttentionInputs | None:
+        """Query and key of the layer before, read when it ran, or of this layer, projected now."""
+        needs = self.policy.needs(i)
+        if needs.attention != "own":
+            return forward.attention.pop(i, None)
+        layer = self.parts.layers[i]
+        return read_own_attention(layer, hidden, rope, cache, layout, forward, needs)
+
+
+def _reduced(
+    forward: Forward,
+    i: int,
+    rope: Rope,
+    tables: Rope,
+    after: Layout,
+    survivors: Tensor,
+    choice: Reduction,
+) -> Plan:
+    """The plan of a choice that reorders, rewrites or renumbers its rows."""
+    before, layout, first = forward.plan_before(i), forward.layout_before(i), forward.first
+    assert first is not None
+    after, survivors = rearrange(layout, after, survivors, choice.index)
+    if choice.positions == "pack":
+        cos, sin = ops.gather_tokens(list(rope), packed_rows(first, after))
+        shift = tuple(a - b for a, b in zip(first.real, after.real, strict=True))
+        return Plan(after, survivors, (cos, sin), shift, choice.hidden)
+    cos, sin = ops.gather_tokens(list(tables), survivors)
+    return Plan(after, survivors, (cos, sin), None if before is None else before.shift, choice.hidden)
+
+
+def _apply(plan: Plan, hidden: Tensor) -> Tensor:
+    """The rows that survive, with new contents where the policy made some."""
+    short = ops.gather_tokens([hidden], plan.survivors)[0]
+    return short if plan.rows is None else put_rows(short, plan.layout.columns, plan.rows)

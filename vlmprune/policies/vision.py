@@ -1,0 +1,148 @@
+"""What the methods before the language model share: the batch seen image by image, vision attention, nearest rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlmprune import ops
+from vlmprune.errors import check, require
+from vlmprune.policies.base import Reduction, TokenContext, VisionAttention, keep_count
+from vlmprune.policies.sets import marks
+
+Positions = Literal["pack", "keep"]
+
+
+def check_positions(positions: object) -> None:
+    """Raise ValueError unless ``positions`` is "pack" or "keep"."""
+    check(positions in ("pack", "keep"), "positions", "'pack' or 'keep'", repr(positions))
+
+
+def check_whole(name: str, value: object, least: int | None = None) -> None:
+    """Raise ValueError unless ``value`` is an int, and of at least ``least`` if that is given."""
+    ok = isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+    check(ok, name, "a whole number" if least is None else f"a whole number >= {least}", repr(value))
+
+
+def check_share(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a number in [0, 1]."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    check(ok, name, "a share in [0, 1]", repr(value))
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where the I images of a call lie among the entering tokens; host ints only.
+
+    Attributes:
+        samples: which sample each image belongs to, ascending.
+        firsts: each image's first place among its sample's tokens.
+        tokens: how many tokens each image has.
+        width: N, the places a sample has in the batch.
+    """
+
+    samples: tuple[int, ...]
+    firsts: tuple[int, ...]
+    tokens: tuple[int, ...]
+    width: int
+
+    def split(self, x: Tensor) -> Tensor:
+        """Cut ``x [B, N, ...]`` into images ``[I, P, ...]``; P is the largest image's tokens, padding is zeros."""
+        P = max(self.tokens, default=0)
+        if len(self.tokens) * P == x.shape[0] * self.width:
+            return x.reshape(len(self.tokens), P, *x.shape[2:])
+        begin = torch.tensor([s * self.width + f for s, f in zip(self.samples, self.firsts, strict=True)])
+        inside = torch.arange(P) < torch.tensor(self.tokens, dtype=torch.int64)[:, None]
+        at = torch.where(inside, begin.long()[:, None] + torch.arange(P), -1)
+        return _rows(x, at, 0)
+
+    def join(self, x: Tensor, kept: Sequence[int], samples: int, fill: int = 0) -> Tensor:
+        """Line up the first ``kept[i]`` rows of every image of ``x [I, k, ...]``: ``[samples, K, ...]``, then ``fill``."""
+        lines: list[list[int]] = [[] for _ in range(samples)]
+        for image, (sample, count) in enumerate(zip(self.samples, kept, strict=True)):
+            lines[sample] += range(image * x.shape[1], image * x.shape[1] + count)
+        K = max(map(len, lines), default=0)
+        at = torch.tensor([line + [-1] * (K - len(line)) for line in lines], dtype=torch.int64)
+        return _rows(x, at.view(samples, K), fill)
+
+    def index(self, picked: Tensor, kept: Sequence[int], samples: int) -> Tensor:
+        """Turn places within each image ``[I, k]`` into places within the sample ``[samples, K]``, -1 on the right."""
+        first = torch.tensor(self.firsts, dtype=torch.int64).to(picked.device, non_blocking=True)
+        return self.join(picked + first[:, None], kept, samples, fill=-1)
+
+
+def _rows(x: Tensor, at: Tensor, fill: int) -> Tensor:
+    """Rows ``at`` (a host tensor, -1 = ``fill``) of ``x`` with its first two dims run together."""
+    at = at.to(x.device, non_blocking=True)
+    flat = x.flatten(0, 1)
+    if not len(flat):
+        return x.new_full((*at.shape, *x.shape[2:]), fill)
+    rows = flat[at.clamp(min=0)]
+    return torch.where(at.view(*at.shape, *[1] * (x.ndim - 2)) >= 0, rows, fill)
+
+
+def images_of(ctx: TokenContext) -> Images:
+    """Where the images lie. Raises ValueError if an earlier stage has already dropped some of their tokens."""
+    whole = tuple(sum(r * c for r, c in grids) for grids in ctx.grids)
+    check(ctx.counts == whole, "ctx.counts", f"{whole}, every token of every image", ctx.counts)
+    samples, firsts, tokens = [], [], []
+    for sample, grids in enumerate(ctx.grids):
+        first = 0
+        for rows, columns in grids:
+            samples.append(sample)
+            firsts.append(first)
+            tokens.append(rows * columns)
+            first += rows * columns
+    return Images(tuple(samples), tuple(firsts), tuple(tokens), ctx.mask.shape[1])
+
+
+def vision_of(ctx: TokenContext, layer: int, images: Images) -> VisionAttention:
+    """One vision layer's query and key, or an error that says what the policy forgot to declare."""
+    name = f"ctx.vision[{layer}]"
+    seen = require(ctx.vision.get(layer), name, f"query and key (declare Needs(vision=({layer},)))")
+    patches = seen.key.shape[2] - seen.cls
+    fits = images.tokens == (patches,) * seen.key.shape[0]
+    check(fits, name, f"images of {images.tokens} patches", f"{seen.key.shape[0]} of {patches}")
+    return seen
+
+
+def patch_attention(seen: VisionAttention) -> Tensor:
+    """Attention every patch receives, head mean, ``[I, P]`` float32: from CLS, or the mean over all rows without one."""
+    every = torch.arange(seen.key.shape[2], device=seen.key.device).expand(seen.key.shape[0], -1)
+    rows, columns = (every[:, :1], every[:, 1:]) if seen.cls else (every, every)
+    return ops.received_attention(
+        seen.query, seen.key, rows=rows, columns=columns, causal=False, scale=seen.scale
+    )
+
+
+def quota_of(images: Images, keep: float) -> int:
+    """Tokens kept of every image, which are all of one size: a float is a share, an int a number."""
+    return keep_count(keep, max(images.tokens, default=0))
+
+
+def others(index: Tensor, tokens: int) -> Tensor:
+    """Places ``[I, tokens - k]`` that ``index [I, k]`` (no padding) leaves out, ascending."""
+    code = torch.where(marks(index, tokens), 2, 1).to(torch.int8)
+    unranked = torch.zeros(code.shape, dtype=torch.float32, device=index.device)
+    return ops.select_topk(unranked, 0, code=code)[0][:, : tokens - index.shape[1]]
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index [I, k]`` (no padding) of ``x [I, P, D]``: ``[I, k, D]``."""
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def nearest(rows: Tensor, targets: Tensor) -> Tensor:
+    """Number ``[I, R]`` of the target ``[I, T, D]`` most cosine-similar to each row ``[I, R, D]``; ties to the first."""
+    cosine = normalize(rows.float(), dim=-1) @ normalize(targets.float(), dim=-1).transpose(1, 2)
+    return cosine.argmax(-1)
+
+
+def outcome(index: Tensor, positions: Positions, hidden: Tensor | None = None) -> Tensor | Reduction:
+    """A bare index where tokens are only dropped and keep their positions, else a Reduction."""
+    return index if hidden is None and positions == "keep" else Reduction(index, hidden, positions)

@@ -1,0 +1,107 @@
+"""VisPruner: half of the kept patches are important, half are what remains after removing duplicates again and again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlmprune.errors import require
+from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, check_keep
+from vlmprune.policies.vision import (
+    Positions,
+    check_positions,
+    check_share,
+    check_whole,
+    images_of,
+    outcome,
+    patch_attention,
+    quota_of,
+    take,
+    vision_of,
+)
+
+ROUND = 8
+"""Duplicates removed per round in the released code."""
+
+
+@dataclass(frozen=True)
+class VisPruner(PruningPolicy):
+    """Keeps ``int(T * important_ratio)`` patches by CLS attention and fills up to T with patches unlike each other.
+
+    The rest starts in order of falling attention. Each round splits it into even and odd places, finds every even
+    one's greatest cosine with an odd one, and removes the (at most 8) even ones where that is highest; the surviving
+    even ones, by falling cosine, then go before the odd ones. Cosines are of the vision features before the projector.
+    The number of rounds follows from the counts, so nothing waits for the device.
+
+    The released code fails when a round has an odd number of patches, or fewer even ones than it is to remove; here
+    such a round keeps all the even ones that are due, or removes no more than there are.
+
+    Args:
+        keep: T, tokens per image (int; published budgets 192, 128, 64) or share (float).
+        important_ratio: share of T chosen by attention, in [0, 1].
+        vision_layer: vision-tower layer whose attention is read.
+        positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    summary: ClassVar[str] = "important patches by CLS attention, diverse ones by duplicate removal"
+    paper: ClassVar[str] = (
+        "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs (ICCV 2025), "
+        "arXiv 2412.01818"
+    )
+    checked: ClassVar[str] = "formula"
+
+    keep: int | float = 64
+    important_ratio: float = 0.5
+    vision_layer: int = -2
+    positions: Positions = "pack"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_share("important_ratio", self.important_ratio)
+        check_whole("vision_layer", self.vision_layer)
+        check_positions(self.positions)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Before the language model."""
+        return (0,)
+
+    def needs(self, layer: int) -> Needs:
+        """Query and key of the vision layer; the features come with them."""
+        return Needs(vision=(self.vision_layer,))
+
+    def select(self, ctx: TokenContext) -> Tensor | Reduction:
+        """The important and the diverse patches of each image, ascending."""
+        images = images_of(ctx)
+        if not images.tokens:
+            return ctx.ordinals
+        kept = quota_of(images, self.keep)
+        scores = patch_attention(vision_of(ctx, self.vision_layer, images))
+        features = require(ctx.features, "ctx.features", "what the projector got (declare Needs(vision=...))")
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        important = int(kept * self.important_ratio)
+        diverse = remove_duplicates(features, order[:, important:], kept - important)
+        picked = torch.cat([order[:, :important], diverse], 1).sort(dim=1).values
+        index = images.index(picked, [kept] * len(images.tokens), len(ctx.counts))
+        return outcome(index, self.positions)
+
+
+def remove_duplicates(features: Tensor, order: Tensor, keep: int) -> Tensor:
+    """Thin ``order [I, R]`` (patch numbers) to ``[I, keep]`` by removing patches that resemble another one."""
+    if keep == 0:
+        return order[:, :0]
+    unit = normalize(features.float(), dim=-1)
+    while order.shape[1] > keep:
+        even, odd = order[:, ::2], order[:, 1::2]
+        drop = min(ROUND, order.shape[1] - keep, even.shape[1])
+        likest = (take(unit, even) @ take(unit, odd).transpose(1, 2)).amax(2)
+        distinct = likest.argsort(dim=1, descending=True, stable=True)[:, drop:]
+        order = torch.cat([even.gather(1, distinct), odd], 1)
+    return order
