@@ -1,0 +1,181 @@
+"""Bad input: one clear line on stderr, exit code 2, no traceback; and before the weights are loaded."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from vlmprune.cli.generate import build_text
+
+
+@pytest.fixture
+def broken(checkpoint, tmp_path):
+    """The example checkpoint without its weights: passing the early checks would end in another error."""
+
+    def make(**changes):
+        copy = tmp_path / "checkpoint"
+        shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+        config = json.loads((copy / "config.json").read_text())
+        config["text_config"].update(changes.pop("text_config", {}))
+        (copy / "config.json").write_text(json.dumps(config | changes))
+        return copy
+
+    return make
+
+
+def one_line(done):
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    line, rest = done.stderr.split("\n", 1)
+    assert rest == ""
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    "policy, said",
+    [
+        ("fastvv", "policy: expected one of"),
+        ("fastv:layr=2", "policy fastv: expected one of the fields layer, keep"),
+        ("fastv:layer", "policy fastv: expected field=value"),
+        ("fastv:layer=two", "layer: expected int, got 'two'"),
+        ("fastv:layer=0", "layer: expected a whole number >= 1"),
+        ("fastv:layer=8", "layer: expected at most 7 (the decoder has 8 layers), got 8"),
+        ("fastv:keep=1.5", "keep: expected a share in (0, 1]"),
+        ("fastv:keep=0", "keep: expected"),
+        ("feather:layers=5/2", "layers: expected two layers, ascending"),
+    ],
+)
+def test_bad_policy(ask, broken, policy, said):
+    line = one_line(ask("--policy", policy, model=broken()))
+    assert said in line
+    assert "Traceback" not in line
+
+
+def test_missing_image(ask, broken, tmp_path):
+    assert "--image: expected an image file" in one_line(ask(image=tmp_path / "none.png", model=broken()))
+
+
+def test_no_image_at_all(ask, broken, tmp_path):
+    text = tmp_path / "text.png"
+    text.write_text("not pixels")
+    line = one_line(ask(image=text, model=broken()))
+    assert "--image: expected an image file" in line and "cannot be read" in line
+
+
+def test_truncated_image(ask, broken, scene, tmp_path):
+    half = tmp_path / "half.png"
+    half.write_bytes(scene.read_bytes()[:4000])
+    assert "cannot be read" in one_line(ask(image=half, model=broken()))
+
+
+def test_missing_checkpoint(ask, tmp_path):
+    assert "--model: expected a checkpoint folder" in one_line(ask(model=tmp_path / "none"))
+
+
+def test_folder_without_a_checkpoint(ask, tmp_path):
+    assert "config.json" in one_line(ask(model=tmp_path))
+
+
+def test_checkpoint_without_weights(ask, broken):
+    assert "model.safetensors" in one_line(ask(model=broken()))
+
+
+def test_damaged_weights(ask, broken, checkpoint):
+    model = broken()
+    (model / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:100_000])
+    assert "--model: expected whole weight files" in one_line(ask(model=model))
+
+
+def test_missing_weights(ask, broken, checkpoint):
+    model = broken()
+    tensors = load_file(checkpoint / "model.safetensors")
+    name = next(name for name in tensors if "q_proj" in name)
+    del tensors[name]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert "1 missing, first" in one_line(ask(model=model))
+
+
+def test_clip_rows_that_are_no_patches(ask, broken):
+    line = one_line(ask(model=broken(vision_feature_select_strategy="full")))
+    assert "vision_feature_select_strategy: expected 'default'" in line
+
+
+def test_text_model(ask, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    line = one_line(ask(model=tmp_path))
+    assert "model: expected a vision-language model" in line and "'llama'" in line
+
+
+def test_unknown_architecture(ask, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
+    assert "no_such_model" in one_line(ask(model=tmp_path))
+
+
+def test_sliding_window_decoder(ask, broken):
+    model = broken(text_config={"model_type": "mistral", "sliding_window": 64})
+    assert "decoder: expected full attention in every layer" in one_line(
+        ask("--policy", "fastv", model=model)
+    )
+
+
+def test_literal_prompt_with_too_few_placeholders(ask, broken, scene):
+    line = one_line(ask("--image", scene, prompt="<image> what color ?", model=broken()))
+    assert line == "error: --prompt: expected 2 x '<image>', one per --image, got 1"
+
+
+def test_literal_prompt_without_placeholder(ask, broken):
+    model = broken()
+    (model / "chat_template.jinja").unlink()
+    line = one_line(ask(model=model))
+    assert "--prompt: expected a text with '<image>' in it" in line and "no chat template" in line
+
+
+def test_flash_attention_on_a_cpu(ask, broken):
+    line = one_line(ask("--attn", "flash_attention_2", model=broken()))
+    assert "--attn: expected sdpa or eager" in line
+
+
+@pytest.mark.parametrize("target", ["kept.txt", "missing/kept.png"])
+def test_picture_that_cannot_be_written(ask, broken, tmp_path, target):
+    assert "--save: expected a file" in one_line(ask("--save", tmp_path / target, model=broken()))
+
+
+def test_cuda_without_a_gpu(cli, checkpoint, scene, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    done = cli("run", "--model", checkpoint, "--image", scene, "--prompt", "x", "--device", "cuda")
+    assert "--device: expected auto or cpu" in one_line(done)
+
+
+def test_process_exits_with_2_and_no_traceback(checkpoint, tmp_path):
+    args = ["run", "--model", checkpoint, "--image", tmp_path / "none.png", "--prompt", "x"]
+    command = [sys.executable, "-P", "-m", "vlmprune.cli", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: --image: expected an image file") and done.stderr.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(ask, monkeypatch):
+    def fail(path):
+        raise KeyError("ours")
+
+    monkeypatch.setattr("vlmprune.cli.run.open_image", fail)
+    done = ask()
+    assert done.exit_code == 1 and isinstance(done.exception, KeyError)
+
+
+def test_template_that_forgets_the_image():
+    class Processor:
+        image_token = "<image>"
+        chat_template = "any"
+
+        def apply_chat_template(self, messages, **options):
+            return messages[0]["content"][-1]["text"]
+
+    with pytest.raises(ValueError, match=r"^--prompt: expected 1 x '<image>', one per --image, got 0$"):
+        build_text(Processor(), "hello", 1)

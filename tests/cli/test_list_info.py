@@ -1,0 +1,52 @@
+"""``vlmprune list``, ``vlmprune info`` and ``vlmprune --version``."""
+
+import json
+
+import torch
+
+import vlmprune
+from vlmprune.policies.registry import parse_policy
+
+
+def test_version(cli):
+    done = cli("--version")
+    assert (done.exit_code, done.stdout) == (0, f"vlmprune {vlmprune.__version__}\n")
+
+
+def test_list_json_has_every_policy(cli):
+    found = json.loads(cli("list", "--json").stdout)
+    assert list(found) == vlmprune.list_policies()
+    assert found["fastv"]["fields"] == {"layer": 2, "keep": 0.5, "rows": "last"}
+    assert "2403.06764" in found["fastv"]["paper"]
+    assert all(policy["summary"] for policy in found.values())
+
+
+def test_list_table_can_be_typed_back(cli):
+    done = cli("list")
+    assert done.exit_code == 0, done.stderr
+    assert "layers=8/16" in done.stdout
+    assert parse_policy("feather:layers=8/16,keep=0.3") == vlmprune.Feather(layers=(8, 16), keep=0.3)
+
+
+def test_info_json(cli):
+    found = json.loads(cli("info", "--json").stdout)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["vlmprune"] == vlmprune.__version__
+    assert found["devices"][0]["name"] == "cpu"
+    assert set(found["ops"]) == ({"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"})
+    row = found["ops"]["cpu"]["select_topk"]
+    assert row["backend"] == "reference"
+    assert row["refused"]["triton"]
+
+
+def test_info_table(cli):
+    done = cli("info")
+    assert done.exit_code == 0, done.stderr
+    for word in ("torch", "transformers", "ops on cpu", "gather_tokens", "reference"):
+        assert word in done.stdout
+
+
+def test_help_names_every_option(cli):
+    done = cli("run", "--help")
+    for option in ("--model", "--image", "--prompt", "--policy", "--compare", "--save", "--json", "--attn"):
+        assert option in done.stdout

@@ -1,0 +1,91 @@
+"""Imports point one way: triton_kernels < ops < policies < models < cli."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BASE = {"env", "errors"}
+ALLOWED = {
+    "env": set(),
+    "errors": set(),
+    "flops": {"errors"},
+    "triton_kernels": set(),
+    "ops": BASE | {"triton_kernels"},
+    "policies": BASE | {"ops"},
+    "models": BASE | {"flops", "ops", "policies"},
+    "cli": BASE | {"flops", "ops", "policies", "models"},
+}
+"""Part of the package -> the other parts it may import."""
+ONLY_IN = {"triton": {"triton_kernels"}, "transformers": {"models", "cli"}, "typer": {"cli"}, "rich": {"cli"}}
+"""Outside package -> the only parts that may import it."""
+
+
+def sources(part):
+    folder = ROOT / part if part == "triton_kernels" else ROOT / "vlmprune" / part
+    return [*folder.rglob("*.py"), *(p for p in [folder.with_suffix(".py")] if p.is_file())]
+
+
+def imported(tree, path):
+    """Absolute names a module imports, ``from vlmprune import ops`` as ``vlmprune.ops`` too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            if node.module == "vlmprune":
+                yield from (f"vlmprune.{alias.name}" for alias in node.names)
+
+
+def complaints(part, name):
+    top, _, rest = name.partition(".")
+    target = rest.partition(".")[0]
+    if top == "vlmprune" and target in ALLOWED and target not in ALLOWED[part] | {part}:
+        yield f"{part} must not import {name}"
+    if part not in ONLY_IN.get(top, {part}):
+        yield f"{part} must not import {name}"
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_of(part):
+    paths = sources(part)
+    assert paths, f"no source of {part}"
+    found = [
+        f"{path.relative_to(ROOT)}: {complaint}"
+        for path in paths
+        for name in imported(ast.parse(path.read_text()), path)
+        for complaint in complaints(part, name)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_every_part_has_a_rule():
+    here = {
+        p.stem for p in (ROOT / "vlmprune").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
+    }
+    assert here - {"__init__"} <= ALLOWED.keys()
+
+
+@pytest.mark.parametrize(
+    "part, name",
+    [
+        ("ops", "vlmprune.models.attach"),
+        ("policies", "transformers.cache_utils"),
+        ("ops", "triton"),
+        ("triton_kernels", "vlmprune.errors"),
+    ],
+)
+def test_the_rules_catch(part, name):
+    assert list(complaints(part, name))
+
+
+def test_only_env_reads_the_environment():
+    reads = [
+        str(path.relative_to(ROOT))
+        for part in ALLOWED
+        for path in sources(part)
+        if part != "env" and any(word in path.read_text() for word in ("os.environ", "os.getenv"))
+    ]
+    assert not reads

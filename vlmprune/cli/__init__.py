@@ -1,0 +1,1 @@
+"""The command line: run, list, info. Imports transformers only inside ``run``."""

@@ -1,0 +1,108 @@
+"""The ``list`` and ``info`` commands: policies, versions, devices, and the backend of every op."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import MISSING
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vlmprune.ops._dispatch import TABLES, explain
+from vlmprune.policies.registry import fields_of, policies
+
+PACKAGES = ("vlmprune", "torch", "triton", "transformers", "numpy", "pillow", "flash-attn")
+
+
+def show_policies(as_json: bool) -> None:
+    """Print every policy; JSON maps a name to its fields, summary and paper."""
+    found = describe_policies()
+    if as_json:
+        return _print_json(found)
+    out = Table("name", "fields and defaults", "keeps", "paper", show_lines=True)
+    for name, policy in found.items():
+        fields = "\n".join(f"{field}={_typed(value)}" for field, value in policy["fields"].items())
+        out.add_row(name, Text(fields), Text(policy["summary"]), Text(policy["paper"]))
+    Console().print(out)
+
+
+def describe_policies() -> dict[str, dict[str, Any]]:
+    """Name -> fields with defaults (``"required"`` if there is none), summary, paper."""
+    return {
+        name: {
+            "fields": {k: "required" if v is MISSING else v for k, v in fields_of(cls)},
+            "summary": cls.summary,
+            "paper": cls.paper,
+        }
+        for name, cls in policies().items()
+    }
+
+
+def show_info(as_json: bool) -> None:
+    """Print what is installed and what would run."""
+    found = describe_machine()
+    if as_json:
+        return _print_json(found)
+    console = Console()
+    versions = Table("package", "version")
+    for name, number in found["versions"].items():
+        versions.add_row(name, number or Text("not installed", style="dim"))
+    console.print(versions)
+    for device in found["devices"]:
+        console.print(Text(f"{device['name']}: {device['description']}"))
+    for device, described in found["ops"].items():
+        out = Table("op", "backend", "why not the others", title=f"ops on {device}", title_justify="left")
+        for op, row in described.items():
+            reasons = "\n".join(f"{name}: {why}" for name, why in row["refused"].items())
+            out.add_row(op, row["backend"] or "none", Text(reasons or "-"))
+        console.print(out)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, devices, and per kind of device and op: the chosen backend and why others cannot run."""
+    kinds = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "devices": _devices(),
+        "ops": {kind: {op: describe_op(op, kind) for op in sorted(TABLES)} for kind in kinds},
+    }
+
+
+def describe_op(op: str, device: str) -> dict[str, Any]:
+    """The first backend of ``op`` that runs on ``device`` (None if none does), and the reasons of those that cannot."""
+    rows = explain(op, torch.device(device))
+    usable = [name for name, why in rows if why is None]
+    refused = {name: why for name, why in rows if why is not None}
+    return {"backend": usable[0] if usable else None, "refused": refused, "also": usable[1:]}
+
+
+def _devices() -> list[dict[str, str]]:
+    out = [{"name": "cpu", "description": f"{platform.machine()}, {torch.get_num_threads()} torch threads"}]
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        text = f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+        out.append({"name": f"cuda:{i}", "description": text})
+    return out
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _typed(value: Any) -> str:
+    """A default as it is typed in ``--policy``."""
+    if isinstance(value, tuple | list):
+        return "/".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+def _print_json(found: Any) -> None:
+    print(json.dumps(found, indent=2))  # noqa: T201

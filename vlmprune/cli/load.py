@@ -1,0 +1,110 @@
+"""Turn what was typed into checked objects and a loaded model. All that can fail without the weights fails first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
+
+from vlmprune.errors import check
+from vlmprune.models import check_config, check_layers, patch_grid
+from vlmprune.policies.base import PruningPolicy
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run, its processor, and how it was loaded."""
+
+    model: Any
+    processor: Any
+    device: str
+    dtype: str
+    attention: str
+
+
+def quiet() -> None:
+    """Silence transformers' hints and progress bars in this process; the command line has its own."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read a whole image file as RGB. Raises ValueError if there is none or it cannot be read."""
+    check(path.is_file(), "--image", "an image file", f"{str(path)!r}, which is no file")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"--image: expected an image file, got {str(path)!r}, which cannot be read"
+        ) from error
+
+
+def read_config(source: str) -> Any:
+    """Read a checkpoint's configuration and refuse what cannot be pruned. Raises ValueError or ModelError."""
+    if Path(source).exists() or source.startswith((".", "/", "~")):
+        there = (Path(source) / "config.json").is_file()
+        check(there, "--model", "a checkpoint folder with a config.json, or a hub id", repr(source))
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except OSError as error:
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--model: expected a checkpoint folder or a hub id, got {source!r}: {why}"
+        ) from error
+    check_config(config)
+    patch_grid(config)
+    return config
+
+
+def check_depth(policies: list[PruningPolicy], config: Any) -> None:
+    """Raise ValueError if a policy has a stage beyond the decoder's last layer."""
+    for policy in policies:
+        check_layers(policy, config.text_config.num_hidden_layers)
+
+
+def pick_device(wanted: str) -> str:
+    """``auto`` is the GPU if there is one. Raises ValueError for a GPU that is not there."""
+    there = torch.cuda.is_available()
+    check(wanted != "cuda" or there, "--device", "auto or cpu (torch sees no CUDA device here)", "cuda")
+    return wanted if wanted != "auto" else "cuda" if there else "cpu"
+
+
+def check_attention(name: str, device: str) -> None:
+    """Raise ValueError if FlashAttention is asked for where it cannot run."""
+    usable = device == "cuda" and find_spec("flash_attn") is not None
+    expected = "sdpa or eager (flash_attention_2 needs a CUDA device and the flash-attn package)"
+    check(name != "flash_attention_2" or usable, "--attn", expected, name)
+
+
+def load_processor(source: str) -> Any:
+    """Load tokenizer, image processor and chat template."""
+    return AutoProcessor.from_pretrained(source)
+
+
+def load(source: str, config: Any, processor: Any, device: str, dtype: str, attention: str) -> Loaded:
+    """Load the weights onto ``device``. Raises ValueError if the checkpoint does not have them all."""
+    try:
+        model, notes = AutoModelForImageTextToText.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=attention,
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"--model: expected whole weight files in {source!r}, got: {error}") from error
+    # transformers fills what is missing with random numbers and only logs it.
+    missing = sorted(notes["missing_keys"])
+    check(
+        not missing, "--model", f"every weight in {source!r}", f"{len(missing)} missing, first {missing[:1]}"
+    )
+    model = model.to(device).eval()
+    return Loaded(model, processor, device, str(model.dtype).removeprefix("torch."), attention)

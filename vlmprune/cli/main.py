@@ -1,0 +1,152 @@
+"""The commands and their options; the one place where an expected error becomes one line and exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlmprune import __version__
+from vlmprune.errors import BackendError, ModelError, NotPrunedError
+
+EXPECTED = (ValueError, OSError, BackendError, ModelError, NotPrunedError)
+"""What bad input raises. Anything else is our bug and keeps its traceback."""
+
+app = typer.Typer(
+    help="Visual-token pruning for vision-language models.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+class Device(StrEnum):
+    """Where to run."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(StrEnum):
+    """In which precision; auto = as the checkpoint stores it."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Attention(StrEnum):
+    """Which of transformers' attention functions the model is loaded with."""
+
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="vlmprune")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an expected error into ``error: ...`` on stderr and exit code 2."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except EXPECTED as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # A BackendError lists one reason a line; other libraries put advice below their first line.
+        text = (
+            "; ".join(lines) if isinstance(error, BackendError) else next(iter(lines), type(error).__name__)
+        )
+        typer.echo(f"error: {text}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vlmprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Visual-token pruning for vision-language models."""
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Option(help="Checkpoint folder or hub id of a LLaVA-1.5-type model.")],
+    image: Annotated[list[Path], typer.Option(help="Image file; repeatable.")],
+    prompt: Annotated[
+        str, typer.Option(help="Question. With the image placeholder token in it, it is taken literally.")
+    ],
+    policy: Annotated[
+        list[str] | None, typer.Option(help="NAME[:field=value,...]; repeatable. See `vlmprune list`.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each policy; the median is shown.")] = 3,
+    device: Annotated[Device, typer.Option(help="auto = cuda if there is one.")] = Device.auto,
+    dtype: Annotated[Dtype, typer.Option(help="auto = as the checkpoint stores it.")] = Dtype.auto,
+    attn: Annotated[Attention, typer.Option(help="Attention function of the model.")] = Attention.sdpa,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also run unpruned, as the first column.")
+    ] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="Write a picture: the image with the dropped patches dimmed.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one question with each policy, and show what was kept and what it saved."""
+    with one_line_errors():
+        from vlmprune.cli.run import Request, execute
+
+        execute(
+            Request(
+                model=model,
+                images=tuple(image),
+                prompt=prompt,
+                policies=tuple(policy or ()),
+                max_new_tokens=max_new_tokens,
+                repeat=repeat,
+                device=device.value,
+                dtype=dtype.value,
+                attention=attn.value,
+                compare=compare,
+                save=save,
+                as_json=as_json,
+            )
+        )
+
+
+@app.command("list")
+def list_command(as_json: AsJson = False) -> None:
+    """The pruning policies, their fields with defaults, and where they come from."""
+    with one_line_errors():
+        from vlmprune.cli.info import show_policies
+
+        show_policies(as_json)
+
+
+@app.command()
+def info(as_json: AsJson = False) -> None:
+    """Versions, devices, and which backend each op would use here and why the others not."""
+    with one_line_errors():
+        from vlmprune.cli.info import show_info
+
+        show_info(as_json)

@@ -1,0 +1,128 @@
+"""Results as a table for people, or as one JSON object for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vlmprune import __version__
+from vlmprune.cli.generate import Outcome
+from vlmprune.cli.load import Loaded
+
+if TYPE_CHECKING:
+    from vlmprune.cli.run import Request
+
+
+def show(request: Request, loaded: Loaded, outcomes: list[Outcome]) -> None:
+    """Print the table and how it was measured."""
+    console = Console()
+    console.print(table(outcomes))
+    console.print(Text(footer(request, loaded), style="dim"))
+
+
+def table(outcomes: list[Outcome]) -> Table:
+    """One row per quantity, one column per run."""
+    out = Table(show_lines=False)
+    out.add_column("", no_wrap=True)
+    for outcome in outcomes:
+        out.add_column(Text(outcome.label.partition(":")[0]), overflow="fold")
+    for section in SECTIONS:
+        for name, cell in section:
+            out.add_row(name, *(Text(cell(outcome)) for outcome in outcomes))
+        out.add_section()
+    return out
+
+
+def footer(request: Request, loaded: Loaded) -> str:
+    """How the numbers came about."""
+    lines = [
+        f"{request.model} on {loaded.device}, {loaded.dtype}, {loaded.attention} attention. Greedy, batch 1.",
+        f"Time: median of {request.repeat} after one untimed warm-up run of the same policy; prefill includes selection.",
+        "FLOPs are 2 x multiply-adds, counted from shapes, of the decoder's prefill.",
+    ]
+    if request.save is not None:
+        lines.append(f"picture: {request.save}")
+    return "\n".join(lines)
+
+
+def as_json(request: Request, loaded: Loaded, outcomes: list[Outcome]) -> dict[str, Any]:
+    """Everything the table says, and which tokens survived each stage."""
+    return {
+        "version": __version__,
+        "model": request.model,
+        "images": [str(path) for path in request.images],
+        "prompt": request.prompt,
+        "max_new_tokens": request.max_new_tokens,
+        "device": loaded.device,
+        "dtype": loaded.dtype,
+        "attention": loaded.attention,
+        "warm_up_runs": 1,
+        "timed_runs": request.repeat,
+        "picture": None if request.save is None else str(request.save),
+        "runs": [
+            {
+                "policy": outcome.policy,
+                "answer": outcome.answer,
+                "kept": [list(kept) for kept in outcome.kept],
+                "report": outcome.report.as_dict(),
+            }
+            for outcome in outcomes
+        ],
+    }
+
+
+def _stages(outcome: Outcome) -> str:
+    stages = outcome.report.stages
+    return "\n".join(f"layer {layer}: {before}→{after}" for layer, before, after in stages) or "-"
+
+
+def _flops(count: int, like: int) -> str:
+    """``count`` in the unit that suits ``like``, so that numbers to be compared share one."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if like >= size:
+            return f"{count / size:.2f} {unit}FLOP"
+    return f"{count} FLOP"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1000:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _decode(outcome: Outcome) -> str:
+    report = outcome.report
+    return f"{_time(report.seconds.decode)} ({report.decode_steps})" if report.decode_steps else "-"
+
+
+def _per_token(outcome: Outcome) -> str:
+    report = outcome.report
+    return _time(report.seconds.decode / report.decode_steps) if report.decode_steps else "-"
+
+
+SECTIONS: tuple[tuple[tuple[str, Callable[[Outcome], str]], ...], ...] = (
+    (("settings", lambda o: o.label.partition(":")[2].replace(",", "\n") or "-"),),
+    (("answer", lambda o: o.answer),),
+    (
+        ("visual tokens", lambda o: f"{o.report.visual_tokens:g}"),
+        ("stages", _stages),
+        ("mean over layers", lambda o: f"{o.report.tokens.mean_per_layer:.1f}"),
+        ("after last stage", lambda o: f"{o.report.tokens.after_last_stage:g}"),
+        ("resident in KV", lambda o: f"{o.report.tokens.resident_kv:.1f}"),
+    ),
+    (
+        ("FLOPs, full", lambda o: _flops(o.report.flops.full, o.report.flops.full)),
+        ("FLOPs, this run", lambda o: _flops(o.report.flops.pruned, o.report.flops.full)),
+        ("FLOPs cut", lambda o: f"{o.report.flops.cut:.1%}"),
+        ("FLOPs, vision", lambda o: _flops(o.report.flops.vision, o.report.flops.full)),
+    ),
+    (
+        ("vision", lambda o: _time(o.report.seconds.vision)),
+        ("prefill", lambda o: _time(o.report.seconds.prefill)),
+        ("selection", lambda o: _time(o.report.seconds.selection) if o.kept else "-"),
+        ("decode (steps)", _decode),
+        ("decode per token", _per_token),
+    ),
+)
