@@ -13,7 +13,7 @@ ALLOWED = {
     "flops": {"errors"},
     "triton_kernels": set(),
     "ops": BASE | {"triton_kernels"},
-    "policies": BASE | {"ops"},
+    "policies": BASE | {"flops", "ops"},
     "models": BASE | {"flops", "ops", "policies"},
     "cli": BASE | {"flops", "ops", "policies", "models"},
 }

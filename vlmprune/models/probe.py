@@ -23,7 +23,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def heads(x: Tensor, head_dim: int) -> Tensor:
     """``[B, S, H * D]`` to ``[B, H, S, D]``."""
-    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
+    return x.view(*x.shape[:2], x.shape[-1] // head_dim, head_dim).transpose(1, 2)
 
 
 def read_attention(attn: Any, kwargs: dict[str, Any], forward: Forward, needs: Needs) -> AttentionInputs:

@@ -1,7 +1,10 @@
 """The only door to kernels: checked ops with a reference, a fake and a table of backends."""
 
 from vlmprune.ops._dispatch import use_backend
+from vlmprune.ops.cluster_dpc import cluster_dpc
 from vlmprune.ops.gather_tokens import gather_tokens
+from vlmprune.ops.greedy_select import greedy_select
+from vlmprune.ops.merge_tokens import merge_tokens
 from vlmprune.ops.prune_tokens import Pruned, prune_tokens
 from vlmprune.ops.received_attention import received_attention
 from vlmprune.ops.row_lse import row_lse
@@ -9,7 +12,10 @@ from vlmprune.ops.select_topk import select_topk
 
 __all__ = [
     "Pruned",
+    "cluster_dpc",
     "gather_tokens",
+    "greedy_select",
+    "merge_tokens",
     "prune_tokens",
     "received_attention",
     "row_lse",

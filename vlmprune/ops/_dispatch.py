@@ -78,12 +78,24 @@ def choose(op: str, x: torch.Tensor) -> Callable[..., Any]:
             continue
         reason = backend.why_not(x.device, forced is not None)
         if reason is None:
-            return backend.load()
+            return _on_device_of(x, backend.load())
         tried.append(f"{backend.name}: {reason}")
     if forced is not None and forced not in [b.name for b in TABLES[op]]:
         tried.append(f"{forced}: {op} has no such backend")
     header = f"no backend can run {op} on {tuple(x.shape)} {x.dtype} {x.device}"
     raise BackendError("\n  ".join([header, *tried]))
+
+
+def _on_device_of(x: torch.Tensor, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the GPU of ``x`` current while ``run`` launches: a model may be spread over several."""
+    if x.device.type != "cuda":
+        return run
+
+    def guarded(*args: Any) -> Any:
+        with torch.cuda.device(x.device):
+            return run(*args)
+
+    return guarded
 
 
 def explain(op: str, device: torch.device) -> list[tuple[str, str | None]]:

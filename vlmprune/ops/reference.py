@@ -155,8 +155,9 @@ def gather_tokens(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
         x = x.expand(index.shape[0], *x.shape[1:])
         full = list(x.shape)
         full[dim] = index.shape[1]
-        rows = x.gather(dim, at.clamp(min=0).expand(full))
-        out.append(torch.where(at >= 0, rows, torch.zeros((), dtype=x.dtype, device=x.device)))
+        plain = x.view(torch.uint8) if x.element_size() == 1 else x  # PyTorch cannot gather float8
+        rows = plain.gather(dim, at.clamp(min=0).expand(full))
+        out.append(rows.masked_fill(at < 0, 0).view(x.dtype))
     return out
 
 
@@ -167,6 +168,7 @@ def prune_tokens(
     rows: Tensor,
     columns: Tensor,
     keep: int,
+    width: int,
     key_mask: Tensor | None,
     causal: bool,
     lse: Tensor | None,
@@ -178,12 +180,12 @@ def prune_tokens(
     rope: Rope | None,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Score the columns; keep the best ``keep`` of them and every unmasked position that is no column; gather."""
-    (B, S), N = (key.shape[0], key.shape[2]), columns.shape[1]
+    B, S = key.shape[0], key.shape[2]
     reduces = (head_reduce, row_reduce, normalize, scale, rope)
     scores = received_attention(query, key, rows, columns, key_mask, causal, lse, row_weight, *reduces)
     at = torch.where(columns >= 0, columns, S)  # padding lands in one extra position, cut off below
     spread = scores.new_zeros(B, S + 1).scatter(1, at, scores)[:, :S]
     code = torch.ones(B, S + 1, dtype=torch.int8, device=key.device).scatter(1, at, 0)[:, :S]
     code = code if key_mask is None else code.masked_fill(~key_mask, 2)
-    index, count = select_topk(spread, keep, code, S - N + keep)
+    index, count = select_topk(spread, keep, code, width)
     return gather_tokens(tensors, index), index, count, scores

@@ -1,0 +1,161 @@
+"""Every kernel compiles for GPUs that are not there, at the shapes of LLaVA-1.5 and more, and spills no register.
+
+Run in a process of its own: TRITON_INTERPRET=0 python -m pytest tests/compile.
+"""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter cannot compile; run with TRITON_INTERPRET=0", allow_module_level=True)
+
+spec = importlib.util.spec_from_file_location("_offline", Path(__file__).with_name("_offline.py"))
+offline = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = offline  # a dataclass looks its module up
+spec.loader.exec_module(offline)
+
+ARCHS = [80, 90, 100]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def meta(*shape, dtype=BF16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def positions(*shape):
+    return meta(*shape, dtype=torch.int64)
+
+
+def score(dtype, D, R, H=32, Hkv=32, S=640, N=576, mask=False, rope=False, lse=False, **reduces):
+    """A launch of received_attention: LLaVA-1.5's 576 visual tokens in a prompt of 640 unless told otherwise."""
+    from vlmprune.triton_kernels.received_attention import received_attention
+
+    settings = dict(head_reduce="mean", row_reduce="mean", normalize="row") | reduces
+
+    def launch():
+        received_attention(
+            meta(1, H, S, D, dtype=dtype),
+            meta(1, Hkv, S, D, dtype=dtype),
+            positions(1, R),
+            positions(1, N),
+            meta(1, S, dtype=torch.bool) if mask else None,
+            True,
+            meta(1, H, S, dtype=FP32) if lse else None,
+            meta(1, R, dtype=FP32) if mask else None,
+            scale=D**-0.5,
+            rope=(meta(1, S, D, dtype=dtype),) * 2 if rope else None,
+            **settings,
+        )
+
+    return launch
+
+
+def select(N, dtype, coded, keep=None):
+    from vlmprune.triton_kernels.select_topk import select_topk
+
+    keep = positions(2) if coded else N // 3 if keep is None else keep
+    code = meta(2, N, dtype=torch.int8) if coded else None
+    return lambda: select_topk(meta(2, N, dtype=dtype), keep, code, N if coded else keep)
+
+
+def gather(n_caches):
+    from vlmprune.triton_kernels.gather_tokens import gather_tokens
+
+    caches = [meta(1, 32, 640, 128) for _ in range(n_caches)]
+    others = [meta(1, 640, 4096), positions(1, 640), meta(1, 640, 128), meta(1, 640, dtype=torch.bool)]
+    return lambda: gather_tokens(others + caches, positions(1, 256))
+
+
+def gather_one():
+    from vlmprune.triton_kernels.gather_tokens import gather_tokens
+
+    return lambda: gather_tokens([meta(1, 1), meta(1, 1, 1), meta(1, 1, 1, 1)], positions(1, 1))
+
+
+def prune():
+    from vlmprune.triton_kernels.prune_tokens import prune_tokens
+
+    query, mask = meta(1, 32, 640, 128, dtype=FP16), meta(1, 640, dtype=torch.bool)
+    tail = (mask, True, None, None, "mean", "mean", "row", 0.1, None)
+    return lambda: prune_tokens(query, query, [query], positions(1, 1), positions(1, 576), 128, *tail)
+
+
+LAUNCHES = {
+    "score bf16 D=128 R=1": score(BF16, 128, 1),
+    "score bf16 D=128 R=1 lse": score(BF16, 128, 1, lse=True),
+    "score bf16 D=128 R=64 masked": score(BF16, 128, 64, mask=True),
+    "score bf16 D=64 R=64 masked": score(BF16, 64, 64, mask=True),
+    "score fp16 D=128 R=64 max columns": score(FP16, 128, 64, row_reduce="max", normalize="columns"),
+    "score fp16 D=64 R=64 none": score(FP16, 64, 64, normalize="none", head_reduce="none"),
+    "score fp32 D=128 R=1": score(FP32, 128, 1),
+    "score fp32 D=128 R=64": score(FP32, 128, 64),
+    "score fp32 D=64 R=64 masked": score(FP32, 64, 64, mask=True),
+    "score bf16 D=128 R=1 rope": score(BF16, 128, 1, rope=True),
+    "score bf16 D=128 R=64 rope": score(BF16, 128, 64, rope=True, mask=True),
+    "score fp16 D=64 R=64 rope": score(FP16, 64, 64, rope=True),
+    "score fp32 D=128 R=64 rope": score(FP32, 128, 64, rope=True),
+    "score bf16 D=80 R=577 vision": score(BF16, 80, 577, H=16, Hkv=16, S=577, mask=True),
+    "score bf16 D=128 GQA 4k": score(BF16, 128, 1, H=28, Hkv=4, S=4160, N=4096),
+    "select fp32 N=576": select(576, FP32, False),
+    "select bf16 N=576 coded": select(576, BF16, True),
+    "select fp32 N=2880": select(2880, FP32, False),
+    "select fp32 N=2880 coded": select(2880, FP32, True),
+    "select fp32 N=16384": select(16384, FP32, False),
+    "select bf16 N=65536 coded": select(65536, BF16, True),
+    "gather, no caches": gather(0),
+    "gather, 60 caches": gather(60),
+    "prune": prune(),
+    # Triton turns an argument of 1 into a constant of another type
+    "score, all ones": score(BF16, 8, 1, H=1, Hkv=1, S=1, N=1, mask=True, normalize="columns"),
+    "score, one head, split keys": score(FP16, 64, 1, H=1, Hkv=1, S=1280, N=1),
+    "select 1 of 1": select(1, FP32, False, keep=1),
+    "select 1 of 1 coded": select(1, FP32, True),
+    "select none": select(576, FP32, False, keep=0),
+    "gather, all ones": gather_one(),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids="sm_{}".format)
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES.keys())
+def test_compiles_without_spills(launch, arch):
+    """Also proves that a launcher never waits for the device: a meta tensor has no value to wait for."""
+    kernels = offline.compile_launches(launch, arch)
+    assert kernels
+    for kernel in kernels:
+        assert (kernel.spill_stores, kernel.spill_loads) == (0, 0), kernel.summary()
+        assert kernel.shared <= offline.SHARED_LIMIT[arch], kernel.summary()
+        assert not re.search(r"\b(atom|red)\.(?!\S*shared)", kernel.ptx), f"{kernel.name}: a global atomic"
+
+
+def test_every_kernel_is_compiled():
+    launched = {"_spread_scores_kernel"}
+    for name in (
+        "score fp16 D=128 R=64 max columns",
+        "score bf16 D=128 GQA 4k",
+        "prune",
+        "gather, no caches",
+    ):
+        launched |= {kernel.name for kernel in offline.compile_launches(LAUNCHES[name], 90)}
+    top_level = {kernel.__name__ for kernel in offline.kernels() if kernel.__name__.endswith("_kernel")}
+    assert top_level == launched
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids="sm_{}".format)
+def test_big_tensors_move_in_16_byte_pieces(arch):
+    """Alignment survives the choice of a pointer from the launch's tuple."""
+    (kernel,) = offline.compile_launches(gather(60), arch)
+    assert "ld.global.v4" in kernel.ptx and "st.global.v4" in kernel.ptx
+
+
+def test_a_barrier_separates_defaults_from_scores():
+    """In prune_tokens two threads may write one address, first a default, then a column's score."""
+    spread = [k for k in offline.compile_launches(prune(), 90) if k.name == "_spread_scores_kernel"]
+    (ptx,) = [kernel.ptx for kernel in spread]
+    before_columns = ptx[: ptx.index("ld.global.v2.b64")]
+    assert "bar.sync" in before_columns[before_columns.rindex("st.global") :]

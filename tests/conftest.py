@@ -1,0 +1,32 @@
+"""Shared by all tests: the interpreter switch, NaN in uninitialised tensors, the device, and GPU-only tests."""
+
+import os
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first `import triton`
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect tests that need a GPU where there is none."""
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needs_gpu and not HAS_CUDA:
+        config.hook.pytest_deselected(items=needs_gpu)
+        items[:] = [item for item in items if item not in needs_gpu]
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if HAS_CUDA else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def nan_in_empty_tensors():
+    """torch.empty returns NaN, so a kernel that forgets to write part of its output fails."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

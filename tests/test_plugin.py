@@ -1,0 +1,55 @@
+"""A policy from another package: installed on its own, found by name, run through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCENES = ROOT / "examples" / "glyphworld"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The plugin installed into a folder of its own, and an environment that sees it."""
+    target = tmp_path_factory.mktemp("plugin")
+    source = tmp_path_factory.mktemp("source")
+    for file in ("pyproject.toml", "vlmprune_norm.py"):
+        (source / file).write_text((ROOT / "examples" / "plugin" / file).read_text())
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(target), str(source)], check=True, cwd=source)
+    return {**os.environ, "PYTHONPATH": str(target)}
+
+
+def vlmprune(env, *args):
+    command = [sys.executable, "-P", "-m", "vlmprune.cli", *args]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def test_it_is_listed(installed):
+    out = vlmprune(installed, "list", "--json")
+    assert out.returncode == 0, out.stderr
+    assert json.loads(out.stdout)["norm"]["fields"] == {"layer": 2, "keep": 0.5}
+
+
+def test_it_runs(installed):
+    scene = SCENES / "images" / "scene_70001.png"
+    model = SCENES / "checkpoint"
+    args = ["--model", str(model), "--image", str(scene), "--prompt", "locate the green phone .", "--json"]
+    out = vlmprune(installed, "run", *args, "--policy", "norm:layer=3,keep=49", "--repeat", "1")
+    assert out.returncode == 0, out.stderr
+    (run,) = json.loads(out.stdout)["runs"]
+    assert run["report"]["stages"] == [{"layer": 3, "tokens_in": 196, "tokens_kept": 49}]
+
+
+def test_without_it_the_name_is_unknown():
+    out = vlmprune(
+        dict(os.environ), "run", "--model", "x", "--image", "y", "--prompt", "z", "--policy", "norm"
+    )
+    assert out.returncode == 2
+    assert "policy: expected one of fastv" in out.stderr

@@ -1,0 +1,78 @@
+"""Pieces used by two or more kernels: tile sizes, operand types, and reading rows of query or key."""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)  # exp2 and log2 are the hardware's own; e^x = 2^(x * LOG2E)
+
+_TL_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def dot_dtype(x):
+    """Operand type of ``tl.dot``; the interpreter multiplies the raw bits of bfloat16, so it gets float32."""
+    interpreted_bf16 = triton.knobs.runtime.interpret and x.dtype == torch.bfloat16
+    return tl.float32 if interpreted_bf16 else _TL_DTYPE[x.dtype]
+
+
+def padded_head_dim(D):
+    """Tile width for head dim ``D``: a power of two, and at least the 16 that ``tl.dot`` needs."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def tiles(query, n_rows, rope):
+    """Safe tiles of a score kernel: no spill on sm_80 to sm_100, Triton 3.6 to 3.9 (tests/compile reads it back).
+
+    Registers per row of a tile: float32 dots are three TF32 dots on split operands, un-rotating holds four rows for one.
+    """
+    weight = padded_head_dim(query.shape[-1])
+    weight *= (8 if query.element_size() == 4 else 1) * (4 if rope is not None else 1)
+    block = 64 if weight <= 128 else 32 if weight <= 512 else 16
+    block_m = 16 if n_rows <= 16 else block
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": max(block, 32),
+        "num_warps": 8 if block_m == 64 or weight > 4096 else 4,
+        "num_stages": 2 if weight <= 512 else 1,
+    }
+
+
+def rope_args(rope, B):
+    """(cos, sin, batch stride, sequence stride) for a kernel; stride 0 broadcasts a table over the batch."""
+    if rope is None:
+        return None, None, 0, 0
+    cos, sin = rope
+    if cos.stride() != sin.stride() or cos.stride(2) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    return cos, sin, cos.stride(0) if cos.shape[0] == B else 0, cos.stride(1)
+
+
+def as_bytes(mask):
+    """View a bool mask as uint8, row-contiguous; None stays None."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+@triton.jit
+def load_rows(
+    x_ptr,
+    x_offs,  # [BLOCK] int64, where each row starts
+    cos_ptr,  # None = leave the rows as they are
+    sin_ptr,
+    rope_offs,  # [BLOCK] int64, where each row's table starts
+    ok,  # [BLOCK] bool
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Load [BLOCK, BLOCK_D] rows, zeros where not ok; undo rotate-half RoPE in float32 if tables are given."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = ok[:, None] & (offs_d < D)[None, :]
+    x = tl.load(x_ptr + x_offs[:, None] + offs_d[None, :], mask=mask, other=0.0)
+    if cos_ptr is not None:
+        other_half = (offs_d + D // 2) % D  # read again (from L1) rather than exchanged between threads
+        y = tl.load(x_ptr + x_offs[:, None] + other_half[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = tl.where((offs_d < D // 2)[None, :], y, -y)
+        cos = tl.load(cos_ptr + rope_offs[:, None] + offs_d[None, :], mask=mask, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + rope_offs[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) * cos + y * sin) / (cos * cos + sin * sin)
+    return x.to(DTYPE)

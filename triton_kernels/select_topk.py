@@ -1,0 +1,165 @@
+"""Exact top-k in position order: index[b] = ascending positions of the keep[b] best scores and of every forced one.
+
+Latency bound: a row is a few thousand numbers. One threshold problem: each position gets a 32-bit key whose integer
+order is the score order (forced = largest, dropped = 0), four 8-bit radix rounds find the smallest kept key, and a
+prefix sum over "kept" gives every survivor its slot, already sorted. Ties go to the lower position.
+Tile: CHUNK positions; a row that fits one chunk is read once and stays in registers. Grid: (B,).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_CHUNK = (
+    4096  # keys per pass; 16 a thread at 8 warps. Must stay below 65536: two 16-bit counts share one scan
+)
+MIN_CHUNK = 128
+LOOP_CHUNK = 2048  # for longer rows: the loop needs registers of its own
+KEYS_PER_WARP = 256
+FORCED = tl.constexpr(0xFFFFFFFF)  # above the key of +inf, 0xFF800000
+NAN_KEY = tl.constexpr(1)  # below the key of -inf, 0x007FFFFF; 0 is "not there"
+
+
+@triton.jit
+def _order_key(scores):
+    """Float -> uint32 whose order is the float order; -0.0 equals 0.0 and every NaN is lowest."""
+    if scores.dtype == tl.bfloat16:  # by its bits: exact for denormals, in the interpreter too
+        bits = scores.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    else:
+        bits = scores.to(tl.float32).to(tl.uint32, bitcast=True)
+    bits = tl.where(bits == 0x80000000, 0, bits).to(tl.uint32)
+    flip = tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return tl.where(is_nan, NAN_KEY, bits ^ flip).to(tl.uint32)
+
+
+@triton.jit
+def _load_keys(scores_ptr, code_ptr, stride_sn, offs, N):
+    """Keys of positions ``offs``: 0 = dropped or past the end."""
+    mask = offs < N
+    key = _order_key(tl.load(scores_ptr + offs.to(tl.int64) * stride_sn, mask=mask, other=0.0))
+    if code_ptr is not None:
+        code = tl.load(code_ptr + offs, mask=mask, other=2)
+        key = tl.where(code == 1, FORCED, tl.where(code == 0, key, 0)).to(tl.uint32)
+    return tl.where(mask, key, 0).to(tl.uint32)
+
+
+@triton.jit
+def _count_codes(code_ptr, N, CHUNK: tl.constexpr):
+    """How many positions are forced, and how many compete."""
+    forced = tl.zeros((), tl.int32)
+    prunable = tl.zeros((), tl.int32)
+    for start in range(0, N, CHUNK):
+        offs = start + tl.arange(0, CHUNK)
+        code = tl.load(code_ptr + offs, mask=offs < N, other=2)
+        forced += tl.sum((code == 1).to(tl.int32), 0)
+        prunable += tl.sum((code == 0).to(tl.int32), 0)
+    return forced, prunable
+
+
+@triton.jit
+def _kth_largest(scores_ptr, code_ptr, stride_sn, keys, kth, N, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr):
+    """The kth largest key (1-based), and how many keys equal to it belong to the kth largest."""
+    bins = tl.arange(0, 256)
+    threshold = tl.zeros((), tl.uint32)
+    known = tl.zeros((), tl.uint32)  # the bits of the threshold decided so far
+    for step in range(4):
+        shift = (24 - 8 * step + tl.zeros((), tl.int32)).to(tl.uint32)
+        counts = tl.zeros((256,), tl.int32)
+        for start in range(0, N, CHUNK):
+            if not ONE_CHUNK:
+                keys = _load_keys(scores_ptr, code_ptr, stride_sn, start + tl.arange(0, CHUNK), N)
+            digit = ((keys >> shift) & 255).to(tl.int32)
+            counts += tl.histogram(digit, 256, mask=(keys & known) == threshold)
+        at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
+        digit_k = tl.sum((at_least >= kth).to(tl.int32), 0) - 1
+        kth -= tl.sum(tl.where(bins == digit_k, at_least - counts, 0), 0)
+        threshold = threshold | (digit_k.to(tl.uint32) << shift)
+        known = known | (tl.full((), 255, tl.uint32) << shift)
+    return threshold, kth
+
+
+@triton.jit
+def _select_topk_kernel(
+    scores_ptr,  # [B, N]
+    keep,  # int, or a pointer to [B] int64, contiguous
+    code_ptr,  # [B, N] int8, contiguous, or None
+    index_ptr,  # [B, width] int64, contiguous
+    count_ptr,  # [B] int64
+    N,
+    width,
+    stride_sb,
+    stride_sn,
+    KEEP_ON_DEVICE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    scores_ptr += b * stride_sb
+    index_ptr += b * width
+    quota = tl.zeros((), tl.int64) + (tl.load(keep + b) if KEEP_ON_DEVICE else keep)
+    forced = tl.zeros((), tl.int32)
+    prunable = forced + N
+    if code_ptr is not None:
+        code_ptr += b * N
+        forced, prunable = _count_codes(code_ptr, N, CHUNK)
+    need = forced + tl.minimum(tl.maximum(quota, 0), prunable.to(tl.int64)).to(tl.int32)
+
+    keys = _load_keys(scores_ptr, code_ptr, stride_sn, tl.arange(0, CHUNK), N)
+    threshold, ties = _kth_largest(
+        scores_ptr, code_ptr, stride_sn, keys, tl.maximum(need, 1), N, CHUNK, ONE_CHUNK
+    )
+    threshold = tl.where(need > 0, threshold, FORCED).to(tl.uint32)
+    ties = tl.where(need > 0, ties, 0)
+
+    n_above = tl.zeros((), tl.int32)
+    n_equal = tl.zeros((), tl.int32)
+    for start in range(0, N, CHUNK):
+        offs = start + tl.arange(0, CHUNK)
+        if not ONE_CHUNK:
+            keys = _load_keys(scores_ptr, code_ptr, stride_sn, offs, N)
+        above = (keys > threshold).to(tl.int32)
+        equal = (keys == threshold).to(tl.int32)
+        packed = (above << 16) | equal
+        before = tl.cumsum(packed, 0) - packed
+        equal_before = n_equal + (before & 0xFFFF)
+        slot = n_above + (before >> 16) + tl.minimum(equal_before, ties)
+        kept = (keys > threshold) | ((keys == threshold) & (equal_before < ties))
+        tl.store(index_ptr + slot, offs.to(tl.int64), mask=kept & (slot < width))
+        n_above += tl.sum(above, 0)
+        n_equal += tl.sum(equal, 0)
+    for start in range(0, width, CHUNK):
+        offs = start + tl.arange(0, CHUNK)
+        tl.store(index_ptr + offs, tl.full((CHUNK,), -1, tl.int64), mask=(offs >= need) & (offs < width))
+    tl.store(count_ptr + b, need.to(tl.int64))
+
+
+def tiles(N):
+    """Chunk and warps for rows of ``N`` scores."""
+    one_chunk = N <= MAX_CHUNK
+    chunk = max(MIN_CHUNK, triton.next_power_of_2(N)) if one_chunk else LOOP_CHUNK
+    return {"CHUNK": chunk, "ONE_CHUNK": one_chunk, "num_warps": max(4, chunk // KEYS_PER_WARP)}
+
+
+def select_topk(scores, keep, code, width):
+    """Allocate and launch one program a row. Arguments were validated by vlmprune.ops.select_topk."""
+    B, N = scores.shape
+    if B * N == 0:
+        index = torch.full((B, width), -1, dtype=torch.int64, device=scores.device)
+        return index, torch.zeros(B, dtype=torch.int64, device=scores.device)
+    index = torch.empty((B, width), dtype=torch.int64, device=scores.device)
+    count = torch.empty(B, dtype=torch.int64, device=scores.device)
+    on_device = isinstance(keep, torch.Tensor)
+    _select_topk_kernel[(B,)](
+        scores,
+        keep.contiguous() if on_device else keep,
+        None if code is None else code.contiguous(),
+        index,
+        count,
+        N,
+        width,
+        *scores.stride(),
+        KEEP_ON_DEVICE=on_device,
+        **tiles(N),
+    )
+    return index, count

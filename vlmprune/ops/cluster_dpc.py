@@ -1,0 +1,84 @@
+"""Op: density-peak clusters of tokens, found without iteration and without random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vlmprune.errors import check
+from vlmprune.ops import reference_sets
+from vlmprune.ops._checks import FLOATS, check_count, check_last_dim
+from vlmprune.ops._dispatch import Backend, always, choose, needs_triton, register
+
+
+def cluster_dpc(
+    features: Tensor, clusters: int, *, neighbors: int | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cluster the tokens of each sample around density peaks (DPC-kNN; SparseVLM's recycling). Never waits for the device.
+
+    Distance = L2 / sqrt(D). Density of a token = exp(-mean of its k smallest squared distances, its own 0 included); its gap =
+    distance to the nearest denser token, for the densest the largest distance in the sample. The centres are the tokens with
+    the largest density * gap; every other token joins its nearest centre. Deterministic: of two equal densities the lower
+    position counts as denser, every other tie goes to the lower position or cluster (SparseVLM adds noise instead).
+
+    The kernel stores the distances of all pairs, ``B * N * N`` float32.
+
+    Args:
+        features: ``[B, N, D]`` float32, float16 or bfloat16, last dim contiguous; where not padding, finite and with
+            squared distances in the range of float32.
+        clusters: how many, at most N; a sample with fewer real tokens makes each of them a cluster.
+        neighbors: k, in 1..N; a sample with fewer real tokens uses them all. None = ``clusters``.
+        mask: ``[B, N]`` bool, False = padding: in no cluster, and no neighbour of anything. None = no padding.
+
+    Returns:
+        ``assignment [B, N]`` int64, each token's cluster, -1 = padding (or no clusters); ``centers [B, clusters]`` int64, the
+        centres' positions by decreasing density * gap, -1 on the right.
+
+    Raises:
+        ValueError: an argument has another rank, shape, dtype, stride, device or value.
+        BackendError: no backend can run on the device of ``features``.
+    """
+    check(features.ndim == 3, "features", "rank 3 [B, N, D]", tuple(features.shape))
+    check(features.dtype in FLOATS, "features", "float32, float16 or bfloat16", features.dtype)
+    check(features.shape[2] >= 1, "features", "at least one column", tuple(features.shape))
+    check_last_dim("features", features)
+    B, N, _ = features.shape
+    check_count("clusters", clusters, N)
+    if neighbors is not None:
+        check_count("neighbors", neighbors, N)
+        check(neighbors >= 1, "neighbors", "at least 1", neighbors)
+    if mask is not None:
+        check(mask.dtype == torch.bool, "mask", "bool", mask.dtype)
+        check(tuple(mask.shape) == (B, N), "mask", f"[{B}, {N}]", tuple(mask.shape))
+        check(mask.device == features.device, "mask", f"the device {features.device}", mask.device)
+    return _cluster_dpc(features, clusters, clusters if neighbors is None else neighbors, mask)
+
+
+@torch.library.custom_op("vlmprune::cluster_dpc", mutates_args=())
+def _cluster_dpc(
+    features: Tensor, clusters: int, neighbors: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return choose("cluster_dpc", features)(features, clusters, neighbors, mask)
+
+
+@_cluster_dpc.register_fake
+def _(features: Tensor, clusters: int, neighbors: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    (B, N, _), int64 = features.shape, torch.int64
+    return features.new_empty(B, N, dtype=int64), features.new_empty(B, clusters, dtype=int64)
+
+
+def _load_triton() -> Callable[..., tuple[Tensor, Tensor]]:
+    from vlmprune.triton_kernels.cluster_dpc import cluster_dpc as launch
+
+    return launch
+
+
+register(
+    "cluster_dpc",
+    (
+        Backend("triton", _load_triton, needs_triton),
+        Backend("reference", lambda: reference_sets.cluster_dpc, always),
+    ),
+)

@@ -1,0 +1,90 @@
+"""Op: the same rows of many tensors (hidden states, keys and values, positions, cos and sin, masks) in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmprune.errors import check
+from vlmprune.ops import reference
+from vlmprune.ops._checks import check_tensors
+from vlmprune.ops._dispatch import Backend, always, choose, needs_triton, register
+
+
+def gather_tokens(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    """Rows ``index`` of every tensor, in that order. Differentiable in the tensors.
+
+    Args:
+        tensors: each ``[B, S]`` (any strides), ``[B, S, D]`` or ``[B, H, S, D]`` (last dim contiguous), of any dtype up to
+            8 bytes; a first dim of 1 serves the whole batch. S may differ between tensors.
+        index: sequence positions ``[B, K]`` int64, each in ``[0, S)`` (not checked on the device); -1 gathers zeros.
+
+    Returns:
+        New contiguous tensors ``[B, K]``, ``[B, K, D]`` or ``[B, H, K, D]``, in the order given.
+
+    Raises:
+        ValueError: an argument has another rank, shape, dtype, stride or device.
+        BackendError: no backend can run on the device of ``index``.
+    """
+    check(index.dtype == torch.int64, "index", "int64", index.dtype)
+    check(index.ndim == 2, "index", "rank 2 [B, K]", tuple(index.shape))
+    check_tensors(tensors, index.shape[0], index.device)
+    return _gather_tokens(list(tensors), index) if tensors else []
+
+
+@torch.library.custom_op("vlmprune::gather_tokens", mutates_args=())
+def _gather_tokens(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
+    return choose("gather_tokens", index)(tensors, index)
+
+
+@_gather_tokens.register_fake
+def _(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
+    return empty_outputs(tensors, *index.shape)
+
+
+def empty_outputs(tensors: Sequence[Tensor], B: int, K: int) -> list[Tensor]:
+    """What a gather of K rows returns, not filled."""
+    shapes = [(B, *x.shape[1:-2], K, x.shape[-1]) if x.ndim > 2 else (B, K) for x in tensors]
+    return [x.new_empty(shape) for x, shape in zip(tensors, shapes, strict=True)]
+
+
+def scatter_rows(grad: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
+    """Undo a gather: add rows of ``grad`` to zeros of ``shape`` at ``index``; -1 goes nowhere."""
+    dim = 2 if grad.ndim == 4 else 1
+    at = index.view([n if i in (0, dim) else 1 for i, n in enumerate(grad.shape)])
+    rows = torch.where(at >= 0, grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
+    full = grad.new_zeros(grad.shape[0], *shape[1:]).scatter_add(dim, at.clamp(min=0).expand_as(grad), rows)
+    return full if shape[0] == grad.shape[0] else full.sum(0, keepdim=True)
+
+
+def _save(ctx: Any, inputs: tuple[list[Tensor], Tensor], output: list[Tensor]) -> None:
+    tensors, index = inputs
+    ctx.save_for_backward(index)
+    ctx.shapes = [tuple(x.shape) for x in tensors]
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor | None], None]:
+    (index,) = ctx.saved_tensors
+    wanted = zip(grads, ctx.shapes, ctx.needs_input_grad[0], strict=True)
+    return [scatter_rows(g, index, s) if need and g is not None else None for g, s, need in wanted], None
+
+
+_gather_tokens.register_autograd(_backward, setup_context=_save)
+
+
+def _load_triton() -> Callable[..., list[Tensor]]:
+    from vlmprune.triton_kernels.gather_tokens import gather_tokens as launch
+
+    return launch
+
+
+register(
+    "gather_tokens",
+    (
+        Backend("triton", _load_triton, needs_triton),
+        Backend("reference", lambda: reference.gather_tokens, always),
+    ),
+)

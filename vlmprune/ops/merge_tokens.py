@@ -1,0 +1,88 @@
+"""Op: one token a cluster, the sum or the mean of the tokens assigned to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vlmprune.errors import check
+from vlmprune.ops import reference_sets
+from vlmprune.ops._checks import FLOATS, check_choice, check_last_dim
+from vlmprune.ops._dispatch import Backend, always, choose, needs_triton, register
+
+MODES = ("mean", "sum")
+
+
+def merge_tokens(
+    features: Tensor,
+    assignment: Tensor,
+    clusters: int,
+    *,
+    mode: str = "mean",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Merge the tokens of each cluster (SparseVLM, VisionZip, VScan, PruMerge). Never waits for the device.
+
+    Sums are float32. The kernel adds in an order that depends on shapes only, so the bits repeat.
+
+    Args:
+        features: ``[B, N, D]`` float32, float16 or bfloat16, last dim contiguous.
+        assignment: ``[B, N]`` int64, each token's cluster; -1 (anything outside ``[0, clusters)``) = ignored, whatever the
+            token holds.
+        clusters: how many, any number >= 0.
+        mode: "sum" = sum of w x; "mean" = that over the sum of w, and 0 where the sum of w is 0 (an empty cluster).
+        weights: w, ``[B, N]`` float32, float16 or bfloat16; None = ones.
+
+    Returns:
+        ``[B, clusters, D]``, contiguous, in the dtype of ``features``. Not differentiable.
+
+    Raises:
+        ValueError: an argument has another rank, shape, dtype, stride, device or value.
+        BackendError: no backend can run on the device of ``features``.
+    """
+    check(features.ndim == 3, "features", "rank 3 [B, N, D]", tuple(features.shape))
+    check(features.dtype in FLOATS, "features", "float32, float16 or bfloat16", features.dtype)
+    check_last_dim("features", features)
+    B, N, _ = features.shape
+    check(assignment.dtype == torch.int64, "assignment", "int64", assignment.dtype)
+    check(tuple(assignment.shape) == (B, N), "assignment", f"[{B}, {N}]", tuple(assignment.shape))
+    check(
+        assignment.device == features.device, "assignment", f"the device {features.device}", assignment.device
+    )
+    whole = isinstance(clusters, int | torch.SymInt) and not isinstance(clusters, bool)
+    check(whole and clusters >= 0, "clusters", "a whole number >= 0", repr(clusters))
+    check_choice("mode", mode, MODES)
+    if weights is not None:
+        check(weights.dtype in FLOATS, "weights", "float32, float16 or bfloat16", weights.dtype)
+        check(tuple(weights.shape) == (B, N), "weights", f"[{B}, {N}]", tuple(weights.shape))
+        check(weights.device == features.device, "weights", f"the device {features.device}", weights.device)
+    return _merge_tokens(features, assignment, clusters, mode, weights)
+
+
+@torch.library.custom_op("vlmprune::merge_tokens", mutates_args=())
+def _merge_tokens(
+    features: Tensor, assignment: Tensor, clusters: int, mode: str, weights: Tensor | None
+) -> Tensor:
+    return choose("merge_tokens", features)(features, assignment, clusters, mode, weights)
+
+
+@_merge_tokens.register_fake
+def _(features: Tensor, assignment: Tensor, clusters: int, mode: str, weights: Tensor | None) -> Tensor:
+    return features.new_empty(features.shape[0], clusters, features.shape[2])
+
+
+def _load_triton() -> Callable[..., Tensor]:
+    from vlmprune.triton_kernels.merge_tokens import merge_tokens as launch
+
+    return launch
+
+
+register(
+    "merge_tokens",
+    (
+        Backend("triton", _load_triton, needs_triton),
+        Backend("reference", lambda: reference_sets.merge_tokens, always),
+    ),
+)

@@ -1,0 +1,187 @@
+"""What the ops on sets of tokens compute, in plain PyTorch: greedy selection, density-peak clusters, merging.
+
+Read this first: it is the specification of their kernels, as ``reference`` is of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+
+import torch
+from torch import Tensor
+
+MIN_NORM, MAX_NORM = 1e-15, 1e15
+"""Tokens outside, or of norm NaN, have no direction: beyond, products of their entries leave the range of float32."""
+
+RANK_TOLERANCE = 1e-5
+"""A DPP residual this small, against its own diagonal, is rounding: the token adds nothing to the chosen ones."""
+
+Rule = Generator[Tensor, Tensor, None]
+"""Yields the value ``[B, N]`` of choosing each token next, and is sent the choice ``[B]``."""
+
+
+def cosine(features: Tensor, mask: Tensor | None) -> Tensor:
+    """Cosines ``[B, N, N]`` float32 in [-1, 1], 1 on the diagonal; 0 for padding and tokens of no direction."""
+    x = features.float()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    ok = (norm > MIN_NORM) & (norm < MAX_NORM)
+    ok = ok if mask is None else ok & mask[..., None]
+    unit = torch.where(ok, x / norm, 0.0)
+    cos = (unit @ unit.mT).clamp(-1, 1)
+    cos = (cos + cos.mT) / 2  # two tokens nearest to each other must tie to the last bit
+    return torch.where(torch.eye(x.shape[1], dtype=torch.bool, device=x.device), ok.float(), cos)
+
+
+def _row(cos: Tensor, best: Tensor) -> Tensor:
+    """Row ``best [B]`` of each matrix ``[B, N, N]``."""
+    return cos.gather(1, best[:, None, None].expand(-1, 1, cos.shape[2]))[:, 0]
+
+
+def first_best(values: Tensor) -> Tensor:
+    """Position ``[B]`` of the largest value of each row; ties go to the lower position."""
+    positions = torch.arange(values.shape[1], device=values.device)
+    top = values.amax(1, keepdim=True)
+    return torch.where(values == top, positions, values.shape[1] - 1).amin(1)
+
+
+def _maxmin(cos: Tensor, real: Tensor, relevance: Tensor | None, threshold: float) -> Rule:
+    """Distance to the nearest chosen token; for the first choice, to the nearest other token."""
+    others = real[:, None, :] & ~torch.eye(cos.shape[1], dtype=torch.bool, device=cos.device)
+    best = yield (1 - cos).masked_fill(~others, float("inf")).amin(2)
+    gap = 1 - _row(cos, best)
+    while True:
+        best = yield gap
+        gap = torch.minimum(gap, 1 - _row(cos, best))
+
+
+def _dpp(cos: Tensor, real: Tensor, relevance: Tensor | None, threshold: float) -> Rule:
+    """Squared Cholesky residual of the kernel relevance_i cos_ij relevance_j (greedy MAP of Chen et al. 2018)."""
+    assert relevance is not None
+    r = relevance.float().nan_to_num(0.0, 0.0, 0.0)
+    diagonal = r * r * cos.diagonal(dim1=1, dim2=2)
+    residual, factor = diagonal, r.new_zeros(r.shape[0], 0, r.shape[1])
+    while True:
+        residual = residual.masked_fill(residual <= RANK_TOLERANCE * diagonal, 0.0)
+        best = yield residual
+        pivot = residual.gather(1, best[:, None])
+        known = factor.gather(2, best[:, None, None].expand(-1, factor.shape[1], 1))
+        row = r * r.gather(1, best[:, None]) * _row(cos, best) - (known * factor).sum(1)
+        row = torch.where(pivot > 0, row / pivot.sqrt(), 0.0)
+        factor = torch.cat([factor, row[:, None]], dim=1)
+        residual = residual - row * row
+
+
+def _coverage(cos: Tensor, real: Tensor, relevance: Tensor | None, threshold: float) -> Rule:
+    """Relevance times the cosine by which all tokens would be better covered."""
+    r = torch.ones_like(real, dtype=torch.float32) if relevance is None else relevance.float()
+    r = r.nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
+    covered = torch.zeros_like(r)
+    while True:
+        best = yield r * (cos - covered[:, None, :]).clamp(min=0).sum(2)
+        covered = torch.maximum(covered, _row(cos, best))
+
+
+def _nms(cos: Tensor, real: Tensor, relevance: Tensor | None, threshold: float) -> Rule:
+    """Place in the order of relevance; every token too close to a chosen one stands behind all that are not."""
+    assert relevance is not None
+    N = relevance.shape[1]
+    r = relevance.float().nan_to_num(float("-inf"), float("inf"), float("-inf"))
+    place = r.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    close = torch.zeros_like(real)
+    while True:
+        best = yield (torch.where(close, N, 2 * N) - place).float()
+        close = close | (_row(cos, best) > threshold)
+
+
+RULES: dict[str, Callable[[Tensor, Tensor, Tensor | None, float], Rule]] = {
+    "maxmin": _maxmin,
+    "dpp": _dpp,
+    "coverage": _coverage,
+    "nms": _nms,
+}
+
+
+def greedy_select(
+    features: Tensor,
+    keep: int,
+    rule: str,
+    relevance: Tensor | None,
+    threshold: float,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Chosen positions ascending, and in the order of choice: both ``[B, keep]``, -1 on the right."""
+    B, N, _ = features.shape
+    real = torch.ones(B, N, dtype=torch.bool, device=features.device) if mask is None else mask
+    order = torch.full((B, keep), -1, dtype=torch.int64, device=features.device)
+    if keep == 0:
+        return order.clone(), order
+    steps = RULES[rule](cosine(features, mask), real, relevance, threshold)
+    values, left = next(steps), real
+    for step in range(keep):
+        best = first_best(values.masked_fill(~left, float("-inf")))
+        order[:, step] = torch.where(left.any(1), best, -1)
+        left = left.scatter(1, best[:, None], False)
+        values = steps.send(best)
+    index = order.masked_fill(order < 0, N).sort(dim=1).values
+    return index.masked_fill(index == N, -1), order
+
+
+def cluster_dpc(
+    features: Tensor, clusters: int, neighbors: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Cluster number of each token ``[B, N]``, -1 = padding; centres ``[B, clusters]`` best first, -1 = none."""
+    B, N, D = features.shape
+    real = torch.ones(B, N, dtype=torch.bool, device=features.device) if mask is None else mask
+    if B * N * clusters == 0:
+        return torch.full_like(real, -1, dtype=torch.int64), real.new_full(
+            (B, clusters), -1, dtype=torch.int64
+        )
+    pair = real[:, :, None] & real[:, None, :]
+    x = features.float()
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / D**0.5
+    distance = distance.masked_fill(~pair, float("inf"))
+
+    k = real.sum(1, keepdim=True).clamp(1, neighbors)
+    near = torch.arange(N, device=x.device) < k[:, :, None]
+    spread = distance.sort(dim=2).values.square().masked_fill(~near, 0.0).sum(2) / k  # density = exp(-spread)
+    at = torch.arange(N, device=x.device)
+    tighter = spread[:, None, :] < spread[:, :, None]
+    denser = tighter | ((spread[:, None, :] == spread[:, :, None]) & (at[None, :] < at[:, None]))
+    denser = denser & pair
+    farthest = distance.masked_fill(~pair, 0.0).amax((1, 2))
+    gap = distance.masked_fill(~denser, float("inf")).amin(2)
+    gap = torch.where(denser.any(2), gap, farthest[:, None])
+
+    # the logarithm of density * gap: the same order, and far tokens do not all underflow to density 0
+    score = (gap.log() - spread).clamp(min=torch.finfo(torch.float32).min).masked_fill(~real, float("-inf"))
+    best = score.sort(dim=1, descending=True, stable=True)
+    centers = torch.where(best.values > float("-inf"), best.indices, -1)[:, :clusters].contiguous()
+    to_center = distance.gather(2, centers.clamp(min=0)[:, None, :].expand(-1, N, -1))
+    to_center = to_center.masked_fill((centers < 0)[:, None, :], float("inf"))
+    own = centers[:, None, :] == at[None, :, None]  # a centre belongs to itself, even beside its double
+    return first_best((-to_center.masked_fill(own, -1.0)).flatten(0, 1)).view(B, N).masked_fill(
+        ~real, -1
+    ), centers
+
+
+def merge_tokens(
+    features: Tensor, assignment: Tensor, clusters: int, mode: str, weights: Tensor | None
+) -> Tensor:
+    """Sum or mean ``[B, clusters, D]`` of the tokens of each cluster; a cluster of no weight has mean 0.
+
+    On a GPU this adds in no fixed order; the kernel's order is fixed.
+    """
+    B, N, D = features.shape
+    ok = (assignment >= 0) & (assignment < clusters)
+    first = torch.arange(B, device=features.device)[:, None] * (
+        clusters + 1
+    )  # one extra cluster takes the ignored
+    at = (first + torch.where(ok, assignment, clusters)).flatten()
+    w = torch.ones(B, N, 1, device=features.device) if weights is None else weights.float()[..., None]
+    rows = torch.cat([features.float() * w, w], dim=2).flatten(0, 1)
+    sums = rows.new_zeros(B * (clusters + 1), D + 1).index_add(0, at, rows)
+    sums = sums.view(B, clusters + 1, D + 1)[:, :clusters]
+    total, merged = sums[..., D:], sums[..., :D]
+    if mode == "mean":
+        merged = torch.where(total != 0, merged / total, 0.0)
+    return merged.to(features.dtype).contiguous()
