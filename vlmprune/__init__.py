@@ -1,4 +1,7 @@
-"""Visual-token pruning for vision-language models. Importing this imports neither transformers nor triton."""
+"""Visual-token pruning for vision-language models. Importing this imports neither transformers nor triton.
+
+Every pruning method is importable from here by its class name (``vlmprune.FastV``); ``list_policies`` has their names.
+"""
 
 from __future__ import annotations
 
@@ -11,44 +14,49 @@ if TYPE_CHECKING:
     from vlmprune.models import attach, detach, prune
     from vlmprune.policies import (
         Custom,
-        FastV,
-        Feather,
+        Intersection,
         PruningPolicy,
-        Random,
+        Reduction,
         Stages,
         TokenContext,
-        Uniform,
         Union,
+        keep_for_flops,
+        keep_for_mean_tokens,
+        list_policies,
     )
-    from vlmprune.policies.registry import list_policies
 
 __all__ = [
     "Custom",
-    "FastV",
-    "Feather",
+    "Intersection",
     "PruningPolicy",
-    "Random",
+    "Reduction",
     "Stages",
     "TokenContext",
-    "Uniform",
     "Union",
     "attach",
     "detach",
+    "keep_for_flops",
+    "keep_for_mean_tokens",
     "list_policies",
     "prune",
 ]
 
 _MODELS = ("attach", "detach", "meter", "prune")
+_FUNCTIONS = ("keep_for_flops", "keep_for_mean_tokens", "list_policies")
 
 
 def __getattr__(name: str) -> Any:
     """Load the wiring (which imports transformers) and the policies when first asked for."""
     if name in _MODELS:
         return getattr(import_module("vlmprune.models"), name)
-    if name == "list_policies":
-        return import_module("vlmprune.policies.registry").list_policies
-    if name[:1].isupper():  # policy classes; anything else would be a submodule that nobody imported
+    # Policy classes are capitalised; any other name would be a submodule that nobody imported.
+    if name in _FUNCTIONS or name[:1].isupper():
         policies = import_module("vlmprune.policies")
         if name in policies.__all__:
             return getattr(policies, name)
     raise AttributeError(f"module 'vlmprune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Everything importable from here, the pruning methods included."""
+    return sorted({*globals(), *_MODELS, *import_module("vlmprune.policies").__all__})

@@ -171,3 +171,59 @@ def dropped_from(run: Any, batch: dict[str, Tensor]) -> dict[int, Tensor]:
             kept[sample, row[row >= 0]] = True
         hidden[stage.layer] = visual & ~kept
     return hidden
+
+
+@torch.no_grad()
+def slow(model, batch, said, steps):
+    """The oracle for stages that also merge, reorder or renumber: contents and positions are moved in place.
+
+    ``said`` maps a stage layer to what the policy answered there: (index, new rows or None, its context, positions).
+    """
+    text, state = model.model.language_model, {}
+
+    def enter(module, args, kwargs):
+        real = kwargs["attention_mask"].bool()
+        state.update(alive=real.clone(), position=(real.long().cumsum(-1) - 1).clamp(min=0))
+        state["place"] = torch.arange(real.shape[1]).expand_as(real).clone()  # where each token now stands
+
+    def before(module, args, kwargs):
+        hidden, i = args[0].clone(), module.self_attn.layer_idx
+        alive, position = state["alive"], state["position"]
+        if i in said:
+            index, rows, ctx, positions = said[i]
+            old_hidden, old_position = hidden.clone(), position.clone()
+            for b, row in enumerate(index):
+                token = ctx.positions[b, row[row >= 0]]
+                source = state["place"][b, token]
+                place = source.sort().values
+                alive[b, state["place"][b, ctx.positions[b][ctx.mask[b]]]] = False
+                alive[b, place] = True
+                state["place"][b, token] = place
+                hidden[b, place] = (
+                    old_hidden[b, source] if rows is None else rows[b, : len(place)].to(hidden.dtype)
+                )
+                position[b, place] = old_position[b, source]
+            if positions == "pack":
+                position = (alive.long().cumsum(-1) - 1).clamp(min=0)
+            state["position"] = position
+        n = hidden.shape[1]
+        mask = torch.ones(n, n, dtype=torch.bool).tril()[None, None] & alive[:, None, None]
+        mask = mask | (torch.eye(n, dtype=torch.bool) & ~mask.any(-1, keepdim=True))
+        floor = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        rope = text.rotary_emb(hidden, position)
+        return (hidden,), {**kwargs, "attention_mask": floor, "position_embeddings": rope}
+
+    handles = [text.register_forward_pre_hook(enter, with_kwargs=True)]
+    handles += [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in text.layers]
+    ids, real, tokens, logits = batch["input_ids"], batch["attention_mask"], [], []
+    pixels = {k: v for k, v in batch.items() if k == "pixel_values"}
+    for _ in range(steps):
+        last = model(input_ids=ids, attention_mask=real, use_cache=False, **pixels).logits[:, -1]
+        choice = last.clone()
+        choice[:, IMAGE] = float("-inf")
+        tokens.append(choice.argmax(-1))
+        logits.append(last)
+        ids = torch.cat([ids, tokens[-1][:, None]], 1)
+        real = torch.cat([real, real.new_ones(len(real), 1)], 1)
+    [h.remove() for h in handles]
+    return torch.stack(tokens, 1), torch.stack(logits, 1)

@@ -14,7 +14,7 @@ import vlmprune
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, keep_count
 
 sys.path.append(str(Path(__file__).parent))
-from _tiny import IMAGE, generate, make_batch, make_model
+from _tiny import IMAGE, generate, make_batch, make_model, slow
 
 STEPS = 4
 TOLERANCE = 1e-4
@@ -51,58 +51,8 @@ class Reshape(PruningPolicy):
             order = torch.randperm(n, generator=g)[:k]
             row[:k] = order if self.shuffle else order.sort().values
         rows = torch.randn(*index.shape, ctx.hidden.shape[2], generator=g) if self.rewrite else None
-        self.said[0][ctx.layer] = (index, rows, ctx)
+        self.said[0][ctx.layer] = (index, rows, ctx, self.positions)
         return Reduction(index, rows, self.positions)
-
-
-@torch.no_grad()
-def slow(model, batch, said, positions, steps):
-    """Greedy decoding without cache or gathers: dropped columns masked, contents and positions moved in place."""
-    text, state = model.model.language_model, {}
-
-    def enter(module, args, kwargs):
-        real = kwargs["attention_mask"].bool()
-        state.update(alive=real.clone(), position=(real.long().cumsum(-1) - 1).clamp(min=0))
-        state["place"] = torch.arange(real.shape[1]).expand_as(real).clone()  # where each token now stands
-
-    def before(module, args, kwargs):
-        hidden, i = args[0].clone(), module.self_attn.layer_idx
-        alive, position = state["alive"], state["position"]
-        if i in said:
-            index, rows, ctx = said[i]
-            old_hidden, old_position = hidden.clone(), position.clone()
-            for b, row in enumerate(index):
-                token = ctx.positions[b, row[row >= 0]]
-                source = state["place"][b, token]
-                place = source.sort().values
-                alive[b, state["place"][b, ctx.positions[b][ctx.mask[b]]]] = False
-                alive[b, place] = True
-                state["place"][b, token] = place
-                hidden[b, place] = old_hidden[b, source] if rows is None else rows[b, : len(place)]
-                position[b, place] = old_position[b, source]
-            if positions == "pack":
-                state["position"] = position = (alive.long().cumsum(-1) - 1).clamp(min=0)
-        n = hidden.shape[1]
-        mask = torch.ones(n, n, dtype=torch.bool).tril()[None, None] & alive[:, None, None]
-        mask = mask | (torch.eye(n, dtype=torch.bool) & ~mask.any(-1, keepdim=True))
-        floor = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-        rope = text.rotary_emb(hidden, position)
-        return (hidden,), {**kwargs, "attention_mask": floor, "position_embeddings": rope}
-
-    handles = [text.register_forward_pre_hook(enter, with_kwargs=True)]
-    handles += [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in text.layers]
-    ids, real, tokens, logits = batch["input_ids"], batch["attention_mask"], [], []
-    pixels = {k: v for k, v in batch.items() if k == "pixel_values"}
-    for _ in range(steps):
-        last = model(input_ids=ids, attention_mask=real, use_cache=False, **pixels).logits[:, -1]
-        choice = last.clone()
-        choice[:, IMAGE] = float("-inf")
-        tokens.append(choice.argmax(-1))
-        logits.append(last)
-        ids = torch.cat([ids, tokens[-1][:, None]], 1)
-        real = torch.cat([real, real.new_ones(len(real), 1)], 1)
-    [h.remove() for h in handles]
-    return torch.stack(tokens, 1), torch.stack(logits, 1)
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
@@ -113,7 +63,7 @@ def model(request):
 def compare(model, batch, policy, **kwargs):
     with vlmprune.prune(model, policy) as run:
         tokens, logits, out = generate(model, batch, STEPS, **kwargs)
-    want_tokens, want_logits = slow(model, batch, policy.said[0], policy.positions, STEPS)
+    want_tokens, want_logits = slow(model, batch, policy.said[0], STEPS)
     torch.testing.assert_close(logits, want_logits, atol=TOLERANCE, rtol=0)
     assert torch.equal(tokens, want_tokens)
     return run, out
@@ -128,7 +78,7 @@ def test_reductions(model, specs, layers, shuffle, rewrite, positions):
     run, _ = compare(model, make_batch(specs), policy)
     assert [stage.layer for stage in run.stages] == list(layers)
     for stage in run.stages:
-        index, _, ctx = policy.said[0][stage.layer]
+        index, _, ctx, _ = policy.said[0][stage.layer]
         for b in range(len(index)):
             said = ctx.ordinals[b, index[b][index[b] >= 0]]
             kept = stage.ordinals[b]
@@ -155,7 +105,7 @@ def test_second_turn_continues_from_packed_positions(model, specs):
         again = {"input_ids": ids, "attention_mask": real}
         tokens, logits, _ = generate(model, again, STEPS, past_key_values=first.past_key_values)
     again["pixel_values"] = batch["pixel_values"]
-    want_tokens, want_logits = slow(model, again, policy.said[0], "pack", STEPS)
+    want_tokens, want_logits = slow(model, again, policy.said[0], STEPS)
     torch.testing.assert_close(logits, want_logits, atol=TOLERANCE, rtol=0)
     assert torch.equal(tokens, want_tokens)
 

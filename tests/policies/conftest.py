@@ -1,11 +1,12 @@
 """Contexts for policy tests, together with what they were made from: queries and keys BEFORE rotary embedding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from vlmprune.policies import AttentionInputs, TokenContext
+from vlmprune.policies.base import VisionAttention
 
 PAST_BEFORE, TEXT_BEFORE, TEXT_BETWEEN, TEXT_AFTER = 4, 3, 2, 5
 IMAGE = {"square": ((6, 6),), "tall": ((7, 3),), "two": ((4, 5), (5, 3)), "none": ()}
@@ -151,3 +152,104 @@ def kept_lists():
 def rope():
     """The rotation the contexts were made with."""
     return rotate
+
+
+@pytest.fixture(scope="session")
+def sight():
+    """Makes a case at layer 0 whose context has vision layers, features, embeddings and text: see make_sight."""
+    return make_sight
+
+
+def make_sight(images=("square",), layers=(-2,), cls=True, few_values=False, seed=0, H=3, D=8):
+    """A case at layer 0 that also has seen the images, all of one size; with few values the scores tie."""
+    ctx = make_case(images, layer=0, few_values=few_values, seed=seed).ctx
+    g = torch.Generator().manual_seed(seed + 1)
+    count, P = sum(map(len, ctx.grids)), max([r * c for grids in ctx.grids for r, c in grids], default=0)
+    seen = {}
+    for layer in layers if count else ():
+        query, key = draw(count, 2 * H, P + cls, P + cls, D, few_values, g)
+        seen[layer] = VisionAttention(query[:, :H], key, D**-0.5, cls)
+    features = torch.randn(count, P, 12, generator=g)
+    B, Q = len(ctx.grids), 40
+    text = padded([torch.randperm(Q, generator=g)[: 3 + b].tolist() for b in range(B)])
+    embeds = torch.randn(B, Q, 8, generator=g)
+    return replace(ctx, vision=seen, features=features if count else None, embeds=embeds, text=text)
+
+
+@pytest.fixture(scope="session")
+def patch_scores():
+    """Slow CLS attention of image ``image`` (or the mean over all rows), head mean, in double precision."""
+
+    def score(ctx, layer, image):
+        seen = ctx.vision[layer]
+        q, k = (t[image].double() for t in (seen.query, seen.key))
+        total = 0
+        for h in range(q.shape[0]):
+            p = torch.softmax(q[h] @ k[h].T * seen.scale, 1)
+            total = total + (p[0, 1:] if seen.cls else p.mean(0)) / q.shape[0]
+        return [round(x, 12) for x in total.tolist()]
+
+    return score
+
+
+@pytest.fixture(scope="session")
+def images_in():
+    """Of every sample, its images as (number in the call, first place, grid)."""
+
+    def walk(ctx):
+        number = 0
+        for grids in ctx.grids:
+            here, first = [], 0
+            for grid in grids:
+                here.append((number, first, grid))
+                number, first = number + 1, first + grid[0] * grid[1]
+            yield here
+
+    return walk
+
+
+def with_text(made, few_values=False, D=12, seed=1):
+    """``made`` with input embeddings, the text after the last image, and its rows in place of all rows."""
+    g, ctx = torch.Generator().manual_seed(seed), made.ctx
+    S, text = made.key.shape[2], []
+    for grids in ctx.grids:
+        end = TEXT_BEFORE + sum(rows * cols + TEXT_BETWEEN for rows, cols in grids)
+        text.append(list(range(end - TEXT_BETWEEN, end + TEXT_AFTER)) if grids else [])
+    longest = 1 + max([TEXT_BEFORE + TEXT_AFTER, *(position for row in text for position in row)])
+    embeds = torch.randn(len(text), longest, D, generator=g)
+    if few_values:  # three distinct embeddings: rows that match equally well tie exactly
+        embeds = torch.randint(-1, 2, (*embeds.shape[:2], 1), generator=g).float().repeat(1, 1, D)
+    rows = padded([list(range(S - len(row), S)) for row in text])
+    attention = replace(ctx.attention, rows=rows)
+    return replace(made, ctx=replace(ctx, attention=attention, embeds=embeds, text=padded(text)))
+
+
+@pytest.fixture(scope="session")
+def text_case():
+    """Makes a context with text rows and input embeddings: see make_case and with_text."""
+
+    def make(images, few_values=False, **settings):
+        return with_text(make_case(images, few_values=few_values, **settings), few_values)
+
+    return make
+
+
+def received(made, sample, row, head):
+    """Softmax over everything the key position ``row`` sees in one head, at the sample's visual columns: plain loops."""
+    seen = made.ctx.attention
+    first = seen.key.shape[2] - seen.query.shape[2]
+    q = seen.query[sample, head, row - first].double()
+    shared = seen.query.shape[1] // seen.key.shape[1]
+    keys = seen.key[sample, head // shared].double()
+    weight = {}
+    for j in range(row + 1):
+        if made.valid[sample, j]:
+            weight[j] = float((q @ keys[j] * seen.scale).exp())
+    total = sum(weight.values())
+    return [weight[c] / total for c in seen.columns[sample].tolist() if c >= 0]
+
+
+@pytest.fixture(scope="session")
+def attention_row():
+    """One row of an attention matrix: see received."""
+    return received

@@ -1,30 +1,61 @@
-"""Pruning methods: tensors in, kept positions out. One short file each; ``registry`` knows their names."""
+"""Pruning methods: tensors in, kept positions out. One short file each; ``registry`` knows their names.
 
-from vlmprune.policies.base import AttentionInputs, Grid, Needs, PruningPolicy, TokenContext
+Every built-in method's class is an attribute of this package (and of ``vlmprune``), imported when first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlmprune.policies.base import (
+    AttentionInputs,
+    Grid,
+    Needs,
+    PruningPolicy,
+    Reduction,
+    TokenContext,
+    VisionAttention,
+)
 from vlmprune.policies.compose import Stages, Union
 from vlmprune.policies.custom import Custom
-from vlmprune.policies.fastv import FastV
-from vlmprune.policies.feather import Feather
-from vlmprune.policies.random import Random
-from vlmprune.policies.registry import fields_of, list_policies, parse_policy, policies, policy_class
-from vlmprune.policies.uniform import Uniform
+from vlmprune.policies.intersect import Intersection
+from vlmprune.policies.registry import (
+    built_in,
+    class_names,
+    fields_of,
+    list_policies,
+    parse_policy,
+    policies,
+    policy_class,
+)
+from vlmprune.policies.schedule import keep_for_flops, keep_for_mean_tokens
 
 __all__ = [
     "AttentionInputs",
     "Custom",
-    "FastV",
-    "Feather",
     "Grid",
+    "Intersection",
     "Needs",
     "PruningPolicy",
-    "Random",
+    "Reduction",
     "Stages",
     "TokenContext",
-    "Uniform",
     "Union",
+    "VisionAttention",
     "fields_of",
+    "keep_for_flops",
+    "keep_for_mean_tokens",
     "list_policies",
     "parse_policy",
     "policies",
     "policy_class",
 ]
+__all__ += list(class_names())
+
+
+def __getattr__(name: str) -> Any:
+    """The class of a built-in method, by its name."""
+    known = class_names()
+    if name in known:
+        return built_in(known[name])
+    raise AttributeError(f"module 'vlmprune.policies' has no attribute {name!r}")

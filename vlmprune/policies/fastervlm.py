@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,6 +41,7 @@ class FasterVLM(PruningPolicy):
     paper: ClassVar[str] = (
         "[CLS] Attention is All You Need for Training-Free Visual Token Pruning, arXiv 2412.01818v1"
     )
+    presets: ClassVar[Mapping[int, str]] = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
     checked: ClassVar[str] = "formula"
 
     keep: int | float = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -38,6 +39,11 @@ class FastV(PruningPolicy):
 
     summary: ClassVar[str] = "most attended tokens of the previous layer"
     paper: ClassVar[str] = "An Image is Worth 1/2 Tokens After Layer 2 (ECCV 2024), arXiv 2403.06764"
+    presets: ClassVar[Mapping[int, str]] = {
+        192: "layer=2,keep=166",
+        128: "layer=2,keep=98",
+        64: "layer=2,keep=30",
+    }
 
     layer: int = 2
     keep: int | float = 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +32,11 @@ class Random(PruningPolicy):
 
     summary: ClassVar[str] = "a random subset, fixed by a seed"
     paper: ClassVar[str] = "baseline; random tokens of FastV (K = 0), arXiv 2403.06764"
+    presets: ClassVar[Mapping[int, str]] = {
+        192: "layer=0,keep=192",
+        128: "layer=0,keep=128",
+        64: "layer=0,keep=64",
+    }
 
     layer: int = 2
     keep: int | float = 0.5

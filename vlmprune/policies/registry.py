@@ -5,26 +5,48 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
-from importlib import metadata
+from functools import cache
+from importlib import import_module, metadata
 from typing import Any
 
 from vlmprune.errors import check
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.fastv import FastV
-from vlmprune.policies.feather import Feather
-from vlmprune.policies.random import Random
 from vlmprune.policies.settings import read_setting
-from vlmprune.policies.uniform import Uniform
 
 GROUP = "vlmprune.policies"
 """Entry-point group: ``name = "package.module:PolicyClass"``."""
 
-BUILT_IN: Mapping[str, type[PruningPolicy]] = {
-    "fastv": FastV,
-    "feather": Feather,
-    "random": Random,
-    "uniform": Uniform,
+BUILT_IN: Mapping[str, str] = {
+    "fastv": "fastv.FastV",
+    "feather": "feather.Feather",
+    "pyramiddrop": "pyramiddrop.PyramidDrop",
+    "sparsevlm": "sparsevlm.SparseVLM",
+    "sparsevlm_plus": "sparsevlm_plus.SparseVLMPlus",
+    "dart": "dart.DART",
+    "vscan": "vscan.VScan",
+    "fastervlm": "fastervlm.FasterVLM",
+    "visionzip": "visionzip.VisionZip",
+    "vispruner": "vispruner.VisPruner",
+    "divprune": "divprune.DivPrune",
+    "cdpruner": "cdpruner.CDPruner",
+    "horizon": "horizon.RandomDeep",
+    "random": "random.Random",
+    "uniform": "uniform.Uniform",
 }
+"""Name -> file and class in ``vlmprune/policies``. A new method is one file and one row here."""
+
+
+@cache
+def built_in(name: str) -> type[PruningPolicy]:
+    """The class of a built-in policy; its file is imported when first asked for."""
+    module, _, cls = BUILT_IN[name].partition(".")
+    found: type[PruningPolicy] = getattr(import_module(f"vlmprune.policies.{module}"), cls)
+    return found
+
+
+def class_names() -> dict[str, str]:
+    """Class name -> policy name, for the built-in policies."""
+    return {path.partition(".")[2]: name for name, path in BUILT_IN.items()}
 
 
 def list_policies() -> list[str]:
@@ -44,7 +66,7 @@ def policies() -> dict[str, type[PruningPolicy]]:
 def policy_class(name: str) -> type[PruningPolicy]:
     """The class behind a name; imports nothing but that one. Raises ValueError for a name nobody announced."""
     if name in BUILT_IN:
-        return BUILT_IN[name]
+        return built_in(name)
     foreign = _foreign()
     check(name in foreign, "policy", f"one of {', '.join([*BUILT_IN, *foreign])}", repr(name))
     entry = foreign[name]

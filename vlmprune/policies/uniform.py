@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,6 +33,11 @@ class Uniform(PruningPolicy):
 
     summary: ClassVar[str] = "evenly spaced tokens, or a coarse grid"
     paper: ClassVar[str] = "baseline; the uniform criterion of FEATHER, arXiv 2412.13180"
+    presets: ClassVar[Mapping[int, str]] = {
+        192: "layer=0,keep=192",
+        128: "layer=0,keep=128",
+        64: "layer=0,keep=64",
+    }
 
     layer: int = 2
     keep: int | float | None = None
@@ -57,9 +63,9 @@ class Uniform(PruningPolicy):
         return self._spaced(ctx, self.keep) if self.keep is not None else self._grid(ctx)
 
     def _spaced(self, ctx: TokenContext, keep: float) -> Tensor:
-        kept = torch.tensor(quotas(ctx, keep))[:, None]
-        tokens = torch.tensor(ctx.counts)[:, None]
-        i = torch.arange(int(kept.max()))
+        counts = quotas(ctx, keep)
+        kept, tokens = torch.tensor(counts)[:, None], torch.tensor(ctx.counts)[:, None]
+        i = torch.arange(max(counts))
         index = (2 * i + 1) * tokens // (2 * kept).clamp(min=1)  # floor((i + 0.5) * N / k) in whole numbers
         return torch.where(i < kept, index, -1).to(ctx.mask.device, non_blocking=True)
 

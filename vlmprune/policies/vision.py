@@ -54,11 +54,13 @@ class Images:
     def split(self, x: Tensor) -> Tensor:
         """Cut ``x [B, N, ...]`` into images ``[I, P, ...]``; P is the largest image's tokens, padding is zeros."""
         P = max(self.tokens, default=0)
-        if len(self.tokens) * P == x.shape[0] * self.width:
+        if set(self.tokens) == {P} and sum(self.tokens) == x.shape[0] * self.width:
             return x.reshape(len(self.tokens), P, *x.shape[2:])
-        begin = torch.tensor([s * self.width + f for s, f in zip(self.samples, self.firsts, strict=True)])
-        inside = torch.arange(P) < torch.tensor(self.tokens, dtype=torch.int64)[:, None]
-        at = torch.where(inside, begin.long()[:, None] + torch.arange(P), -1)
+        samples, firsts, tokens = torch.tensor(
+            [self.samples, self.firsts, self.tokens], dtype=torch.int64
+        ).unsqueeze(2)
+        inside = torch.arange(P)
+        at = torch.where(inside < tokens, samples * self.width + firsts + inside, -1)
         return _rows(x, at, 0)
 
     def join(self, x: Tensor, kept: Sequence[int], samples: int, fill: int = 0) -> Tensor:
@@ -83,7 +85,7 @@ def _rows(x: Tensor, at: Tensor, fill: int) -> Tensor:
     if not len(flat):
         return x.new_full((*at.shape, *x.shape[2:]), fill)
     rows = flat[at.clamp(min=0)]
-    return torch.where(at.view(*at.shape, *[1] * (x.ndim - 2)) >= 0, rows, fill)
+    return rows.masked_fill(at.view(*at.shape, *[1] * (x.ndim - 2)) < 0, fill)
 
 
 def images_of(ctx: TokenContext) -> Images:
@@ -146,3 +148,20 @@ def nearest(rows: Tensor, targets: Tensor) -> Tensor:
 def outcome(index: Tensor, positions: Positions, hidden: Tensor | None = None) -> Tensor | Reduction:
     """A bare index where tokens are only dropped and keep their positions, else a Reduction."""
     return index if hidden is None and positions == "keep" else Reduction(index, hidden, positions)
+
+
+def choose_greedily(
+    features: Tensor, kept: Sequence[int], rule: str, mask: Tensor, relevance: Tensor | None = None
+) -> Tensor:
+    """``ops.greedy_select`` with its own count ``kept[b]`` for every row: ``[B, K]`` ascending, -1 on the right.
+
+    The first choices do not depend on how many follow, so the rows share one run as long as the longest.
+    """
+    K, N = max(kept, default=0), features.shape[1]
+    index, order = ops.greedy_select(features, K, rule, relevance=relevance, mask=mask)
+    if len(set(kept)) <= 1:
+        return index
+    quota = torch.tensor(kept).to(order.device, non_blocking=True)
+    late = torch.arange(K, device=order.device) >= quota[:, None]
+    index = order.masked_fill(late, N).sort(dim=1).values
+    return index.masked_fill(index == N, -1)

@@ -1,0 +1,148 @@
+"""CDPruner against its formula: the token that raises the determinant most, found by computing determinants."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from vlmprune.policies.base import Needs
+from vlmprune.policies.cdpruner import CDPruner
+
+BATCHES = [["square"], ["two", "none", "tall"], [((2, 3), (4, 6)), ((3, 3),)], [((1, 1),)], ["none"]]
+
+
+def by_number(ctx):
+    """A relevance that is not constant, for tests of a function."""
+    return (ctx.ordinals * 7 % 11).double() - 3
+
+
+def slow_text(ctx, sample):
+    n = ctx.counts[sample]
+    words = [ctx.embeds[sample, t].double().numpy() for t in ctx.text[sample].tolist() if t >= 0]
+    tokens = ctx.hidden[sample, :n].double().numpy()
+    cos = [[x @ w / np.linalg.norm(x) / np.linalg.norm(w) for w in words] for x in tokens]
+    return np.array(cos).mean(1)
+
+
+def slow_relevance(ctx, sample, relevance):
+    n = ctx.counts[sample]
+    if relevance == "none" or n == 0:
+        return np.ones(n)
+    raw = slow_text(ctx, sample) if relevance == "text" else relevance(ctx)[sample, :n].numpy()
+    span = raw.max() - raw.min()
+    return (raw - raw.min() + 1e-6) / span if span > 0 else np.ones(n)
+
+
+def slow(features, relevance, count):
+    """Add the token whose kernel minor is largest, by log-determinants of the whole minor."""
+    x = features.double().numpy()
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    kernel = relevance[:, None] * (x @ x.T) * relevance[None, :]
+    chosen = []
+    while len(chosen) < count:
+        gain = {}
+        for j in range(len(x)):
+            if j not in chosen:
+                gain[j] = round(np.linalg.slogdet(kernel[np.ix_([*chosen, j], [*chosen, j])])[1], 9)
+        chosen.append(max(gain, key=gain.get))
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("images", BATCHES)
+@pytest.mark.parametrize("relevance", ["text", "none", by_number])
+@pytest.mark.parametrize("keep", [4, 0.3])
+def test_equals_the_formula(images, relevance, keep, case, sight, images_in, kept_lists):
+    """Up to as many tokens of an image as features have dims: after that the kernel has no volume left to rank by."""
+    ctx = case(images, layer=0).ctx
+    g = torch.Generator().manual_seed(9)
+    hidden = torch.randn(*ctx.mask.shape, 24, generator=g)
+    text = torch.tensor([[3, 0, 5, 7], [2, 9, -1, -1], [1, 4, 6, -1]])[: len(images)]
+    embeds = torch.randn(len(images), 12, 24, generator=g)
+    ctx = replace(ctx, hidden=hidden, embeds=embeds, text=text)
+    got = CDPruner(keep, relevance).select(ctx)
+    for sample, here in enumerate(images_in(ctx)):
+        weight, expected = slow_relevance(ctx, sample, relevance), []
+        for _, first, (r, c) in here:
+            count = min(r * c, keep) if isinstance(keep, int) else max(1, int(keep * r * c))
+            at = slice(first, first + r * c)
+            expected += [first + p for p in slow(hidden[sample, at], weight[at], count)]
+        assert kept_lists(got.index)[sample] == expected
+
+
+def test_a_neighbour_in_the_batch_changes_nothing(case, kept_lists):
+    """The released code scales relevance over the batch."""
+    ctx = case(["square", "square"], layer=0).ctx
+
+    def louder(ctx):
+        return by_number(ctx) * torch.tensor([[1.0], [50.0]])[: len(ctx.counts)]
+
+    one = replace(ctx, **{n: getattr(ctx, n)[:1] for n in ("mask", "counts", "ordinals", "grids", "hidden")})
+    both, alone = (CDPruner(6, louder).select(c).index for c in (ctx, one))
+    assert both[0].tolist() == alone[0].tolist()
+
+
+def test_equal_relevance_is_diversity_alone(case):
+    ctx = case(["square"], layer=0).ctx
+    some, none = CDPruner(6, constant).select(ctx), CDPruner(6, "none").select(ctx)
+    assert torch.equal(some.index, none.index)
+
+
+def constant(ctx):
+    return torch.full(ctx.mask.shape, 0.4)
+
+
+def test_no_text_is_diversity_alone(sight):
+    ctx = sight(["square"])
+    silent = replace(ctx, text=torch.full((1, 3), -1))
+    text, none = (CDPruner(6, r).select(silent) for r in ("text", "none"))
+    assert torch.equal(text.index, none.index)
+    assert not torch.equal(CDPruner(6).select(ctx).index, none.index)
+
+
+def test_rank_below_the_budget_still_keeps_distinct_tokens(case):
+    """Two directions only: the released code re-picks; the lowest tokens fill up here."""
+    ctx = case(["square"], layer=0).ctx
+    hidden = torch.eye(8)[torch.arange(36) // 30][None]
+    kept = CDPruner(5, "none").select(replace(ctx, hidden=hidden)).index
+    assert kept.tolist() == [[0, 1, 2, 3, 30]]
+
+
+@pytest.mark.parametrize("keep", [192, 128, 64])
+def test_published_counts(keep, sight):
+    assert CDPruner(keep).select(sight([((24, 24),)])).index.shape == (1, keep)
+
+
+def test_needs():
+    assert CDPruner().layers == (0,)
+    assert CDPruner().needs(0) == CDPruner(relevance=by_number).needs(0) == Needs(hidden=True, embeds=True)
+    assert CDPruner(relevance="none").needs(0) == Needs(hidden=True)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"keep": -1}, r"^keep: expected a share in .*, got -1$"),
+        (
+            {"relevance": "clip"},
+            r"^relevance: expected 'text', 'none' or a function of the context, got 'clip'$",
+        ),
+        ({"positions": 0}, r"^positions: expected 'pack' or 'keep', got 0$"),
+    ],
+)
+def test_rejects(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CDPruner(**settings)
+
+
+def test_select_errors(sight):
+    ctx = sight(["square"])
+    with pytest.raises(
+        ValueError, match=r"^relevance: expected a function that returns \(1, 36\), got \(36,\)$"
+    ):
+        CDPruner(relevance=lambda ctx: ctx.hidden[0, :, 0]).select(ctx)
+    for name in ("hidden", "embeds", "text"):
+        with pytest.raises(
+            ValueError, match=rf"^ctx\.{name}: expected .* \(declare Needs\(.*\)\), got None$"
+        ):
+            CDPruner().select(replace(ctx, **{name: None}))

@@ -1,0 +1,286 @@
+"""SparseVLM against its formulas, in plain loops: raters, scores, counts, recycling, merging."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from vlmprune.policies.base import Needs, Reduction
+from vlmprune.policies.raters import image_positions, rater_weights, row_attention
+from vlmprune.policies.recycle import recycle_counts
+from vlmprune.policies.schedule import stage_counts
+from vlmprune.policies.sparsevlm import SparseVLM
+
+CASES = [
+    pytest.param({"images": ["square"]}, id="one-image"),
+    pytest.param({"images": ["tall"], "stretch": 1.3}, id="stretched-rope"),
+    pytest.param({"images": ["two", "none", "tall"]}, id="ragged"),
+    pytest.param({"images": ["two", "tall", "two"], "past": True}, id="cached-past"),
+    pytest.param({"images": ["square", "two"], "few_values": True}, id="equal-raters"),
+    pytest.param({"images": ["two"], "kept": [[0, 3, 7, 20, 21, 22, 30, 34]]}, id="after-a-stage"),
+    pytest.param({"images": [((1, 1),), ((1, 2),)]}, id="one-token"),
+]
+
+
+def slow_image(made, sample):
+    """Positions of all visual tokens before pruning, by walking the prompt."""
+    positions, at = [], 3
+    for rows, cols in made.ctx.grids[sample]:
+        positions += range(at, at + rows * cols)
+        at += rows * cols + 2
+    return positions
+
+
+def slow_raters(made, sample):
+    """Numbers of the text rows with r above its mean; all rows if none is."""
+    e = made.ctx.embeds[sample].double().numpy()
+    text = [t for t in made.ctx.text[sample].tolist() if t >= 0]
+    r = np.zeros(len(text))
+    for j in slow_image(made, sample):
+        logits = np.array([e[j] @ e[t] for t in text])
+        weight = np.exp(logits - logits.max())
+        r += weight / weight.sum() / len(slow_image(made, sample))
+    r = r.round(9)
+    above = [i for i in range(len(text)) if r[i] > r.mean().round(9)]
+    return above or list(range(len(text)))
+
+
+def slow_matrix(made, sample, attention_row):
+    """Head-mean attention of the raters (rows) to the visual tokens (columns)."""
+    rows, heads = made.ctx.attention.rows[sample].tolist(), made.ctx.attention.query.shape[1]
+    return np.array(
+        [
+            np.mean([attention_row(made, sample, rows[i], h) for h in range(heads)], 0)
+            for i in slow_raters(made, sample)
+        ]
+    )
+
+
+def slow_clusters(x, count):
+    """Density peaks of ``x [m, D]``: centres best first, and the number of the centre every token joins."""
+    m, D = x.shape
+    d = np.array([[math.sqrt(((x[i] - x[j]) ** 2).sum() / D) for j in range(m)] for i in range(m)])
+    spread = [np.mean(np.sort(d[i])[:count] ** 2) for i in range(m)]
+    score = []
+    for i in range(m):
+        denser = [j for j in range(m) if (spread[j], j) < (spread[i], i)]
+        gap = min((d[i, j] for j in denser), default=d.max())
+        score.append(math.exp(-spread[i]) * gap)
+    centers = sorted(range(m), key=lambda i: (-score[i], i))[:count]
+    joins = [min(range(count), key=lambda c: (d[i, centers[c]], c)) for i in range(m)]
+    for c, center in enumerate(centers):
+        joins[center] = c
+    return centers, joins
+
+
+def slow_recycle(x, scores, kept, merge, top):
+    """Places of kept and merged tokens, and their contents."""
+    pruned = [j for j in range(len(scores)) if j not in kept]
+    m = int(len(pruned) * 0.3) + 1 if pruned else 0
+    count = int(m / 10) + 1 if m else 0
+    pool = [pruned[i] for i in top([scores[j] for j in pruned], m)]
+    centers, joins = slow_clusters(x[pool], count) if m else ([], [])
+    merged = [x[[pool[i] for i in range(m) if joins[i] == c]] for c in range(count)]
+    merged = [rows.mean(0) if merge == "mean" else rows.sum(0) for rows in merged]
+    return kept + [pool[c] for c in centers], [*x[kept], *merged]
+
+
+@pytest.mark.parametrize("settings", [case for case in CASES if case.id != "equal-raters"])
+@pytest.mark.parametrize("keep, merge", [(4, "mean"), (0.5, "sum"), (12, "mean")])
+def test_equals_the_formula(settings, keep, merge, text_case, attention_row, top):
+    made = text_case(**settings, layer=7)
+    got = SparseVLM(keep=(1, keep, 1), merge=merge).select(made.ctx)
+    assert isinstance(got, Reduction) and got.positions == "pack"
+    for sample, n in enumerate(made.ctx.counts):
+        index, rows = got.index[sample].tolist(), got.hidden[sample]
+        count = int(n * keep) if isinstance(keep, float) else keep * len(made.ctx.grids[sample])
+        expected, contents = [], []
+        if n:
+            scores = slow_matrix(made, sample, attention_row).mean(0).round(12)
+            x = made.ctx.hidden[sample, :n].double().numpy()
+            kept = top(scores, min(n, max(1, min(count, n - 1))))
+            expected, contents = slow_recycle(x, scores, kept, merge, top)
+        assert index == expected + [-1] * (len(index) - len(expected))
+        for row, content in zip(rows, contents, strict=False):
+            np.testing.assert_allclose(row, content, rtol=1e-5, atol=1e-6)
+    assert got.index.shape[1] == int((got.index >= 0).sum(1).max())
+
+
+def test_ties(text_case, attention_row, top):
+    """Three distinct keys: whichever of equal tokens stay (an ulp may tell them apart), no better one goes."""
+    made = text_case(["square", "two"], few_values=True, layer=7)
+    got = SparseVLM(keep=(1, 6, 1), recycle=False, positions="keep").select(made.ctx)
+    for sample, count in enumerate((6, 12)):
+        scores = slow_matrix(made, sample, attention_row).mean(0).round(7)
+        assert sorted(scores[got[sample, :count]]) == sorted(scores[top(scores, count)])
+
+
+@pytest.mark.parametrize("kind", ["constant", "duplicates"])
+def test_degenerate_features(kind, text_case, attention_row, top):
+    made = text_case(["square"], layer=3)
+    hidden = torch.ones_like(made.ctx.hidden)
+    if kind == "duplicates":
+        hidden = made.ctx.hidden[:, torch.arange(36) // 3]
+    made = replace(made, ctx=replace(made.ctx, hidden=hidden))
+    got = SparseVLM(keep=(3, 1, 1)).select(made.ctx)
+    scores = slow_matrix(made, 0, attention_row).mean(0).round(12)
+    index, rows = slow_recycle(hidden[0].double().numpy(), scores, top(scores, 3), "mean", top)
+    assert got.index[0].tolist() == index
+    np.testing.assert_allclose(got.hidden[0], np.array(rows), rtol=1e-5)
+
+
+def test_without_recycling(text_case):
+    ctx = text_case(["two", "none", "tall"], layer=3).ctx
+    packed = SparseVLM(keep=(7, 1, 1), recycle=False).select(ctx)
+    assert packed.positions == "pack" and packed.hidden is None
+    assert torch.equal(packed.index, SparseVLM(keep=(7, 1, 1), recycle=False, positions="keep").select(ctx))
+    recycled = SparseVLM(keep=(7, 1, 1)).select(ctx).index
+    assert torch.equal(packed.index[0], recycled[0, :14]) and torch.equal(
+        packed.index[2, :7], recycled[2, :7]
+    )
+    assert (packed.index >= 0).sum(1).tolist() == [14, 0, 7]
+
+
+@pytest.mark.parametrize("settings", CASES)
+def test_raters(settings, text_case):
+    made = text_case(**settings)
+    weights = rater_weights(made.ctx)
+    for sample, n in enumerate(made.ctx.counts):
+        raters = slow_raters(made, sample) if n else []
+        assert weights[sample].nonzero().flatten().tolist() == raters
+
+
+def test_raters_do_not_change_when_tokens_go(text_case):
+    """The same prompt after a stage that left one token of each image: its whole images still vote."""
+    before, after = (text_case(["two"], kept=kept) for kept in (None, [[5, 30]]))
+    assert torch.equal(image_positions(before.ctx), image_positions(after.ctx))
+    assert torch.equal(rater_weights(before.ctx), rater_weights(after.ctx))
+    lost = text_case(["two"], kept=[[30]]).ctx
+    assert (image_positions(lost)[0] >= 0).sum() == 15  # a lost image has no say
+
+
+def test_equal_text_rows_are_all_raters(text_case):
+    made = text_case(["square"])
+    made.ctx.embeds[:, made.ctx.text[0]] = 0.5
+    assert rater_weights(made.ctx).tolist() == [[1.0] * 7]
+
+
+def test_no_text_after_the_image(text_case):
+    """A prompt that ends with its image: no rater, so every score is 0 and the first tokens stay."""
+    ctx = text_case(["square"], layer=3).ctx
+    none = torch.empty(1, 0, dtype=torch.int64)
+    seen = replace(ctx.attention, rows=none, query=ctx.attention.query[:, :, :0])
+    ctx = replace(ctx, text=none, attention=seen)
+    assert SparseVLM(keep=(3, 1, 1), recycle=False, positions="keep").select(ctx).tolist() == [[0, 1, 2]]
+    for version in ("1.0", "paper"):
+        assert SparseVLM(version=version).select(ctx).index.shape[1] > 0
+
+
+@pytest.mark.parametrize("settings", CASES)
+def test_row_attention(settings, text_case, attention_row):
+    made = text_case(**settings)
+    got = row_attention(made.ctx.attention)
+    for sample, n in enumerate(made.ctx.counts):
+        for i, row in enumerate(made.ctx.attention.rows[sample].tolist()):
+            for h in range(got.shape[1]):
+                expected = attention_row(made, sample, row, h) if row >= 0 else [0.0] * n
+                np.testing.assert_allclose(got[sample, h, i, :n], expected, rtol=1e-4, atol=1e-7)
+                assert not got[sample, h, i, n:].any()
+
+
+@pytest.mark.parametrize(
+    "version, scale, bias", [("1.0", 3.0, 2.0), ("1.0", 0.1, 0.0), ("paper", 1.0, 0.0), ("paper", 0.5, 0.0)]
+)
+@pytest.mark.parametrize("settings", CASES)
+def test_counts_by_rank(settings, version, scale, bias, text_case, attention_row):
+    made = text_case(**settings, layer=7)
+    policy = SparseVLM(version=version, scale=scale, bias=bias, recycle=False)
+    kept = (policy.select(made.ctx).index >= 0).sum(1).tolist()
+    for sample, n in enumerate(made.ctx.counts):
+        if not n:
+            assert kept[sample] == 0
+            continue
+        rank = np.linalg.matrix_rank(slow_matrix(made, sample, attention_row).astype(np.float32))
+        if version == "1.0":
+            wanted = n if rank == n else min(int(rank * scale + bias), n - 1)
+        else:
+            wanted = n - int(scale * (n - rank))
+        assert kept[sample] == max(1, wanted)
+
+
+@pytest.mark.parametrize(
+    "tokens, after, mean",
+    [
+        (192, (309, 204, 113), 206.5),
+        (128, (312, 117, 39), 145.4),
+        (96, (249, 55, 27), 114.1),
+        (64, (82, 32, 18), 82.2),
+    ],
+)
+def test_published_counts(tokens, after, mean):
+    """Tokens after each stage for an image of 576, and their mean over the 32 layer inputs of a 7B model."""
+    assert stage_counts(SparseVLM(tokens=tokens), 576) == list(zip((3, 7, 16), after, strict=True))
+    a, b, c = after
+    assert abs((3 * 576 + 4 * a + 9 * b + 16 * c) / 32 - mean) <= 0.05 + 1e-9
+    # what its authors print counts each pruning layer by its output
+    assert abs((2 * 576 + 4 * a + 9 * b + 17 * c) / 32 - tokens) < 1
+
+
+@pytest.mark.parametrize(
+    "pruned, counts",
+    [(0, (0, 0)), (1, (1, 1)), (29, (9, 1)), (30, (10, 2)), (276, (83, 9)), (510, (154, 16))],
+)
+def test_recycle_counts(pruned, counts):
+    assert recycle_counts(pruned) == counts
+
+
+def test_defaults_of_the_versions():
+    assert SparseVLM(version="1.0").layers == (3, 7, 16, 20)
+    assert (SparseVLM(version="1.0", tokens=128).scale, SparseVLM(version="1.0", tokens=128).bias) == (
+        9.0,
+        6.0,
+    )
+    assert (SparseVLM(version="paper").scale, SparseVLM(version="paper").bias) == (1.0, 0.0)
+    assert SparseVLM().needs(3) == Needs(hidden=True, attention="previous", rows="text", embeds=True)
+    assert not SparseVLM(recycle=False).needs(3).hidden
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"tokens": 100}, r"^tokens: expected one of 192, 128, 96, 64, or an explicit keep, got 100$"),
+        ({"version": "2.0"}, r"^version: expected '1\.5', '1\.0' or 'paper', got '2\.0'$"),
+        ({"layers": (0, 7, 16)}, r"^layer: expected a whole number >= 1 \(the score .*\), got 0$"),
+        ({"layers": (3, 7)}, r"^keep: expected 2 counts, one per layer, got \(300, 200, 110\)$"),
+        ({"keep": (3, 0, 1)}, r"^keep: expected shares in \(0, 1\] or whole numbers .*, got \(3, 0, 1\)$"),
+        ({"keep": (1.5, 0.5, 0.1)}, r"^keep: expected shares in \(0, 1\] or whole numbers"),
+        ({"scale": 2.0}, r"^scale: expected None, and no bias, for version '1\.5', got 2\.0 and None$"),
+        (
+            {"version": "paper", "keep": (1, 1, 1)},
+            r"^keep: expected \(\) for version 'paper', which counts by rank, got",
+        ),
+        (
+            {"version": "1.0", "tokens": 96},
+            r"^tokens: expected 192, 128 or 64, or a scale, for version '1\.0', got 96$",
+        ),
+        ({"version": "1.0", "scale": -1.0}, r"^scale: expected a number > 0, got -1\.0$"),
+        ({"merge": "max"}, r"^merge: expected 'mean' or 'sum', got 'max'$"),
+        ({"positions": 1}, r"^positions: expected 'pack' or 'keep', got 1$"),
+    ],
+)
+def test_rejects(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SparseVLM(**settings)
+
+
+def test_says_what_is_missing(text_case):
+    ctx = text_case(["square"], layer=3).ctx
+    for field, message in (
+        ("embeds", "ctx.embeds: expected input"),
+        ("text", "ctx.text: expected positions"),
+        ("hidden", "ctx.hidden: expected hidden"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            SparseVLM().select(replace(ctx, **{field: None}))

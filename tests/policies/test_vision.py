@@ -1,0 +1,148 @@
+"""What the methods before the language model share: images cut out of a ragged batch, scores, quotas, errors."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vlmprune.ops.greedy_select import greedy_select
+from vlmprune.policies.base import Reduction
+from vlmprune.policies.cdpruner import CDPruner
+from vlmprune.policies.divprune import DivPrune
+from vlmprune.policies.fastervlm import FasterVLM
+from vlmprune.policies.vision import (
+    choose_greedily,
+    images_of,
+    nearest,
+    others,
+    outcome,
+    patch_attention,
+    vision_of,
+)
+from vlmprune.policies.visionzip import VisionZip
+from vlmprune.policies.vispruner import VisPruner
+from vlmprune.policies.vscan import VScan
+
+BATCHES = [
+    pytest.param(["square"], id="one"),
+    pytest.param(["square", "square"], id="full"),
+    pytest.param(["two", "none", "tall"], id="ragged"),
+    pytest.param([((4, 6), (3, 4)), ((2, 6),)], id="as-many-places-as-largest-images"),
+    pytest.param(["none", "none"], id="no-images"),
+]
+
+
+@pytest.mark.parametrize("images", BATCHES)
+def test_split_and_join(images, case, images_in):
+    ctx = case(images, layer=0).ctx
+    found = images_of(ctx)
+    split = found.split(ctx.hidden)
+    kept = [(n + 1) // 2 for n in found.tokens]
+    picked = torch.arange(max(kept, default=0)).expand(len(kept), -1)
+    index, rows = found.index(picked, kept, len(images)), found.join(split, kept, len(images))
+    assert index.shape[1] == max((index >= 0).sum(1).tolist(), default=0)
+    for sample, here in enumerate(images_in(ctx)):
+        expected = []
+        for number, first, (r, c) in here:
+            assert torch.equal(split[number, : r * c], ctx.hidden[sample, first : first + r * c])
+            expected += range(first, first + kept[number])
+        assert index[sample].tolist() == expected + [-1] * (index.shape[1] - len(expected))
+        assert torch.equal(rows[sample, : len(expected)], ctx.hidden[sample, expected])
+        assert not rows[sample, len(expected) :].any()
+
+
+@pytest.mark.parametrize("cls", [True, False])
+@pytest.mark.parametrize("few_values", [True, False])
+def test_patch_attention(cls, few_values, sight, patch_scores):
+    ctx = sight(["tall", ((3, 7), (7, 3))], cls=cls, few_values=few_values)
+    got = patch_attention(ctx.vision[-2])
+    assert got.shape == (3, 21) and got.dtype == torch.float32
+    for image in range(3):
+        assert got[image].tolist() == pytest.approx(patch_scores(ctx, -2, image), abs=1e-6)
+
+
+def test_others():
+    index = torch.tensor([[0, 4], [2, 3]])
+    assert others(index, 5).tolist() == [[1, 2, 3], [0, 1, 4]]
+    assert others(index[:, :0], 2).tolist() == [[0, 1], [0, 1]]
+    assert others(torch.arange(3)[None], 3).shape == (1, 0)
+
+
+def test_nearest_takes_the_first_of_equals_and_ignores_length():
+    targets = torch.tensor([[[1.0, 0], [5, 0], [0, -2], [0, 3]]])
+    rows = torch.tensor([[[9.0, 0], [0, 0.1], [0, -1], [-1, 0]]])
+    assert nearest(rows, targets).tolist() == [[0, 3, 2, 2]]
+
+
+@pytest.mark.parametrize("kept", [(4, 4, 4), (7, 0, 3), (1, 9, 2)])
+def test_choose_greedily_is_each_row_alone(kept):
+    g = torch.Generator().manual_seed(0)
+    features, mask = torch.randn(3, 9, 4, generator=g), torch.ones(3, 9, dtype=torch.bool)
+    mask[2, 5:] = False
+    got = choose_greedily(features, kept, "maxmin", mask)
+    assert got.shape == (3, max(kept))
+    for b, k in enumerate(kept):
+        alone, _ = greedy_select(features[b : b + 1], k, "maxmin", mask=mask[b : b + 1])
+        assert got[b].tolist() == alone[0].tolist() + [-1] * (max(kept) - k)
+
+
+def test_outcome():
+    index, rows = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, 3)
+    assert outcome(index, "keep") is index
+    assert outcome(index, "pack") == Reduction(index, None, "pack")
+    assert outcome(index, "keep", rows) == Reduction(index, rows, "keep")
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails at whatever reads a value or a count from the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(word in str(func) for word in ("_local_scalar", "nonzero", "masked_select", "unique"))
+        masks = args[1] if func.overloadpacket is torch.ops.aten.index else ()
+        assert all(mask is None or mask.dtype != torch.bool for mask in masks)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [FasterVLM(5), VisionZip(4, 3), VisPruner(9), DivPrune(), CDPruner(5), VScan(9, window=2)],
+    ids=repr,
+)
+@pytest.mark.parametrize("images", [["square", "square"], ["tall", "none", ((3, 7), (7, 3))]])
+def test_nothing_waits_for_the_device(policy, images, sight):
+    ctx = sight(images, layers=(-2, 5))
+    with NoWaiting():
+        policy.select(ctx)
+
+
+def test_the_check_for_waiting_can_fail(sight):
+    ctx = sight(["square"])
+    with NoWaiting(), pytest.raises(AssertionError):
+        ctx.hidden[ctx.mask]
+    with NoWaiting(), pytest.raises(AssertionError):
+        float(ctx.hidden.sum())
+
+
+@pytest.mark.parametrize("policy", [FasterVLM(), VisionZip(), VisPruner(), VScan()])
+def test_errors(policy, sight, case):
+    layers = tuple(policy.needs(0).vision)
+    ctx = sight(["square"], layers)
+    with pytest.raises(ValueError, match=r"^ctx\.vision\[\S+\]: expected query and key \(declare Needs"):
+        policy.select(replace(ctx, vision={}))
+    with pytest.raises(
+        ValueError, match=r"^ctx\.vision\[\S+\]: expected images of \(36,\) patches, got 1 of 21$"
+    ):
+        policy.select(replace(ctx, vision=sight(["tall"], layers).vision))
+    with pytest.raises(ValueError, match=r"^ctx\.counts: expected \(36,\), every token .*, got \(2,\)$"):
+        policy.select(case(["square"], layer=0, kept=[[0, 3]]).ctx)
+    with pytest.raises(ValueError, match=r"^positions: expected 'pack' or 'keep', got 'raster'$"):
+        replace(policy, positions="raster")
+    with pytest.raises(ValueError, match=r"^vision_layer: expected a whole number, got 'last'$"):
+        replace(policy, vision_layer="last")
+
+
+def test_images_of_several_sizes_have_no_common_tower(sight):
+    ctx = sight(["square", "square"])
+    with pytest.raises(ValueError, match=r"^ctx\.vision\[-2\]: expected images of \(20, 15\) patches"):
+        vision_of(ctx, -2, images_of(replace(ctx, grids=(((4, 5), (5, 3)),), counts=(35,))))

@@ -1,0 +1,108 @@
+"""CDPruner: keep visual tokens that are unlike each other and relevant to the text, by a determinantal point process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlmprune.errors import check, require
+from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, check_keep, keep_count
+from vlmprune.policies.vision import Positions, check_positions, choose_greedily, images_of, outcome
+
+LEAST = 1e-6
+"""Added to the least relevance in the released code, so that no token has none at all."""
+
+
+@dataclass(frozen=True)
+class CDPruner(PruningPolicy):
+    """Keeps the greedy MAP set of a DPP with the kernel ``rel_i cos_ij rel_j`` over each image's projected features.
+
+    The paper's relevance is the negative mean similarity of CLIP's patch and text embeddings, which needs CLIP's text
+    tower and visual projection. LLaVA checkpoints carry neither, so ``"text"`` is a reading: the mean cosine between a
+    projected visual token and the input embeddings of the text after the last image. Its sign is positive, because the
+    paper's minus undoes a peculiarity of CLIP's patch embeddings. A function gives those who have CLIP the paper's own.
+
+    Relevance is scaled to 0..1 over the tokens of a sample; the released code scales over the whole batch, so there a
+    neighbour changes the choice. If all tokens are equally relevant, only diversity counts.
+
+    Args:
+        keep: tokens per image (int; published budgets 192, 128, 64) or share of its tokens (float).
+        relevance: ``"text"``, ``"none"`` (diversity alone), or a function of the TokenContext (which then has ``hidden`` and
+            ``embeds``) that returns ``[B, N]``, higher = more relevant.
+        positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
+
+    Raises:
+        ValueError: a setting is out of range; in ``select``, the function returns another shape.
+    """
+
+    summary: ClassVar[str] = "tokens unlike each other and relevant to the text (DPP)"
+    paper: ClassVar[str] = (
+        "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (NeurIPS 2025), "
+        "arXiv 2506.10967"
+    )
+    presets: ClassVar[Mapping[int, str]] = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
+    checked: ClassVar[str] = "reading"
+
+    keep: int | float = 64
+    relevance: Literal["text", "none"] | Callable[[TokenContext], Tensor] = "text"
+    positions: Positions = "pack"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        known = self.relevance in ("text", "none") or callable(self.relevance)
+        check(known, "relevance", "'text', 'none' or a function of the context", repr(self.relevance))
+        check_positions(self.positions)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Before the language model."""
+        return (0,)
+
+    def needs(self, layer: int) -> Needs:
+        """The projected features, and the text's embeddings unless only diversity counts."""
+        return Needs(hidden=True, embeds=self.relevance != "none")
+
+    def select(self, ctx: TokenContext) -> Tensor | Reduction:
+        """The most diverse and relevant tokens of each image."""
+        images = images_of(ctx)
+        hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
+        kept = [keep_count(self.keep, tokens) for tokens in images.tokens]
+        parts = [images.split(x) for x in (hidden, ctx.mask, scaled(self._relevance(ctx), ctx.mask))]
+        picked = choose_greedily(parts[0], kept, "dpp", parts[1], parts[2])
+        return outcome(images.index(picked, kept, len(ctx.counts)), self.positions)
+
+    def _relevance(self, ctx: TokenContext) -> Tensor:
+        if self.relevance == "none":
+            return torch.ones_like(ctx.mask, dtype=torch.float32)
+        if self.relevance == "text":
+            return text_similarity(ctx)
+        assert callable(self.relevance)
+        found = self.relevance(ctx)
+        right = found.shape == ctx.mask.shape
+        check(right, "relevance", f"a function that returns {tuple(ctx.mask.shape)}", tuple(found.shape))
+        return found.float()
+
+
+def text_similarity(ctx: TokenContext) -> Tensor:
+    """Mean cosine ``[B, N]`` float32 between each visual token and the text tokens; 0 where there is no text."""
+    hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
+    embeds = require(ctx.embeds, "ctx.embeds", "input embeddings (declare Needs(embeds=True))")
+    text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(embeds=True))")
+    at = text.clamp(min=0)[:, :, None].expand(-1, -1, embeds.shape[2])
+    unit = normalize(embeds.gather(1, at).float(), dim=-1).masked_fill(text[:, :, None] < 0, 0.0)
+    mean = unit.sum(1) / (text >= 0).sum(1, keepdim=True).clamp(min=1)
+    return (normalize(hidden.float(), dim=-1) @ mean[:, :, None])[..., 0]
+
+
+def scaled(relevance: Tensor, mask: Tensor) -> Tensor:
+    """Relevance ``[B, N]`` mapped to 0..1 within each sample's real tokens; 1 for all where they are equal."""
+    if not mask.shape[1]:
+        return relevance
+    least = relevance.masked_fill(~mask, float("inf")).amin(1, keepdim=True)
+    span = relevance.masked_fill(~mask, float("-inf")).amax(1, keepdim=True) - least
+    return torch.where(span > 0, (relevance - least + LEAST) / span, 1.0)

@@ -1,0 +1,95 @@
+"""PyramidDrop: halve the visual tokens at several depths, by the attention the last prompt row is about to pay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlmprune import ops
+from vlmprune.errors import check
+from vlmprune.policies.base import (
+    Needs,
+    PruningPolicy,
+    Reduction,
+    TokenContext,
+    attention_of,
+    keep_count,
+)
+from vlmprune.policies.quota import check_layers, select_counts
+from vlmprune.policies.vision import Positions, check_positions, outcome
+
+
+@dataclass(frozen=True)
+class PyramidDrop(PruningPolicy):
+    """Keeps at each stage the tokens the last prompt row attends to most in the stage's OWN layer, mean over heads.
+
+    Query and key are projected from what enters the layer, ahead of it; the softmax spans the whole row. The last
+    instruction row of the paper is the last prompt row at inference.
+
+    Counts: with a float, ``int(previous * ratio)``, the paper's text. The released code takes a list of shares of the
+    UNPRUNED image instead, ``int(n * shares[stage])``; give ``ratio`` that list as a tuple. Its 0.5, 0.25, 0.125 are
+    the default 0.5 to the token, for every n. A sample with visual tokens never loses the last one (not in either).
+
+    Args:
+        layers: the stages, ascending.
+        ratio: share kept of the tokens entering each stage, or for each stage the share of the unpruned tokens.
+        positions: ``"pack"`` (released code: positions count from 0 again after every stage) or ``"keep"``.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    summary: ClassVar[str] = "a pyramid of stages, by the attention of the stage's own layer"
+    paper: ClassVar[str] = (
+        "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction, "
+        "arXiv 2410.17247"
+    )
+    checked: ClassVar[str] = "formula"
+
+    layers: tuple[int, ...] = (8, 16, 24)
+    ratio: float | tuple[float, ...] = 0.5
+    positions: Positions = "pack"
+
+    def __post_init__(self) -> None:
+        check_layers(self.layers, 0)
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.ratio, tuple | list):
+            object.__setattr__(self, "ratio", tuple(self.ratio))
+            falling = list(self.ratio) == sorted(self.ratio, reverse=True) and len(self.ratio) == len(
+                self.layers
+            )
+            check(falling, "ratio", f"{len(self.layers)} falling shares of the image", repr(self.ratio))
+        for share in self._shares():
+            ok = isinstance(share, float) and 0.0 < share <= 1.0
+            check(ok, "ratio", "shares in (0, 1] as floats", repr(self.ratio))
+        check_positions(self.positions)
+
+    def needs(self, layer: int) -> Needs:
+        """The last query row and the keys of the stage's own layer."""
+        return Needs(attention="own")
+
+    def select(self, ctx: TokenContext) -> Tensor | Reduction:
+        """The best-scored tokens of each sample."""
+        seen = attention_of(ctx)
+        scores = ops.received_attention(
+            seen.query,
+            seen.key,
+            rows=seen.last,
+            columns=seen.columns,
+            key_mask=seen.key_mask,
+            scale=seen.scale,
+        )
+        return outcome(select_counts(scores, ctx, self._kept(ctx)), self.positions)
+
+    def _shares(self) -> tuple[float, ...]:
+        return self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
+
+    def _kept(self, ctx: TokenContext) -> list[int]:
+        """How many tokens each sample keeps."""
+        if not isinstance(self.ratio, tuple):
+            return [keep_count(self.ratio, n) for n in ctx.counts]
+        share = self.ratio[self.layers.index(ctx.layer)]
+        whole = [sum(rows * cols for rows, cols in grids) for grids in ctx.grids]
+        return [min(n, max(1, int(all_of * share))) for n, all_of in zip(ctx.counts, whole, strict=True)]

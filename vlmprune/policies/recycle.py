@@ -1,0 +1,55 @@
+"""SparseVLM's recycling: the best of the pruned tokens come back, merged by density-peak clusters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlmprune import ops
+from vlmprune.policies.base import TokenContext
+from vlmprune.policies.sets import marks
+
+
+def recycle_counts(pruned: int) -> tuple[int, int]:
+    """How many of the pruned tokens are recycled, and how many tokens they become."""
+    if pruned == 0:
+        return 0, 0
+    m = int(pruned * 0.3) + 1
+    return m, int(m / 10) + 1
+
+
+def recycled(
+    scores: Tensor, hidden: Tensor, ctx: TokenContext, kept: list[int], merge: str
+) -> tuple[Tensor, Tensor]:
+    """Places ``[B, K]`` of the kept tokens and, after them, of the merged ones; and the contents of both ``[B, K, D]``.
+
+    Samples that keep as many of as many go together: one round for a batch of equal images.
+    """
+    plans = [(k, *recycle_counts(n - k)) for k, n in zip(kept, ctx.counts, strict=True)]
+    if len(set(plans)) == 1:
+        return _thin(scores, hidden, ctx.mask, *plans[0], merge)
+    width = max(k + clusters for k, _, clusters in plans)
+    index = torch.full((len(plans), width), -1, dtype=torch.int64, device=hidden.device)
+    rows = hidden.new_zeros(len(plans), width, hidden.shape[2])
+    for plan in sorted(set(plans)):
+        at = [b for b, other in enumerate(plans) if other == plan]
+        some, contents = _thin(scores[at], hidden[at], ctx.mask[at], *plan, merge)
+        index[at, : some.shape[1]], rows[at, : some.shape[1]] = some, contents
+    return index, rows
+
+
+def _thin(
+    scores: Tensor, hidden: Tensor, mask: Tensor, keep: int, pool: int, clusters: int, merge: str
+) -> tuple[Tensor, Tensor]:
+    """Keep the best ``keep`` of each row; merge the ``pool`` next best into ``clusters`` tokens."""
+    absent = torch.where(mask, 0, 2).to(torch.int8)
+    best = ops.select_topk(scores, keep, code=absent)[0][:, :keep]
+    if clusters == 0:
+        return best, ops.gather_tokens([hidden], best)[0]
+    spent = absent.masked_fill(marks(best, mask.shape[1]), 2)
+    spare = ops.select_topk(scores, pool, code=spent)[0][:, :pool]
+    features = ops.gather_tokens([hidden], spare)[0]
+    assignment, centers = ops.cluster_dpc(features, clusters)
+    merged = ops.merge_tokens(features, assignment, clusters, mode=merge)
+    index = torch.cat([best, spare.gather(1, centers)], 1)
+    return index, torch.cat([ops.gather_tokens([hidden], best)[0], merged], 1)

@@ -1,0 +1,145 @@
+"""SparseVLM: the question's own words rate the visual tokens; what is pruned comes back as a few merged tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vlmprune import ops
+from vlmprune.errors import check, require
+from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, attention_of
+from vlmprune.policies.quota import check_layers, check_schedule, select_counts, thinned
+from vlmprune.policies.raters import rater_weights, row_attention
+from vlmprune.policies.recycle import recycled
+from vlmprune.policies.vision import Positions, check_positions, outcome
+
+SCHEDULES: Mapping[int, tuple[int, ...]] = {
+    192: (300, 200, 110),
+    128: (303, 110, 36),
+    96: (238, 48, 26),
+    64: (66, 30, 17),
+}
+RANKS: Mapping[int, tuple[float, float]] = {192: (13.5, 0.0), 128: (9.0, 6.0), 64: (0.8, 0.0)}
+LAYERS: Mapping[str, tuple[int, ...]] = {"1.5": (3, 7, 16), "paper": (3, 7, 16), "1.0": (3, 7, 16, 20)}
+WHY = " (the score comes from the layer before)"
+
+
+@dataclass(frozen=True)
+class SparseVLM(PruningPolicy):
+    """Keeps the tokens that the text raters attend to, mean over raters and heads, softmax over the whole row.
+
+    Raters are the words after the image that its embeddings match above average. The best 30 % of what is pruned,
+    ``int(0.3 P) + 1`` tokens, are clustered by density peaks into ``int(m / 10) + 1`` tokens that follow the kept ones
+    and compete at the next stage. The released code breaks ties of density by noise, this by position.
+
+    How many are kept of n tokens (at least 1, at most n - 1):
+        version "1.5" (the released code behind the published tables): a fixed schedule per budget. "192 tokens" is an
+        average over layers, as its authors count it, of an image of 576.
+        version "1.0" (first release): ``int(rank * scale + bias)``; all of them where the rank is n.
+        version "paper" (reading): ``n - int(scale * (n - rank))``, all of them where nothing is deleted. The paper
+        gives neither its lambda (``scale``, here 1) nor a tolerance; the rank is that of the head-mean attention of
+        the raters to the visual tokens, as in the first release, with torch's default tolerance.
+
+    The last two read the rank back: one host sync per stage.
+
+    Args:
+        tokens: budget 192, 128, 96 (only "1.5") or 64, which names a schedule; counts are per image.
+        layers: the stages: one more than the layers whose output is thinned. () = the version's own.
+        version: ``"1.5"``, ``"1.0"`` or ``"paper"``.
+        keep: an explicit schedule for "1.5" in place of the budget's, per layer tokens per image or shares; () = none.
+        scale, bias: for the rank; None = the budget's ("1.0"), or 1 and 0 ("paper").
+        recycle: whether pruned tokens come back merged.
+        merge: ``"mean"`` of a cluster (released code) or ``"sum"`` (paper text).
+        positions: ``"pack"`` (released code: positions count from 0 again) or ``"keep"``; a merged token has its
+            cluster centre's.
+
+    Raises:
+        ValueError: a setting is out of range, or does not belong to the version.
+    """
+
+    summary: ClassVar[str] = "rated by the question's words; pruned tokens recycled as cluster means"
+    paper: ClassVar[str] = (
+        "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv 2410.04417"
+    )
+    presets: ClassVar[Mapping[int, str]] = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
+    checked: ClassVar[str] = "formula"
+
+    tokens: int = 192
+    layers: tuple[int, ...] = ()
+    version: Literal["1.5", "1.0", "paper"] = "1.5"
+    keep: tuple[int | float, ...] = ()
+    scale: float | None = None
+    bias: float | None = None
+    recycle: bool = True
+    merge: Literal["mean", "sum"] = "mean"
+    positions: Positions = "pack"
+
+    def __post_init__(self) -> None:
+        check(self.version in LAYERS, "version", "'1.5', '1.0' or 'paper'", repr(self.version))
+        object.__setattr__(self, "layers", tuple(self.layers or LAYERS[self.version]))
+        check_layers(self.layers, 1, WHY)
+        object.__setattr__(self, "keep", tuple(self.keep))
+        check(self.merge in ("mean", "sum"), "merge", "'mean' or 'sum'", repr(self.merge))
+        check_positions(self.positions)
+        if self.version == "1.5":
+            no_rank = self.scale is None and self.bias is None
+            check(no_rank, "scale", "None, and no bias, for version '1.5'", f"{self.scale} and {self.bias}")
+            check_schedule(self.tokens, self.keep, self.layers, SCHEDULES)
+            return
+        check(self.keep == (), "keep", f"() for version {self.version!r}, which counts by rank", self.keep)
+        scale, bias = (1.0, 0.0) if self.version == "paper" else RANKS.get(self.tokens, (None, 0.0))
+        scale = scale if self.scale is None else float(self.scale)
+        check(scale is not None, "tokens", "192, 128 or 64, or a scale, for version '1.0'", self.tokens)
+        check(scale is not None and scale > 0, "scale", "a number > 0", scale)
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "bias", bias if self.bias is None else float(self.bias))
+
+    def needs(self, layer: int) -> Needs:
+        """The text rows and keys of the previous layer, the input embeddings, and what is to be merged."""
+        return Needs(hidden=self.recycle, attention="previous", rows="text", embeds=True)
+
+    def select(self, ctx: TokenContext) -> Tensor | Reduction:
+        """The best-rated tokens of each sample, then what is recycled of the others."""
+        seen, weights = attention_of(ctx), rater_weights(ctx)
+        scores = ops.received_attention(
+            seen.query,
+            seen.key,
+            rows=seen.rows,
+            columns=seen.columns,
+            row_weight=weights,
+            key_mask=seen.key_mask,
+            scale=seen.scale,
+        )
+        kept = self._kept(ctx, weights)
+        if not self.recycle:
+            return outcome(select_counts(scores, ctx, kept), self.positions)
+        hidden = require(ctx.hidden, "ctx.hidden", "hidden states (declare Needs(hidden=True))")
+        return Reduction(*recycled(scores, hidden, ctx, kept, self.merge), self.positions)
+
+    def _kept(self, ctx: TokenContext, weights: Tensor) -> list[int]:
+        """How many tokens each sample keeps, before recycling."""
+        if self.version == "1.5":
+            schedule = self.keep or SCHEDULES[self.tokens]
+            return thinned(ctx, schedule[self.layers.index(ctx.layer)])
+        assert self.scale is not None and self.bias is not None
+        kept: list[int] = []
+        for n, rank in zip(ctx.counts, attention_ranks(ctx, weights), strict=True):
+            if self.version == "paper":
+                wanted = n - int(self.scale * (n - rank))
+            else:
+                wanted = n if rank >= n else min(int(rank * self.scale + self.bias), n - 1)
+            kept.append(min(n, max(1, wanted)))
+        return kept
+
+
+def attention_ranks(ctx: TokenContext, weights: Tensor) -> list[int]:
+    """Rank of each sample's head-mean attention ``[raters, visual tokens]``; a host sync."""
+    shares = row_attention(attention_of(ctx)).mean(1) * weights[..., None]
+    # matrix_rank's own default, for the matrix without the rows and columns that are padding or no raters
+    larger = torch.maximum(weights.sum(1), ctx.mask.sum(1).float())
+    ranks: list[int] = torch.linalg.matrix_rank(shares, rtol=larger * torch.finfo(torch.float32).eps).tolist()
+    return ranks

@@ -1,0 +1,134 @@
+"""VisionZip: keep the patches CLS attends to, and fold all others into a few contextual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmprune import ops
+from vlmprune.errors import check, require
+from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.vision import (
+    Positions,
+    check_positions,
+    check_whole,
+    images_of,
+    nearest,
+    others,
+    outcome,
+    patch_attention,
+    take,
+    vision_of,
+)
+
+PRESETS = {192: (162, 30), 128: (108, 20), 64: (54, 10), 32: (27, 5)}
+"""Published budgets as (dominant, contextual); 32 is the one per crop of LLaVA-NeXT at 160 tokens."""
+
+
+@dataclass(frozen=True)
+class VisionZip(PruningPolicy):
+    """Keeps the dominant patches of every image and merges the rest into contextual ones.
+
+    Dominant are the patches with the most CLS attention (its sum over heads ranks as its mean). Of the rest, in raster
+    order, every ``step``-th is a target, ``step`` their number divided by ``contextual`` and rounded down; each other one
+    goes to the target whose key, averaged over heads, is most cosine-similar. A contextual token is its target plus the
+    mean of what went to it.
+
+    A reading: the released code merges the tower's features and projects the result; here the merged rows are the
+    projected ones, because a policy acts behind the projector. The projector is not linear, so contextual tokens differ
+    from the released ones; which patches are dominant, targets and assigned to which target does not.
+
+    Args:
+        dominant: tokens of every image kept as they are; 54 if neither this nor ``tokens`` is given.
+        contextual: merged tokens of every image; 10 if neither this nor ``tokens`` is given.
+        tokens: instead of the two: a published budget, 192 (162 + 30), 128 (108 + 20), 64 (54 + 10) or 32 (27 + 5).
+        count_cls: the authors' settings count CLS among the dominant tokens and feed its row to the language model, which
+            has no place for it here. True keeps the patches they keep: one fewer than ``dominant``.
+        vision_layer: vision-tower layer whose attention and keys are read.
+        positions: ``"pack"`` (released code: dominant tokens, then contextual ones, at 0, 1, 2, ...) or ``"keep"``: in
+            raster order at their own positions, contextual ones at their target's.
+
+    Raises:
+        ValueError: a setting is out of range, or ``tokens`` contradicts the other two.
+    """
+
+    summary: ClassVar[str] = "patches most attended by CLS, the rest merged into contextual tokens"
+    paper: ClassVar[str] = (
+        "VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025), arXiv 2412.04467"
+    )
+    presets: ClassVar[Mapping[int, str]] = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
+    checked: ClassVar[str] = "reading"
+
+    dominant: int | None = None
+    contextual: int | None = None
+    tokens: int | None = None
+    count_cls: bool = False
+    vision_layer: int = -2
+    positions: Positions = "pack"
+
+    def __post_init__(self) -> None:
+        known = self.tokens is None or (type(self.tokens) is int and self.tokens in PRESETS)
+        check(known, "tokens", f"one of {', '.join(map(str, PRESETS))}", repr(self.tokens))
+        preset = PRESETS[self.tokens or 64]
+        for name, value in zip(("dominant", "contextual"), preset, strict=True):
+            given = getattr(self, name)
+            agrees = self.tokens is None or given in (None, value)
+            check(agrees, name, f"{value} with tokens={self.tokens}", repr(given))
+            object.__setattr__(self, name, value if given is None else given)
+        check(isinstance(self.count_cls, bool), "count_cls", "True or False", repr(self.count_cls))
+        check_whole("dominant", self.dominant, 1 + self.count_cls)
+        check_whole("contextual", self.contextual, 0)
+        check_whole("vision_layer", self.vision_layer)
+        check_positions(self.positions)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Before the language model."""
+        return (0,)
+
+    def needs(self, layer: int) -> Needs:
+        """Query and key of the vision layer, and the rows to merge."""
+        return Needs(hidden=True, vision=(self.vision_layer,))
+
+    def select(self, ctx: TokenContext) -> Tensor | Reduction:
+        """The dominant and the merged tokens of each image."""
+        images = images_of(ctx)
+        if not images.tokens:
+            return ctx.ordinals
+        hidden = images.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
+        seen = vision_of(ctx, self.vision_layer, images)
+        P = images.tokens[0]
+        assert self.dominant is not None and self.contextual is not None
+        dominant, _ = ops.select_topk(patch_attention(seen), min(P, self.dominant - self.count_cls))
+        targets, merged = merge_rest(
+            hidden, seen.key[:, :, int(seen.cls) :].float().mean(1), others(dominant, P), self.contextual
+        )
+        picked = torch.cat([dominant, targets], 1)
+        rows = torch.cat([take(hidden, dominant), merged], 1)
+        if self.positions == "keep":
+            picked, order = picked.sort(dim=1)
+            rows = take(rows, order)
+        kept = [picked.shape[1]] * len(images.tokens)
+        index = images.index(picked, kept, len(ctx.counts))
+        return outcome(index, self.positions, images.join(rows, kept, len(ctx.counts)))
+
+
+def merge_rest(hidden: Tensor, keys: Tensor, rest: Tensor, contextual: int) -> tuple[Tensor, Tensor]:
+    """Targets ``[I, C]`` strided over ``rest [I, R]``, and their rows ``[I, C, D]`` with the rest of the rest merged in."""
+    R = rest.shape[1]
+    C = min(contextual, R)
+    if C == 0:
+        return rest[:, :0], hidden[:, :0]
+    strided = list(range(0, R, R // C))[:C]
+    followers = sorted(set(range(R)) - set(strided))
+    chosen, merging = (
+        rest[:, torch.tensor(at, dtype=torch.int64).to(rest.device, non_blocking=True)]
+        for at in (strided, followers)
+    )
+    assigned = nearest(take(keys, merging), take(keys, chosen))
+    mean = ops.merge_tokens(take(hidden, merging), assigned, C, mode="mean")
+    return chosen, take(hidden, chosen) + mean

@@ -1,0 +1,181 @@
+"""VScan: global and local patches before the language model, the rest merged into them; text attention in the middle."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmprune import ops
+from vlmprune.errors import require
+from vlmprune.policies.base import (
+    Grid,
+    Needs,
+    PruningPolicy,
+    Reduction,
+    TokenContext,
+    attention_of,
+    check_keep,
+    check_layer,
+    select_scores,
+)
+from vlmprune.policies.vision import (
+    Positions,
+    check_positions,
+    check_share,
+    check_whole,
+    images_of,
+    nearest,
+    others,
+    outcome,
+    patch_attention,
+    quota_of,
+    take,
+    vision_of,
+)
+
+
+@dataclass(frozen=True)
+class VScan(PruningPolicy):
+    """Keeps T patches of every image, then at one decoder layer the ones that the last prompt row attends to.
+
+    Stage 1: ``int(T * local_ratio)`` patches are local: shared out evenly over the windows, in each window those with the
+    most CLS attention in a shallow vision layer. The others of the T have the most CLS attention in a deep one. Every
+    dropped row is merged into the kept row it is most cosine-similar to: the mean over all of them and the kept one, of
+    projected features, as released.
+    Stage 2: attention of the last prompt row, from the layer's own projections, softmax over the whole row, head mean.
+
+    What the windows cannot share out evenly goes to the global patches, so exactly T are kept; the released code then
+    keeps fewer (never at the published budgets). Windows cut off by the image's edge take part with what they have; the
+    released code leaves them out (there are none in a 24 x 24 grid).
+
+    Args:
+        keep: T, tokens per image (int) or share (float). LLaVA-1.5 at 64 tokens on average: 96, then 32. 128 and 192 follow
+            from the same two ratios: 192 and 64, 288 and 96.
+        then: tokens per image (int) or share of the entering ones (float) that stage 2 keeps.
+        layer: decoder layer of stage 2; at least 1.
+        local_ratio: share of T chosen within windows, in [0, 1].
+        window: rows and columns of a window.
+        shallow_layer: vision-tower layer (first = 0) whose CLS attention ranks within windows.
+        vision_layer: vision-tower layer whose CLS attention ranks the global patches.
+        positions: ``"pack"`` (released code: positions 0, 1, 2, ... after each stage) or ``"keep"`` their own.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    summary: ClassVar[str] = "global and windowed CLS attention with merging, then text attention mid-way"
+    paper: ClassVar[str] = (
+        "VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models (TMLR 2026), "
+        "arXiv 2505.22654"
+    )
+    presets: ClassVar[Mapping[int, str]] = {
+        192: "keep=288,then=96",
+        128: "keep=192,then=64",
+        64: "keep=96,then=32",
+    }
+    checked: ClassVar[str] = "formula"
+
+    keep: int | float = 96
+    then: int | float = 32
+    layer: int = 16
+    local_ratio: float = 0.5
+    window: int = 6
+    shallow_layer: int = 5
+    vision_layer: int = -2
+    positions: Positions = "pack"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_keep(self.then, "then")
+        check_layer(self.layer, 1, " (stage 1 is at layer 0)")
+        check_share("local_ratio", self.local_ratio)
+        check_whole("window", self.window, 1)
+        check_whole("shallow_layer", self.shallow_layer)
+        check_whole("vision_layer", self.vision_layer)
+        check_positions(self.positions)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Before the language model, and in its middle."""
+        return (0, self.layer)
+
+    def needs(self, layer: int) -> Needs:
+        """Stage 1: two vision layers and the rows to merge. Stage 2: the layer's own query and key."""
+        if layer == 0:
+            return Needs(hidden=True, vision=tuple(sorted({self.shallow_layer, self.vision_layer})))
+        return Needs(attention="own")
+
+    def select(self, ctx: TokenContext) -> Tensor | Reduction:
+        """What the stage keeps."""
+        return self._scan(ctx) if ctx.layer == 0 else self._attended(ctx)
+
+    def _scan(self, ctx: TokenContext) -> Tensor | Reduction:
+        images = images_of(ctx)
+        if not images.tokens:
+            return ctx.ordinals
+        hidden = images.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
+        kept = quota_of(images, self.keep)
+        shallow, deep = (
+            patch_attention(vision_of(ctx, layer, images))
+            for layer in (self.shallow_layer, self.vision_layer)
+        )
+        local, sizes = self._local(shallow, ctx, int(kept * self.local_ratio))
+        quota = torch.tensor([kept - size for size in sizes]).to(deep.device, non_blocking=True)
+        picked = ops.select_topk(deep, quota, code=local.to(torch.int8))[0][:, :kept]
+        counts = [kept] * len(images.tokens)
+        rows = images.join(merge_dropped(hidden, picked), counts, len(ctx.counts))
+        return outcome(images.index(picked, counts, len(ctx.counts)), self.positions, rows)
+
+    def _local(self, scores: Tensor, ctx: TokenContext, share: int) -> tuple[Tensor, list[int]]:
+        """Marks ``[I, P]`` of each window's best patches, ``share`` divided by the windows, and how many an image has."""
+        windows = [windows_of(grid, self.window) for sample in ctx.grids for grid in sample]
+        patches = [Counter(numbers) for numbers in windows]
+        each = [share // len(of) for of in patches]
+        sizes = [sum(min(n, most) for n in of.values()) for of, most in zip(patches, each, strict=True)]
+        layout, quota = (torch.tensor(x).to(scores.device, non_blocking=True) for x in (windows, each))
+        return rank_within(scores, layout) < quota[:, None], sizes
+
+    def _attended(self, ctx: TokenContext) -> Tensor | Reduction:
+        seen = attention_of(ctx)
+        scores = ops.received_attention(
+            seen.query,
+            seen.key,
+            rows=seen.last,
+            columns=seen.columns,
+            key_mask=seen.key_mask,
+            scale=seen.scale,
+        )
+        return outcome(select_scores(scores, ctx, self.then), self.positions)
+
+
+def windows_of(grid: Grid, window: int) -> list[int]:
+    """Number of the window that each patch of a grid lies in, in raster order; edge windows may be smaller."""
+    across = -(-grid[1] // window)
+    return [r // window * across + c // window for r in range(grid[0]) for c in range(grid[1])]
+
+
+def rank_within(scores: Tensor, groups: Tensor) -> Tensor:
+    """How many patches of its own group beat each patch ``[I, P]``; of equal ones the earlier beats the later."""
+    by_score = scores.argsort(dim=1, descending=True, stable=True)
+    order = by_score.gather(1, groups.gather(1, by_score).argsort(dim=1, stable=True))  # group by group
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    sorted_groups = groups.gather(1, order).contiguous()
+    start = torch.searchsorted(sorted_groups, sorted_groups)
+    return torch.zeros_like(order).scatter(1, order, place - start)
+
+
+def merge_dropped(hidden: Tensor, picked: Tensor) -> Tensor:
+    """Rows ``[I, k, D]`` of the picked tokens ``[I, k]``, each the mean of itself and the dropped ones nearest to it."""
+    P, k = hidden.shape[1], picked.shape[1]
+    if k == P:
+        return hidden
+    dropped = others(picked, P)
+    own = torch.arange(k, device=picked.device).expand_as(picked)
+    assigned = picked.new_zeros(picked.shape[0], P).scatter(1, picked, own)
+    assigned = assigned.scatter(1, dropped, nearest(take(hidden, dropped), take(hidden, picked)))
+    return ops.merge_tokens(hidden, assigned, k, mode="mean")
