@@ -6,6 +6,8 @@ import pytest
 import torch
 
 HAS_CUDA = torch.cuda.is_available()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # workers that each spin up all cores wait for one another most of the time
 if not HAS_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first `import triton`
 

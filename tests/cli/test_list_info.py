@@ -1,11 +1,12 @@
 """``vlmprune list``, ``vlmprune info`` and ``vlmprune --version``."""
 
 import json
+from pathlib import Path
 
 import torch
 
 import vlmprune
-from vlmprune.policies.registry import parse_policy
+from vlmprune.policies.registry import BUILT_IN, parse_policy
 
 
 def test_version(cli):
@@ -26,6 +27,15 @@ def test_list_table_can_be_typed_back(cli):
     assert done.exit_code == 0, done.stderr
     assert "layers=8/16" in done.stdout
     assert parse_policy("feather:layers=8/16,keep=0.3") == vlmprune.Feather(layers=(8, 16), keep=0.3)
+
+
+def test_readme_has_the_generated_table(cli):
+    """`vlmprune list --markdown` writes it; foreign policies installed here are left out."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = readme.partition("<!-- `vlmprune list --markdown` -->\n")[2].partition("\n<!-- end -->")[0]
+    made = cli("list", "--markdown").stdout.strip().splitlines()
+    wanted = [row for row in made if row.split("`")[1:2] == [] or row.split("`")[1] in BUILT_IN]
+    assert shown.splitlines() == wanted
 
 
 def test_info_json(cli):

@@ -14,33 +14,74 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmprune.ops._dispatch import TABLES, explain
+from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.registry import fields_of, policies
 
+BUDGETS = (192, 128, 64)
 PACKAGES = ("vlmprune", "torch", "triton", "transformers", "numpy", "pillow", "flash-attn")
 
 
-def show_policies(as_json: bool) -> None:
-    """Print every policy; JSON maps a name to its fields, summary and paper."""
+def show_policies(as_json: bool, as_markdown: bool = False) -> None:
+    """Print every policy; JSON maps a name to its fields and facts, Markdown is the README's table."""
     found = describe_policies()
     if as_json:
         return _print_json(found)
-    out = Table("name", "fields and defaults", "keeps", "paper", show_lines=True)
+    if as_markdown:
+        print(markdown_table(found))  # noqa: T201
+        return None
+    out = Table("name", "fields and defaults", "keeps", "acts", "paper", show_lines=True)
     for name, policy in found.items():
         fields = "\n".join(f"{field}={_typed(value)}" for field, value in policy["fields"].items())
-        out.add_row(name, Text(fields), Text(policy["summary"]), Text(policy["paper"]))
+        facts = f"{policy['acts']}\nreads {policy['reads']}\n{policy['checked']}"
+        out.add_row(name, *map(Text, (fields, policy["summary"], facts, policy["paper"])))
     Console().print(out)
+
+
+def markdown_table(found: dict[str, dict[str, Any]]) -> str:
+    """The table of methods in the README."""
+    heads = ("name", "class", "keeps", "acts", "reads", "192 / 128 / 64", "checked", "from")
+    rows = [heads, ("---",) * len(heads)]
+    for name, policy in found.items():
+        presets = " / ".join(f"`{policy['presets'][b]}`" for b in BUDGETS if b in policy["presets"])
+        cells = (policy[key] for key in ("summary", "acts", "reads"))
+        rows.append(
+            (f"`{name}`", f"`{policy['class']}`", *cells, presets, policy["checked"], policy["paper"])
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def describe_policies() -> dict[str, dict[str, Any]]:
     """Name -> fields with defaults (``"required"`` if there is none), summary, paper."""
     return {
         name: {
+            "class": cls.__name__,
             "fields": {k: "required" if v is MISSING else v for k, v in fields_of(cls)},
             "summary": cls.summary,
             "paper": cls.paper,
+            "checked": cls.checked,
+            "presets": dict(cls.presets),
+            **_default_facts(cls),
         }
         for name, cls in policies().items()
     }
+
+
+def _default_facts(cls: type[PruningPolicy]) -> dict[str, str]:
+    """Where a policy acts and what it reads, asked of its default settings."""
+    if MISSING in dict(fields_of(cls)).values():
+        return {"acts": "as set", "reads": "as set"}
+    policy = cls()
+    needs = [policy.needs(layer) for layer in policy.layers]
+    reads = {
+        "decoder attention": any(n.attention for n in needs),
+        "prompt text": any(n.embeds or n.rows == "text" for n in needs),
+        "vision attention": any(n.vision for n in needs),
+        "hidden states": any(n.hidden for n in needs),
+    }
+    before = "before the LM" if policy.layers[0] == 0 else ""
+    inside = ", ".join(str(layer) for layer in policy.layers if layer)
+    acts = " and ".join(part for part in (before, f"layer {inside}" if inside else "") if part)
+    return {"acts": acts, "reads": ", ".join(k for k, used in reads.items() if used) or "positions only"}
 
 
 def show_info(as_json: bool) -> None:

@@ -135,12 +135,15 @@ def run(
 
 
 @app.command("list")
-def list_command(as_json: AsJson = False) -> None:
+def list_command(
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The README's table.")] = False,
+) -> None:
     """The pruning policies, their fields with defaults, and where they come from."""
     with one_line_errors():
         from vlmprune.cli.info import show_policies
 
-        show_policies(as_json)
+        show_policies(as_json, markdown)
 
 
 @app.command()

@@ -193,7 +193,7 @@ class Engine:
             tables = self.parts.text.rotary_emb(hidden, kwargs["position_ids"] - shift)
             forward.ropes[key] = (tables, shift)  # the shift is kept alive, so that no other can take its id
         tables, _ = forward.ropes[key]
-        return tables  # type: ignore[no-any-return]
+        return tables
 
     def _mask(self, forward: Forward, plan: Plan | None, hidden: Tensor, cache: Cache | None, i: int) -> Any:
         """Build the layer's mask and announce this chunk to its cache; layers that need the same share the work."""

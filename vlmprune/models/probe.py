@@ -78,7 +78,8 @@ def _read(
     batch, n = hidden.shape[:2]
     past = key.shape[2] - n
     cos, sin = (t.expand(batch, -1, -1) for t in rope)
-    wanted, last = (hidden, cos, sin), last_rows(layout)
+    wanted: tuple[Tensor, ...] = (hidden, cos, sin)
+    last = last_rows(layout)
     if needs.rows == "last":
         wanted = tuple(_pick(t, last) for t in wanted)
         # This one query stands for the last position: whatever lies between it and the end is padding, and masked.

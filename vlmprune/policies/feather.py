@@ -31,7 +31,8 @@ class Feather(PruningPolicy):
 
     Args:
         layers: the two stages, ascending, at least 1 each.
-        keep: share of the visual tokens, a float in (0, 1]; the paper's 1 - R.
+        keep: share of the visual tokens, a float in (0, 1]; the paper's 1 - R. The default cuts 64 % of the FLOPs, as
+            published; 0.6 cuts 48 %, whose R the paper does not state (inferred).
         stride: rows and columns between two grid tokens.
 
     Raises:
