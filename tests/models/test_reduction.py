@@ -186,6 +186,10 @@ def test_text_rows_and_embeddings(model, specs, pad):
             assert [j for j in ctx.text[b].tolist() if j >= 0] == want
             assert (ctx.attention.rows[b] >= 0).sum() == len(want)
     text = ids != IMAGE
+    for ctx in (first, second):
+        assert [sorted(j for j in row if j >= 0) for row in ctx.image.tolist()] == [
+            (row == IMAGE).nonzero().flatten().tolist() for row in ids
+        ]
     assert torch.equal(first.embeds[text], model.get_input_embeddings()(ids)[text])
 
 

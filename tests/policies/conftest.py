@@ -211,8 +211,13 @@ def images_in():
 def with_text(made, few_values=False, D=12, seed=1):
     """``made`` with input embeddings, the text after the last image, and its rows in place of all rows."""
     g, ctx = torch.Generator().manual_seed(seed), made.ctx
-    S, text = made.key.shape[2], []
+    S, text, image = made.key.shape[2], [], []
     for grids in ctx.grids:
+        start, places = TEXT_BEFORE, []
+        for rows, cols in grids:
+            places += range(start, start + rows * cols)
+            start += rows * cols + TEXT_BETWEEN
+        image.append(places)
         end = TEXT_BEFORE + sum(rows * cols + TEXT_BETWEEN for rows, cols in grids)
         text.append(list(range(end - TEXT_BETWEEN, end + TEXT_AFTER)) if grids else [])
     longest = 1 + max([TEXT_BEFORE + TEXT_AFTER, *(position for row in text for position in row)])
@@ -221,7 +226,8 @@ def with_text(made, few_values=False, D=12, seed=1):
         embeds = torch.randint(-1, 2, (*embeds.shape[:2], 1), generator=g).float().repeat(1, 1, D)
     rows = padded([list(range(S - len(row), S)) for row in text])
     attention = replace(ctx.attention, rows=rows)
-    return replace(made, ctx=replace(ctx, attention=attention, embeds=embeds, text=padded(text)))
+    seen = dict(embeds=embeds, image=padded(image), text=padded(text))
+    return replace(made, ctx=replace(ctx, attention=attention, **seen))
 
 
 @pytest.fixture(scope="session")

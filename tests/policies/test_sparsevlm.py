@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlmprune.policies.base import Needs, Reduction
-from vlmprune.policies.raters import image_positions, rater_weights, row_attention
+from vlmprune.policies.raters import rater_weights, row_attention
 from vlmprune.policies.recycle import recycle_counts
 from vlmprune.policies.schedule import stage_counts
 from vlmprune.policies.sparsevlm import SparseVLM
@@ -153,12 +153,9 @@ def test_raters(settings, text_case):
 
 
 def test_raters_do_not_change_when_tokens_go(text_case):
-    """The same prompt after a stage that left one token of each image: its whole images still vote."""
-    before, after = (text_case(["two"], kept=kept) for kept in (None, [[5, 30]]))
-    assert torch.equal(image_positions(before.ctx), image_positions(after.ctx))
+    """The same prompt after a stage that left one token of one image: whole images still vote."""
+    before, after = (text_case(["two"], kept=kept) for kept in (None, [[30]]))
     assert torch.equal(rater_weights(before.ctx), rater_weights(after.ctx))
-    lost = text_case(["two"], kept=[[30]]).ctx
-    assert (image_positions(lost)[0] >= 0).sum() == 15  # a lost image has no say
 
 
 def test_equal_text_rows_are_all_raters(text_case):

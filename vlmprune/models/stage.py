@@ -84,6 +84,7 @@ class StageRunner:
             hidden=ops.gather_tokens([hidden], layout.columns)[0] if needs.hidden else None,
             attention=self._attention(forward, i, hidden, rope, cache, layout),
             embeds=forward.embeds if needs.embeds else None,
+            image=forward.first.columns if needs.embeds else None,
             text=None if forward.text is None else text_rows(forward.first, forward.text),
             vision={layer: self.taps.attention(layer, images) for layer in needs.vision},
             features=self.taps.features(images) if needs.vision else None,

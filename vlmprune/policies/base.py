@@ -124,6 +124,8 @@ class TokenContext:
         hidden: ``[B, N, D]`` hidden states entering the stage, or None if not asked for.
         attention: query and key of one layer, or None if not asked for.
         embeds: ``[B, q, D]`` input embeddings of the whole prompt chunk, or None if not asked for.
+        image: ``[B, N0]`` int64 positions in the prompt chunk of all its visual tokens, before any pruning, -1 = padding;
+            given with ``embeds``.
         text: ``[B, T]`` int64 positions in the prompt chunk of the text after the last image, -1 = padding; given with
             ``embeds`` or text rows.
         vision: query and key of the vision layers asked for, by the number they were asked with.
@@ -139,6 +141,7 @@ class TokenContext:
     hidden: Tensor | None = None
     attention: AttentionInputs | None = None
     embeds: Tensor | None = None
+    image: Tensor | None = None
     text: Tensor | None = None
     vision: Mapping[int, VisionAttention] = field(default_factory=dict)
     features: Tensor | None = None

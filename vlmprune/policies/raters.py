@@ -4,30 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune import ops
 from vlmprune.errors import require
 from vlmprune.policies.base import AttentionInputs, TokenContext
-
-
-def image_positions(ctx: TokenContext) -> Tensor:
-    """Positions ``[B, N0]`` in the prompt chunk of every visual token before any pruning, -1 = padding.
-
-    The tokens of one image stand together, so one survivor gives away where its whole image was. An image without
-    survivors is missing here.
-    """
-    sizes = [torch.tensor([rows * cols for rows, cols in grids], dtype=torch.int64) for grids in ctx.grids]
-    spare = max(map(len, sizes), default=0)  # the number of an image that is not there
-    images = [torch.repeat_interleave(size) for size in sizes]
-    image = pad_sequence(images, batch_first=True, padding_value=spare).to(ctx.mask.device, non_blocking=True)
-    if image.shape[1] == 0:
-        return image
-    here = torch.where(ctx.mask, image.gather(1, ctx.ordinals.clamp(min=0)), spare)
-    shift = torch.full((len(sizes), spare + 1), -1, dtype=torch.int64, device=image.device)
-    shift.scatter_(1, here, ctx.positions - ctx.ordinals)[:, spare] = -1
-    known = shift.gather(1, image)
-    return torch.where(known >= 0, known + torch.arange(image.shape[1], device=image.device), -1)
 
 
 def rater_weights(ctx: TokenContext) -> Tensor:
@@ -38,7 +18,7 @@ def rater_weights(ctx: TokenContext) -> Tensor:
     """
     embeds = require(ctx.embeds, "ctx.embeds", "input embeddings (declare Needs(embeds=True))")
     text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(embeds=True))")
-    at = image_positions(ctx)
+    at = require(ctx.image, "ctx.image", "positions of the images (declare Needs(embeds=True))")
     visual, words = (ops.gather_tokens([embeds], index)[0].float() for index in (at, text))
     real, seen = (text >= 0), (at >= 0).float()
     pull = (visual @ words.transpose(1, 2)).masked_fill(~real[:, None, :], float("-inf")).softmax(-1)

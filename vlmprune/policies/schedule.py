@@ -121,6 +121,7 @@ def _context(layer: int, needs: Needs, ordinals: Tensor, visual: int) -> TokenCo
         hidden=draw(1, n, WIDTH),
         attention=_attention(n, needs, draw),
         embeds=draw(1, visual + WORDS, WIDTH),
+        image=torch.arange(visual)[None],
         text=torch.arange(visual, visual + WORDS)[None],
         vision={
             i: VisionAttention(draw(1, 1, 1 + visual, 4), draw(1, 1, 1 + visual, 4), 0.5, True)
