@@ -17,6 +17,31 @@ BATCHES = [
 ]
 
 
+WEIGHT = torch.randn(12, 8, generator=torch.Generator().manual_seed(9)) / 4
+
+
+def project(features):
+    """A projector that is not linear: merging before it and behind it differ."""
+    return torch.tanh(features.float() @ WEIGHT)
+
+
+@pytest.fixture
+def sight(sight):
+    """Contexts whose hidden states are the projected features, as before layer 0."""
+
+    def make(*args, **kwargs):
+        ctx = sight(*args, **kwargs)
+        hidden, image = torch.zeros_like(ctx.hidden), 0
+        for sample, grids in enumerate(ctx.grids):
+            first = 0
+            for rows, columns in grids:
+                hidden[sample, first : first + rows * columns] = project(ctx.features[image])
+                first, image = first + rows * columns, image + 1
+        return replace(ctx, hidden=hidden, project=project)
+
+    return make
+
+
 def cosine(a, b):
     length = np.linalg.norm(a) * np.linalg.norm(b)
     return round(float(a @ b / length), 6) if length else 0.0
@@ -40,14 +65,14 @@ def slow(scores, keys, rows, dominant, contextual):
 
 def expected_of(ctx, images_in, patch_scores, dominant, contextual):
     """Per sample, what the images keep, one after another."""
-    for sample, here in enumerate(images_in(ctx)):
+    for here in images_in(ctx):
         found = []
-        for number, first, (r, c) in here:
+        for number, first, _ in here:
             seen = ctx.vision[-2]
             keys = seen.key[number, :, int(seen.cls) :].double().mean(0).numpy()
-            rows = ctx.hidden[sample, first : first + r * c].double().numpy()
+            rows = ctx.features[number].double().numpy()
             zipped = slow(patch_scores(ctx, -2, number), keys, rows, dominant, contextual)
-            found += [(first + j, row) for j, row in zipped]
+            found += [(first + j, project(torch.from_numpy(row)).double().numpy()) for j, row in zipped]
         yield found
 
 
@@ -84,7 +109,8 @@ def test_keys_along_axes(sight, images_in, patch_scores):
 def test_a_target_counts_in_full_beside_the_mean(sight):
     """Constant rows of 1: a contextual token with followers is 2, one without is 1, a dominant one 1."""
     ctx = sight(["square"])
-    ctx = replace(ctx, hidden=torch.ones_like(ctx.hidden))
+    ones = torch.ones(1, 36, 12)
+    ctx = replace(ctx, hidden=ones, features=ones, project=lambda x: x)
     assert VisionZip(6, 30).select(ctx).hidden.unique().tolist() == [1.0]
     rows = VisionZip(6, 1).select(ctx).hidden[0]
     assert rows[:6].unique().tolist() == [1.0] and rows[6:].unique().tolist() == [2.0]

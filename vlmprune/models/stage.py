@@ -88,6 +88,9 @@ class StageRunner:
             text=None if forward.text is None else text_rows(forward.first, forward.text),
             vision={layer: self.taps.attention(layer, images) for layer in needs.vision},
             features=self.taps.features(images) if needs.vision else None,
+            project=self.parts.projector.forward
+            if needs.vision
+            else None,  # not a call: no hook should see it
         )
 
     def _attention(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, TypeVar
 
@@ -130,6 +130,7 @@ class TokenContext:
             ``embeds`` or text rows.
         vision: query and key of the vision layers asked for, by the number they were asked with.
         features: ``[I, P, Dv]`` what the projector got of every image, or None if no vision layer was asked for.
+        project: the projector, ``[..., Dv]`` to ``[..., D]``, for features made anew; given with ``features``.
     """
 
     layer: int
@@ -145,6 +146,7 @@ class TokenContext:
     text: Tensor | None = None
     vision: Mapping[int, VisionAttention] = field(default_factory=dict)
     features: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

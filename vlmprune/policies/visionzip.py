@@ -36,11 +36,7 @@ class VisionZip(PruningPolicy):
     Dominant are the patches with the most CLS attention (its sum over heads ranks as its mean). Of the rest, in raster
     order, every ``step``-th is a target, ``step`` their number divided by ``contextual`` and rounded down; each other one
     goes to the target whose key, averaged over heads, is most cosine-similar. A contextual token is its target plus the
-    mean of what went to it.
-
-    A reading: the released code merges the tower's features and projects the result; here the merged rows are the
-    projected ones, because a policy acts behind the projector. The projector is not linear, so contextual tokens differ
-    from the released ones; which patches are dominant, targets and assigned to which target does not.
+    mean of what went to it, in the tower's features; the projector then sees the result, as in the released code.
 
     Args:
         dominant: tokens of every image kept as they are; 54 if neither this nor ``tokens`` is given.
@@ -61,8 +57,6 @@ class VisionZip(PruningPolicy):
         "VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025), arXiv 2412.04467"
     )
     presets: ClassVar[Mapping[int, str]] = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
-    checked: ClassVar[str] = "reading"
-
     dominant: int | None = None
     contextual: int | None = None
     tokens: int | None = None
@@ -100,15 +94,17 @@ class VisionZip(PruningPolicy):
         if not images.tokens:
             return ctx.ordinals
         hidden = images.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
+        features = require(ctx.features, "ctx.features", "features (declare a vision layer)")
+        project = require(ctx.project, "ctx.project", "the projector (declare a vision layer)")
         seen = vision_of(ctx, self.vision_layer, images)
         P = images.tokens[0]
         assert self.dominant is not None and self.contextual is not None
         dominant, _ = ops.select_topk(patch_attention(seen), min(P, self.dominant - self.count_cls))
         targets, merged = merge_rest(
-            hidden, seen.key[:, :, int(seen.cls) :].float().mean(1), others(dominant, P), self.contextual
+            features, seen.key[:, :, int(seen.cls) :].float().mean(1), others(dominant, P), self.contextual
         )
         picked = torch.cat([dominant, targets], 1)
-        rows = torch.cat([take(hidden, dominant), merged], 1)
+        rows = torch.cat([take(hidden, dominant), project(merged).to(hidden.dtype)], 1)
         if self.positions == "keep":
             picked, order = picked.sort(dim=1)
             rows = take(rows, order)
@@ -117,12 +113,12 @@ class VisionZip(PruningPolicy):
         return outcome(index, self.positions, images.join(rows, kept, len(ctx.counts)))
 
 
-def merge_rest(hidden: Tensor, keys: Tensor, rest: Tensor, contextual: int) -> tuple[Tensor, Tensor]:
-    """Targets ``[I, C]`` strided over ``rest [I, R]``, and their rows ``[I, C, D]`` with the rest of the rest merged in."""
+def merge_rest(features: Tensor, keys: Tensor, rest: Tensor, contextual: int) -> tuple[Tensor, Tensor]:
+    """Targets ``[I, C]`` strided over ``rest [I, R]``; their features ``[I, C, Dv]``, the rest of the rest merged in."""
     R = rest.shape[1]
     C = min(contextual, R)
     if C == 0:
-        return rest[:, :0], hidden[:, :0]
+        return rest[:, :0], features[:, :0]
     strided = list(range(0, R, R // C))[:C]
     followers = sorted(set(range(R)) - set(strided))
     chosen, merging = (
@@ -130,5 +126,5 @@ def merge_rest(hidden: Tensor, keys: Tensor, rest: Tensor, contextual: int) -> t
         for at in (strided, followers)
     )
     assigned = nearest(take(keys, merging), take(keys, chosen))
-    mean = ops.merge_tokens(take(hidden, merging), assigned, C, mode="mean")
-    return chosen, take(hidden, chosen) + mean
+    mean = ops.merge_tokens(take(features, merging), assigned, C, mode="mean")
+    return chosen, take(features, chosen) + mean
