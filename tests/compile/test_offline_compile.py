@@ -83,7 +83,7 @@ def prune():
 
     query, mask = meta(1, 32, 640, 128, dtype=FP16), meta(1, 640, dtype=torch.bool)
     tail = (mask, True, None, None, "mean", "mean", "row", 0.1, None)
-    return lambda: prune_tokens(query, query, [query], positions(1, 1), positions(1, 576), 128, *tail)
+    return lambda: prune_tokens(query, query, [query], positions(1, 1), positions(1, 576), 128, 192, *tail)
 
 
 LAUNCHES = {
