@@ -8,9 +8,9 @@ import torch
 
 from vlmprune.policies import FastV, Uniform
 from vlmprune.policies.base import Reduction
+from vlmprune.policies.compose import Intersection
 from vlmprune.policies.dart import DART
 from vlmprune.policies.horizon import RandomDeep
-from vlmprune.policies.intersect import Intersection
 from vlmprune.policies.pyramiddrop import PyramidDrop
 from vlmprune.policies.sparsevlm import SparseVLM
 from vlmprune.policies.sparsevlm_plus import SparseVLMPlus

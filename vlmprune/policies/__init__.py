@@ -16,9 +16,8 @@ from vlmprune.policies.base import (
     TokenContext,
     VisionAttention,
 )
-from vlmprune.policies.compose import Stages, Union
+from vlmprune.policies.compose import Intersection, Stages, Union
 from vlmprune.policies.custom import Custom
-from vlmprune.policies.intersect import Intersection
 from vlmprune.policies.registry import (
     built_in,
     class_names,

@@ -244,7 +244,7 @@ class PruningPolicy(ABC):
 
     def __and__(self, other: PruningPolicy) -> PruningPolicy:
         """What both keep, at the same layers."""
-        from vlmprune.policies.intersect import Intersection
+        from vlmprune.policies.compose import Intersection
 
         return Intersection(self, other)
 

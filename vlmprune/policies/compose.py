@@ -1,4 +1,4 @@
-"""Policies made of policies: several layers (Stages), or the union of two choices at the same layers (Union)."""
+"""Policies made of policies: several layers (Stages), or two choices at the same layers (Union, Intersection)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from vlmprune.errors import check
@@ -58,18 +59,16 @@ class Stages(PruningPolicy):
 
 
 @dataclass(frozen=True)
-class Union(PruningPolicy):
-    """Keeps what either of two policies keeps; ``p | q``. How much that is depends on their overlap.
+class Pair(PruningPolicy):
+    """Two policies that choose at the same layers; what becomes of their choices is up to the subclass.
 
     Args:
         first: a policy.
-        second: another one with the same layers.
+        second: another one with the same layers. Both only drop tokens: what one changes the other cannot know.
 
     Raises:
         ValueError: one of them is not a policy, or their layers differ.
     """
-
-    summary: ClassVar[str] = "what either of two policies keeps"
 
     first: PruningPolicy
     second: PruningPolicy
@@ -89,17 +88,43 @@ class Union(PruningPolicy):
         """What either policy reads."""
         return self.first.needs(layer) | self.second.needs(layer)
 
+    def choices(self, ctx: TokenContext) -> tuple[Tensor, Tensor]:
+        """What each policy keeps, as marks ``[B, N]`` bool."""
+        return self._marks(self.first, ctx), self._marks(self.second, ctx)
+
+    def _marks(self, policy: PruningPolicy, ctx: TokenContext) -> Tensor:
+        choice = policy.select(ctx)
+        if isinstance(choice, Reduction):
+            name = type(self).__name__.lower()
+            raise ValueError(
+                f"{name}: expected policies that only drop tokens, got {policy!r}, which changes them"
+            )
+        return marks(choice, ctx.mask.shape[1])
+
+
+@dataclass(frozen=True)
+class Union(Pair):
+    """Keeps what either of two policies keeps; ``p | q``. How much that is depends on their overlap."""
+
+    summary: ClassVar[str] = "what either of two policies keeps"
+
     def select(self, ctx: TokenContext) -> Tensor:
         """The union of both choices. Its width is known only on the device: one host read."""
-        one, other = (marks(_plain(policy, ctx), ctx.mask.shape[1]) for policy in (self.first, self.second))
+        one, other = self.choices(ctx)
         return index_of(one | other)
 
 
-def _plain(policy: PruningPolicy, ctx: TokenContext) -> Tensor:
-    """What a policy keeps; one that also changes the tokens cannot be joined with another choice."""
-    choice = policy.select(ctx)
-    if isinstance(choice, Reduction):
-        raise ValueError(
-            f"union: expected policies that only drop tokens, got {policy!r}, which changes them"
-        )
-    return choice
+@dataclass(frozen=True)
+class Intersection(Pair):
+    """Keeps what both of two policies keep; ``p & q``. How much that is depends on their overlap.
+
+    Where they agree on nothing, a sample keeps the first policy's choice: a sample with visual tokens never loses all.
+    """
+
+    summary: ClassVar[str] = "what both of two policies keep"
+
+    def select(self, ctx: TokenContext) -> Tensor:
+        """The intersection of both choices. Its width is known only on the device: one host read."""
+        one, other = self.choices(ctx)
+        both = one & other
+        return index_of(torch.where(both.any(1, keepdim=True), both, one))

@@ -5,7 +5,7 @@ import torch
 
 from vlmprune.policies import Custom, FastV, Random, Uniform
 from vlmprune.policies.base import Needs, Reduction
-from vlmprune.policies.intersect import Intersection
+from vlmprune.policies.compose import Intersection
 from vlmprune.policies.pyramiddrop import PyramidDrop
 
 
