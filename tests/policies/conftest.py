@@ -170,10 +170,13 @@ def make_sight(images=("square",), layers=(-2,), cls=True, few_values=False, see
         query, key = draw(count, 2 * H, P + cls, P + cls, D, few_values, g)
         seen[layer] = VisionAttention(query[:, :H], key, D**-0.5, cls)
     features = torch.randn(count, P, 12, generator=g)
+    weight = torch.randn(12, ctx.hidden.shape[2], generator=g) / 4
     B, Q = len(ctx.grids), 40
     text = padded([torch.randperm(Q, generator=g)[: 3 + b].tolist() for b in range(B)])
     embeds = torch.randn(B, Q, 8, generator=g)
-    return replace(ctx, vision=seen, features=features if count else None, embeds=embeds, text=text)
+    features = features if count else None
+    seen = dict(vision=seen, features=features, project=lambda x: torch.tanh(x.float() @ weight))
+    return replace(ctx, **seen, embeds=embeds, text=text)
 
 
 @pytest.fixture(scope="session")

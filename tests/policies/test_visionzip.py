@@ -17,17 +17,10 @@ BATCHES = [
 ]
 
 
-WEIGHT = torch.randn(12, 8, generator=torch.Generator().manual_seed(9)) / 4
-
-
-def project(features):
-    """A projector that is not linear: merging before it and behind it differ."""
-    return torch.tanh(features.float() @ WEIGHT)
-
-
 @pytest.fixture
 def sight(sight):
-    """Contexts whose hidden states are the projected features, as before layer 0."""
+    """Contexts whose hidden states are the projected features, as before layer 0. The projection is not linear, so
+    merging before it and behind it differ."""
 
     def make(*args, **kwargs):
         ctx = sight(*args, **kwargs)
@@ -35,9 +28,9 @@ def sight(sight):
         for sample, grids in enumerate(ctx.grids):
             first = 0
             for rows, columns in grids:
-                hidden[sample, first : first + rows * columns] = project(ctx.features[image])
+                hidden[sample, first : first + rows * columns] = ctx.project(ctx.features[image])
                 first, image = first + rows * columns, image + 1
-        return replace(ctx, hidden=hidden, project=project)
+        return replace(ctx, hidden=hidden)
 
     return make
 
@@ -72,7 +65,7 @@ def expected_of(ctx, images_in, patch_scores, dominant, contextual):
             keys = seen.key[number, :, int(seen.cls) :].double().mean(0).numpy()
             rows = ctx.features[number].double().numpy()
             zipped = slow(patch_scores(ctx, -2, number), keys, rows, dominant, contextual)
-            found += [(first + j, project(torch.from_numpy(row)).double().numpy()) for j, row in zipped]
+            found += [(first + j, ctx.project(torch.from_numpy(row)).double().numpy()) for j, row in zipped]
         yield found
 
 

@@ -128,6 +128,7 @@ def _context(layer: int, needs: Needs, ordinals: Tensor, visual: int) -> TokenCo
             for i in needs.vision
         },
         features=draw(1, visual, WIDTH),
+        project=lambda features: features,
     )
 
 
