@@ -20,6 +20,11 @@ def test_list_json_has_every_policy(cli):
     assert found["fastv"]["fields"] == {"layer": 2, "keep": 0.5, "rows": "last"}
     assert "2403.06764" in found["fastv"]["paper"]
     assert all(policy["summary"] for policy in found.values())
+    facts = {name: (policy["acts"], policy["text_aware"], policy["cls"]) for name, policy in found.items()}
+    assert facts["fastv"] == ("layer 2", True, "no")
+    assert facts["fastervlm"] == ("before the LM", False, "used if there")
+    assert facts["cdpruner"][1] and not facts["divprune"][1]
+    assert facts["vscan"] == ("before the LM and layer 16", True, "used if there")
 
 
 def test_list_table_can_be_typed_back(cli):

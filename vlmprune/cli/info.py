@@ -18,6 +18,7 @@ from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.registry import fields_of, policies
 
 BUDGETS = (192, 128, 64)
+WORDS = {True: "yes", False: "no"}
 PACKAGES = ("vlmprune", "torch", "triton", "transformers", "numpy", "pillow", "flash-attn")
 
 
@@ -39,11 +40,22 @@ def show_policies(as_json: bool, as_markdown: bool = False) -> None:
 
 def markdown_table(found: dict[str, dict[str, Any]]) -> str:
     """The table of methods in the README."""
-    heads = ("name", "class", "keeps", "acts", "reads", "192 / 128 / 64", "checked", "from")
+    heads: tuple[str, ...] = (
+        "name",
+        "class",
+        "keeps",
+        "acts",
+        "text-aware",
+        "CLS",
+        "FlashAttention",
+        "batch > 1",
+    )
+    heads += ("192 / 128 / 64", "checked", "from")
     rows = [heads, ("---",) * len(heads)]
     for name, policy in found.items():
         presets = " / ".join(f"`{policy['presets'][b]}`" for b in BUDGETS if b in policy["presets"])
-        cells = (policy[key] for key in ("summary", "acts", "reads"))
+        facts = ("summary", "acts", "text_aware", "cls", "flash_attention", "batched")
+        cells = (WORDS.get(policy[key], policy[key]) for key in facts)
         rows.append(
             (f"`{name}`", f"`{policy['class']}`", *cells, presets, policy["checked"], policy["paper"])
         )
@@ -60,16 +72,18 @@ def describe_policies() -> dict[str, dict[str, Any]]:
             "paper": cls.paper,
             "checked": cls.checked,
             "presets": dict(cls.presets),
+            "flash_attention": cls.flash_attention,
+            "batched": cls.batched,
             **_default_facts(cls),
         }
         for name, cls in policies().items()
     }
 
 
-def _default_facts(cls: type[PruningPolicy]) -> dict[str, str]:
+def _default_facts(cls: type[PruningPolicy]) -> dict[str, Any]:
     """Where a policy acts and what it reads, asked of its default settings."""
     if MISSING in dict(fields_of(cls)).values():
-        return {"acts": "as set", "reads": "as set"}
+        return dict.fromkeys(("acts", "reads", "text_aware", "cls"), "as set")
     policy = cls()
     needs = [policy.needs(layer) for layer in policy.layers]
     reads = {
@@ -81,7 +95,12 @@ def _default_facts(cls: type[PruningPolicy]) -> dict[str, str]:
     before = "before the LM" if policy.layers[0] == 0 else ""
     inside = ", ".join(str(layer) for layer in policy.layers if layer)
     acts = " and ".join(part for part in (before, f"layer {inside}" if inside else "") if part)
-    return {"acts": acts, "reads": ", ".join(k for k, used in reads.items() if used) or "positions only"}
+    return {
+        "acts": acts,
+        "reads": ", ".join(k for k, used in reads.items() if used) or "positions only",
+        "text_aware": reads["decoder attention"] or reads["prompt text"],
+        "cls": "used if there" if reads["vision attention"] else "no",
+    }
 
 
 def show_info(as_json: bool) -> None:

@@ -217,6 +217,10 @@ class PruningPolicy(ABC):
     checked: ClassVar[str] = "formula"
     """"formula": compared with an independent implementation of the published formula; "reading": the sources leave
     room, and the docstring says how it was used."""
+    flash_attention: ClassVar[bool] = True
+    """Whether the method works when no attention matrix exists: it does if it scores through ``AttentionInputs``."""
+    batched: ClassVar[bool] = True
+    """Whether it takes padded batches of more than one sample."""
     presets: ClassVar[Mapping[int, str]] = {}
     """Settings, as typed on the command line, for a mean of 192, 128 and 64 visual tokens of 576 over 32 layers."""
 
