@@ -100,6 +100,37 @@ def test_missing_weights(ask, broken, checkpoint):
     assert "1 missing, first" in one_line(ask(model=model))
 
 
+def test_weights_that_do_not_fit(ask, broken, checkpoint):
+    model = broken(text_config={"intermediate_size": 100})
+    shutil.copy(checkpoint / "model.safetensors", model)
+    assert "--model: expected weights that fit the configuration" in one_line(ask(model=model))
+
+
+def test_more_layers_than_configured(ask, broken, checkpoint):
+    model = broken(text_config={"num_hidden_layers": 4})
+    shutil.copy(checkpoint / "model.safetensors", model)
+    assert "--model: expected as many layers in the configuration" in one_line(ask(model=model))
+
+
+def test_configuration_that_contradicts_itself(ask, broken):
+    model = broken(text_config={"num_attention_heads": 7})
+    assert "--model: expected a checkpoint folder or a hub id" in one_line(ask(model=model))
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('only one image') }}"])
+def test_chat_template_that_refuses(ask, broken, template):
+    model = broken()
+    (model / "chat_template.jinja").write_text(template)
+    assert "--prompt: expected what the checkpoint's chat template takes" in one_line(ask(model=model))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json"])
+def test_broken_processor(ask, broken, name):
+    model = broken()
+    (model / name).write_text("{")
+    assert "--model: expected a processor and tokenizer" in one_line(ask(model=model))
+
+
 def test_clip_rows_that_are_no_patches(ask, broken):
     line = one_line(ask(model=broken(vision_feature_select_strategy="full")))
     assert "vision_feature_select_strategy: expected 'default'" in line

@@ -235,6 +235,34 @@ def test_merged_embeddings_alone_raise(model):
             model(inputs_embeds=torch.randn(1, 9, 64), attention_mask=torch.ones(1, 9, dtype=torch.long))
 
 
+def test_positional_arguments_are_pruned_too(model):
+    batch = make_batch([[4, "I", 7], [2, "I", 3]])
+    ids, pixels, mask = batch["input_ids"], batch["pixel_values"], batch["attention_mask"]
+    with torch.no_grad(), vlmprune.prune(model, FASTV) as run:
+        named = model.model(input_ids=ids, pixel_values=pixels, attention_mask=mask).last_hidden_state
+        placed = model.model(ids, pixels, mask).last_hidden_state
+        assert run.stages[0].tokens_kept == 6
+        assert torch.equal(named, placed)
+        assert torch.equal(model(ids, pixels, mask).logits, model(**batch).logits)
+
+
+def test_an_image_split_over_calls_is_refused(model):
+    """Chunked prefill: what to keep of half an image, seen from a row of the image, is no pruning of this prompt."""
+    message = r"^prompt: expected whole images of 16 visual tokens in one call, got [0-9]+ visual tokens"
+    with pytest.raises(ModelError, match=message), vlmprune.prune(model, FASTV):
+        generate(model, make_batch(BATCH), 1, prefill_chunk_size=10)
+
+
+def test_a_pruned_cache_is_refused_outside_its_scope(model):
+    batch = make_batch([[4, "I", 7], [2, "I", 3]])
+    with vlmprune.prune(model, FASTV):
+        _, _, out = generate(model, batch, 2)
+    ids = out.sequences
+    real = torch.cat([batch["attention_mask"], torch.ones(2, 2, dtype=torch.long)], 1)
+    with pytest.raises(ModelError, match=r"^past_key_values: expected the scope this cache was pruned in"):
+        generate(model, {"input_ids": ids, "attention_mask": real}, 1, past_key_values=out.past_key_values)
+
+
 def test_embeddings_with_pixels_are_pruned(model):
     batch = make_batch(BATCH)
     embeds = model.get_input_embeddings()(batch["input_ids"])

@@ -30,23 +30,29 @@ def pruned(batch: int = 2) -> tuple[DynamicCache, PrunedDynamicLayer]:
     return cache, layer
 
 
+def grow(layer: PrunedDynamicLayer, n: int) -> None:
+    """What the wiring does for ``n`` more tokens."""
+    layer.announce(extend_validity(layer.valid, layer.stored(), None, n), 0)
+    layer.update(states(2, n), states(2, n))
+
+
 def test_lengths_are_logical():
     cache, layer = pruned()
     assert (cache.get_seq_length(), layer.stored(), layer.dropped) == (9, 5, 4)
     assert layer.get_mask_sizes(3) == (8, 4)
-    layer.update(states(2, 1, 9), states(2, 1, 9))
+    grow(layer, 1)
     assert (layer.get_seq_length(), layer.stored()) == (10, 6)
 
 
 def test_announcement_counts_once():
     _, layer = pruned()
-    layer.update(states(2, 1), states(2, 1))
+    grow(layer, 1)
     assert layer.dropped == 4 and layer.pending is None
 
 
 def test_validity_covers_what_came_later():
     _, layer = pruned()
-    layer.update(states(2, 2), states(2, 2))
+    grow(layer, 2)
     assert layer.validity(7).tolist() == [[True] * 7, [False, False, True, True, True, True, True]]
 
 
@@ -82,9 +88,28 @@ def test_positive_crop_is_refused():
 def test_copies_are_independent(clone):
     cache, layer = pruned()
     other = clone(cache)
-    other.layers[0].update(states(2, 1), states(2, 1))
+    grow(other.layers[0], 1)
     assert (other.get_seq_length(), cache.get_seq_length()) == (10, 9)
-    assert torch.equal(other.layers[0].valid, layer.valid)
+    assert layer.valid.shape == (2, 5) and other.layers[0].valid.shape == (2, 6)
+
+
+def test_use_outside_the_scope_is_refused():
+    """Nobody announces chunks there: masks and positions of a pruned cache would be wrong."""
+    _, layer = pruned()
+    message = r"^past_key_values: expected the scope this cache was pruned in"
+    with pytest.raises(ModelError, match=message):
+        layer.update(states(2, 1), states(2, 1))
+    assert layer.stored() == 5
+    plain = make_prunable(DynamicCache(), 0)
+    plain.announce(None, 4)
+    plain.update(states(1, 5), states(1, 5))
+    plain.update(states(1, 1), states(1, 1))  # batch 1 decodes without a mask, in the scope and outside
+    with pytest.raises(ModelError, match=message):
+        plain.update(states(1, 2), states(1, 2))
+    plain.announce(None, 0, 3)
+    plain.update(states(1, 1), states(1, 1))
+    with pytest.raises(ModelError, match=message):
+        plain.update(states(1, 1), states(1, 1))
 
 
 def test_other_layers_are_refused():

@@ -6,6 +6,7 @@ import statistics
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from jinja2 import TemplateError
 from PIL import Image
 
 from vlmprune.cli.load import Loaded
@@ -47,7 +48,12 @@ def build_text(processor: Any, prompt: str, images: int) -> str:
         check(template is not None, "--prompt", expected, repr(prompt))
         content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:  # templates may refuse a message, or be broken
+            raise ValueError(
+                f"--prompt: expected what the checkpoint's chat template takes, got: {error}"
+            ) from error
     check(
         text.count(token) == images, "--prompt", f"{images} x {token!r}, one per --image", text.count(token)
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -54,10 +55,9 @@ def read_config(source: str) -> Any:
         check(there, "--model", "a checkpoint folder with a config.json, or a hub id", repr(source))
     try:
         config = AutoConfig.from_pretrained(source)
-    except OSError as error:
-        why = str(error).strip().splitlines()[0]
+    except (OSError, StrictDataclassError) as error:
         raise ValueError(
-            f"--model: expected a checkpoint folder or a hub id, got {source!r}: {why}"
+            f"--model: expected a checkpoint folder or a hub id, got {source!r}: {first_line(error)}"
         ) from error
     check_config(config)
     patch_grid(config)
@@ -85,8 +85,18 @@ def check_attention(name: str, device: str) -> None:
 
 
 def load_processor(source: str) -> Any:
-    """Load tokenizer, image processor and chat template."""
-    return AutoProcessor.from_pretrained(source)
+    """Load tokenizer, image processor and chat template. Raises ValueError if one is missing or broken."""
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model: expected a processor and tokenizer in {source!r}, got: {first_line(error)}"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says first; advice stands below that."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load(source: str, config: Any, processor: Any, device: str, dtype: str, attention: str) -> Loaded:
@@ -101,10 +111,21 @@ def load(source: str, config: Any, processor: Any, device: str, dtype: str, atte
         )
     except SafetensorError as error:
         raise ValueError(f"--model: expected whole weight files in {source!r}, got: {error}") from error
+    except RuntimeError as error:  # shapes that do not fit the configuration
+        raise ValueError(
+            f"--model: expected weights that fit the configuration of {source!r}, got: {first_line(error)}"
+        ) from error
     # transformers fills what is missing with random numbers and only logs it.
     missing = sorted(notes["missing_keys"])
     check(
         not missing, "--model", f"every weight in {source!r}", f"{len(missing)} missing, first {missing[:1]}"
+    )
+    spare = sorted(key for key in notes["unexpected_keys"] if ".layers." in key)
+    check(
+        not spare,
+        "--model",
+        "as many layers in the configuration as in the weights",
+        f"no place for {spare[:1]}",
     )
     model = model.to(device).eval()
     return Loaded(model, processor, device, str(model.dtype).removeprefix("torch."), attention)

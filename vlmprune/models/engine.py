@@ -7,6 +7,7 @@ layers after it (rotary tables and masks of the shortened sequence) -> text-mode
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Engine:
     def __init__(self, parts: Parts, policy: PruningPolicy | None) -> None:
         self.parts, self.policy = parts, policy
         self.depth = {id(layer): i for i, layer in enumerate(parts.layers)}
+        self.names = list(inspect.signature(parts.base.forward).parameters)
         self.run = Run(parts, policy)
         self.needs: dict[int, Needs] = {}
         if policy is not None:
@@ -103,17 +105,18 @@ class Engine:
 
     def enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> tuple[Any, Kwargs]:
         """Note which positions of this call are visual tokens, and send the note along to the layers."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        embeds = kwargs.get("inputs_embeds")
+        call = {**dict(zip(self.names, args, strict=False)), **kwargs}  # whichever way the arguments came
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         some = ids if ids is not None else embeds
         if some is None:
             return args, kwargs  # the model itself explains what is missing
-        cache = kwargs.get("past_key_values")
+        cache = call.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
-        forward = Forward(owner=self, q=some.shape[1], wants_text=self.wants_text)
-        forward.known = image_token_count(kwargs, self.parts.grid)
+        rows, columns = self.parts.grid
+        forward = Forward(self, some.shape[1], rows * columns, wants_text=self.wants_text)
+        forward.known = image_token_count(call, self.parts.grid)
         if forward.q > 1:
-            forward.seen = padding_mask(kwargs.get("attention_mask"))
+            forward.seen = padding_mask(call.get("attention_mask"))
         if forward.known is not None:
             forward.visual = visual_mask(self.parts, ids, embeds)
         elif ids is None and past == 0 and self.needs:
@@ -121,7 +124,7 @@ class Engine:
                 self.missed or "inputs_embeds came without input_ids or images: no way to find visual tokens"
             )
         if forward.visual is not None or past == 0:
-            self.run.begin(some.shape[0], forward.q, forward.visual, kwargs.get("use_cache") is not False)
+            self.run.begin(some.shape[0], forward.q, forward.visual, call.get("use_cache") is not False)
         return args, {**kwargs, "vlmprune": forward}
 
     @torch.no_grad()  # recorded operations would differ when a checkpointed layer is replayed

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmprune.errors import ModelError
 from vlmprune.models.layout import Layout, TextSpan, find_text, open_layout
 from vlmprune.policies.base import AttentionInputs
 
@@ -45,6 +46,7 @@ class Forward:
     Attributes:
         owner: the engine whose hooks made it.
         q: length of this call's chunk.
+        per_image: visual tokens of one image.
         visual: ``[B, q]`` True at visual tokens, or None if this call brings no images.
         known: number of visual tokens this call brings, from the shape of the images; None without images.
         seen: ``[B, past + q]`` False at padding (the 2-D attention mask), or None.
@@ -58,6 +60,7 @@ class Forward:
 
     owner: object
     q: int
+    per_image: int
     visual: Tensor | None = None
     known: int | None = None
     seen: Tensor | None = None
@@ -84,6 +87,12 @@ class Forward:
             if attention_mask is None:
                 self.seen = None
             self.first = open_layout(self.visual, self.chunk_padding(), self.known)
+            split = [n for n in self.first.counts if n % self.per_image]
+            if split:
+                raise ModelError(
+                    f"prompt: expected whole images of {self.per_image} visual tokens in one call, got {split[0]} "
+                    "visual tokens (chunked prefill cannot be pruned)"
+                )
             if self.wants_text:
                 self.text = find_text(self.visual, self.first.valid)
         return self.first

@@ -48,6 +48,12 @@ class PrunedDynamicLayer(DynamicLayer):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values; a chunk announced by ``announce`` also brings its validity and its dropped count."""
+        rewritten = self.valid is not None or self.shift is not None
+        if self.pending is None and (rewritten or (self.dropped and key_states.shape[-2] > 1)):
+            raise ModelError(
+                "past_key_values: expected the scope this cache was pruned in (its masks and positions belong to it), "
+                "got a call of the model outside"
+            )
         out = super().update(key_states, value_states, *args, **kwargs)
         if self.pending is not None:
             self.valid, newly_dropped, newly_shifted = self.pending

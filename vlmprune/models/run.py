@@ -80,7 +80,10 @@ class Report:
 
 
 class Run:
-    """The handle a pruning scope gives out. Describes the latest prefill: each new one starts it afresh."""
+    """The handle a pruning scope gives out. Describes the latest prefill: each new one starts it afresh.
+
+    A text-only prompt is a prefill too; so with classifier-free guidance the unconditional pass is what it describes.
+    """
 
     def __init__(self, parts: Parts, policy: PruningPolicy | None) -> None:
         self.policy = policy
