@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,6 +47,7 @@ class PyramidDrop(PruningPolicy):
         "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction, "
         "arXiv 2410.17247"
     )
+    presets: ClassVar[Mapping[int, str]] = {192: "ratio=0.255"}  # eight full layers alone are a mean of 144
     checked: ClassVar[str] = "formula"
 
     layers: tuple[int, ...] = (8, 16, 24)
