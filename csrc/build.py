@@ -17,7 +17,8 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted(path.name for path in HERE.glob("*.cu"))
-ARCHITECTURES = ("80", "90", "100")
+ARCHITECTURES = ("80", "90a", "100a")  # 8.x, H100 and H200, B200; an "a" runs on that one architecture alone
+PTX = "80"  # for every other GPU from 8.0 on, compiled by the driver at first use
 TORCH_TARGET = "0x020a000000000000"  # PyTorch 2.10, the oldest that vlmprune supports
 
 
@@ -42,9 +43,8 @@ def torch_folder() -> Path:
 def command(output: Path) -> list[str]:
     """Return the nvcc call, to be run in this folder, that writes ``output``."""
     torch = torch_folder()
-    newest = ARCHITECTURES[-1]
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    code += [f"-gencode=arch=compute_{newest},code=compute_{newest}"]  # PTX, for GPUs newer than these
+    code += [f"-gencode=arch=compute_{PTX},code=compute_{PTX}"]
     compile_ = ["-std=c++20", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", *code]
     headers = ["-Iinclude", "-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     # libtorch must be a direct dependency, used or not: through it the loader finds the CUDA stream symbol.

@@ -11,8 +11,15 @@ namespace {
 
 constexpr int64_t kMaxSize = 1 << 30;  // positions are 32-bit in the kernel, and may run past N by a segment
 
-// `keep` null: one quota for every row.
-void check_inputs(const Tensor& scores, const Tensor* keep, const Tensor* code, int64_t width) {
+// One number a row, or (null) one for all of them.
+template <class T>
+struct PerRow {
+  const Tensor* rows;
+  T all;
+};
+
+void check_inputs(const Tensor& scores, const Tensor* keep, const Tensor* code, const Tensor* threshold,
+                  int64_t width) {
   const ScalarType dtype = scores.scalar_type();
   check(scores.dim() == 2 &&
             (dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16),
@@ -29,6 +36,11 @@ void check_inputs(const Tensor& scores, const Tensor* keep, const Tensor* code, 
               code->scalar_type() == ScalarType::Char && same_device(*code, scores),
           "code", "int8 [B, N] on the device of scores", *code);
   }
+  if (threshold != nullptr) {
+    check(threshold->dim() == 1 && threshold->size(0) == B &&
+              threshold->scalar_type() == ScalarType::Float && same_device(*threshold, scores),
+          "threshold", "float32 [B] on the device of scores", *threshold);
+  }
   if (width < 0) fail("width: expected 0 or more, got ", width);
 }
 
@@ -37,9 +49,9 @@ Tensor contiguous_rows(const Tensor& x) {
   return x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
 }
 
-std::tuple<Tensor, Tensor> run(Tensor scores, const Tensor* keep, int64_t keep_all,
-                               std::optional<Tensor> code, int64_t width) {
-  check_inputs(scores, keep, code ? &*code : nullptr, width);
+std::tuple<Tensor, Tensor> run(Tensor scores, PerRow<int64_t> keep, std::optional<Tensor> code, int64_t width,
+                               std::optional<PerRow<float>> threshold) {
+  check_inputs(scores, keep.rows, code ? &*code : nullptr, threshold ? threshold->rows : nullptr, width);
   const int64_t B = scores.size(0), N = scores.size(1);
   const int32_t device = scores.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -53,11 +65,18 @@ std::tuple<Tensor, Tensor> run(Tensor scores, const Tensor* keep, int64_t keep_a
   SelectTopkArgs args = {};
   args.scores = static_cast<const float*>(scores.data_ptr());
   args.scores_stride = scores.stride(0);
-  args.keep = keep == nullptr ? nullptr : static_cast<const int64_t*>(keep->data_ptr());
-  args.keep_stride = keep == nullptr ? 0 : keep->stride(0);
-  args.keep_all = keep_all;
+  args.keep = keep.rows == nullptr ? nullptr : static_cast<const int64_t*>(keep.rows->data_ptr());
+  args.keep_stride = keep.rows == nullptr ? 0 : keep.rows->stride(0);
+  args.keep_all = keep.all;
   args.code = code ? static_cast<const int8_t*>(code->data_ptr()) : nullptr;
   args.code_stride = code ? code->stride(0) : 0;
+  args.has_threshold = threshold.has_value();
+  if (threshold && threshold->rows != nullptr) {
+    args.threshold = static_cast<const float*>(threshold->rows->data_ptr());
+    args.threshold_stride = threshold->rows->stride(0);
+  } else if (threshold) {
+    args.threshold_all = threshold->all;
+  }
   args.index = static_cast<int64_t*>(index.data_ptr());
   args.count = static_cast<int64_t*>(count.data_ptr());
   args.B = int(B);
@@ -67,25 +86,52 @@ std::tuple<Tensor, Tensor> run(Tensor scores, const Tensor* keep, int64_t keep_a
   return {index, count};
 }
 
-std::tuple<Tensor, Tensor> with_keep_tensor(Tensor scores, Tensor keep, std::optional<Tensor> code,
-                                            int64_t width) {
-  return run(scores, &keep, 0, code, width);
+std::optional<PerRow<float>> per_row(const std::optional<Tensor>& threshold) {
+  if (!threshold) return std::nullopt;
+  return PerRow<float>{&*threshold, 0};
 }
 
-std::tuple<Tensor, Tensor> with_keep_int(Tensor scores, int64_t keep, std::optional<Tensor> code,
-                                         int64_t width) {
-  return run(scores, nullptr, keep, code, width);
+std::tuple<Tensor, Tensor> with_keeps(Tensor scores, Tensor keep, std::optional<Tensor> code, int64_t width,
+                                      std::optional<Tensor> threshold) {
+  return run(scores, {&keep, 0}, code, width, per_row(threshold));
+}
+
+std::tuple<Tensor, Tensor> with_keep(Tensor scores, int64_t keep, std::optional<Tensor> code, int64_t width,
+                                     std::optional<Tensor> threshold) {
+  return run(scores, {nullptr, keep}, code, width, per_row(threshold));
+}
+
+std::tuple<Tensor, Tensor> with_keeps_and_level(Tensor scores, Tensor keep, std::optional<Tensor> code,
+                                                int64_t width, double threshold) {
+  return run(scores, {&keep, 0}, code, width, PerRow<float>{nullptr, float(threshold)});
+}
+
+std::tuple<Tensor, Tensor> with_keep_and_level(Tensor scores, int64_t keep, std::optional<Tensor> code,
+                                               int64_t width, double threshold) {
+  return run(scores, {nullptr, keep}, code, width, PerRow<float>{nullptr, float(threshold)});
 }
 
 }  // namespace
 }  // namespace vlmprune
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_vlmprune_C, m) {
-  m.def("select_topk(Tensor scores, Tensor keep, Tensor? code, int width) -> (Tensor index, Tensor count)");
-  m.def("select_topk.int(Tensor scores, int keep, Tensor? code, int width) -> (Tensor index, Tensor count)");
+  m.def(
+      "select_topk(Tensor scores, Tensor keep, Tensor? code, int width, Tensor? threshold=None) -> "
+      "(Tensor index, Tensor count)");
+  m.def(
+      "select_topk.int(Tensor scores, int keep, Tensor? code, int width, Tensor? threshold=None) -> "
+      "(Tensor index, Tensor count)");
+  m.def(
+      "select_topk.level(Tensor scores, Tensor keep, Tensor? code, int width, float threshold) -> "
+      "(Tensor index, Tensor count)");
+  m.def(
+      "select_topk.int_level(Tensor scores, int keep, Tensor? code, int width, float threshold) -> "
+      "(Tensor index, Tensor count)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_vlmprune_C, CUDA, m) {
-  m.impl("select_topk", TORCH_BOX(&vlmprune::with_keep_tensor));
-  m.impl("select_topk.int", TORCH_BOX(&vlmprune::with_keep_int));
+  m.impl("select_topk", TORCH_BOX(&vlmprune::with_keeps));
+  m.impl("select_topk.int", TORCH_BOX(&vlmprune::with_keep));
+  m.impl("select_topk.level", TORCH_BOX(&vlmprune::with_keeps_and_level));
+  m.impl("select_topk.int_level", TORCH_BOX(&vlmprune::with_keep_and_level));
 }

@@ -2,15 +2,17 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ARCHITECTURES = ["80", "90a", "100a"]
+ARCHITECTURES = runpy.run_path(str(ROOT / "csrc" / "build.py"))["ARCHITECTURES"]
 OPS = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
 NVCC = shutil.which("nvcc")
 
@@ -25,11 +27,16 @@ KERNEL = re.compile(
 LOAD = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
-op = torch.ops._vlmprune_C.select_topk
-print(*op.overloads())
-for keep in 1, torch.tensor([1]):
+ops = torch.ops._vlmprune_C
+index, scores = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 4)
+for call in (
+    lambda: ops.select_topk(scores, 1, None, 4),
+    lambda: ops.select_topk(scores, torch.tensor([1]), None, 4),
+    lambda: ops.gather_tokens([scores], index),
+    lambda: ops.compact_kv([scores[None]], index),
+):
     try:
-        op(torch.zeros(1, 4), keep, None, 4)
+        call()
     except NotImplementedError as error:
         print(error)
 """
@@ -56,8 +63,15 @@ def test_extension_builds_and_loads(tmp_path):
     library = tmp_path / "vlmprune" / "_C.abi3.so"
     load = [sys.executable, "-P", "-c", LOAD, library]
     out = subprocess.run(load, capture_output=True, text=True, check=True).stdout
-    assert out.startswith("default int\n")
-    assert (
-        len(re.findall(r"'_vlmprune_C::select_topk(?:\.int)?' with arguments from the 'CPU' backend", out))
-        == 2
+    refused = re.findall(r"'_vlmprune_C::(\S+)' with arguments from the 'CPU' backend", out)
+    assert refused == ["select_topk.int", "select_topk", "gather_tokens", "compact_kv"]
+    assert code_in(library) == {*(f"sm_{a}.cubin" for a in ARCHITECTURES), "sm_80.ptx"}
+
+
+def code_in(library):
+    """What a GPU may load: machine code of one architecture, or PTX for all from one on."""
+    cuobjdump = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    listed = subprocess.run(
+        [cuobjdump, "-lelf", "-lptx", library], capture_output=True, text=True, check=True
     )
+    return set(re.findall(r"sm_\w+\.(?:cubin|ptx)", listed.stdout))

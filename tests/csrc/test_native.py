@@ -102,3 +102,66 @@ def test_select_topk_names_the_wrong_argument():
         select_topk(scores, keep, keep, 8)
     with pytest.raises(RuntimeError, match=r"width: expected 0 or more, got -1"):
         select_topk(scores, keep, None, -1)
+
+
+@pytest.fixture
+def row_case():
+    """Hidden states, positions, a mask and more caches than one launch takes, and which rows stay."""
+    g = torch.Generator().manual_seed(0)
+    caches = [torch.randn(2, 2, 640 + i % 3, 72, generator=g).bfloat16() for i in range(70)]
+    others = [
+        torch.randn(2, 640, 4096, generator=g),
+        torch.arange(640)[None],
+        torch.rand(2, 640, generator=g) < 0.5,
+    ]
+    index = torch.stack([torch.randperm(640, generator=g)[:300].sort().values for _ in range(2)])
+    index[1, 290:] = -1
+    return others, caches, index
+
+
+@gpu
+@needs_backend
+def test_gather_tokens_equals_reference(row_case):
+    others, caches, index = row_case
+    tensors = [*others, *caches, caches[0][..., 1:9]]
+    outs = _native.load("gather_tokens")([x.cuda() for x in tensors], index.cuda())
+    for out, want in zip(outs, reference.gather_tokens(tensors, index), strict=True):
+        assert torch.equal(out.cpu(), want)
+
+
+@gpu
+@needs_backend
+def test_compact_kv_equals_reference(row_case):
+    _, caches, index = row_case
+    on_gpu = [x.cuda() for x in caches]
+    _native.load("compact_kv")(on_gpu, index.cuda())
+    reference.compact_kv(caches, index)
+    assert all(torch.equal(x.cpu(), want) for x, want in zip(on_gpu, caches, strict=True))
+
+
+@gpu
+@needs_backend
+def test_positions_outside_are_masked():
+    x = torch.ones(1, 2, 20, 8, device=CUDA)
+    index = torch.tensor([[0, 19, 20, 1 << 40, -7]], device=CUDA)
+    (out,) = _native.load("gather_tokens")([x], index)
+    assert out.sum((0, 1, 3)).tolist() == [16, 16, 0, 0, 0]
+    _native.load("compact_kv")([x], index)
+    assert torch.equal(x, torch.ones_like(x))
+
+
+@gpu
+@needs_backend
+def test_rows_replay_in_a_graph():
+    x, cache = torch.randn(2, 64, 40, device=CUDA), torch.zeros(2, 2, 64, 32, device=CUDA)
+    index = torch.arange(0, 64, 2, device=CUDA).expand(2, -1)
+    gather, compact = _native.load("gather_tokens"), _native.load("compact_kv")
+    gather([x], index), compact([cache], index)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (out,) = gather([x], index)
+        compact([cache], index)
+    x.normal_(), cache.copy_(torch.randn_like(cache))
+    kept = cache[:, :, ::2].clone()
+    graph.replay()
+    assert torch.equal(out, x[:, ::2]) and torch.equal(cache[:, :, :32], kept)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.ops import reference
-from vlmprune.ops._checks import check_tensors
+from vlmprune.ops import _native, reference
+from vlmprune.ops._checks import check_reach, check_tensors
 from vlmprune.ops._dispatch import Backend, always, choose, needs_triton, register
 
 
@@ -20,13 +20,14 @@ def gather_tokens(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     Args:
         tensors: each ``[B, S]`` (any strides), ``[B, S, D]`` or ``[B, H, S, D]`` (last dim contiguous), of any dtype up to
             8 bytes; a first dim of 1 serves the whole batch. S may differ between tensors.
-        index: sequence positions ``[B, K]`` int64, each in ``[0, S)`` (not checked on the device); -1 gathers zeros.
+        index: sequence positions ``[B, K]`` int64, each in ``[0, S)``; -1 gathers zeros. On a GPU nothing checks the
+            range, as that would wait for the device: a position outside it gathers zeros, too.
 
     Returns:
         New contiguous tensors ``[B, K]``, ``[B, K, D]`` or ``[B, H, K, D]``, in the order given.
 
     Raises:
-        ValueError: an argument has another rank, shape, dtype, stride or device.
+        ValueError: an argument has another rank, shape, dtype, stride or device, or a position on the CPU is no row.
         BackendError: no backend can run on the device of ``index``.
     """
     check(index.dtype == torch.int64, "index", "int64", index.dtype)
@@ -37,6 +38,7 @@ def gather_tokens(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
 
 @torch.library.custom_op("vlmprune::gather_tokens", mutates_args=())
 def _gather_tokens(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
+    check_reach(index, tensors)
     return choose("gather_tokens", index)(tensors, index)
 
 
@@ -52,11 +54,13 @@ def empty_outputs(tensors: Sequence[Tensor], B: int, K: int) -> list[Tensor]:
 
 
 def scatter_rows(grad: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
-    """Undo a gather: add rows of ``grad`` to zeros of ``shape`` at ``index``; -1 goes nowhere."""
+    """Undo a gather: add rows of ``grad`` to zeros of ``shape`` at ``index``; what is no row goes nowhere."""
     dim = 2 if grad.ndim == 4 else 1
     at = index.view([n if i in (0, dim) else 1 for i, n in enumerate(grad.shape)])
-    rows = torch.where(at >= 0, grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
-    full = grad.new_zeros(grad.shape[0], *shape[1:]).scatter_add(dim, at.clamp(min=0).expand_as(grad), rows)
+    at = torch.where((at >= 0) & (at < shape[dim]), at, shape[dim])  # lands in one extra row, cut off below
+    longer = [n + (i == dim) for i, n in enumerate(shape)]
+    full = grad.new_zeros(grad.shape[0], *longer[1:]).scatter_add(dim, at.expand_as(grad), grad)
+    full = full.narrow(dim, 0, shape[dim])
     return full if shape[0] == grad.shape[0] else full.sum(0, keepdim=True)
 
 
@@ -84,6 +88,7 @@ def _load_triton() -> Callable[..., list[Tensor]]:
 register(
     "gather_tokens",
     (
+        Backend("cuda", lambda: _native.load("gather_tokens"), _native.needs_extension),
         Backend("triton", _load_triton, needs_triton),
         Backend("reference", lambda: reference.gather_tokens, always),
     ),

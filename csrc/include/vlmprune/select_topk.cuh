@@ -1,11 +1,12 @@
 // Position-sorted top-k of each row, exact and deterministic (specification: vlmprune/ops/reference.py).
 //
-// Every position gets an integer key whose order is the selection order. Three radix rounds of 11 bits find
-// the key of the last position kept; one prefix sum then gives each kept position its slot.
+// Every position gets an integer key whose order is the selection order; below the threshold it counts as
+// dropped. Three radix rounds of 11 bits find the key of the last position kept, unless all are; one prefix
+// sum then gives each kept position its slot.
 // Latency bound: the row is read once, the rest is eleven barriers. No sort anywhere.
 // Grid: (B), one block a row.
 //
-// Each warp walks its own contiguous segment of the row, the same one in every pass. So a thread meets only
+// Each warp walks its own contiguous stretch of the row, the same one in every pass. So a thread meets only
 // keys it wrote itself (no barrier guards them), shared memory is read without bank conflicts, slots ascend.
 // Integer atomics only: the result does not depend on the order in which threads run.
 #pragma once
@@ -26,8 +27,12 @@ struct SelectTopkArgs {
   int64_t keep_all;
   const int8_t* code;  // [B, N], rows code_stride elements apart; null: every position is prunable
   int64_t code_stride;
-  int64_t* index;  // [B, width], contiguous, output
-  int64_t* count;  // [B], output
+  const float* threshold;  // [B], threshold_stride elements apart; null: threshold_all for every row
+  int64_t threshold_stride;
+  float threshold_all;
+  int has_threshold;  // 0: every prunable position competes
+  int64_t* index;     // [B, width], contiguous, output
+  int64_t* count;     // [B], output
   int B, N, width;
 };
 
@@ -64,25 +69,33 @@ __device__ inline uint32_t order_key(float score) {
   return bits == magnitude ? bits | 0x80000000u : ~bits;
 }
 
-// Keys of one row, and the segment of it that the calling warp owns.
+// The lowest key that may compete. No score reaches a threshold that is NaN.
+__device__ inline uint32_t floor_key(float threshold) {
+  const uint32_t key = order_key(threshold);
+  return key == kNaN ? kForced : key;
+}
+
+// Keys of one row of N scores, and the stretch of it that the calling warp owns.
 template <bool kCached>
 struct Row {
   const float* scores;
-  const int8_t* code;
+  const int8_t* code;  // null: every position is prunable
+  uint32_t floor;      // keys of prunable positions below it count as dropped
   uint32_t* cache;  // [N] in shared memory, used if kCached; otherwise keys are computed again in every pass
   int begin, end;
 
-  __device__ Row(const SelectTopkArgs& args, uint32_t* cache) : cache(cache) {
-    scores = args.scores + blockIdx.x * args.scores_stride;
-    code = args.code == nullptr ? nullptr : args.code + blockIdx.x * args.code_stride;
-    const int segment = (args.N + kThreads - 1) / kThreads * kWarpSize;
-    begin = min(args.N, int(threadIdx.x / kWarpSize) * segment);
-    end = min(args.N, begin + segment);
+  __device__ Row(const float* scores, const int8_t* code, uint32_t floor, int N, uint32_t* cache)
+      : scores(scores), code(code), floor(floor), cache(cache) {
+    const int stretch = (N + kThreads - 1) / kThreads * kWarpSize;
+    begin = min(N, int(threadIdx.x / kWarpSize) * stretch);
+    end = min(N, begin + stretch);
   }
 
   __device__ uint32_t compute(int i) const {
     const int c = code == nullptr ? 0 : code[i];
-    return c == 0 ? order_key(scores[i]) : c == 1 ? kForced : kDropped;
+    if (c != 0) return c == 1 ? kForced : kDropped;
+    const uint32_t key = order_key(scores[i]);
+    return key < floor ? kDropped : key;
   }
 
   __device__ uint32_t key(int i) const { return kCached ? cache[i] : compute(i); }
@@ -139,9 +152,9 @@ __device__ Threshold find_threshold(const Row<kCached>& row, uint32_t rank, Shar
   return {prefix, rank};
 }
 
-// Write the kept positions of this warp's segment to their slots.
+// Write the kept positions of this warp's stretch to their slots, counted from `first`.
 template <bool kCached>
-__device__ void emit(const Row<kCached>& row, Threshold threshold, int64_t* index, uint32_t width,
+__device__ void emit(const Row<kCached>& row, Threshold threshold, int64_t* index, uint32_t width, int first,
                      Shared& shared) {
   const int lane = threadIdx.x % kWarpSize;
   uint64_t counts = 0;  // above the threshold (high word) and equal to it (low word)
@@ -150,7 +163,7 @@ __device__ void emit(const Row<kCached>& row, Threshold threshold, int64_t* inde
     counts += key > threshold.key ? uint64_t(1) << 32 : key == threshold.key;
   }
   const uint64_t before = block_scan<kThreads>(counts, shared.pair_sums).before;
-  const uint64_t start = __shfl_sync(kFullWarp, before, 0);  // of the segment
+  const uint64_t start = __shfl_sync(kFullWarp, before, 0);  // of the stretch
   uint32_t above = uint32_t(start >> 32), equal = uint32_t(start);
   const uint32_t lower_lanes = (1u << lane) - 1;
   for (int base = row.begin; base < row.end; base += kWarpSize) {
@@ -161,10 +174,30 @@ __device__ void emit(const Row<kCached>& row, Threshold threshold, int64_t* inde
     const uint32_t tie = equal + __popc(equal_lanes & lower_lanes);  // equal keys at lower positions
     const uint32_t slot = above + __popc(above_lanes & lower_lanes) + min(tie, threshold.ties);
     const bool kept = key > threshold.key || (key == threshold.key && tie < threshold.ties);
-    if (kept && slot < width) index[slot] = i;
+    if (kept && slot < width) index[slot] = first + i;
     above += __popc(above_lanes);
     equal += __popc(equal_lanes);
   }
+}
+
+// Write `first` + the kept positions of the row, ascending, and -1 behind them; return how many are kept.
+template <bool kCached>
+__device__ uint32_t select_row(const Row<kCached>& row, int64_t keep, int64_t* index, int width, int first,
+                               Shared& shared) {
+  for (int bin = threadIdx.x; bin < kBins; bin += kThreads) shared.histogram[bin] = 0;
+  const uint64_t counts = load_row(row, shared);
+  const int64_t forced = counts >> 32, prunable = uint32_t(counts);
+  const uint32_t kept = uint32_t(forced + min(max(keep, int64_t(0)), prunable));
+  if (kept > 0) {
+    Threshold threshold{0, 0};  // above key 0 lies every position that is there
+    if (kept < uint32_t(forced + prunable))
+      threshold = find_threshold(row, kept, shared);
+    else
+      __syncthreads();  // the next scan overwrites sums that other warps may still read
+    emit(row, threshold, index, width, first, shared);
+  }
+  for (int64_t slot = int64_t(kept) + threadIdx.x; slot < width; slot += kThreads) index[slot] = -1;
+  return kept;
 }
 
 // One block an SM is enough (B is small); without the 1, nvcc makes room for two and spills.
@@ -172,23 +205,22 @@ template <bool kCached>
 __global__ void __launch_bounds__(kThreads, 1) select_topk_kernel(const SelectTopkArgs args) {
   extern __shared__ uint64_t shared_memory[];  // Shared, then the keys of the row if kCached
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
-  const Row<kCached> row(args, reinterpret_cast<uint32_t*>(&shared + 1));
-  for (int bin = threadIdx.x; bin < kBins; bin += kThreads) shared.histogram[bin] = 0;
-
-  const uint64_t counts = load_row(row, shared);
-  const int64_t b = blockIdx.x, prunable = uint32_t(counts);
+  const int64_t b = blockIdx.x;
   const int64_t keep = args.keep == nullptr ? args.keep_all : args.keep[b * args.keep_stride];
-  const uint32_t kept = uint32_t(counts >> 32) + uint32_t(min(max(keep, int64_t(0)), prunable));
-
-  int64_t* index = args.index + b * args.width;
-  if (kept > 0) emit(row, find_threshold(row, kept, shared), index, args.width, shared);
-  for (int64_t slot = int64_t(kept) + threadIdx.x; slot < args.width; slot += kThreads) index[slot] = -1;
+  uint32_t floor = 0;
+  if (args.has_threshold)
+    floor = floor_key(args.threshold == nullptr ? args.threshold_all
+                                                : args.threshold[b * args.threshold_stride]);
+  const Row<kCached> row(args.scores + b * args.scores_stride,
+                         args.code == nullptr ? nullptr : args.code + b * args.code_stride, floor, args.N,
+                         reinterpret_cast<uint32_t*>(&shared + 1));
+  const uint32_t kept = select_row(row, keep, args.index + b * args.width, args.width, 0, shared);
   if (threadIdx.x == 0) args.count[b] = kept;
 }
 
-template <bool kCached>
-cudaError_t launch(const SelectTopkArgs& args, size_t shared_bytes, int shared_limit, cudaStream_t stream) {
-  const auto kernel = select_topk_kernel<kCached>;
+template <class Args>
+cudaError_t launch(void (*kernel)(Args), const Args& args, int blocks, size_t shared_bytes, int shared_limit,
+                   cudaStream_t stream) {
   if (shared_bytes > kSharedWithoutOptIn) {
     // Always the device's limit, never this call's need: threads that launch at the same time agree on it.
     const cudaError_t error =
@@ -196,27 +228,35 @@ cudaError_t launch(const SelectTopkArgs& args, size_t shared_bytes, int shared_l
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(args.B);
+  config.gridDim = dim3(blocks);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-}  // namespace select_topk
-
-// Launch on `stream` of the current device. Rows whose keys do not fit in shared memory are read again from
-// global memory in each pass; N may go up to 2^30.
-inline cudaError_t launch_select_topk(const SelectTopkArgs& args, cudaStream_t stream) {
-  if (args.B == 0) return cudaSuccess;
+// Rows of up to N keys: cached in shared memory if they fit there, else read again from global memory in each
+// pass; N may go up to 2^30.
+template <class Args>
+cudaError_t launch(void (*cached)(Args), void (*uncached)(Args), const Args& args, int blocks, int N,
+                   cudaStream_t stream) {
+  if (blocks == 0) return cudaSuccess;
   int device = 0, limit = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  const size_t bytes = sizeof(select_topk::Shared), cached_bytes = bytes + sizeof(uint32_t) * args.N;
-  return cached_bytes <= size_t(limit) ? select_topk::launch<true>(args, cached_bytes, limit, stream)
-                                       : select_topk::launch<false>(args, bytes, limit, stream);
+  const size_t bytes = sizeof(Shared), cached_bytes = bytes + sizeof(uint32_t) * N;
+  return cached_bytes <= size_t(limit) ? launch(cached, args, blocks, cached_bytes, limit, stream)
+                                       : launch(uncached, args, blocks, bytes, limit, stream);
+}
+
+}  // namespace select_topk
+
+// Launch on `stream` of the current device.
+inline cudaError_t launch_select_topk(const SelectTopkArgs& args, cudaStream_t stream) {
+  using namespace select_topk;
+  return launch(select_topk_kernel<true>, select_topk_kernel<false>, args, args.B, args.N, stream);
 }
 
 }  // namespace vlmprune

@@ -21,6 +21,7 @@
 #define __device__
 #define __shared__
 #define __launch_bounds__(...)
+#define __grid_constant__
 using std::max;
 using std::min;
 
@@ -29,6 +30,10 @@ struct dim3 {
   dim3(unsigned x = 1) : x(x) {}
 };
 inline dim3 threadIdx, blockIdx;
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
 
 namespace emulator {
 
@@ -47,7 +52,8 @@ struct Fiber {
 
 inline int shared_limit;          // bytes a block can get after opting in
 inline unsigned skipped_barrier;  // left out to prove that it is needed; 1 = the first, 0 = none
-inline unsigned char* shared;     // [kSharedBytes], the kernel's dynamic shared memory
+inline unsigned char* shared;  // [kSharedBytes], the kernel's dynamic shared memory, or null if it has none
+inline unsigned launches;      // so far
 inline bool opted_in;
 inline std::mt19937 order;
 inline std::vector<Fiber> fibers;
@@ -90,7 +96,7 @@ inline void run_warp(unsigned first) {
 
 inline void run_block(unsigned threads, size_t shared_bytes) {
   static const std::unique_ptr<char[]> stacks(new char[1024 * kStackBytes]);
-  std::fill_n(shared, kSharedBytes, kPoison);
+  if (shared != nullptr) std::fill_n(shared, kSharedBytes, kPoison);
   fibers.resize(threads);
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = fibers[t];
@@ -104,8 +110,8 @@ inline void run_block(unsigned threads, size_t shared_bytes) {
     for (unsigned first : shuffled(0, threads, kLanes)) run_warp(first);
   } while (all(0, threads, State::kAtBarrier));
   if (!all(0, threads, State::kDone)) throw std::runtime_error("threads wait at different points");
-  if (!std::all_of(shared + shared_bytes, shared + kSharedBytes,
-                   [](unsigned char c) { return c == kPoison; }))
+  if (shared != nullptr && !std::all_of(shared + shared_bytes, shared + kSharedBytes,
+                                        [](unsigned char c) { return c == kPoison; }))
     throw std::runtime_error("write past the end of shared memory");
 }
 
@@ -173,6 +179,8 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+inline const char* cudaGetErrorString(cudaError_t) { return "the launch is refused"; }
+
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
@@ -194,6 +202,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, 
   const size_t limit = emulator::opted_in ? size_t(emulator::shared_limit) : emulator::kSharedWithoutOptIn;
   if (config->gridDim.x == 0 || config->dynamicSmemBytes > limit) return cudaErrorInvalidValue;
   emulator::body = [=] { kernel(args...); };
+  ++emulator::launches;
   for (blockIdx.x = 0; blockIdx.x < config->gridDim.x; ++blockIdx.x)
     emulator::run_block(config->blockDim.x, config->dynamicSmemBytes);
   return cudaSuccess;

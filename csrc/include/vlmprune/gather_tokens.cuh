@@ -1,0 +1,109 @@
+// Row gather of up to 64 tensors in one launch (specification: vlmprune/ops/reference.py):
+//   out_t[b, h, k, :] = source_t[b, h, index[b, k], :], zeros where that is no row of source_t.
+//
+// Memory bound: each kept row is read once and written once, in words of 16 bytes where alignment allows.
+// What one sample and head put out is one contiguous run of words. A tile is kTileWords of it, whatever the
+// rows are: positions of 8 bytes and hidden states of 8 KB fill their blocks alike, and all writes are
+// coalesced.
+// Grid: (sum over tensors of B * heads * tiles), one block a tile.
+#pragma once
+
+#include "vlmprune/tensor_rows.cuh"
+
+namespace vlmprune {
+
+struct GatherTokensArgs {
+  const TensorRows* sources;  // [count], on the host
+  char* const* outs;          // [count], on the host; each [B, heads, K, row_bytes], contiguous
+  int count;
+  const int64_t* index;  // [B, K], contiguous
+  int64_t B, K;
+};
+
+namespace gather_tokens {
+
+constexpr int kThreads = 256;
+constexpr int kInFlight = 4;  // words a thread loads before it stores the first
+constexpr int kTileWords = kThreads * kInFlight;
+
+struct Tensor {
+  TensorRows rows;
+  char* out;
+  uint32_t tiles;  // of one sample and head
+  uint32_t first_unit;
+  int word;
+};
+
+struct Batch {
+  Tensor tensors[kMaxTensors];
+  const int64_t* index;
+  int64_t K;
+  int count;
+};
+
+template <class Word>
+__device__ void copy_tile(const Tensor& tensor, const int64_t* index, int64_t K, uint32_t unit) {
+  const TensorRows& rows = tensor.rows;
+  const uint32_t run = unit / tensor.tiles;  // b * heads + h
+  const int64_t b = run / rows.heads, h = run % rows.heads;
+  const int64_t first = int64_t(unit % tensor.tiles) * kTileWords;
+  // One wide division a block; the others are narrow, since a row has less than 2^31 words.
+  const uint32_t row_words = uint32_t(rows.row_bytes / sizeof(Word));
+  const int64_t first_k = first / row_words;
+  const uint32_t first_word = uint32_t(first % row_words);
+
+  index += b * K;
+  const char* source = rows.data + b * rows.batch_stride + h * rows.head_stride;
+  Word* out = reinterpret_cast<Word*>(tensor.out) + run * K * row_words + first;
+  Word x[kInFlight];
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) {
+    const uint32_t word = first_word + threadIdx.x + i * kThreads;
+    const int64_t k = first_k + word / row_words;
+    const int64_t row = k < K ? index[k] : -1;
+    x[i] = Word();
+    if (row >= 0 && row < rows.S)
+      x[i] = reinterpret_cast<const Word*>(source + row * rows.row_stride)[word % row_words];
+  }
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) {
+    const uint32_t offset = threadIdx.x + i * kThreads;
+    if (first + offset < K * row_words) out[offset] = x[i];
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) gather_tokens_kernel(const __grid_constant__ Batch batch) {
+  const Tensor& tensor = batch.tensors[find_tensor(batch.tensors, batch.count, blockIdx.x)];
+  const uint32_t unit = blockIdx.x - tensor.first_unit;
+  with_word(tensor.word, [&](auto word) { copy_tile<decltype(word)>(tensor, batch.index, batch.K, unit); });
+}
+
+// One launch of `count` tensors, at most kMaxTensors, from number `first` on.
+inline cudaError_t launch(const GatherTokensArgs& args, int first, int count, cudaStream_t stream) {
+  Batch batch = {};
+  batch.index = args.index;
+  batch.K = args.K;
+  batch.count = count;
+  int64_t units = 0;
+  for (int i = 0; i < count; ++i) {
+    const TensorRows& rows = args.sources[first + i];
+    char* const out = args.outs[first + i];
+    const int word = word_bytes(rows, out);
+    const int64_t words = args.K * (rows.row_bytes / word);
+    const int64_t tiles = (words + kTileWords - 1) / kTileWords;
+    batch.tensors[i] = {rows, out, uint32_t(tiles), uint32_t(units), word};
+    units += args.B * rows.heads * tiles;
+  }
+  return launch_units(gather_tokens_kernel, batch, units, kThreads, stream);
+}
+
+}  // namespace gather_tokens
+
+// Launch on `stream` of the current device; every kMaxTensors tensors are one launch. A row has less than
+// 2^31 bytes.
+inline cudaError_t launch_gather_tokens(const GatherTokensArgs& args, cudaStream_t stream) {
+  return launch_in_turn(
+      args.count, [&](int first, int count) { return gather_tokens::launch(args, first, count, stream); });
+}
+
+}  // namespace vlmprune

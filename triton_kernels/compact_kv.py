@@ -1,0 +1,95 @@
+"""Row gather of many tensors in place, in one launch: x_t[b, h, k, :] = x_t[b, h, index[b, k], :] where that is a row.
+
+Memory bound: each row that moves is read once and written once; a row that stays is not touched.
+A row may be the source of one move and the target of another, so the moves of one tensor, sample, head and block of
+columns are a chain, which one program walks from the left. The index ascends, so index[k] >= k: a row that this step
+writes can be a source of this step (hence the barrier) but of no later one.
+Tile: BLOCK_K rows x BLOCK_D columns of one head of one tensor.
+Grid: (sum over tensors of heads * cdiv(D, BLOCK_D), B).
+"""
+
+import triton
+import triton.language as tl
+
+from vlmprune.triton_kernels._launch import launch
+from vlmprune.triton_kernels._rows import MAX_TENSORS, grouped, pick, place_of
+
+BLOCK_BYTES = 128  # of columns: whole cache lines, and enough chains where heads are few
+BLOCK_K = 64
+
+
+@triton.jit
+def _walk_chain(
+    unit,  # which (tensor of the group, head, block of columns)
+    caches,
+    strides,
+    S,
+    index_ptr,  # [K] of this sample
+    b,
+    K,
+    COUNT: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tensor, h, offs_d = place_of(unit, HEADS, D, BLOCK_D)
+    x_ptr = pick(caches, tensor, COUNT) + b * strides[0] + h * strides[1]
+    for first in range(0, K, BLOCK_K):
+        offs_k = first + tl.arange(0, BLOCK_K).to(tl.int64)
+        row = tl.load(index_ptr + offs_k, mask=offs_k < K, other=-1)  # [BLOCK_K]
+        moves = (row > offs_k) & (row < S)
+        mask = moves[:, None] & (offs_d < D)[None, :]
+        from_offs = tl.where(moves, row, 0) * strides[2]
+        x = tl.load(x_ptr + from_offs[:, None] + offs_d[None, :], mask=mask)  # [BLOCK_K, BLOCK_D]
+        tl.debug_barrier()  # a row of this tile may be both read and written, by different threads
+        tl.store(x_ptr + (offs_k * strides[2])[:, None] + offs_d[None, :], x, mask=mask)
+
+
+@triton.jit(do_not_specialize=["lengths"])
+def _compact_kv_kernel(
+    caches,  # per group, a tuple of pointers to x [B, heads, S, D]
+    strides,  # per group, (batch, head, sequence) strides of x
+    lengths,  # per group, S
+    first_units,  # per group, the first program of axis 0 that works on it, and one past the last
+    index_ptr,  # [B, K] int64, contiguous, ascending in each row
+    K,
+    COUNTS: tl.constexpr,  # per group: tensors, heads, columns, columns in a tile
+    HEADS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    for i in tl.static_range(len(COUNTS)):
+        if (pid >= first_units[i]) & (pid < first_units[i + 1]):
+            _walk_chain(
+                pid - first_units[i],
+                caches[i],
+                strides[i],
+                lengths[i],
+                index_ptr + b * K,
+                b,
+                K,
+                COUNTS[i],
+                HEADS[i],
+                WIDTHS[i],
+                BLOCKS[i],
+                BLOCK_K,
+            )
+
+
+def _launch(caches, index):
+    """One launch for up to MAX_TENSORS caches."""
+    B, K = index.shape
+    (pointers,), strides, lengths, first_units, meta = grouped([(x,) for x in caches], BLOCK_BYTES)
+    args = (pointers, strides, lengths, first_units, index, K)
+    launch(_compact_kv_kernel, (first_units[-1], B), *args, **meta, BLOCK_K=BLOCK_K, num_warps=4)
+
+
+def compact_kv(caches, index):
+    """Group by layout, launch. Arguments were validated by vlmprune.ops.compact_kv."""
+    caches, index = [x for x in caches if x.numel()], index.contiguous()
+    if index.numel():
+        for first in range(0, len(caches), MAX_TENSORS):
+            _launch(caches[first : first + MAX_TENSORS], index)
