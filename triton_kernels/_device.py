@@ -1,5 +1,7 @@
 """Pieces used by two or more kernels: tile sizes, operand types, and reading rows of query or key."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +34,7 @@ def tiles(query, n_rows, rope):
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": max(block, 32),
-        "num_warps": 8 if block_m == 64 or weight > 4096 else 4,
+        "num_warps": 8 if block_m == 64 or rope is not None else 4,
         "num_stages": 2 if weight <= 512 else 1,
     }
 
@@ -50,6 +52,40 @@ def rope_args(rope, B):
 def as_bytes(mask):
     """View a bool mask as uint8, row-contiguous; None stays None."""
     return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+class Packed(NamedTuple):
+    """Where the samples of a packed batch lie: bounds [B + 1] on the device, of keys and of queries, and the longest."""
+
+    cu_seqlens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    max_seqlen: int
+
+
+def packed(key, cu_seqlens, cu_seqlens_q, max_seqlen):
+    """The Packed of an op's arguments, or None for a padded batch; queries lie as keys do unless told otherwise."""
+    if cu_seqlens is None:
+        return None
+    cu_seqlens_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
+    longest = key.shape[2] if max_seqlen is None else max_seqlen
+    return Packed(cu_seqlens.contiguous(), cu_seqlens_q.contiguous(), longest)
+
+
+def batch_stride(x, seqs):
+    """Stride from sample to sample, 0 in a packed batch, where the bounds tell."""
+    return x.stride(0) if seqs is None else 0
+
+
+@triton.jit
+def span(cu_seqlens_ptr, b, S, longest):
+    """(first position, length) of sample b in a packed tensor of S positions; (0, S) if every sample has its own row."""
+    start = tl.zeros((), tl.int64)
+    length = tl.zeros((), tl.int32) + S
+    if cu_seqlens_ptr is not None:
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b).to(tl.int64), 0), S)
+        stop = tl.minimum(tl.load(cu_seqlens_ptr + b + 1).to(tl.int64), start + longest)
+        length = (tl.maximum(tl.minimum(stop, S), start) - start).to(tl.int32)
+    return start, length
 
 
 @triton.jit

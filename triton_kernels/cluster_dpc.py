@@ -12,12 +12,11 @@ import triton
 import triton.language as tl
 
 from vlmprune.triton_kernels._device import as_bytes
+from vlmprune.triton_kernels.select_topk import REGISTERS
 
 BLOCK_N = 32
 ROW_BYTES = 256  # of a tile
 CHUNK = 512
-# said aloud: ptxas would rather spill a word than take a 65th register; AMD knows no such option
-REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # a token of gap 0 still comes before padding, at -inf
 
 

@@ -15,11 +15,10 @@ import triton.language as tl
 
 from vlmprune.triton_kernels._device import as_bytes
 from vlmprune.triton_kernels.pairwise_cosine import pairwise_cosine
+from vlmprune.triton_kernels.select_topk import REGISTERS
 
 MIN_CHUNK, MAX_CHUNK = 128, 2048
 VALUES_PER_WARP = 128  # one 16-byte load a thread
-# what 16 warps may have, said aloud: ptxas would rather spill a word than take a 65th; AMD knows no such option
-REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
 RANK_TOLERANCE = tl.constexpr(1e-5)  # a smaller share of the diagonal is rounding: the token adds nothing
 
 

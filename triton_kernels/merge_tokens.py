@@ -1,6 +1,7 @@
 """Cluster sums and means: out[b, c, :] = sum of w[b, n] x[b, n, :] over the tokens n assigned to c; "mean" divides by sum w.
 
-Memory bound: each assigned row is read once, rows of other clusters not at all. Every program reads all assignments.
+Memory bound: each assigned row is read once, rows of other clusters not at all. Every program reads all assignments, CHUNK
+at a time, and looks into a chunk only if its cluster is there: with many clusters (ToMe) it hardly ever is.
 Tile: BLOCK_N tokens x BLOCK_D columns, added in position order tile by tile: no atomics, the bits repeat.
 Grid: (clusters, cdiv(D, BLOCK_D), B).
 """
@@ -9,6 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vlmprune.triton_kernels.select_topk import REGISTERS
+
+CHUNK = 512
 BLOCK_N = 32
 MAX_BLOCK_D = 128
 
@@ -25,6 +29,7 @@ def _merge_tokens_kernel(
     stride_xb,
     stride_xn,
     MEAN: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -33,17 +38,21 @@ def _merge_tokens_kernel(
     mask_d = offs_d < D
     merged = tl.zeros((BLOCK_D,), tl.float32)
     total = tl.zeros((), tl.float32)
-    for start in range(0, N, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        assigned = tl.load(assignment_ptr + b * N + offs_n, mask=offs_n < N, other=-1)
-        mine = assigned == cluster  # [BLOCK_N]
-        w = mine.to(tl.float32)
-        if weights_ptr is not None:
-            w = tl.load(weights_ptr + b * N + offs_n, mask=mine, other=0.0).to(tl.float32)
-        rows = x_ptr + b * stride_xb + offs_n.to(tl.int64) * stride_xn
-        x = tl.load(rows[:, None] + offs_d[None, :], mask=mine[:, None] & mask_d[None, :], other=0.0)
-        merged += tl.sum(x.to(tl.float32) * w[:, None], 0)
-        total += tl.sum(w, 0)
+    for chunk in range(0, N, CHUNK):
+        offs = chunk + tl.arange(0, CHUNK)
+        nearby = tl.load(assignment_ptr + b * N + offs, mask=offs < N, other=-1)
+        if tl.sum((nearby == cluster).to(tl.int32), 0) > 0:
+            for start in range(chunk, tl.minimum(chunk + CHUNK, N), BLOCK_N):
+                offs_n = start + tl.arange(0, BLOCK_N)
+                assigned = tl.load(assignment_ptr + b * N + offs_n, mask=offs_n < N, other=-1)
+                mine = assigned == cluster  # [BLOCK_N]
+                w = mine.to(tl.float32)
+                if weights_ptr is not None:
+                    w = tl.load(weights_ptr + b * N + offs_n, mask=mine, other=0.0).to(tl.float32)
+                rows = x_ptr + b * stride_xb + offs_n.to(tl.int64) * stride_xn
+                x = tl.load(rows[:, None] + offs_d[None, :], mask=mine[:, None] & mask_d[None, :], other=0.0)
+                merged += tl.sum(x.to(tl.float32) * w[:, None], 0)
+                total += tl.sum(w, 0)
     if MEAN:
         merged = tl.where(total != 0.0, merged / tl.where(total != 0.0, total, 1.0), 0.0)
     tl.store(out_ptr + (b * clusters + cluster) * D + offs_d, merged, mask=mask_d)
@@ -66,8 +75,10 @@ def merge_tokens(features, assignment, clusters, mode, weights):
         clusters,
         *features.stride()[:2],
         MEAN=mode == "mean",
+        CHUNK=CHUNK,
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
         num_warps=4,
+        **REGISTERS,
     )
     return out

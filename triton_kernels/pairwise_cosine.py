@@ -16,6 +16,37 @@ MIN_NORM, MAX_NORM = 1e-15, 1e15  # beyond, products leave the range of float32
 
 
 @triton.jit
+def cosine_tile(
+    row_m,  # [BLOCK] pointers to rows, of which those of inverse 0 are not read
+    row_n,
+    inverse_m,  # [BLOCK] float32, 1 / norm, 0 = takes no part
+    inverse_n,
+    D,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Cosines [BLOCK, BLOCK] in [-1, 1] of two tiles of rows."""
+    dots = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        m = tl.load(
+            row_m[:, None] + offs_d[None, :], mask=(inverse_m > 0)[:, None] & mask_d[None, :], other=0.0
+        )
+        n = tl.load(
+            row_n[:, None] + offs_d[None, :], mask=(inverse_n > 0)[:, None] & mask_d[None, :], other=0.0
+        )
+        dots += tl.dot(
+            m.to(DTYPE),
+            tl.trans(n.to(DTYPE)),
+            input_precision="ieee" if tl.target_info.is_hip() else "tf32x3",
+        )
+    cos = dots * (inverse_m[:, None] * inverse_n[None, :])
+    return tl.minimum(tl.maximum(cos, -1.0), 1.0)
+
+
+@triton.jit
 def _cosine_kernel(
     x_ptr,  # [B, N, D], last dim contiguous
     inverse_ptr,  # [B, N] float32, 1 / norm, 0 = takes no part; contiguous
@@ -37,19 +68,7 @@ def _cosine_kernel(
     inverse_n = tl.load(inverse_ptr + b * N + offs_n, mask=offs_n < N, other=0.0)
     row_m = x_ptr + b * stride_xb + offs_m.to(tl.int64) * stride_xn
     row_n = x_ptr + b * stride_xb + offs_n.to(tl.int64) * stride_xn
-    dots = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < D
-        m = tl.load(
-            row_m[:, None] + offs_d[None, :], mask=(inverse_m > 0)[:, None] & mask_d[None, :], other=0.0
-        )
-        n = tl.load(
-            row_n[:, None] + offs_d[None, :], mask=(inverse_n > 0)[:, None] & mask_d[None, :], other=0.0
-        )
-        dots += tl.dot(m.to(DTYPE), tl.trans(n.to(DTYPE)), input_precision="tf32x3")
-    cos = dots * (inverse_m[:, None] * inverse_n[None, :])  # [BLOCK, BLOCK]
-    cos = tl.minimum(tl.maximum(cos, -1.0), 1.0)
+    cos = cosine_tile(row_m, row_n, inverse_m, inverse_n, D, DTYPE, BLOCK, BLOCK_D)  # [BLOCK, BLOCK]
     if pid_m == pid_n:
         cos = (cos + tl.trans(cos)) * 0.5  # two tokens nearest to each other must tie to the last bit
     itself = offs_m[:, None] == offs_n[None, :]
@@ -61,24 +80,31 @@ def _cosine_kernel(
     tl.store(mirrored, tl.trans(cos), mask=(offs_n < N)[:, None] & (offs_m < N)[None, :])
 
 
-def pairwise_cosine(features, mask):
-    """Cosines ``[B, N, N]``, and which tokens take part in them ``[B, N]``."""
-    B, N, D = features.shape
+def inverse_norm(features, mask):
+    """1 / norm of each token ``[B, N]`` float32, 0 = it takes no part: padding, or a norm that is none."""
     norm = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32)
     ok = (norm > MIN_NORM) & (norm < MAX_NORM)
     ok = ok if mask is None else ok & mask
+    return torch.where(ok, 1.0 / norm, 0.0)
+
+
+def tiles(features):
+    """Tile of a product of rows of ``features``."""
+    return {
+        "DTYPE": dot_dtype(features),
+        "BLOCK": BLOCK,
+        "BLOCK_D": ROW_BYTES // features.element_size(),
+        "num_warps": 8,
+    }
+
+
+def pairwise_cosine(features, mask):
+    """Cosines ``[B, N, N]``, and which tokens take part in them ``[B, N]``."""
+    B, N, D = features.shape
+    inverse = inverse_norm(features, mask)
     cos = torch.empty((B, N, N), dtype=torch.float32, device=features.device)
     blocks = triton.cdiv(N, BLOCK)
     _cosine_kernel[(blocks, blocks, B)](
-        features,
-        torch.where(ok, 1.0 / norm, 0.0),
-        cos,
-        N,
-        D,
-        *features.stride()[:2],
-        DTYPE=dot_dtype(features),
-        BLOCK=BLOCK,
-        BLOCK_D=ROW_BYTES // features.element_size(),
-        num_warps=8,
+        features, inverse, cos, N, D, *features.stride()[:2], **tiles(features)
     )
-    return cos, ok
+    return cos, inverse > 0

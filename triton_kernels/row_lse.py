@@ -2,8 +2,8 @@
 
 Memory bound while G * R is small: each key is read once per KV head.
 Tile: BLOCK_M (query head of the group, row) pairs against BLOCK_N keys, online softmax in float32.
-Grid: (B * Hkv, cdiv(G * R, BLOCK_M), SPLITS). Splits of the keys keep a large GPU busy when there are few rows;
-each writes its own log-sum-exp and a second kernel joins them in split order, so the bits never change.
+Grid: (B * Hkv, cdiv(G * R, BLOCK_M), SPLITS). Splits of the keys keep a large GPU busy when there are few rows; each
+writes its own log-sum-exp, and the last of a tile to arrive joins them in split order, so the bits never change.
 """
 
 import torch
@@ -13,47 +13,80 @@ import triton.language as tl
 from vlmprune.triton_kernels._device import (
     LOG2E,
     as_bytes,
+    batch_stride,
     dot_dtype,
     load_rows,
+    packed,
     padded_head_dim,
     rope_args,
+    span,
     tiles,
 )
+from vlmprune.triton_kernels._launch import launch
 
 TARGET_PROGRAMS = 256  # about two programs for each multiprocessor of a large GPU
 MIN_KEYS_PER_SPLIT = 512  # below this, a split costs more in joining than it saves
-JOIN_BLOCK = 256
+MAX_SPLITS = 64  # what the joining program holds in registers
+
+
+@triton.jit
+def _key_positions(columns_ptr, key_mask_ptr, n, n_keys, length):
+    """Positions of keys number ``n``, and which of them are there."""
+    at = n.to(tl.int64)
+    ok = n < n_keys
+    if columns_ptr is not None:
+        at = tl.load(columns_ptr + n, mask=ok, other=-1)
+        ok = (at >= 0) & (at < length)
+        at = tl.maximum(at, 0)
+    if key_mask_ptr is not None:
+        ok = ok & (tl.load(key_mask_ptr + at, mask=ok, other=0) != 0)
+    return at, ok
+
+
+@triton.jit
+def _join_splits(part_ptr, stride_split, offs, mask, SPLITS: tl.constexpr, SPLITS_BLOCK: tl.constexpr):
+    """Log-sum-exp over the splits, in split order."""
+    split = tl.arange(0, SPLITS_BLOCK)
+    ok = (split < SPLITS)[:, None] & mask[None, :]
+    part_offs = split.to(tl.int64)[:, None] * stride_split + offs[None, :]
+    part = tl.load(part_ptr + part_offs, mask=ok, other=float("-inf"), cache_modifier=".cg")
+    top = tl.max(part, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp2((part - base[None, :]) * LOG2E), 0)
+    seen = total != 0.0  # NaN stays NaN
+    return tl.where(seen, base + tl.log2(tl.where(seen, total, 1.0)) / LOG2E, float("-inf"))
 
 
 @triton.jit
 def _row_lse_kernel(
-    query_ptr,  # [B, H, Sq, D], last dim contiguous
-    key_ptr,  # [B, Hkv, S, D], last dim contiguous
+    query_ptr,  # [B, H, Sq, D], last dim contiguous; packed: [1, H, total, D]
+    key_ptr,  # [B, Hkv, S, D], last dim contiguous; packed: [1, Hkv, total, D]
     cos_ptr,  # [B or 1, S, D] or None
     sin_ptr,
     rows_ptr,  # [B, R] int64, contiguous
-    columns_ptr,  # [B, n_keys] int64, contiguous; None = all S keys
+    columns_ptr,  # [B, N] int64, contiguous; None = all S keys
     key_mask_ptr,  # [B, S] uint8, contiguous, or None
-    out_ptr,  # [SPLITS, B, H, R] float32, contiguous
+    cu_seqlens_ptr,  # [B + 1], contiguous, or None
+    cu_seqlens_q_ptr,
+    counter_ptr,  # [B * Hkv, row tiles] int32, all 0, and again when done; None for one split
+    part_ptr,  # [SPLITS, B, H, R] float32, contiguous; the output if there is one split
+    out_ptr,  # [B, H, R] float32, contiguous
     scale,
     B,
     Hkv,
     R,
+    Sq,
     S,
-    first_row,  # key position of the first query
-    n_keys,
-    keys_per_split,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_cb,
-    stride_cs,
+    N,
+    max_seqlen,
+    query_strides,  # batch, head, position
+    key_strides,
+    rope_strides,  # batch, position
     G: tl.constexpr,
     D: tl.constexpr,
     CAUSAL: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -62,35 +95,42 @@ def _row_lse_kernel(
     pid_bh, pid_m, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b = (pid_bh // Hkv).to(tl.int64)
     h_kv = (pid_bh % Hkv).to(tl.int64)
+    start_k, length = span(cu_seqlens_ptr, b, S, max_seqlen)
+    start_q, length_q = span(cu_seqlens_q_ptr, b, Sq, max_seqlen)
+    first_row = length - length_q  # key position of the first query
+    n_keys = length
+    if columns_ptr is not None:
+        columns_ptr += b * N
+        n_keys = N
+    if key_mask_ptr is not None:
+        key_mask_ptr += b * S
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < G * R
     h = h_kv * G + offs_m // R
     r = offs_m % R
     row = tl.load(rows_ptr + b * R + r, mask=mask_m, other=-1)  # [BLOCK_M]
-    real = row >= 0
-    row = tl.maximum(row, 0)
-    q_offs = b * stride_qb + h * stride_qh + (row - first_row) * stride_qs
-    rope_b = b * stride_cb
-    q = load_rows(query_ptr, q_offs, cos_ptr, sin_ptr, rope_b + row * stride_cs, real, D, BLOCK_D, DTYPE)
+    real = (row >= tl.maximum(first_row, 0)) & (row < length)
+    row = tl.where(real, row, first_row)
+    q_offs = b * query_strides[0] + h * query_strides[1] + (start_q + row - first_row) * query_strides[2]
+    rope_q = b * rope_strides[0] + (start_k + row) * rope_strides[1]
+    q = load_rows(query_ptr, q_offs, cos_ptr, sin_ptr, rope_q, real, D, BLOCK_D, DTYPE)
 
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
+    keys_per_split = tl.cdiv(tl.cdiv(n_keys, SPLITS), BLOCK_N) * BLOCK_N
     start = pid_split * keys_per_split
     for first in range(start, tl.minimum(start + keys_per_split, n_keys), BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        at = n.to(tl.int64)
-        ok_n = n < n_keys
-        if columns_ptr is not None:
-            at = tl.load(columns_ptr + b * n_keys + n, mask=ok_n, other=-1)  # [BLOCK_N]
-            ok_n = at >= 0
-            at = tl.maximum(at, 0)
-        if key_mask_ptr is not None:
-            ok_n = ok_n & (tl.load(key_mask_ptr + b * S + at, mask=ok_n, other=0) != 0)
-        k_offs = b * stride_kb + h_kv * stride_kh + at * stride_ks
-        k = load_rows(key_ptr, k_offs, cos_ptr, sin_ptr, rope_b + at * stride_cs, ok_n, D, BLOCK_D, DTYPE)
+        at, ok_n = _key_positions(
+            columns_ptr, key_mask_ptr, first + tl.arange(0, BLOCK_N), n_keys, length
+        )  # [BLOCK_N]
+        k_offs = b * key_strides[0] + h_kv * key_strides[1] + (start_k + at) * key_strides[2]
+        rope_k = b * rope_strides[0] + (start_k + at) * rope_strides[1]
+        k = load_rows(key_ptr, k_offs, cos_ptr, sin_ptr, rope_k, ok_n, D, BLOCK_D, DTYPE)
 
-        logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * (scale * LOG2E)  # [BLOCK_M, BLOCK_N]
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee" if tl.target_info.is_hip() else "tf32x3") * (
+            scale * LOG2E
+        )  # [BLOCK_M, BLOCK_N]
         ok = real[:, None] & ok_n[None, :]
         if CAUSAL:
             ok = ok & (row[:, None] >= at[None, :])
@@ -102,54 +142,56 @@ def _row_lse_kernel(
         total = total * tl.exp2(top - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
         top = new_top
 
-    seen = total > 0.0
+    seen = total != 0.0  # NaN stays NaN
     lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) / LOG2E, float("-inf"))
-    out_row = (pid_split * B + b) * (Hkv * G) + h
-    tl.store(out_ptr + out_row * R + r, lse, mask=mask_m)
-
-
-@triton.jit
-def _join_splits_kernel(
-    part_ptr,  # [SPLITS, M] float32, contiguous
-    out_ptr,  # [M] float32, contiguous
-    M,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < M
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for split in range(SPLITS):
-        top = tl.maximum(top, tl.load(part_ptr + split * M + offs, mask=mask, other=float("-inf")))
-    base = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in range(SPLITS):
-        part = tl.load(part_ptr + split * M + offs, mask=mask, other=float("-inf"))
-        total += tl.exp2((part - base) * LOG2E)
-    seen = total > 0.0
-    lse = tl.where(seen, base + tl.log2(tl.where(seen, total, 1.0)) / LOG2E, float("-inf"))
-    tl.store(out_ptr + offs, lse, mask=mask)
+    stride_split = (tl.zeros((), tl.int64) + B) * Hkv * G * R
+    out_offs = (b * (Hkv * G) + h) * R + r
+    tl.store(part_ptr + pid_split * stride_split + out_offs, lse, mask=mask_m)
+    if SPLITS > 1:
+        counter_ptr += pid_bh * tl.num_programs(1) + pid_m
+        tl.debug_barrier()  # Triton 3.6 puts none between the stores of all warps and the release by one thread
+        arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLITS - 1:
+            lse = _join_splits(part_ptr, stride_split, out_offs, mask_m, SPLITS, SPLITS_BLOCK)
+            tl.store(out_ptr + out_offs, lse, mask=mask_m)
+            tl.store(counter_ptr, 0)
 
 
 def count_splits(n_keys, programs):
     """How many parts the keys are cut into; depends on shapes only, so results repeat bit for bit."""
     wanted = triton.cdiv(TARGET_PROGRAMS, programs)
-    return max(1, min(wanted, n_keys // MIN_KEYS_PER_SPLIT))
+    return max(1, min(wanted, n_keys // MIN_KEYS_PER_SPLIT, MAX_SPLITS))
 
 
-def row_lse(query, key, rows, key_mask, causal, scale, rope, columns=None):
+def row_lse(
+    query,
+    key,
+    rows,
+    key_mask,
+    causal,
+    scale,
+    rope,
+    cu_seqlens=None,
+    cu_seqlens_q=None,
+    max_seqlen=None,
+    columns=None,
+):
     """Allocate, cut the keys, launch. ``columns [B, N]`` restricts the sum to those keys. Checked by vlmprune.ops."""
-    (B, H, Sq, D), (Hkv, S), R = query.shape, key.shape[1:3], rows.shape[1]
-    n_keys = S if columns is None else columns.shape[1]
+    (H, Sq, D), (Hkv, S), (B, R) = query.shape[1:], key.shape[1:3], rows.shape
+    seqs = packed(key, cu_seqlens, cu_seqlens_q, max_seqlen)
+    longest = S if seqs is None else seqs.max_seqlen
+    n_keys = longest if columns is None else columns.shape[1]
     if B * R == 0 or n_keys == 0:
         return query.new_full((B, H, R), float("-inf"), dtype=torch.float32)
     config = tiles(query, H // Hkv * R, rope)
     row_tiles = triton.cdiv(H // Hkv * R, config["BLOCK_M"])
     splits = count_splits(n_keys, B * Hkv * row_tiles)
-    keys_per_split = triton.cdiv(triton.cdiv(n_keys, splits), config["BLOCK_N"]) * config["BLOCK_N"]
     part = query.new_empty((splits, B, H, R), dtype=torch.float32)
+    out = part[0] if splits == 1 else torch.empty_like(part[0])
     cos, sin, stride_cb, stride_cs = rope_args(rope, B)
-    _row_lse_kernel[(B * Hkv, row_tiles, splits)](
+    launch(
+        _row_lse_kernel,
+        (B * Hkv, row_tiles, splits),
         query,
         key,
         cos,
@@ -157,29 +199,29 @@ def row_lse(query, key, rows, key_mask, causal, scale, rope, columns=None):
         rows.contiguous(),
         None if columns is None else columns.contiguous(),
         as_bytes(key_mask),
+        None if seqs is None else seqs.cu_seqlens,
+        None if seqs is None else seqs.cu_seqlens_q,
+        None if splits == 1 else query.new_zeros(B * Hkv * row_tiles, dtype=torch.int32),
         part,
+        out,
         scale,
         B,
         Hkv,
         R,
+        Sq,
         S,
-        S - Sq,
-        n_keys,
-        keys_per_split,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        stride_cb,
-        stride_cs,
+        0 if columns is None else n_keys,
+        longest,
+        (batch_stride(query, seqs), *query.stride()[1:3]),
+        (batch_stride(key, seqs), *key.stride()[1:3]),
+        (stride_cb if seqs is None else 0, stride_cs),
         G=H // Hkv,
         D=D,
         CAUSAL=causal,
+        SPLITS=splits,
+        SPLITS_BLOCK=triton.next_power_of_2(splits),
         DTYPE=dot_dtype(query),
         BLOCK_D=padded_head_dim(D),
         **config,
     )
-    if splits == 1:
-        return part[0]
-    out = torch.empty_like(part[0])
-    grid = (triton.cdiv(out.numel(), JOIN_BLOCK),)
-    _join_splits_kernel[grid](part, out, out.numel(), SPLITS=splits, BLOCK=JOIN_BLOCK)
     return out

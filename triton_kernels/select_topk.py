@@ -1,8 +1,9 @@
 """Exact top-k in position order: index[b] = ascending positions of the keep[b] best scores and of every forced one.
 
 Latency bound: a row is a few thousand numbers. One threshold problem: each position gets a 32-bit key whose integer
-order is the score order (forced = largest, dropped = 0), four 8-bit radix rounds find the smallest kept key, and a
-prefix sum over "kept" gives every survivor its slot, already sorted. Ties go to the lower position.
+order is the score order (forced = largest, dropped or below the threshold = 0), four 8-bit radix rounds find the smallest
+kept key, unless all are kept, and a prefix sum over "kept" gives every survivor its slot, already sorted. Ties go to the
+lower position.
 Tile: CHUNK positions; a row that fits one chunk is read once and stays in registers. Grid: (B,).
 """
 
@@ -10,12 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
+from vlmprune.triton_kernels._launch import launch
+
 MAX_CHUNK = (
-    4096  # keys per pass; 16 a thread at 8 warps. Must stay below 65536: two 16-bit counts share one scan
+    4096  # keys per pass; 8 a thread at 16 warps. Must stay below 65536: two 16-bit counts share one scan
 )
 MIN_CHUNK = 128
-LOOP_CHUNK = 2048  # for longer rows: the loop needs registers of its own
 KEYS_PER_WARP = 256
+# what 16 warps may have, said aloud: ptxas would rather spill a word than take one register more; AMD knows no such option
+REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
 FORCED = tl.constexpr(0xFFFFFFFF)  # above the key of +inf, 0xFF800000
 NAN_KEY = tl.constexpr(1)  # below the key of -inf, 0x007FFFFF; 0 is "not there"
 
@@ -34,10 +38,12 @@ def _order_key(scores):
 
 
 @triton.jit
-def _load_keys(scores_ptr, code_ptr, stride_sn, offs, N):
-    """Keys of positions ``offs``: 0 = dropped or past the end."""
+def _load_keys(scores_ptr, code_ptr, stride_sn, offs, N, floor=None):
+    """Keys of positions ``offs``: 0 = dropped, past the end, or competing below the key ``floor``."""
     mask = offs < N
     key = _order_key(tl.load(scores_ptr + offs.to(tl.int64) * stride_sn, mask=mask, other=0.0))
+    if floor is not None:
+        key = tl.where(key < floor, 0, key).to(tl.uint32)
     if code_ptr is not None:
         code = tl.load(code_ptr + offs, mask=mask, other=2)
         key = tl.where(code == 1, FORCED, tl.where(code == 0, key, 0)).to(tl.uint32)
@@ -45,20 +51,32 @@ def _load_keys(scores_ptr, code_ptr, stride_sn, offs, N):
 
 
 @triton.jit
-def _count_codes(code_ptr, N, CHUNK: tl.constexpr):
+def _count_keys(
+    scores_ptr, code_ptr, stride_sn, keys, N, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr, floor=None
+):
     """How many positions are forced, and how many compete."""
     forced = tl.zeros((), tl.int32)
-    prunable = tl.zeros((), tl.int32)
+    competing = tl.zeros((), tl.int32)
     for start in range(0, N, CHUNK):
-        offs = start + tl.arange(0, CHUNK)
-        code = tl.load(code_ptr + offs, mask=offs < N, other=2)
-        forced += tl.sum((code == 1).to(tl.int32), 0)
-        prunable += tl.sum((code == 0).to(tl.int32), 0)
-    return forced, prunable
+        if not ONE_CHUNK:
+            keys = _load_keys(scores_ptr, code_ptr, stride_sn, start + tl.arange(0, CHUNK), N, floor)
+        forced += tl.sum((keys == FORCED).to(tl.int32), 0)
+        competing += tl.sum(((keys != FORCED) & (keys != 0)).to(tl.int32), 0)
+    return forced, competing
 
 
 @triton.jit
-def _kth_largest(scores_ptr, code_ptr, stride_sn, keys, kth, N, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr):
+def _kth_largest(
+    scores_ptr,
+    code_ptr,
+    stride_sn,
+    keys,
+    kth,
+    N,
+    CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    floor=None,
+):
     """The kth largest key (1-based), and how many keys equal to it belong to the kth largest."""
     bins = tl.arange(0, 256)
     threshold = tl.zeros((), tl.uint32)
@@ -68,7 +86,7 @@ def _kth_largest(scores_ptr, code_ptr, stride_sn, keys, kth, N, CHUNK: tl.conste
         counts = tl.zeros((256,), tl.int32)
         for start in range(0, N, CHUNK):
             if not ONE_CHUNK:
-                keys = _load_keys(scores_ptr, code_ptr, stride_sn, start + tl.arange(0, CHUNK), N)
+                keys = _load_keys(scores_ptr, code_ptr, stride_sn, start + tl.arange(0, CHUNK), N, floor)
             digit = ((keys >> shift) & 255).to(tl.int32)
             counts += tl.histogram(digit, 256, mask=(keys & known) == threshold)
         at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
@@ -80,10 +98,87 @@ def _kth_largest(scores_ptr, code_ptr, stride_sn, keys, kth, N, CHUNK: tl.conste
 
 
 @triton.jit
+def _last_kept(
+    scores_ptr,
+    code_ptr,
+    stride_sn,
+    keys,
+    quota,
+    N,
+    CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    floor=None,
+):
+    """The smallest kept key, how many keys equal to it are kept, and how many positions in all."""
+    forced = tl.zeros((), tl.int32)
+    competing = forced + N
+    if (code_ptr is not None) or (floor is not None):
+        forced, competing = _count_keys(scores_ptr, code_ptr, stride_sn, keys, N, CHUNK, ONE_CHUNK, floor)
+    need = forced + tl.minimum(tl.maximum(quota, 0), competing.to(tl.int64)).to(tl.int32)
+
+    threshold = tl.zeros((), tl.uint32)  # everything above it is kept: all keys that are there
+    ties = tl.zeros((), tl.int32)
+    if need < forced + competing:
+        threshold, ties = _kth_largest(
+            scores_ptr, code_ptr, stride_sn, keys, tl.maximum(need, 1), N, CHUNK, ONE_CHUNK, floor
+        )
+        threshold = tl.where(need > 0, threshold, FORCED).to(tl.uint32)
+        ties = tl.where(need > 0, ties, 0)
+    return threshold, ties, need
+
+
+@triton.jit
+def _kept_before(keys, threshold, ties, n_above, n_equal):
+    """Of a chunk of keys: which are kept, their slots, and the counts above and equal to the threshold after it."""
+    above = (keys > threshold).to(tl.int32)
+    equal = (keys == threshold).to(tl.int32)
+    packed = (above << 16) | equal
+    before = tl.cumsum(packed, 0) - packed
+    equal_before = n_equal + (before & 0xFFFF)
+    slot = n_above + (before >> 16) + tl.minimum(equal_before, ties)
+    kept = (keys > threshold) | ((keys == threshold) & (equal_before < ties))
+    return kept, slot, n_above + tl.sum(above, 0), n_equal + tl.sum(equal, 0)
+
+
+@triton.jit
+def _select_row(
+    scores_ptr,
+    code_ptr,
+    stride_sn,
+    quota,  # int64
+    index_ptr,
+    first,  # added to the positions written
+    N,
+    width,
+    CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    floor=None,  # key that competing positions must reach
+):
+    """Write the kept positions of one row, ascending, and -1 behind them; return how many are kept."""
+    keys = _load_keys(scores_ptr, code_ptr, stride_sn, tl.arange(0, CHUNK), N, floor)
+    threshold, ties, need = _last_kept(
+        scores_ptr, code_ptr, stride_sn, keys, quota, N, CHUNK, ONE_CHUNK, floor
+    )
+    n_above = tl.zeros((), tl.int32)
+    n_equal = tl.zeros((), tl.int32)
+    for start in range(0, N, CHUNK):
+        offs = start + tl.arange(0, CHUNK)
+        if not ONE_CHUNK:
+            keys = _load_keys(scores_ptr, code_ptr, stride_sn, offs, N, floor)
+        kept, slot, n_above, n_equal = _kept_before(keys, threshold, ties, n_above, n_equal)
+        tl.store(index_ptr + slot, first + offs.to(tl.int64), mask=kept & (slot < width))
+    for start in range(0, width, CHUNK):
+        offs = start + tl.arange(0, CHUNK)
+        tl.store(index_ptr + offs, tl.full((CHUNK,), -1, tl.int64), mask=(offs >= need) & (offs < width))
+    return need
+
+
+@triton.jit
 def _select_topk_kernel(
     scores_ptr,  # [B, N]
     keep,  # int, or a pointer to [B] int64, contiguous
     code_ptr,  # [B, N] int8, contiguous, or None
+    threshold,  # float, or a pointer to [B] float32, contiguous, or None
     index_ptr,  # [B, width] int64, contiguous
     count_ptr,  # [B] int64
     N,
@@ -91,57 +186,43 @@ def _select_topk_kernel(
     stride_sb,
     stride_sn,
     KEEP_ON_DEVICE: tl.constexpr,
+    THRESHOLD_ON_DEVICE: tl.constexpr,
     CHUNK: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
-    scores_ptr += b * stride_sb
-    index_ptr += b * width
     quota = tl.zeros((), tl.int64) + (tl.load(keep + b) if KEEP_ON_DEVICE else keep)
-    forced = tl.zeros((), tl.int32)
-    prunable = forced + N
     if code_ptr is not None:
         code_ptr += b * N
-        forced, prunable = _count_codes(code_ptr, N, CHUNK)
-    need = forced + tl.minimum(tl.maximum(quota, 0), prunable.to(tl.int64)).to(tl.int32)
-
-    keys = _load_keys(scores_ptr, code_ptr, stride_sn, tl.arange(0, CHUNK), N)
-    threshold, ties = _kth_largest(
-        scores_ptr, code_ptr, stride_sn, keys, tl.maximum(need, 1), N, CHUNK, ONE_CHUNK
+    floor = None
+    if threshold is not None:
+        floor = _order_key(
+            tl.zeros((), tl.float32) + (tl.load(threshold + b) if THRESHOLD_ON_DEVICE else threshold)
+        )
+        floor = tl.where(floor == NAN_KEY, FORCED, floor).to(tl.uint32)  # no score reaches NaN
+    count = _select_row(
+        scores_ptr + b * stride_sb,
+        code_ptr,
+        stride_sn,
+        quota,
+        index_ptr + b * width,
+        0,
+        N,
+        width,
+        CHUNK,
+        ONE_CHUNK,
+        floor,
     )
-    threshold = tl.where(need > 0, threshold, FORCED).to(tl.uint32)
-    ties = tl.where(need > 0, ties, 0)
-
-    n_above = tl.zeros((), tl.int32)
-    n_equal = tl.zeros((), tl.int32)
-    for start in range(0, N, CHUNK):
-        offs = start + tl.arange(0, CHUNK)
-        if not ONE_CHUNK:
-            keys = _load_keys(scores_ptr, code_ptr, stride_sn, offs, N)
-        above = (keys > threshold).to(tl.int32)
-        equal = (keys == threshold).to(tl.int32)
-        packed = (above << 16) | equal
-        before = tl.cumsum(packed, 0) - packed
-        equal_before = n_equal + (before & 0xFFFF)
-        slot = n_above + (before >> 16) + tl.minimum(equal_before, ties)
-        kept = (keys > threshold) | ((keys == threshold) & (equal_before < ties))
-        tl.store(index_ptr + slot, offs.to(tl.int64), mask=kept & (slot < width))
-        n_above += tl.sum(above, 0)
-        n_equal += tl.sum(equal, 0)
-    for start in range(0, width, CHUNK):
-        offs = start + tl.arange(0, CHUNK)
-        tl.store(index_ptr + offs, tl.full((CHUNK,), -1, tl.int64), mask=(offs >= need) & (offs < width))
-    tl.store(count_ptr + b, need.to(tl.int64))
+    tl.store(count_ptr + b, count.to(tl.int64))
 
 
-def tiles(N):
+def tiles(N, max_chunk=MAX_CHUNK):
     """Chunk and warps for rows of ``N`` scores."""
-    one_chunk = N <= MAX_CHUNK
-    chunk = max(MIN_CHUNK, triton.next_power_of_2(N)) if one_chunk else LOOP_CHUNK
-    return {"CHUNK": chunk, "ONE_CHUNK": one_chunk, "num_warps": max(4, chunk // KEYS_PER_WARP)}
+    chunk = min(max(triton.next_power_of_2(N), MIN_CHUNK), max_chunk)
+    return {"CHUNK": chunk, "ONE_CHUNK": max_chunk >= N, "num_warps": max(4, chunk // KEYS_PER_WARP)}
 
 
-def select_topk(scores, keep, code, width):
+def select_topk(scores, keep, code, width, threshold=None):
     """Allocate and launch one program a row. Arguments were validated by vlmprune.ops.select_topk."""
     B, N = scores.shape
     if B * N == 0:
@@ -149,17 +230,22 @@ def select_topk(scores, keep, code, width):
         return index, torch.zeros(B, dtype=torch.int64, device=scores.device)
     index = torch.empty((B, width), dtype=torch.int64, device=scores.device)
     count = torch.empty(B, dtype=torch.int64, device=scores.device)
-    on_device = isinstance(keep, torch.Tensor)
-    _select_topk_kernel[(B,)](
+    keep_on_device, threshold_on_device = (isinstance(x, torch.Tensor) for x in (keep, threshold))
+    launch(
+        _select_topk_kernel,
+        (B,),
         scores,
-        keep.contiguous() if on_device else keep,
+        keep.contiguous() if keep_on_device else keep,
         None if code is None else code.contiguous(),
+        threshold.contiguous() if threshold_on_device else threshold,
         index,
         count,
         N,
         width,
         *scores.stride(),
-        KEEP_ON_DEVICE=on_device,
+        KEEP_ON_DEVICE=keep_on_device,
+        THRESHOLD_ON_DEVICE=threshold_on_device,
         **tiles(N),
+        **REGISTERS,
     )
     return index, count

@@ -7,6 +7,7 @@ specialisation, tiles and warps are those of a real call. Nothing runs; the tens
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -36,6 +38,7 @@ class Compiled:
     spill_loads: int
     shared: int
     ptx: str
+    binary: bytes
 
     def summary(self):
         """One line for a failing test or a table."""
@@ -47,7 +50,7 @@ class _StubDriver:
     """What JITFunction.run asks of a driver before it launches."""
 
     def __init__(self, arch):
-        self.target = GPUTarget("cuda", arch, 32)
+        self.target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
 
     def get_current_device(self):
         return 0
@@ -65,26 +68,23 @@ class _StubDriver:
 @contextlib.contextmanager
 def compiling(arch):
     """Inside, a kernel launch compiles and adds its CompiledKernel to the list this yields."""
-    compiled, run, active = [], JITFunction.run, driver._active
+    compiled, launched, run, active = [], [], JITFunction.run, driver._active
 
     def record(self, *args, grid, warmup, **kwargs):
+        if not isinstance(arch, int):
+            kwargs.pop("maxnreg", None)  # launchers leave it out where PyTorch is built for AMD
+        launched.append(self)
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
     JITFunction.run = record
     driver.set_active(_StubDriver(arch))
-    _forget_kernels()
     try:
         yield compiled
     finally:
         JITFunction.run = run
         driver._active = active
-        _forget_kernels()
-
-
-def _forget_kernels():
-    """Empty the caches: they go by device number, and every stub is device 0."""
-    for kernel in kernels():
-        kernel.device_caches.clear()
+        for kernel in launched:
+            kernel.device_caches.clear()  # they go by device number, and every stub is device 0
 
 
 def compile_launches(launch, arch):
@@ -94,22 +94,72 @@ def compile_launches(launch, arch):
     return [_inspect(kernel, arch) for kernel in compiled]
 
 
-def kernels():
-    """Every jitted function of the package's kernel files."""
-    from vlmprune.triton_kernels import gather_tokens, prune_tokens, received_attention, row_lse, select_topk
+def compile_clean(launch, arch):
+    """The same, each of them without a spill or an atomic on floats, and small enough for one block.
 
-    for module in (gather_tokens, prune_tokens, received_attention, row_lse, select_topk):
-        for value in vars(module).values():
-            if isinstance(value, JITFunction):
-                yield value
+    Also proves that a launcher never waits for the device: a meta tensor has no value to wait for.
+    """
+    compiled = compile_launches(launch, arch)
+    assert compiled
+    for kernel in compiled:
+        assert (kernel.spill_stores, kernel.spill_loads) == (0, 0), kernel.summary()
+        assert kernel.shared <= SHARED_LIMIT[arch], kernel.summary()
+        for atomic in global_atomics(kernel):
+            assert re.search(r"\.[sub]32$", atomic), f"{kernel.name}: {atomic}, whose order decides the bits"
+    return compiled
+
+
+def global_atomics(kernel):
+    """Every atomic on global memory, as PTX names it."""
+    return re.findall(r"\b(?:atom|red)\.(?!\S*shared)\S+", kernel.ptx)
+
+
+def sass(kernel):
+    """Names of the machine instructions, in the order of the listing."""
+    listing = _tool("cuobjdump", kernel.binary, "-sass").stdout
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", listing)
+
+
+def unguarded_atomics(instructions):
+    """(atomics on global memory, those that no barrier of the block parts from the store before them).
+
+    Without it a block may announce its part while other warps still write theirs: what no interpreter can show.
+    """
+    atomics = [i for i, op in enumerate(instructions) if re.match(r"(ATOMG?|REDG?)\b", op)]
+    unguarded = 0
+    for i in atomics:
+        before = [op for op in instructions[:i] if re.match(r"(STG|ST|BAR)\b", op)]
+        unguarded += not before or not before[-1].startswith("BAR.SYNC")
+    return len(atomics), unguarded
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    """A tensor of no content, to launch with."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _inspect(kernel, arch):
-    ptx, cubin = kernel.asm["ptx"], kernel.asm["cubin"]
-    registers, stack = _resources(cubin)
-    stores, loads = _spills(ptx, arch)
-    meta = kernel.metadata
-    return Compiled(meta.name, arch, meta.num_warps, registers, stack, stores, loads, meta.shared, ptx)
+    meta, code = kernel.metadata, kernel.asm["ptx" if isinstance(arch, int) else "amdgcn"]
+    binary = kernel.asm["cubin" if isinstance(arch, int) else "hsaco"]
+    return Compiled(
+        meta.name, arch, meta.num_warps, *_measured(kernel, code, arch), meta.shared, code, binary
+    )
+
+
+def _measured(kernel, code, arch):
+    """Registers, stack, spill stores and loads; kept beside the binary in Triton's cache, as the tools take longer than it."""
+    kept, name = get_cache_manager(kernel.hash), "resources.json"
+    path = kept.get_file(name)
+    if path is None:
+        read = _resources(kernel.asm["cubin"]) + _spills(code, arch) if isinstance(arch, int) else _amd(code)
+        path = kept.put(json.dumps(read), name, binary=False)
+    return json.loads(Path(path).read_text())
+
+
+def _amd(code):
+    """From the assembly's metadata; what is spilled is counted in vector registers, not bytes."""
+    keys = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "vgpr_spill_count")
+    return tuple(int(re.search(rf"\.{key}:\s*(\d+)", code).group(1)) for key in keys)
 
 
 def _tool(name, data, *arguments):

@@ -32,7 +32,9 @@ def positions(*shape):
     return meta(*shape, dtype=torch.int64)
 
 
-def score(dtype, D, R, H=32, Hkv=32, S=640, N=576, mask=False, rope=False, lse=False, **reduces):
+def score(
+    dtype, D, R, H=32, Hkv=32, S=640, N=576, mask=False, rope=False, lse=False, top_heads=None, **reduces
+):
     """A launch of received_attention: LLaVA-1.5's 576 visual tokens in a prompt of 640 unless told otherwise."""
     from vlmprune.triton_kernels.received_attention import received_attention
 
@@ -48,9 +50,10 @@ def score(dtype, D, R, H=32, Hkv=32, S=640, N=576, mask=False, rope=False, lse=F
             True,
             meta(1, H, S, dtype=FP32) if lse else None,
             meta(1, R, dtype=FP32) if mask else None,
-            scale=D**-0.5,
-            rope=(meta(1, S, D, dtype=dtype),) * 2 if rope else None,
-            **settings,
+            *settings.values(),
+            D**-0.5,
+            (meta(1, S, D, dtype=dtype),) * 2 if rope else None,
+            top_heads,
         )
 
     return launch
@@ -78,12 +81,37 @@ def gather_one():
     return lambda: gather_tokens([meta(1, 1), meta(1, 1, 1), meta(1, 1, 1, 1)], positions(1, 1))
 
 
-def prune():
+def prune(dtype=FP16, R=1, H=32, Hkv=32, S=640, N=576, B=1, lse=False, rope=False, packed=False, **changes):
+    """A launch of prune_tokens, LLaVA-1.5's unless told otherwise: 128 of its 576 visual tokens stay."""
     from vlmprune.triton_kernels.prune_tokens import prune_tokens
 
-    query, mask = meta(1, 32, 640, 128, dtype=FP16), meta(1, 640, dtype=torch.bool)
-    tail = (mask, True, None, None, "mean", "mean", "row", 0.1, None)
-    return lambda: prune_tokens(query, query, [query], positions(1, 1), positions(1, 576), 128, 192, *tail)
+    settings = dict(head_reduce="mean", row_reduce="mean", top_heads=None) | changes
+    rows = 1 if packed else B
+
+    def launch():
+        query, key = meta(rows, H, S, 128, dtype=dtype), meta(rows, Hkv, S, 128, dtype=dtype)
+        prune_tokens(
+            query,
+            key,
+            [key],
+            positions(B, R),
+            positions(B, N),
+            positions(B) if packed else 128,
+            192,
+            None if packed else meta(B, S, dtype=torch.bool),
+            True,
+            meta(rows, H, S, dtype=FP32) if lse else None,
+            None,
+            settings["head_reduce"],
+            settings["row_reduce"],
+            "row",
+            0.1,
+            (meta(1, S, 128, dtype=dtype),) * 2 if rope else None,
+            settings["top_heads"],
+            meta(B + 1, dtype=torch.int32) if packed else None,
+        )
+
+    return launch
 
 
 LAUNCHES = {
@@ -110,7 +138,19 @@ LAUNCHES = {
     "select bf16 N=65536 coded": select(65536, BF16, True),
     "gather, no caches": gather(0),
     "gather, 60 caches": gather(60),
+    "score bf16 D=128 R=64 top 14 heads": score(BF16, 128, 64, lse=True, top_heads=14),
     "prune": prune(),
+    "prune bf16 lse": prune(BF16, lse=True),
+    "prune bf16 R=64 lse max": prune(BF16, 64, lse=True, head_reduce="max", row_reduce="max"),
+    "prune bf16 R=64 top 14 heads": prune(BF16, 64, top_heads=14),
+    "prune bf16 2944": prune(BF16, S=2944, N=2880, lse=True),
+    "prune bf16 2944 R=64": prune(BF16, 64, S=2944, N=2880),
+    "prune bf16 2944 R=64 rope": prune(BF16, 64, S=2944, N=2880, rope=True),
+    "prune fp32 R=64": prune(FP32, 64),
+    "prune bf16 GQA 4k": prune(BF16, H=28, Hkv=4, S=4096, N=4032, lse=True),
+    "prune bf16 GQA 16k": prune(BF16, H=28, Hkv=4, S=16448, N=16384, lse=True),
+    "prune bf16 packed": prune(BF16, B=4, S=2560, packed=True),
+    "prune bf16 packed 16k": prune(BF16, R=64, B=4, S=16384, packed=True),
     # Triton turns an argument of 1 into a constant of another type
     "score, all ones": score(BF16, 8, 1, H=1, Hkv=1, S=1, N=1, mask=True, normalize="columns"),
     "score, one head, split keys": score(FP16, 64, 1, H=1, Hkv=1, S=1280, N=1),
@@ -124,26 +164,21 @@ LAUNCHES = {
 @pytest.mark.parametrize("arch", ARCHS, ids="sm_{}".format)
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES.keys())
 def test_compiles_without_spills(launch, arch):
-    """Also proves that a launcher never waits for the device: a meta tensor has no value to wait for."""
-    kernels = offline.compile_launches(launch, arch)
-    assert kernels
-    for kernel in kernels:
-        assert (kernel.spill_stores, kernel.spill_loads) == (0, 0), kernel.summary()
-        assert kernel.shared <= offline.SHARED_LIMIT[arch], kernel.summary()
-        assert not re.search(r"\b(atom|red)\.(?!\S*shared)", kernel.ptx), f"{kernel.name}: a global atomic"
+    offline.compile_clean(launch, arch)
 
 
 def test_every_kernel_is_compiled():
-    launched = {"_spread_scores_kernel"}
-    for name in (
-        "score fp16 D=128 R=64 max columns",
-        "score bf16 D=128 GQA 4k",
-        "prune",
-        "gather, no caches",
-    ):
-        launched |= {kernel.name for kernel in offline.compile_launches(LAUNCHES[name], 90)}
-    top_level = {kernel.__name__ for kernel in offline.kernels() if kernel.__name__.endswith("_kernel")}
-    assert top_level == launched
+    launched = {
+        k.name
+        for name in ("prune", "prune bf16 GQA 16k")
+        for k in offline.compile_launches(LAUNCHES[name], 90)
+    }
+    assert launched == {
+        "_row_lse_kernel",
+        "_score_select_kernel",
+        "_select_topk_kernel",
+        "_gather_tokens_kernel",
+    }
 
 
 @pytest.mark.parametrize("arch", ARCHS, ids="sm_{}".format)
@@ -153,9 +188,36 @@ def test_big_tensors_move_in_16_byte_pieces(arch):
     assert "ld.global.v4" in kernel.ptx and "st.global.v4" in kernel.ptx
 
 
-def test_a_barrier_separates_defaults_from_scores():
-    """In prune_tokens two threads may write one address, first a default, then a column's score."""
-    spread = [k for k in offline.compile_launches(prune(), 90) if k.name == "_spread_scores_kernel"]
-    (ptx,) = [kernel.ptx for kernel in spread]
-    before_columns = ptx[: ptx.index("ld.global.v2.b64")]
-    assert "bar.sync" in before_columns[before_columns.rindex("st.global") :]
+@pytest.mark.parametrize("arch", ARCHS, ids="sm_{}".format)
+@pytest.mark.parametrize(
+    "name", ["prune", "prune bf16 2944 R=64", "prune bf16 packed", "score, one head, split keys"]
+)
+def test_a_barrier_comes_before_every_atomic(name, arch):
+    """Whoever counts itself in has its whole block's stores behind it."""
+    counts = {
+        k.name: offline.unguarded_atomics(offline.sass(k))
+        for k in offline.compile_launches(LAUNCHES[name], arch)
+    }
+    assert counts["_score_select_kernel"] == (1, 0)
+    if name == "score, one head, split keys":
+        assert counts["_row_lse_kernel"] == (1, 0)
+    assert all(unguarded == 0 for _, unguarded in counts.values())
+
+
+def test_the_check_sees_a_missing_barrier():
+    atomic = ["MEMBAR.ALL.GPU", "ATOMG.E.ADD.STRONG.GPU"]
+    assert offline.unguarded_atomics(["BAR.SYNC.DEFER_BLOCKING", "STG.E", *atomic]) == (1, 1)
+    assert offline.unguarded_atomics(["STG.E.128", "BAR.SYNC.DEFER_BLOCKING", "LDG.E", *atomic]) == (1, 0)
+    assert offline.unguarded_atomics(["STG.E", "BAR.SYNC", "REDG.E.ADD.S32", "ST.E", "RED.E.ADD"]) == (2, 1)
+
+
+def test_barriers_separate_defaults_columns_and_keys():
+    """Two threads may write one position, first a default, then a column's score, and a third reads it as a key."""
+    (kernel,) = (k for k in offline.compile_launches(prune(), 90) if k.name == "_score_select_kernel")
+    after = kernel.ptx[kernel.ptx.index("atom.") :]
+    steps = re.findall(r"bar\.sync|st\.global\S*|ld\.global\S*", after)
+    parts = next(i for i, step in enumerate(steps) if ".cg." in step)
+    defaults = max(i for i, step in enumerate(steps[:parts]) if step.startswith("st"))
+    columns = max(i for i, step in enumerate(steps) if step == "st.global.b8")
+    keys = next(i for i in range(columns, len(steps)) if steps[i].startswith("ld"))
+    assert "bar.sync" in steps[defaults:parts] and "bar.sync" in steps[columns:keys]

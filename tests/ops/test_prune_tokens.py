@@ -1,5 +1,7 @@
 """prune_tokens: the fused drop against the three ops it joins, padding, gradients, CUDA graphs, then error text."""
 
+from math import inf, nan
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -69,6 +71,71 @@ def test_triton_equals_reference(dtype, rotated, slow, device):
         assert torch.equal(out.index, expected.index)
         assert all(map(torch.equal, out.tensors, expected.tensors))
     assert torch.equal(out.count, expected.count)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_sample_may_keep_another_number(backend, slow, device):
+    query, key, tensors, rows, columns, mask = problem(slow, device, B=3)
+    keep = torch.tensor([2, 100, -4], device=device)  # clamped to 0..9, the last sample has 7 columns
+    out = run(backend, query, key, tensors, rows=rows, columns=columns, keep=keep, key_mask=mask)
+    with ops.use_backend(backend):
+        scores = ops.received_attention(query, key, rows=rows, columns=columns, key_mask=mask)
+    for b, n in enumerate((2, 9, 0)):
+        (kept,) = survivors(scores[b : b + 1], columns[b : b + 1], n, mask[b : b + 1])
+        assert out.index[b].tolist() == kept + [-1] * (21 - len(kept)) and out.count[b] == len(kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "values, kept",
+    [
+        ([1.0, 1.0, 1.0, 1.0], [0, 1]),
+        ([-inf, nan, -inf, nan], [0, 2]),
+        ([nan, nan, nan, nan], [0, 1]),
+        ([nan, -inf, nan, 5.0], [1, 3]),
+        ([-0.0, 0.0, -1.0, 0.0], [0, 1]),
+    ],
+)
+def test_scores_that_are_hard_to_order(backend, values, kept, device):
+    """Logits are the values themselves: the only query is 1 at the first place, the keys are the values there."""
+    key = torch.zeros(1, 1, 5, 16, dtype=torch.float16, device=device)
+    key[0, 0, :4, 0] = torch.tensor(values, device=device)
+    query = torch.zeros(1, 1, 1, 16, dtype=torch.float16, device=device)
+    query[..., 0] = 1
+    rows, columns = torch.tensor([[4]], device=device), torch.arange(4, device=device)[None]
+    call = dict(rows=rows, columns=columns, keep=2, normalize="none", scale=1.0)
+    for reduce in ("mean", "max", "sum"):
+        out = run(backend, query, key, [key], **call, row_reduce=reduce, head_reduce=reduce)
+        assert out.index.tolist() == [[*kept, 4]]
+
+
+def test_two_launches_with_a_log_sum_exp_and_three_without(slow, device):
+    from vlmprune.triton_kernels._launch import recording
+
+    query, key, tensors, rows, columns, mask = problem(slow, device, Sq=21)
+    lse = ops.row_lse(query, key, torch.arange(21, device=device).expand(2, -1), mask)
+    for given, names in ((lse, []), (None, ["_row_lse_kernel"])):
+        with recording() as launches:
+            run("triton", query, key, tensors, rows=rows, columns=columns, keep=3, key_mask=mask, lse=given)
+        expected = [*names, "_score_select_kernel", "_gather_tokens_kernel"]
+        assert [launch.kernel.__name__ for launch in launches] == expected
+
+
+@pytest.mark.parametrize("S", [2500, 4200])
+def test_longer_than_a_chunk(S, slow, device):
+    """Over 2048 positions the last program selects in pieces; over 4096 select_topk does."""
+    shape = dict(B=1, H=1, Hkv=1, Sq=1, S=S, D=8, R=1, N=300)
+    query, key, rows, columns = slow.inputs(device=device, **shape)
+    call = dict(rows=rows, columns=columns, keep=70)
+    out, expected = (run(backend, query, key, [key], **call) for backend in ("triton", "reference"))
+    assert torch.equal(out.index, expected.index) and torch.equal(out.count, expected.count)
+
+
+def test_the_same_bits_every_time(slow, device):
+    query, key, tensors, rows, columns, mask = problem(slow, device, H=8, Hkv=8)
+    call = dict(rows=rows, columns=columns, keep=3, key_mask=mask)
+    first, second = (run("triton", query, key, tensors, **call) for _ in range(2))
+    assert torch.equal(first.scores, second.scores) and torch.equal(first.index, second.index)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -143,8 +210,8 @@ def test_schema_and_fake_agree(rotated, slow, device):
     query, key, tensors, rows, columns, mask = problem(slow, device)
     cos, sin = slow.rope(device=device) if rotated else (None, None)
     tensors[0].requires_grad_()
-    tail = (mask, True, None, None, "mean", "mean", "row", 0.2, cos, sin)
-    opcheck(torch.ops.vlmprune.prune_tokens.default, (query, key, tensors, rows, columns, 3, 18, *tail))
+    tail = (mask, True, None, None, "mean", "mean", "row", 0.2, cos, sin, 2, None, None, None)
+    opcheck(torch.ops.vlmprune.prune_tokens.default, (query, key, tensors, rows, columns, 3, None, 18, *tail))
 
 
 def test_compiles_without_graph_breaks(slow, device):
@@ -196,6 +263,10 @@ ERRORS = [
     ),
     (dict(keep=lambda a: 10), r"^keep: expected a whole number in 0\.\.9, got 10$"),
     (dict(width=lambda a: 22), r"^width: expected a whole number in 0\.\.21, got 22$"),
+    (dict(keep=lambda a: torch.tensor([1, 2]).int()), r"^keep: expected int64, got torch\.int32$"),
+    (dict(keep=lambda a: torch.tensor([1, 2, 3])), r"^keep: expected \[2\], got \(3,\)$"),
+    (dict(rows=lambda a: a["rows"] + 5), r"^rows: expected positions in \[8, 21\) or -1, got "),
+    (dict(top_heads=lambda a: 9), r"^top_heads: expected a whole number in 0\.\.4, got 9$"),
     (dict(keep=lambda a: 0.5), r"^keep: expected a whole number in 0\.\.9, got 0\.5$"),
     (dict(key_mask=lambda a: torch.ones(2, 21)), r"^key_mask: expected bool, got torch\.float32$"),
     (

@@ -90,6 +90,8 @@ SHAPES = [
     pytest.param(dict(B=3, H=8, Hkv=8, Sq=1, S=37, D=16, R=1, N=31), id="last row, MHA"),
     pytest.param(dict(B=1, H=7, Hkv=1, Sq=9, S=80, D=8, R=9, N=67), id="G=7, columns over one tile"),
     pytest.param(dict(B=1, H=2, Hkv=1, Sq=80, S=80, D=16, R=77, N=5), id="R=77"),
+    pytest.param(dict(B=1, H=4, Hkv=2, Sq=70, S=70, D=16, R=64, N=40), id="R=64"),
+    pytest.param(dict(B=1, H=2, Hkv=1, Sq=210, S=220, D=16, R=200, N=9), id="R=200"),
     pytest.param(dict(B=1, H=2, Hkv=2, Sq=2, S=33, D=72, R=2, N=33), id="D=72"),
     pytest.param(dict(B=1, H=1, Hkv=1, Sq=20, S=40, D=256, R=20, N=33), id="D=256"),
     pytest.param(dict(B=1, H=1, Hkv=1, Sq=2, S=1100, D=8, R=2, N=150), id="split keys"),
@@ -213,8 +215,8 @@ def test_schema_and_fake_agree(head_reduce, rotated, slow, device):
     query, key, rows, columns = slow.inputs(device=device)
     mask, weight = extras(key, rows)
     cos, sin = slow.rope(device=device) if rotated else (None, None)
-    reduces = (head_reduce, "mean", "row", 0.2, cos, sin)
-    args = (query, key, rows, columns, mask, True, None, weight, *reduces)
+    reduces = (head_reduce, "mean", "row", 0.2, cos, sin, None if head_reduce == "none" else 2)
+    args = (query, key, rows, columns, mask, True, None, weight, *reduces, None, None, None)
     opcheck(torch.ops.vlmprune.received_attention.default, args)
 
 
@@ -233,6 +235,20 @@ ERRORS = [
     (dict(key=lambda a: a["key"][..., 0]), r"^key: expected rank 4 \[B, Hkv, S, D\], got \(2, 2, 21\)$"),
     (dict(rows=lambda a: a["rows"][:1]), r"^rows: expected \[2, R\], got \(1, 5\)$"),
     (dict(columns=lambda a: a["columns"].int()), r"^columns: expected int64, got torch\.int32$"),
+    (
+        dict(rows=lambda a: torch.tensor([[8, 20], [20, 21]])),
+        r"^rows: expected positions in \[8, 21\) or -1, got 21$",
+    ),
+    (
+        dict(columns=lambda a: torch.tensor([[0, -2], [20, -1]])),
+        r"^columns: expected positions in \[0, 21\) or -1, got -2$",
+    ),
+    (dict(top_heads=lambda a: 5), r"^top_heads: expected a whole number in 0\.\.4, got 5$"),
+    (dict(top_heads=lambda a: 0), r"^top_heads: expected a whole number in 1\.\.4, got 0$"),
+    (
+        dict(top_heads=lambda a: 2, head_reduce=lambda a: "none"),
+        r"^top_heads: expected None with head_reduce 'none', got 2$",
+    ),
     (dict(columns=lambda a: a["columns"].to("meta")), r"^columns: expected the device cpu, got meta$"),
     (dict(key_mask=lambda a: torch.ones(21) > 0), r"^key_mask: expected \[2, 21\], got \(21,\)$"),
     (dict(lse=lambda a: torch.ones(2, 4, 5)), r"^lse: expected \[2, 4, 13\], got \(2, 4, 5\)$"),

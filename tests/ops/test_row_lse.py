@@ -122,7 +122,30 @@ def test_empty(backend, B, R, slow, device):
 def test_schema_and_fake_agree(rotated, slow, device):
     query, key, rows, _ = slow.inputs(device=device)
     cos, sin = slow.rope(device=device) if rotated else (None, None)
-    opcheck(torch.ops.vlmprune.row_lse.default, (query, key, rows, None, True, 0.2, cos, sin))
+    opcheck(
+        torch.ops.vlmprune.row_lse.default, (query, key, rows, None, True, 0.2, cos, sin, None, None, None)
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_nan_in_a_visible_key_is_nan(backend, slow, device):
+    query, key, rows, _ = slow.inputs(B=1, device=device)
+    key[0, 0, 4, 0] = float("nan")
+    out = run(backend, query, key, rows)
+    assert out[0, :2].isnan().all() and out[0, 2:].isfinite().all()
+
+
+def test_rows_out_of_range_are_padding_to_the_kernel(slow, device):
+    """On the CPU they are refused (below); a GPU cannot look without waiting, so its kernel must not read there."""
+    from vlmprune.triton_kernels.row_lse import row_lse
+
+    query, key, rows, _ = slow.inputs(device=device)
+    strange = rows.clone()
+    strange[:, 0] = torch.tensor([7, 21])
+    plain = rows.clone()
+    plain[:, 0] = -1
+    out, expected = (row_lse(query, key, r, None, True, 0.2, None) for r in (strange, plain))
+    assert torch.equal(out, expected)
 
 
 def bad(slow, **changes):
@@ -155,6 +178,10 @@ ERRORS = [
     (dict(key=lambda a: a["key"].to("meta")), r"^key: expected the device of query, cpu, got meta$"),
     (dict(rows=lambda a: a["rows"].int()), r"^rows: expected int64, got torch\.int32$"),
     (dict(rows=lambda a: a["rows"][0]), r"^rows: expected \[2, R\], got \(5,\)$"),
+    (
+        dict(rows=lambda a: torch.full((2, 5), 7)),
+        r"^rows: expected positions in \[8, 21\) or -1, got 7$",
+    ),
     (dict(key_mask=lambda a: torch.ones(2, 21)), r"^key_mask: expected bool, got torch\.float32$"),
     (dict(key_mask=lambda a: torch.ones(2, 20) > 0), r"^key_mask: expected \[2, 21\], got \(2, 20\)$"),
     (dict(rope=lambda a: torch.ones(3)), r"^rope: expected a pair \(cos, sin\), got Tensor$"),

@@ -25,10 +25,10 @@ def run(backend, *args, **kwargs):
         return ops.select_topk(*args, **kwargs)
 
 
-def by_definition(scores, keep, code=None):
+def by_definition(scores, keep, code=None, threshold=None):
     """Kept positions of one row: every code 1, and the best ``keep`` of code 0, NaN last, ties to the lower position."""
     code = [0] * len(scores) if code is None else code
-    competing = [i for i, c in enumerate(code) if c == 0]
+    competing = [i for i, c in enumerate(code) if c == 0 and (threshold is None or scores[i] >= threshold)]
     ranked = sorted(
         competing, key=lambda i: (math.isnan(scores[i]), 0.0 if math.isnan(scores[i]) else -scores[i], i)
     )
@@ -65,6 +65,77 @@ def test_codes_and_quotas_are_the_definition(backend, device, rows, data):
     x, keep = torch.tensor(rows, device=device), torch.tensor(quotas, device=device)
     expected = [by_definition(r, q, c) for r, q, c in zip(x.tolist(), quotas, codes, strict=True)]
     assert_is(run(backend, x, keep, code=code), expected, N)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@quick
+@given(rows=st.lists(row, min_size=1, max_size=3), data=st.data())
+def test_thresholds_are_the_definition(backend, dtype, device, rows, data):
+    """One for all rows or one a row; with and without codes; with no cap, one cap, or one a row."""
+    N = max(map(len, rows))
+    x = torch.tensor([r + [0.5] * (N - len(r)) for r in rows], device=device).to(dtype)
+    least = [data.draw(special | st.sampled_from(x.flatten().tolist())) for _ in rows]
+    codes = [data.draw(st.lists(st.integers(0, 2), min_size=N, max_size=N)) for _ in rows]
+    quotas = [data.draw(st.integers(-2, N + 2)) for _ in rows]
+    code = torch.tensor(codes, dtype=torch.int8, device=device) if data.draw(st.booleans()) else None
+    codes = codes if code is not None else [None] * len(rows)
+    threshold = torch.tensor(least, device=device)
+    cap = data.draw(st.sampled_from([None, min(2, N), "a row"]))
+    if cap == "a row":
+        keep, width = torch.tensor(quotas, device=device), N
+    else:
+        keep, quotas = cap, [N if cap is None else cap] * len(rows)
+        width = N if cap is None or code is not None else cap
+    expected = map(by_definition, x.tolist(), quotas, codes, threshold.tolist())
+    assert_is(run(backend, x, keep, code=code, threshold=threshold), list(expected), width)
+    if not math.isnan(least[0]):
+        expected = map(by_definition, x.tolist(), quotas, codes, [threshold[0].item()] * len(rows))
+        assert_is(run(backend, x, keep, code=code, threshold=least[0]), list(expected), width)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_reaches_nan_and_nan_reaches_nothing(backend, device):
+    scores = torch.tensor([[math.nan, -math.inf, 0.0, math.inf]] * 3, device=device)
+    threshold = torch.tensor([math.nan, -math.inf, math.inf], device=device)
+    assert_is(run(backend, scores, threshold=threshold), [[], [1, 2, 3], [3]], 4)
+    forced = torch.tensor([[1, 2, 0, 0]] * 3, dtype=torch.int8, device=device)
+    assert_is(run(backend, scores, threshold=threshold, code=forced), [[0], [0, 2, 3], [0, 3]], 4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_denormals_are_numbers_like_others(backend, dtype, device):
+    """Neither flushed to zero nor out of order."""
+    step = torch.tensor([1], dtype=torch.int16).view(torch.float16).item()
+    step = step if dtype == torch.float16 else 1e-40
+    scores = torch.tensor([[0.0, step, -step, 2 * step, 0.0, 3 * step]], device=device).to(dtype)
+    assert scores[0, 1] > 0
+    assert run(backend, scores, 2)[0].tolist() == [[3, 5]]
+    assert run(backend, scores, 4)[0].tolist() == [[0, 1, 3, 5]]
+    assert_is(run(backend, scores, threshold=scores[0, 1].item()), [[1, 3, 5]], 6)
+    assert_is(run(backend, scores, threshold=-0.0), [[0, 1, 3, 4, 5]], 6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [0.25, -0.0, math.inf, -math.inf, math.nan, 1e-40])
+def test_equal_scores_fill_up_from_the_left(backend, value, device):
+    scores = torch.full((1, 130), value, device=device)
+    for keep in (0, 1, 129, 130):
+        assert_is(run(backend, scores, keep), [list(range(keep))], keep)
+    reached = [] if math.isnan(value) else list(range(130))
+    assert_is(run(backend, scores, threshold=-math.inf), [reached], 130)
+    assert_is(run(backend, scores, 3, threshold=-math.inf), [reached[:3]], 3)
+
+
+@pytest.mark.parametrize("kind", ["random", "equal"])
+@pytest.mark.parametrize("N", [65536, 70001])
+def test_triton_equals_reference_in_very_long_rows(kind, N, device):
+    g = torch.Generator().manual_seed(N)
+    scores = (torch.randn(1, N, generator=g) if kind == "random" else torch.ones(1, N)).to(device)
+    for keep, options in ((N // 5, {}), (N, {}), (N // 2, dict(threshold=0.5))):
+        out, expected = (run(backend, scores, keep, **options) for backend in ("triton", "reference"))
+        assert all(map(torch.equal, out, expected))
 
 
 @pytest.mark.parametrize("N", [1, 127, 129, 1000, 4096, 4097, 6001])
@@ -133,41 +204,23 @@ def test_scores_may_require_grad(backend, device):
     assert not index.requires_grad and not count.requires_grad
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "segments",
-    [[12], [4, 4, 4], [1, 5, 0, 6], [12, 0], [2, 10]],
-    ids=["one", "equal", "empty", "last", "two"],
-)
-@pytest.mark.parametrize("keep", [0, 3, 20])
-def test_segments_keep_so_many_each(backend, segments, keep, device):
-    scores = torch.randint(0, 5, (2, 12), generator=torch.Generator().manual_seed(1)).float().to(device)
-    expected = []
-    for values in scores.tolist():
-        starts = [sum(segments[:i]) for i in range(len(segments))]
-        parts = [values[s : s + n] for s, n in zip(starts, segments, strict=True)]
-        kept = [[s + i for i in by_definition(p, keep)] for s, p in zip(starts, parts, strict=True)]
-        expected.append([position for part in kept for position in part])
-    assert_is(run(backend, scores, keep, segments=segments), expected, sum(min(keep, n) for n in segments))
-
-
-def test_no_segments_of_nothing(device):
-    assert_is(ops.select_topk(torch.zeros(2, 0, device=device), 3, segments=[]), [[], []], 0)
-
-
 @pytest.mark.parametrize("on_device", [True, False])
 @pytest.mark.parametrize("coded", [True, False])
 def test_schema_and_fake_agree(on_device, coded, device):
     quota = torch.tensor([2, 3], device=device) if on_device else None
     code = torch.zeros(2, 9, dtype=torch.int8, device=device) if coded else None
-    opcheck(torch.ops.vlmprune.select_topk.default, (torch.randn(2, 9, device=device), 4, quota, code))
+    scores = torch.randn(2, 9, device=device)
+    opcheck(torch.ops.vlmprune.select_topk.default, (scores, 4, quota, code))
+    opcheck(torch.ops.vlmprune.select_topk.default, (scores, 4, quota, code, 0.1))
+    opcheck(torch.ops.vlmprune.select_topk.default, (scores, 4, quota, code, None, scores[:, 0].clone()))
 
 
 def test_compiles_without_graph_breaks(device):
     scores = torch.randn(2, 12, device=device)
 
     def select(scores):
-        return ops.select_topk(scores, 2, segments=[6, 6])[0] + ops.select_topk(scores, 4)[0]
+        above = ops.select_topk(scores, 4, threshold=0.0)[0]
+        return ops.select_topk(scores, 2, segments=[5, 7])[0] + ops.select_topk(scores, 4)[0] + above
 
     compiled = torch.compile(select, backend="aot_eager", fullgraph=True, dynamic=True)
     assert torch.equal(compiled(scores), select(scores))
@@ -186,11 +239,20 @@ ERRORS = [
     ((X, torch.tensor([1, 2], device="meta")), {}, r"^keep: expected the device cpu, got meta$"),
     ((X, 1), dict(code=X), r"^code: expected int8, got torch\.float32$"),
     ((X, 1), dict(code=X[:1].to(torch.int8)), r"^code: expected \[2, 6\], got \(1, 6\)$"),
-    ((X, 1), dict(code=X.to(torch.int8), segments=[6]), r"^code: expected None with segments, got a tensor$"),
-    ((X, torch.tensor([1, 2])), dict(segments=[6]), r"^keep: expected an int with segments, got a tensor$"),
-    ((X, -1), dict(segments=[6]), r"^keep: expected a whole number >= 0, got -1$"),
-    ((X, 1), dict(segments=[3, 2]), r"^segments: expected lengths >= 0 that add up to 6, got \[3, 2\]$"),
-    ((X, 1), dict(segments=[8, -2]), r"^segments: expected lengths >= 0 that add up to 6, got \[8, -2\]$"),
+    (
+        (X, torch.tensor([1, 2])),
+        dict(segments=[6]),
+        r"^keep: expected an int, or one a segment, got a tensor$",
+    ),
+    ((X,), {}, r"^keep: expected a whole number in 0\.\.6, got None$"),
+    ((X, [1]), {}, r"^keep: expected a whole number in 0\.\.6, got \[1\]$"),
+    ((X, 7), dict(threshold=0.5), r"^keep: expected a whole number in 0\.\.6, got 7$"),
+    ((X,), dict(threshold=math.nan), r"^threshold: expected a number, got nan$"),
+    ((X,), dict(threshold=True), r"^threshold: expected a number, got True$"),
+    ((X,), dict(threshold="0.5"), r"^threshold: expected a number, got '0\.5'$"),
+    ((X,), dict(threshold=X[:, 0].double()), r"^threshold: expected float32, got torch\.float64$"),
+    ((X,), dict(threshold=X[0]), r"^threshold: expected \[2\], got \(6,\)$"),
+    ((X,), dict(threshold=X[:, 0].to("meta")), r"^threshold: expected the device cpu, got meta$"),
 ]
 
 

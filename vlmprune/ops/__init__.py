@@ -2,19 +2,25 @@
 
 from vlmprune.ops._dispatch import use_backend
 from vlmprune.ops.cluster_dpc import cluster_dpc
+from vlmprune.ops.compact_kv import compact_kv
 from vlmprune.ops.gather_tokens import gather_tokens
 from vlmprune.ops.greedy_select import greedy_select
+from vlmprune.ops.match_bipartite import match_bipartite
 from vlmprune.ops.merge_tokens import merge_tokens
+from vlmprune.ops.plan import PrunePlan
 from vlmprune.ops.prune_tokens import Pruned, prune_tokens
 from vlmprune.ops.received_attention import received_attention
 from vlmprune.ops.row_lse import row_lse
 from vlmprune.ops.select_topk import select_topk
 
 __all__ = [
+    "PrunePlan",
     "Pruned",
     "cluster_dpc",
+    "compact_kv",
     "gather_tokens",
     "greedy_select",
+    "match_bipartite",
     "merge_tokens",
     "prune_tokens",
     "received_attention",

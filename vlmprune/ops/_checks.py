@@ -40,10 +40,10 @@ def check_last_dim(arg: str, x: Tensor) -> None:
     check(x.shape[-1] <= 1 or x.stride(-1) == 1, arg, "a contiguous last dim", f"strides {tuple(x.stride())}")
 
 
-def check_positions(arg: str, x: Tensor, like: Tensor, letter: str) -> None:
-    """An int64 list ``[B, n]`` on the device of ``like [B, ...]``."""
+def check_positions(arg: str, x: Tensor, B: int, like: Tensor, letter: str) -> None:
+    """An int64 list ``[B, n]`` on the device of ``like``."""
     check(x.dtype == torch.int64, arg, "int64", x.dtype)
-    check(x.ndim == 2 and x.shape[0] == like.shape[0], arg, f"[{like.shape[0]}, {letter}]", tuple(x.shape))
+    check(x.ndim == 2 and x.shape[0] == B, arg, f"[{B}, {letter}]", tuple(x.shape))
     check(x.device == like.device, arg, f"the device {like.device}", x.device)
 
 
@@ -53,6 +53,86 @@ def check_key_mask(key_mask: Tensor | None, key: Tensor) -> None:
         check(key_mask.dtype == torch.bool, "key_mask", "bool", key_mask.dtype)
         check_shape("key_mask", key_mask, (key.shape[0], key.shape[2]))
         check(key_mask.device == key.device, "key_mask", f"the device {key.device}", key_mask.device)
+
+
+def check_packed(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen: int | None,
+) -> int:
+    """The bounds of a packed batch, or None for all three; returns how many samples there are."""
+    if cu_seqlens is None:
+        check(cu_seqlens_q is None, "cu_seqlens_q", "None without cu_seqlens", "a tensor")
+        check(max_seqlen is None, "max_seqlen", "None without cu_seqlens", max_seqlen)
+        return query.shape[0]
+    for arg, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_q", cu_seqlens_q)):
+        if x is not None:
+            check(x.dtype in (torch.int32, torch.int64), arg, "int32 or int64", x.dtype)
+            fits = x.ndim == 1 and x.shape[0] >= 1 and x.shape == cu_seqlens.shape
+            check(fits, arg, "[B + 1]" if x is cu_seqlens else str(list(cu_seqlens.shape)), tuple(x.shape))
+            check(x.device == query.device, arg, f"the device {query.device}", x.device)
+    check(query.shape[0] == 1, "query", "a first dim of 1 with cu_seqlens", tuple(query.shape))
+    check(key_mask is None, "key_mask", "None with cu_seqlens (a packed batch has no padding)", "a tensor")
+    if cu_seqlens_q is None:
+        check(
+            query.shape[2] == key.shape[2],
+            "query",
+            "as many positions as key without cu_seqlens_q",
+            query.shape[2],
+        )
+    if max_seqlen is not None:
+        check_count("max_seqlen", max_seqlen, key.shape[2])
+    return cu_seqlens.shape[0] - 1
+
+
+def check_values(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    columns: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen: int | None,
+) -> None:
+    """Positions and bounds of CPU tensors lie where they may. A kernel masks what does not: looking would wait for it."""
+    if rows.device.type != "cpu":
+        return
+    Sq, S = query.shape[2], key.shape[2]
+    first, end = torch.full((1, 1), S - Sq), torch.full((1, 1), S)
+    if cu_seqlens is not None:
+        starts_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
+        for arg, x, total in (("cu_seqlens", cu_seqlens, S), ("cu_seqlens_q", starts_q, Sq)):
+            ok = x[0] == 0 and x[-1] <= total and bool((x.diff() >= 0).all())
+            check(bool(ok), arg, f"a rise from 0 to at most {total}", x.tolist())
+        end = cu_seqlens.diff()[:, None]
+        first = end - starts_q.diff()[:, None]
+        check(
+            bool((first >= 0).all()), "cu_seqlens_q", "no sample longer than in cu_seqlens", starts_q.tolist()
+        )
+        longest = int(end.max()) if len(end) else 0
+        check(max_seqlen is None or longest <= max_seqlen, "max_seqlen", f"at least {longest}", max_seqlen)
+    check_range("rows", rows, first, end)
+    if columns is not None:
+        check_range("columns", columns, torch.zeros_like(end), end)
+
+
+def check_range(arg: str, x: Tensor, first: Tensor, end: Tensor) -> None:
+    """Each entry of ``x [B, n]`` is -1 or in ``[first, end)`` of its sample, both ``[B or 1, 1]``."""
+    bad = (x != -1) & ((x < first) | (x >= end))
+    if bool(bad.any()):
+        b, i = bad.nonzero()[0].tolist()
+        low, high = (int(t[b if len(t) > 1 else 0, 0]) for t in (first, end))
+        check(False, arg, f"positions in [{low}, {high}) or -1", int(x[b, i]))
+
+
+def check_reach(index: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Each entry of an index on the CPU is a row of every tensor, or -1; kernels mask others: looking would wait for them."""
+    if index.device.type == "cpu" and tensors:
+        S = min(map(seq_len, tensors))
+        check_range("index", index, torch.zeros(1, 1), torch.full((1, 1), S))
 
 
 def check_lse(lse: Tensor | None, query: Tensor, normalize: str, rope: Rope | None) -> None:
@@ -121,6 +201,16 @@ def check_shape(arg: str, x: Tensor, shape: tuple[int, ...]) -> None:
 def check_choice(arg: str, got: str, choices: tuple[str, ...]) -> None:
     """One of a few words."""
     check(got in choices, arg, f"one of {', '.join(choices)}", repr(got))
+
+
+def check_quota(keep: object, B: int, most: int, device: torch.device) -> None:
+    """How many to keep: a whole number in 0..most, or ``[B]`` int64."""
+    if isinstance(keep, Tensor):
+        check(keep.dtype == torch.int64, "keep", "int64", keep.dtype)
+        check_shape("keep", keep, (B,))
+        check(keep.device == device, "keep", f"the device {device}", keep.device)
+    else:
+        check_count("keep", keep, most)
 
 
 def check_count(arg: str, got: object, most: int) -> None:

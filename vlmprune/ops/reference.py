@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from vlmprune.ops.reference_packed import pack_index, unpack
 
 Rope = tuple[Tensor, Tensor]
 
@@ -50,8 +52,14 @@ def row_lse(
     causal: bool,
     scale: float,
     rope: Rope | None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """Natural log-sum-exp ``[B, H, R]`` of the listed rows over all keys they see; -inf where a row sees none."""
+    if cu_seqlens is not None:
+        seqs = (cu_seqlens, cu_seqlens_q, max_seqlen)
+        query, key, key_mask, _, rope = unpack(query, key, None, rope, *seqs)
     logits = _row_logits(query, key, rows, scale, rope)
     ok = _visible(rows, key.shape[2], key_mask, causal)
     return logits.masked_fill(~ok, float("-inf")).logsumexp(-1)
@@ -71,8 +79,15 @@ def received_attention(
     normalize: str,
     scale: float,
     rope: Rope | None,
+    top_heads: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """Attention each column receives from the listed rows: ``[B, N]``, or ``[B, H, N]`` for head_reduce "none"."""
+    if cu_seqlens is not None:
+        seqs = (cu_seqlens, cu_seqlens_q, max_seqlen)
+        query, key, key_mask, lse, rope = unpack(query, key, lse, rope, *seqs)
     (B, H, Sq, _), S, R = query.shape, key.shape[2], rows.shape[1]
     logits = _row_logits(query, key, rows, scale, rope)
     ok = _visible(rows, S, key_mask, causal)
@@ -90,13 +105,28 @@ def received_attention(
             listed = torch.where(rows >= 0, rows - (S - Sq), 0)
             total = lse.float().gather(2, listed[:, None, :].expand(-1, H, -1))
         p = (picked - total[..., None]).exp().masked_fill(~ok_columns, 0.0)
-    return _reduce(p, ok_columns, rows, row_weight, row_reduce, head_reduce)
+    per_head = _reduce_rows(p, ok_columns, rows, row_weight, row_reduce)
+    if top_heads is not None:
+        per_head = _top_heads(per_head, top_heads)
+    return per_head if head_reduce == "none" else _HEAD_REDUCES[head_reduce](per_head)
 
 
-def _reduce(
-    p: Tensor, ok: Tensor, rows: Tensor, row_weight: Tensor | None, row_reduce: str, head_reduce: str
-) -> Tensor:
-    """Reduce ``[B, H, R, N]`` over rows within each head, then over heads. Padding rows count in nothing.
+_HEAD_REDUCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: x.mean(1),
+    "max": lambda x: x.amax(1),
+    "sum": lambda x: x.sum(1),
+}
+
+
+def _top_heads(per_head: Tensor, top_heads: int) -> Tensor:
+    """Of ``[B, H, N]`` the heads whose scores sum to most over the columns, ties to the lower head."""
+    order = order_key(per_head.sum(2)).argsort(dim=1, descending=True, stable=True)
+    first = order[:, :top_heads].sort(dim=1).values
+    return per_head.gather(1, first[..., None].expand(-1, -1, per_head.shape[2]))
+
+
+def _reduce_rows(p: Tensor, ok: Tensor, rows: Tensor, row_weight: Tensor | None, row_reduce: str) -> Tensor:
+    """Reduce ``[B, H, R, N]`` over rows within each head. Padding rows count in nothing.
 
     A real row that cannot see a column contributes 0 to it (it counts in the mean); max looks only at the
     rows that see the column and gives 0 where none does.
@@ -105,21 +135,13 @@ def _reduce(
     w = real[:, None, :, None]
     if row_reduce == "max":
         per_head = (p * w).masked_fill(~ok, float("-inf")).amax(2) if p.shape[2] else p.sum(2)
-        per_head = per_head.masked_fill(per_head == float("-inf"), 0.0)
+        per_head = per_head.masked_fill(~ok.any(2), 0.0)
     else:
         per_head = (p * w).sum(2)
         if row_reduce == "mean":
             total = w.sum(2)
             per_head = torch.where(total > 0, per_head / total, 0.0)
-    if head_reduce == "none":
-        return per_head
-    return (
-        per_head.amax(1)
-        if head_reduce == "max"
-        else per_head.mean(1)
-        if head_reduce == "mean"
-        else per_head.sum(1)
-    )
+    return per_head
 
 
 def order_key(scores: Tensor) -> Tensor:
@@ -130,35 +152,68 @@ def order_key(scores: Tensor) -> Tensor:
     return torch.where(x.isnan(), -(1 << 31), key)
 
 
-def select_topk(scores: Tensor, keep: int | Tensor, code: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+def select_topk(
+    scores: Tensor,
+    keep: int | Tensor,
+    code: Tensor | None,
+    width: int,
+    threshold: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Kept positions ``[B, width]`` ascending, -1 on the right, and their number ``[B]`` int64."""
     B, N = scores.shape
     code = torch.zeros(B, N, dtype=torch.int8, device=scores.device) if code is None else code
+    competes = code == 0
+    if threshold is not None:
+        least = torch.as_tensor(threshold, dtype=torch.float32, device=scores.device).expand(B)
+        competes = competes & (scores.float() >= least[:, None])
     quota = torch.as_tensor(keep, dtype=torch.int64, device=scores.device).expand(B).clamp(min=0)
-    key = torch.where(code == 0, order_key(scores), -(1 << 40))
+    key = torch.where(competes, order_key(scores), -(1 << 40))
     rank = key.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    kept = ((code == 0) & (rank < quota[:, None])) | (code == 1)
+    kept = (competes & (rank < quota[:, None])) | (code == 1)
     count = kept.sum(1)
     slots = kept.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
     inside = torch.arange(slots.shape[1], device=scores.device) < count[:, None]
     return torch.where(inside, slots, -1), count
 
 
+def select_segments(scores: Tensor, segments: Sequence[int], quotas: Sequence[int]) -> Tensor:
+    """Positions ``[B, sum of quotas]``, ascending, of the ``quotas[i]`` best scores of each segment i."""
+    parts, start = [scores.new_empty((scores.shape[0], 0), dtype=torch.int64)], 0
+    for part, quota in zip(torch.split(scores, list(segments), dim=1), quotas, strict=True):
+        parts.append(select_topk(part, quota, None, quota)[0] + start)
+        start += part.shape[1]
+    return torch.cat(parts, dim=1)
+
+
 def gather_tokens(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
-    """Rows ``index [B, K]`` of every tensor, along dim 1 for rank 2 and 3, dim 2 for rank 4; -1 gathers zeros."""
+    """Rows ``index [B, K]`` of every tensor, along dim 1 for rank 2 and 3, dim 2 for rank 4; zeros for what is no row."""
     out = []
     for x in tensors:
         dim = 2 if x.ndim == 4 else 1
         shape = [1] * x.ndim
         shape[0], shape[dim] = index.shape
-        at = index.view(shape)
-        x = x.expand(index.shape[0], *x.shape[1:])
-        full = list(x.shape)
-        full[dim] = index.shape[1]
-        plain = x.view(torch.uint8) if x.element_size() == 1 else x  # PyTorch cannot gather float8
-        rows = plain.gather(dim, at.clamp(min=0).expand(full))
-        out.append(rows.masked_fill(at < 0, 0).view(x.dtype))
+        S = x.shape[dim]
+        at, is_row = index.view(shape), ((index >= 0) & (index < S)).view(shape)
+        bits = _as_integers(x.expand(index.shape[0], *x.shape[1:]))
+        full = [*bits.shape[:dim], index.shape[1], *bits.shape[dim + 1 :]]
+        rows = bits.gather(dim, at.clamp(0, S - 1).expand(full)) if S else bits.new_zeros(full)
+        out.append(rows.masked_fill(~is_row, 0).view(x.dtype))
     return out
+
+
+def compact_kv(caches: Sequence[Tensor], index: Tensor) -> None:
+    """Row k of every cache becomes its row ``index[b, k]``, in place; where that is no row, it stays as it is."""
+    for x, rows in zip(caches, gather_tokens(caches, index), strict=True):
+        dim = x.ndim - 2
+        is_row = (index >= 0) & (index < x.shape[dim])
+        front = _as_integers(x).narrow(dim, 0, index.shape[1])
+        mask = is_row[:, None, :, None] if x.ndim == 4 else is_row[:, :, None]
+        front.copy_(torch.where(mask, _as_integers(rows), front))
+
+
+def _as_integers(x: Tensor) -> Tensor:
+    """The same bits: PyTorch can neither gather nor compare float8, and may change a NaN that it moves into another."""
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def prune_tokens(
@@ -167,7 +222,7 @@ def prune_tokens(
     tensors: Sequence[Tensor],
     rows: Tensor,
     columns: Tensor,
-    keep: int,
+    keep: int | Tensor,
     width: int,
     key_mask: Tensor | None,
     causal: bool,
@@ -178,14 +233,27 @@ def prune_tokens(
     normalize: str,
     scale: float,
     rope: Rope | None,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Score the columns; keep the best ``keep`` of them and every unmasked position that is no column; gather."""
+    top_heads: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor | None]:
+    """Score the columns; keep the best ``keep`` of them and every unmasked position that is no column; gather.
+
+    A packed batch gives a packed index and the new cu_seqlens, a padded one a padded index and None.
+    """
+    if cu_seqlens is not None:
+        seqs = (cu_seqlens, cu_seqlens_q, max_seqlen)
+        query, key, key_mask, lse, rope = unpack(query, key, lse, rope, *seqs)
     B, S = key.shape[0], key.shape[2]
-    reduces = (head_reduce, row_reduce, normalize, scale, rope)
+    reduces = (head_reduce, row_reduce, normalize, scale, rope, top_heads)
     scores = received_attention(query, key, rows, columns, key_mask, causal, lse, row_weight, *reduces)
     at = torch.where(columns >= 0, columns, S)  # padding lands in one extra position, cut off below
     spread = scores.new_zeros(B, S + 1).scatter(1, at, scores)[:, :S]
     code = torch.ones(B, S + 1, dtype=torch.int8, device=key.device).scatter(1, at, 0)[:, :S]
     code = code if key_mask is None else code.masked_fill(~key_mask, 2)
-    index, count = select_topk(spread, keep, code, width)
-    return gather_tokens(tensors, index), index, count, scores
+    index, count = select_topk(spread, keep, code, width if cu_seqlens is None else S)
+    ends = None
+    if cu_seqlens is not None:
+        index, ends = pack_index(index, count, cu_seqlens, width)
+    return gather_tokens(tensors, index), index, count, scores, ends

@@ -1,4 +1,4 @@
-"""What the ops on sets of tokens compute, in plain PyTorch: greedy selection, density-peak clusters, merging.
+"""What the ops on sets of tokens compute, in plain PyTorch: greedy selection, density-peak clusters, matching, merging.
 
 Read this first: it is the specification of their kernels, as ``reference`` is of the others.
 """
@@ -9,6 +9,8 @@ from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor
+
+from vlmprune.ops.reference import select_topk
 
 MIN_NORM, MAX_NORM = 1e-15, 1e15
 """Tokens outside, or of norm NaN, have no direction: beyond, products of their entries leave the range of float32."""
@@ -162,6 +164,36 @@ def cluster_dpc(
     return first_best((-to_center.masked_fill(own, -1.0)).flatten(0, 1)).view(B, N).masked_fill(
         ~real, -1
     ), centers
+
+
+def match_bipartite(
+    features: Tensor, r: int, destinations: Tensor | None, mask: Tensor | None, width: int
+) -> tuple[Tensor, Tensor]:
+    """Each token's place among the survivors ``[B, N]``, -1 = padding; the survivors' positions ``[B, width]``."""
+    (B, N, _), device = features.shape, features.device
+    here = torch.arange(N, device=device)
+    at = here[1::2] if destinations is None else destinations
+    at = torch.where((at >= 0) & (at < N), at, N).expand(B, -1)
+    real = torch.ones(B, N, dtype=torch.bool, device=device) if mask is None else mask
+    takes = _marks(at, N) & real
+    gives = real & ~takes & takes.any(1, keepdim=True)
+    if N == 0:
+        return real.long(), real.new_empty((B, 0), dtype=torch.int64)
+
+    cos = cosine(features, mask).masked_fill(~takes[:, None, :], float("-inf"))
+    match = first_best(cos.flatten(0, 1)).view(B, N)
+    best = select_topk(cos.amax(2), r, torch.where(gives, 0, 2), N)[0]
+    merged = _marks(torch.where(best >= 0, best, N), N)
+    stays = real & ~merged
+    slot = (stays.cumsum(1) - 1).gather(1, torch.where(merged, match, here))
+    index = torch.where(stays, here, N).sort(dim=1).values[:, :width]
+    return slot.masked_fill(~real, -1), index.masked_fill(index == N, -1)
+
+
+def _marks(positions: Tensor, N: int) -> Tensor:
+    """Bool ``[B, N]``: True at ``positions [B, n]``, of which N itself marks nothing."""
+    marks = torch.zeros(positions.shape[0], N + 1, dtype=torch.bool, device=positions.device)
+    return marks.scatter(1, positions, True)[:, :N]
 
 
 def merge_tokens(

@@ -15,10 +15,11 @@ from vlmprune.ops._dispatch import Backend, always, choose, needs_triton, regist
 
 def select_topk(
     scores: Tensor,
-    keep: int | Tensor,
+    keep: int | Sequence[int] | Tensor | None = None,
     *,
     code: Tensor | None = None,
     segments: Sequence[int] | None = None,
+    threshold: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Keep the ``keep`` best scores of each sample, listed in position order. Never waits for the device.
 
@@ -26,13 +27,17 @@ def select_topk(
 
     Args:
         scores: ``[B, N]`` float32, float16 or bfloat16, any strides.
-        keep: how many positions survive: an int, or ``[B]`` int64 (clamped on the device to what there is).
+        keep: how many positions survive: an int, or ``[B]`` int64 (clamped on the device to what there is). None = all that
+            reach ``threshold``.
         code: ``[B, N]`` int8: 0 = competes, 1 = kept, 2 = dropped. ``keep`` counts code 0 only. None = all compete.
-        segments: lengths that add up to N; ``keep`` (an int, no code) then applies to each segment, clipped to its length.
+        segments: lengths that add up to N; ``keep`` (an int, or one for each segment; no code, no threshold) then applies to
+            each segment, clipped to its length.
+        threshold: a number, or ``[B]`` float32: of code 0 only scores >= threshold, compared in float32, compete; ``keep``
+            caps their number. NaN reaches no threshold, and nothing reaches a NaN.
 
     Returns:
         ``index [B, W]`` int64 ascending, -1 on the right, where W is ``keep`` if it is an int and code is None (with
-        segments the sum of what they keep), else N; and ``count [B]`` int64, how many positions of each row are kept.
+        segments the sum over them), otherwise N; ``count [B]`` int64, how many positions are listed.
 
     Raises:
         ValueError: an argument has another rank, shape, dtype, device or value; an int ``keep`` exceeds N.
@@ -40,46 +45,87 @@ def select_topk(
     """
     check(scores.ndim == 2, "scores", "rank 2 [B, N]", tuple(scores.shape))
     check(scores.dtype in FLOATS, "scores", "float32, float16 or bfloat16", scores.dtype)
-    B, N = scores.shape
+    if segments is not None:
+        check(code is None, "code", "None with segments", "a tensor")
+        check(threshold is None, "threshold", "None with segments", threshold)
+        return _in_segments(scores, keep, segments)
+    N = scores.shape[1]
+    if keep is None and threshold is not None:
+        keep = N
     if isinstance(keep, Tensor):
-        check(keep.dtype == torch.int64, "keep", "int64", keep.dtype)
-        check_shape("keep", keep, (B,))
-        check(keep.device == scores.device, "keep", f"the device {scores.device}", keep.device)
-    elif segments is None:
+        _check_rows("keep", keep, scores, torch.int64)
+    else:
         check_count("keep", keep, N)
     if code is not None:
         check(code.dtype == torch.int8, "code", "int8", code.dtype)
-        check_shape("code", code, (B, N))
+        check_shape("code", code, tuple(scores.shape))
         check(code.device == scores.device, "code", f"the device {scores.device}", code.device)
-    if segments is not None:
-        return _select_segments(scores, keep, code, segments)
-    if isinstance(keep, Tensor):
-        return _select_topk(scores, 0, keep, code)
-    return _select_topk(scores, keep, None, code)
+    if isinstance(threshold, Tensor):
+        _check_rows("threshold", threshold, scores, torch.float32)
+    elif threshold is not None:
+        number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+        check(number and threshold == threshold, "threshold", "a number", repr(threshold))
+    cap, quota = (0, keep) if isinstance(keep, Tensor) else (keep, None)
+    level, levels = (None, threshold) if isinstance(threshold, Tensor) else (threshold, None)
+    return _select_topk(scores, cap, quota, code, level, levels)
 
 
-def _select_segments(
-    scores: Tensor, keep: int | Tensor, code: Tensor | None, segments: Sequence[int]
+def _check_rows(arg: str, x: Tensor, scores: Tensor, dtype: torch.dtype) -> None:
+    """One number a row of ``scores``."""
+    check(x.dtype == dtype, arg, str(dtype).removeprefix("torch."), x.dtype)
+    check_shape(arg, x, (scores.shape[0],))
+    check(x.device == scores.device, arg, f"the device {scores.device}", x.device)
+
+
+def _in_segments(
+    scores: Tensor, keep: int | Sequence[int] | Tensor | None, segments: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Select within each segment; equal segments become rows of one launch."""
-    (B, N), m = scores.shape, len(segments)
-    check(not isinstance(keep, Tensor), "keep", "an int with segments", "a tensor")
-    check(isinstance(keep, int) and keep >= 0, "keep", "a whole number >= 0", repr(keep))
-    check(code is None, "code", "None with segments", "a tensor")
+    """Select within each segment; how many is known on the host."""
+    B, N = scores.shape
     fits = sum(segments) == N and all(length >= 0 for length in segments)
     check(fits, "segments", f"lengths >= 0 that add up to {N}", list(segments))
-    quotas = [min(int(keep), length) for length in segments]
-    starts = [sum(segments[:i]) for i in range(m)]
-    if m and len(set(segments)) == 1:
-        index, _ = _select_topk(scores.reshape(B * m, N // m), quotas[0], None, None)
-        first = torch.arange(m, device=scores.device)[:, None] * segments[0]
-        index = (index.view(B, m, quotas[0]) + first).view(B, m * quotas[0])
-    else:
-        parts = torch.split(scores, list(segments), dim=1)
-        picked = [_select_topk(part, quota, None, None)[0] for part, quota in zip(parts, quotas, strict=True)]
-        shifted = [index + start for index, start in zip(picked, starts, strict=True)]
-        index = torch.cat([scores.new_empty((B, 0), dtype=torch.int64), *shifted], dim=1)
-    return index, torch.full((B,), sum(quotas), dtype=torch.int64, device=scores.device)
+    check(not isinstance(keep, Tensor), "keep", "an int, or one a segment", "a tensor")
+    wanted = [_whole(n) for n in keep] if isinstance(keep, Sequence) else [_whole(keep)] * len(segments)
+    check(len(wanted) == len(segments), "keep", f"one int for each of {len(segments)} segments", len(wanted))
+    quotas = [min(number, length) for number, length in zip(wanted, segments, strict=True)]
+    count = torch.full((B,), sum(quotas), dtype=torch.int64, device=scores.device)
+    return _select_segments(scores, list(segments), quotas), count
+
+
+def _whole(quota: object) -> int:
+    """A quota of a segment, checked."""
+    if not isinstance(quota, int) or isinstance(quota, bool) or quota < 0:
+        raise ValueError(f"keep: expected a whole number >= 0, got {quota!r}")
+    return quota
+
+
+@torch.library.custom_op("vlmprune::select_topk", mutates_args=())
+def _select_topk(
+    scores: Tensor,
+    keep: int,
+    quota: Tensor | None,
+    code: Tensor | None,
+    threshold: float | None = None,
+    thresholds: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    width = _width(scores.shape[1], keep, quota, code)
+    run = choose("select_topk", scores)
+    return run(
+        scores, keep if quota is None else quota, code, width, threshold if thresholds is None else thresholds
+    )
+
+
+@_select_topk.register_fake
+def _(
+    scores: Tensor,
+    keep: int,
+    quota: Tensor | None,
+    code: Tensor | None,
+    threshold: float | None = None,
+    thresholds: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    (B, N), int64 = scores.shape, torch.int64
+    return scores.new_empty(B, _width(N, keep, quota, code), dtype=int64), scores.new_empty(B, dtype=int64)
 
 
 def _width(N: int, keep: int, quota: Tensor | None, code: Tensor | None) -> int:
@@ -87,22 +133,24 @@ def _width(N: int, keep: int, quota: Tensor | None, code: Tensor | None) -> int:
     return keep if quota is None and code is None else N
 
 
-@torch.library.custom_op("vlmprune::select_topk", mutates_args=())
-def _select_topk(
-    scores: Tensor, keep: int, quota: Tensor | None, code: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    width = _width(scores.shape[1], keep, quota, code)
-    return choose("select_topk", scores)(scores, keep if quota is None else quota, code, width)
+@torch.library.custom_op("vlmprune::select_segments", mutates_args=())
+def _select_segments(scores: Tensor, segments: Sequence[int], quotas: Sequence[int]) -> Tensor:
+    return choose("select_segments", scores)(scores, segments, quotas)
 
 
-@_select_topk.register_fake
-def _(scores: Tensor, keep: int, quota: Tensor | None, code: Tensor | None) -> tuple[Tensor, Tensor]:
-    (B, N), int64 = scores.shape, torch.int64
-    return scores.new_empty(B, _width(N, keep, quota, code), dtype=int64), scores.new_empty(B, dtype=int64)
+@_select_segments.register_fake
+def _(scores: Tensor, segments: Sequence[int], quotas: Sequence[int]) -> Tensor:
+    return scores.new_empty(scores.shape[0], sum(quotas), dtype=torch.int64)
 
 
 def _load_triton() -> Callable[..., tuple[Tensor, Tensor]]:
     from vlmprune.triton_kernels.select_topk import select_topk as launch
+
+    return launch
+
+
+def _load_triton_segments() -> Callable[..., Tensor]:
+    from vlmprune.triton_kernels.select_segments import select_segments as launch
 
     return launch
 
@@ -113,5 +161,13 @@ register(
         Backend("cuda", lambda: _native.load("select_topk"), _native.needs_extension),
         Backend("triton", _load_triton, needs_triton),
         Backend("reference", lambda: reference.select_topk, always),
+    ),
+)
+register(
+    "select_segments",
+    (
+        Backend("cuda", lambda: _native.load("select_segments"), _native.needs_extension),
+        Backend("triton", _load_triton_segments, needs_triton),
+        Backend("reference", lambda: reference.select_segments, always),
     ),
 )

@@ -1,0 +1,230 @@
+"""PrunePlan: the bits of prune_tokens, run after run, whatever it was built for; then its workspace and error text."""
+
+import pytest
+import torch
+
+from vlmprune import ops
+from vlmprune.errors import BackendError
+
+
+def stage(slow, device, seed=0, **shape):
+    """Arguments of a stage: key is among the tensors to shorten, as it is in a model."""
+    query, key, rows, columns = slow.inputs(device=device, seed=seed, **shape)
+    (B, _, S, _), g = key.shape, torch.Generator().manual_seed(seed)
+    hidden = torch.randn(B, S, 10, generator=g).to(device)
+    tensors = [hidden, key, torch.arange(S, device=device)[None] + seed]
+    return dict(query=query, key=key, tensors=tensors, rows=rows, columns=columns)
+
+
+def mask_of(call, seed):
+    mask = torch.ones(call["key"].shape[0], call["key"].shape[2], dtype=torch.bool, device=call["key"].device)
+    mask[0, seed] = False
+    return mask
+
+
+VARIANTS = {
+    "plain": lambda call, seed, slow: {},
+    "mask": lambda call, seed, slow: dict(key_mask=mask_of(call, seed)),
+    "lse": lambda call, seed, slow: dict(
+        lse=ops.row_lse(call["query"], call["key"], call["rows"][:, :1].expand(-1, 13))
+    ),
+    "weights": lambda call, seed, slow: dict(
+        row_weight=torch.full(call["rows"].shape, 1.0 + seed, device=call["key"].device)
+    ),
+    "rope": lambda call, seed, slow: dict(rope=slow.rope(device=call["key"].device, scaling=1.0 + seed)),
+    "keep": lambda call, seed, slow: dict(keep=torch.tensor([seed, 3], device=call["key"].device)),
+}
+SETTINGS = [dict(head_reduce="max", row_reduce="sum"), dict(top_heads=2), dict(normalize="columns")]
+
+
+def planned(call, **settings):
+    with ops.use_backend("triton"):
+        return ops.PrunePlan(**call, **settings)
+
+
+def expected(call, **settings):
+    with ops.use_backend("triton"):
+        return ops.prune_tokens(**call, **settings)
+
+
+def assert_same(out, truth):
+    assert all(map(torch.equal, out.tensors, truth.tensors))
+    assert all(torch.equal(getattr(out, name), getattr(truth, name)) for name in ("index", "count", "scores"))
+
+
+@pytest.mark.parametrize("variant, settings", [(v, {}) for v in VARIANTS] + [("plain", s) for s in SETTINGS])
+def test_runs_are_prune_tokens(variant, settings, slow, device):
+    settings = dict(keep=3, width=18) | settings
+    plan = None
+    for seed in range(2):
+        call = stage(slow, device, seed)
+        extra = VARIANTS[variant](call, seed, slow)
+        truth = expected(call, **settings | extra)
+        plan = plan or planned(call, **settings | extra)
+        assert_same(plan.run(**call, **extra), truth)
+
+
+def test_packed_runs(slow, device):
+    lengths, plan = [[0, 21, 34], [0, 13, 34]], None
+    for seed, ends in enumerate(lengths):
+        call = stage(slow, device, seed, B=1, S=34, Sq=34)
+        ends = torch.tensor(ends, dtype=torch.int32, device=device)
+        call["rows"] = torch.tensor([[3, 12], [5, -1]], device=device)
+        call["columns"] = torch.tensor([[0, 2, 3, 7], [1, 4, 11, -1]], device=device)
+        truth = expected(call, keep=2, cu_seqlens=ends)
+        plan = plan or planned(call, keep=2, cu_seqlens=ends)
+        out = plan.run(**call, cu_seqlens=ends)
+        assert_same(out, truth)
+        assert torch.equal(out.cu_seqlens, truth.cu_seqlens)
+
+
+def test_long_sequences_take_one_launch_more(slow, device):
+    call = stage(slow, device, B=1, H=1, Hkv=1, Sq=1, S=4200, D=8, R=1, N=300)
+    call["tensors"] = call["tensors"][2:]
+    plan, truth = planned(call, keep=70), expected(call, keep=70)
+    assert_same(plan.run(**call), truth)
+
+
+def test_outputs_are_the_plans_own_or_those_given(slow, device):
+    call, other = stage(slow, device), stage(slow, device, seed=1)
+    plan = planned(call, keep=3)
+    first, truth = plan.run(**call), expected(call, keep=3)
+    given = [torch.empty_like(x) for x in first.tensors]
+    out = plan.run(**other, out=given)
+    assert all(x is y for x, y in zip(out.tensors, given, strict=True))
+    assert_same(out, expected(other, keep=3))
+    assert all(map(torch.equal, first.tensors, truth.tensors)) and not torch.equal(first.scores, truth.scores)
+    assert plan.run(**call).tensors[0].data_ptr() == first.tensors[0].data_ptr()
+
+
+def test_a_thousand_and_one_runs_need_no_reset(slow, device):
+    call = stage(slow, device, B=1, H=1, Hkv=1, S=3, Sq=1, R=1, N=2, D=8)
+    plan, truth = planned(call, keep=1), expected(call, keep=1)
+    for _ in range(20 if device.type == "cpu" else 1001):
+        assert_same(plan.run(**call), truth)
+
+
+def test_reset_after_a_run_was_broken_off(slow, device):
+    call = stage(slow, device)
+    plan, truth = planned(call, keep=3), expected(call, keep=3)
+    for replay in plan._program._replays:
+        if replay.counter is not None:
+            replay.counter.fill_(1)  # as if one program had arrived and the others never did
+    plan.run(**call)
+    plan.reset()
+    assert_same(plan.run(**call), truth)
+
+
+def test_the_plan_keeps_no_example(slow, device):
+    """Examples may be freed: neither the plan nor its launches hold them."""
+    import gc
+    import weakref
+
+    call = stage(slow, device)
+    gone = [
+        weakref.ref(x) for x in (call["query"], call["key"], *call["tensors"], call["rows"], call["columns"])
+    ]
+    plan = planned(call, keep=3)
+    del call
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 7
+    call = stage(slow, device, seed=1)
+    assert_same(plan.run(**call), expected(call, keep=3))
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_the_plan(slow, device):
+    call, other = stage(slow, device), stage(slow, device, seed=1)
+    plan, truth = planned(call, keep=3), expected(other, keep=3)
+    torch.use_deterministic_algorithms(False)  # filling new memory is not ours to capture
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        plan.run(**call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = plan.run(**call)
+    for name in ("query", "key", "rows", "columns"):
+        call[name].copy_(other[name])
+    for x, y in zip(call["tensors"], other["tensors"], strict=True):
+        x.copy_(y)
+    for _ in range(1000):
+        graph.replay()
+        assert_same(out, truth)
+
+
+def test_needs_triton(slow):
+    with pytest.raises(BackendError, match=r"^no backend can run prune_plan on .*\n  triton: "):
+        ops.PrunePlan(**stage(slow, torch.device("cpu")), keep=3)
+
+
+def misaligned(x):
+    return torch.cat([x.flatten(), x.flatten()[:1]])[1:].view(x.shape)
+
+
+ERRORS = [
+    (
+        dict(query=lambda a: a["query"][:1]),
+        r"^query: expected \[2, 4, 13, 24\] as in the plan, got \(1, 4, 13, 24\)$",
+    ),
+    (
+        dict(key=lambda a: a["key"].half()),
+        r"^key: expected torch\.float32 as in the plan, got torch\.float16$",
+    ),
+    (dict(key=lambda a: a["key"].to("meta")), r"^key: expected the device cpu as in the plan, got meta$"),
+    (
+        dict(key=lambda a: a["key"].mT.contiguous().mT),
+        r"^key: expected strides \(1008, 504, 24, 1\) as in the plan, got ",
+    ),
+    (
+        dict(query=lambda a: misaligned(a["query"])),
+        r"^query: expected memory that starts at a multiple of 16 bytes as in the plan, got 0x",
+    ),
+    (dict(tensors=lambda a: a["tensors"][:2]), r"^tensors: expected 3 tensors as in the plan, got 2$"),
+    (dict(out=lambda a: []), r"^out: expected 3 tensors as in the plan, got 0$"),
+    (
+        dict(out=lambda a: [torch.empty(2, 20, 10), *a["tensors"][1:]]),
+        r"^out\[0\]: expected \[2, 21, 10\] as in the plan, got \(2, 20, 10\)$",
+    ),
+    (dict(lse=lambda a: torch.zeros(2, 4, 13)), r"^lse: expected None as in the plan, got a tensor$"),
+    (dict(key_mask=lambda a: None), r"^key_mask: expected a tensor as in the plan, got None$"),
+    (dict(keep=lambda a: torch.ones(2)), r"^keep: expected None as in the plan, got a tensor$"),
+]
+
+
+@pytest.mark.parametrize("changes, message", ERRORS)
+def test_error_text_of_a_run(changes, message, slow):
+    call = stage(slow, torch.device("cpu"))
+    call["key_mask"] = mask_of(call, 0)
+    plan = planned(call, keep=3)
+    truth = plan.run(**call).index.clone()
+    with pytest.raises(ValueError, match=message):
+        plan.run(**call | {name: change(call) for name, change in changes.items()})
+    assert torch.equal(plan.run(**call).index, truth)  # nothing was half done
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("rows", r"^rows: expected a tensor that the kernels can read in place, got strides \(10, 2\)$"),
+        (
+            "columns",
+            r"^columns: expected a tensor that the kernels can read in place, got strides \(18, 2\)$",
+        ),
+    ],
+)
+def test_what_would_be_copied_is_refused(name, message, slow):
+    call = stage(slow, torch.device("cpu"))
+    call[name] = torch.stack([call[name], call[name]], 2)[..., 0]
+    with pytest.raises(ValueError, match=message):
+        planned(call, keep=3)
+
+
+def test_bad_arguments_are_those_of_prune_tokens(slow):
+    call = stage(slow, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"^keep: expected a whole number in 0\.\.9, got 10$"):
+        planned(call, keep=10)
+    with pytest.raises(ValueError, match=r"^rows: expected at least one sample, got \(0, 5\)$"):
+        planned(
+            {name: [t[:0] for t in x] if isinstance(x, list) else x[:0] for name, x in call.items()}, keep=3
+        )

@@ -1,0 +1,179 @@
+"""The attention that a tile of keys receives in some heads: what every program of the score kernel computes."""
+
+import triton
+import triton.language as tl
+
+from vlmprune.triton_kernels._device import LOG2E, load_rows
+
+
+@triton.jit
+def max_with_nan(x, y):
+    """Elementwise maximum; NaN wins."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def max_over_rows(x, NAN: tl.constexpr):
+    """Maximum along dim 0, NaN where a NaN is: the hardware's own maximum would overlook it."""
+    has_nan = tl.max((x != x).to(tl.int32), 0) > 0
+    return tl.where(has_nan, NAN, tl.max(tl.where(x != x, float("-inf"), x), 0))
+
+
+@triton.jit
+def head_scores(
+    k,  # [BLOCK_N, BLOCK_D] in DTYPE
+    column,  # [BLOCK_N] int64, their positions
+    ok_n,  # [BLOCK_N] bool
+    query_ptr,  # first query of this head, at key position first_row
+    stride_qs,
+    cos_ptr,  # table of the first key, or None
+    sin_ptr,
+    stride_cs,
+    rows_ptr,  # [R] int64, this sample's
+    weight_ptr,  # [R] or None
+    lse_ptr,  # this head's, of the first query or of rows[0]; None = plain logits
+    stride_ls,
+    scale,
+    R,
+    first_row,
+    length,
+    D: tl.constexpr,
+    ROW_REDUCE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LSE_BY_POSITION: tl.constexpr,  # lse holds every query, not just the listed rows
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Reduce one head over the rows: [BLOCK_N] float32."""
+    NAN: tl.constexpr = float("nan")
+    reduced = tl.full((BLOCK_N,), float("-inf") if ROW_REDUCE == "max" else 0.0, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    seen = tl.zeros((BLOCK_N,), tl.int32)
+    for first in range(0, R, BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)
+        row = tl.load(rows_ptr + offs_m, mask=offs_m < R, other=-1)  # [BLOCK_M]
+        real = (row >= tl.maximum(first_row, 0)) & (row < length)
+        row = tl.where(real, row, first_row)
+        q_row = row - first_row
+        q = load_rows(
+            query_ptr, q_row * stride_qs, cos_ptr, sin_ptr, row * stride_cs, real, D, BLOCK_D, DTYPE
+        )
+        p = (
+            tl.dot(q, tl.trans(k), input_precision="ieee" if tl.target_info.is_hip() else "tf32x3") * scale
+        )  # [BLOCK_M, BLOCK_N]
+        if lse_ptr is not None:
+            at = q_row if LSE_BY_POSITION else offs_m
+            lse = tl.load(lse_ptr + at * stride_ls, mask=real, other=0.0)
+            p = tl.exp2((p - lse[:, None]) * LOG2E)
+        weight = real.to(tl.float32)
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + offs_m, mask=real, other=0.0).to(tl.float32)
+            p = p * weight[:, None]
+        ok = real[:, None] & ok_n[None, :]
+        if CAUSAL:
+            ok = ok & (row[:, None] >= column[None, :])
+        if ROW_REDUCE == "max":
+            reduced = max_with_nan(reduced, max_over_rows(tl.where(ok, p, float("-inf")), NAN))
+            seen = tl.maximum(seen, tl.max(ok.to(tl.int32), 0))
+        else:
+            reduced += tl.sum(tl.where(ok, p, 0.0), 0)
+        total += weight
+    if ROW_REDUCE == "max":
+        reduced = tl.where(seen > 0, reduced, 0.0)
+    if ROW_REDUCE == "mean":
+        weights = tl.sum(total, 0)
+        reduced = tl.where(weights > 0.0, reduced / tl.where(weights > 0.0, weights, 1.0), 0.0)
+    return reduced
+
+
+@triton.jit
+def score_part(
+    query_ptr,
+    key_ptr,
+    cos_ptr,
+    sin_ptr,
+    rows_ptr,
+    columns_ptr,
+    key_mask_ptr,
+    lse_ptr,
+    weight_ptr,
+    part_ptr,
+    scale,
+    R,
+    N,
+    first_row,
+    length,
+    stride_qh,
+    stride_qs,
+    stride_kh,
+    stride_ks,
+    stride_lh,
+    stride_ls,
+    stride_cs,
+    HEADS_KV: tl.constexpr,  # KV heads of this split
+    G: tl.constexpr,
+    D: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    HEAD_REDUCE: tl.constexpr,
+    ROW_REDUCE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LSE_BY_POSITION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One tile of columns in the heads of one split; pointers are those of this sample, part_ptr's of its part 0."""
+    split = tl.program_id(1).to(tl.int64)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.load(columns_ptr + offs_n, mask=offs_n < N, other=-1)  # [BLOCK_N]
+    ok_n = (column >= 0) & (column < length)
+    column = tl.where(ok_n, column, 0)
+    if key_mask_ptr is not None:
+        ok_n = ok_n & (tl.load(key_mask_ptr + column, mask=ok_n, other=0) != 0)
+    joined = tl.full((BLOCK_N,), float("-inf") if HEAD_REDUCE == "max" else 0.0, tl.float32)
+    for i in range(HEADS_KV):
+        h_kv = split * HEADS_KV + i
+        k_offs = h_kv * stride_kh + column * stride_ks
+        k = load_rows(key_ptr, k_offs, cos_ptr, sin_ptr, column * stride_cs, ok_n, D, BLOCK_D, DTYPE)
+        for g in range(G):
+            h = h_kv * G + g
+            head_lse_ptr = lse_ptr
+            if lse_ptr is not None:
+                head_lse_ptr = lse_ptr + h * stride_lh
+            reduced = head_scores(
+                k,
+                column,
+                ok_n,
+                query_ptr + h * stride_qh,
+                stride_qs,
+                cos_ptr,
+                sin_ptr,
+                stride_cs,
+                rows_ptr,
+                weight_ptr,
+                head_lse_ptr,
+                stride_ls,
+                scale,
+                R,
+                first_row,
+                length,
+                D,
+                ROW_REDUCE,
+                CAUSAL,
+                LSE_BY_POSITION,
+                DTYPE,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+            )
+            if PER_HEAD:
+                tl.store(part_ptr + h * N + offs_n, reduced, mask=offs_n < N)
+            elif HEAD_REDUCE == "max":
+                joined = max_with_nan(joined, reduced)
+            else:
+                joined += reduced
+    if not PER_HEAD:
+        tl.store(part_ptr + split * N + offs_n, joined, mask=offs_n < N)

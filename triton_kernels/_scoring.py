@@ -1,0 +1,71 @@
+"""What is scored and how, and what the launcher decides from it: shared programs, registers, row statistics."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from vlmprune.triton_kernels.row_lse import row_lse
+
+TARGET_PROGRAMS = (
+    128  # about one program for each multiprocessor of a large GPU; fixed, so that sums keep their order
+)
+
+
+class Scoring(NamedTuple):
+    """What is scored and how: the arguments of received_attention, as its op checked them."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+    key_mask: torch.Tensor | None
+    causal: bool
+    lse: torch.Tensor | None
+    row_weight: torch.Tensor | None
+    head_reduce: str
+    row_reduce: str
+    normalize: str
+    scale: float
+    rope: tuple[torch.Tensor, torch.Tensor] | None
+    top_heads: int | None = None
+    cu_seqlens: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    max_seqlen: int | None = None
+
+
+class Selection(NamedTuple):
+    """Where the score kernel writes its choice: all on the device, see the kernel."""
+
+    keep: Any
+    spread: torch.Tensor
+    code: torch.Tensor
+    index: torch.Tensor | None = None  # type: ignore[assignment]  # shadows tuple.index
+    count: torch.Tensor | None = None  # type: ignore[assignment]
+    cu_seqlens_out: torch.Tensor | None = None
+
+
+def head_splits(B, Hkv, tiles_n):
+    """How many programs share the heads of a column tile; from shapes only, so results repeat bit for bit."""
+    wanted = triton.cdiv(TARGET_PROGRAMS, B * tiles_n)
+    return next(n for n in range(1, Hkv + 1) if Hkv % n == 0 and (n >= wanted or n == Hkv))
+
+
+def registers(s, R):
+    """How many registers a thread may take: said aloud, as ptxas would rather spill a word than pass 128.
+
+    Few rows are memory bound: 128 let two programs share a multiprocessor. AMD knows no such option.
+    """
+    if torch.version.hip:
+        return {}
+    lean = R <= 16 and s.rope is None and s.query.element_size() == 2
+    return {"maxnreg": 128 if lean else 255}
+
+
+def row_statistics(s):
+    """The log-sum-exp of the rows, [B, H, Sq] if it was given, else [B, H, R]; None for plain logits."""
+    if s.normalize == "none" or s.lse is not None:
+        return s.lse
+    only = s.columns if s.normalize == "columns" else None
+    seqs = (s.cu_seqlens, s.cu_seqlens_q, s.max_seqlen)
+    return row_lse(s.query, s.key, s.rows, s.key_mask, s.causal, s.scale, s.rope, *seqs, columns=only)

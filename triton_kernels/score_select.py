@@ -1,0 +1,267 @@
+"""Score the columns and choose the survivors in one launch: the kernel of received_attention and of prune_tokens.
+
+scores[b, n] = reduce over heads, rows of w[r] * exp(scale * q[rows[r]] . k[columns[n]] - lse[r]); then columns[n] compete
+with their scores (code 0), masked positions are dropped (code 2), all others stay (code 1).
+Memory bound for few rows (each chosen key is read once per KV head), compute bound from about a hundred rows on.
+Tile: BLOCK_N keys, walked through the heads of one split and their row tiles. Grid: (cdiv(N, BLOCK_N), SPLITS, B).
+Each program writes its part; the last of a sample to arrive joins the parts in a fixed order and selects. No float
+atomics, so the bits never change; the one integer counter a sample has is 0 again when the kernel ends.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vlmprune.triton_kernels._device import (
+    as_bytes,
+    batch_stride,
+    dot_dtype,
+    packed,
+    padded_head_dim,
+    rope_args,
+    span,
+    tiles,
+)
+from vlmprune.triton_kernels._launch import launch
+from vlmprune.triton_kernels._score import score_part
+from vlmprune.triton_kernels._scoring import head_splits, registers, row_statistics
+from vlmprune.triton_kernels._survivors import (
+    code_positions,
+    enter_columns,
+    join_parts,
+    select_sample,
+    top_heads,
+)
+from vlmprune.triton_kernels.select_topk import MIN_CHUNK
+
+JOIN_CHUNK = tl.constexpr(512)
+MAX_CHUNK = (
+    2048  # positions at once; more would cost every score program registers that only the last one uses
+)
+FEW_KEYS = 1024  # up to here 4 warps select
+
+
+@triton.jit
+def _score_select_kernel(
+    query_ptr,  # [B, H, Sq, D], last dim contiguous; packed: [1, H, total, D]
+    key_ptr,  # [B, Hkv, S, D], last dim contiguous; packed: [1, Hkv, total, D]
+    cos_ptr,  # [B or 1, S, D] or None
+    sin_ptr,
+    rows_ptr,  # [B, R] int64, contiguous
+    columns_ptr,  # [B, N] int64, contiguous
+    key_mask_ptr,  # [B, S] uint8, contiguous, or None
+    lse_ptr,  # [B, H, Sq or R] float32; None = plain logits
+    weight_ptr,  # [B, R] float, contiguous, or None
+    cu_seqlens_ptr,  # [B + 1], contiguous, or None
+    cu_seqlens_q_ptr,
+    keep,  # int, or a pointer to [B] int64, contiguous
+    counter_ptr,  # [B] int32, all 0, and again when done; None if nothing is joined
+    part_ptr,  # [B, PARTS, N] float32, contiguous
+    scores_ptr,  # [B, N] float32, contiguous, or None
+    spread_ptr,  # [B, max_seqlen] float32, contiguous, or None: the scores at their positions
+    code_ptr,  # [B, max_seqlen] int8, contiguous, or None
+    index_ptr,  # [B, width] int64, contiguous; packed: [1, width]; None = no selection here
+    count_ptr,  # [B] int64
+    cu_seqlens_out_ptr,  # [B + 1] like cu_seqlens, or None
+    scale,
+    R,
+    N,
+    Sq,
+    S,
+    max_seqlen,
+    width,
+    TOP,  # how many heads count; 0 = all
+    query_strides,  # batch, head, position
+    key_strides,
+    lse_strides,
+    rope_strides,  # batch, position
+    PARTS: tl.constexpr,  # heads, or splits of them
+    HEADS_KV: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    HEAD_REDUCE: tl.constexpr,
+    ROW_REDUCE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LSE_BY_POSITION: tl.constexpr,
+    KEEP_ON_DEVICE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    HEADS: tl.constexpr,  # PARTS rounded up to a power of two if TOP counts, else 0
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    b = tl.program_id(2).to(tl.int64)
+    start_k, length = span(cu_seqlens_ptr, b, S, max_seqlen)
+    start_q, length_q = span(cu_seqlens_q_ptr, b, Sq, max_seqlen)
+    part_ptr += b * PARTS * N
+    mask_ptr = key_mask_ptr
+    if key_mask_ptr is not None:
+        mask_ptr = key_mask_ptr + b * S
+    lse_b_ptr = lse_ptr
+    if lse_ptr is not None:
+        lse_b_ptr = lse_ptr + b * lse_strides[0]
+        if LSE_BY_POSITION:
+            lse_b_ptr += start_q * lse_strides[2]
+    weight_b_ptr = weight_ptr
+    if weight_ptr is not None:
+        weight_b_ptr = weight_ptr + b * R
+    cos_b_ptr = cos_ptr
+    sin_b_ptr = sin_ptr
+    if cos_ptr is not None:
+        cos_b_ptr = cos_ptr + b * rope_strides[0] + start_k * rope_strides[1]
+        sin_b_ptr = sin_ptr + b * rope_strides[0] + start_k * rope_strides[1]
+    score_part(
+        query_ptr + b * query_strides[0] + start_q * query_strides[2],
+        key_ptr + b * key_strides[0] + start_k * key_strides[2],
+        cos_b_ptr,
+        sin_b_ptr,
+        rows_ptr + b * R,
+        columns_ptr + b * N,
+        mask_ptr,
+        lse_b_ptr,
+        weight_b_ptr,
+        part_ptr,
+        scale,
+        R,
+        N,
+        length - length_q,
+        length,
+        query_strides[1],
+        query_strides[2],
+        key_strides[1],
+        key_strides[2],
+        lse_strides[1],
+        lse_strides[2],
+        rope_strides[1],
+        HEADS_KV,
+        G,
+        D,
+        PER_HEAD,
+        HEAD_REDUCE,
+        ROW_REDUCE,
+        CAUSAL,
+        LSE_BY_POSITION,
+        DTYPE,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+    )
+    if scores_ptr is not None:
+        tl.debug_barrier()  # Triton 3.6 puts none between the stores of all warps and the release by one thread
+        arrived = tl.atomic_add(counter_ptr + b, 1, sem="acq_rel", scope="gpu")
+        if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
+            tl.store(counter_ptr + b, 0)
+            if spread_ptr is not None:
+                spread_ptr += b * max_seqlen
+                code_ptr += b * max_seqlen
+                code_positions(mask_ptr, spread_ptr, code_ptr, length, max_seqlen, CHUNK)
+                tl.debug_barrier()  # the columns hit addresses that another thread has just written
+            chosen = None
+            if HEADS > 0:
+                chosen = top_heads(part_ptr, TOP, N, PARTS, HEADS, JOIN_CHUNK)
+            for start in range(0, N, JOIN_CHUNK):
+                offs = start + tl.arange(0, JOIN_CHUNK)
+                score = join_parts(part_ptr, chosen, offs, N, PARTS, HEADS, HEAD_REDUCE, JOIN_CHUNK)
+                if HEAD_REDUCE == "mean":
+                    score = score / (TOP if HEADS > 0 else H)
+                tl.store(scores_ptr + b * N + offs, score, mask=offs < N)
+                if spread_ptr is not None:
+                    column = tl.load(columns_ptr + b * N + offs, mask=offs < N, other=-1)
+                    enter_columns(score, column, mask_ptr, spread_ptr, code_ptr, length, JOIN_CHUNK)
+            if index_ptr is not None:
+                tl.debug_barrier()
+                select_sample(
+                    spread_ptr,
+                    code_ptr,
+                    columns_ptr,
+                    keep,
+                    index_ptr,
+                    count_ptr,
+                    cu_seqlens_out_ptr,
+                    b,
+                    start_k,
+                    length,
+                    N,
+                    width,
+                    KEEP_ON_DEVICE,
+                    CHUNK,
+                    ONE_CHUNK,
+                )
+
+
+def score(s, selection=None):
+    """Launch the row statistics if needed and the score kernel; [B, H, N] for head_reduce "none", else [B, N]."""
+    (H, Sq, D), (Hkv, S), (B, R), N = s.query.shape[1:], s.key.shape[1:3], s.rows.shape, s.columns.shape[1]
+    seqs = packed(s.key, s.cu_seqlens, s.cu_seqlens_q, s.max_seqlen)
+    longest = S if seqs is None else seqs.max_seqlen
+    lse = row_statistics(s)
+    config = tiles(s.query, R, s.rope)
+    tiles_n = max(1, triton.cdiv(N, config["BLOCK_N"]))
+    splits = head_splits(B, Hkv, tiles_n)
+    joins, per_head = s.head_reduce != "none", s.head_reduce == "none" or s.top_heads is not None
+    part = s.query.new_empty((B, H if per_head else splits, N), dtype=torch.float32)
+    scores = s.query.new_empty((B, N), dtype=torch.float32) if joins else None
+    chunk = min(max(triton.next_power_of_2(longest), MIN_CHUNK), MAX_CHUNK)
+    if selection is not None and chunk > FEW_KEYS:
+        config["num_warps"] = 8
+    cos, sin, stride_cb, stride_cs = rope_args(s.rope, B)
+    keep, spread, code, index, count, cu_seqlens_out = selection or (None,) * 6
+    launch(
+        _score_select_kernel,
+        (tiles_n, splits, B),
+        s.query,
+        s.key,
+        cos,
+        sin,
+        s.rows.contiguous(),
+        s.columns.contiguous(),
+        as_bytes(s.key_mask),
+        lse,
+        None if s.row_weight is None else s.row_weight.contiguous(),
+        None if seqs is None else seqs.cu_seqlens,
+        None if seqs is None else seqs.cu_seqlens_q,
+        keep,
+        s.query.new_zeros(B, dtype=torch.int32) if joins else None,
+        part,
+        scores,
+        spread,
+        code,
+        index,
+        count,
+        cu_seqlens_out,
+        s.scale,
+        R,
+        N,
+        Sq,
+        S,
+        longest,
+        0 if index is None else index.shape[1],
+        s.top_heads or 0,
+        (batch_stride(s.query, seqs), *s.query.stride()[1:3]),
+        (batch_stride(s.key, seqs), *s.key.stride()[1:3]),
+        (0, 0, 0) if lse is None else (batch_stride(lse, None if s.lse is None else seqs), *lse.stride()[1:]),
+        (stride_cb if seqs is None else 0, stride_cs),
+        PARTS=part.shape[1],
+        HEADS_KV=Hkv // splits,
+        H=H,
+        G=H // Hkv,
+        D=D,
+        PER_HEAD=per_head,
+        HEAD_REDUCE=s.head_reduce,
+        ROW_REDUCE=s.row_reduce,
+        CAUSAL=s.causal,
+        LSE_BY_POSITION=s.lse is not None,
+        KEEP_ON_DEVICE=isinstance(keep, torch.Tensor),
+        CHUNK=chunk,
+        ONE_CHUNK=longest <= chunk,
+        **registers(s, R),
+        HEADS=triton.next_power_of_2(H) if s.top_heads is not None else 0,
+        DTYPE=dot_dtype(s.query),
+        BLOCK_D=padded_head_dim(D),
+        **config,
+    )
+    return scores if joins else part

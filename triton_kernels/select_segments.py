@@ -1,0 +1,86 @@
+"""Exact top-k of each segment: index[b] = ascending positions of the quotas[i] best scores of every segment i.
+
+Latency bound. A segment is a row of select_topk, and its first slot is known on the host: no program waits for another.
+The bounds travel by value in the launch, so nothing is copied to the device.
+Tile: CHUNK positions. Grid: (B, segments).
+"""
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+
+from vlmprune.triton_kernels.select_topk import _select_row, tiles
+
+MAX_SEGMENTS = 64  # of one launch; more segments take more launches
+MAX_CHUNK = 2048  # segments and slots start anywhere, so addresses hold more registers than a row's
+
+
+@triton.jit
+def _pick(values, i, COUNT: tl.constexpr):
+    """The ith number of a tuple of codes."""
+    code = values[0]
+    for j in tl.static_range(1, COUNT):
+        code = tl.where(i == j, values[j], code)
+    return (code - 3) >> 1
+
+
+@triton.jit
+def _select_segments_kernel(
+    scores_ptr,  # [B, N]
+    starts,  # codes of COUNT + 1 numbers: where each segment starts, and where the last one ends
+    slots,  # codes of COUNT + 1 numbers: the same for its places in the index
+    index_ptr,  # [B, width] int64, contiguous
+    width,
+    stride_sb,
+    stride_sn,
+    COUNT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+):
+    b, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first, slot = _pick(starts, i, COUNT), _pick(slots, i, COUNT)
+    quota = _pick(slots, i + 1, COUNT + 1) - slot
+    _select_row(
+        scores_ptr + b * stride_sb + first.to(tl.int64) * stride_sn,
+        None,
+        stride_sn,
+        quota.to(tl.int64),
+        index_ptr + b * width + slot,
+        first,
+        _pick(starts, i + 1, COUNT + 1) - first,
+        quota,
+        CHUNK,
+        ONE_CHUNK,
+    )
+
+
+def _codes(bounds, count):
+    """The bounds as odd numbers above 1, ``count`` of them: for 1 and for multiples of 16 Triton would compile anew."""
+    return tuple(2 * bound + 3 for bound in [*bounds, *bounds[-1:] * (count - len(bounds))])
+
+
+def select_segments(scores, segments, quotas):
+    """One program a segment and row, MAX_SEGMENTS of them in a launch; each quota is at most its segment's length."""
+    B = scores.shape[0]
+    width = sum(quotas)
+    index = torch.empty((B, width), dtype=torch.int64, device=scores.device)
+    if index.numel() == 0:
+        return index
+    starts, slots = ([0, *itertools.accumulate(x)] for x in (segments, quotas))
+    config = tiles(max(segments), MAX_CHUNK)
+    for first in range(0, len(segments), MAX_SEGMENTS):
+        last = min(first + MAX_SEGMENTS, len(segments))
+        count = triton.next_power_of_2(last - first)
+        _select_segments_kernel[(B, last - first)](
+            scores,
+            _codes(starts[first : last + 1], count + 1),
+            _codes(slots[first : last + 1], count + 1),
+            index,
+            width,
+            *scores.stride(),
+            COUNT=count,
+            **config,
+        )
+    return index
