@@ -38,7 +38,7 @@ def spy(model, batch, layers=(2,), rows="last", **kwargs):
     return cls.seen
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager", "vlmprune"])
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("pad", ["left", "right"])
 @pytest.mark.parametrize("specs", BATCHES.values(), ids=BATCHES)

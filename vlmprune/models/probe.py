@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from vlmprune.errors import ModelError
 from vlmprune.models.forward import Forward, Rope
-from vlmprune.models.kv_cache import extend_validity, past_validity, pruned_layer
-from vlmprune.models.layout import Layout, TextSpan, last_rows, text_rows
+from vlmprune.models.kv_cache import entries, extend_validity, held_keys, is_quantized, past_validity
+from vlmprune.models.layout import Layout, TextSpan, last_rows, moved, text_rows
 from vlmprune.policies.base import AttentionInputs, Needs
 
 
@@ -33,15 +34,15 @@ def read_attention(attn: Any, kwargs: dict[str, Any], forward: Forward, needs: N
     """
     hidden, rope = kwargs["hidden_states"], kwargs["position_embeddings"]
     cache: Cache | None = kwargs.get("past_key_values")
-    layout = forward.layout_before(attn.layer_idx + 1)
-    key = _project_keys(attn, hidden, rope) if cache is None else cache.layers[attn.layer_idx].keys
-    past = key.shape[2] - layout.rows
-    layer = pruned_layer(cache, attn.layer_idx)
-    if layer is not None:  # it has already taken this chunk in
-        mask = layer.validity(key.shape[2])
+    layout = moved(forward.layout_before(attn.layer_idx + 1), hidden.device)
+    total = 0 if cache is None else entries(cache, attn.layer_idx, forward.past + forward.q)
+    if cache is None or is_quantized(cache.layers[attn.layer_idx]):
+        key = _with_past(cache, attn, max(0, total - layout.rows), _project_keys(attn, hidden, rope))
     else:
-        mask = extend_validity(_past(cache, attn, forward), past, layout.valid, layout.rows)
-    return _read(attn, hidden, rope, key, mask, layout, forward.text, needs)
+        key = held_keys(cache.layers[attn.layer_idx], total, hidden.device)
+    mask = _mask(cache, attn, forward, key.shape[2] - layout.rows, layout)
+    lse = forward.lse.pop(attn.layer_idx, None)
+    return _read(attn, hidden, rope, key, mask, layout, forward.text, needs, lse)
 
 
 def read_own_attention(
@@ -55,12 +56,10 @@ def read_own_attention(
 ) -> AttentionInputs:
     """What decoder layer ``layer`` will see of the rows that enter it: its norm and projections, run ahead of it."""
     attn, hidden = layer.self_attn, layer.input_layernorm(hidden)
-    key, past = _project_keys(attn, hidden, rope), 0
-    if cache is not None and attn.layer_idx < len(cache.layers):
-        held = cache.layers[attn.layer_idx]
-        if held.is_initialized and held.keys.numel():
-            key, past = torch.cat([held.keys, key], dim=2), held.keys.shape[2]
-    mask = extend_validity(_past(cache, attn, forward), past, layout.valid, layout.rows)
+    rope, layout = (rope[0].to(hidden.device), rope[1].to(hidden.device)), moved(layout, hidden.device)
+    past = entries(cache, attn.layer_idx, forward.past)
+    key = _with_past(cache, attn, past, _project_keys(attn, hidden, rope))
+    mask = _mask(cache, attn, forward, past, layout)
     return _read(attn, hidden, rope, key, mask, layout, forward.text, needs)
 
 
@@ -73,17 +72,26 @@ def _read(
     layout: Layout,
     text: TextSpan | None,
     needs: Needs,
+    lse: Tensor | None = None,
 ) -> AttentionInputs:
     """Project the query rows that are needed (one, for "last") and put everything into key positions."""
     batch, n = hidden.shape[:2]
     past = key.shape[2] - n
     cos, sin = (t.expand(batch, -1, -1) for t in rope)
     wanted: tuple[Tensor, ...] = (hidden, cos, sin)
-    last = last_rows(layout)
+    if lse is not None:
+        wanted += (lse.transpose(1, 2),)
+    last, prompt = last_rows(layout), layout.prompt()
+    if layout.end is not None:  # no prompt row sees the candidates behind it
+        key_mask = extend_validity(None if key_mask is None else key_mask[:, :past], past, prompt, n)
     if needs.rows == "last":
         wanted = tuple(_pick(t, last) for t in wanted)
-        # This one query stands for the last position: whatever lies between it and the end is padding, and masked.
+        # This one query stands for the last position: whatever lies between it and the end is no prompt, and masked.
         rows = last = torch.full_like(last, key.shape[2] - 1)
+        if prompt is not None:  # nor is the last position's rotation this query's
+            cos, sin = (
+                torch.cat([t[:, :-1], own], 1) for t, own in zip((cos, sin), wanted[1:3], strict=True)
+            )
     else:
         if needs.rows == "text":
             assert text is not None
@@ -91,10 +99,11 @@ def _read(
             rows = text_rows(layout, text)
         else:
             order = torch.arange(n, device=hidden.device).expand(batch, -1)
-            rows = order if layout.valid is None else torch.where(layout.valid, order, -1)
+            rows = order if prompt is None else torch.where(prompt, order, -1)
         rows, last = torch.where(rows >= 0, rows + past, -1), last + past
+    query = rotate(_project(attn, "q", wanted[0]), *wanted[1:3])
     return AttentionInputs(
-        query=rotate(heads(attn.q_proj(wanted[0]), attn.head_dim), *wanted[1:]),
+        query=query,
         key=key,
         last=last,
         rows=rows,
@@ -102,19 +111,55 @@ def _read(
         key_mask=key_mask,
         rope=(cos, sin),
         scale=attn.scaling,
+        lse=None if lse is None else wanted[3].transpose(1, 2),
+        group=_ranks(attn, query.shape[1]),
     )
 
 
-def _past(cache: Cache | None, attn: Any, forward: Forward) -> Tensor | None:
-    return past_validity(cache, attn.layer_idx, forward.seen, forward.q)
+def _ranks(attn: Any, have: int) -> Any:
+    """The process group that shares a layer's query heads, of which ``have`` are here; None if all are.
+
+    Raises ModelError where heads are missing and nothing says who has them: every rank would keep other tokens.
+    """
+    every, weight = attn.config.num_attention_heads, attn.q_proj.weight
+    if have == every:
+        return None
+    for dim, placement in enumerate(getattr(weight, "placements", ())):
+        if placement.is_shard(0):
+            return weight.device_mesh.get_group(dim)
+    raise ModelError(
+        f"q_proj: expected all {every} heads, or a DTensor that says which ranks share them "
+        f"(transformers' tensor parallelism), got {have} heads in a {type(weight).__name__}"
+    )
+
+
+def _with_past(cache: Cache | None, attn: Any, past: int, key: Tensor) -> Tensor:
+    """Keys of a chunk behind the ``past`` ones its layer holds."""
+    if cache is None or past == 0:
+        return key
+    return torch.cat([held_keys(cache.layers[attn.layer_idx], past, key.device), key], dim=2)
+
+
+def _mask(cache: Cache | None, attn: Any, forward: Forward, past: int, layout: Layout) -> Tensor | None:
+    """Validity of ``past`` keys and this chunk's, or None."""
+    old = past_validity(cache, attn.layer_idx, forward.seen, past)
+    mask = extend_validity(old, past, layout.valid, layout.rows)
+    return None if mask is None else mask.to(layout.columns.device)
+
+
+def _project(attn: Any, name: str, hidden: Tensor) -> Tensor:
+    """Query ("q") or key ("k") heads of rows entering a layer's attention, unrotated, behind its norm on them (Qwen3)."""
+    x = heads(getattr(attn, f"{name}_proj")(hidden), attn.head_dim)
+    norm = getattr(attn, f"{name}_norm", None)
+    return x if norm is None else norm(x)
 
 
 def _project_keys(attn: Any, hidden: Tensor, rope: Rope) -> Tensor:
     """Rotated keys ``[B, Hkv, n, D]`` of the rows entering a layer's attention."""
     cos, sin = (t.expand(hidden.shape[0], -1, -1) for t in rope)
-    return rotate(heads(attn.k_proj(hidden), attn.head_dim), cos, sin)
+    return rotate(_project(attn, "k", hidden), cos, sin)
 
 
 def _pick(x: Tensor, at: Tensor) -> Tensor:
-    """Row ``at[b]`` of ``x [B, S, D]``, as ``[B, 1, D]``."""
-    return x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
+    """Row ``at[b]`` of ``x [B, S, D]``, as ``[B, 1, D]``; any row of a sample that has none (a chunk of padding)."""
+    return x.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))

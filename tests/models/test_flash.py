@@ -1,0 +1,219 @@
+"""Which kernels the attention backend calls, and how: sequence bounds for padding, flash-attn's three generations, torch's own.
+
+The flash-attn packages are stand-ins in plain PyTorch (``_flash.py``): what runs on a GPU is not measured here.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function
+
+import vlmprune
+from vlmprune.models import explain, flash
+from vlmprune.models.attention import attention, mask
+
+sys.path.append(str(Path(__file__).parent))
+import _flash
+from _attention import Wants, draw, layer, logits_of
+from _tiny import generate, make_batch, make_model
+
+BATCHES = {"one": [["I", 7]], "padded": [["I", 9, "I", 4], [3, "I", 5], [12]]}
+STEPS = 4
+
+
+VALID = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0], [1] * 6, [0] * 6]).bool()
+
+
+def test_bounds_say_what_the_mask_says():
+    edges = flash.bounds(VALID)
+    assert edges.dtype == torch.int32
+    assert edges[:4].tolist() == [0, 2, 6, 6] and edges[-1] == VALID.numel() and (edges.diff() >= 0).all()
+    rows = torch.empty(*VALID.shape, 1)[:, None]
+    got = flash.bounds_mask(flash.Call(rows, rows, rows, edges, True, None, 0.0))
+    want = torch.ones(6, 6, dtype=torch.bool).tril() & VALID[:, None, None]
+    assert torch.equal(got[VALID[:, None].expand(-1, 1, -1)], want[VALID[:, None].expand(-1, 1, -1)])
+    assert got.any(-1).all()  # a padding row sees itself: no NaN
+
+
+def ask_mask(valid, rows=None, **more):
+    keys = valid.shape[1]
+    rows = keys if rows is None else rows
+    more = {
+        "mask_function": causal_mask_function,
+        "dtype": torch.float32,
+        "allow_is_causal_skip": True,
+    } | more
+    return mask(len(valid), rows, keys, keys - rows, 0, attention_mask=valid, **more)
+
+
+def test_mask_formats(gpu):
+    gpu(2)
+    assert ask_mask(VALID[3:4]) is None
+    assert torch.equal(ask_mask(VALID), flash.bounds(VALID))
+    known = ask_mask(
+        VALID, allow_is_causal_skip=False, left_padded=True
+    )  # behind a stage: no read of the device
+    assert torch.equal(known, flash.bounds(VALID))
+    holes = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]).bool()
+    for odd in (
+        ask_mask(holes),
+        ask_mask(VALID[:, 2:], rows=2),
+        ask_mask(VALID, allow_is_causal_skip=False),
+        ask_mask(VALID, dtype=torch.float64),
+        ask_mask(VALID, mask_function=lambda b, h, q, k: k <= q),
+    ):
+        assert odd.ndim == 4 and odd.dtype == torch.bool
+
+
+def test_a_stage_leaves_a_padded_batch_to_the_flash_kernels(gpu, monkeypatch):
+    """The engine tells our mask function that padding stands on the left: both halves of the decoder run packed."""
+    gpu(2)
+    monkeypatch.setattr(flash, "HALVES", (torch.float32,))
+    model, batch = make_model(attn="vlmprune"), make_batch(BATCHES["padded"])
+    seen = []
+    monkeypatch.setattr(flash, "choose", lambda call, want: seen.append(call.mask))  # then plain SDPA runs
+    with vlmprune.prune(model, vlmprune.Uniform(layer=2, keep=0.5)), torch.no_grad():
+        pruned = model(**batch).logits
+    assert not pruned.isnan().any()
+    packed = [m for m in seen if m is not None and m.ndim == 1]
+    assert len(packed) == model.config.text_config.num_hidden_layers
+    assert len({len(m) for m in packed}) == 1 and not torch.equal(packed[0], packed[-1])
+
+
+def test_mask_on_a_cpu_is_sdpas():
+    want = AttentionMaskInterface._global_mapping["sdpa"]
+    for valid in (VALID, VALID[3:4]):
+        got = ask_mask(valid)
+        sdpa = want(
+            batch_size=len(valid), q_length=6, kv_length=6, q_offset=0, kv_offset=0, attention_mask=valid
+        )
+        assert (got is None and sdpa is None) or torch.equal(got, sdpa)
+
+
+# FlashAttention, by stand-ins
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Take the CPU for a GPU on which one generation of flash-attn is installed; returns the list of its calls."""
+
+    def pretend(generation):
+        monkeypatch.setattr(flash, "GPU", "cpu")
+        monkeypatch.setattr(flash, "HALVES", (torch.float32,))
+        monkeypatch.setattr(flash, "capability", lambda device: 9)
+        calls = _flash.install(monkeypatch, generation)
+        clear()
+        return calls
+
+    def clear():
+        flash.usable.cache_clear()
+        flash.load.cache_clear()
+
+    yield pretend
+    clear()
+
+
+@pytest.mark.parametrize("specs", BATCHES)
+@pytest.mark.parametrize("generation", [2, 3, 4])
+def test_flash_attn_runs_the_backend(gpu, generation, specs):
+    """Unmeasured on a GPU: that the stand-ins behave as the packages do was read, not run."""
+    batch = make_batch(BATCHES[specs])
+    policy = vlmprune.FastV(layer=2, keep=0.5, rows="mean")
+    plain = make_model()
+    with vlmprune.prune(plain, policy) as run:
+        tokens, logits, _ = generate(plain, batch, STEPS)
+        index = run.stages[0].index
+    calls, model = gpu(generation), make_model(attn="vlmprune")
+    with vlmprune.prune(model, policy) as run:
+        got_tokens, got_logits, _ = generate(model, batch, STEPS)
+    assert set(calls) == {"dense" if specs == "one" else "packed"}
+    assert torch.equal(run.stages[0].index, index)
+    torch.testing.assert_close(got_logits, logits, atol=1e-4, rtol=0)
+    assert torch.equal(got_tokens, tokens)
+
+
+@pytest.mark.parametrize("generation", [2, 3, 4])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_flash_attn_keeps_the_lse(gpu, generation, packed):
+    calls = gpu(generation)
+    q, k, v = draw(5, 8, 4, 6, 6, 16, torch.float32)
+    wants, seen = Wants(), flash.bounds(VALID) if packed else None
+    got = attention(layer(8, 4), q, k, v, seen, scaling=0.3, vlmprune=wants)[0]
+    assert calls == ["packed" if packed else "dense"]
+    real = VALID if packed else torch.ones_like(VALID)
+    lower = torch.ones(6, 6, dtype=torch.bool).tril() & real[:, None, None]
+    want = sdpa_attention_forward(layer(8, 4), q, k, v, lower, scaling=0.3)[0]
+    torch.testing.assert_close(got[real], want[real], atol=1e-5, rtol=0)
+    want_lse = logits_of(q, k, lower, True)[0].logsumexp(-1).float()
+    got_lse, want_lse = (x.transpose(1, 2)[real] for x in (wants.lse[3], want_lse))
+    torch.testing.assert_close(got_lse, want_lse, atol=1e-5, rtol=0)
+
+
+def test_what_a_kernel_cannot_take_goes_to_sdpa_with_the_same_mask(gpu):
+    calls = gpu(2)
+    q, k, v = draw(5, 8, 4, 6, 6, 12, torch.float32)  # head dim 12
+    got = attention(layer(8, 4), q, k, v, flash.bounds(VALID), scaling=0.3)[0]
+    lower = torch.ones(6, 6, dtype=torch.bool).tril() & VALID[:, None, None]
+    want = sdpa_attention_forward(layer(8, 4), q, k, v, lower, scaling=0.3)[0]
+    assert not calls
+    torch.testing.assert_close(got[VALID], want[VALID], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_torchs_own_gpu_kernel_has_the_layouts_expected(packed):
+    """By its shape function; what it computes is not run here."""
+    q, k, v = (x.to("meta") for x in draw(5, 8, 4, 6, 6, 16, torch.bfloat16))
+    call = flash.Call(q, k, v, flash.bounds(VALID).to("meta") if packed else None, True, 0.3, 0.0)
+    (kernel,) = (kernel for kernel in flash.KERNELS if kernel.name == "torch flash")
+    assert kernel.takes(call) and kernel.spare
+    out, lse = kernel.run(call, True)
+    assert out.shape == (5, 6, 8, 16) and lse.shape == (5, 8, 6) and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("specs", BATCHES)
+def test_a_model_loaded_with_flash_attention_2_is_pruned(monkeypatch, specs):
+    """transformers' own FlashAttention function, dense and unpadded, over two turns."""
+    batch = make_batch(BATCHES[specs])
+    models = [make_model(), make_model()]
+    models[1].config.text_config._attn_implementation = "flash_attention_2"
+    calls = _flash.install_for_transformers(monkeypatch)
+    policy, turns = vlmprune.FastV(layer=2, keep=0.5), []
+    for model in models:
+        with vlmprune.prune(model, policy) as run:
+            tokens, logits, first = generate(model, batch, STEPS)
+            index = run.stages[0].index
+            ids = torch.cat([first.sequences, torch.full((len(tokens), 4), 77)], 1)
+            real = torch.nn.functional.pad(batch["attention_mask"], (0, STEPS + 4), value=1)
+            again = {"input_ids": ids, "attention_mask": real}
+            turns.append(
+                (logits, generate(model, again, STEPS, past_key_values=first.past_key_values)[1], index)
+            )
+    assert set(calls) == ({"dense"} if specs == "one" else {"packed"})
+    assert torch.equal(turns[0][2], turns[1][2])
+    for one, other in zip(turns[0][:2], turns[1][:2], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+def test_explain_names_every_kernel_and_says_why_not(gpu):
+    assert explain("cpu") == [
+        *((f"flash-attn {n}", "needs a cuda device, got cpu") for n in (3, 4, 2)),
+        ("torch flash", "needs a cuda device, got cpu"),
+        ("torch flash for CPU", None),
+        ("torch sdpa", None),
+    ]
+    gpu(2)
+    reasons = dict(explain("cpu"))
+    assert reasons["flash-attn 2"] is None and reasons["torch flash"] is None
+    assert reasons["flash-attn 3"].startswith("flash_attn_interface cannot be imported: No module named")
+
+
+def test_a_kernel_says_which_gpus_it_is_for(gpu, monkeypatch):
+    gpu(3)
+    monkeypatch.setattr(flash, "capability", lambda device: 8)
+    assert dict(explain("cpu"))["flash-attn 3"] == "needs compute capability 9, got 8"

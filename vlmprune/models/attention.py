@@ -1,0 +1,154 @@
+"""The attention backend ``attn_implementation="vlmprune"``: SDPA's results, from a kernel that keeps the log-sum-exp.
+
+Masks have SDPA's format, so every model that runs with sdpa runs with this. Where a stage scores from a layer's attention,
+the log-sum-exp of its rows is kept for it; scoring without one (masked on a GPU, dropout, other devices) computes its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from vlmprune.errors import check
+from vlmprune.models import flash
+from vlmprune.register import NAME
+
+FOREIGN = ("softcap", "s_aux")
+"""Settings of a few models that change the softmax; SDPA would leave the second out without a word."""
+SPECIAL = ("position_bias", "cache")
+"""Arguments that transformers' own SDPA function knows how to treat."""
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' AttentionInterface asks for it.
+
+    Args:
+        module: the attention module; its ``is_causal`` counts where the argument is None.
+        query: ``[B, H, Sq, D]`` after RoPE.
+        key, value: ``[B, Hkv, S, D]``.
+        attention_mask: from ``mask``, or any that SDPA takes; None = causal if the module is and Sq > 1, else all seen.
+        dropout, scaling: probability and softmax scale; None = ``D ** -0.5``.
+        is_causal: overrules the module.
+        **kwargs: ``vlmprune`` is the running call in a pruning scope.
+
+    Returns:
+        ``[B, Sq, H, D]``, and None where eager attention returns its weights.
+
+    Raises:
+        ValueError: the model changes the softmax itself (soft capping, attention sinks).
+    """
+    for name in FOREIGN:
+        check(kwargs.get(name) is None, name, f"None with attn_implementation={NAME!r}", "a value")
+    running = kwargs.get(NAME)
+    want_lse = running is not None and running.scores_from(module)
+    special = any(kwargs.get(name) is not None for name in SPECIAL)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    call = as_call(query, key, value, attention_mask, causal, scaling, dropout)
+    kernel = None if special else flash.choose(call, want_lse)
+    if kernel is None:
+        dense = flash.bounds_mask(call) if call.packed else attention_mask
+        return sdpa_attention_forward(module, query, key, value, dense, dropout, scaling, is_causal, **kwargs)
+    out, lse = kernel.run(call, want_lse)
+    if running is not None and want_lse and lse is not None:
+        running.lse[module.layer_idx] = lse.detach()
+    return out.contiguous(), None
+
+
+def as_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    dropout: float,
+) -> flash.Call:
+    """What transformers' arguments mean to a kernel.
+
+    Without a mask one query sees everything, and several of a causal layer start at position 0: behind them a
+    preallocated cache may hold keys that are not there yet.
+    """
+    rows = query.shape[2]
+    if mask is not None and mask.ndim == 1:
+        return flash.Call(
+            query, key, value, mask, True, scale, dropout
+        )  # only a causal mask becomes sequence bounds
+    causal = causal and rows > 1
+    if mask is None and causal and key.shape[2] > rows:
+        key, value = key[:, :, :rows], value[:, :, :rows]
+    return flash.Call(query, key, value, mask, causal, scale, dropout)
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    left_padded: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask as transformers' AttentionMaskInterface asks for it; ``left_padded`` is what only our wiring knows.
+
+    Returns:
+        None where causality alone decides; bool ``[B, 1, Sq, S]``, True = seen; or, for a whole padded prompt on a
+        GPU with a flash kernel, its sequence bounds (``flash.bounds``).
+    """
+    whole = q_length == kv_length and mask_function is causal_mask_function and attention_mask is not None
+    fresh = isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
+    ask = kwargs.get("allow_is_causal_skip", True) and not torch.compiler.is_compiling()
+    if whole and fresh and (ask or left_padded):
+        assert attention_mask is not None
+        if flash.takes_bounds(attention_mask.device, kwargs.get("dtype", torch.float32)):
+            valid = attention_mask[:, -kv_length:].bool()
+            if left_padded:  # nothing to ask the device for
+                return flash.bounds(valid)
+            starts = valid[:, 0].int() + (valid[:, 1:] & ~valid[:, :-1]).sum(1)
+            full, in_one_run = torch.stack(
+                [valid.all(), (starts <= 1).all()]
+            ).tolist()  # one read, as SDPA's mask
+            if full or in_one_run:
+                return None if full else flash.bounds(valid)
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+
+
+def explain(device: torch.device | str | None = None) -> list[tuple[str, str | None]]:
+    """Every kernel in the order of preference, with the reason why it cannot run on a device, or None if it can.
+
+    Args:
+        device: where; None = the current GPU if there is one, else the CPU.
+    """
+    if device is None:
+        device = flash.GPU if torch.cuda.is_available() else "cpu"
+    where = torch.device(device)
+    return [*((kernel.name, kernel.why_not(where)) for kernel in flash.KERNELS), ("torch sdpa", None)]
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)

@@ -1,0 +1,109 @@
+"""One decoder layer's query rows and keys, as a policy scores from them: over a past, without RoPE, with heads on many ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from vlmprune import ops
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """Query rows and keys of one layer, ready for ``ops.received_attention``. S = cached past + this prompt chunk.
+
+    Attributes:
+        query: ``[B, H, Sq, D]`` after RoPE; covers the last Sq of the S positions (Sq is 1 when only the last row is needed).
+        key: ``[B, Hkv, S, D]`` after RoPE.
+        last: ``[B, 1]`` int64, key position of the last prompt row.
+        rows: ``[B, R]`` int64, key positions of the rows asked for (``Needs.rows``), -1 = padding.
+        columns: ``[B, N]`` int64, key positions of the visual tokens entering the stage, -1 = padding.
+        key_mask: ``[B, S]`` bool, False = padding; None = no padding.
+        rope: ``(cos, sin)``, each ``[B or 1, Q, D]``, of the last Q positions: this prompt chunk.
+        scale: softmax scale.
+        lse: ``[B, H, Sq]`` float32 natural log-sum-exp of the query's rows over all keys they see, from the attention
+            kernel that ran the layer; None = scoring computes what it needs.
+        group: the torch.distributed process group whose ranks hold equal shares of the heads; None = all are here.
+    """
+
+    query: Tensor
+    key: Tensor
+    last: Tensor
+    rows: Tensor
+    columns: Tensor
+    key_mask: Tensor | None
+    rope: tuple[Tensor, Tensor]
+    scale: float
+    lse: Tensor | None = None
+    group: Any = None
+
+    def received(
+        self,
+        rows: Tensor | None = None,
+        *,
+        row_weight: Tensor | None = None,
+        head_reduce: str = "mean",
+        row_reduce: str = "mean",
+        normalize: str = "row",
+        unrotated: bool = False,
+    ) -> Tensor:
+        """Attention that the visual columns receive: ``ops.received_attention`` over the heads of all ranks.
+
+        Args:
+            rows: key positions ``[B, R]`` to read, -1 = padding; None = ``self.rows``.
+            row_weight, head_reduce, row_reduce, normalize: as in the op.
+            unrotated: score without RoPE; only without a cached past (``chunk``), whose tables are not here.
+
+        Returns:
+            ``[B, N]`` float32, or ``[B, H, N]`` for head_reduce "none"; H then counts the heads of all ranks.
+        """
+        scores = ops.received_attention(
+            self.query,
+            self.key,
+            rows=self.rows if rows is None else rows,
+            columns=self.columns,
+            key_mask=self.key_mask,
+            lse=self.lse if normalize == "row" and not unrotated else None,
+            row_weight=row_weight,
+            head_reduce=head_reduce,
+            row_reduce=row_reduce,
+            normalize=normalize,
+            scale=self.scale,
+            rope=self.rope if unrotated else None,
+        )
+        return self.across_ranks(scores, head_reduce)
+
+    def across_ranks(self, x: Tensor, head_reduce: str) -> Tensor:
+        """Join what each rank made of its own heads, ``[B, ...]``, or ``[B, H, ...]`` for head_reduce "none"."""
+        if self.group is None:
+            return x
+        if head_reduce == "none":
+            parts = [torch.empty_like(x) for _ in range(self.group.size())]
+            dist.all_gather(parts, x.contiguous(), group=self.group)
+            return torch.cat(parts, dim=1)
+        x = x.contiguous()
+        dist.all_reduce(
+            x, op=dist.ReduceOp.MAX if head_reduce == "max" else dist.ReduceOp.SUM, group=self.group
+        )
+        return x / self.group.size() if head_reduce == "mean" else x
+
+    def chunk(self) -> AttentionInputs:
+        """The same without the cached past: keys, masks and positions of this prompt chunk only."""
+        past = self.key.shape[2] - self.rope[0].shape[1]
+        if past == 0:
+            return self
+        mask = None if self.key_mask is None else self.key_mask[:, past:]
+        last, rows, columns = (torch.where(t >= 0, t - past, t) for t in (self.last, self.rows, self.columns))
+        return replace(
+            self,
+            key=self.key[:, :, past:],
+            last=last,
+            rows=rows,
+            columns=columns,
+            key_mask=mask,
+            lse=None,  # it counts the past's keys too
+        )
