@@ -11,10 +11,11 @@ ALLOWED = {
     "env": set(),
     "errors": set(),
     "flops": {"errors"},
+    "register": set(),
     "triton_kernels": set(),
     "ops": BASE | {"triton_kernels"},
     "policies": BASE | {"flops", "ops"},
-    "models": BASE | {"flops", "ops", "policies"},
+    "models": BASE | {"flops", "ops", "policies", "register"},
     "cli": BASE | {"flops", "ops", "policies", "models"},
 }
 """Part of the package -> the other parts it may import."""

@@ -34,7 +34,7 @@ def vlmprune(env, *args):
 def test_it_is_listed(installed):
     out = vlmprune(installed, "list", "--json")
     assert out.returncode == 0, out.stderr
-    assert json.loads(out.stdout)["norm"]["fields"] == {"layer": 2, "keep": 0.5}
+    assert json.loads(out.stdout)["norm"]["fields"] == {"layer": 2, "keep": 0.5, "earlier_kv": "full"}
 
 
 def test_it_runs(installed):

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vlmprune.register import register as _register
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -60,3 +62,6 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """Everything importable from here, the pruning methods included."""
     return sorted({*globals(), *_MODELS, *import_module("vlmprune.policies").__all__})
+
+
+_register()

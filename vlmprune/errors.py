@@ -11,6 +11,10 @@ class BackendError(RuntimeError):
     """No backend can run an op on the given inputs. The message lists every reason."""
 
 
+class VersionError(ImportError):
+    """An installed version of torch, triton or transformers is outside the supported range."""
+
+
 class ModelError(RuntimeError):
     """A model cannot be pruned: no visual tokens, an unsupported decoder, cache or layer."""
 

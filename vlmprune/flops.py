@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TypeVar
 
 from vlmprune.errors import check
@@ -63,36 +62,6 @@ def decoder_flops(shape: DecoderShape, lengths: Sequence[Number]) -> Number:
     check(len(lengths) == shape.layers, "lengths", f"{shape.layers} numbers, one per layer", len(lengths))
     dims = (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate)
     return sum(decoder_layer_flops(n, *dims) for n in lengths)
-
-
-def vision_tower_flops(
-    *,
-    layers: int,
-    tokens: int,
-    hidden: int,
-    intermediate: int,
-    patches: int,
-    patch_size: int,
-    channels: int = 3,
-) -> int:
-    """FLOPs of a ViT on one image: patch embedding, then ``layers`` blocks with a two-matrix feed-forward.
-
-    Args:
-        layers: blocks that run, also those whose output is not used.
-        tokens: sequence length: the patches, plus one with a CLS token.
-        hidden: width of the hidden states.
-        intermediate: width inside the feed-forward block.
-        patches: number of patches.
-        patch_size: side of a square patch in pixels.
-        channels: colours of a pixel.
-    """
-    block = 2 * tokens * (4 * hidden**2 + 2 * hidden * intermediate) + 4 * tokens**2 * hidden
-    return layers * block + 2 * patches * channels * patch_size**2 * hidden
-
-
-def projector_flops(tokens: int, widths: Sequence[int]) -> int:
-    """FLOPs of a projector of linear layers ``widths[0] -> widths[1] -> ...`` on ``tokens`` visual tokens."""
-    return 2 * tokens * sum(a * b for a, b in pairwise(widths))
 
 
 def layer_inputs(total_layers: int, n: Number, stages: Sequence[tuple[int, Number]]) -> list[Number]:

@@ -17,7 +17,12 @@ def test_version(cli):
 def test_list_json_has_every_policy(cli):
     found = json.loads(cli("list", "--json").stdout)
     assert list(found) == vlmprune.list_policies()
-    assert found["fastv"]["fields"] == {"layer": 2, "keep": 0.5, "rows": "last"}
+    assert found["fastv"]["fields"] == {
+        "layer": 2,
+        "keep": 0.5,
+        "rows": "last",
+        "earlier_kv": "full",
+    }
     assert "2403.06764" in found["fastv"]["paper"]
     assert all(policy["summary"] for policy in found.values())
     facts = {name: (policy["acts"], policy["text_aware"], policy["cls"]) for name, policy in found.items()}

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging import version
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -24,6 +27,14 @@ from transformers import (
 
 IMAGE, PAD, BOS, EOS = 199, 0, 1, 2
 LAYERS, GRID = 6, 4  # 16 visual tokens per image
+
+BEFORE_PREFILL = version.parse(transformers.__version__) >= version.parse("5.18")
+"""Since transformers 5.18 generate() encodes images before it calls the model, and passes the features on."""
+
+
+def upstream(limit: str):
+    return pytest.mark.skipif(not BEFORE_PREFILL, reason=f"transformers < 5.18 itself {limit}")
+
 
 DECODERS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 TOWERS = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
@@ -93,11 +104,12 @@ def make_batch(specs: list[list[int | str]], seed: int = 0, pad: str = "left") -
 @contextmanager
 def masked(model: Any, dropped: dict[int, Tensor]) -> Iterator[None]:
     """Hide columns ``dropped[layer] [B, S0]`` from every row, from that layer on."""
-    text, state = model.model.language_model, {}
+    text, state = model.get_decoder(), {}
 
     def enter(module: Any, args: Any, kwargs: Any) -> None:
         length = kwargs["inputs_embeds"].shape[1]
-        real = kwargs["attention_mask"].bool()
+        real = kwargs["attention_mask"]  # None from transformers 5.23 on, where it finds no padding
+        real = torch.ones(1, length, dtype=torch.bool) if real is None else real.bool()
         state["mask"] = torch.ones(length, length, dtype=torch.bool).tril()[None, None] & real[:, None, None]
 
     def before(module: Any, args: Any, kwargs: Any) -> Any:
@@ -179,7 +191,7 @@ def slow(model, batch, said, steps):
 
     ``said`` maps a stage layer to what the policy answered there: (index, new rows or None, its context, positions).
     """
-    text, state = model.model.language_model, {}
+    text, state = model.get_decoder(), {}
 
     def enter(module, args, kwargs):
         real = kwargs["attention_mask"].bool()

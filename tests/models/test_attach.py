@@ -9,14 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from packaging import version
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import vlmprune
 from vlmprune.errors import ModelError, NotPrunedError
 from vlmprune.models import meter
-from vlmprune.models.forward import Forward
 
 sys.path.append(str(Path(__file__).parent))
 from _tiny import generate, make_batch, make_model
@@ -103,7 +100,7 @@ def test_attach_and_detach(model):
 def test_a_second_policy_is_refused_and_the_first_stays(model):
     with vlmprune.prune(model, FASTV) as run:
         with pytest.raises(
-            ValueError, match=r"^model: expected no policy attached yet .*, got FastV\(layer=2"
+            ValueError, match=r"^model: expected no policy attached yet .*, got FastV\(.*layer=2"
         ):
             vlmprune.attach(model, vlmprune.Random(layer=1))
         generate(model, make_batch(BATCH), 1)
@@ -184,14 +181,6 @@ def test_selection_of_a_wrong_kind_is_named(model):
             generate(model, make_batch(BATCH), 1)
 
 
-def test_static_cache_is_refused(model):
-    batch = make_batch(BATCH)
-    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
-    message = r"^past_key_values: expected DynamicCache layers \(DynamicLayer\), got StaticLayer$"
-    with pytest.raises(ModelError, match=message), torch.no_grad(), vlmprune.prune(model, FASTV):
-        model(**batch, past_key_values=cache)
-
-
 def test_ready_made_mask_is_refused(model):
     batch = make_batch(BATCH)
     n = batch["input_ids"].shape[1]
@@ -247,25 +236,6 @@ def test_positional_arguments_are_pruned_too(model):
         assert run.stages[0].tokens_kept == 6
         assert torch.equal(named, placed)
         assert torch.equal(model(ids, pixels, mask).logits, model(**batch).logits)
-
-
-SPLIT = r"^prompt: expected whole images of 16 visual tokens in one call, got [0-9]+ visual tokens"
-
-
-def test_an_image_split_over_calls_is_refused():
-    """What to keep of half an image, seen from a row of the image, is no pruning of this prompt."""
-    forward = Forward(None, 12, 16, visual=torch.arange(12)[None] > 1, known=10)
-    with pytest.raises(ModelError, match=SPLIT):
-        forward.open(None)
-
-
-@pytest.mark.skipif(
-    version.parse(transformers.__version__) < version.parse("5.18"),
-    reason="transformers < 5.18 loses the images of a chunked prefill itself",
-)
-def test_chunked_prefill_is_refused(model):
-    with pytest.raises(ModelError, match=SPLIT), vlmprune.prune(model, FASTV):
-        generate(model, make_batch(BATCH), 1, prefill_chunk_size=10)
 
 
 def test_a_pruned_cache_is_refused_outside_its_scope(model):

@@ -8,10 +8,18 @@ import pickle
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from vlmprune.errors import ModelError
-from vlmprune.models.kv_cache import PrunedDynamicLayer, extend_validity, make_prunable, past_validity
+from vlmprune.models.kv_cache import (
+    check_cache,
+    entries,
+    extend_validity,
+    held_keys,
+    make_prunable,
+    past_validity,
+)
+from vlmprune.models.kv_layers import PRUNED, PrunedDynamicLayer, PrunedStaticLayer, lengthen
 
 
 def states(batch: int, n: int, start: int = 0) -> torch.Tensor:
@@ -50,10 +58,65 @@ def test_announcement_counts_once():
     assert layer.dropped == 4 and layer.pending is None
 
 
-def test_validity_covers_what_came_later():
-    _, layer = pruned()
-    grow(layer, 2)
-    assert layer.validity(7).tolist() == [[True] * 7, [False, False, True, True, True, True, True]]
+def test_a_decode_step_leaves_everything_as_it_was():
+    cache, layer = pruned()
+    known = layer.valid
+    layer.admit()
+    layer.update(states(2, 1), states(2, 1))
+    assert layer.valid is known and layer.dropped == 4 and layer.pending is None
+    assert (layer.get_seq_length(), layer.stored(), entries(cache, 0, 10)) == (10, 6, 6)
+    hidden = torch.zeros(2, 1, 4)
+    assert layer.key_mask(known, 6, hidden).tolist() == [
+        [True] * 7,
+        [False, False, True, True, True, True, True],
+    ]
+    assert lengthen(known, 3).tolist() == [[True] * 3, [False, False, True]]
+
+
+def static(cls: type[StaticLayer] = StaticLayer) -> PrunedStaticLayer:
+    """Five entries stored of nine seen, of an allocation of eight."""
+    layer = cls(max_cache_len=8)
+    layer.__class__ = PRUNED[cls]
+    layer.announce(torch.tensor([[True] * 5, [False, False, True, True, True]]), 4)
+    layer.update(states(2, 5, 1), states(2, 5, 1))
+    return layer
+
+
+def test_a_static_layer_writes_where_the_stored_entries_end():
+    layer = static()
+    length = layer.cumulative_length
+    assert (int(layer.get_seq_length()), int(layer.stored()), layer.get_mask_sizes(1)) == (9, 5, (8, 4))
+    layer.admit()
+    layer.update(states(2, 1, 6), states(2, 1, 6))
+    assert layer.keys[0, 0, :, 0].tolist() == [1, 2, 3, 4, 5, 6, 0, 0] and layer.cumulative_length is length
+    assert held_keys(layer, 6, torch.device("cpu"))[0, 0, :, 0].tolist() == [1, 2, 3, 4, 5, 6]
+    visible = layer.key_mask(layer.valid, layer.stored(), torch.zeros(2, 1, 4))
+    assert visible.tolist() == [[True] * 7 + [False], [False] * 2 + [True] * 5 + [False]]
+    with pytest.raises(ModelError, match=r"^past_key_values: expected the scope"):
+        layer.update(states(2, 1), states(2, 1))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_keeping_some_entries(kind):
+    layer = pruned()[1] if kind == "dynamic" else static()
+    storage = layer.keys.data_ptr()
+    index = torch.tensor([[0, 3, 4], [-1, 2, 4]])
+    before = layer.keys.clone()
+    layer.keep_entries(index, index >= 0, 5)
+    assert (int(layer.get_seq_length()), int(layer.stored()), layer.dropped) == (9, 3, 6)
+    assert layer.valid[:, :3].tolist() == (index >= 0).tolist()
+    kept = held_keys(layer, 3, torch.device("cpu"))[:, 0, :, 0]
+    assert (
+        kept.tolist() == torch.where(index >= 0, before[:, 0, :, 0].gather(1, index.clamp(min=0)), 0).tolist()
+    )
+    assert (layer.keys.data_ptr() == storage) == (kind == "static")
+
+
+def test_a_reset_layer_is_as_it_was_before_pruning():
+    layer = static()
+    layer.reset()
+    assert type(layer) is StaticLayer and int(layer.get_seq_length()) == 0
+    layer.update(states(2, 2), states(2, 2))
 
 
 def test_crop_reorder_repeat_select_reset():
@@ -70,7 +133,7 @@ def test_crop_reorder_repeat_select_reset():
     plain.update(states(1, 3), states(1, 3))
     layer.reset()
     plain.reset()
-    assert (layer.get_seq_length(), layer.valid, layer.dropped) == (plain.get_seq_length(), None, 0)
+    assert type(layer) is DynamicLayer and layer.__dict__.keys() == plain.__dict__.keys()
 
 
 def test_positive_crop_is_refused():
@@ -106,31 +169,38 @@ def test_use_outside_the_scope_is_refused():
     plain.update(states(1, 1), states(1, 1))  # batch 1 decodes without a mask, in the scope and outside
     with pytest.raises(ModelError, match=message):
         plain.update(states(1, 2), states(1, 2))
-    plain.announce(None, 0, 3)
+    plain.announce(None, 0, torch.tensor([[3]]))
     plain.update(states(1, 1), states(1, 1))
     with pytest.raises(ModelError, match=message):
         plain.update(states(1, 1), states(1, 1))
 
 
 def test_other_layers_are_refused():
+    """A subclass may do anything to its entries; a sliding one would silently cover more of the prompt."""
     cache = DynamicCache()
+    check_cache(None)
+    check_cache(cache)
 
     class Strange(DynamicLayer):
         pass
 
-    cache.layers.append(Strange())
-    with pytest.raises(ModelError, match=r"got Strange$"):
-        make_prunable(cache, 0)
-    assert type(cache.layers[0]) is Strange
+    for odd in (Strange(), DynamicSlidingWindowLayer(4)):
+        cache.layers = [odd]
+        with pytest.raises(
+            ModelError, match=rf"expected layers of DynamicLayer, .*, got {type(odd).__name__}$"
+        ):
+            check_cache(cache)
+    with pytest.raises(ModelError, match=r"got str$"):
+        check_cache("a cache")
 
 
 def test_past_of_an_unpruned_layer_is_told_by_the_attention_mask():
     cache = DynamicCache()
     cache.update(states(2, 3), states(2, 3), 0)
     seen = torch.tensor([[False, True, True, True, True], [True] * 5])
-    assert past_validity(cache, 0, seen, 2).tolist() == seen[:, :3].tolist()
-    assert past_validity(cache, 0, None, 2) is None
-    assert past_validity(None, 0, seen, 5) is None
+    assert past_validity(cache, 0, seen, 3).tolist() == seen[:, :3].tolist()
+    assert past_validity(cache, 0, None, 3) is None
+    assert past_validity(None, 0, seen, 0) is None
 
 
 def test_extend_validity():

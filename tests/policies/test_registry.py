@@ -88,12 +88,13 @@ def test_presets_meet_their_budget(name):
 
 
 def test_fields_of():
-    assert fields_of(FastV) == [("layer", 2), ("keep", 0.5), ("rows", "last")]
-    assert fields_of(Feather) == [("layers", (8, 16)), ("keep", 0.3), ("stride", 3)]
-    assert fields_of(Random) == [("layer", 2), ("keep", 0.5), ("seed", 0)]
-    assert fields_of(Uniform) == [("layer", 2), ("keep", 0.25), ("stride", None)]
+    every = ("earlier_kv", "full")
+    assert fields_of(FastV) == [("layer", 2), ("keep", 0.5), ("rows", "last"), every]
+    assert fields_of(Feather) == [("layers", (8, 16)), ("keep", 0.3), ("stride", 3), every]
+    assert fields_of(Random) == [("layer", 2), ("keep", 0.5), ("seed", 0), every]
+    assert fields_of(Uniform) == [("layer", 2), ("keep", 0.25), ("stride", None), every]
     assert fields_of(Foreign)[0] == ("at", dataclasses.MISSING)
-    assert fields_of(Foreign)[-1] == ("sizes", ())
+    assert fields_of(Foreign)[-2] == ("sizes", ())
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,10 @@ def test_parse_inverts_writing(policy):
         ("FastV", r"^policy: expected one of .*, got 'FastV'$"),
         ("fastv:", r"^policy fastv: expected field=value, \.\.\., got ''$"),
         ("fastv:layer", r"^policy fastv: expected field=value, \.\.\., got 'layer'$"),
-        ("fastv:layr=2", r"^policy fastv: expected one of the fields layer, keep, rows, got 'layr'$"),
+        (
+            "fastv:layr=2",
+            r"^policy fastv: expected one of the fields layer, keep, rows, earlier_kv, got 'layr'$",
+        ),
         ("fastv:summary=2", r"^policy fastv: expected one of the fields .*, got 'summary'$"),
         ("fastv:layer=1,layer=2", r"^policy fastv: expected each field once, got layer twice$"),
         ("fastv:layer=two", r"^layer: expected int, got 'two'$"),

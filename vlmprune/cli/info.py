@@ -121,15 +121,26 @@ def show_info(as_json: bool) -> None:
             reasons = "\n".join(f"{name}: {why}" for name, why in row["refused"].items())
             out.add_row(op, row["backend"] or "none", Text(reasons or "-"))
         console.print(out)
+        kernels = Table(
+            "kernel", "why not", title=f'attn_implementation="vlmprune" on {device}', title_justify="left"
+        )
+        for kernel, reason in found["attention"][device].items():
+            kernels.add_row(kernel, Text(reason or "-"))
+        console.print(kernels)
 
 
 def describe_machine() -> dict[str, Any]:
-    """Versions, devices, and per kind of device and op: the chosen backend and why others cannot run."""
+    """Versions, devices, and per kind of device: every op's backend and every attention kernel, or why it cannot run."""
+    from vlmprune.models.attention import (
+        explain as explain_attention,
+    )  # imports transformers: only when asked
+
     kinds = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "devices": _devices(),
         "ops": {kind: {op: describe_op(op, kind) for op in sorted(TABLES)} for kind in kinds},
+        "attention": {kind: dict(explain_attention(kind)) for kind in kinds},
     }
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from vlmprune.errors import check
-from vlmprune.models import check_config, check_layers, patch_grid
+from vlmprune.models import check_config, check_layers
 from vlmprune.policies.base import PruningPolicy
 
 
@@ -60,14 +60,13 @@ def read_config(source: str) -> Any:
             f"--model: expected a checkpoint folder or a hub id, got {source!r}: {first_line(error)}"
         ) from error
     check_config(config)
-    patch_grid(config)
     return config
 
 
 def check_depth(policies: list[PruningPolicy], config: Any) -> None:
     """Raise ValueError if a policy has a stage beyond the decoder's last layer."""
     for policy in policies:
-        check_layers(policy, config.text_config.num_hidden_layers)
+        check_layers(policy, config)
 
 
 def pick_device(wanted: str) -> str:

@@ -91,7 +91,9 @@ def root(
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Option(help="Checkpoint folder or hub id of a LLaVA-1.5-type model.")],
+    model: Annotated[
+        str, typer.Option(help="Checkpoint folder or hub id of a supported vision-language model.")
+    ],
     image: Annotated[list[Path], typer.Option(help="Image file; repeatable.")],
     prompt: Annotated[
         str, typer.Option(help="Question. With the image placeholder token in it, it is taken literally.")

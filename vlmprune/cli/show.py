@@ -88,6 +88,11 @@ def _flops(count: int, like: int) -> str:
     return f"{count} FLOP"
 
 
+def _bytes(count: int) -> str:
+    """KV-cache memory, text and whole batch included."""
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
 def _time(seconds: float) -> str:
     return f"{seconds * 1000:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
@@ -111,6 +116,7 @@ SECTIONS: tuple[tuple[tuple[str, Callable[[Outcome], str]], ...], ...] = (
         ("mean over layers", lambda o: f"{o.report.tokens.mean_per_layer:.1f}"),
         ("after last stage", lambda o: f"{o.report.tokens.after_last_stage:g}"),
         ("resident in KV", lambda o: f"{o.report.tokens.resident_kv:.1f}"),
+        ("KV cache", lambda o: _bytes(o.report.kv_bytes)),
     ),
     (
         ("FLOPs, full", lambda o: _flops(o.report.flops.full, o.report.flops.full)),

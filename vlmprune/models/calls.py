@@ -1,45 +1,183 @@
-"""What one call of a vision-language model brings: images, visual tokens, padding."""
+"""What one call of a vision-language model brings: images and videos, where their tokens stand, padding."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.continuous_batching import PagedAttentionCache
 
-from vlmprune.errors import check
-from vlmprune.models.family import Parts
-from vlmprune.policies.base import Grid
+from vlmprune.errors import ModelError, check
+from vlmprune.models.families import Encoded, ImageGrids
+from vlmprune.models.family import Parts, patch_grid
+from vlmprune.policies.base import tokens_in
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
-def image_token_count(kwargs: dict[str, Any], grid: Grid) -> int | None:
-    """Visual tokens the call brings in all, read off shapes on the host; None if it brings no images.
+def note_of(output: Any) -> Encoded | None:
+    """What was noted when the vision tower made this output; None if it was made elsewhere, or cut out of one."""
+    return getattr(output, "vlmprune", None)
 
-    Before transformers 5.18 the base model gets pixels; since then generate() encodes them first and passes features.
-    A placeholder token without images (one that the model itself generated, say) is ordinary text.
+
+@dataclass
+class Visuals:
+    """The images and videos one call brings.
+
+    Since transformers 5.18 generate() encodes them ahead and passes the tower's output objects; before, and in a plain
+    call, the base model encodes them itself, and the output is heard of while the call runs.
+
+    Attributes:
+        parts: the model.
+        kinds: "image", "video" or both.
+        heard: outputs of the vision tower; the last ones are of these kinds, in the same order.
     """
-    encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-    if encoded is not None:
-        return sum(features.shape[0] for features in encoded.pooler_output) or None
-    pixels = kwargs.get("pixel_values")
-    return None if pixels is None else pixels.shape[0] * grid[0] * grid[1]
+
+    parts: Parts
+    kinds: tuple[str, ...]
+    heard: list[Any]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The output object of each kind."""
+        return self.heard[-len(self.kinds) :]
+
+    def mask(self, ids: Tensor | None, embeds: Tensor | None, kind: str | None = None) -> Tensor:
+        """``[B, q]`` True at visual tokens (of one kind); found as the base model finds them, by id or by embedding."""
+        marks = [_marks(self.parts, k, ids, embeds) for k in self.kinds if kind in (None, k)]
+        return marks[0] if len(marks) == 1 else marks[0] | marks[1]
+
+    @property
+    def cut(self) -> bool:
+        """Whether the features are rows cut out of the tower's output: chunked prefill hands them over so."""
+        return any(note_of(out) is None and out.get("last_hidden_state") is None for out in self.outputs)
+
+    def crops(self) -> tuple[int, ...]:
+        """Patches of every crop that was encoded ahead."""
+        notes = [note_of(output) for output in self.outputs]
+        return tuple(patches for note in notes if note is not None for patches in note.crops)
+
+    def tokens(self) -> int:
+        """How many visual tokens there are in all, known on the host."""
+        if self.cut:
+            return sum(len(f) for output in self.outputs for f in output.pooler_output)
+        return sum(tokens_in(grids) for images in self.images for grids in images)
+
+    @cached_property
+    def images(self) -> list[list[ImageGrids]]:
+        """The grids of every image, by kind. Raises ModelError where nothing says what the images of these features were."""
+        return [self._grids(*one) for one in zip(self.kinds, self.outputs, strict=True)]
+
+    def _grids(self, kind: str, output: Any) -> list[ImageGrids]:
+        family, note = self.parts.family, note_of(output)
+        adapter = family.videos if kind == "video" else family.images
+        if adapter is None or (note is None and not family.square):
+            raise ModelError(
+                f"{kind}: expected features that this model encoded inside the scope (the images of "
+                f"{self.parts.config.model_type!r} differ in shape), got others"
+            )
+        features = [f for f in output.pooler_output if len(f)]  # Idefics3: none, for a sample without images
+        return adapter(self.parts.base, features, note or Encoded(())) if features else []
+
+    def by_sample(
+        self, counts: Sequence[int], videos: Sequence[Sequence[int]] | None
+    ) -> tuple[tuple[ImageGrids, ...], ...]:
+        """The images of each sample in prompt order.
+
+        Args:
+            counts: visual tokens of each sample.
+            videos: for each sample 1 at a visual token that is a video's, else 0; None if the call brings one kind.
+        """
+        queues = [list(images) for images in self.images]
+        samples = []
+        for b, count in enumerate(counts):
+            mine: list[ImageGrids] = []
+            at = 0
+            while at < count:
+                queue = queues[videos[b][at] if videos else 0]
+                size = tokens_in(queue[0]) if queue else 0
+                if not 0 < size <= count - at:
+                    raise ModelError(
+                        f"prompt: expected whole images in every sample, got {count - at} visual tokens where an "
+                        f"image has {size}"
+                    )
+                mine.append(queue.pop(0))
+                at += size
+            samples.append(tuple(mine))
+        return tuple(samples)
+
+    def in_chunks(self, ends: Sequence[int]) -> tuple[tuple[ImageGrids, ...], ...]:
+        """The images that the first ``ends[b]`` visual tokens of each prompt are of, the last one perhaps in part.
+
+        Raises ModelError where features cut out of the tower's output no longer say what their images were.
+        """
+        if not self.parts.family.square or len(self.kinds) > 1:
+            raise ModelError(
+                f"prefill_chunk_size: expected None with {self.parts.config.model_type!r} (its images differ in "
+                "shape, and their parts do not say of what), got a prompt in chunks"
+            )
+        grid = patch_grid(self.parts.config)
+        return tuple((((grid,),) * -(-end // tokens_in([grid]))) for end in ends)
 
 
-def visual_mask(parts: Parts, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-    """``[B, q]`` True at visual tokens; found as the base model finds them, by id or by the placeholder's embedding."""
+def find_visuals(parts: Parts, call: dict[str, Any], heard: list[Any]) -> Visuals | None:
+    """The images and videos a call brings; None if it brings none.
+
+    A placeholder token without images (one that the model itself generated, say) is ordinary text.
+
+    Args:
+        parts: the model.
+        call: the base model's arguments.
+        heard: where outputs of the vision tower will be noted while the call runs.
+    """
+    ahead = call.get("mm_encoder_outputs")
+    outputs = {k: ahead[k] for k in PIXELS if ahead.get(k) is not None} if isinstance(ahead, dict) else {}
+    if outputs:
+        return Visuals(parts, tuple(outputs), list(outputs.values()))
+    pixels = {k: call.get(name) for k, name in PIXELS.items()}
+    kinds = tuple(k for k, p in pixels.items() if p is not None and len(p))
+    return Visuals(parts, kinds, heard) if kinds else None
+
+
+def _marks(parts: Parts, kind: str, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+    number = parts.token_ids[kind]
     if ids is not None:
-        return ids == parts.image_token_id
+        return ids == number
     assert embeds is not None
-    token = torch.tensor(parts.image_token_id, device=embeds.device)
+    token = torch.tensor(number, device=embeds.device)
     return (embeds == parts.model.get_input_embeddings()(token)).all(-1)
 
 
-def padding_mask(attention_mask: object) -> Tensor | None:
-    """The 2-D attention mask as bool ``[B, S]``; None if there is none. Raises ValueError for a ready-made 4-D mask."""
+def padding_mask(attention_mask: object, fixed: int | None = None) -> Tensor | None:
+    """The 2-D attention mask as bool ``[B, S]``; None if there is none. Raises ValueError for a ready-made 4-D mask.
+
+    For a cache of fixed size generate() makes the 4-D mask ahead; its last row then shows all that is no padding among
+    the ``fixed`` entries there are.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("full_attention")
     if attention_mask is None:
         return None
+    if fixed is not None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
+        row = attention_mask[:, 0, -1, :fixed]
+        return row if row.dtype == torch.bool else row == 0
     ok = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
     got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
     check(ok, "attention_mask", "2-D [B, S] (a ready-made mask cannot be shortened)", got)
     assert isinstance(attention_mask, Tensor)
     return attention_mask.bool()
+
+
+def brings_visuals(call: dict[str, Any]) -> bool:
+    """Whether a call may bring images or videos."""
+    names = ("mm_encoder_outputs", *PIXELS.values())
+    return any(call.get(name) is not None for name in names)
+
+
+def is_paged(call: dict[str, Any]) -> bool:
+    """Whether this is a step of transformers' continuous batching, where several requests share rows and pages."""
+    return isinstance(call.get("cache"), PagedAttentionCache)

@@ -45,8 +45,12 @@ class Clock:
     def begin(self) -> None:
         """Forget the steps of the generation before; a vision pass may already belong to the coming one."""
         self.steps: list[list[Mark]] = []
-        self.count = 0
+        self.count, self.more = 0, False
         self.chosen: list[list[Mark]] = []
+
+    def extend(self) -> None:
+        """The coming step is another chunk of the latest one."""
+        self.more = bool(self.steps)
 
     def now(self) -> Mark:
         """A mark in the stream of work, or the time."""
@@ -59,10 +63,10 @@ class Clock:
     def hooks(self, parts: Parts) -> list[Hooked]:
         """Modules with what to call before and after them."""
         return [
-            (parts.vision, self._vision_starts, _nothing),
-            (parts.projector, _nothing, self._vision_ends),
-            (parts.text, self._step_starts, self._step_ends),
-            (parts.model, _nothing, self._step_ends),
+            (parts.vision, untraced(self._vision_starts), _nothing),
+            (parts.projector, _nothing, untraced(self._vision_ends)),
+            (parts.text, untraced(self._step_starts), untraced(self._step_ends)),
+            (parts.model, _nothing, untraced(self._step_ends)),
         ]
 
     @contextmanager
@@ -84,22 +88,35 @@ class Clock:
             decode=_length(decode),
         )
 
-    def _vision_starts(self, *_: Any) -> None:
+    def _vision_starts(self) -> None:
         self.vision = [self.now()]
 
-    def _vision_ends(self, *_: Any) -> None:
+    def _vision_ends(self) -> None:
         if self.vision:
             self.vision = [self.vision[0], self.now()]
 
-    def _step_starts(self, *_: Any) -> None:
+    def _step_starts(self) -> None:
+        if self.more:
+            self.more = False
+            return
         self.count += 1
         if len(self.steps) == 3:  # prefill, first decode step, latest decode step are all that is ever read
             self.steps.pop()
         self.steps.append([self.now()])
 
-    def _step_ends(self, *_: Any) -> None:
+    def _step_ends(self) -> None:
         if self.steps:  # the text model ends first, then the language-modeling head moves the mark
             self.steps[-1] = [self.steps[-1][0], self.now()]
+
+
+def untraced(mark: Callable[[], None]) -> Callable[..., None]:
+    """The hook that makes a mark, but not in compiled code: a compiled step is one graph, and a clock is no part of it."""
+
+    def hook(*_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            mark()
+
+    return hook
 
 
 def _nothing(*_: Any) -> None:

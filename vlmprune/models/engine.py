@@ -11,24 +11,24 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
-from vlmprune.errors import NotPrunedError
-from vlmprune.models.calls import image_token_count, padding_mask, visual_mask
+from vlmprune.errors import ModelError, NotPrunedError
+from vlmprune.models.calls import brings_visuals, find_visuals, is_paged, padding_mask
+from vlmprune.models.compaction import compact_earlier
 from vlmprune.models.family import Parts, check_layers
-from vlmprune.models.forward import Forward, Plan, Rope, scatter_back
+from vlmprune.models.forward import Forward, Prompt, scatter_back
 from vlmprune.models.kv_cache import (
-    PrunedDynamicLayer,
-    Shift,
-    as_shift,
-    extend_validity,
-    make_prunable,
-    past_validity,
+    check_cache,
+    entries,
+    is_started,
     pruned_layer,
+    resident_bytes,
 )
-from vlmprune.models.masks import pruned_mask
+from vlmprune.models.kv_layers import PrunedLayer
+from vlmprune.models.masks import chunk_mask, decode_step, shifted
 from vlmprune.models.probe import read_attention
 from vlmprune.models.run import Run
 from vlmprune.models.stage import StageRunner
@@ -36,6 +36,8 @@ from vlmprune.models.vision import VisionTaps
 from vlmprune.policies.base import Needs, PruningPolicy
 
 Kwargs = dict[str, Any]
+TAIL = "vlmprune_tail"
+"""Keyword that carries the number of candidates from the outer model to the inner one."""
 
 
 class Engine:
@@ -48,13 +50,18 @@ class Engine:
         self.run = Run(parts, policy)
         self.needs: dict[int, Needs] = {}
         if policy is not None:
-            check_layers(policy, len(parts.layers))
+            check_layers(policy, parts.config)
             self.needs = {layer: policy.needs(layer) for layer in policy.layers}
-            vision = {layer for needs in self.needs.values() for layer in needs.vision}
-            self.taps = VisionTaps(parts, sorted(vision))
+        vision = {layer for needs in self.needs.values() for layer in needs.vision}
+        self.taps = VisionTaps(parts, sorted(vision), self.run)
+        if policy is not None:
             self.stage = StageRunner(parts, policy, self.run, self.taps)
+        read = [layer - 1 for layer, needs in self.needs.items() if needs.attention == "previous"]
+        self.scored = frozenset(parts.layers[layer].self_attn for layer in read)
         self.wants_embeds = any(needs.embeds for needs in self.needs.values())
         self.wants_text = self.wants_embeds or any(needs.rows == "text" for needs in self.needs.values())
+        self.compact = policy is not None and policy.earlier_kv == "compact"
+        self.prompt = Prompt()
         self.missed: str | None = None
         self.handles: list[RemovableHandle] = []
 
@@ -70,21 +77,22 @@ class Engine:
 
     def _register(self) -> None:
         parts, add = self.parts, self.handles.append
+        if self.needs:
+            add(parts.model.register_forward_pre_hook(note_candidates, with_kwargs=True))
         add(parts.base.register_forward_pre_hook(self.enter_base, with_kwargs=True))
         for module, before, after in self.run.clock.hooks(parts):
             add(module.register_forward_pre_hook(before))
             add(module.register_forward_hook(after))
+        add(parts.text.register_forward_hook(self.after_text, with_kwargs=True))
+        self.handles += self.taps.register()
         if not self.needs:
             return
-        self.handles += self.taps.register()
-        read = [layer for layer, needs in self.needs.items() if needs.attention == "previous"]
-        for layer in read:
-            attn = parts.layers[layer - 1].self_attn
+        for attn in self.scored:
             add(attn.register_forward_hook(self.after_attention, with_kwargs=True))
-        start = 0 if self.wants_embeds else min([*self.needs, *(layer - 1 for layer in read)])
+        read = [attn.layer_idx for attn in self.scored]
+        start = 0 if self.wants_embeds or self.compact else min([*self.needs, *read])
         for module in parts.layers[start:]:
             add(module.register_forward_pre_hook(self.before_layer, with_kwargs=True))
-        add(parts.text.register_forward_hook(self.after_text, with_kwargs=True))
 
     def remove(self) -> None:
         """Take every hook off again."""
@@ -111,30 +119,51 @@ class Engine:
         if some is None:
             return args, kwargs  # the model itself explains what is missing
         cache = call.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()
-        rows, columns = self.parts.grid
-        forward = Forward(self, some.shape[1], rows * columns, wants_text=self.wants_text)
-        forward.known = image_token_count(call, self.parts.grid)
-        if forward.q > 1:
-            forward.seen = padding_mask(call.get("attention_mask"))
-        if forward.known is not None:
-            forward.visual = visual_mask(self.parts, ids, embeds)
+        if is_paged(call):
+            self.missed = "continuous batching cannot be pruned (use generate)"
+            raise ModelError(f"cache: {self.missed}")
+        if (
+            some.shape[1] == 1 and is_started(cache) and not brings_visuals(call)
+        ):  # decode: all is in the cache
+            return args, {**kwargs, "vlmprune": Forward(self, 1, prompt=self.prompt)}
+        tail = kwargs.pop(TAIL, 0)
+        return args, {**kwargs, "vlmprune": self._enter_chunk(call, some.shape[:2], tail)}
+
+    # Prompts differ in every shape: nothing here and below it is worth a graph.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _enter_chunk(self, call: Kwargs, shape: tuple[int, int], tail: int) -> Forward:
+        ids, embeds, cache = (call.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
+        past = 0 if cache is None else int(cache.get_seq_length())
+        forward = Forward(self, shape[1], past, wants_text=self.wants_text, scored=self.scored)
+        forward.visuals = visuals = find_visuals(self.parts, call, self.taps.listen() if self.needs else [])
+        forward.tail = tail if tail < forward.q - 1 else 0  # more is a call that wants every row's logits
+        if forward.q > 1 or visuals is not None:
+            fixed = entries(cache, 0, past) + forward.q if getattr(cache, "is_compileable", False) else None
+            forward.seen = padding_mask(call.get("attention_mask"), fixed)
+        if visuals is not None:
+            check_cache(cache if self.needs else None)
+            forward.visual = visuals.mask(ids, embeds)
+            forward.videos = visuals.mask(ids, embeds, "video") if len(visuals.kinds) > 1 else None
         elif ids is None and past == 0 and self.needs:
             self.missed = (
                 self.missed or "inputs_embeds came without input_ids or images: no way to find visual tokens"
             )
-        if forward.visual is not None or past == 0:
-            self.run.begin(some.shape[0], forward.q, forward.visual, call.get("use_cache") is not False)
-        return args, {**kwargs, "vlmprune": forward}
+        self._note_prompt(forward, shape[0], cache, call.get("use_cache") is not False)
+        return forward
 
-    @torch.no_grad()  # recorded operations would differ when a checkpointed layer is replayed
     def after_attention(self, module: Any, args: Any, kwargs: Kwargs, output: Any) -> None:
         """Read the query rows and keys that the next layer's stage will score with."""
         forward = self._forward(kwargs)
+        if forward is not None and forward.visual is not None:
+            self._read(module, kwargs, forward)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _read(self, module: Any, kwargs: Kwargs, forward: Forward) -> None:
         stage = module.layer_idx + 1
-        if forward is None or forward.visual is None or stage in forward.plans:
+        if stage in forward.plans:
             return
-        with self.run.clock.selection():
+        # no_grad: recorded operations would differ when a checkpointed layer is replayed
+        with torch.no_grad(), self.run.clock.selection():
             forward.attention[stage] = read_attention(module, kwargs, forward, self.needs[stage])
 
     def before_layer(
@@ -147,12 +176,20 @@ class Engine:
                 self.missed or "decoder layers were called without going through the vision-language model"
             )
             return None
-        cache = kwargs.get("past_key_values")
-        layer = pruned_layer(cache, i)
-        shift = None if layer is None else layer.shift
-        rope = (
-            kwargs["position_embeddings"] if shift is None else self._shifted(forward, hidden, kwargs, shift)
-        )
+        layer = pruned_layer(kwargs.get("past_key_values"), i)
+        if forward.q == 1 and forward.visual is None:
+            step = None if layer is None else decode_step(self.parts.text, forward, layer, hidden, kwargs)
+            return None if step is None else (args, step)
+        return self._before_chunk(i, forward, layer, args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_chunk(
+        self, i: int, forward: Forward, layer: PrunedLayer | None, args: tuple[Any, ...], kwargs: Kwargs
+    ) -> tuple[Any, Kwargs] | None:
+        hidden, cache = args[0], kwargs.get("past_key_values")
+        rope = kwargs["position_embeddings"]
+        if layer is not None and layer.shift is not None:
+            rope = shifted(self.parts.text, forward, hidden, kwargs["position_ids"], layer.shift)
         if forward.visual is not None:
             forward.open(kwargs.get("attention_mask"))
             if i == 0 and self.wants_embeds:
@@ -161,68 +198,70 @@ class Engine:
                 with self.run.clock.selection():
                     hidden = self.stage(forward, i, hidden, rope, cache)
         plan = forward.plan_at(i)
-        if plan is None and shift is None and needs_nothing(layer, kwargs):
+        if plan is None and layer is None:
             return None
         kwargs = {**kwargs, "position_ids": None}  # FlashAttention reads gaps in them as packed sequences
         kwargs["position_embeddings"] = rope if plan is None else plan.rope
-        kwargs["attention_mask"] = self._mask(forward, plan, hidden, cache, i)
+        kwargs["attention_mask"] = chunk_mask(self.parts.text.config, forward, plan, hidden, cache, i)
         return (hidden, *args[1:]), kwargs
 
     def after_text(self, module: nn.Module, args: Any, kwargs: Kwargs, output: Any) -> Any:
         """Scatter the final hidden states back to the prompt's length, so logits, labels and slicing still fit."""
         forward = self._forward(kwargs)
-        if forward is None or forward.visual is None:
-            return output
+        if forward is not None and (forward.q > 1 or forward.visual is not None):
+            self._after_chunk(forward, output)
+        return output
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after_chunk(self, forward: Forward, output: Any) -> None:
+        cache = output.past_key_values
+        if forward.visual is None or not self.needs:
+            self.run.hold(resident_bytes(cache))
+            return
+        self.taps.heard = None  # the features are the call's own again
+        self.run.encoded = len(self.run.crops)
         silent = [layer for layer in self.needs if layer not in forward.plans]
         if silent:
             self.missed = self.missed or f"the stage at layer {silent[0]} did not fire"
         plan = forward.plan_at(len(self.parts.layers))
         if plan is not None:
+            if self.compact and cache is not None:
+                compact_earlier(cache, forward, len(self.parts.layers))
             assert plan.layout.origin is not None
             output.last_hidden_state = scatter_back(output.last_hidden_state, plan.layout.origin, forward.q)
-        return output
+        self.run.hold(resident_bytes(cache))
 
     # Pieces
+
+    def _note_prompt(self, forward: Forward, batch: int, cache: Cache | None, cached: bool) -> None:
+        """Begin a new record, or go on with that of the prompt this call is a further chunk of.
+
+        A single token without a past (the unconditional pass of classifier-free guidance) is no prompt to describe.
+        """
+        visuals = forward.visuals
+        whole = forward.tail or (visuals is not None and not visuals.cut)
+        if not whole and self.prompt.goes_on(cache, batch, forward.past):
+            self.prompt.length += forward.q
+            self.run.extend(forward.q, forward.visual)
+        elif visuals is not None or (forward.past == 0 and (forward.q > 1 or cache is not None)):
+            self.prompt = Prompt(cache, batch, forward.past + forward.q)
+            crops = None if visuals is None or visuals.cut else visuals.crops()
+            self.run.begin(batch, forward.q, forward.visual, cached, crops)
+        forward.prompt = self.prompt
 
     def _forward(self, kwargs: Kwargs) -> Forward | None:
         """This engine's note about the running call; None if the call did not come through ``enter_base``."""
         forward = kwargs.get("vlmprune")
         return forward if forward is not None and forward.owner is self else None
 
-    def _shifted(self, forward: Forward, hidden: Tensor, kwargs: Kwargs, shift: Shift) -> Rope:
-        """Rotary tables of this chunk after a packed cache; layers with the same shift share them."""
-        key = shift if isinstance(shift, int) else id(shift)
-        if key not in forward.ropes:
-            tables = self.parts.text.rotary_emb(hidden, kwargs["position_ids"] - shift)
-            forward.ropes[key] = (tables, shift)  # the shift is kept alive, so that no other can take its id
-        tables, _ = forward.ropes[key]
-        return tables
 
-    def _mask(self, forward: Forward, plan: Plan | None, hidden: Tensor, cache: Cache | None, i: int) -> Any:
-        """Build the layer's mask and announce this chunk to its cache; layers that need the same share the work."""
-        rows = hidden.shape[1]
-        new = plan.layout.valid if plan is not None else forward.chunk_padding()
-        old = past_validity(cache, i, forward.seen, forward.q)
-        layer = None if cache is None else make_prunable(cache, i)
-        past, dropped = (0, 0) if layer is None else (layer.stored(), layer.dropped)
-        known = None if layer is None else layer.valid
-        key = (past, dropped, id(plan), id(known))
-        if key not in forward.masks:
-            valid = extend_validity(old, past, new, rows)
-            mask = pruned_mask(self.parts.text.config, hidden, valid, cache, dropped, i)
-            moved = None if plan is None else as_shift(plan.shift, hidden.device)
-            forward.masks[key] = (
-                valid,
-                mask,
-                moved,
-                known,
-            )  # known: kept alive, so that its id stays its own
-        valid, mask, moved, _ = forward.masks[key]
-        if layer is not None:
-            layer.announce(valid, forward.q - rows, moved)
-        return mask
+def note_candidates(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> tuple[Any, Kwargs] | None:
+    """Tell the inner model how many candidates follow the prompt.
 
-
-def needs_nothing(layer: PrunedDynamicLayer | None, kwargs: Kwargs) -> bool:
-    """Whether a layer may run as it is: nothing was dropped, or what was needs no mask (batch 1 decodes at no cost)."""
-    return layer is None or (kwargs.get("attention_mask") is None and layer.valid is None)
+    Assisted decoding appends them to the prefill itself, and asks for the logits of the last prompt row and of each
+    of them. So does whoever rates given answers; the row that scores is the last one of the question there too.
+    """
+    wanted = kwargs.get("logits_to_keep")
+    if not isinstance(wanted, int) or wanted < 2:
+        return None
+    return args, {**kwargs, TAIL: wanted - 1}

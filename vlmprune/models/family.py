@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmprune.errors import ModelError, check
-from vlmprune.flops import DecoderShape, projector_flops, vision_tower_flops
-from vlmprune.policies.base import Grid, PruningPolicy
+from torch import nn
 
-VLM_TYPES = ("llava",)
-VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
-DECODER_TYPES = ("llama", "mistral", "qwen2")
+from vlmprune.errors import ModelError, check
+from vlmprune.flops import DecoderShape
+from vlmprune.models.families import FAMILIES, HAS_CLS, REFUSED, Family, token_grid
+from vlmprune.policies.base import Grid, PruningPolicy
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Parts:
         base: its inner model, which merges image features into the text.
         text: the language model; ``layers`` are its decoder layers.
         vision, projector: vision tower and multi-modal projector.
-        image_token_id: id of the image placeholder token.
-        grid: patch rows and columns of every image.
+        family: the model's row in the table of families.
+        token_ids: id of the placeholder token of an "image" and, if the model knows videos, of a "video".
     """
 
     model: Any  # transformers' modules; torch types their attributes as Tensor | Module, which helps nobody
@@ -34,56 +34,67 @@ class Parts:
     vision: Any
     projector: Any
     config: Any
-    image_token_id: int
-    grid: Grid
+    family: Family
+    token_ids: dict[str, int]
 
 
 def check_config(config: Any) -> None:
-    """Raise ModelError unless this configuration is a LLaVA-1.5-type model whose decoder layers all see everything."""
+    """Raise ModelError unless this configuration is of a known family and all its decoder layers see everything."""
     kind = getattr(config, "model_type", type(config).__name__)
+    if kind in REFUSED:
+        raise ModelError(f"model: {kind!r} cannot be pruned: {REFUSED[kind]}")
     text, vision = getattr(config, "text_config", None), getattr(config, "vision_config", None)
     if text is None or vision is None or getattr(config, "image_token_id", None) is None:
         raise ModelError(f"model: expected a vision-language model with visual tokens, got {kind!r}")
+    family = FAMILIES.get(kind)
     for name, got, known in (
-        ("model", kind, VLM_TYPES),
-        ("vision tower", vision.model_type, VISION_TYPES),
-        ("decoder", text.model_type, DECODER_TYPES),
+        ("model", kind, tuple(FAMILIES)),
+        ("vision tower", vision.model_type, family.towers if family else (vision.model_type,)),
+        ("decoder", text.model_type, family.decoders if family else (text.model_type,)),
     ):
         if got not in known:
             raise ModelError(f"{name}: expected one of {', '.join(known)}, got {got!r}")
-    if slides(text):
+    _check_attention(text)
+    strategy, cls = getattr(config, "vision_feature_select_strategy", None), vision.model_type in HAS_CLS
+    if strategy is not None and (strategy == "default") != cls:
+        expected, why = ("default", "its CLS row would count as") if cls else ("full", "it would lose")
         raise ModelError(
-            f"decoder: expected full attention in every layer, got a sliding window of {text.sliding_window}: "
-            "after pruning the window would silently cover more of the prompt"
+            f"vision_feature_select_strategy: expected {expected!r} with {vision.model_type}, "
+            f"got {strategy!r} ({why} a patch)"
         )
 
 
-def slides(text: Any) -> bool:
-    """True if any decoder layer attends through a sliding window."""
-    kinds = getattr(text, "layer_types", None)
-    if kinds:
-        return any(kind != "full_attention" for kind in kinds)
-    return getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)
+def _check_attention(text: Any) -> None:
+    """Raise ModelError if a decoder layer attends through a sliding window, or is no attention at all."""
+    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+    if not kinds and window and getattr(text, "use_sliding_window", True):
+        kinds = ["sliding_attention"]
+    odd = sorted({*(kinds or ())} - {"full_attention"})
+    if odd:
+        got = (
+            f"a sliding window of {window}" if odd == ["sliding_attention"] else f"layers of {', '.join(odd)}"
+        )
+        raise ModelError(
+            f"decoder: expected full attention in every layer, got {got}: "
+            "after pruning such a layer would silently cover more of the prompt"
+        )
 
 
-def check_layers(policy: PruningPolicy, depth: int) -> None:
-    """Raise ValueError if a stage lies beyond the last decoder layer."""
+def check_layers(policy: PruningPolicy, config: Any) -> None:
+    """Raise ValueError if a stage lies beyond the last decoder layer, or before the first at which it can be."""
+    depth, first = config.text_config.num_hidden_layers, FAMILIES[config.model_type].first(config)
     for layer in policy.layers:
         check(layer < depth, "layer", f"at most {depth - 1} (the decoder has {depth} layers)", layer)
+        why = f"{config.model_type} adds visual features to the whole prompt up to layer {first - 1}"
+        check(layer >= first, "layer", f"at least {first} ({why})", layer)
 
 
 def patch_grid(config: Any) -> Grid:
-    """Patch rows and columns that one image becomes; every row of them is one visual token."""
-    vision = config.vision_config
-    size, patch = vision.image_size, vision.patch_size
-    height, width = (size, size) if isinstance(size, int) else size
-    has_cls = vision.model_type == "clip_vision_model"
-    if has_cls and config.vision_feature_select_strategy == "full":
-        raise ModelError(
-            "vision_feature_select_strategy: expected 'default' with a CLIP tower, "
-            "got 'full' (its CLS row would count as a patch)"
-        )
-    return height // patch, width // patch
+    """Rows and columns of visual tokens that one image becomes. Raises ModelError where images differ."""
+    family = FAMILIES[config.model_type]
+    if not family.square:
+        raise ModelError(f"model: expected a family whose images share one grid, got {config.model_type!r}")
+    return token_grid(config)
 
 
 def find_parts(model: Any) -> Parts:
@@ -92,23 +103,31 @@ def find_parts(model: Any) -> Parts:
         model = model.get_base_model()
     config: Any = getattr(model, "config", None)
     check_config(config)
-    base = model.base_model
-    if base is model or not hasattr(base, "language_model"):
+    base, family = model.base_model, FAMILIES[config.model_type]
+    if base is model or not hasattr(base, family.text):
         raise ModelError(
             f"model: expected the class with the language-modeling head, got {type(model).__name__}"
         )
-    text = base.language_model
+    text = getattr(base, family.text)
+    ids = {"image": config.image_token_id, "video": getattr(config, "video_token_id", None)}
     return Parts(
         model=model,
         base=base,
         text=text,
         layers=list(text.layers),
-        vision=base.vision_tower,
-        projector=base.multi_modal_projector,
+        vision=getattr(base, family.vision),
+        projector=base.get_submodule(family.projector),
         config=config,
-        image_token_id=config.image_token_id,
-        grid=patch_grid(config),
+        family=family,
+        token_ids={kind: number for kind, number in ids.items() if number is not None},
     )
+
+
+def tower_layers(vision: Any) -> nn.ModuleList:
+    """The vision tower's blocks, whatever its family calls them."""
+    tower = getattr(vision, "vision_model", vision)
+    tower = getattr(tower, "encoder", tower)
+    return next(getattr(tower, name) for name in ("layers", "layer", "blocks") if hasattr(tower, name))
 
 
 def decoder_shape(config: Any) -> DecoderShape:
@@ -125,19 +144,35 @@ def decoder_shape(config: Any) -> DecoderShape:
     )
 
 
-def vision_flops(config: Any) -> int:
-    """FLOPs of the vision tower (all its layers run, whichever feeds the projector) and projector, for one image."""
-    vision, text = config.vision_config, config.text_config
-    patches = patch_grid(config)[0] * patch_grid(config)[1]
-    features = config.vision_feature_layer
-    width = vision.hidden_size * (1 if isinstance(features, int) else len(features))
-    tower = vision_tower_flops(
-        layers=vision.num_hidden_layers,
-        tokens=patches + (vision.model_type == "clip_vision_model"),
-        hidden=vision.hidden_size,
-        intermediate=vision.intermediate_size,
-        patches=patches,
-        patch_size=vision.patch_size,
-        channels=vision.num_channels,
-    )
-    return tower + projector_flops(patches, (width, text.hidden_size, text.hidden_size))
+def vision_flops(parts: Parts, crops: Sequence[int]) -> int:
+    """FLOPs of the vision tower and projector on ``crops`` of so many patches: 2 x the weights a row meets, and attention.
+
+    Windowed layers (Qwen2.5-VL) are counted as if every window were full.
+    """
+    vision, layers = parts.config.vision_config, tower_layers(parts.vision)
+    width = getattr(vision, "embed_dim", vision.hidden_size)
+    cls = vision.model_type in HAS_CLS
+    mergers = [parts.projector, *getattr(parts.vision, "deepstack_merger_list", ())]
+    stem = sum(m.weight.numel() for m in parts.vision.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+    total = 0
+    for patches in crops:
+        rows = patches + cls
+        total += 2 * (stem * patches + linear_weights(layers) * rows)
+        total += sum(4 * rows * span * width for span in _spans(vision, rows))
+    side = parts.family.side(parts.config)
+    return total + sum(2 * linear_weights(m) for m in mergers) * sum(crops) // side**2
+
+
+def _spans(vision: Any, rows: int) -> list[int]:
+    """How many rows each row attends to, layer by layer."""
+    depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+    full = getattr(vision, "fullatt_block_indexes", None)
+    if full is None:
+        return [rows] * depth
+    window = (vision.window_size // vision.patch_size) ** 2
+    return [rows if i in full else min(rows, window) for i in range(depth)]
+
+
+def linear_weights(module: nn.Module) -> int:
+    """Weights of all linear layers inside a module; by their sizes, since quantized ones are stored otherwise."""
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))

@@ -6,15 +6,18 @@ each see their own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import weakref
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmprune.errors import ModelError
-from vlmprune.models.layout import Layout, TextSpan, find_text, open_layout
-from vlmprune.policies.base import AttentionInputs
+from vlmprune.models.calls import Visuals
+from vlmprune.models.families import ImageGrids
+from vlmprune.models.layout import Layout, TextSpan, find_text, open_layout, take
+from vlmprune.policies.base import AttentionInputs, tokens_in
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin tables, each ``[B or 1, rows, D]``."""
@@ -39,6 +42,26 @@ class Plan:
     rows: Tensor | None = None
 
 
+class Prompt:
+    """A prompt as far as it has come: chunked prefill hands it over in several calls with one cache."""
+
+    def __init__(self, cache: Any = None, batch: int = 0, length: int = 0) -> None:
+        self.cache = None if cache is None else weakref.ref(cache)
+        self.batch, self.length = batch, length
+        self.visual: tuple[int, ...] = ()
+
+    def goes_on(self, cache: Any, batch: int, past: int) -> bool:
+        """Whether a call with this cache brings the next chunk."""
+        same = self.cache is not None and self.cache() is cache
+        return same and (batch, past) == (self.batch, self.length)
+
+    def add(self, counts: tuple[int, ...]) -> tuple[int, ...]:
+        """Count a chunk's visual tokens per sample; returns those of the chunks before it."""
+        before = self.visual or (0,) * len(counts)
+        self.visual = tuple(a + b for a, b in zip(before, counts, strict=True))
+        return before
+
+
 @dataclass
 class Forward:
     """One call of the model inside a pruning scope.
@@ -46,32 +69,51 @@ class Forward:
     Attributes:
         owner: the engine whose hooks made it.
         q: length of this call's chunk.
-        per_image: visual tokens of one image.
+        past: tokens the cache had seen before it, on the host.
         visual: ``[B, q]`` True at visual tokens, or None if this call brings no images.
-        known: number of visual tokens this call brings, from the shape of the images; None without images.
+        visuals: the images and videos this call brings; None without any.
+        videos: ``[B, q]`` True at visual tokens of a video, where a call brings both kinds (one host read more).
+        prompt: what this call is a chunk of.
+        images: the grids of each sample's images, known when the first hooked layer runs; in a chunk those of the whole
+            prompt so far.
+        shares: how many images the visual tokens of each sample are, where chunked prefill cut them up; else None.
+        tail: candidates of assisted decoding that stand behind the prompt.
         seen: ``[B, past + q]`` False at padding (the 2-D attention mask), or None.
         plans: by stage layer; None for a stage that kept everything.
+        scored: self-attention modules that a stage scores from.
+        lse: ``[B, H, n]`` log-sum-exp of their rows, by layer, where our attention backend ran them.
         attention: query and key, by the stage layer that will read them.
         wants_text: whether a stage asks where the text after the last image is; ``text`` says it.
         embeds: ``[B, q, D]`` input embeddings, if a stage asks for them.
-        ropes: tables of packed caches, by their shift.
+        ropes: shifts of packed caches, each with its tables.
         masks: built masks, shared by the layers that need the same one.
     """
 
     owner: object
     q: int
-    per_image: int
+    past: int = 0
     visual: Tensor | None = None
-    known: int | None = None
+    visuals: Visuals | None = None
+    videos: Tensor | None = None
+    prompt: Prompt = field(default_factory=Prompt)
+    images: tuple[tuple[ImageGrids, ...], ...] = ()
+    shares: tuple[float, ...] | None = None
+    tail: int = 0
     seen: Tensor | None = None
     first: Layout | None = None
     wants_text: bool = False
     text: TextSpan | None = None
     embeds: Tensor | None = None
-    ropes: dict[Any, Any] = field(default_factory=dict)
+    ropes: list[tuple[Tensor, Rope]] = field(default_factory=list)
     plans: dict[int, Plan | None] = field(default_factory=dict)
+    scored: frozenset[nn.Module] = frozenset()
+    lse: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
     masks: dict[Any, Any] = field(default_factory=dict)
+
+    def scores_from(self, module: Any) -> bool:
+        """Whether a stage still to come scores from this module's attention in this call."""
+        return self.visual is not None and module in self.scored and module.layer_idx + 1 not in self.plans
 
     def chunk_padding(self) -> Tensor | None:
         """``[B, q]`` False at padding of this chunk, or None."""
@@ -86,16 +128,38 @@ class Forward:
             assert self.visual is not None
             if attention_mask is None:
                 self.seen = None
-            self.first = open_layout(self.visual, self.chunk_padding(), self.known)
-            split = [n for n in self.first.counts if n % self.per_image]
-            if split:
-                raise ModelError(
-                    f"prompt: expected whole images of {self.per_image} visual tokens in one call, got {split[0]} "
-                    "visual tokens (chunked prefill cannot be pruned)"
-                )
+            assert self.visuals is not None
+            known = self.visuals.tokens()
+            self.first = open_layout(self.visual, self.chunk_padding(), known, self.tail)
+            videos = None if self.videos is None else take(self.videos.long(), self.first.columns).tolist()
+            before = self.prompt.add(self.first.counts)
+            if self.visuals.cut:
+                self._open_chunk(self.first, before)
+            else:
+                self.images = self.visuals.by_sample(self.first.counts, videos)
             if self.wants_text:
-                self.text = find_text(self.visual, self.first.valid)
+                self.text = find_text(self.visual, self.first.prompt())
         return self.first
+
+    def _open_chunk(self, first: Layout, before: tuple[int, ...]) -> None:
+        """Count visual tokens from the prompt's first one on, so that parts of an image find their place in its grid."""
+        assert self.visuals is not None
+        if self.wants_text:
+            raise ModelError(
+                "prefill_chunk_size: expected None with a method that reads the prompt's text, got a prompt in chunks"
+            )
+        self.images = self.visuals.in_chunks(self.prompt.visual)
+        grids = [tokens_in(images[0]) if images else 1 for images in self.images]
+        self.shares = tuple(n / size for n, size in zip(first.counts, grids, strict=True))
+        start = torch.tensor(before).to(first.ordinals.device, non_blocking=True)[:, None]
+        self.first = replace(first, ordinals=torch.where(first.ordinals >= 0, first.ordinals + start, -1))
+
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """Visual tokens of each sample's images; of all their parts together, where they were cut up."""
+        if self.shares is not None:
+            assert self.first is not None
+            return tuple((n,) for n in self.first.counts)
+        return tuple(tuple(map(tokens_in, sample)) for sample in self.images)
 
     def plan_before(self, i: int) -> Plan | None:
         """The plan layer ``i``'s input obeys before any stage at ``i`` itself."""
@@ -119,5 +183,6 @@ class Forward:
 def scatter_back(short: Tensor, origin: Tensor, q: int) -> Tensor:
     """Put rows ``[B, n, D]`` back where they came from in ``[B, q, D]``; pruned and padding rows are zeros."""
     batch, _, width = short.shape
+    origin = origin.to(short.device)
     at = torch.where(origin >= 0, origin, q)[..., None].expand(-1, -1, width)
     return short.new_zeros(batch, q + 1, width).scatter(1, at, short)[:, :q]

@@ -1,8 +1,4 @@
-"""A KV-cache layer that was shortened by pruning but still reports how many tokens it has SEEN.
-
-generate() derives positions, slicing and masks from one sequence length; keeping that length logical (seen) while
-the tensors hold fewer entries (stored) is what lets every generation feature go on without knowing of pruning.
-"""
+"""Questions about a KV cache some of whose layers may have been pruned: what they hold, and which of it is valid."""
 
 from __future__ import annotations
 
@@ -10,150 +6,90 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from vlmprune.errors import ModelError
-
-Shift = int | Tensor | None
-"""By how much positions lie below the number of tokens seen: the same for all samples, ``[B, 1]``, or not at all."""
+from vlmprune.models.kv_layers import PRUNED, PrunedLayer, lengthen
 
 
-class PrunedDynamicLayer(DynamicLayer):  # type: ignore[misc]
-    """DynamicLayer whose ``get_seq_length`` counts tokens seen: stored entries plus ``dropped`` ones.
-
-    ``valid`` is a bool ``[B, P]`` for the first P stored entries (entries after them are valid), or None if all are.
-    ``shift`` says by how much rotary positions were packed; the tokens to come continue from there.
-    Instances are made by changing the class of an existing DynamicLayer, so the caller's own cache object keeps working.
-    """
-
-    dropped: int = 0
-    valid: Tensor | None = None
-    shift: Shift = None
-    pending: tuple[Tensor | None, int, Shift] | None = None
-
-    def stored(self) -> int:
-        """Entries physically held."""
-        return super().get_seq_length()
-
-    def get_seq_length(self) -> int:
-        """Tokens seen so far, pruned ones included."""
-        return self.stored() + self.dropped
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Mask length and offset: key j of the mask is the token seen at j + dropped, so causality stays right-aligned."""
-        return self.stored() + query_length, self.dropped
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append keys and values; a chunk announced by ``announce`` also brings its validity and its dropped count."""
-        rewritten = self.valid is not None or self.shift is not None
-        if self.pending is None and (rewritten or (self.dropped and key_states.shape[-2] > 1)):
-            raise ModelError(
-                "past_key_values: expected the scope this cache was pruned in (its masks and positions belong to it), "
-                "got a call of the model outside"
-            )
-        out = super().update(key_states, value_states, *args, **kwargs)
-        if self.pending is not None:
-            self.valid, newly_dropped, newly_shifted = self.pending
-            self.dropped += newly_dropped
-            if newly_shifted is not None:
-                self.shift = newly_shifted if self.shift is None else self.shift + newly_shifted
-            self.pending = None
-        return out
-
-    def announce(self, valid: Tensor | None, newly_dropped: int, newly_shifted: Shift = None) -> None:
-        """Say what the next ``update`` means: validity of all then stored, tokens seen but not stored, positions packed."""
-        self.pending = (valid, newly_dropped, newly_shifted)
-
-    def validity(self, length: int) -> Tensor | None:
-        """Bool ``[B, length]`` for the first ``length`` entries, or None if all are valid."""
-        if self.valid is None:
-            return None
-        return F.pad(self.valid, (0, max(0, length - self.valid.shape[1])), value=True)[:, :length]
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens; only the negative form means something on a pruned layer."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"tokens_to_remove: expected a negative number on a pruned cache layer, got {tokens_to_remove}"
-            )
-        super().crop(tokens_to_remove)
-        if self.valid is not None:
-            self.valid = self.valid[:, : self.stored()]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder for beam search."""
-        super().reorder_cache(beam_idx)
-        if self.valid is not None:
-            self.valid = self.valid.index_select(0, beam_idx.to(self.valid.device))
-        if isinstance(self.shift, Tensor):
-            self.shift = self.shift.index_select(0, beam_idx.to(self.shift.device))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sample."""
-        super().batch_repeat_interleave(repeats)
-        if self.valid is not None:
-            self.valid = self.valid.repeat_interleave(repeats, dim=0)
-        if isinstance(self.shift, Tensor):
-            self.shift = self.shift.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some samples."""
-        super().batch_select_indices(indices)
-        if self.valid is not None:
-            self.valid = self.valid[indices]
-        if isinstance(self.shift, Tensor):
-            self.shift = self.shift[indices]
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self.dropped, self.valid, self.shift, self.pending = 0, None, None, None
+def check_cache(cache: object) -> None:
+    """Raise ModelError unless every layer of the cache (None = no cache) can be shortened."""
+    layers = [] if cache is None else cache.layers if isinstance(cache, Cache) else [cache]
+    for layer in layers:
+        if type(layer) not in PRUNED and not isinstance(layer, PrunedLayer):
+            names = ", ".join(kind.__name__ for kind in PRUNED)
+            raise ModelError(f"past_key_values: expected layers of {names}, got {type(layer).__name__}")
 
 
-def as_shift(shift: tuple[int, ...] | None, device: torch.device) -> Shift:
-    """Samples' shifts as the cache layer keeps them."""
-    if shift is None:
-        return None
-    if len(set(shift)) == 1:
-        return shift[0] or None
-    return torch.tensor(shift).to(device, non_blocking=True)[:, None]
+def is_started(cache: Cache | None) -> bool:
+    """Whether a cache has seen a call before."""
+    layers: list[Any] = [] if cache is None else cache.layers
+    return bool(layers) and bool(layers[0].is_initialized)
 
 
-def pruned_layer(cache: Cache | None, i: int) -> PrunedDynamicLayer | None:
+def pruned_layer(cache: Cache | None, i: int) -> PrunedLayer | None:
     """Layer ``i`` of the cache if pruning has shortened it before, else None."""
     if cache is None or i >= len(cache.layers):
         return None
     layer = cache.layers[i]
-    return layer if isinstance(layer, PrunedDynamicLayer) else None
+    return layer if isinstance(layer, PrunedLayer) else None
 
 
-def make_prunable(cache: Cache, i: int) -> PrunedDynamicLayer:
-    """Layer ``i`` of the cache, able to count what it has seen. Raises ModelError for other kinds of cache layer."""
+def make_prunable(cache: Cache, i: int) -> PrunedLayer:
+    """Layer ``i`` of a cache that ``check_cache`` let pass, able to count what it has seen."""
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= i:
             cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[i]
-    if type(layer) is DynamicLayer:
-        layer.__class__ = PrunedDynamicLayer
-    if not isinstance(layer, PrunedDynamicLayer):
-        raise ModelError(
-            f"past_key_values: expected DynamicCache layers (DynamicLayer), got {type(layer).__name__}"
-        )
+    layer: Any = cache.layers[i]
+    if not isinstance(layer, PrunedLayer):
+        layer.__class__ = PRUNED[type(layer)]
     return layer
 
 
-def past_validity(cache: Cache | None, i: int, seen: Tensor | None, q: int) -> Tensor | None:
-    """Validity ``[B, past]`` of what layer ``i`` holds before a chunk of ``q`` tokens, or None if all of it is valid.
+def entries(cache: Cache | None, i: int, seen: int) -> int:
+    """Entries layer ``i`` holds when the cache has seen that many tokens; known on the host for every kind."""
+    layer = pruned_layer(cache, i)
+    return seen if layer is None else seen - layer.dropped
 
-    A layer that was never pruned holds every token seen, so the 2-D attention mask ``seen [B, past + q]`` tells.
+
+def held_keys(layer: Any, count: int, device: torch.device) -> Tensor:
+    """The first ``count`` keys ``[B, Hkv, count, D]`` of a cache layer of any kind, wherever and however it keeps them."""
+    keys = layer.keys
+    if is_quantized(layer):
+        parts = [layer._dequantize(layer._quantized_keys), *([keys] if keys.numel() else [])]
+        keys = torch.cat(parts, dim=2)
+    return keys[:, :, :count].to(device)
+
+
+def resident_bytes(cache: Cache | None) -> int:
+    """Bytes of all storage the layers of a cache hold, allocated but unwritten entries included."""
+    names = ("keys", "values", "_quantized_keys", "_quantized_values")
+    layers = [] if cache is None else cache.layers
+    return sum(_bytes(getattr(layer, name, None)) for layer in layers for name in names)
+
+
+def _bytes(held: Any) -> int:
+    if isinstance(held, Tensor):
+        if hasattr(held, "__tensor_flatten__"):  # a tensor made of tensors
+            return sum(_bytes(getattr(held, name)) for name in held.__tensor_flatten__()[0])
+        return held.untyped_storage().nbytes()
+    parts = held.values() if isinstance(held, dict) else held if isinstance(held, tuple | list) else ()
+    return sum(map(_bytes, parts))
+
+
+def is_quantized(layer: Any) -> bool:
+    """Whether a layer's keys are only approximately those that attention saw."""
+    return hasattr(layer, "_quantized_keys")
+
+
+def past_validity(cache: Cache | None, i: int, seen: Tensor | None, count: int) -> Tensor | None:
+    """Validity ``[B, count]`` of the first entries layer ``i`` holds, or None if all of them are valid.
+
+    A layer that was never pruned holds every token seen, so the attention mask ``seen [B, past + q]`` tells.
     """
     layer = pruned_layer(cache, i)
-    if layer is not None:
-        return layer.validity(layer.stored())
-    return None if seen is None or seen.shape[1] == q else seen[:, :-q]
+    known = seen if layer is None else layer.valid
+    return None if known is None or count == 0 else lengthen(known, count)
 
 
 def extend_validity(old: Tensor | None, past: int, new: Tensor | None, rows: int) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class Layout:
         valid: ``[B, n]`` False = padding row; None = no padding.
         origin: ``[B, n]`` position of each row in the prompt before any pruning, -1 = padding; None = unpruned.
         ordered: False if an earlier stage rearranged the visual tokens, so that ordinals no longer ascend.
+        end: ``[B, 1]`` position (unpruned) at which the prompt ends and candidates of assisted decoding begin; None =
+            there are none.
     """
 
     rows: int
@@ -34,10 +37,32 @@ class Layout:
     valid: Tensor | None
     origin: Tensor | None
     ordered: bool = True
+    end: Tensor | None = None
+
+    def prompt(self) -> Tensor | None:
+        """``[B, n]`` False at padding and at candidates; None = every row is the prompt's."""
+        if self.end is None:
+            return self.valid
+        order = torch.arange(self.rows, device=self.end.device) if self.origin is None else self.origin
+        inside = (order >= 0) & (order < self.end)
+        return inside if self.valid is None else inside & self.valid
 
     def positions(self) -> Tensor:
         """``[B, N]`` position of each visual token in the unpruned prompt, -1 = padding."""
         return self.columns if self.origin is None else take(self.origin, self.columns)
+
+
+T = TypeVar("T")
+
+
+def moved(record: T, device: torch.device) -> T:
+    """A dataclass with its tensors on a device: a model's layers may be spread over several."""
+    own = {f.name: getattr(record, f.name) for f in fields(record)}  # type: ignore[arg-type]
+    away = {name: x for name, x in own.items() if isinstance(x, Tensor) and x.device != device}
+    pairs = {name: x for name, x in own.items() if isinstance(x, tuple) and x and isinstance(x[0], Tensor)}
+    new: dict[str, Any] = {name: x.to(device) for name, x in away.items()}
+    new |= {name: tuple(t.to(device) for t in x) for name, x in pairs.items() if x[0].device != device}
+    return replace(record, **new) if new else record  # type: ignore[type-var]
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
@@ -54,13 +79,14 @@ def positions_of(marked: Tensor, width: int) -> Tensor:
     return ops.select_topk(blank, 0, code=code)[0][:, :width]
 
 
-def open_layout(visual: Tensor, padding: Tensor | None, known: int | None) -> Layout:
+def open_layout(visual: Tensor, padding: Tensor | None, known: int | None, tail: int = 0) -> Layout:
     """Layout of an unpruned prompt chunk.
 
     Args:
         visual: ``[B, q]`` True at visual tokens.
         padding: ``[B, q]`` False at padding, or None if there is none.
         known: number of visual tokens of a batch of one, when it is known without asking the device.
+        tail: candidates behind the prompt; what precedes the last visual token is the prompt in any case.
     """
     batch, q = visual.shape
     if batch == 1 and padding is None and known is not None:
@@ -81,6 +107,7 @@ def open_layout(visual: Tensor, padding: Tensor | None, known: int | None) -> La
         real=real,
         valid=None if all(n == q for n in real) else padding,
         origin=None,
+        end=(columns.amax(1, keepdim=True) + 1).clamp(min=q - tail) if tail and max(counts) else None,
     )
 
 
@@ -94,21 +121,21 @@ class TextSpan:
     reach: int
 
 
-def find_text(visual: Tensor, valid: Tensor | None) -> TextSpan:
+def find_text(visual: Tensor, prompt: Tensor | None) -> TextSpan:
     """Find the text after each sample's last image. Its extent is data: one host read."""
     q = visual.shape[1]
     order = torch.arange(q, device=visual.device)
     last_visual = torch.where(visual, order, -1).amax(1, keepdim=True)
     mask = (order > last_visual) & (last_visual >= 0)
-    if valid is not None:
-        mask = mask & valid
+    if prompt is not None:
+        mask = mask & prompt
     width, reach = torch.stack([mask.sum(1).max(), torch.where(mask, q - order, 0).max()]).tolist()
     return TextSpan(mask, width, reach)
 
 
 def text_rows(layout: Layout, text: TextSpan) -> Tensor:
     """``[B, T]`` row numbers of the text after the last image in a layout, -1 = padding."""
-    mask = text.mask
+    mask = text.mask.to(layout.columns.device)
     if layout.origin is not None:
         mask = (layout.origin >= 0) & mask.gather(1, layout.origin.clamp(min=0))
     return positions_of(mask, text.width)
@@ -181,15 +208,16 @@ def put_rows(short: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
     n, width = short.shape[1:]
     at = torch.where(columns >= 0, columns, n)[..., None].expand(-1, -1, width)
     spare = torch.cat([short, torch.zeros_like(short[:, :1])], 1)
-    return spare.scatter(1, at, rows.to(short.dtype))[:, :n]
+    return spare.scatter(1, at, rows.to(short))[:, :n]
 
 
 def last_rows(layout: Layout) -> Tensor:
-    """``[B, 1]`` row number of each sample's newest token; padding may stand on either side of the prompt."""
-    if layout.valid is None:
+    """``[B, 1]`` row number of each prompt's newest token; padding may stand on either side of it."""
+    prompt = layout.prompt()
+    if prompt is None:
         return torch.full((layout.columns.shape[0], 1), layout.rows - 1, device=layout.columns.device)
     order = torch.arange(layout.rows, device=layout.columns.device)
-    return torch.where(layout.valid, order, -1).amax(1, keepdim=True)
+    return torch.where(prompt, order, -1).amax(1, keepdim=True)
 
 
 def shorten(layout: Layout, index: Tensor, kept: tuple[int, ...]) -> tuple[Layout, Tensor]:
@@ -213,6 +241,7 @@ def shorten(layout: Layout, index: Tensor, kept: tuple[int, ...]) -> tuple[Layou
         valid=None if min(real) == rows else survivors >= 0,
         origin=origin,
         ordered=layout.ordered,
+        end=layout.end,
     )
     return new, survivors
 

@@ -41,8 +41,16 @@ def prune(model: nn.Module, policy: PruningPolicy) -> Iterator[Run]:
 
     Only this instance is touched, by forward hooks that are gone when the block ends, also after an error.
 
+    Every way of generating goes on as it does unpruned. What is worth knowing:
+        The scoring row is the last one of the prompt. With ``logits_to_keep=n`` the last n - 1 tokens are an answer (or
+        candidates of assisted decoding) that the choice must not see; with padding on the right the mask tells.
+        Chunked prefill prunes the visual tokens of each chunk when it runs, scored by the chunk's last row; a part of an
+        image keeps its share of a budget. Methods that read the prompt's text or the vision tower need one chunk.
+        ``output_hidden_states``: entry i is what enters layer i before a stage there; later ones, the last one too, hold
+        the surviving rows only.
+
     Args:
-        model: a LLaVA-1.5-type ``LlavaForConditionalGeneration`` (CLIP or SigLIP tower; Llama, Mistral or Qwen2 decoder),
+        model: a vision-language model of a family in ``vlmprune.models.families.FAMILIES``, with its head,
             with sdpa or eager attention; a PEFT wrapper of one is looked through.
         policy: what to keep, e.g. ``FastV(layer=2, keep=0.5)``.
 

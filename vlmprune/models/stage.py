@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.errors import check
+from vlmprune.errors import ModelError, check
 from vlmprune.models.family import Parts
 from vlmprune.models.forward import Forward, Plan, Rope
-from vlmprune.models.layout import Layout, in_order, packed_rows, put_rows, rearrange, shorten, text_rows
+from vlmprune.models.layout import (
+    Layout,
+    in_order,
+    moved,
+    packed_rows,
+    put_rows,
+    rearrange,
+    shorten,
+    text_rows,
+)
 from vlmprune.models.probe import read_own_attention
 from vlmprune.models.run import Run
 from vlmprune.models.vision import VisionTaps
@@ -37,22 +46,25 @@ class StageRunner:
         if i in forward.plans:
             plan = forward.plans[i]
             return hidden if plan is None else _apply(plan, hidden)
-        before, layout = forward.plan_before(i), forward.layout_before(i)
-        tables = rope if before is None else before.rope
+        device = hidden.device
+        before, layout = forward.plan_before(i), moved(forward.layout_before(i), device)
+        rope = rope[0].to(device), rope[1].to(device)
+        tables = rope if before is None else (before.rope[0].to(device), before.rope[1].to(device))
         with torch.no_grad():
-            choice = self._ask(self._context(forward, i, hidden, tables, cache))
+            choice = self._ask(self._context(forward, i, hidden, tables, cache, layout))
             index, kept = in_order(layout, choice)
             if kept == layout.counts and not isinstance(choice, Reduction):
                 forward.plans[i] = None
-                self.run.record(i, layout, index, layout.rows)
+                self.run.record(i, layout, index, layout)
                 return hidden
             after, survivors = shorten(layout, index, kept)
-            self.run.record(i, layout, index, after.rows)
+            self.run.record(i, layout, index, after)
         if isinstance(choice, Reduction):
-            forward.plans[i] = plan = _reduced(forward, i, rope, tables, after, survivors, choice)
+            forward.plans[i] = plan = _reduced(forward, i, rope, tables, layout, after, survivors, choice)
             return _apply(plan, hidden)
         short, cos, sin = ops.gather_tokens([hidden, *tables], survivors)  # one launch
-        forward.plans[i] = Plan(after, survivors, (cos, sin), shift=None if before is None else before.shift)
+        rope = cos.detach(), sin.detach()  # else checkpointed layers would share a graph through them
+        forward.plans[i] = Plan(after, survivors, rope, shift=None if before is None else before.shift)
         return short
 
     def _ask(self, context: TokenContext) -> Tensor | Reduction:
@@ -63,31 +75,41 @@ class StageRunner:
         ok = index.ndim == 2 and index.shape[0] == batch and index.dtype == torch.int64
         got = f"{index.dtype} {tuple(index.shape)}"
         check(ok, "select", f"int64 [{batch}, K] from {self.policy!r}", got)
+        packed = isinstance(choice, Reduction) and choice.positions == "pack"
+        if packed and not self.parts.family.packs:
+            raise ModelError(
+                f"positions: expected 'keep' with {self.parts.config.model_type!r} (its positions have three "
+                f"dimensions and cannot be packed), got 'pack' from {self.policy!r}"
+            )
         if isinstance(choice, Reduction) and choice.hidden is not None:
             shape = tuple(choice.hidden.shape)
             check(shape[:2] == tuple(index.shape), "select", f"hidden {[*index.shape]} + [D]", [*shape])
         return choice
 
-    def _context(self, forward: Forward, i: int, hidden: Tensor, rope: Rope, cache: Any) -> TokenContext:
-        """Everything the policy asked for, and where the visual tokens are."""
-        assert forward.first is not None
-        needs, layout, grid = self.policy.needs(i), forward.layout_before(i), self.parts.grid
-        grids = tuple((grid,) * (n // (grid[0] * grid[1])) for n in forward.first.counts)
-        images = sum(map(len, grids))
+    def _context(
+        self, forward: Forward, i: int, hidden: Tensor, rope: Rope, cache: Any, layout: Layout
+    ) -> TokenContext:
+        """Everything the policy asked for, and where the visual tokens are; all of it where ``hidden`` is."""
+        needs, visuals, device = self.policy.needs(i), forward.visuals, hidden.device
+        assert forward.first is not None and visuals is not None
+        first = moved(forward.first, device)
+        images = [len(sample) for sample in forward.images]
         return TokenContext(
             layer=i,
             mask=layout.columns >= 0,
             counts=layout.counts,
             ordinals=layout.ordinals,
             positions=layout.positions(),
-            grids=grids,
+            grids=tuple(tuple(grid for image in sample for grid in image) for sample in forward.images),
+            sizes=forward.sizes(),
+            shares=forward.shares,
             hidden=ops.gather_tokens([hidden], layout.columns)[0] if needs.hidden else None,
             attention=self._attention(forward, i, hidden, rope, cache, layout),
-            embeds=forward.embeds if needs.embeds else None,
-            image=forward.first.columns if needs.embeds else None,
-            text=None if forward.text is None else text_rows(forward.first, forward.text),
-            vision={layer: self.taps.attention(layer, images) for layer in needs.vision},
-            features=self.taps.features(images) if needs.vision else None,
+            embeds=forward.embeds.to(device) if needs.embeds and forward.embeds is not None else None,
+            image=first.columns if needs.embeds else None,
+            text=None if forward.text is None else text_rows(first, forward.text),
+            vision={at: moved(self.taps.attention(at, visuals, images), device) for at in needs.vision},
+            features=self.taps.features(visuals, images).to(device) if needs.vision else None,
             project=self.parts.projector.forward
             if needs.vision
             else None,  # not a call: no hook should see it
@@ -101,7 +123,7 @@ class StageRunner:
         if needs.attention != "own":
             return forward.attention.pop(i, None)
         layer = self.parts.layers[i]
-        return read_own_attention(layer, hidden, rope, cache, layout, forward, needs)
+        return moved(read_own_attention(layer, hidden, rope, cache, layout, forward, needs), hidden.device)
 
 
 def _reduced(
@@ -109,13 +131,15 @@ def _reduced(
     i: int,
     rope: Rope,
     tables: Rope,
+    layout: Layout,
     after: Layout,
     survivors: Tensor,
     choice: Reduction,
 ) -> Plan:
     """The plan of a choice that reorders, rewrites or renumbers its rows."""
-    before, layout, first = forward.plan_before(i), forward.layout_before(i), forward.first
-    assert first is not None
+    before = forward.plan_before(i)
+    assert forward.first is not None
+    first = moved(forward.first, survivors.device)
     after, survivors = rearrange(layout, after, survivors, choice.index)
     if choice.positions == "pack":
         cos, sin = ops.gather_tokens(list(rope), packed_rows(first, after))

@@ -2,76 +2,142 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vlmprune.errors import ModelError, check
-from vlmprune.models.family import Parts
+from vlmprune.models.calls import Visuals, note_of
+from vlmprune.models.families import HAS_CLS, Encoded, patches_of
+from vlmprune.models.family import Parts, tower_layers
 from vlmprune.models.probe import heads
+from vlmprune.models.run import Run
 from vlmprune.policies.base import VisionAttention
 
 
 class VisionTaps:
-    """Keeps the latest encoded images' query, key and features.
+    """Notes what every run of the vision tower saw, on the output object that also carries its features.
 
-    They wait on the engine, not in the call's own state: generate() encodes images before it calls the model. So one
-    model must not encode two batches of images at once (two threads need two models).
+    So a call finds the query and key of its own images, however many others were encoded before it. While the tower
+    runs the note waits here: one model must not encode two batches of images at once (two threads need two models).
     """
 
-    def __init__(self, parts: Parts, layers: Iterable[int]) -> None:
-        tower = getattr(parts.vision, "vision_model", parts.vision)
-        self.cls = parts.config.vision_config.model_type == "clip_vision_model"
-        self.projector = parts.projector
-        depth = len(tower.encoder.layers)
+    def __init__(self, parts: Parts, layers: Iterable[int], run: Run) -> None:
+        self.parts, self.blocks = parts, tower_layers(parts.vision)
+        self.cls = parts.config.vision_config.model_type in HAS_CLS
+        self.note, self.run = Encoded(()), run
+        self.heard: list[Any] | None = None
         self.attn: dict[int, Any] = {}
         for layer in layers:
-            check(-depth <= layer < depth, "vision layer", f"{-depth}..{depth - 1}", layer)
-            self.attn[layer] = tower.encoder.layers[layer].self_attn
-        self.taken: dict[tuple[int, str], Tensor] = {}
-        self.seen: Tensor | None = None
+            self.attn[layer] = self._attention_of(layer)
+
+    def _attention_of(self, layer: int) -> Any:
+        """A block's attention. Raises ModelError where the tower's attention says nothing about visual tokens."""
+        if not self.parts.family.tapped:
+            raise ModelError(
+                "vision: expected a tower whose every patch is part of one visual token, got "
+                f"{self.parts.config.model_type!r} (methods that read the vision tower cannot prune it)"
+            )
+        depth = len(self.blocks)
+        check(-depth <= layer < depth, "vision layer", f"{-depth}..{depth - 1}", layer)
+        block: Any = self.blocks[layer]
+        return getattr(block, "self_attn", None) or block.attention
 
     def register(self) -> list[RemovableHandle]:
-        """Hook the projections of the wanted layers, and the projector's input."""
-        handles = []
+        """Hook the tower; with layers wanted also their projections, and the projector's input."""
+        tower = self.parts.vision
+        handles = [
+            tower.register_forward_pre_hook(self._start),
+            tower.register_forward_hook(self._end, with_kwargs=True),
+        ]
         for layer, attn in self.attn.items():
-            for name in ("q_proj", "k_proj"):
-                handles.append(getattr(attn, name).register_forward_hook(self._taker(layer, name)))
+            for name in ("q", "k"):
+                # A norm behind the projection (InternVL) has the last word on it.
+                norm = getattr(attn, f"{name}_norm", None)
+                module = getattr(attn, f"{name}_proj") if norm is None else norm
+                handles.append(module.register_forward_hook(self._taker(layer, name)))
         if self.attn:
-            handles.append(self.projector.register_forward_pre_hook(self._see))
+            handles.append(self.parts.projector.register_forward_pre_hook(self._see))
         return handles
 
-    def attention(self, layer: int, images: int) -> VisionAttention:
-        """Query and key of a vision layer, for the ``images`` of the running call."""
-        attn = self.attn[layer]
-        query, key = (heads(self._get(layer, name, images), attn.head_dim) for name in ("q_proj", "k_proj"))
-        return VisionAttention(query, key, attn.scale, self.cls)
+    def listen(self) -> list[Any]:
+        """A list to which outputs are added, until another one is asked for."""
+        self.heard = []
+        return self.heard
 
-    def features(self, images: int) -> Tensor:
+    def attention(self, layer: int, visuals: Visuals, images: Sequence[int]) -> VisionAttention:
+        """Query and key of a vision layer for the running call, whose samples have these numbers of images."""
+        attn, note = self.attn[layer], self._note(visuals, images)
+        rows = _rows(note, images)
+        query, key = (_take(heads(note.taken[layer, name], attn.head_dim), rows) for name in ("q", "k"))
+        side = self.parts.family.side(self.parts.config)
+        grid = patches_of(self.parts.config, note)
+        mask = None if note.mask is None else _take(note.mask, rows)
+        return VisionAttention(query, key, attn.scale, self.cls, grid, side, mask)
+
+    def features(self, visuals: Visuals, images: Sequence[int]) -> Tensor:
         """``[I, P, Dv]`` what the projector got."""
-        return _same_images(self.seen, images)
+        note = self._note(visuals, images)
+        assert note.features is not None
+        return _take(note.features, _rows(note, images))
 
-    def _get(self, layer: int, name: str, images: int) -> Tensor:
-        return _same_images(self.taken.get((layer, name)), images)
+    def _note(self, visuals: Visuals, images: Sequence[int]) -> Encoded:
+        """The note on this call's images: features cut up, or encoded outside the scope, come without."""
+        notes = [note_of(output) for output in visuals.outputs]
+        note = notes[0] if len(notes) == 1 else None
+        wanted = sum(images)
+        ok = note is not None and {(layer, "k") for layer in self.attn} <= {*note.taken}
+        if not ok or note is None or not note.crops or wanted % len(note.crops):
+            got = "none" if not ok or note is None else f"those of {len(note.crops)}"
+            raise ModelError(
+                f"vision: expected query and key of the {wanted} images of this call, got {got} "
+                "(images must be encoded whole, by this model, inside the scope)"
+            )
+        return note
+
+    # Hooks
+
+    def _start(self, module: nn.Module, args: Any) -> None:
+        self.note = Encoded(())
+
+    def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        note, thw, mask = self.note, kwargs.get("grid_thw"), kwargs.get("patch_attention_mask")
+        if thw is not None:
+            note.thw = thw.tolist()  # as the tower itself reads it
+            note.crops = tuple(h * w for t, h, w in note.thw for _ in range(t))
+        else:
+            crops, rows = output.last_hidden_state.shape[:2]
+            note.crops = (rows - self.cls,) * crops
+            note.mask = None if mask is None else mask.flatten(1)
+        output.vlmprune = note
+        self.run.crops += note.crops
+        if self.heard is not None:
+            self.heard.append(output)
 
     def _taker(self, layer: int, name: str) -> Any:
         def take(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.taken[layer, name] = output.detach()
+            self.note.taken[layer, name] = output.detach()
 
         return take
 
     def _see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.seen = args[0].detach()
+        self.note.features = args[0].detach()
 
 
-def _same_images(taken: Tensor | None, images: int) -> Tensor:
-    """What was taken, if it belongs to this call: features encoded elsewhere leave no query and key here."""
-    got = 0 if taken is None else taken.shape[0]
-    if taken is None or got != images:
-        raise ModelError(
-            f"vision: expected query and key of the {images} images of this call, got those of {got} "
-            "(images must be encoded by this model inside the scope, one row per prompt)"
-        )
-    return taken
+def _rows(note: Encoded, images: Sequence[int]) -> list[int] | None:
+    """Which crop each image of the call is; None = one after the other. Beam search repeats samples, not crops."""
+    copies = sum(images) // len(note.crops)
+    if copies == 1:
+        return None
+    rows: list[int] = []
+    first = 0
+    for b, count in enumerate(images):
+        rows += range(first, first + count)
+        first += count if (b + 1) % copies == 0 else 0
+    return rows
+
+
+def _take(x: Tensor, rows: list[int] | None) -> Tensor:
+    return x if rows is None else x[rows]

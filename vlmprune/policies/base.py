@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.errors import check, require
+from vlmprune.policies.attention import AttentionInputs as AttentionInputs
 
 Grid = tuple[int, int]
-"""Patch rows and patch columns of one image."""
+"""Rows and columns of visual tokens: those of one image, of a video's frame, or of an image's small view or tiles."""
+
+
+def tokens_in(grids: Iterable[Grid]) -> int:
+    """Visual tokens of all these grids."""
+    return sum(rows * columns for rows, columns in grids)
 
 
 @dataclass(frozen=True)
@@ -59,42 +65,6 @@ def _either(name: str, one: T, other: T, weakest: T) -> T:
 
 
 @dataclass(frozen=True)
-class AttentionInputs:
-    """Query rows and keys of one layer, ready for ``ops.received_attention``. S = cached past + this prompt chunk.
-
-    Attributes:
-        query: ``[B, H, Sq, D]`` after RoPE; covers the last Sq of the S positions (Sq is 1 when only the last row is needed).
-        key: ``[B, Hkv, S, D]`` after RoPE.
-        last: ``[B, 1]`` int64, key position of the last prompt row.
-        rows: ``[B, R]`` int64, key positions of the rows asked for (``Needs.rows``), -1 = padding.
-        columns: ``[B, N]`` int64, key positions of the visual tokens entering the stage, -1 = padding.
-        key_mask: ``[B, S]`` bool, False = padding; None = no padding.
-        rope: ``(cos, sin)``, each ``[B or 1, Q, D]``, of the last Q positions: this prompt chunk.
-        scale: softmax scale.
-    """
-
-    query: Tensor
-    key: Tensor
-    last: Tensor
-    rows: Tensor
-    columns: Tensor
-    key_mask: Tensor | None
-    rope: tuple[Tensor, Tensor]
-    scale: float
-
-    def chunk(self) -> AttentionInputs:
-        """The same without the cached past: keys, masks and positions of this prompt chunk only."""
-        past = self.key.shape[2] - self.rope[0].shape[1]
-        if past == 0:
-            return self
-        mask = None if self.key_mask is None else self.key_mask[:, past:]
-        last, rows, columns = (torch.where(t >= 0, t - past, t) for t in (self.last, self.rows, self.columns))
-        return AttentionInputs(
-            self.query, self.key[:, :, past:], last, rows, columns, mask, self.rope, self.scale
-        )
-
-
-@dataclass(frozen=True)
 class VisionAttention:
     """Query and key of one vision-tower layer, for the I images of a call in prompt order.
 
@@ -102,12 +72,27 @@ class VisionAttention:
         query, key: ``[I, H, P, D]``, or ``[I, H, 1 + P, D]`` with the CLS row first.
         scale: softmax scale.
         cls: whether row 0 is a CLS token.
+        grid: patch rows and columns, where ``side`` is not 1.
+        side: rows and columns of the block of patches that became one visual token.
+        mask: ``[I, P]`` bool, False at patches that are padding (no CLS then); None = none are.
     """
 
     query: Tensor
     key: Tensor
     scale: float
     cls: bool
+    grid: Grid | None = None
+    side: int = 1
+    mask: Tensor | None = None
+
+    def per_token(self, patches: Tensor) -> Tensor:
+        """Mean over each visual token's block: ``[I, P, ...]`` to ``[I, P / side^2, ...]``."""
+        if self.side == 1:
+            return patches
+        rows, columns = require(self.grid, "grid", "patch rows and columns")
+        down, across = rows // self.side, columns // self.side
+        blocks = patches.reshape(len(patches), down, self.side, across, self.side, *patches.shape[2:])
+        return blocks.float().mean((2, 4)).flatten(1, 2)
 
 
 @dataclass(frozen=True)
@@ -120,7 +105,9 @@ class TokenContext:
         counts: visual tokens of each sample, host ints (``mask.sum(1)``).
         ordinals: ``[B, N]`` int64, each token's number among the prompt's visual tokens before any pruning, -1 = padding.
         positions: ``[B, N]`` int64, each token's position in the prompt chunk before any pruning, -1 = padding.
-        grids: per sample, the patch grid of each image in prompt order (their products add up to the unpruned count).
+        grids: per sample, the grids of its visual tokens in prompt order (their products add up to the unpruned count):
+            one per image, or several where an image has a small view and tiles, or a video has frames. A newline token
+            ends its row of the grid, or is a grid of its own.
         hidden: ``[B, N, D]`` hidden states entering the stage, or None if not asked for.
         attention: query and key of one layer, or None if not asked for.
         embeds: ``[B, q, D]`` input embeddings of the whole prompt chunk, or None if not asked for.
@@ -131,6 +118,9 @@ class TokenContext:
         vision: query and key of the vision layers asked for, by the number they were asked with.
         features: ``[I, P, Dv]`` what the projector got of every image, or None if no vision layer was asked for.
         project: the projector, ``[..., Dv]`` to ``[..., D]``, for features made anew; given with ``features``.
+        sizes: per sample, the visual tokens of each image or video; None where every grid is an image.
+        shares: how many images each sample's visual tokens are, where chunked prefill has cut them up; else None. Then
+            ordinals count from the prompt's first visual token and ``grids`` are those of all its images so far.
     """
 
     layer: int
@@ -147,6 +137,18 @@ class TokenContext:
     vision: Mapping[int, VisionAttention] = field(default_factory=dict)
     features: Tensor | None = None
     project: Callable[[Tensor], Tensor] | None = None
+    sizes: tuple[tuple[int, ...], ...] | None = None
+    shares: tuple[float, ...] | None = None
+
+    def image_counts(self) -> tuple[float, ...]:
+        """Per sample, how many images and videos its visual tokens are; part of an image counts for its share."""
+        return tuple(map(len, self.images())) if self.shares is None else self.shares
+
+    def images(self) -> tuple[tuple[int, ...], ...]:
+        """Per sample, the visual tokens of each of its images and videos before any pruning."""
+        if self.sizes is not None:
+            return self.sizes
+        return tuple(tuple(rows * columns for rows, columns in grids) for grids in self.grids)
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,12 @@ class Reduction:
     positions: Literal["keep", "pack"] = "keep"
 
 
-def keep_count(keep: float, tokens: int, images: int = 1) -> int:
+def keep_count(keep: float, tokens: int, images: float = 1) -> int:
     """How many of ``tokens`` survive: a float is a share, an int is a number per image. Never more than there are."""
     if tokens == 0:
         return 0
     if isinstance(keep, int):
-        return min(tokens, keep * images)
+        return min(tokens, max(1, int(keep * images + 1e-6)))
     return min(tokens, max(1, int(keep * tokens + 1e-6)))
 
 
@@ -189,7 +191,7 @@ def check_layer(layer: object, least: int = 0, why: str = "") -> None:
 
 def quotas(ctx: TokenContext, keep: float) -> list[int]:
     """How many tokens each sample keeps at this stage, on the host."""
-    return [keep_count(keep, n, len(g)) for n, g in zip(ctx.counts, ctx.grids, strict=True)]
+    return [keep_count(keep, n, images) for n, images in zip(ctx.counts, ctx.image_counts(), strict=True)]
 
 
 def select_scores(scores: Tensor, ctx: TokenContext, keep: float) -> Tensor:
@@ -208,7 +210,15 @@ def select_scores(scores: Tensor, ctx: TokenContext, keep: float) -> Tensor:
 
 @dataclass(frozen=True)
 class PruningPolicy(ABC):
-    """Decides which visual tokens survive at its stages. Holds settings only, never tensors or run state."""
+    """Decides which visual tokens survive at its stages. Holds settings only, never tensors or run state.
+
+    Args:
+        earlier_kv: what the layers before the last stage hold in the KV cache once the prompt has run: "full", every
+            token they saw, or "compact", only what survived the last stage (the answer then attends to nothing else).
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
 
     summary: ClassVar[str] = ""
     """One line for ``vlmprune list``."""
@@ -223,6 +233,13 @@ class PruningPolicy(ABC):
     """Whether it takes padded batches of more than one sample."""
     presets: ClassVar[Mapping[int, str]] = {}
     """Settings, as typed on the command line, for a mean of 192, 128 and 64 visual tokens of 576 over 32 layers."""
+
+    earlier_kv: Literal["full", "compact"] = field(default="full", kw_only=True)
+
+    def __new__(cls, *args: Any, earlier_kv: object = "full", **settings: Any) -> Self:
+        """Check what every policy has, whatever ``__post_init__`` its class brings."""
+        check(earlier_kv in ("full", "compact"), "earlier_kv", "'full' or 'compact'", repr(earlier_kv))
+        return super().__new__(cls)
 
     @property
     @abstractmethod
@@ -244,13 +261,18 @@ class PruningPolicy(ABC):
         """The union of what both keep, at the same layers."""
         from vlmprune.policies.compose import Union
 
-        return Union(self, other)
+        return Union(self, other, earlier_kv=_joint(self, other))
 
     def __and__(self, other: PruningPolicy) -> PruningPolicy:
         """What both keep, at the same layers."""
         from vlmprune.policies.compose import Intersection
 
-        return Intersection(self, other)
+        return Intersection(self, other, earlier_kv=_joint(self, other))
+
+
+def _joint(one: PruningPolicy, other: PruningPolicy) -> Literal["full", "compact"]:
+    """The setting of two policies made one; where they differ, the one that their combination then refuses."""
+    return one.earlier_kv if one.earlier_kv == other.earlier_kv else "full"
 
 
 def attention_of(ctx: TokenContext) -> AttentionInputs:

@@ -14,6 +14,12 @@ from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.sets import index_of, marks
 
 
+def check_member(whole: PruningPolicy, member: PruningPolicy, name: str) -> None:
+    """Raise ValueError if a member asks for less KV memory than the whole, whose own setting is the one that counts."""
+    ok = member.earlier_kv in (whole.earlier_kv, "full")
+    check(ok, name, f"earlier_kv={whole.earlier_kv!r} as {type(whole).__name__} itself has it", repr(member))
+
+
 @dataclass(frozen=True)
 class Stages(PruningPolicy):
     """Applies several policies, each at its own layers; a later one chooses among what earlier ones kept.
@@ -22,7 +28,8 @@ class Stages(PruningPolicy):
         policies: the policies, in any order; kept in the order of their layers.
 
     Raises:
-        ValueError: no policy, something that is not a policy, or two policies at one layer.
+        ValueError: no policy, something that is not a policy, two policies at one layer, or one with
+            ``earlier_kv="compact"`` where the whole has not (its own setting counts).
     """
 
     summary: ClassVar[str] = "several policies, each at its own layers"
@@ -34,6 +41,7 @@ class Stages(PruningPolicy):
         check(len(self.policies) > 0, "policies", "at least one policy", "none")
         for policy in self.policies:
             check(isinstance(policy, PruningPolicy), "policies", "policies only", repr(policy))
+            check_member(self, policy, "policies")
         object.__setattr__(self, "policies", tuple(sorted(self.policies, key=lambda p: p.layers)))
         for layer in self.layers:
             here = [p for p in self.policies if layer in p.layers]
@@ -67,7 +75,8 @@ class Pair(PruningPolicy):
         second: another one with the same layers. Both only drop tokens: what one changes the other cannot know.
 
     Raises:
-        ValueError: one of them is not a policy, or their layers differ.
+        ValueError: one of them is not a policy, their layers differ, or one has ``earlier_kv="compact"`` where the
+            pair has not (its own setting counts; ``p | q`` and ``p & q`` take theirs from both).
     """
 
     first: PruningPolicy
@@ -76,6 +85,7 @@ class Pair(PruningPolicy):
     def __post_init__(self) -> None:
         for name, policy in (("first", self.first), ("second", self.second)):
             check(isinstance(policy, PruningPolicy), name, "a policy", repr(policy))
+            check_member(self, policy, name)
         same = self.first.layers == self.second.layers
         check(same, "second", f"a policy with the layers {self.first.layers}", self.second.layers)
 

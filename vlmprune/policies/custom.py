@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Custom(PruningPolicy):
         layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones.
         select: takes a TokenContext, returns ``[B, K]`` int64: which of the entering tokens stay, as numbers in
             0..count-1 of each sample, ascending, -1 padding on the right, at least one where a sample has any.
+        earlier_kv: as for every policy.
 
     Raises:
         ValueError: ``layer`` is out of range, ``select`` is no callable or what it returned is not as above.
@@ -39,11 +40,14 @@ class Custom(PruningPolicy):
     layer: int
     function: Select
 
-    def __init__(self, layer: int, select: Select) -> None:
+    def __init__(
+        self, layer: int, select: Select, *, earlier_kv: Literal["full", "compact"] = "full"
+    ) -> None:
         check_layer(layer)
         check(callable(select), "select", "a callable that takes a TokenContext", repr(select))
         object.__setattr__(self, "layer", layer)
         object.__setattr__(self, "function", select)
+        object.__setattr__(self, "earlier_kv", earlier_kv)
 
     def __repr__(self) -> str:
         name = getattr(self.function, "__qualname__", None) or repr(self.function)

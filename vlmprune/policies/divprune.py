@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vlmprune.errors import require
-from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, check_keep
+from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, check_keep, keep_count
 from vlmprune.policies.vision import Positions, check_positions, choose_greedily, outcome
 
 
@@ -56,9 +56,10 @@ class DivPrune(PruningPolicy):
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         """The most diverse tokens of each sample."""
         hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
-        kept = [self._count(n, len(g)) for n, g in zip(ctx.counts, ctx.grids, strict=True)]
+        kept = [self._count(n, images) for n, images in zip(ctx.counts, ctx.image_counts(), strict=True)]
         return outcome(choose_greedily(hidden, kept, "maxmin", ctx.mask), self.positions)
 
-    def _count(self, tokens: int, images: int) -> int:
-        wanted = self.keep * images if isinstance(self.keep, int) else max(1, round(self.keep * tokens))
-        return min(tokens, wanted)
+    def _count(self, tokens: int, images: float) -> int:
+        if isinstance(self.keep, int):
+            return keep_count(self.keep, tokens, images)
+        return min(tokens, max(1, round(self.keep * tokens)))

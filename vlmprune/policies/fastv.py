@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vlmprune import ops
 from vlmprune.errors import check
 from vlmprune.policies.base import (
     Needs,
@@ -66,12 +65,5 @@ class FastV(PruningPolicy):
     def select(self, ctx: TokenContext) -> Tensor:
         """The best-scored tokens of each sample."""
         seen = attention_of(ctx)
-        scores = ops.received_attention(
-            seen.query,
-            seen.key,
-            rows=seen.last if self.rows == "last" else seen.rows,
-            columns=seen.columns,
-            key_mask=seen.key_mask,
-            scale=seen.scale,
-        )
+        scores = seen.received(seen.last if self.rows == "last" else seen.rows)
         return select_scores(scores, ctx, self.keep)

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune import ops
 from vlmprune.errors import check
 from vlmprune.policies.base import (
     Needs,
@@ -68,16 +67,7 @@ class Feather(PruningPolicy):
     def select(self, ctx: TokenContext) -> Tensor:
         """Top-k and grid at the first stage (one host read for the width), top-k alone at the second."""
         seen = attention_of(ctx).chunk()
-        scores = ops.received_attention(
-            seen.query,
-            seen.key,
-            rows=seen.last,
-            columns=seen.columns,
-            key_mask=seen.key_mask,
-            normalize="columns",
-            scale=seen.scale,
-            rope=seen.rope,
-        )
+        scores = seen.received(seen.last, normalize="columns", unrotated=True)
         if ctx.layer != self.layers[0]:
             return select_scores(scores, ctx, self.keep**2)
         best = marks(select_scores(scores, ctx, self.keep), ctx.mask.shape[1])

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune import ops
 from vlmprune.errors import check
 from vlmprune.policies.base import (
     Needs,
@@ -75,14 +74,7 @@ class PyramidDrop(PruningPolicy):
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         """The best-scored tokens of each sample."""
         seen = attention_of(ctx)
-        scores = ops.received_attention(
-            seen.query,
-            seen.key,
-            rows=seen.last,
-            columns=seen.columns,
-            key_mask=seen.key_mask,
-            scale=seen.scale,
-        )
+        scores = seen.received(seen.last)
         return outcome(select_counts(scores, ctx, self._kept(ctx)), self.positions)
 
     def _shares(self) -> tuple[float, ...]:
@@ -93,5 +85,5 @@ class PyramidDrop(PruningPolicy):
         if not isinstance(self.ratio, tuple):
             return [keep_count(self.ratio, n) for n in ctx.counts]
         share = self.ratio[self.layers.index(ctx.layer)]
-        whole = [sum(rows * cols for rows, cols in grids) for grids in ctx.grids]
+        whole = [sum(images) for images in ctx.images()]
         return [min(n, max(1, int(all_of * share))) for n, all_of in zip(ctx.counts, whole, strict=True)]

@@ -77,8 +77,9 @@ def policy_class(name: str) -> type[PruningPolicy]:
 
 
 def fields_of(policy: type[PruningPolicy]) -> list[tuple[str, object]]:
-    """A policy's settings as (name, default); ``dataclasses.MISSING`` where there is no default."""
-    defaults = {f.name: _default(f) for f in fields(policy) if f.init}
+    """A policy's settings as (name, default), its own before those of all policies; ``dataclasses.MISSING`` = no default."""
+    settings = sorted(fields(policy), key=lambda f: f.kw_only is True)
+    defaults = {f.name: _default(f) for f in settings if f.init}
     if MISSING in defaults.values():
         return list(defaults.items())
     made = policy()  # rather than the bare defaults: a policy may fill one in when it is made

@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlmprune import ops
 from vlmprune.errors import check, require
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, attention_of
 from vlmprune.policies.quota import check_layers, check_schedule, select_counts, thinned
@@ -105,15 +104,7 @@ class SparseVLM(PruningPolicy):
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         """The best-rated tokens of each sample, then what is recycled of the others."""
         seen, weights = attention_of(ctx), rater_weights(ctx)
-        scores = ops.received_attention(
-            seen.query,
-            seen.key,
-            rows=seen.rows,
-            columns=seen.columns,
-            row_weight=weights,
-            key_mask=seen.key_mask,
-            scale=seen.scale,
-        )
+        scores = seen.received(row_weight=weights)
         kept = self._kept(ctx, weights)
         if not self.recycle:
             return outcome(select_counts(scores, ctx, kept), self.positions)
@@ -138,7 +129,8 @@ class SparseVLM(PruningPolicy):
 
 def attention_ranks(ctx: TokenContext, weights: Tensor) -> list[int]:
     """Rank of each sample's head-mean attention ``[raters, visual tokens]``; a host sync."""
-    shares = row_attention(attention_of(ctx)).mean(1) * weights[..., None]
+    seen = attention_of(ctx)
+    shares = seen.across_ranks(row_attention(seen).mean(1), "mean") * weights[..., None]
     # matrix_rank's own default, for the matrix without the rows and columns that are padding or no raters
     larger = torch.maximum(weights.sum(1), ctx.mask.sum(1).float())
     ranks: list[int] = torch.linalg.matrix_rank(shares, rtol=larger * torch.finfo(torch.float32).eps).tolist()

@@ -74,7 +74,7 @@ class SparseVLMPlus(PruningPolicy):
         seen, weights = attention_of(ctx), rater_weights(ctx)
         # Row by row: R differs for every pair, so no reduction over rows can come before it.
         corrected = row_attention(seen) / rope_kernel(seen)[:, None] * weights[:, None, :, None]
-        per_head = corrected.sum(2)  # [B, H, N]
+        per_head = seen.across_ranks(corrected.sum(2), "none")  # [B, H, N]
         first = ops.select_topk(per_head.sum(2), min(self.heads, per_head.shape[1]))[0]
         scores = per_head.gather(1, first[..., None].expand(-1, -1, per_head.shape[2])).sum(1)
         schedule = self.keep or SCHEDULES[self.tokens]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -90,16 +91,16 @@ def _rows(x: Tensor, at: Tensor, fill: int) -> Tensor:
 
 def images_of(ctx: TokenContext) -> Images:
     """Where the images lie. Raises ValueError if an earlier stage has already dropped some of their tokens."""
-    whole = tuple(sum(r * c for r, c in grids) for grids in ctx.grids)
+    sizes = ctx.images()
+    whole = tuple(map(sum, sizes))
     check(ctx.counts == whole, "ctx.counts", f"{whole}, every token of every image", ctx.counts)
-    samples, firsts, tokens = [], [], []
-    for sample, grids in enumerate(ctx.grids):
-        first = 0
-        for rows, columns in grids:
-            samples.append(sample)
-            firsts.append(first)
-            tokens.append(rows * columns)
-            first += rows * columns
+    samples: list[int] = []
+    firsts: list[int] = []
+    tokens: list[int] = []
+    for sample, own in enumerate(sizes):
+        samples += [sample] * len(own)
+        firsts += accumulate((0, *own[:-1]) if own else ())
+        tokens += own
     return Images(tuple(samples), tuple(firsts), tuple(tokens), ctx.mask.shape[1])
 
 
@@ -107,19 +108,33 @@ def vision_of(ctx: TokenContext, layer: int, images: Images) -> VisionAttention:
     """One vision layer's query and key, or an error that says what the policy forgot to declare."""
     name = f"ctx.vision[{layer}]"
     seen = require(ctx.vision.get(layer), name, f"query and key (declare Needs(vision=({layer},)))")
-    patches = seen.key.shape[2] - seen.cls
+    patches = (seen.key.shape[2] - seen.cls) // seen.side**2
     fits = images.tokens == (patches,) * seen.key.shape[0]
     check(fits, name, f"images of {images.tokens} patches", f"{seen.key.shape[0]} of {patches}")
     return seen
 
 
 def patch_attention(seen: VisionAttention) -> Tensor:
-    """Attention every patch receives, head mean, ``[I, P]`` float32: from CLS, or the mean over all rows without one."""
+    """Attention the patches of every visual token receive, head mean, ``[I, tokens]`` float32.
+
+    From CLS, or the mean over all rows without one.
+    """
     every = torch.arange(seen.key.shape[2], device=seen.key.device).expand(seen.key.shape[0], -1)
     rows, columns = (every[:, :1], every[:, 1:]) if seen.cls else (every, every)
-    return ops.received_attention(
-        seen.query, seen.key, rows=rows, columns=columns, causal=False, scale=seen.scale
+    if seen.mask is not None:
+        patches = seen.mask.shape[1]
+        rows = torch.where(seen.mask, every, patches).sort(dim=1).values
+        rows = rows.masked_fill(rows == patches, -1)
+    received = ops.received_attention(
+        seen.query,
+        seen.key,
+        rows=rows,
+        columns=columns,
+        key_mask=seen.mask,
+        causal=False,
+        scale=seen.scale,
     )
+    return seen.per_token(received)
 
 
 def quota_of(images: Images, keep: float) -> int:

@@ -101,7 +101,10 @@ class VisionZip(PruningPolicy):
         assert self.dominant is not None and self.contextual is not None
         dominant, _ = ops.select_topk(patch_attention(seen), min(P, self.dominant - self.count_cls))
         targets, merged = merge_rest(
-            features, seen.key[:, :, int(seen.cls) :].float().mean(1), others(dominant, P), self.contextual
+            features,
+            seen.per_token(seen.key[:, :, int(seen.cls) :].float().mean(1)),
+            others(dominant, P),
+            self.contextual,
         )
         picked = torch.cat([dominant, targets], 1)
         rows = torch.cat([take(hidden, dominant), project(merged).to(hidden.dtype)], 1)

@@ -142,14 +142,7 @@ class VScan(PruningPolicy):
 
     def _attended(self, ctx: TokenContext) -> Tensor | Reduction:
         seen = attention_of(ctx)
-        scores = ops.received_attention(
-            seen.query,
-            seen.key,
-            rows=seen.last,
-            columns=seen.columns,
-            key_mask=seen.key_mask,
-            scale=seen.scale,
-        )
+        scores = seen.received(seen.last)
         return outcome(select_scores(scores, ctx, self.then), self.positions)
 
 

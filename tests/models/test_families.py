@@ -1,0 +1,134 @@
+"""Every family, equal to the masking oracle: one table of tiny models, batch 1 and padded batches, images of all shapes."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import vlmprune
+from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, select_scores
+
+sys.path.append(str(Path(__file__).parent))
+from _families import CASES, build, prompts
+from _families_oracle import TOLERANCE, Reader, dropped_from, generate, oracle
+
+
+@dataclass(frozen=True)
+class Drawn(PruningPolicy):
+    """Keeps a random share, and the contexts it saw."""
+
+    at: tuple[int, ...] = (2, 4)
+    keep: float = 0.5
+    seen: tuple = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.at
+
+    def select(self, ctx: TokenContext) -> Tensor:
+        self.seen[0].append(ctx)
+        generator = torch.Generator().manual_seed(ctx.layer)
+        return select_scores(torch.rand(ctx.mask.shape, generator=generator), ctx, self.keep)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(case):
+    return build(case)
+
+
+@pytest.mark.parametrize("batch", ["one", "padded"])
+def test_equals_the_oracle(case, model, batch):
+    """Random choices at two layers, then FastV between them: wiring, and scores from the family's own projections."""
+    inputs, pictures = prompts(case, [case.one] if batch == "one" else case.padded)
+    seen: list[TokenContext] = []
+    policy = vlmprune.Stages(
+        [Drawn((2,), 0.6, (seen,)), vlmprune.FastV(layer=3, keep=0.6), Drawn((4,), 0.5, (seen,))]
+    )
+    with vlmprune.prune(model, policy) as run:
+        tokens, logits = generate(model, inputs)
+    want_tokens, want_logits = oracle(model, inputs, dropped_from(run, inputs))
+    torch.testing.assert_close(logits, want_logits, atol=TOLERANCE, rtol=0)
+    assert torch.equal(tokens, want_tokens)
+    assert run.stages[-1].tokens_kept < run.stages[0].tokens_in
+    for ctx in seen:
+        assert ctx.grids == tuple(tuple(g for p in sample for g in p.grids) for sample in pictures)
+        assert ctx.images() == tuple(tuple(p.tokens for p in sample) for sample in pictures)
+
+
+@pytest.mark.parametrize("batch", ["one", "padded"])
+def test_keep_all_is_the_unpatched_model(case, model, batch):
+    inputs, _ = prompts(case, [case.one] if batch == "one" else case.padded)
+    tokens, logits = generate(model, inputs)
+    with vlmprune.prune(model, vlmprune.FastV(layer=3, keep=1.0)) as run:
+        pruned_tokens, pruned_logits = generate(model, inputs)
+    assert torch.equal(logits, pruned_logits)
+    assert torch.equal(tokens, pruned_tokens)
+    assert run.stages[0].tokens_kept == run.stages[0].tokens_in
+
+
+def test_methods_see_real_grids_and_count_images(case, model):
+    """A stride walks over every grid of its own shape; a number of tokens is one per image, not per tile or frame."""
+    inputs, pictures = prompts(case, case.padded)
+    with torch.no_grad(), vlmprune.prune(model, vlmprune.Uniform(layer=2, keep=None, stride=2)) as run:
+        model(**inputs)
+    for b, sample in enumerate(pictures):
+        first, want = 0, []
+        for r, c in (grid for picture in sample for grid in picture.grids):
+            want += [first + i * c + j for i in range(0, r, 2) for j in range(0, c, 2)]
+            first += r * c
+        assert run.kept(b).tolist() == want
+    with torch.no_grad(), vlmprune.prune(model, vlmprune.FastV(layer=3, keep=2)) as run:
+        model(**inputs)
+    assert [len(run.kept(b)) for b in range(len(pictures))] == [2 * len(sample) for sample in pictures]
+
+
+def test_vision_flops_equal_pytorchs_count(case, model):
+    """Tower and projector as reported, against torch counting the matrix products of the same images."""
+    inputs, _ = prompts(case, case.padded)
+    with torch.no_grad(), vlmprune.prune(model, vlmprune.Random(layer=2)) as run:
+        model(**inputs)
+    model.set_attn_implementation("eager")  # the only one that torch counts on every device
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for kind, pixels, *others in (
+            ("image", "pixel_values", "image_sizes", "image_grid_thw", "batch_num_images"),
+            ("video", "pixel_values_videos", "video_grid_thw"),
+        ):
+            if pixels in inputs:
+                encode = getattr(model, f"get_{kind}_features")
+                encode(inputs[pixels], **{name: inputs[name] for name in others if name in inputs})
+    model.set_attn_implementation("sdpa")
+    counted, reported = counter.get_total_flops(), run.report().flops.vision
+    windowed = hasattr(
+        model.config.vision_config, "fullatt_block_indexes"
+    )  # reported as if all windows were full
+    assert counted <= reported <= 1.02 * counted if windowed else reported == counted
+
+
+@pytest.mark.parametrize("source", ["previous", "own"])
+def test_scores_are_the_decoders_own_attention(case, model, source):
+    """Query and key with the family's norms and rotations, against the weights its eager attention returns."""
+    inputs, pictures = prompts(case, case.padded)
+    contexts: list[TokenContext] = []
+    with torch.no_grad(), vlmprune.prune(model, Reader((contexts,), Needs(attention=source))):
+        model(**inputs)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(**inputs, output_attentions=True).attentions[2 if source == "previous" else 3]
+    model.set_attn_implementation("sdpa")
+    seen = contexts[0].attention
+    got = seen.received(seen.last)
+    for b, sample in enumerate(pictures):
+        count = sum(p.tokens for p in sample)
+        want = weights[b, :, -1].mean(0)[contexts[0].positions[b, :count]]
+        torch.testing.assert_close(got[b, :count], want, atol=1e-6, rtol=1e-4)

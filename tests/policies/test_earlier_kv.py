@@ -1,0 +1,52 @@
+"""Every policy says what earlier layers hold in the KV cache; of a combination its own setting counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import pytest
+
+import vlmprune
+from vlmprune import Custom, FastV, Random, Stages
+from vlmprune.policies import parse_policy, policies
+
+
+@pytest.mark.parametrize("name", policies())
+def test_every_policy_has_it(name):
+    assert parse_policy(name).earlier_kv == "full"
+    policy = parse_policy(f"{name}:earlier_kv=compact")
+    assert policy.earlier_kv == "compact" and policy != parse_policy(name)
+    assert pickle.loads(pickle.dumps(policy)) == policy
+    assert dataclasses.replace(policy, earlier_kv="full") == parse_policy(name)
+    with pytest.raises(ValueError, match=r"^earlier_kv: expected 'full' or 'compact', got 'less'$"):
+        type(policy)(earlier_kv="less")
+
+
+def test_the_spec_names_the_words():
+    with pytest.raises(ValueError, match=r"^earlier_kv: expected 'full' or 'compact', got 'less'$"):
+        parse_policy("fastv:earlier_kv=less")
+
+
+def test_a_function_has_it_too():
+    assert Custom(1, lambda ctx: None, earlier_kv="compact").earlier_kv == "compact"
+    with pytest.raises(ValueError, match=r"^earlier_kv: "):
+        Custom(1, lambda ctx: None, earlier_kv="less")
+
+
+def test_the_setting_of_the_whole_counts():
+    compact, full = FastV(layer=2, earlier_kv="compact"), Random(layer=2)
+    assert (compact | dataclasses.replace(full, earlier_kv="compact")).earlier_kv == "compact"
+    assert (FastV(layer=2) & full).earlier_kv == "full"
+    assert Stages([FastV(layer=2), Random(layer=3)], earlier_kv="compact").earlier_kv == "compact"
+    assert Stages([compact], earlier_kv="compact").earlier_kv == "compact"
+    with pytest.raises(
+        ValueError, match=r"^policies: expected earlier_kv='full' as Stages itself has it, got FastV"
+    ):
+        Stages([compact])
+    for mixed in (lambda: compact | full, lambda: full & compact):
+        with pytest.raises(
+            ValueError, match=r"^(first|second): expected earlier_kv='full' as (Union|Intersection) "
+        ):
+            mixed()
+    assert vlmprune.Union(FastV(layer=2), full, earlier_kv="compact").earlier_kv == "compact"

@@ -1,0 +1,215 @@
+"""KV-cache layers that were shortened by pruning but still report how many tokens they have SEEN.
+
+generate() derives positions, slicing and masks from one sequence length; keeping that length logical (seen) while
+the tensors hold fewer entries (stored) is what lets every generation feature go on without knowing of pruning.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import cache_utils
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    HQQQuantizedLayer,
+    QuantoQuantizedLayer,
+    StaticLayer,
+)
+
+from vlmprune import ops
+from vlmprune.errors import ModelError
+
+Length = int | Tensor
+"""Entries held; a 0-d tensor in a static cache, whose decode step must not depend on a Python number."""
+
+
+def lengthen(valid: Tensor, length: int) -> Tensor:
+    """Validity of the first ``length`` entries; those it says nothing about are valid."""
+    return F.pad(valid, (0, max(0, length - valid.shape[1])), value=True)[:, :length]
+
+
+Plain: Any = CacheLayerMixin  # Any: what a subclass finds above it depends on the other base
+
+
+class PrunedLayer(Plain):  # type: ignore[misc]
+    """What pruning adds to a cache layer of any kind: ``get_seq_length`` counts stored entries plus ``dropped`` ones.
+
+    Instances are made by changing the class of an existing layer, so the caller's own cache object keeps working. (For
+    that this class must grow from the same base as the layers do: Python compares the object layouts.)
+
+    Attributes:
+        dropped: tokens seen but not held.
+        valid: bool ``[B, P]`` for the first P stored entries (entries after them are valid); None = all are.
+        shift: ``[B, 1]`` by how much rotary positions were packed (the tokens to come go on from there), or None.
+        pending: what ``announce`` or ``admit`` said about the next ``update``.
+    """
+
+    keys: Any
+    values: Any
+    dropped: int = 0
+    valid: Tensor | None = None
+    shift: Tensor | None = None
+    pending: tuple[Tensor | None, int, Tensor | None] | tuple[()] | None = None
+    static: ClassVar[bool] = False
+
+    def stored(self) -> Any:
+        """Entries physically held: an int, in a static cache a 0-d tensor."""
+        return super().get_seq_length()
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far, pruned ones included (in a static cache a 0-d tensor, as transformers has it there)."""
+        return self.stored() + self.dropped
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Mask length and offset: key j of the mask is the token seen at j + dropped, so causality stays right-aligned."""
+        return int(self.stored()) + query_length, self.dropped
+
+    def announce(self, valid: Tensor | None, newly_dropped: int, shift: Tensor | None = None) -> None:
+        """Say what the next ``update`` means: validity of all then stored, tokens seen but not stored, shift from then on."""
+        self.pending = (valid, newly_dropped, shift)
+
+    def admit(self) -> None:
+        """Say that the next ``update`` is a decode step with the right mask and positions: it changes nothing here."""
+        self.pending = ()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values. Raises ModelError for a chunk that only a pruning scope could have masked rightly."""
+        if self.pending is None and self._needs_scope(key_states.shape[-2]):
+            raise ModelError(
+                "past_key_values: expected the scope this cache was pruned in (its masks and positions belong to it), "
+                "got a call of the model outside"
+            )
+        out: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        if self.pending:
+            self.valid, newly_dropped, self.shift = self.pending
+            self.dropped += newly_dropped
+        self.pending = None
+        return out
+
+    def _needs_scope(self, rows: int) -> bool:
+        return self.valid is not None or self.shift is not None or (self.dropped > 0 and rows > 1)
+
+    def key_mask(self, valid: Tensor | None, past: Length, hidden: Tensor) -> Tensor | None:
+        """Which keys the rows ``hidden [B, n, D]`` to come may see at all: bool ``[B, past + n]``, None = all."""
+        return None if valid is None else lengthen(valid, int(past) + hidden.shape[1])
+
+    def keep_entries(self, index: Tensor, valid: Tensor | None, stored: int) -> None:
+        """Hold only the entries ``index [B, n]`` (-1 = padding) of the ``stored`` ones; ``valid [B, n]`` or None."""
+        self.keys, self.values = ops.gather_tokens([self.keys, self.values], index.to(self.keys.device))
+        self.valid, self.dropped = valid, self.dropped + stored - index.shape[1]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens; only the negative form means something on a pruned layer."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"tokens_to_remove: expected a negative number on a pruned cache layer, got {tokens_to_remove}"
+            )
+        super().crop(tokens_to_remove)
+        if self.valid is not None:
+            self.valid = self.valid[:, : self.stored()]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder for beam search."""
+        super().reorder_cache(beam_idx)
+        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample."""
+        super().batch_repeat_interleave(repeats)
+        self._each(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some samples."""
+        super().batch_select_indices(indices)
+        self._each(lambda t: t[indices])
+
+    def _each(self, change: Any) -> None:
+        """Change what is kept per sample."""
+        self.valid = None if self.valid is None else change(self.valid)
+        self.shift = None if self.shift is None else change(self.shift)
+
+    def reset(self) -> None:
+        """Forget everything, also that it was ever pruned."""
+        super().reset()
+        for name in ("dropped", "valid", "shift", "pending"):
+            self.__dict__.pop(name, None)
+        self.__class__ = type(self).__bases__[1]
+
+
+class PrunedDynamicLayer(PrunedLayer, DynamicLayer):  # type: ignore[misc]  # untyped base
+    """The default kind: grows by concatenation; compacting it frees memory."""
+
+
+class PrunedStaticLayer(PrunedLayer, StaticLayer):  # type: ignore[misc]  # untyped base
+    """Preallocated. ``cumulative_length`` stays the number of entries stored: it is where the next one is written.
+
+    A decode step reads only tensors (that length, keys, values, ``valid [B, max_cache_len]``), so it compiles to one graph.
+    """
+
+    static = True
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Every mask spans the whole allocation."""
+        return self.max_cache_len, self.dropped
+
+    def announce(self, valid: Tensor | None, newly_dropped: int, shift: Tensor | None = None) -> None:
+        """As above; the validity gets its final size, so that a compiled decode step sees one shape."""
+        valid = None if valid is None else lengthen(valid, self.max_cache_len)
+        super().announce(valid, newly_dropped, shift)
+
+    def _needs_scope(self, rows: int) -> bool:
+        return True  # a mask made for the tokens seen would show entries that hold nothing
+
+    def key_mask(self, valid: Tensor | None, past: Length, hidden: Tensor) -> Tensor | None:
+        """Bool ``[B, max_cache_len]``: entries not written yet are hidden too, as some backends know no causal mask."""
+        order = torch.arange(self.max_cache_len, device=hidden.device)
+        written = (order < past + hidden.shape[1]).expand(hidden.shape[0], -1)
+        return written if valid is None else written & lengthen(valid, self.max_cache_len)
+
+    def keep_entries(self, index: Tensor, valid: Tensor | None, stored: int) -> None:
+        """The same in place: the allocation stays, the freed entries are written next."""
+        n = index.shape[1]
+        for whole, kept in zip(
+            (self.keys, self.values), ops.gather_tokens([self.keys, self.values], index), strict=True
+        ):
+            whole[:, :, :n].copy_(kept)
+        self.cumulative_length.fill_(n)
+        self.valid = None if valid is None else lengthen(valid, self.max_cache_len)
+        self.dropped += stored - n
+
+
+class PrunedQuantizedLayer(PrunedLayer):
+    """Quantized kinds: stored entries cannot be taken apart again."""
+
+    def keep_entries(self, index: Tensor, valid: Tensor | None, stored: int) -> None:
+        """Not possible."""
+        raise ModelError(
+            "earlier_kv: expected 'full' with a quantized cache (its entries cannot be removed), got 'compact'"
+        )
+
+
+class PrunedQuantoLayer(PrunedQuantizedLayer, QuantoQuantizedLayer):  # type: ignore[misc]  # untyped base
+    """Quantized by optimum-quanto."""
+
+
+class PrunedHQQLayer(PrunedQuantizedLayer, HQQQuantizedLayer):  # type: ignore[misc]  # untyped base
+    """Quantized by HQQ."""
+
+
+KINDS: list[type] = [PrunedDynamicLayer, PrunedStaticLayer, PrunedQuantoLayer, PrunedHQQLayer]
+
+if hasattr(cache_utils, "Fp8QuantizedLayer"):  # since transformers 5.18
+
+    class PrunedFp8Layer(PrunedQuantizedLayer, cache_utils.Fp8QuantizedLayer):  # type: ignore[misc]
+        """Quantized to 8-bit floats."""
+
+    KINDS.append(PrunedFp8Layer)
+
+PRUNED = {kind.__bases__[1]: kind for kind in KINDS}
+"""Pruned class by the class of the layer that becomes one."""
