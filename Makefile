@@ -15,10 +15,12 @@ PYTEST := -m pytest -q
 PIP := -m pip install -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format typecheck test-interpret test-compile test-compat bench wheel clean
+.PHONY: help install demo test lint format typecheck test-interpret test-compile test-compat bench bench-pytest \
+	resources wheel clean
 
 help:
-	@echo "make demo | test | install | lint | format | typecheck | test-compile | test-compat | bench | wheel | clean"
+	@echo "make demo | test | install | lint | format | typecheck | test-compile | test-compat"
+	@echo "     bench | bench-pytest | resources | wheel | clean"
 
 install: $(VENV)/.installed
 
@@ -65,9 +67,17 @@ test-interpret: install
 test-compile: install
 	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(PY) $(PYTEST) -n $(WORKERS) tests/compile
 
-# Measures on the GPU if there is one; benchmarks/README.md says what the lines mean.
+# Measures on the GPU if there is one; benchmarks/README.md says what the lines mean. `make bench BENCH=--full` for everything.
 bench: install
+	$(PY) benchmarks/microbench.py $(BENCH)
+
+bench-pytest: install
 	$(PY) $(PYTEST) benchmarks/bench_*.py --benchmark-only
+
+# Rewrites the tables of registers, spills and shared memory, which tests/compile compares with what the compilers give.
+resources: install $(COMPAT)/.installed
+	TRITON_INTERPRET=0 $(PY) tests/compile/_resources.py
+	TRITON_INTERPRET=0 $(COMPAT)/bin/python tests/compile/_resources.py
 
 test-compat: $(COMPAT)/.installed
 	OMP_NUM_THREADS=1 $(COMPAT)/bin/python $(PYTEST) -n $(WORKERS) tests/ops tests/models
