@@ -17,6 +17,7 @@ from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, select_sc
 sys.path.append(str(Path(__file__).parent))
 from _families import CASES, build, prompts
 from _families_oracle import TOLERANCE, Reader, dropped_from, generate, oracle
+from _tiny import upstream
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,16 @@ def test_methods_see_real_grids_and_count_images(case, model):
     with torch.no_grad(), vlmprune.prune(model, vlmprune.FastV(layer=3, keep=2)) as run:
         model(**inputs)
     assert [len(run.kept(b)) for b in range(len(pictures))] == [2 * len(sample) for sample in pictures]
+
+
+@upstream("mixes up the images of beams with unequal image counts")
+def test_beams_see_their_own_samples_images(case, model):
+    inputs, pictures = prompts(case, case.padded)
+    seen: list[TokenContext] = []
+    with vlmprune.prune(model, vlmprune.Stages([Drawn((2,), 0.6, (seen,)), vlmprune.FastV(layer=3)])):
+        generate(model, inputs, num_beams=2)
+    grids = [tuple(g for p in sample for g in p.grids) for sample in pictures]
+    assert seen[0].grids == tuple(grid for grid in grids for _ in range(2))
 
 
 def test_vision_flops_equal_pytorchs_count(case, model):

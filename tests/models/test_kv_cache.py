@@ -136,12 +136,12 @@ def test_crop_reorder_repeat_select_reset():
     assert type(layer) is DynamicLayer and layer.__dict__.keys() == plain.__dict__.keys()
 
 
-def test_positive_crop_is_refused():
+@pytest.mark.parametrize("number", [3, -6])
+def test_a_crop_to_a_length_or_of_more_than_is_held_is_refused(number):
     _, layer = pruned()
-    with pytest.raises(
-        ValueError, match=r"^tokens_to_remove: expected a negative number on a pruned cache layer, got 3$"
-    ):
-        layer.crop(3)
+    expected = "a negative number, at least -5, on a pruned cache layer"
+    with pytest.raises(ValueError, match=rf"^tokens_to_remove: expected {expected}, got {number}$"):
+        layer.crop(number)
     assert layer.stored() == 5
 
 

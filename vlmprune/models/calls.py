@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.continuous_batching import PagedAttentionCache
 
 from vlmprune.errors import ModelError, check
 from vlmprune.models.families import Encoded, ImageGrids
@@ -70,6 +69,11 @@ class Visuals:
     @cached_property
     def images(self) -> list[list[ImageGrids]]:
         """The grids of every image, by kind. Raises ModelError where nothing says what the images of these features were."""
+        if len(self.heard) < len(self.kinds):
+            raise ModelError(
+                "vision tower: expected it to run with its hooks, got a run without them (what torch.compile has "
+                "compiled before the scope has none: call torch.compiler.reset() first)"
+            )
         return [self._grids(*one) for one in zip(self.kinds, self.outputs, strict=True)]
 
     def _grids(self, kind: str, output: Any) -> list[ImageGrids]:
@@ -176,8 +180,3 @@ def brings_visuals(call: dict[str, Any]) -> bool:
     """Whether a call may bring images or videos."""
     names = ("mm_encoder_outputs", *PIXELS.values())
     return any(call.get(name) is not None for name in names)
-
-
-def is_paged(call: dict[str, Any]) -> bool:
-    """Whether this is a step of transformers' continuous batching, where several requests share rows and pages."""
-    return isinstance(call.get("cache"), PagedAttentionCache)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -32,6 +33,20 @@ class Seconds:
     prefill: float
     selection: float
     decode: float
+
+
+def untraced(mark: Callable[[Any], None]) -> Callable[..., None]:
+    """The hook that makes a mark, but not in compiled code: a compiled step is one graph, and a clock is no part of it.
+
+    A method and no closure: a copied model's hooks must belong to the copy.
+    """
+
+    @wraps(mark)
+    def hook(self: Any, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            mark(self)
+
+    return hook
 
 
 class Clock:
@@ -63,10 +78,10 @@ class Clock:
     def hooks(self, parts: Parts) -> list[Hooked]:
         """Modules with what to call before and after them."""
         return [
-            (parts.vision, untraced(self._vision_starts), _nothing),
-            (parts.projector, _nothing, untraced(self._vision_ends)),
-            (parts.text, untraced(self._step_starts), untraced(self._step_ends)),
-            (parts.model, _nothing, untraced(self._step_ends)),
+            (parts.vision, self._vision_starts, _nothing),
+            (parts.projector, _nothing, self._vision_ends),
+            (parts.text, self._step_starts, self._step_ends),
+            (parts.model, _nothing, self._step_ends),
         ]
 
     @contextmanager
@@ -88,13 +103,16 @@ class Clock:
             decode=_length(decode),
         )
 
+    @untraced
     def _vision_starts(self) -> None:
         self.vision = [self.now()]
 
+    @untraced
     def _vision_ends(self) -> None:
         if self.vision:
             self.vision = [self.vision[0], self.now()]
 
+    @untraced
     def _step_starts(self) -> None:
         if self.more:
             self.more = False
@@ -104,19 +122,10 @@ class Clock:
             self.steps.pop()
         self.steps.append([self.now()])
 
+    @untraced
     def _step_ends(self) -> None:
         if self.steps:  # the text model ends first, then the language-modeling head moves the mark
             self.steps[-1] = [self.steps[-1][0], self.now()]
-
-
-def untraced(mark: Callable[[], None]) -> Callable[..., None]:
-    """The hook that makes a mark, but not in compiled code: a compiled step is one graph, and a clock is no part of it."""
-
-    def hook(*_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            mark()
-
-    return hook
 
 
 def _nothing(*_: Any) -> None:

@@ -14,19 +14,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from vlmprune.errors import ModelError, NotPrunedError
-from vlmprune.models.calls import brings_visuals, find_visuals, is_paged, padding_mask
+from vlmprune.models.calls import brings_visuals, find_visuals, padding_mask
 from vlmprune.models.compaction import compact_earlier
 from vlmprune.models.family import Parts, check_layers
 from vlmprune.models.forward import Forward, Prompt, scatter_back
-from vlmprune.models.kv_cache import (
-    check_cache,
-    entries,
-    is_started,
-    pruned_layer,
-    resident_bytes,
-)
+from vlmprune.models.kv_cache import check_cache, entries, is_started, pruned_layer, resident_bytes
 from vlmprune.models.kv_layers import PrunedLayer
 from vlmprune.models.masks import chunk_mask, decode_step, shifted
 from vlmprune.models.probe import read_attention
@@ -45,7 +40,7 @@ class Engine:
 
     def __init__(self, parts: Parts, policy: PruningPolicy | None) -> None:
         self.parts, self.policy = parts, policy
-        self.depth = {id(layer): i for i, layer in enumerate(parts.layers)}
+        self.depth = {layer: i for i, layer in enumerate(parts.layers)}
         self.names = list(inspect.signature(parts.base.forward).parameters)
         self.run = Run(parts, policy)
         self.needs: dict[int, Needs] = {}
@@ -119,7 +114,7 @@ class Engine:
         if some is None:
             return args, kwargs  # the model itself explains what is missing
         cache = call.get("past_key_values")
-        if is_paged(call):
+        if isinstance(call.get("cache"), PagedAttentionCache):  # several requests share its rows and pages
             self.missed = "continuous batching cannot be pruned (use generate)"
             raise ModelError(f"cache: {self.missed}")
         if (
@@ -148,7 +143,7 @@ class Engine:
             self.missed = (
                 self.missed or "inputs_embeds came without input_ids or images: no way to find visual tokens"
             )
-        self._note_prompt(forward, shape[0], cache, call.get("use_cache") is not False)
+        self._note_prompt(forward, shape[0], cache, call.get("use_cache") is not False, tail > 0)
         return forward
 
     def after_attention(self, module: Any, args: Any, kwargs: Kwargs, output: Any) -> None:
@@ -170,7 +165,7 @@ class Engine:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
     ) -> tuple[Any, Kwargs] | None:
         """At a stage drop rows; at and after it hand the layer the tables, mask and cache of the short sequence."""
-        i, forward, hidden = self.depth[id(module)], self._forward(kwargs), args[0]
+        i, forward, hidden = self.depth[module], self._forward(kwargs), args[0]
         if forward is None:
             self.missed = (
                 self.missed or "decoder layers were called without going through the vision-language model"
@@ -214,10 +209,12 @@ class Engine:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_chunk(self, forward: Forward, output: Any) -> None:
-        cache = output.past_key_values
-        if forward.visual is None or not self.needs:
-            self.run.hold(resident_bytes(cache))
-            return
+        if forward.visual is not None and self.needs:
+            self._restore(forward, output)
+        self.run.kv_bytes = resident_bytes(output.past_key_values)
+
+    def _restore(self, forward: Forward, output: Any) -> None:
+        """Give a pruned call's output its full length; compact its cache if that is asked for."""
         self.taps.heard = None  # the features are the call's own again
         self.run.encoded = len(self.run.crops)
         silent = [layer for layer in self.needs if layer not in forward.plans]
@@ -225,21 +222,23 @@ class Engine:
             self.missed = self.missed or f"the stage at layer {silent[0]} did not fire"
         plan = forward.plan_at(len(self.parts.layers))
         if plan is not None:
-            if self.compact and cache is not None:
-                compact_earlier(cache, forward, len(self.parts.layers))
+            if self.compact and output.past_key_values is not None:
+                compact_earlier(output.past_key_values, forward, len(self.parts.layers))
             assert plan.layout.origin is not None
             output.last_hidden_state = scatter_back(output.last_hidden_state, plan.layout.origin, forward.q)
-        self.run.hold(resident_bytes(cache))
 
     # Pieces
 
-    def _note_prompt(self, forward: Forward, batch: int, cache: Cache | None, cached: bool) -> None:
+    def _note_prompt(
+        self, forward: Forward, batch: int, cache: Cache | None, cached: bool, candidates: bool
+    ) -> None:
         """Begin a new record, or go on with that of the prompt this call is a further chunk of.
 
-        A single token without a past (the unconditional pass of classifier-free guidance) is no prompt to describe.
+        A single token without a past (the unconditional pass of classifier-free guidance) is no prompt to describe;
+        candidates that follow a prompt are no further chunk of it.
         """
         visuals = forward.visuals
-        whole = forward.tail or (visuals is not None and not visuals.cut)
+        whole = candidates or (visuals is not None and not visuals.cut)
         if not whole and self.prompt.goes_on(cache, batch, forward.past):
             self.prompt.length += forward.q
             self.run.extend(forward.q, forward.visual)

@@ -78,8 +78,8 @@ def anyres(base: Any, features: Sequence[Tensor], encoded: Encoded) -> list[Imag
 def pooled_frames(base: Any, features: Sequence[Tensor], encoded: Encoded) -> list[ImageGrids]:
     """LLaVA-OneVision's video: every frame at half the side, one newline token at the end."""
     rows, columns = patches_of(base.config)
-    frames = len(encoded.crops) // len(features)
-    return [(((rows + 1) // 2, (columns + 1) // 2),) * frames + ((1, 1),)] * len(features)
+    frame = ((rows + 1) // 2, (columns + 1) // 2)
+    return [(frame,) * (len(f) // tokens_in([frame])) + ((1, 1),) for f in features]
 
 
 def merged_frames(base: Any, features: Sequence[Tensor], encoded: Encoded) -> list[ImageGrids]:

@@ -125,12 +125,10 @@ class Forward:
         A mask of None there means that transformers found no padding: nothing to ask the device for.
         """
         if self.first is None:
-            assert self.visual is not None
+            assert self.visual is not None and self.visuals is not None
             if attention_mask is None:
                 self.seen = None
-            assert self.visuals is not None
-            known = self.visuals.tokens()
-            self.first = open_layout(self.visual, self.chunk_padding(), known, self.tail)
+            self.first = open_layout(self.visual, self.chunk_padding(), self.visuals.tokens(), self.tail)
             videos = None if self.videos is None else take(self.videos.long(), self.first.columns).tolist()
             before = self.prompt.add(self.first.counts)
             if self.visuals.cut:
@@ -163,8 +161,7 @@ class Forward:
 
     def plan_before(self, i: int) -> Plan | None:
         """The plan layer ``i``'s input obeys before any stage at ``i`` itself."""
-        made = [layer for layer, plan in self.plans.items() if layer < i and plan is not None]
-        return self.plans[max(made)] if made else None
+        return self.plan_at(i - 1)
 
     def plan_at(self, i: int) -> Plan | None:
         """The plan layer ``i`` runs under."""

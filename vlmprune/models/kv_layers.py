@@ -105,11 +105,11 @@ class PrunedLayer(Plain):  # type: ignore[misc]
         self.valid, self.dropped = valid, self.dropped + stored - index.shape[1]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens; only the negative form means something on a pruned layer."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"tokens_to_remove: expected a negative number on a pruned cache layer, got {tokens_to_remove}"
-            )
+        """Forget the last ``-tokens_to_remove`` tokens, which must lie behind the pruned ones: not down to a length, as a positive one means."""
+        least = -int(self.stored())
+        if not least <= tokens_to_remove <= 0:
+            expected = f"a negative number, at least {least}, on a pruned cache layer"
+            raise ValueError(f"tokens_to_remove: expected {expected}, got {tokens_to_remove}")
         super().crop(tokens_to_remove)
         if self.valid is not None:
             self.valid = self.valid[:, : self.stored()]

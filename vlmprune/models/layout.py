@@ -192,15 +192,12 @@ def rearrange(layout: Layout, after: Layout, survivors: Tensor, index: Tensor) -
 def packed_rows(first: Layout, after: Layout) -> Tensor:
     """``[B, n]`` the unpruned rows whose positions a layout gets when it is packed, -1 = padding.
 
-    A sample's first real row has its first position, whatever padding stands before it.
+    Padding may stand anywhere among the unpruned rows: in a further turn it follows the last answer's last token.
     """
     order = torch.arange(after.rows, device=after.columns.device).expand(len(after.counts), -1)
     if after.valid is not None:
         order = torch.where(after.valid, after.valid.cumsum(1) - 1, -1)
-    if first.valid is None:
-        return order
-    start = first.valid.to(torch.uint8).argmax(1, keepdim=True)
-    return torch.where(order >= 0, order + start, -1)
+    return order if first.valid is None else take(positions_of(first.valid, max(first.real)), order)
 
 
 def put_rows(short: Tensor, columns: Tensor, rows: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class Run:
         self._batch = self._before = self._length = 0
         self._cached = True
         self._counts: dict[int, Counts] = {}
-        self._kv_bytes = 0
+        self.kv_bytes = 0  # what the cache held after the latest chunk; the hooks say it
         self._rows: dict[int, int] = {}
 
     def begin(
@@ -162,10 +162,6 @@ class Run:
         ordinals = ascending(torch.cat([old.ordinals, now.ordinals], 1))[:, :kept]
         return StageRecord(now.layer, max(entered), kept, index, ordinals), (entered, held)
 
-    def hold(self, kv_bytes: int) -> None:
-        """The KV cache holds that much (called by the hooks)."""
-        self._kv_bytes = kv_bytes
-
     def kept(self, sample: int = 0) -> Tensor:
         """Numbers (prompt order, 0-based) of one sample's visual tokens that survive the last stage, 1-D int64."""
         return self.kept_at(len(self.stages) - 1, sample)
@@ -201,7 +197,7 @@ class Run:
             ),
             seconds=self.clock.seconds() if full else dataclasses.replace(self.clock.seconds(), vision=0.0),
             decode_steps=max(self.clock.count - 1, 0),
-            kv_bytes=self._kv_bytes,
+            kv_bytes=self.kv_bytes,
         )
 
     def _visual_counts(self) -> list[int]:

@@ -27,12 +27,16 @@ def _start(model: nn.Module, policy: PruningPolicy | None) -> Engine:
     parts = find_parts(model)
     active = find_engine(parts)
     if active is not None:
-        check(
-            False, "model", "no policy attached yet (compose policies with | or Stages)", repr(active.policy)
-        )
+        expected = "no policy attached yet (compose policies with | or Stages)"
+        check(False, "model", expected, repr(active.policy))
     engine = Engine(parts, policy)
     engine.attach()
     return engine
+
+
+def _start_pruning(model: nn.Module, policy: PruningPolicy) -> Engine:
+    check(isinstance(policy, PruningPolicy), "policy", "a PruningPolicy, e.g. FastV(layer=2)", repr(policy))
+    return _start(model, policy)
 
 
 @contextmanager
@@ -48,10 +52,11 @@ def prune(model: nn.Module, policy: PruningPolicy) -> Iterator[Run]:
         image keeps its share of a budget. Methods that read the prompt's text or the vision tower need one chunk.
         ``output_hidden_states``: entry i is what enters layer i before a stage there; later ones, the last one too, hold
         the surviving rows only.
+        Code that ``torch.compile`` made of the model before the scope has no hooks in it: ``torch.compiler.reset()`` first.
 
     Args:
-        model: a vision-language model of a family in ``vlmprune.models.families.FAMILIES``, with its head,
-            with sdpa or eager attention; a PEFT wrapper of one is looked through.
+        model: a vision-language model of a family in ``vlmprune.models.families.FAMILIES``, with its head, whatever its
+            ``attn_implementation``; a PEFT wrapper of one is looked through.
         policy: what to keep, e.g. ``FastV(layer=2, keep=0.5)``.
 
     Yields:
@@ -62,8 +67,7 @@ def prune(model: nn.Module, policy: PruningPolicy) -> Iterator[Run]:
         ValueError: the policy has a stage beyond the decoder's depth, or the model already has a policy.
         NotPrunedError: on leaving, if decoder layers ran without being pruned.
     """
-    check(isinstance(policy, PruningPolicy), "policy", "a PruningPolicy, e.g. FastV(layer=2)", repr(policy))
-    engine = _start(model, policy)
+    engine = _start_pruning(model, policy)
     try:
         yield engine.run
     finally:
@@ -83,8 +87,7 @@ def meter(model: nn.Module) -> Iterator[Run]:
 
 def attach(model: nn.Module, policy: PruningPolicy) -> Run:
     """Prune this model until ``detach``: for pipelines and servers. Arguments and errors as for ``prune``."""
-    check(isinstance(policy, PruningPolicy), "policy", "a PruningPolicy, e.g. FastV(layer=2)", repr(policy))
-    return _start(model, policy).run
+    return _start_pruning(model, policy).run
 
 
 def detach(model: nn.Module) -> None:

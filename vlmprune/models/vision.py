@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class VisionTaps:
                 # A norm behind the projection (InternVL) has the last word on it.
                 norm = getattr(attn, f"{name}_norm", None)
                 module = getattr(attn, f"{name}_proj") if norm is None else norm
-                handles.append(module.register_forward_hook(self._taker(layer, name)))
+                handles.append(module.register_forward_hook(partial(self._keep, layer, name)))
         if self.attn:
             handles.append(self.parts.projector.register_forward_pre_hook(self._see))
         return handles
@@ -116,11 +117,8 @@ class VisionTaps:
         if self.heard is not None:
             self.heard.append(output)
 
-    def _taker(self, layer: int, name: str) -> Any:
-        def take(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.note.taken[layer, name] = output.detach()
-
-        return take
+    def _keep(self, layer: int, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.note.taken[layer, name] = output.detach()
 
     def _see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.note.features = args[0].detach()

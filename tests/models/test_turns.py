@@ -1,0 +1,87 @@
+"""A further turn of a padded batch gives each sample what it gets alone; padding then stands in the midst of its rows."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import StaticCache
+
+import vlmprune
+
+sys.path.append(str(Path(__file__).parent))
+import _families_oracle as family
+from _families import CASES, IMAGE, STEPS, VIDEO, build, prompts
+from _tiny import PAD, generate, make_batch, make_model
+
+FIRST = [[4, "I", 7], [2, "I", 5, "I", 3], [9]]
+SECOND = [["I", 2], [4], ["I", 5]]
+POLICIES = {
+    "keeps-positions": vlmprune.FastV(layer=2, keep=0.4, rows="mean"),
+    "compacted": vlmprune.FastV(layer=2, keep=5, earlier_kv="compact"),
+    "packs": vlmprune.PyramidDrop(layers=(2, 4)),
+    "merges-and-packs": vlmprune.VisionZip(dominant=5, contextual=2),
+    "packs-and-compacted": vlmprune.FasterVLM(keep=6, earlier_kv="compact"),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def joined(batches):
+    """Batches of one as a batch, padded on the left."""
+    width = max(b["input_ids"].shape[1] for b in batches)
+    out = {}
+    for name, fill in (("input_ids", PAD), ("attention_mask", 0)):
+        rows = [torch.nn.functional.pad(b[name], (width - b[name].shape[1], 0), value=fill) for b in batches]
+        out[name] = torch.cat(rows)
+    pixels = [b["pixel_values"] for b in batches if "pixel_values" in b]
+    return out | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+
+
+def two_turns(model, policy, first, second, **settings):
+    with vlmprune.prune(model, policy):
+        tokens, logits, out = generate(model, first, 3, **settings)
+        ones = torch.ones_like(tokens)
+        ids = torch.cat([first["input_ids"], tokens, second["input_ids"]], 1)
+        mask = torch.cat([first["attention_mask"], ones, second["attention_mask"]], 1)
+        call = {**second, "input_ids": ids, "attention_mask": mask}
+        more = generate(model, call, 3, past_key_values=out.past_key_values)[1]
+    return torch.cat([logits, more], 1)
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_samples_of_a_batch_do_not_disturb_one_another(model, policy, static):
+    first = [make_batch([spec], seed=i) for i, spec in enumerate(FIRST)]
+    second = [make_batch([spec], seed=10 + i) for i, spec in enumerate(SECOND)]
+    want = torch.cat([two_turns(model, policy, a, b) for a, b in zip(first, second, strict=True)])
+    cache = {"past_key_values": StaticCache(config=model.config, max_cache_len=96)} if static else {}
+    got = two_turns(model, policy, joined(first), joined(second), **cache)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2vl-video", "qwen3vl", "llava_next"])
+def test_a_text_turn_after_images_of_unequal_size(name):
+    """With three-dimensional positions the text goes on behind the images' extent, pruned or not."""
+    case = CASES[name]
+    model = build(case)
+    inputs, _ = prompts(case, case.padded)
+    more = torch.randint(3, 190, (len(inputs["input_ids"]), 3), generator=torch.Generator().manual_seed(1))
+    settings = {"do_sample": False, "return_dict_in_generate": True, "suppress_tokens": [IMAGE, VIDEO]}
+    settings |= {"output_logits": True, "max_new_tokens": STEPS}
+    with vlmprune.prune(model, vlmprune.FastV(layer=3, keep=0.5)) as run:
+        first = model.generate(**inputs, **settings)
+        ids = torch.cat([first.sequences, more], 1)
+        real = torch.cat([inputs["attention_mask"], ids.new_ones(len(ids), STEPS + 3)], 1)
+        turn = {"input_ids": ids, "attention_mask": real, "past_key_values": first.past_key_values}
+        got = torch.stack(model.generate(**turn, **settings).logits, 1)
+    whole = {**inputs, "input_ids": ids, "attention_mask": real}
+    if "mm_token_type_ids" in inputs:
+        whole["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+    want = family.oracle(model, whole, family.dropped_from(run, inputs))[1]
+    torch.testing.assert_close(got, want, rtol=0, atol=family.TOLERANCE)
