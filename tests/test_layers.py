@@ -1,4 +1,4 @@
-"""Imports point one way: triton_kernels < ops < policies < models < cli."""
+"""Imports point one way: triton_kernels < ops < policies < models < eval < cli."""
 
 import ast
 from pathlib import Path
@@ -16,10 +16,12 @@ ALLOWED = {
     "ops": BASE | {"triton_kernels"},
     "policies": BASE | {"flops", "ops"},
     "models": BASE | {"flops", "ops", "policies", "register"},
-    "cli": BASE | {"flops", "ops", "policies", "models"},
+    "eval": BASE | {"flops", "policies", "models"},
+    "cli": BASE | {"flops", "ops", "policies", "models", "eval"},
 }
 """Part of the package -> the other parts it may import."""
 ONLY_IN = {"triton": {"triton_kernels"}, "transformers": {"models", "cli"}, "typer": {"cli"}, "rich": {"cli"}}
+ONLY_IN |= {"matplotlib": {"eval"}}
 """Outside package -> the only parts that may import it."""
 
 

@@ -1,1 +1,1 @@
-"""The command line: run, list, info. Imports transformers only inside ``run``."""
+"""The command line: run, eval, list, info. Imports transformers only where a model is needed."""

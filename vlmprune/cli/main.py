@@ -136,6 +136,58 @@ def run(
         )
 
 
+@app.command("eval")
+def eval_command(
+    model: Annotated[
+        str, typer.Option(help="Checkpoint folder or hub id of a supported vision-language model.")
+    ],
+    questions: Annotated[Path, typer.Option(help="Folder with a questions.jsonl and its images.")],
+    out: Annotated[Path, typer.Option(help="Folder for results; a killed run goes on from there.")],
+    policy: Annotated[
+        list[str] | None, typer.Option(help="NAME[:field=value,...]; repeatable. See `vlmprune list`.")
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(help="Shares of the prefill FLOPs to save, e.g. 0.48,0.64 (the default)."),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="No budgets: policies keep what they say.")] = False,
+    family: Annotated[
+        list[str] | None, typer.Option(help="Only these families of questions; repeatable.")
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines/--no-baselines", help="Also uniform and random tokens.")
+    ] = True,
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of each policy that draws.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    device: Annotated[Device, typer.Option(help="auto = cuda if there is one.")] = Device.auto,
+    dtype: Annotated[Dtype, typer.Option(help="auto = as the checkpoint stores it.")] = Dtype.auto,
+    attn: Annotated[Attention, typer.Option(help="Attention function of the model.")] = Attention.sdpa,
+) -> None:
+    """Accuracy of policies at equal FLOPs on a set of questions: table, plots and a report."""
+    with one_line_errors():
+        from vlmprune.cli.eval import EvalRequest, execute
+
+        execute(
+            EvalRequest(
+                model=model,
+                questions=questions,
+                out=out,
+                policies=tuple(policy or ()),
+                budgets=budgets,
+                keep=keep,
+                families=tuple(family or ()),
+                baselines=baselines,
+                seeds=seeds,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                device=device.value,
+                dtype=dtype.value,
+                attention=attn.value,
+            )
+        )
+
+
 @app.command("list")
 def list_command(
     as_json: AsJson = False,

@@ -1,0 +1,100 @@
+"""What is compared: every policy meets the budget, the baselines meet the same one, impossible ones are refused."""
+
+import pytest
+
+from vlmprune.eval.arms import UNPRUNED, Prompt, plan, with_share
+from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
+from vlmprune.policies import FastV, PyramidDrop, Random, Uniform
+from vlmprune.policies.schedule import stage_counts
+from vlmprune.policies.sparsevlm import SparseVLM
+
+PROMPT = Prompt(DecoderShape(layers=8, hidden=64, heads=4, kv_heads=4, head_dim=16, intermediate=96), 196, 12)
+
+
+def cut(policy):
+    lengths = layer_inputs(8, 196, stage_counts(policy, 196))
+    pruned = decoder_flops(PROMPT.shape, [n + 12 for n in lengths])
+    return 1 - pruned / decoder_flops(PROMPT.shape, [208] * 8)
+
+
+def test_every_arm_meets_its_budget():
+    arms = plan(["fastv", "pyramiddrop:layers=2/4/6"], [0.3, 0.5], True, 2, PROMPT)
+    assert arms[0].method == UNPRUNED and arms[0].policy is None
+    assert [(arm.method, arm.budget, arm.seed) for arm in arms[1:]] == [
+        ("fastv", 0.3, 0),
+        ("fastv", 0.5, 0),
+        ("pyramiddrop:layers=2/4/6", 0.3, 0),
+        ("pyramiddrop:layers=2/4/6", 0.5, 0),
+        ("uniform:layer=2", 0.3, 0),
+        ("uniform:layer=2", 0.5, 0),
+        *(("random:layer=2", budget, seed) for budget in (0.3, 0.5) for seed in (0, 1)),
+    ]
+    for arm in arms[1:]:
+        assert arm.budget <= cut(arm.policy) < arm.budget + 0.02
+
+
+def test_policies_as_given_and_baselines_at_their_cut():
+    arms = plan(["fastv:layer=3,keep=50", "pyramiddrop:layers=2/4/6"], [], True, 1, PROMPT)
+    fastv, pyramid, *baselines = arms[1:]
+    assert fastv.policy == FastV(layer=3, keep=50) and pyramid.policy == PyramidDrop(layers=(2, 4, 6))
+    assert fastv.budget is None
+    given = sorted((cut(fastv.policy), cut(pyramid.policy)))
+    assert [arm.method for arm in baselines] == ["uniform:layer=2"] * 2 + ["random:layer=2"] * 2
+    assert [cut(arm.policy) for arm in baselines] == pytest.approx(given * 2, abs=0.01)
+
+
+def test_a_baseline_that_is_given_is_not_added():
+    assert [a.method for a in plan(["uniform:layer=1"], [0.5], True, 1, PROMPT)] == [
+        UNPRUNED,
+        "uniform:layer=1",
+        "random:layer=1",
+    ]
+    assert [a.method for a in plan(["fastv", "fastv"], [0.5], False, 3, PROMPT)] == [UNPRUNED, "fastv"]
+
+
+def test_no_policy_compares_the_baselines():
+    assert {a.method for a in plan([], [0.5], True, 1, PROMPT)} == {
+        UNPRUNED,
+        "uniform:layer=2",
+        "random:layer=2",
+    }
+
+
+def test_every_batch_and_seed_draws_anew_under_one_key():
+    one, two = plan(["random"], [0.5], False, 2, PROMPT)[1:]
+    assert one.key == two.key
+    drawn = [arm.drawn_for(batch) for arm in (one, two) for batch in (0, 1)]
+    assert len({policy.seed for policy in drawn}) == 4
+    assert {policy.keep for policy in drawn} == {one.policy.keep}
+    assert one.drawn_for(1) == one.drawn_for(1)
+    (fastv,) = plan(["fastv"], [0.5], False, 2, PROMPT)[1:]
+    assert fastv.drawn_for(3) is fastv.policy
+
+
+def test_the_setting_that_a_budget_sets():
+    assert with_share(Uniform(), 0.4) == Uniform(keep=0.4)
+    assert with_share(Random(seed=7), 0.4) == Random(seed=7, keep=0.4)
+    assert with_share(PyramidDrop(ratio=(0.5, 0.4, 0.3)), 0.4).ratio == (0.4, 0.4, 0.4)
+    assert with_share(SparseVLM(layers=(2, 5), keep=(0.5, 0.5)), 0.4).keep == (0.4, 0.4)
+
+
+@pytest.mark.parametrize(
+    "method, budget, said",
+    [
+        (
+            "visionzip",
+            0.5,
+            r"^visionzip at budget 0.5: VisionZip: expected a setting keep or ratio for a budget",
+        ),
+        (
+            "fastv:layer=6",
+            0.5,
+            r"^fastv:layer=6 at budget 0.5: cut: expected a share between 0.0000 and 0\.\d+",
+        ),
+        ("uniform:stride=2", 0.5, r"^uniform:stride=2 at budget 0.5: keep: expected either keep or stride"),
+        ("fastvv", 0.5, r"^policy: expected one of"),
+    ],
+)
+def test_impossible(method, budget, said):
+    with pytest.raises(ValueError, match=said):
+        plan([method], [budget], True, 1, PROMPT)

@@ -1,0 +1,77 @@
+"""Reading a folder of questions, and what is said about one that cannot be read."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from vlmprune.eval.questions import read_questions
+
+GOOD = {"id": "1", "image": "a.png", "family": "box", "prompt": "locate it", "answer": "1 2 3 4"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+
+    def make(*lines):
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        (tmp_path / "questions.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
+        return tmp_path
+
+    return make
+
+
+def test_reads_in_order(folder):
+    other = GOOD | {"id": "2", "family": "color", "prompt": "line\u2028break", "box": [1, 2, 3, 4]}
+    first, second = read_questions(folder(GOOD, "", other))
+    assert (first.id, first.family, first.answer) == ("1", "box", "1 2 3 4")
+    assert first.image.name == "a.png" and first.image.is_file()
+    assert second.prompt == "line\u2028break"
+
+
+def test_families(folder):
+    here = folder(GOOD, GOOD | {"id": "2", "family": "color"}, GOOD | {"id": "3", "family": "at"})
+    assert [q.id for q in read_questions(here, ["at", "box"])] == ["1", "3"]
+    with pytest.raises(ValueError, match=r"^--family: expected one of at, box, color, got 'boxes'$"):
+        read_questions(here, ["box", "boxes"])
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("{", r"^questions.jsonl line 2: expected a JSON object, got '\{'$"),
+        ("[1]", r"^questions.jsonl line 2: expected a JSON object, got \[1\]$"),
+        ({k: v for k, v in GOOD.items() if k != "answer"}, r"line 2: expected a text as 'answer', got None$"),
+        (GOOD | {"id": 2}, r"line 2: expected a text as 'id', got 2$"),
+        (GOOD | {"id": "2", "prompt": ""}, r"line 2: expected a text as 'prompt', got ''$"),
+        (GOOD | {"id": "2", "image": "b.png"}, r"line 2: expected an image file in the folder, got 'b.png'$"),
+        (GOOD, r"^--questions: expected every id once, got '1' twice$"),
+    ],
+)
+def test_malformed_line(folder, line, said):
+    with pytest.raises(ValueError, match=said):
+        read_questions(folder(GOOD, line))
+
+
+def test_no_image(folder):
+    here = folder(GOOD)
+    (here / "a.png").write_text("not pixels")
+    with pytest.raises(
+        ValueError, match=r"^--questions: expected an image, got .*a.png', which cannot be read$"
+    ):
+        read_questions(here)
+
+
+def test_no_questions(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"^--questions: expected a folder with a questions.jsonl, got"):
+        read_questions(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"^--questions: expected at least one line in .*, got none$"):
+        read_questions(folder())
+
+
+def test_not_utf8(folder):
+    here = folder(GOOD)
+    (here / "questions.jsonl").write_bytes(b"\xff\xfe{")
+    with pytest.raises(ValueError, match=r"questions.jsonl: expected UTF-8 text, got"):
+        read_questions(here)

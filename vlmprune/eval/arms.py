@@ -1,0 +1,124 @@
+"""What is compared: every policy at every budget, the baselines at the same budgets, and the unpruned model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlmprune.errors import check
+from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
+from vlmprune.policies.base import PruningPolicy
+from vlmprune.policies.random import Random
+from vlmprune.policies.registry import parse_policy
+from vlmprune.policies.schedule import keep_for_flops, stage_counts
+from vlmprune.policies.uniform import Uniform
+
+UNPRUNED = "unpruned"
+SHARES = ("keep", "ratio")
+"""The settings that a budget sets, by name: a policy has one of them."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt that budgets are counted for: the decoder's dimensions, visual tokens, mean text tokens."""
+
+    shape: DecoderShape
+    visual: int
+    text: int
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to answer every question.
+
+    Attributes:
+        method: the policy as typed, or "unpruned".
+        budget: the FLOPs cut it was fitted to, or None.
+        policy: what prunes, or None.
+        seed: which of several draws, for policies that draw.
+    """
+
+    method: str
+    budget: float | None = None
+    policy: PruningPolicy | None = None
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """The policy with all its settings, but for the seed."""
+        return UNPRUNED if self.policy is None else repr(_seeded(self.policy, 0))
+
+    def drawn_for(self, batch: int) -> PruningPolicy | None:
+        """The policy for batch number ``batch``: each batch draws anew, or every question would see one same draw."""
+        return None if self.policy is None else _seeded(self.policy, self.seed * 1_000_003 + batch)
+
+
+def plan(
+    methods: Sequence[str], budgets: Sequence[float], baselines: bool, seeds: int, prompt: Prompt
+) -> list[Arm]:
+    """All arms, the unpruned one first. Without budgets the policies are taken as they are, and the baselines are
+    fitted to each policy's own cut.
+
+    Raises:
+        ValueError: a policy that does not parse, that has no share to fit, or that cannot meet a budget.
+    """
+    given = [(text, parse_policy(text)) for text in dict.fromkeys(methods)]
+    wanted = [(text, policy, cut) for text, policy in given for cut in budgets or (None,)]
+    arms = [_arm(*entry, prompt) for entry in wanted]
+    if baselines:
+        cuts = budgets or sorted({round(_cut(arm, prompt), 6) for arm in arms})
+        first = min((policy.layers[0] for _, policy in given), default=2)
+        for kind in (Uniform, Random):
+            if not any(isinstance(policy, kind) for _, policy in given):
+                text = f"{kind.__name__.lower()}:layer={first}"
+                arms += [_arm(text, parse_policy(text), cut, prompt) for cut in cuts]
+    draws = [dataclasses.replace(arm, seed=i) for arm in arms for i in range(seeds if _draws(arm) else 1)]
+    return [Arm(UNPRUNED), *draws]
+
+
+def with_share(policy: PruningPolicy, share: float) -> PruningPolicy:
+    """The policy keeping ``share``; where its setting is one number per layer, the same share at each.
+
+    Raises:
+        ValueError: it has no such setting, or its other settings leave no room for it.
+    """
+    names = [field.name for field in dataclasses.fields(policy) if field.name in SHARES]
+    found = type(policy).__name__
+    check(bool(names), found, f"a setting {' or '.join(SHARES)} for a budget to set", "none (use --keep)")
+    each = (share,) * len(policy.layers)
+    change: dict[str, Any] = {names[0]: each if isinstance(getattr(policy, names[0]), tuple) else share}
+    return dataclasses.replace(policy, **change)
+
+
+def _arm(text: str, policy: PruningPolicy, cut: float | None, prompt: Prompt) -> Arm:
+    """The policy as it is, or fitted to a budget."""
+    if cut is None:
+        return Arm(text, None, policy)
+    try:
+        keep = keep_for_flops(
+            lambda share: with_share(policy, share), cut, prompt.shape, prompt.visual, prompt.text
+        )
+    except ValueError as error:
+        raise ValueError(f"{text} at budget {cut:g}: {error}") from error
+    return Arm(text, cut, with_share(policy, keep))
+
+
+def _cut(arm: Arm, prompt: Prompt) -> float:
+    """Share of the prefill's FLOPs that an arm saves on ``prompt``."""
+    assert arm.policy is not None
+    depth = prompt.shape.layers
+    lengths = layer_inputs(depth, prompt.visual, stage_counts(arm.policy, prompt.visual))
+    full = decoder_flops(prompt.shape, [prompt.visual + prompt.text] * depth)
+    return 1 - decoder_flops(prompt.shape, [n + prompt.text for n in lengths]) / full
+
+
+def _draws(arm: Arm) -> bool:
+    return hasattr(arm.policy, "seed")
+
+
+def _seeded(policy: PruningPolicy, seed: int) -> PruningPolicy:
+    """The policy with its seed moved on by ``seed``; as it is, if it draws nothing."""
+    own = getattr(policy, "seed", None)
+    return policy if own is None else dataclasses.replace(policy, **{"seed": own + seed})

@@ -1,0 +1,160 @@
+"""Asks every question of every arm, in batches, and writes each answer down as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vlmprune.errors import check
+from vlmprune.eval.arms import Arm, Prompt
+from vlmprune.eval.questions import Question
+from vlmprune.eval.scoring import score
+from vlmprune.eval.store import Answer, Store
+from vlmprune.flops import decoder_flops, layer_inputs, mean_tokens
+from vlmprune.models import Run, meter, prune
+from vlmprune.models.family import decoder_shape
+from vlmprune.policies.base import PruningPolicy
+
+Item = tuple[Question, str]
+"""A question and its full prompt, with one image placeholder token in it."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Who is asked: a model with its processor, and how long an answer may be."""
+
+    model: Any
+    processor: Any
+    max_new_tokens: int
+
+
+def make_batches(processor: Any, items: Sequence[Item], size: int) -> list[list[Item]]:
+    """Batches of prompts as equal in length as can be, so that next to nothing is padded.
+
+    The same items and size give the same batches, also when some are answered already: a batch is asked as a whole, so
+    an answer does not depend on where an earlier run was killed.
+    """
+    lengths = text_lengths(processor, items)
+    order = sorted(range(len(items)), key=lambda i: (lengths[i], i))
+    return [[items[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
+
+
+def text_lengths(processor: Any, items: Sequence[Item]) -> list[int]:
+    """Text tokens of every prompt."""
+    texts = [text for _, text in items]
+    ids = processor.tokenizer(texts, add_special_tokens=not _has_bos(processor, texts))["input_ids"]
+    return [len(row) - 1 for row in ids]  # but for the image placeholder
+
+
+def typical_prompt(processor: Any, config: Any, items: Sequence[Item]) -> Prompt:
+    """The prompt that budgets are counted for: the first question's visual tokens, the mean text."""
+    ids = make_inputs(processor, items[:1])["input_ids"]
+    lengths = text_lengths(processor, items)
+    visual = int((ids == config.image_token_id).sum())
+    return Prompt(decoder_shape(config), visual, round(sum(lengths) / len(lengths)))
+
+
+def make_inputs(processor: Any, items: Sequence[Item]) -> Any:
+    """Token ids, padded on the left, and pixel values of a batch, on the CPU."""
+    texts, images = [text for _, text in items], []
+    padded = len(items) > 1
+    can = not padded or processor.tokenizer.pad_token is not None
+    check(can, "--batch-size", "1 (the tokenizer has no padding token)", len(items))
+    for question, _ in items:
+        with Image.open(question.image) as image:
+            images.append(image.convert("RGB"))
+    return processor(
+        text=texts,
+        images=images,
+        return_tensors="pt",
+        padding=padded,
+        padding_side="left",
+        add_special_tokens=not _has_bos(processor, texts),
+    )
+
+
+def missing(items: Sequence[Item], arms: Sequence[Arm], store: Store) -> int:
+    """How many answers are still to come."""
+    keys = {(arm.key, question.id, arm.seed) for arm in arms for question, _ in items}
+    return len(keys - store.answers.keys())
+
+
+def ask_all(
+    subject: Subject, batches: Sequence[list[Item]], arms: Sequence[Arm], store: Store
+) -> Iterator[Answer]:
+    """Every answer the store does not have yet, in the store before it is handed on. Arms take turns batch by batch."""
+    warm: set[str] = set()
+    for number, batch in enumerate(batches):
+        open_arms = [arm for arm in arms if missing(batch, [arm], store)]
+        if not open_arms:
+            continue
+        inputs = make_inputs(subject.processor, batch).to(subject.model.device, dtype=subject.model.dtype)
+        for arm in open_arms:
+            policy = arm.drawn_for(number)
+            if arm.key not in warm:  # kernels and caches are made in the first pass, which is not timed
+                _generate(subject, inputs, policy, 1)
+                warm.add(arm.key)
+            for answer in _answers(subject, batch, inputs, arm, policy):
+                if answer.key not in store.answers:
+                    store.add(answer)
+                    yield answer
+
+
+@torch.inference_mode()
+def _generate(
+    subject: Subject, inputs: Any, policy: PruningPolicy | None, limit: int
+) -> tuple[Run, list[str]]:
+    """Greedy answers of a batch, and how it was pruned."""
+    model = subject.model
+    with meter(model) if policy is None else prune(model, policy) as run:
+        output = model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=1)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return run, subject.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def _answers(
+    subject: Subject, batch: Sequence[Item], inputs: Any, arm: Arm, policy: PruningPolicy | None
+) -> Iterator[Answer]:
+    """The answers of one arm to one batch, scored and with their cost."""
+    run, texts = _generate(subject, inputs, policy, subject.max_new_tokens)
+    prefill = run.report().seconds.prefill / len(batch)
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    for sample, ((question, _), said) in enumerate(zip(batch, texts, strict=True)):
+        kept = [(stage.layer, run.kept_at(i, sample).tolist()) for i, stage in enumerate(run.stages)]
+        cut, tokens = _cost(subject, len(run.kept_at(-1, sample)), lengths[sample], kept)
+        right, exact = score(said, question.answer)
+        yield Answer(
+            policy=arm.key,
+            question=question.id,
+            seed=arm.seed,
+            answer=said.strip(),
+            right=right,
+            exact=exact,
+            cut=round(cut, 6),
+            tokens=round(tokens, 3),
+            prefill=round(prefill, 7),
+            kept=tuple((layer, format(sum(1 << i for i in some), "x")) for layer, some in kept),
+        )
+
+
+def _cost(
+    subject: Subject, visual: int, length: int, kept: Sequence[tuple[int, list[int]]]
+) -> tuple[float, float]:
+    """Share of the prefill's FLOPs saved, and mean visual tokens over the layers, of one sample by itself."""
+    shape = decoder_shape(subject.model.config)
+    lengths = layer_inputs(shape.layers, visual, [(layer, len(some)) for layer, some in kept])
+    full = decoder_flops(shape, [length] * shape.layers)
+    pruned = decoder_flops(shape, [n + length - visual for n in lengths])
+    return 1 - pruned / full, mean_tokens(lengths)
+
+
+def _has_bos(processor: Any, texts: Sequence[str]) -> bool:
+    """Whether the prompts bring their own first token, so that the tokenizer must not add one."""
+    bos = processor.tokenizer.bos_token
+    starts = {bos is not None and text.startswith(bos) for text in texts}
+    check(len(starts) == 1, "prompt", f"{bos!r} at the start of every prompt or of none", "both")
+    return starts.pop()

@@ -1,0 +1,118 @@
+"""The pictures of an evaluation, as PNG bytes: accuracy against cost, accuracy per family, where tokens are kept."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from vlmprune.errors import check
+from vlmprune.eval.arms import UNPRUNED
+from vlmprune.eval.summary import Cell, Row
+
+DPI, COLUMNS = 110, 3
+Share = Mapping[int, np.ndarray[Any, Any]]
+"""Layer of each stage -> [rows, columns] share of the answers that kept each patch."""
+
+
+def check_matplotlib() -> None:
+    """Raise ValueError where the plots could not be drawn; asked before anything slow."""
+    there = find_spec("matplotlib") is not None
+    check(there, "vlmprune eval", "matplotlib (pip install 'vlmprune[eval]')", "no such package")
+
+
+def draw_pareto(rows: Sequence[Row]) -> bytes:
+    """Accuracy on all questions against FLOPs and against measured prefill time."""
+    figure, (left, right) = _figure(1, 2, 5.2, 4.2)
+    _curves(left, rows, lambda row: 1 - row.cut, lambda row: row.all)
+    _curves(right, rows, lambda row: row.prefill * 1000, lambda row: row.all)
+    left.set_xlabel("decoder prefill FLOPs, share of unpruned")
+    right.set_xlabel("measured prefill, ms per question")
+    left.set_ylabel("right answers, all questions")
+    left.legend(fontsize=7)
+    return _png(figure)
+
+
+def draw_families(rows: Sequence[Row]) -> bytes:
+    """Accuracy of each family of questions against FLOPs."""
+    names = list(rows[0].families)
+    figure, axes = _figure(-(-len(names) // COLUMNS), COLUMNS, 3.6, 3.0)
+    for panel, name in zip(axes, names, strict=False):
+        _curves(panel, rows, lambda row: 1 - row.cut, _cell_of(name))
+        panel.set_title(f"{name} ({rows[0].families[name].questions})", fontsize=9)
+    for panel in axes[len(names) :]:
+        panel.set_axis_off()
+    axes[0].legend(fontsize=6)
+    return _png(figure)
+
+
+def draw_heat(shares: Mapping[str, Share]) -> bytes:
+    """Per method one line: after each stage a map of the patches, and the share kept in each row of the image."""
+    stages = max((len(share) for share in shares.values()), default=1)
+    figure, axes = _figure(max(len(shares), 1), stages * 2, 2.5, 2.7)
+    panels = iter(axes)
+    for title, share in shares.items():
+        for _, (layer, grid) in zip(range(stages), share.items(), strict=False):
+            image, bars = next(panels), next(panels)
+            image.imshow(grid, vmin=0, vmax=1, cmap="magma")
+            image.set_title(f"{title}\nfrom layer {layer}: {grid.sum():.0f} of {grid.size}", fontsize=6)
+            image.set_xticks([])
+            image.set_yticks([])
+            bars.barh(range(len(grid)), grid.mean(axis=1), color="0.45")
+            bars.set_xlim(0, 1)
+            bars.invert_yaxis()
+            bars.set_title("share kept per row", fontsize=6)
+            bars.tick_params(labelsize=6)
+        for _ in range(2 * (stages - len(share))):
+            next(panels).set_axis_off()
+    return _png(figure)
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure and its panels, row by row; no global state, unlike pyplot."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(columns * width, rows * height), dpi=DPI, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _curves(
+    panel: Any, rows: Sequence[Row], cost: Callable[[Row], float], cell: Callable[[Row], Cell]
+) -> None:
+    """One line per method through its budgets, with the 95 % intervals; the unpruned model as a dashed line."""
+    methods: dict[str, list[Row]] = {}
+    for row in rows:
+        methods.setdefault(row.method, []).append(row)
+    for method, some in methods.items():
+        some = sorted(some, key=cost)
+        points = [cell(row).right for row in some]
+        ends = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
+        style = {"color": "black"} if method == UNPRUNED else {}
+        panel.errorbar(
+            [*map(cost, some)],
+            [p.mean for p in points],
+            yerr=ends,
+            marker="o",
+            markersize=4,
+            linewidth=1,
+            capsize=2,
+            label=method,
+            **style,
+        )
+        if method == UNPRUNED:
+            panel.axhline(points[0].mean, color="black", linestyle="--", linewidth=0.6)
+    panel.set_ylim(-0.02, 1.02)
+    panel.grid(alpha=0.3)
+
+
+def _cell_of(family: str) -> Callable[[Row], Cell]:
+    return lambda row: row.families[family]
+
+
+def _png(figure: Any) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()

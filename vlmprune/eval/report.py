@@ -1,0 +1,102 @@
+"""One HTML file that says everything: tables, pictures inside it, no script, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from vlmprune.eval.intervals import Estimate
+from vlmprune.eval.summary import NEAR, Cell, Row
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; font-size: 13px; margin: 1em 0; display: block; overflow-x: auto; }
+td, th { border-bottom: 1px solid #ddd; padding: .3em .7em; text-align: right; white-space: nowrap; }
+td:first-child, th:first-child { text-align: left; }
+small { color: #666; } img { max-width: 100%; } code { font-size: 12px; }
+"""
+NOTES = f"""
+Right: a box overlaps the true one with IoU &ge; 0.5; every other answer equals the true one but for case and white
+space. In brackets 95&nbsp;% intervals: Wilson's for one draw, the bootstrap over questions for several draws and for
+differences, which are taken question by question. Uniform is the baseline of the nearest FLOPs cut, if that is within
+{NEAR:g}. FLOPs are the decoder's prefill, 2 x multiply-adds from shapes, each question by itself; time is the measured
+prefill of a batch with selection divided by its questions, the median. Neither counts the vision tower.
+"""
+
+
+def make_report(settings: Mapping[str, Any], rows: Sequence[Row], pictures: Mapping[str, bytes]) -> str:
+    """The whole page. ``pictures`` are PNGs by heading."""
+    families = list(rows[0].families)
+    parts = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>vlmprune eval</title>",
+        f"<style>{STYLE}</style><h1>vlmprune eval</h1>",
+        _table(("setting", "value"), settings.items()),
+        f"<h2>Accuracy at equal cost</h2><p>{NOTES}</p>",
+        _table(HEADS, (summary_cells(row) for row in rows)),
+        "<h2>Right answers by family</h2>",
+        _table((*NAMES, *families), (family_cells(row, True) for row in rows)),
+        *(f"<h2>{escape(title)}</h2><img src='{_inline(png)}' alt=''>" for title, png in pictures.items()),
+        "<h2>Policies as they ran</h2>",
+        _table(SETTINGS, ((*_name(r), _share(r.budget), f"{r.tokens:.1f}", r.seeds, r.policy) for r in rows)),
+        "</html>",
+    ]
+    return "\n".join(parts)
+
+
+NAMES = ("method", "FLOPs cut")
+HEADS = (*NAMES, "prefill ms", "right", "to unpruned", "to uniform")
+
+
+SETTINGS = (*NAMES, "budget", "tokens, mean over layers", "draws", "policy")
+
+
+def summary_cells(row: Row) -> tuple[str, ...]:
+    """One row of the main table, under ``HEADS``."""
+    cell = row.all
+    differences = (points(cell.to_unpruned), points(cell.to_uniform))
+    return (*_name(row), f"{row.prefill * 1000:.2f}", percent(cell.right), *differences)
+
+
+def family_cells(row: Row, intervals: bool = False) -> tuple[str, ...]:
+    """One row of the table of families: right answers in percent, and exact ones where those are fewer."""
+    return (*_name(row), *(_family_cell(cell, intervals) for cell in row.families.values()))
+
+
+def percent(value: Estimate) -> str:
+    """A share and its interval, in percent."""
+    return f"{value.mean * 100:.1f} [{value.low * 100:.1f}, {value.high * 100:.1f}]"
+
+
+def points(value: Estimate | None) -> str:
+    """A difference and its interval, in percentage points."""
+    if value is None:
+        return "-"
+    mean, low, high = (round(v * 100, 1) + 0.0 for v in value)  # + 0.0: no minus before a zero
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _name(row: Row) -> tuple[str, str]:
+    return row.method, f"{row.cut:.1%}"
+
+
+def _share(budget: float | None) -> str:
+    return "-" if budget is None else f"{budget:.1%}"
+
+
+def _family_cell(cell: Cell, intervals: bool) -> str:
+    right = percent(cell.right) if intervals else f"{cell.right.mean * 100:.1f}"
+    same = abs(cell.exact - cell.right.mean) < 1e-9
+    return right if same else f"{right} (exact {cell.exact * 100:.1f})"
+
+
+def _table(heads: Sequence[object], rows: Any) -> str:
+    def line(tag: str, cells: Sequence[object]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line("th", heads) + "".join(line("td", row) for row in rows) + "</table>"
+
+
+def _inline(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

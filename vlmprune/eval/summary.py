@@ -1,0 +1,159 @@
+"""Turns answers into rows: accuracy with intervals, the difference to the baselines, cost, and where tokens were kept."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlmprune.eval.arms import UNPRUNED, Arm
+from vlmprune.eval.intervals import Estimate, bootstrap, share
+from vlmprune.eval.questions import Question
+from vlmprune.eval.store import Answer, Key
+from vlmprune.policies.base import Grid
+from vlmprune.policies.uniform import Uniform
+
+NEAR = 0.05
+"""How far apart the FLOPs cuts of a method and of the uniform baseline may be for a comparison."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Accuracy on some questions: a value per question is its mean over seeds.
+
+    Attributes:
+        questions: how many.
+        right: share of right answers.
+        exact: share of exact answers.
+        to_unpruned, to_uniform: mean difference on the same questions, or None where there is nothing to compare with.
+    """
+
+    questions: int
+    right: Estimate
+    exact: float
+    to_unpruned: Estimate | None = None
+    to_uniform: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one budget, over all its seeds.
+
+    Attributes:
+        method, budget: as in ``Arm``.
+        policy: the policy with all its settings.
+        seeds: how many draws.
+        cut: mean share of the decoder's prefill FLOPs saved.
+        tokens: visual tokens, mean over layers and questions.
+        prefill: median seconds of the prefill per question.
+        all: accuracy on all questions.
+        families: accuracy on each family.
+    """
+
+    method: str
+    budget: float | None
+    policy: str
+    seeds: int
+    cut: float
+    tokens: float
+    prefill: float
+    all: Cell
+    families: Mapping[str, Cell]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; an estimate is ``{mean, low, high}``."""
+        cells = {name: _plain(cell) for name, cell in self.families.items()}
+        rest = {k: v for k, v in vars(self).items() if k not in ("all", "families")}
+        return {**rest, "all": _plain(self.all), "families": cells}
+
+
+Right = dict[str, float]
+"""Question id -> share of its seeds that were right."""
+
+
+def summarize(questions: Sequence[Question], arms: Sequence[Arm], answers: Mapping[Key, Answer]) -> list[Row]:
+    """One row per method and budget, in the order of the arms; every question must be answered."""
+    groups: dict[tuple[str, float | None], list[Arm]] = {}
+    for arm in arms:
+        groups.setdefault((arm.method, arm.budget), []).append(arm)
+    found = {group: answers_of(some, questions, answers) for group, some in groups.items()}
+    rights = {group: _per_question(some, "right") for group, some in found.items()}
+    cuts = {group: statistics.fmean(a.cut for a in some) for group, some in found.items()}
+    uniform = [group for group, some in groups.items() if isinstance(some[0].policy, Uniform)]
+    rows = []
+    for group, some in groups.items():
+        near = min(uniform, key=lambda other: abs(cuts[other] - cuts[group]), default=None)
+        same = near is not None and near != group and abs(cuts[near] - cuts[group]) <= NEAR
+        bases = (
+            rights[UNPRUNED, None] if group != (UNPRUNED, None) else None,
+            rights[near] if same and near is not None else None,
+        )
+        rows.append(_row(group, some, found[group], questions, cuts[group], bases))
+    return rows
+
+
+def answers_of(
+    arms: Sequence[Arm], questions: Sequence[Question], answers: Mapping[Key, Answer]
+) -> list[Answer]:
+    """The answers of some arms to these questions."""
+    return [answers[arm.key, question.id, arm.seed] for arm in arms for question in questions]
+
+
+def kept_share(answers: Sequence[Answer], grid: Grid) -> dict[int, np.ndarray[Any, Any]]:
+    """Layer of each stage -> ``[rows, columns]`` float64, the share of these answers that kept each patch."""
+    size = grid[0] * grid[1]
+    totals: dict[int, np.ndarray[Any, Any]] = {}
+    for answer in answers:
+        for layer, bits in answer.kept:
+            packed = np.frombuffer(int(bits, 16).to_bytes(-(-size // 8), "little"), dtype=np.uint8)
+            marks = np.unpackbits(packed, bitorder="little")[:size]
+            totals[layer] = totals.get(layer, np.zeros(size)) + marks
+    return {layer: (total / len(answers)).reshape(grid) for layer, total in sorted(totals.items())}
+
+
+def _row(
+    group: tuple[str, float | None],
+    arms: Sequence[Arm],
+    answers: Sequence[Answer],
+    questions: Sequence[Question],
+    cut: float,
+    bases: tuple[Right | None, Right | None],
+) -> Row:
+    right, exact = _per_question(answers, "right"), _per_question(answers, "exact")
+    families: dict[str, list[str]] = {}
+    for question in questions:
+        families.setdefault(question.family, []).append(question.id)
+    return Row(
+        method=group[0],
+        budget=group[1],
+        policy=arms[0].key,
+        seeds=len(arms),
+        cut=cut,
+        tokens=statistics.fmean(a.tokens for a in answers),
+        prefill=statistics.median(a.prefill for a in answers),
+        all=_cell([q.id for q in questions], right, exact, bases),
+        families={name: _cell(ids, right, exact, bases) for name, ids in sorted(families.items())},
+    )
+
+
+def _cell(ids: Sequence[str], right: Right, exact: Right, bases: tuple[Right | None, Right | None]) -> Cell:
+    differences = (base if base is None else bootstrap([right[i] - base[i] for i in ids]) for base in bases)
+    return Cell(
+        len(ids), share([right[i] for i in ids]), statistics.fmean(exact[i] for i in ids), *differences
+    )
+
+
+def _per_question(answers: Sequence[Answer], what: str) -> Right:
+    """The mean over seeds of "right" or "exact"."""
+    values: dict[str, list[float]] = {}
+    for answer in answers:
+        values.setdefault(answer.question, []).append(float(getattr(answer, what)))
+    return {question: statistics.fmean(some) for question, some in values.items()}
+
+
+def _plain(cell: Cell) -> dict[str, Any]:
+    """A cell with its estimates as dictionaries."""
+    return {k: v._asdict() if isinstance(v, Estimate) else v for k, v in vars(cell).items()}
