@@ -1,0 +1,121 @@
+"""Trains the small LLaVA on the synthetic world for so many minutes and writes a checkpoint that transformers loads.
+
+    python examples/glyphworld/train.py --minutes 60 --out DIR
+
+Stopped in the middle, the same command with --resume continues. OUT/log.jsonl has the losses, OUT/checkpoint the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import LlavaForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
+
+from training.loop import Plan, Trainer
+from training.model import make_model, make_processor
+from world.scenes import SIDES
+
+_LOG_EVERY = 20  # steps
+_SAVE_EVERY = 120  # seconds
+_LEAST = {"minutes": 0.01, "steps": 1, "batch": 1, "text": 32}  # 32 words hold any question
+
+
+def main() -> None:
+    """Train, save, say where the checkpoint is."""
+    args = _arguments()
+    state = args.out / "state.pt"
+    if state.exists() and not args.resume:
+        raise SystemExit(f"--out: expected a new folder or --resume, got {args.out}, which holds a run")
+    if args.resume and not state.exists():
+        raise SystemExit(f"--resume: expected a run in --out, got {args.out} without {state.name}")
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    trainer = Trainer(_model(args), _plan(args), device)
+    if args.resume:
+        trainer.load(state)
+    if args.compile:
+        trainer.compile()
+    args.out.mkdir(parents=True, exist_ok=True)
+    _train(trainer, args, state)
+    target = args.out / "checkpoint"
+    trainer.model.to(torch.bfloat16).save_pretrained(target)
+    make_processor(trainer.plan.side).save_pretrained(target)
+    print(f"{trainer.step} steps, checkpoint in {target}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time budget; the schedule follows it")
+    parser.add_argument("--steps", type=int, help="budget in steps instead of minutes")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--init", type=Path, help="checkpoint to start from instead of random weights")
+    parser.add_argument(
+        "--size", type=int, choices=SIDES, default=112, help="pixels: 196 or 576 visual tokens"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=12, help="pictures a step")
+    parser.add_argument("--text", type=int, default=128, help="text positions a picture")
+    parser.add_argument("--rate", type=float, help="learning rate (default 0.012, with --init 0.004)")
+    parser.add_argument("--first-seed", type=int, default=Plan.first_seed, help="first scene trained on")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
+    parser.add_argument("--compile", action="store_true", help="compile the model (minutes, then faster)")
+    args = parser.parse_args()
+    for name, least in _LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            parser.error(f"--{name}: expected at least {least}, got {value}")
+    return args
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    """From a checkpoint: gentler, and no time for looking only."""
+    rate = args.rate if args.rate is not None else 0.004 if args.init else Plan.rate
+    looking = 0.0 if args.init else Plan.looking
+    return Plan(args.size, args.minutes, args.steps, args.batch, args.text, rate, looking, args.first_seed)
+
+
+def _model(args: argparse.Namespace) -> LlavaForConditionalGeneration:
+    # On a CPU explicit attention in bfloat16 trains faster than the fused one.
+    attention = "eager" if args.device == "cpu" else "sdpa"
+    if args.init is None:
+        return make_model(args.size, attention)
+    model = LlavaForConditionalGeneration.from_pretrained(
+        args.init, dtype=torch.float32, attn_implementation=attention
+    )
+    side = model.config.vision_config.image_size
+    if side != args.size:
+        raise SystemExit(f"--init: expected a checkpoint for {args.size} pixels, got one for {side}")
+    return model
+
+
+def _train(trainer: Trainer, args: argparse.Namespace, state: Path) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    saved = time.monotonic()
+    with Progress(*columns) as bar, (args.out / "log.jsonl").open("a") as log:
+        task = bar.add_task("starting", total=1.0)
+        for losses in trainer.run(args.workers):
+            text = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+            bar.update(task, completed=trainer.progress, description=f"step {trainer.step}: {text}")
+            if trainer.step % _LOG_EVERY == 0:
+                line = {"step": trainer.step, "seconds": round(trainer.elapsed, 1), **losses}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+            if time.monotonic() - saved > _SAVE_EVERY:
+                trainer.save(state)
+                saved = time.monotonic()
+    trainer.save(state)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The training loop: two optimizers, a schedule driven by the share of the budget that is used, and a state that resumes.
+
+Batches, and so everything but the clock, depend on the step alone: with a budget in steps a run that was stopped and
+resumed ends with the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import LlavaForConditionalGeneration
+
+from training.batches import Batch, make_batch
+from training.losses import DenseHeads, answer_loss, see
+
+FIRST_SEED = 1_000_000  # scenes below are never trained on
+_WARM_UP = 30  # steps
+_CONSTANT = 0.5  # share of the budget before the learning rate falls to zero
+_DENSE_WEIGHT = 0.3  # of the dense losses beside the answers
+_ADAM_SHARE = 1 / 6  # learning rate of Adam's parameters against Muon's
+_TABLES = ("embed", "lm_head")  # matrices whose rows stand for words or places: Adam
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed when a run starts. The budget is ``steps`` if given, else ``minutes``."""
+
+    side: int = 112
+    minutes: float = 60.0
+    steps: int | None = None
+    batch: int = 12
+    text: int = 128  # text positions a picture
+    rate: float = 0.012
+    looking: float = 0.08  # share of the budget at the start in which only the dense losses are trained
+    first_seed: int = FIRST_SEED
+
+
+class Trainer:
+    """A model in training: weights in float32, computed in bfloat16 where ``mixed``."""
+
+    def __init__(
+        self, model: LlavaForConditionalGeneration, plan: Plan, device: torch.device, mixed: bool = True
+    ) -> None:
+        config = model.config
+        self.model, self.plan, self.device, self.mixed = model.to(device), plan, device, mixed
+        sizes = config.vision_config.hidden_size, config.text_config.hidden_size
+        self.heads = DenseHeads(*sizes).to(device)
+        self.parts = nn.ModuleDict({"model": self.model, "heads": self.heads})
+        self.optimizers = _optimizers(self.parts)
+        self.step, self.elapsed = 0, 0.0
+        self.see: Callable[..., Any] = see
+        self.answer_loss: Callable[..., Tensor] = answer_loss
+
+    def compile(self) -> None:
+        """Compile the two halves of the model: minutes at the first step, then faster steps."""
+        self.see, self.answer_loss = torch.compile(see), torch.compile(answer_loss)
+
+    @property
+    def progress(self) -> float:
+        """The share of the budget that is used."""
+        if self.plan.steps is not None:
+            return self.step / self.plan.steps
+        return self.elapsed / (60 * self.plan.minutes)
+
+    def train_step(self, batch: Batch) -> dict[str, float]:
+        """One update. Returns the losses before it."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
+            patches, projected = self.see(self.model, batch)
+            dense = self.heads(patches, projected, batch)
+            if self.progress < self.plan.looking:
+                losses = {"dense": dense}
+                total = dense
+            else:
+                answers = self.answer_loss(self.model, projected, batch)
+                losses = {"dense": dense, "answers": answers}
+                total = answers + _DENSE_WEIGHT * dense
+        total.backward()
+        nn.utils.clip_grad_norm_(self.parts.parameters(), 1.0)
+        rate = self.plan.rate * min(1.0, (self.step + 1) / _WARM_UP)
+        rate *= min(1.0, max(0.0, (1 - self.progress) / (1 - _CONSTANT)))
+        for optimizer, share in zip(self.optimizers, (1.0, _ADAM_SHARE), strict=True):
+            optimizer.param_groups[0]["lr"] = rate * share
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        return {name: float(loss.detach()) for name, loss in losses.items()}
+
+    def run(self, workers: int = 0, until: int | None = None) -> Iterator[dict[str, float]]:
+        """Train until the budget is used (or to step ``until``); yields the losses of every step.
+
+        The first step, in which a compiled model is compiled, does not count against ``minutes``.
+        """
+        last = until if until is not None else self.plan.steps if self.plan.steps is not None else 10**9
+        batches = DataLoader(
+            _Batches(self.plan), batch_size=None, sampler=range(self.step, last), num_workers=workers
+        )
+        clock: float | None = None
+        before = self.elapsed
+        for batch in batches:
+            if self.progress >= 1:
+                return
+            losses = self.train_step(batch.to(self.device))
+            clock = clock or time.monotonic()
+            self.elapsed = before + time.monotonic() - clock
+            yield losses
+
+    def save(self, path: Path) -> None:
+        """Write the whole state; a reader never sees half a file."""
+        state = {
+            "parts": self.parts.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "elapsed": self.elapsed,
+        }
+        torch.save(state, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+
+    def load(self, path: Path) -> None:
+        """Continue from a state that ``save`` wrote."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.parts.load_state_dict(state["parts"])
+        for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+        self.step, self.elapsed = state["step"], state["elapsed"]
+
+
+class _Batches(Dataset[Batch]):
+    """Batch number i of a plan, made where it is asked for (in a worker process if there are any)."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __getitem__(self, step: int) -> Batch:
+        first = self.plan.first_seed + step * self.plan.batch
+        return make_batch(range(first, first + self.plan.batch), self.plan.side, self.plan.text)
+
+
+def _optimizers(parts: nn.ModuleDict) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, Adam for everything else."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in parts.named_parameters():
+        inside = name.startswith("model.") and parameter.ndim == 2
+        table = any(word in name for word in _TABLES)
+        (matrices if inside and not table else others).append(parameter)
+    return (
+        torch.optim.Muon(matrices, lr=0.0, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, eps=1e-10),
+    )

@@ -1,0 +1,95 @@
+"""The loss of a packed batch: next words of the answers, plus what each patch shows (class, colour, box, object middle)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+from world.words import COLORS, NUMBERS, SHAPES
+
+from training.batches import IGNORED, PATCH_CLASSES, PREFIX, Batch
+
+_BACKGROUND = 0.15  # weight of a patch that shows nothing against one that shows something
+
+
+class DenseHeads(nn.Module):
+    """Linear heads that exist during training only.
+
+    Class, colour and box read the vision tower's patches. The anchors read the projected tokens that the decoder gets: each
+    object is announced by exactly one token, the one at its middle, which is what counting needs.
+    """
+
+    def __init__(self, vision: int, decoder: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(vision)
+        self.patch_class = nn.Linear(vision, PATCH_CLASSES)
+        self.patch_color = nn.Linear(vision, 1 + len(COLORS))
+        self.patch_box = nn.Linear(vision, 4 * NUMBERS)
+        self.anchor_norm = nn.LayerNorm(decoder)
+        self.anchor_shape = nn.Linear(decoder, 1 + len(SHAPES))
+        self.anchor_color = nn.Linear(decoder, 1 + len(COLORS))
+        for head in self.children():
+            if isinstance(head, nn.Linear):
+                nn.init.zeros_(head.weight)  # says nothing to a trained model before it has learned something
+
+    def forward(self, patches: Tensor, projected: Tensor, batch: Batch) -> Tensor:
+        """Sum of the dense losses; ``patches [B, P, vision]``, ``projected [B, P, decoder]``."""
+        seen, anchors = self.norm(patches), self.anchor_norm(projected)
+        box = self.patch_box(seen).float().view(-1, NUMBERS)
+        shown = (batch.patch_class > 0).flatten().float()
+        box_loss = F.cross_entropy(box, batch.patch_box.flatten(), reduction="none").view(-1, 4).mean(1)
+        return (
+            _rare(self.patch_class(seen), batch.patch_class)
+            + _rare(self.patch_color(seen), batch.patch_color)
+            + (box_loss * shown).sum() / shown.sum().clamp_min(1)
+            + _rare(self.anchor_shape(anchors), batch.anchor_shape)
+            + _rare(self.anchor_color(anchors), batch.anchor_color)
+        )
+
+
+def see(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The patches ``[B, P, vision]`` as the tower leaves them, and the visual tokens ``[B, P, decoder]``."""
+    pixels = (batch.images.permute(0, 3, 1, 2) / 127.5 - 1).contiguous()
+    seen = model.model.get_image_features(
+        pixel_values=pixels,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        output_hidden_states=True,
+        return_dict=True,
+    )
+    return seen.hidden_states[-1][:, 1:], torch.stack(list(seen.pooler_output))
+
+
+def answer_loss(model: LlavaForConditionalGeneration, projected: Tensor, batch: Batch) -> Tensor:
+    """Mean cross entropy of the words of all answers, given the visual tokens."""
+    embed = model.get_input_embeddings()
+    prefix = embed(torch.tensor(PREFIX, device=projected.device)).expand(len(projected), -1, -1)
+    inputs = torch.cat([prefix, projected.to(prefix.dtype), embed(batch.ids)], 1)
+    first = inputs.shape[1] - batch.ids.shape[1]
+    pictures = torch.arange(first, device=projected.device).expand(len(projected), -1)
+    hidden = model.model.language_model(
+        inputs_embeds=inputs,
+        attention_mask=packed_mask(batch.segment, first),
+        position_ids=torch.cat([pictures, batch.positions], 1),
+        use_cache=False,
+    ).last_hidden_state[:, first:]
+    words = model.lm_head(hidden).float().flatten(0, 1)
+    return F.cross_entropy(words, batch.labels.flatten(), ignore_index=IGNORED)
+
+
+def packed_mask(segment: Tensor, first: int) -> Tensor:
+    """Additive float32 mask ``[B, 1, S, S]``: causal; a question sees the ``first`` positions and itself."""
+    whole = F.pad(segment, (first, 0))
+    place = torch.arange(whole.shape[1], device=segment.device)
+    same = (place < first)[None, None, :] | (whole[:, :, None] == whole[:, None, :])
+    allowed = same & (place[:, None] >= place[None, :])
+    return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
+
+
+def _rare(scores: Tensor, target: Tensor) -> Tensor:
+    """Mean cross entropy with background patches weighted down."""
+    target = target.flatten()
+    weight = torch.where(target > 0, 1.0, _BACKGROUND)
+    loss = F.cross_entropy(scores.float().flatten(0, 1), target, reduction="none")
+    return (loss * weight).sum() / weight.sum()

@@ -1,0 +1,219 @@
+"""Training: packing changes no prediction, a step learns, a resumed run is the same run, the result loads."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import train
+from evaluate import answer, overlap, score
+from make_questions import questions_of
+from torch.nn.functional import cross_entropy
+from training.batches import FAMILIES, IGNORED, MIX, encode, make_batch
+from training.loop import FIRST_SEED, Plan, Trainer
+from training.losses import answer_loss, packed_mask, see
+from training.model import make_model, make_processor
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+from world.scenes import make_scene
+from world.words import TOKEN_ID, VOCABULARY
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Return a function (plan) -> Trainer with the same random weights every time, two layers deep."""
+
+    def make(plan):
+        torch.manual_seed(0)
+        return Trainer(make_model(112, "eager", layers=(2, 2)), plan, CPU, mixed=False)
+
+    return make
+
+
+def test_batches_depend_on_the_seed_alone():
+    first, again = make_batch([7, 8], 112), make_batch([8], 112)
+    assert torch.equal(first.ids[1], again.ids[0]) and torch.equal(first.images[1], again.images[0])
+    assert torch.equal(first.patch_box[1], again.patch_box[0])
+    assert not torch.equal(first.ids[0], first.ids[1])
+
+
+def test_mix_is_a_distribution_over_the_families():
+    assert set(MIX) == set(FAMILIES)
+    assert sum(MIX.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("side", [112, 192])
+def test_dense_targets_are_the_scene(side):
+    batch = make_batch(range(20), side)
+    assert batch.patch_class.shape == (20, (side // 8) ** 2)
+    things = shown = 0
+    for row, seed in enumerate(range(20)):
+        scene = make_scene(seed, side)
+        anchors = batch.anchor_shape[row]
+        assert sorted(anchors[anchors > 0].tolist()) == sorted(1 + thing.shape for thing in scene.things)
+        assert torch.equal(anchors > 0, batch.anchor_color[row] > 0)
+        truth = {(*scene.steps(thing.box), 1 + thing.shape, 1 + thing.color) for thing in scene.things}
+        seen = torch.cat(
+            [batch.patch_box[row], batch.patch_class[row, :, None], batch.patch_color[row, :, None]], 1
+        )
+        seen = set(map(tuple, seen[batch.patch_color[row] > 0].tolist()))
+        assert seen <= truth
+        things, shown = things + len(truth), shown + len(seen)
+    assert shown >= 0.95 * things  # a thin thing may have too few pixels in every patch
+
+
+def test_packed_mask_by_hand():
+    allowed = packed_mask(torch.tensor([[1, 1, 2, 0]]), first=1)[0, 0] == 0
+    assert allowed.int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 0, 0, 1, 0],
+        [1, 0, 0, 0, 1],
+    ]
+
+
+def test_packing_changes_no_prediction(small):
+    """The loss of a packed batch is that of every question asked alone through the processor."""
+    model, processor = small(Plan()).model, make_processor(112)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)  # predictions that differ from word to word
+    for layer in model.model.language_model.layers:
+        torch.nn.init.normal_(layer.self_attn.o_proj.weight, std=0.05)
+    batch = make_batch([70001], 112)
+    with torch.no_grad():
+        packed = answer_loss(model, see(model, batch)[1], batch)
+        alone = []
+        for number in range(1, int(batch.segment.max()) + 1):
+            here = batch.segment[0] == number
+            ids, labels = batch.ids[0][here], batch.labels[0][here]
+            prompt = "<bos> USER: <image> " + " ".join(VOCABULARY[i] for i in ids)
+            image = next(questions_of(70001, 112))[0]
+            inputs = processor(text=prompt, images=image, return_tensors="pt")
+            words = model(**inputs, logits_to_keep=len(ids)).logits[0]
+            alone.append(cross_entropy(words[labels != IGNORED], labels[labels != IGNORED], reduction="none"))
+    assert len(alone) > 5
+    torch.testing.assert_close(packed, torch.cat(alone).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_encode_ends_where_the_model_begins():
+    from world.questions import Question
+
+    words, answer_ids = encode(Question("exist", ("is", "there", "a", "red", "star", "?"), ("no",)))
+    assert words[-1] == TOKEN_ID["ASSISTANT:"] and answer_ids == [TOKEN_ID["no"], TOKEN_ID["<eos>"]]
+
+
+@pytest.mark.parametrize("looking", [0.0, 1.0], ids=["answers", "dense only"])
+def test_steps_lower_the_loss(small, looking):
+    trainer = small(Plan(steps=100, batch=2, rate=0.05, looking=looking))
+    batch = make_batch([1, 2], 112)
+    losses = [trainer.train_step(batch) for _ in range(8)]
+    assert set(losses[0]) == ({"dense"} if looking else {"dense", "answers"})
+    for name in losses[0]:
+        assert losses[-1][name] < 0.9 * losses[0][name]
+
+
+def test_resumed_is_uninterrupted(small, tmp_path):
+    plan = Plan(steps=4, batch=1, looking=0.25)
+    whole, stopped, resumed = small(plan), small(plan), small(plan)
+    assert len(list(whole.run())) == 4
+    assert len(list(stopped.run(until=2))) == 2
+    stopped.save(tmp_path / "state.pt")
+    resumed.load(tmp_path / "state.pt")
+    assert resumed.progress == 0.5
+    assert len(list(resumed.run())) == 2
+    for a, b in zip(whole.parts.state_dict().values(), resumed.parts.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    start = small(plan).parts.state_dict()
+    changed = [
+        name for name, value in whole.parts.state_dict().items() if not torch.equal(value, start[name])
+    ]
+    assert any("language_model" in name for name in changed) and any("vision" in name for name in changed)
+
+
+def test_a_time_budget_ends(small):
+    trainer = small(Plan(minutes=0.02, batch=1))
+    assert len(list(trainer.run())) > 1
+    assert trainer.progress >= 1
+    assert list(trainer.run()) == []
+
+
+def test_the_command_writes_a_checkpoint(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    command = ["train", "--steps", "20", "--batch", "1", "--text", "32", "--out", str(out)]
+    monkeypatch.setattr(train, "make_model", lambda *args: make_model(*args, layers=(1, 1)))
+    monkeypatch.setattr(sys, "argv", command)
+    train.main()
+    (line,) = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert line["step"] == 20 and line["answers"] > 0
+    model = LlavaForConditionalGeneration.from_pretrained(out / "checkpoint")
+    assert model.dtype == torch.bfloat16
+    asked = list(questions_of(70001, 112))[:3]
+    answers = list(answer(model, AutoProcessor.from_pretrained(out / "checkpoint"), asked, batch=2))
+    assert len(answers) == 3
+    with pytest.raises(
+        SystemExit, match=r"--out: expected a new folder or --resume, got .*, which holds a run"
+    ):
+        train.main()
+    monkeypatch.setattr(sys, "argv", [*command, "--resume"])
+    train.main()  # nothing is left to do: the same checkpoint again
+    again = LlavaForConditionalGeneration.from_pretrained(out / "checkpoint")
+    for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("option", [("--minutes", "0"), ("--steps", "0"), ("--text", "31")])
+def test_small_budgets_are_refused(option, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", *option, "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
+    assert f"{option[0]}: expected at least" in capsys.readouterr().err
+
+
+def test_resume_of_nothing_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "--resume", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match=r"--resume: expected a run in --out, got .*run without state\.pt"):
+        train.main()
+    assert not (tmp_path / "run").exists()
+
+
+def test_576_visual_tokens():
+    trainer = Trainer(
+        make_model(192, "sdpa", layers=(1, 1)), Plan(side=192, steps=9, batch=1, looking=0), CPU
+    )
+    assert see(trainer.model, make_batch([1], 192))[1].shape == (1, 576, 256)
+    (losses,) = trainer.run(until=1)
+    assert set(losses) == {"dense", "answers"} and all(0 < loss < 30 for loss in losses.values())
+
+
+def test_init_of_another_size_is_refused(tmp_path, monkeypatch):
+    checkpoint = Path(train.__file__).parent / "checkpoint"
+    options = ["--size", "192", "--init", str(checkpoint), "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["train", *options])
+    with pytest.raises(SystemExit, match="--init: expected a checkpoint for 192 pixels, got one for 112"):
+        train.main()
+
+
+def test_shipped_checkpoint_answers():
+    """Eight families of one scene in one padded batch: the easy ones are right."""
+    folder = Path(train.__file__).parent / "checkpoint"
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    asked = list(questions_of(70001, 112))
+    rows = score([e for _, e in asked], list(answer(model, AutoProcessor.from_pretrained(folder), asked)))
+    assert rows["box"]["found"] == rows["color"]["exact"] == rows["shape"]["exact"] == 1
+
+
+def test_score_and_overlap():
+    assert overlap("0 0 4 4", "0 0 4 4") == 1 and overlap("0 0 4 4", "0 2 4 6") == pytest.approx(1 / 3)
+    for broken in ("", "1 2 3", "4 4 0 0", "red 1 2 3", "1 2 3 4 5"):
+        assert overlap("0 0 4 4", broken) == 0
+    entries = [{"family": "box", "answer": "0 0 4 4"}, {"family": "read", "answer": "A B C"}]
+    assert score(entries, ["0 0 4 5", "A B C"]) == {
+        "box": {"questions": 1, "exact": 0.0, "found": 1.0},
+        "read": {"questions": 1, "exact": 1.0},
+    }
+
+
+def test_training_seeds_are_apart_from_held_out_ones():
+    assert FIRST_SEED > 70301
