@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,20 @@ sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout mu
 from micro.cases import CASES
 from micro.ceilings import gaps, measure_ceilings
 from micro.clock import capture
+from micro.gate import FAILURES, failed
 from micro.inputs import Inputs
-from micro.shapes import DTYPES, SHAPES, TINY, Setting
+from micro.shapes import DTYPES, SHAPES, TINY, Setting, Shape
 
 from vlmprune.ops._dispatch import TABLES, explain
 
 ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFUSED = 77
-PACKAGES = ("torch", "triton", "transformers", "numpy", "pytest", "rich", "typer", "matplotlib", "flash_attn")
+PACKAGES = ("torch", "triton", "transformers", "numpy", "setuptools", "pytest", "xdist", "hypothesis", "rich")
+PACKAGES += ("typer", "matplotlib", "flash_attn", "flash_colreduce")
+TOOLS = ("cc", "gcc", "clang", "nvcc", "compute-sanitizer", "ncu")  # Triton needs one of the first three
+SHAPE_NAMES = [shape.name for shape in (TINY, *SHAPES)]
+MOST_PAIRS = 4096  # visual tokens up to which all pairs are compared
 
 
 def info(tiny: bool) -> int:
@@ -42,9 +47,12 @@ def info(tiny: bool) -> int:
     for name in PACKAGES:
         found = importlib.util.find_spec(name) is not None
         print(name, getattr(importlib.import_module(name), "__version__", "unknown") if found else "missing")
+    for name in TOOLS:
+        print(name, shutil.which(name) or "missing")
     if DEVICE.type == "cuda":
         print(torch.cuda.get_device_properties(DEVICE))
-        print(subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout)
+        if shutil.which("nvidia-smi") is not None:
+            print(subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout)
     for op in sorted(TABLES):
         states = [f"{name}: {why or 'usable'}" for name, why in explain(op, DEVICE)]
         print(f"{op}\n  " + "\n  ".join(states))
@@ -136,19 +144,47 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def calls(tiny: bool) -> int:
-    """One call of every case by every backend of ours, checked: small work for compute-sanitizer to look at."""
-    for dtype in (torch.float32,) if DEVICE.type == "cpu" else (torch.bfloat16, torch.float32):
-        x = Inputs(Setting(TINY, dtype, 5, DEVICE))
+    """One call of every case by every backend of ours, checked, at a tiny size: for compute-sanitizer to look at."""
+    return _check(TINY)
+
+
+def check(tiny: bool) -> int:
+    """The same at the real shapes, one process each: is anything wrong? It leaves Triton's cache full, too."""
+    command = [sys.executable, __file__, "check", "--shape"]
+    shapes = (TINY,) if tiny else (TINY, *SHAPES)
+    running = [subprocess.Popen([*command, shape.name]) for shape in shapes]
+    return max([abs(process.wait()) for process in running])
+
+
+def _check(shape: Shape) -> int:
+    """Gate every case at one shape and print how it went; 1 if one was wrong or broke."""
+    bad = False
+    for x in _checked_inputs(shape):
         for case in CASES:
+            if (case.all_pairs and shape.visual > MOST_PAIRS) or (x.setting.rows > 1 and not case.scored):
+                continue
             for provider in case.own():
-                reason = provider.why_not(x)
-                if reason is None:
-                    case.gate(x, provider.run)
-                print(f"{case.name}, {dtype}, {provider.name}: {reason or 'right'}", flush=True)
-    return 0
+                note = provider.why_not(x)
+                try:
+                    if note is None:
+                        case.gate(x, provider.run)
+                except FAILURES as error:
+                    note, bad = failed(error), True
+                what = f"{case.name}, {shape.name}, {x.dtype}, R={x.setting.n_rows}, {provider.name}"
+                sys.stdout.write(f"{what}: {note or 'right'}\n")  # in one piece: other processes write, too
+                sys.stdout.flush()
+    return int(bad)
 
 
-STAGES = {f.__name__: f for f in (info, ceilings, build, replays, calls)}
+def _checked_inputs(shape: Shape) -> Iterator[Inputs]:
+    """What the later stages measure, first what they measure first."""
+    dtypes = (torch.float32,) if DEVICE.type == "cpu" else (torch.bfloat16, torch.float32)
+    for dtype in dtypes:
+        for rows in (1, 64):
+            yield Inputs(Setting(shape, dtype, rows, DEVICE))
+
+
+STAGES = {f.__name__: f for f in (info, ceilings, build, check, replays, calls)}
 
 
 def main() -> int:
@@ -158,7 +194,10 @@ def main() -> int:
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--tiny", action="store_true", help="a small size, to try the stage itself")
+    parser.add_argument("--shape", choices=SHAPE_NAMES, help="check this one only")
     chosen = parser.parse_args()
+    if chosen.shape is not None:
+        return _check((TINY, *SHAPES)[SHAPE_NAMES.index(chosen.shape)])
     return STAGES[chosen.stage](chosen.tiny)
 
 

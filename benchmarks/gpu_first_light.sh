@@ -1,23 +1,25 @@
 #!/usr/bin/env bash
-# First light on a GPU: everything that can be learned in nine minutes, the most important first.
+# First light on a GPU: everything that can be learned in two calls of nine minutes, the most important first.
 #
 #   benchmarks/gpu_first_light.sh [--dry-run] [--list] [STAGE...]
 #
-# Each stage writes $OUT/STAGE.txt as it runs. A stage whose result is there is skipped, so the script can be called
-# again until all are done; a stage that failed or was cut off by its time limit leaves STAGE.failed or STAGE.cut
-# and runs again. A stage that cannot run on this machine says why in its result. $OUT/summary.txt has one line a stage.
-# No network, no installation: the package is imported from a plain copy in $SITE.
+# $OUT gets few files, brought up to date after every stage: summary.txt has one line a stage and the goals (met,
+# missed, unmeasured), rows.csv the times, log.txt what every stage printed.
+# The state is kept apart from them, in $STATE, so that the script can be called again until all is done: a stage that
+# is done, failed or could not run is not started again unless it is named; one that was cut off is.
+# No network, no installation: the package is imported from a plain copy in $STATE/site.
 #
 # OUT      where results go (default: benchmarks/results/first_light)
-# SITE     where the copy and the built extension lie (default: build/first_light)
+# STATE    what must last from call to call (default: build/first_light)
 # PYTHON   the interpreter (default: python3)
 # LIMIT    seconds for everything (default: 540)
 # --dry-run tries every stage at a tiny size, on a CPU if there is no GPU.
 set -uo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-OUT=${OUT:-$ROOT/benchmarks/results/first_light}
-SITE=${SITE:-$ROOT/build/first_light}
+HERE=$ROOT/benchmarks
+OUT=${OUT:-$HERE/results/first_light}
+STATE=${STATE:-$ROOT/build/first_light}
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-540}
 REFUSED=77 # the exit code of a stage that cannot run here
@@ -37,57 +39,72 @@ full_or_tiny() { if ((DRY)); then echo "$2"; else echo "$1"; fi; }
 
 # The package as a wheel would lay it out: triton_kernels/ becomes vlmprune.triton_kernels.
 lay_out_package() {
-  local library=vlmprune/_C.abi3.so fresh=$SITE.new
+  local library=vlmprune/_C.abi3.so fresh=$STATE/site.new
   rm -rf "$fresh" && mkdir -p "$fresh" && cp -r "$ROOT/vlmprune" "$fresh/vlmprune" || return 1
   cp -r "$ROOT/triton_kernels" "$fresh/vlmprune/triton_kernels" || return 1
-  if [[ -e $SITE/$library ]]; then cp "$SITE/$library" "$fresh/$library"; fi
-  rm -rf "$SITE" && mv "$fresh" "$SITE" || return 1
-  # a result that came from another machine did not bring the library along
-  if [[ ! -e $SITE/$library ]] && grep -qs '^exit 0' "$OUT/1_build.txt"; then rm "$OUT/1_build.txt"; fi
+  if [[ -e $STATE/site/$library ]]; then cp "$STATE/site/$library" "$fresh/$library"; fi
+  rm -rf "$STATE/site" && mv "$fresh" "$STATE/site"
 }
 
 wanted() { # wanted STAGE: all stages if none was named
   ((${#CHOSEN[@]} == 0)) && return 0
+  named "$1"
+}
+
+named() {
   local name
-  for name in "${CHOSEN[@]}"; do [[ $1 == "$name" || ${1%%_*} == "$name" ]] && return 0; done
+  for name in ${CHOSEN[@]+"${CHOSEN[@]}"}; do [[ $1 == "$name" || ${1%%_*} == "$name" ]] && return 0; done
   return 1
 }
 
-note() { echo "$1" | tee -a "$OUT/summary.txt"; }
+note() { echo "$1" | tee -a "$STATE/summary.txt"; }
+
+publish() { # bring $OUT up to date: a call that is killed has left what it knew
+  cp "$STATE/summary.txt" "$OUT/summary.txt"
+  tail -n +1 "$STATE"/stages/* >"$OUT/log.txt" 2>/dev/null
+  if [[ -e $STATE/rows.csv ]]; then
+    cp "$STATE/rows.csv" "$OUT/rows.csv"
+    { echo && "$PYTHON" "$HERE/goals.py" "$STATE/rows.csv"; } >>"$OUT/summary.txt" 2>&1
+  fi
+}
 
 stage() { # stage NAME SECONDS COMMAND...
-  local name=$1 limit=$2 code start left=$((LIMIT - SECONDS))
+  local name=$1 limit=$2 code start left=$((LIMIT - SECONDS)) result=$STATE/stages/$1
   shift 2
   wanted "$name" || return 0
   if ((LIST)); then echo "$name (at most $limit s)"; return 0; fi
-  if [[ -e $OUT/$name.txt ]]; then echo "$name: already there"; return 0; fi
+  if ! named "$name" && compgen -G "$result.[tf]*" >/dev/null; then echo "$name: already there"; return 0; fi
   ((DRY)) && limit=$((5 * limit)) left=$limit # a CPU takes its time
-  if ((left < 2)); then note "$name: no time left"; return 0; fi
+  if ((left < 5)); then note "$name: no time left"; return 0; fi
   ((limit > left)) && limit=$left
-  rm -f "$OUT/$name".{failed,cut}
+  rm -f "$result".*
   start=$SECONDS
-  timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.part" 2>&1
+  # interrupted rather than killed: pytest then says what failed so far
+  timeout --signal=INT --kill-after=5 "$limit" "$@" >"$result.part" 2>&1
   code=$?
   case $code in
-    0) mv "$OUT/$name.part" "$OUT/$name.txt" && note "$name: done in $((SECONDS - start)) s" ;;
+    0) mv "$result.part" "$result.txt" && note "$name: done in $((SECONDS - start)) s" ;;
     "$REFUSED")
-      note "$name: cannot run here: $(tail -n 1 "$OUT/$name.part")"
-      mv "$OUT/$name.part" "$OUT/$name.txt"
+      note "$name: cannot run here: $(tail -n 1 "$result.part")"
+      mv "$result.part" "$result.txt"
       ;;
-    124 | 137) mv "$OUT/$name.part" "$OUT/$name.cut" && note "$name: cut off after $limit s" ;;
-    *) mv "$OUT/$name.part" "$OUT/$name.failed" && note "$name: failed with exit code $code" ;;
+    124 | 137) mv "$result.part" "$result.cut" && note "$name: cut off after $limit s" ;;
+    *) mv "$result.part" "$result.failed" && note "$name: failed with exit code $code after $((SECONDS - start)) s" ;;
   esac
+  publish
 }
 
-run_tests() { # pytest on the GPU tests, then on ops, then on models; a failure does not keep the next from running
+run_tests() { # pytest on one list of arguments after the other; a failure does not keep the next from running
   local worst=0 code workers=() extra=()
   "$PYTHON" -c 'import pytest' || { echo "pytest is not installed" && return "$REFUSED"; }
-  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 4)
-  ((DRY)) && extra=(--collect-only)
-  for what in "-m gpu tests" tests/ops tests/models; do
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+  ((DRY)) && extra=(--collect-only -qq)
+  for what in "$@"; do
     echo "== pytest $what"
-    # shellcheck disable=SC2086 # two words are meant
-    "$PYTHON" -m pytest -q -p no:cacheprovider --maxfail=20 "${workers[@]}" "${extra[@]}" $what
+    # a test file whose imports are missing must not keep the others from running
+    # shellcheck disable=SC2086 # several words are meant
+    "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider --maxfail=20 --continue-on-collection-errors \
+      "${workers[@]}" "${extra[@]}" $what
     code=$?
     ((code != 5 && code > worst)) && worst=$code # 5: nothing collected
   done
@@ -98,31 +115,32 @@ run_sanitizer() { # memcheck, then racecheck; what a machine refuses is written 
   local tool worst=0 sanitizer
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
   if [[ -z $sanitizer ]]; then
-    ((DRY)) && "$PYTHON" "$ROOT/benchmarks/first_light.py" calls --tiny
+    ((DRY)) && "$PYTHON" "$HERE/first_light.py" calls --tiny
     echo "compute-sanitizer is not installed" && return "$REFUSED"
   fi
   for tool in memcheck racecheck; do
     echo "== $tool"
     # without PyTorch's caching allocator, or an access beyond a tensor stays inside its pool
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 40 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-      "$PYTHON" "$ROOT/benchmarks/first_light.py" calls || worst=$?
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+      "$PYTHON" "$HERE/first_light.py" calls || worst=$?
   done
   return "$worst"
 }
 
 if ((!LIST)); then
-  mkdir -p "$OUT" "$SITE" && OUT=$(cd "$OUT" && pwd) && SITE=$(cd "$SITE" && pwd) && lay_out_package || exit 1
+  mkdir -p "$OUT" "$STATE/stages" && OUT=$(cd "$OUT" && pwd) && STATE=$(cd "$STATE" && pwd) || exit 1
+  lay_out_package || exit 1
   cd "$ROOT" || exit 1
   note "== $(date -u +%FT%TZ) commit $(git describe --always --dirty 2>/dev/null || echo unknown)"
 fi
-export PYTHONPATH=$SITE PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-export OUT PYTHON ROOT DRY REFUSED
+export PYTHONPATH=$STATE/site PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHON HERE DRY REFUSED
 export -f run_tests run_sanitizer
 
-HERE=$ROOT/benchmarks
 LIGHT=("$PYTHON" "$HERE/first_light.py")
-MICRO=("$PYTHON" "$HERE/microbench.py" --no-plots --csv "$OUT/rows.csv")
-QUICK=(cuda triton plan torch "scores + topk" eager flash-colreduce) # torch.compile takes seconds a setting
+MICRO=("$PYTHON" "$HERE/microbench.py" --no-plots --csv "$STATE/rows.csv")
+QUICK=(cuda triton plan torch "scores + topk" eager flash-colreduce "published loop") # torch.compile takes seconds a setting
+GOALS=(prune_tokens received_attention "greedy_select maxmin")
 SETS=(compact_kv greedy_select merge_tokens cluster_dpc match_bipartite)
 read -ra TINY <<<"$(full_or_tiny "" --tiny)"
 read -ra SHAPES <<<"$(full_or_tiny "" "--shapes tiny --seconds 0.01")"
@@ -132,15 +150,17 @@ INTERPRET=$( ((DRY)) && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cu
 
 stage 0_info 25 "${LIGHT[@]}" info "${TINY[@]}"
 stage 0_ceilings 25 "${LIGHT[@]}" ceilings "${TINY[@]}"
-stage 1_build 60 "${LIGHT[@]}" build "${TINY[@]}"
-stage 2_tests 150 bash -c run_tests
-stage 3_select 45 "${MICRO[@]}" --cases select_topk select_segments "${SHAPES[@]}"
-stage 4_prune 60 "${MICRO[@]}" --cases prune_tokens --rows 1 --providers "${QUICK[@]}" "${SHAPES[@]}"
-stage 4_parts 60 "${MICRO[@]}" --cases received_attention row_lse gather_tokens --providers "${QUICK[@]}" "${SHAPES[@]}"
-stage 5_replays 40 "${LIGHT[@]}" replays "${TINY[@]}"
-stage 6_sanitizer 85 bash -c run_sanitizer
+stage 1_build 90 "${LIGHT[@]}" build "${TINY[@]}"
+stage 1_check 150 "${LIGHT[@]}" check "${TINY[@]}"
+stage 2_goals 120 "${MICRO[@]}" --cases "${GOALS[@]}" --rows 1 --providers "${QUICK[@]}" "${SHAPES[@]}"
+stage 3_replays 40 "${LIGHT[@]}" replays "${TINY[@]}"
+stage 3_tests 100 bash -c 'run_tests "-m gpu tests/ops tests/csrc tests/models" tests/ops'
+stage 4_compiled 120 "${MICRO[@]}" --cases prune_tokens --rows 1 --providers torch.compile "${SHAPES[@]}"
+stage 4_select 45 "${MICRO[@]}" --cases select_topk select_segments "${SHAPES[@]}"
+stage 5_parts 90 "${MICRO[@]}" --cases received_attention row_lse gather_tokens --providers "${QUICK[@]}" "${SHAPES[@]}"
+stage 6_sanitizer 125 bash -c run_sanitizer
 stage 7_sweeps 60 env TRITON_INTERPRET="$INTERPRET" "$PYTHON" "$HERE/tile_sweep.py" "${SWEEP[@]}"
 stage 8_end_to_end 40 "$PYTHON" "$HERE/end_to_end.py" "${REPEAT[@]}"
 stage 9_sets 60 "${MICRO[@]}" --cases "${SETS[@]}" "${SHAPES[@]}"
-stage 9_compiled 120 "${MICRO[@]}" --cases prune_tokens received_attention --rows 1 --providers torch.compile "${SHAPES[@]}"
+stage 9_models 150 bash -c 'run_tests tests/models'
 ((LIST)) || echo "results in $OUT"

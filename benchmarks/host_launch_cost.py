@@ -1,4 +1,4 @@
-"""Host time of PrunePlan.run against the ops it repeats, on a machine without a GPU: all Python, none of CUDA.
+"""Host time of PrunePlan.run, and of a call bound once, against the ops they repeat, on a machine without a GPU: all Python, none of CUDA.
 
 A stub driver stands in for the GPU: kernels are compiled for sm_90 and never started. What is timed is everything that
 Python does in a call; Triton's C launcher, which packs the arguments, and the CUDA call itself are left out.
@@ -124,9 +124,13 @@ def report(n_caches: int, with_lse: bool) -> None:
 
     call = example(n_caches, with_lse)
     plan, positional = planned(call), checked(**call, keep=KEEP)
-    run, launchers = microseconds(lambda: plan.run(**call)), microseconds(lambda: prune_tokens(*positional))
+    run, bound = microseconds(lambda: plan.run(**call)), microseconds(plan.bind(**call))
+    launchers = microseconds(lambda: prune_tokens(*positional))
     given = "with LSE" if with_lse else "without LSE"
-    print(f"{4 + n_caches:3d} tensors, {given:11s}: plan.run {run:6.1f} us, launchers {launchers:7.1f} us")
+    print(
+        f"{4 + n_caches:3d} tensors, {given:11s}: "
+        f"plan.run {run:5.1f} us, bound {bound:5.1f} us, launchers {launchers:6.1f} us"
+    )
 
 
 def main() -> None:

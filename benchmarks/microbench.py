@@ -70,7 +70,7 @@ def make_sweep(chosen: argparse.Namespace, device: torch.device) -> Sweep:
 
 
 def main() -> int:
-    """Measure, print, draw; 1 if a provider was wrong."""
+    """Measure, print, draw; 1 if a provider was wrong or failed."""
     chosen = arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sweep, path = make_sweep(chosen, device), chosen.csv or RESULTS / f"{slug(device)}.csv"
@@ -87,7 +87,7 @@ def main() -> int:
         print(WITHOUT_GPU)
     if not chosen.no_plots:
         _plots(path, sweep.modes[0])
-    return int(any(row.note.startswith("wrong result") for row in measured))
+    return int(any(row.bad for row in measured))
 
 
 def _plots(path: Path, mode: str) -> None:

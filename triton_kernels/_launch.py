@@ -92,11 +92,15 @@ class Replay:
         self.workspace.append(arg)
         return arg if INTERPRETED else arg.data_ptr()
 
-    def launch(self, pointers, stream):
-        """Launch the compiled kernel on ``stream`` with ``pointers``, one for every run-time tensor."""
+    def arguments(self, pointers):
+        """The compiled kernel's arguments with ``pointers``, one for every run-time tensor."""
         args = self._args.copy()
         for i, get in self._holes:
             args[i] = get(pointers)
+        return args
+
+    def launch(self, args, stream):
+        """Launch the compiled kernel on ``stream``."""
         self._run(*self._grid, stream, self._function, self._metadata, None, None, None, *args)
 
     def interpret(self, tensors):
@@ -137,18 +141,21 @@ class Program:
         self._replays = [Replay(one, slots) for one in recorded]
         self.used = set().union(*(replay.used for replay in self._replays))
 
-    def run(self, tensors, pointers):
-        """Launch everything on the current stream of the plan's device."""
+    def bind(self, tensors, pointers):
+        """A function without arguments that launches everything on ``tensors``, which it keeps alive."""
         if INTERPRETED:
-            for replay in self._replays:
-                replay.interpret(tensors)
-            return
+            return lambda: [replay.interpret(tensors) for replay in self._replays]
+        arguments = [replay.arguments(pointers) for replay in self._replays]
+        return lambda tensors=tensors: self._launch(arguments)
+
+    def _launch(self, arguments):
+        """Launch everything on the current stream of the plan's device."""
         if driver.active.get_current_device() != self._device:
             with torch.cuda.device(self._device):
-                return self.run(tensors, pointers)
+                return self._launch(arguments)
         stream = driver.active.get_current_stream(self._device)
-        for replay in self._replays:
-            replay.launch(pointers, stream)
+        for replay, args in zip(self._replays, arguments, strict=True):
+            replay.launch(args, stream)
 
     def reset(self):
         """Set the counters to 0, where a run that ends leaves them."""

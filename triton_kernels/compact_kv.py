@@ -46,7 +46,7 @@ def _walk_chain(
         tl.store(x_ptr + (offs_k * strides[2])[:, None] + offs_d[None, :], x, mask=mask)
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit(do_not_specialize=["lengths", "K"])
 def _compact_kv_kernel(
     caches,  # per group, a tuple of pointers to x [B, heads, S, D]
     strides,  # per group, (batch, head, sequence) strides of x

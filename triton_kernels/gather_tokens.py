@@ -41,7 +41,7 @@ def _copy_unit(
     tl.store(out + out_offs[:, None] + offs_d[None, :], x, mask=mask)  # [BLOCK_K, BLOCK_D]
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit(do_not_specialize=["lengths", "K"])
 def _gather_tokens_kernel(
     sources,  # per group, a tuple of pointers to x [B or 1, heads, S, D]
     outs,  # per group, a tuple of pointers to out [B, heads, K, D], contiguous

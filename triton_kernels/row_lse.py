@@ -57,7 +57,7 @@ def _join_splits(part_ptr, stride_split, offs, mask, SPLITS: tl.constexpr, SPLIT
     return tl.where(seen, base + tl.log2(tl.where(seen, total, 1.0)) / LOG2E, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "Hkv", "R", "Sq", "S", "N", "max_seqlen"])
 def _row_lse_kernel(
     query_ptr,  # [B, H, Sq, D], last dim contiguous; packed: [1, H, total, D]
     key_ptr,  # [B, Hkv, S, D], last dim contiguous; packed: [1, Hkv, total, D]

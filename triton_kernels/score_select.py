@@ -41,7 +41,7 @@ MAX_CHUNK = (
 FEW_KEYS = 1024  # up to here 4 warps select
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep", "R", "Sq", "S", "width", "TOP"])
 def _score_select_kernel(
     query_ptr,  # [B, H, Sq, D], last dim contiguous; packed: [1, H, total, D]
     key_ptr,  # [B, Hkv, S, D], last dim contiguous; packed: [1, Hkv, total, D]

@@ -173,7 +173,7 @@ def _select_row(
     return need
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep", "width"])
 def _select_topk_kernel(
     scores_ptr,  # [B, N]
     keep,  # int, or a pointer to [B] int64, contiguous

@@ -118,7 +118,7 @@ def _greedy(rule: str) -> Case:
 
     def arguments(x: Inputs) -> tuple[int, str, Tensor | None, float | None]:
         relevance = None if rule == "maxmin" else x.relevance
-        return x.shape.keep, rule, relevance, 0.5 if rule == "nms" else None
+        return x.chosen, rule, relevance, 0.5 if rule == "nms" else None
 
     def run(x: Inputs) -> Tensor:
         keep, rule, relevance, threshold = arguments(x)
@@ -133,7 +133,7 @@ def _greedy(rule: str) -> Case:
         "greedy_select",
         run,
         check,
-        lambda x: fewest.feature_bytes(x, x.shape.visual) + x.shape.keep * INT64,
+        lambda x: fewest.feature_bytes(x, x.shape.visual) + x.chosen * INT64,
         lambda x: 2 * fewest.pairs(x) * x.model.hidden,
         others=(Provider("published loop", foreign.maxmin_loop),) if rule == "maxmin" else (),
         variant=rule,

@@ -96,12 +96,16 @@ def topk_prune(x: Inputs) -> tuple[Tensor, list[Tensor]]:
 
 
 def maxmin_loop(x: Inputs) -> Tensor:
-    """DivPrune's loop: each step reads the distances to all tokens chosen so far, then takes the farthest token."""
-    unit = x.features[0] / x.features[0].norm(dim=1, keepdim=True)
+    """DivPrune's loop: each step reads the distances to all tokens chosen so far, then takes the farthest token.
+
+    In float32: in 16 bits the distances of 2,880 tokens tie, and the loop chooses others than it is meant to.
+    """
+    unit = x.features[0].float()
+    unit = unit / unit.norm(dim=1, keepdim=True)
     distance = 1 - unit @ unit.T
-    chosen = torch.empty(x.shape.keep, dtype=torch.int64, device=x.device)
+    chosen = torch.empty(x.chosen, dtype=torch.int64, device=x.device)
     chosen[0] = distance.topk(2, dim=0, largest=False).values[1].argmax()
-    for step in range(1, x.shape.keep):
+    for step in range(1, x.chosen):
         chosen[step] = distance.index_select(0, chosen[:step]).amin(0).argmax()
     return chosen.sort().values[None]
 

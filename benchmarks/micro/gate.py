@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -14,8 +15,23 @@ ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 SAME_CHOICE = 0.8  # of greedily chosen tokens: one near tie decided otherwise changes later choices too
 
 
+# what a provider may die of: a compiler, a launch, a package that is not as expected; the others are still measured
+FAILURES: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+FAILURES += (ImportError, AssertionError)
+if find_spec("triton") is not None:
+    from triton.errors import TritonError
+
+    FAILURES += (TritonError,)
+
+
 class WrongResultError(AssertionError):
     """A provider computed something else."""
+
+
+def failed(error: Exception) -> str:
+    """One line about a failure."""
+    kind = "wrong result" if isinstance(error, WrongResultError) else f"failed: {type(error).__name__}"
+    return f"{kind}: {' '.join(str(error).split())[:300]}"
 
 
 def _require(ok: bool, what: str) -> None:

@@ -123,6 +123,11 @@ class Inputs:
         return self.draw("relevance", 1, self.shape.visual, dtype=torch.float32).sigmoid()
 
     @cached_property
+    def chosen(self) -> int:
+        """How many tokens a greedy selection keeps: DivPrune's share, 128 of 576 and 640 of 2,880."""
+        return self.shape.visual * 2 // 9
+
+    @cached_property
     def clusters(self) -> int:
         """How many tokens a merge or clustering leaves of the visual ones."""
         return max(1, self.shape.visual // 20)

@@ -92,5 +92,6 @@ def matrix_fits(x: Inputs) -> str | None:
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the last provider left in PyTorch's pool is free, too
         return int(0.8 * torch.cuda.mem_get_info(device)[0])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8

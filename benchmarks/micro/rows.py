@@ -61,6 +61,11 @@ class Row:
     matmul_tflops: float | None = None
     note: str = ""
 
+    @property
+    def bad(self) -> bool:
+        """Whether the provider ran and was wrong or broke."""
+        return self.note.startswith(("wrong result", "failed"))
+
 
 def refused(case: Case, x: Inputs, provider: str, note: str) -> Row:
     """A provider that was not timed."""

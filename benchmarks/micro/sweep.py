@@ -10,7 +10,7 @@ import torch
 from .cases import CASES, Case
 from .ceilings import Ceilings
 from .clock import measure
-from .gate import WrongResultError
+from .gate import FAILURES, failed
 from .inputs import Inputs
 from .providers import Provider
 from .rows import Row, refused, result
@@ -58,7 +58,7 @@ class Sweep:
                         yield case, Setting(shape, dtype, rows, self.device)
 
     def run(self, ceilings: Ceilings) -> Iterator[Row]:
-        """Rows as they come. A provider that is wrong, or out of memory, gives a row that says so."""
+        """Rows as they come. A provider that is wrong, fails, or is out of memory gives a row that says so."""
         for case, setting in self.settings():
             x = Inputs(setting)
             for provider in case.providers():
@@ -83,7 +83,7 @@ class Sweep:
             for mode in self.modes:
                 timing = measure(lambda: provider.run(x), self.device, mode, self.seconds)
                 yield result(case, x, provider.name, timing, ceilings)
-        except WrongResultError as error:
-            yield refused(case, x, provider.name, f"wrong result: {error}")
         except torch.OutOfMemoryError:
             yield refused(case, x, provider.name, "out of memory")
+        except FAILURES as error:
+            yield refused(case, x, provider.name, failed(error))

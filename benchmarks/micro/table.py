@@ -26,8 +26,8 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def show(rows: Sequence[Row], title: str) -> None:
     """Print what was timed or wrong as a table, then who did not run and why."""
-    _table([cells(row) for row in rows if row.mode or row.note.startswith("wrong")], title)
-    refusals = Counter((row.provider, row.note) for row in rows if not row.mode)
+    _table([cells(row) for row in rows if row.mode or row.bad], title)
+    refusals = Counter((row.provider, row.note) for row in rows if not row.mode and not row.bad)
     for (provider, note), times in refusals.items():
         print(f"not run: {provider} ({times} of {sum(r.provider == provider for r in rows)} lines): {note}")
 

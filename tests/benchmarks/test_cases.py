@@ -64,6 +64,11 @@ def test_the_plan_passes_the_gate(make_inputs):
         BY_NAME["prune_tokens"].gate(make_inputs(rows=2), plan.run)
 
 
+def test_the_published_loop_passes_the_gate_whatever_the_dtype(make_inputs):
+    case = BY_NAME["greedy_select maxmin"]
+    case.gate(make_inputs(torch.bfloat16), foreign.maxmin_loop)
+
+
 WRONG = {
     "received_attention": lambda x: foreign.scores(x) * 1.1,
     "row_lse": lambda x: foreign.row_lse(x) * float("nan"),
@@ -72,7 +77,7 @@ WRONG = {
     "gather_tokens": lambda x: foreign.gather(x.tensors, x.index.flip(1)),
     "compact_kv": lambda x: x.caches,
     "prune_tokens": lambda x: foreign._keep_and_gather(x, -foreign.scores(x)),
-    "greedy_select maxmin": lambda x: torch.arange(x.shape.keep)[None],
+    "greedy_select maxmin": lambda x: torch.arange(x.chosen)[None],
     "merge_tokens": lambda x: foreign.merge(x).flip(1),
     "cluster_dpc": lambda x: torch.zeros(1, x.shape.visual, dtype=torch.int64),
     "match_bipartite": lambda x: (torch.arange(x.shape.visual)[None] // 2, x.index),

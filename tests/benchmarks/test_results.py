@@ -79,7 +79,20 @@ def test_a_wrong_provider_is_not_timed(make_inputs, make_ceilings, monkeypatch):
     case = dataclasses.replace(SELECT, torch=None, others=(wrong,))
     monkeypatch.setattr("micro.sweep.CASES", (case,))
     (row,) = sweep(providers=["wrong"]).run(make_ceilings())
-    assert row.note.startswith("wrong result: index: expected ascending") and row.median_us is None
+    assert (
+        row.note.startswith("wrong result: index: expected ascending") and row.median_us is None and row.bad
+    )
+
+
+def test_a_provider_that_breaks_leaves_the_others(make_ceilings, monkeypatch):
+    def broken(x):
+        raise TypeError("launch() takes 3 arguments")
+
+    others = (Provider("broken", broken), Provider("fine", SELECT.torch))
+    monkeypatch.setattr("micro.sweep.CASES", (dataclasses.replace(SELECT, torch=None, others=others),))
+    first, second = sweep(providers=["broken", "fine"]).run(make_ceilings())
+    assert first.note == "failed: TypeError: launch() takes 3 arguments" and first.bad
+    assert second.median_us is not None and not second.bad
 
 
 def test_settings_leave_out_what_says_nothing_new():

@@ -106,12 +106,23 @@ def compile_clean(launch, arch):
         assert kernel.shared <= SHARED_LIMIT[arch], kernel.summary()
         for atomic in global_atomics(kernel):
             assert re.search(r"\.[sub]32$", atomic), f"{kernel.name}: {atomic}, whose order decides the bits"
+        assert unannounced(kernel.ptx) == 0, f"{kernel.name}: no barrier between its stores and its atomic"
     return compiled
 
 
 def global_atomics(kernel):
     """Every atomic on global memory, as PTX names it."""
     return re.findall(r"\b(?:atom|red)\.(?!\S*shared)\S+", kernel.ptx)
+
+
+def unannounced(ptx):
+    """How many atomics on global memory no barrier of the block parts from the store before them; in SASS: below."""
+    steps = re.findall(r"\b(bar\.sync|barrier\.sync|st\.global|(?:atom|red)\.(?!\S*shared))", ptx)
+    atomics = [i for i, step in enumerate(steps) if step.startswith(("atom", "red"))]
+    return sum(
+        "bar" not in next((s[:3] for s in reversed(steps[:i]) if s[:3] in ("bar", "st.")), "")
+        for i in atomics
+    )
 
 
 def sass(kernel):

@@ -85,7 +85,7 @@ def prune(dtype=FP16, R=1, H=32, Hkv=32, S=640, N=576, B=1, lse=False, rope=Fals
     """A launch of prune_tokens, LLaVA-1.5's unless told otherwise: 128 of its 576 visual tokens stay."""
     from vlmprune.triton_kernels.prune_tokens import prune_tokens
 
-    settings = dict(head_reduce="mean", row_reduce="mean", top_heads=None) | changes
+    settings = dict(head_reduce="mean", row_reduce="mean", top_heads=None, keep=128) | changes
     rows = 1 if packed else B
 
     def launch():
@@ -96,8 +96,8 @@ def prune(dtype=FP16, R=1, H=32, Hkv=32, S=640, N=576, B=1, lse=False, rope=Fals
             [key],
             positions(B, R),
             positions(B, N),
-            positions(B) if packed else 128,
-            192,
+            positions(B) if packed else settings["keep"],
+            S - N + settings["keep"],
             None if packed else meta(B, S, dtype=torch.bool),
             True,
             meta(rows, H, S, dtype=FP32) if lse else None,
@@ -204,11 +204,24 @@ def test_a_barrier_comes_before_every_atomic(name, arch):
     assert all(unguarded == 0 for _, unguarded in counts.values())
 
 
+def test_prompts_of_other_lengths_need_no_other_kernel():
+    """Neither the length nor how many rows score or tokens stay may make a server compile anew at every prompt."""
+    first, second = (
+        offline.compile_launches(prune(S=S, R=R, keep=keep), 90)
+        for S, R, keep in ((650, 5, 128), (901, 7, 1))
+    )
+    assert [k.name for k in first] == ["_row_lse_kernel", "_score_select_kernel", "_gather_tokens_kernel"]
+    assert [k.ptx for k in first] == [k.ptx for k in second]
+
+
 def test_the_check_sees_a_missing_barrier():
     atomic = ["MEMBAR.ALL.GPU", "ATOMG.E.ADD.STRONG.GPU"]
     assert offline.unguarded_atomics(["BAR.SYNC.DEFER_BLOCKING", "STG.E", *atomic]) == (1, 1)
     assert offline.unguarded_atomics(["STG.E.128", "BAR.SYNC.DEFER_BLOCKING", "LDG.E", *atomic]) == (1, 0)
     assert offline.unguarded_atomics(["STG.E", "BAR.SYNC", "REDG.E.ADD.S32", "ST.E", "RED.E.ADD"]) == (2, 1)
+    atomic = "atom.global.gpu.acq_rel.add.u32"
+    assert offline.unannounced(f"bar.sync 0; st.global.b32; {atomic}") == 1
+    assert offline.unannounced(f"st.global.b32; bar.sync 0; ld.global.b32; {atomic}; atom.shared.add") == 0
 
 
 def test_barriers_separate_defaults_columns_and_keys():

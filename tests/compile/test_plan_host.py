@@ -42,7 +42,14 @@ def test_a_run_only_launches(with_lse, names, monkeypatch):
         assert not launched
         with Operations() as operations:
             out = plan.run(**call)
+        by_run = list(launched)
+        bound = plan.bind(**call)
+        assert launched == by_run  # binding starts nothing
+        with operations:
+            assert bound() is out
     assert operations.seen == []
+    assert launched[len(by_run) :] == by_run
+    launched = by_run
     assert [args[3] for args in launched] == [0] * (
         2 + len(names)
     )  # on the current stream, which the stub calls 0

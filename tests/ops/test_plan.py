@@ -97,6 +97,32 @@ def test_outputs_are_the_plans_own_or_those_given(slow, device):
     assert plan.run(**call).tensors[0].data_ptr() == first.tensors[0].data_ptr()
 
 
+def test_bound_tensors_are_read_when_called(slow, device):
+    call, other = stage(slow, device), stage(slow, device, seed=1)
+    plan, truths = planned(call, keep=3), [expected(x, keep=3) for x in (call, other)]
+    bound, again = plan.bind(**call), plan.bind(**other)
+    assert_same(bound(), truths[0])
+    assert_same(again(), truths[1])  # neither binding disturbs the other
+    for name in ("query", "key", "rows", "columns"):
+        call[name].copy_(other[name])
+    for x, y in zip(call["tensors"], other["tensors"], strict=True):
+        x.copy_(y)
+    assert_same(bound(), truths[1])
+
+
+def test_a_bound_call_keeps_its_tensors(slow, device):
+    import gc
+    import weakref
+
+    call = stage(slow, device)
+    bound = planned(call, keep=3).bind(**call)  # the plan itself is gone, too
+    truth, alive = expected(call, keep=3), weakref.ref(call["query"])
+    del call
+    gc.collect()
+    assert alive() is not None
+    assert_same(bound(), truth)
+
+
 def test_a_thousand_and_one_runs_need_no_reset(slow, device):
     call = stage(slow, device, B=1, H=1, Hkv=1, S=3, Sq=1, R=1, N=2, D=8)
     plan, truth = planned(call, keep=1), expected(call, keep=1)

@@ -48,6 +48,7 @@ class PrunePlan:
 
     A run allocates, compiles and waits for nothing, so it can be captured in a CUDA graph and replayed; it gives the
     bits of ``prune_tokens``, without gradients. The workspace resets itself. One plan serves one stream at a time.
+    ``bind`` checks tensors once for many runs, ``run`` at every call.
 
     Args:
         query, key, tensors, rows, columns, keep: examples, with the keywords of ``prune_tokens`` in ``settings``; the
@@ -88,7 +89,14 @@ class PrunePlan:
         self._own = [x.data_ptr() for x in gathered]
         self._n_tensors = len(tensors)
 
-    def run(
+    def run(self, query: Tensor, key: Tensor, tensors: Sequence[Tensor], **named: Any) -> Pruned:
+        """Prune these tensors: ``bind`` them and call what it returns. Arguments and errors are those of ``bind``.
+
+        Host time grows with the number of tensors, each of which is compared with its example.
+        """
+        return self.bind(query, key, tensors, **named)()
+
+    def bind(
         self,
         query: Tensor,
         key: Tensor,
@@ -104,21 +112,23 @@ class PrunePlan:
         cu_seqlens: Tensor | None = None,
         cu_seqlens_q: Tensor | None = None,
         out: Sequence[Tensor] | None = None,
-    ) -> Pruned:
-        """Prune these tensors, which are like the examples; ``keep`` only if it was a tensor.
+    ) -> Callable[[], Pruned]:
+        """Check these tensors, which are like the examples, once for many runs; ``keep`` only if it was a tensor.
 
         Args:
             out: where the gathered tensors go, contiguous, shaped like those the plan returns; None = the plan's own.
 
         Returns:
-            ``Pruned``, whose tensors (without ``out``), index, count and scores the next run overwrites.
+            A function that prunes what the tensors hold when it is called; it keeps them alive, and its host time does
+            not depend on how many they are. It returns ``Pruned``, whose tensors (without ``out``), index, count and
+            scores the next run of the plan overwrites.
 
         Raises:
             ValueError: a tensor differs from its example, or one more or one fewer is given.
         """
         cos, sin = (None, None) if rope is None else rope
         optional = (keep, key_mask, lse, row_weight, cos, sin, cu_seqlens, cu_seqlens_q)
-        outs = self._result.tensors if out is None else out
+        outs = self._result.tensors if out is None else list(out)
         if (
             [x is not None for x in optional] != self._optional
             or len(tensors) != self._n_tensors
@@ -129,8 +139,14 @@ class PrunePlan:
         inputs = [query, key, rows, columns, *some, *tensors]
         pointers = _pointers(inputs, self._expected)
         pointers += self._own if out is None else _pointers(outs, self._expected_out)
-        self._program.run([*inputs, *outs], pointers)
-        return self._result if out is None else self._result._replace(tensors=list(out))
+        launch = self._program.bind([*inputs, *outs], pointers)
+        result = self._result if out is None else self._result._replace(tensors=outs)
+
+        def run() -> Pruned:
+            launch()
+            return result
+
+        return run
 
     def reset(self) -> None:
         """Make the workspace ready again after a run that was broken off: an ordinary run does so itself."""
@@ -150,7 +166,7 @@ class PrunePlan:
 
 
 def _pointers(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> list[int]:
-    """Data pointers of tensors that are what the kernels were compiled for; this loop is most of a run's host time."""
+    """Data pointers of tensors that are what the kernels were compiled for; this loop is most of the host time of ``run``."""
     pointers = []
     for x, like in zip(tensors, expected, strict=True):
         _, shape, stride, dtype, device, zero_bits = like
