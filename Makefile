@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 COMPAT := .venv-compat
+EVAL := .venv-eval
 PY := $(VENV)/bin/python
 SOURCES := vlmprune triton_kernels csrc tests benchmarks examples setup.py
 SCENES := examples/glyphworld
@@ -15,11 +16,11 @@ PYTEST := -m pytest -q
 PIP := -m pip install -q --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format typecheck test-interpret test-compile test-compat bench bench-pytest \
-	resources wheel clean
+.PHONY: help install demo test lint format typecheck test-interpret test-compile test-compat test-eval bench \
+	bench-pytest resources wheel clean
 
 help:
-	@echo "make demo | test | install | lint | format | typecheck | test-compile | test-compat"
+	@echo "make demo | test | install | lint | format | typecheck | test-compile | test-compat | test-eval"
 	@echo "     bench | bench-pytest | resources | wheel | clean"
 
 install: $(VENV)/.installed
@@ -38,6 +39,9 @@ $(VENV)/.installed: requirements/dev.txt setup.py pyproject.toml
 	$(make_environment)
 
 $(COMPAT)/.installed: requirements/compat.txt setup.py pyproject.toml
+	$(make_environment)
+
+$(EVAL)/.installed: requirements/eval.txt setup.py pyproject.toml
 	$(make_environment)
 
 demo: install
@@ -83,9 +87,14 @@ test-compat: $(COMPAT)/.installed
 	OMP_NUM_THREADS=1 $(COMPAT)/bin/python $(PYTEST) -n $(WORKERS) tests/ops tests/models
 	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(COMPAT)/bin/python $(PYTEST) -n $(WORKERS) tests/compile
 
+# lmms-eval without its own list: 140 packages that these tests do not import, another torch among them.
+test-eval: $(EVAL)/.installed
+	$(EVAL)/bin/python $(PIP) --no-deps lmms-eval==0.7.3
+	OMP_NUM_THREADS=1 $(EVAL)/bin/python $(PYTEST) tests/integrations
+
 wheel: install
 	rm -rf build
 	$(PY) -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist .
 
 clean:
-	rm -rf build dist $(VENV) $(COMPAT) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis kept.png
+	rm -rf build dist $(VENV) $(COMPAT) $(EVAL) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis kept.png

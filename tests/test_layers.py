@@ -1,4 +1,4 @@
-"""Imports point one way: triton_kernels < ops < policies < models < eval < cli."""
+"""Imports point one way: triton_kernels < ops < policies < models < eval < cli, integrations."""
 
 import ast
 from pathlib import Path
@@ -18,10 +18,11 @@ ALLOWED = {
     "models": BASE | {"flops", "ops", "policies", "register"},
     "eval": BASE | {"flops", "policies", "models"},
     "cli": BASE | {"flops", "ops", "policies", "models", "eval"},
+    "integrations": BASE | {"flops", "ops", "policies", "models"},
 }
 """Part of the package -> the other parts it may import."""
-ONLY_IN = {"triton": {"triton_kernels"}, "transformers": {"models", "cli"}, "typer": {"cli"}, "rich": {"cli"}}
-ONLY_IN |= {"matplotlib": {"eval"}}
+ONLY_IN = {"triton": {"triton_kernels"}, "typer": {"cli"}, "rich": {"cli"}, "matplotlib": {"eval"}}
+ONLY_IN |= {"transformers": {"models", "cli", "integrations"}, "lmms_eval": {"integrations"}}
 """Outside package -> the only parts that may import it."""
 
 

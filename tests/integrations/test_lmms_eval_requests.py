@@ -1,0 +1,173 @@
+"""What lmms-eval asks for, read without lmms-eval: policies, batches, generation settings, ends of answers, costs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from vlmprune import Feather
+from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
+from vlmprune.integrations.lmms_eval.cost import Cost
+from vlmprune.integrations.lmms_eval.requests import (
+    cut,
+    make_batches,
+    read_count,
+    read_generation,
+    read_policy,
+)
+from vlmprune.models.clock import Seconds
+from vlmprune.models.run import FlopCounts, Report, TokenCounts
+from vlmprune.policies.registry import BUILT_IN, built_in
+from vlmprune.policies.schedule import stage_counts
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "benchmarks.md"
+
+
+def ask(text, settings=None, task="pope"):
+    return SimpleNamespace(args=(text, None, settings or {}, 0, task, "test"))
+
+
+def test_entry_point_is_light():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, name = project["entry-points"]["lmms_eval.models"]["vlmprune"].partition(":")
+    assert callable(getattr(import_module(module), name))
+    heavy = {"transformers", "torch", "triton", "lmms_eval"}
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_policy_has_semicolons_between_its_fields():
+    assert read_policy("feather:layers=2/5;keep=0.3") == Feather(layers=(2, 5), keep=0.3)
+    assert read_policy("feather") == Feather()
+    assert read_policy("none") is None
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("throttle", "policy: expected one of fastv"),
+        ("fastv:layer=2:keep=0.5", "layer: expected int, got '2:keep=0.5'"),
+        ("fastv:depth=2", "policy fastv: expected one of the fields layer"),
+        (64, r"policy: expected NAME\[:field=value;...\] or none, got 64"),
+    ],
+)
+def test_bad_policy(text, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        read_policy(text)
+
+
+@pytest.mark.parametrize("given", ["auto", 0, "-1", 1.5, "2x"])
+def test_bad_count(given):
+    with pytest.raises(ValueError, match="batch_size: expected a whole number, at least 1, got"):
+        read_count("batch_size", given)
+
+
+@pytest.mark.parametrize("tokens", [192, 128, 64])
+def test_docs_list_every_preset(tokens):
+    found = [
+        f"{name}:{built_in(name).presets[tokens]}" for name in BUILT_IN if tokens in built_in(name).presets
+    ]
+    assert listed(f"at_{tokens}") == {text.replace(",", ";") for text in found}
+
+
+@pytest.mark.parametrize("name", ["at_64_percent", "at_48_percent"])
+def test_docs_cut_what_they_say(name):
+    """The share of the visual tokens' FLOPs that FEATHER's setting leaves, within what one token less would save."""
+    shape = DecoderShape(32, 4096, 32, 32, 128, 11008)
+    cuts = {}
+    for text in listed(name):
+        lengths = layer_inputs(32, 576, stage_counts(read_policy(text), 576))
+        cuts[text] = 1 - decoder_flops(shape, lengths) / decoder_flops(shape, [576] * 32)
+    published = cuts.pop("fastv:layer=3;keep=0.25", None) or cuts.pop("fastv:layer=3;keep=0.5")
+    assert published == pytest.approx(0.684 if name == "at_64_percent" else 0.458, abs=0.001)
+    assert list(cuts.values()) == pytest.approx([0.643 if name == "at_64_percent" else 0.479] * 5, abs=0.002)
+
+
+def listed(name):
+    """The policies of one list in the docs, but for ``none``."""
+    block = re.search(rf"^{name}=\((.*?)\)$", DOCS.read_text(), re.DOTALL | re.MULTILINE)
+    return set(re.findall(r'"([^"]+)"', block.group(1)))
+
+
+def test_count_is_read_from_text():
+    assert [read_count("batch_size", given) for given in (4, "16")] == [4, 16]
+
+
+def test_batches_are_of_one_task_and_one_setting_with_the_longest_first():
+    short = {"max_new_tokens": 16}
+    requests = [
+        ask("aa", short),
+        ask("aaaa", short),
+        ask("a", {"max_new_tokens": 128}),
+        ask("aaa", short),
+        ask("aaaaa", short, task="gqa"),
+        ask("aaa", short),
+    ]
+    assert list(make_batches(requests, 2)) == [[1, 3], [5, 0], [2], [4]]
+    assert list(make_batches(requests, 1)) == [[1], [3], [5], [0], [2], [4]]
+    assert list(make_batches([], 4)) == []
+
+
+def test_greedy_unless_a_temperature_is_asked_for():
+    greedy = {"num_beams": 1, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    assert read_generation({"until": ["\n"]}, 1024) == {**greedy, "max_new_tokens": 1024}
+    asked = {"max_new_tokens": 16, "temperature": 0, "top_p": 1.0, "image_aspect_ratio": "original"}
+    assert read_generation(asked, 1024) == {**greedy, "max_new_tokens": 16}
+    sampled = {"temperature": 0.7, "top_p": 0.9, "num_beams": 2}
+    expected = {**greedy, **sampled, "do_sample": True, "max_new_tokens": 8}
+    assert read_generation(sampled, 8) == expected
+
+
+@pytest.mark.parametrize(
+    "until, left",
+    [
+        (None, "yes. USER: no"),
+        ([], "yes. USER: no"),
+        ("", "yes. USER: no"),
+        (".", "yes"),
+        (["USER:", "."], "yes"),
+        (["ASSISTANT:"], "yes. USER: no"),
+        ("yes", ""),
+    ],
+)
+def test_an_answer_stops_at_the_first_of_the_strings(until, left):
+    assert cut("yes. USER: no", until) == left
+
+
+def test_costs_are_means_over_requests():
+    seconds = Seconds(vision=0.0, prefill=0.3, selection=0.0, decode=0.0)
+    batch = Report(
+        visual_tokens=100.0,
+        stages=(),
+        tokens=TokenCounts(mean_per_layer=50.0, after_last_stage=20.0, resident_kv=50.0),
+        flops=FlopCounts(full=3000, pruned=1500, vision=0),
+        seconds=seconds,
+        decode_steps=1,
+    )
+    last = replace(
+        batch, visual_tokens=200.0, flops=FlopCounts(1000, 1000, 0), seconds=replace(seconds, prefill=0.1)
+    )
+    cost = Cost()
+    cost.add(batch, 3)
+    cost.add(last, 1)
+    assert cost.means("gqa") == pytest.approx(
+        {
+            "gqa/requests": 4,
+            "gqa/visual_tokens": 125,
+            "gqa/visual_tokens_mean_over_layers": 50,
+            "gqa/visual_tokens_after_last_stage": 20,
+            "gqa/visual_tokens_in_kv_cache": 50,
+            "gqa/flops_cut": 1 - 2500 / 4000,
+            "gqa/prefill_ms": 100,
+        }
+    )

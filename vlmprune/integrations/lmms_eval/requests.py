@@ -1,0 +1,74 @@
+"""Reads what lmms-eval asks for: the policy, batches of requests, generation settings, and where an answer ends."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from vlmprune.errors import check
+from vlmprune.policies.base import PruningPolicy
+from vlmprune.policies.registry import parse_policy
+
+UNPRUNED = "none"
+SAMPLING = ("temperature", "top_p", "top_k")
+
+
+def read_policy(text: object) -> PruningPolicy | None:
+    """Make a policy from ``NAME[:field=value;...]``; None for ``none``.
+
+    The spelling of the command line with ``;`` between the fields, since lmms-eval splits its ``--model_args`` at commas.
+
+    Raises:
+        ValueError: as ``parse_policy``.
+    """
+    check(isinstance(text, str), "policy", "NAME[:field=value;...] or none", repr(text))
+    return None if text == UNPRUNED else parse_policy(str(text).replace(";", ","))
+
+
+def read_count(name: str, given: object) -> int:
+    """lmms-eval hands over what was typed. Raises ValueError for anything but a whole number from 1."""
+    text = str(given)
+    check(text.isdecimal() and int(text) >= 1, name, "a whole number, at least 1", repr(given))
+    return int(text)
+
+
+def make_batches(requests: Sequence[Any], size: int) -> Iterator[list[int]]:
+    """Numbers of the requests, batch by batch: of one task and one set of generation settings, longest text first.
+
+    Args:
+        requests: lmms-eval's chat requests, ``args`` = (context, doc to messages, settings, document, task, split).
+        size: requests a batch.
+    """
+    groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for number, request in enumerate(requests):
+        _, _, settings, _, task, split = request.args
+        groups[task, split, repr(sorted(settings.items()))].append(number)
+    for members in groups.values():
+        members.sort(key=lambda number: -len(requests[number].args[0]))
+        yield from (members[at : at + size] for at in range(0, len(members), size))
+
+
+def read_generation(asked: Mapping[str, Any], limit: int) -> dict[str, Any]:
+    """A task's ``generation_kwargs`` as arguments of ``generate``; greedy unless it names a temperature above 0.
+
+    Only these are read, like in lmms-eval's own ``llava_hf``: other entries are about other models' preprocessing.
+
+    Args:
+        asked: the task's settings.
+        limit: new tokens, where the task names no number.
+    """
+    sampled = (asked.get("temperature") or 0) > 0
+    return {
+        "max_new_tokens": int(asked.get("max_new_tokens") or limit),
+        "num_beams": int(asked.get("num_beams") or 1),
+        "do_sample": sampled,
+        **{name: asked.get(name) if sampled else None for name in SAMPLING},
+    }
+
+
+def cut(answer: str, until: str | Sequence[str] | None) -> str:
+    """The answer up to the first of the strings at which it has to stop."""
+    for stop in [until] if isinstance(until, str) else until or ():
+        answer = answer.split(stop, 1)[0] if stop else answer
+    return answer
