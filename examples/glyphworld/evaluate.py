@@ -23,8 +23,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
 
 from make_questions import questions_of, seed_range
+from training.wording import full_prompt
 
-_NEW_TOKENS = 5  # the longest answer, "row 3 col 5", and its end
+_NEW_TOKENS = 16  # a box in single digits, the spaces between them, and the end
 _HIT = 0.5  # intersection over union from which a box counts as found
 
 
@@ -73,9 +74,10 @@ def answer(
     """The greedy answer to each question, in order."""
     for start in range(0, len(asked), batch):
         images, entries = zip(*asked[start : start + batch], strict=True)
-        prompts = [entry["prompt"] for entry in entries]
-        inputs = processor(text=prompts, images=list(images), padding=True, return_tensors="pt")
-        inputs = inputs.to(model.device, model.dtype)
+        prompts = [full_prompt(processor, entry["prompt"]) for entry in entries]
+        inputs = processor(
+            text=prompts, images=list(images), padding=True, return_tensors="pt", add_special_tokens=False
+        ).to(model.device, model.dtype)
         out = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
         yield from (text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True))

@@ -2,8 +2,9 @@
 
     python examples/glyphworld/make_questions.py --seeds 70001:70101 --out FOLDER
 
-FOLDER/questions.jsonl: {"id", "image", "family", "prompt", "answer", "box"}. ``box`` is what the question is about, in pixels,
-left out where that is not one thing. An answer of the family "box" is "x1 y1 x2 y2" in steps of 4 pixels (6 at --size 192).
+FOLDER/questions.jsonl: {"id", "image", "family", "prompt", "answer", "box"}. ``prompt`` is the bare question, for a checkpoint's
+chat template to frame. ``box`` is what it is about, in pixels, left out where that is not one thing. An answer of the family
+"box" is "x1 y1 x2 y2" in steps of 4 pixels (6 at --size 192).
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def questions_of(seed: int, side: int, boxes: int = 1) -> Iterator[tuple[Image.I
             "id": f"{seed}-{number}-{question.family}",
             "image": f"scene_{seed}.png",
             "family": question.family,
-            "prompt": question.prompt,
+            "prompt": " ".join(question.words),
             "answer": " ".join(question.answer),
         }
         if question.box is not None:

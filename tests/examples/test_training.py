@@ -4,21 +4,27 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import train
 from evaluate import answer, overlap, score
 from make_questions import questions_of
 from torch.nn.functional import cross_entropy
-from training.batches import FAMILIES, IGNORED, MIX, encode, make_batch
+from training.batches import FAMILIES, IGNORED, MIX, make_batch
+from training.decoder import join, load_decoder
 from training.loop import FIRST_SEED, Plan, Trainer
 from training.losses import answer_loss, packed_mask, see
 from training.model import make_model, make_processor
+from training.wording import Wording, full_prompt
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+from world.questions import ask
 from world.scenes import make_scene
-from world.words import TOKEN_ID, VOCABULARY
+from world.words import TOKEN_ID
 
 CPU = torch.device("cpu")
+PROCESSOR = make_processor(112)
+WORDING = Wording(PROCESSOR)
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +33,13 @@ def small():
 
     def make(plan):
         torch.manual_seed(0)
-        return Trainer(make_model(112, "eager", layers=(2, 2)), plan, CPU, mixed=False)
+        return Trainer(make_model(112, "eager", layers=(2, 2)), PROCESSOR, plan, CPU, mixed=False)
 
     return make
 
 
 def test_batches_depend_on_the_seed_alone():
-    first, again = make_batch([7, 8], 112), make_batch([8], 112)
+    first, again = make_batch([7, 8], 112, WORDING), make_batch([8], 112, WORDING)
     assert torch.equal(first.ids[1], again.ids[0]) and torch.equal(first.images[1], again.images[0])
     assert torch.equal(first.patch_box[1], again.patch_box[0])
     assert not torch.equal(first.ids[0], first.ids[1])
@@ -46,7 +52,7 @@ def test_mix_is_a_distribution_over_the_families():
 
 @pytest.mark.parametrize("side", [112, 192])
 def test_dense_targets_are_the_scene(side):
-    batch = make_batch(range(20), side)
+    batch = make_batch(range(20), side, WORDING)
     assert batch.patch_class.shape == (20, (side // 8) ** 2)
     things = shown = 0
     for row, seed in enumerate(range(20)):
@@ -75,39 +81,59 @@ def test_packed_mask_by_hand():
     ]
 
 
-def test_packing_changes_no_prediction(small):
+@pytest.mark.parametrize("decoder", ["from nothing", "pretrained"])
+def test_packing_changes_no_prediction(decoder, small, llama):
     """The loss of a packed batch is that of every question asked alone through the processor."""
-    model, processor = small(Plan()).model, make_processor(112)
+    model, processor = small(Plan()).model, PROCESSOR
+    if decoder == "pretrained":
+        pretrained, tokenizer = load_decoder(str(llama))
+        model, processor = join(pretrained, tokenizer, 112, "eager", model), make_processor(112, tokenizer)
     torch.nn.init.normal_(model.lm_head.weight, std=0.5)  # predictions that differ from word to word
     for layer in model.model.language_model.layers:
         torch.nn.init.normal_(layer.self_attn.o_proj.weight, std=0.05)
-    batch = make_batch([70001], 112)
+    wording = Wording(processor)
+    batch = make_batch([70001], 112, wording)
     with torch.no_grad():
-        packed = answer_loss(model, see(model, batch)[1], batch)
+        packed = answer_loss(model, see(model, batch.images)[1], batch)
         alone = []
         for number in range(1, int(batch.segment.max()) + 1):
             here = batch.segment[0] == number
             ids, labels = batch.ids[0][here], batch.labels[0][here]
-            prompt = "<bos> USER: <image> " + " ".join(VOCABULARY[i] for i in ids)
+            prompt = processor.tokenizer.decode([*wording.prefix, processor.image_token_id, *ids])
             image = next(questions_of(70001, 112))[0]
             inputs = processor(text=prompt, images=image, return_tensors="pt")
             words = model(**inputs, logits_to_keep=len(ids)).logits[0]
             alone.append(cross_entropy(words[labels != IGNORED], labels[labels != IGNORED], reduction="none"))
-    assert len(alone) > 5
+    assert len(alone) > 3
     torch.testing.assert_close(packed, torch.cat(alone).mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_encode_ends_where_the_model_begins():
-    from world.questions import Question
+def test_words_are_the_vocabulary_and_the_chat_template():
+    rng = np.random.default_rng(0)
+    asked = [ask(make_scene(seed), family, rng) for seed in range(5) for family in FAMILIES]
+    assert WORDING.prefix == (TOKEN_ID["<bos>"], TOKEN_ID["USER:"])
+    for question in filter(None, asked):
+        words, answer_ids = WORDING.encode(question)
+        assert words == [TOKEN_ID[word] for word in (*question.words, "ASSISTANT:")]
+        assert answer_ids == [TOKEN_ID[word] for word in (*question.answer, "<eos>")]
 
-    words, answer_ids = encode(Question("exist", ("is", "there", "a", "red", "star", "?"), ("no",)))
-    assert words[-1] == TOKEN_ID["ASSISTANT:"] and answer_ids == [TOKEN_ID["no"], TOKEN_ID["<eos>"]]
+
+def test_shipped_checkpoint_asks_as_training_does():
+    shipped = AutoProcessor.from_pretrained(Path(train.__file__).parent / "checkpoint")
+    question = "is there a red star ?"
+    assert full_prompt(shipped, question) == full_prompt(PROCESSOR, question)
+    assert full_prompt(shipped, question) == f"<bos> USER: <image> {question} ASSISTANT:"
+
+
+def test_text_without_room_for_a_question_is_refused():
+    with pytest.raises(ValueError, match=r"text: expected room for every question, got 8 \(one takes \d+\)"):
+        make_batch([1], 112, WORDING, text=8)
 
 
 @pytest.mark.parametrize("looking", [0.0, 1.0], ids=["answers", "dense only"])
 def test_steps_lower_the_loss(small, looking):
     trainer = small(Plan(steps=100, batch=2, rate=0.05, looking=looking))
-    batch = make_batch([1, 2], 112)
+    batch = make_batch([1, 2], 112, WORDING)
     losses = [trainer.train_step(batch) for _ in range(8)]
     assert set(losses[0]) == ({"dense"} if looking else {"dense", "answers"})
     for name in losses[0]:
@@ -179,20 +205,11 @@ def test_resume_of_nothing_is_refused(tmp_path, monkeypatch):
 
 
 def test_576_visual_tokens():
-    trainer = Trainer(
-        make_model(192, "sdpa", layers=(1, 1)), Plan(side=192, steps=9, batch=1, looking=0), CPU
-    )
-    assert see(trainer.model, make_batch([1], 192))[1].shape == (1, 576, 256)
+    plan = Plan(side=192, steps=9, batch=1, looking=0)
+    trainer = Trainer(make_model(192, "sdpa", layers=(1, 1)), make_processor(192), plan, CPU)
+    assert see(trainer.model, make_batch([1], 192, WORDING).images)[1].shape == (1, 576, 256)
     (losses,) = trainer.run(until=1)
     assert set(losses) == {"dense", "answers"} and all(0 < loss < 30 for loss in losses.values())
-
-
-def test_init_of_another_size_is_refused(tmp_path, monkeypatch):
-    checkpoint = Path(train.__file__).parent / "checkpoint"
-    options = ["--size", "192", "--init", str(checkpoint), "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", ["train", *options])
-    with pytest.raises(SystemExit, match="--init: expected a checkpoint for 192 pixels, got one for 112"):
-        train.main()
 
 
 def test_shipped_checkpoint_answers():

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from world.questions import Question, ask
+from world.questions import ask
 from world.scenes import Box, Scene, make_scene
-from world.words import FAMILIES, LETTERS, SHAPES, TOKEN_ID
+from world.words import FAMILIES, LETTERS, SHAPES
+
+from training.wording import Wording
 
 PATCH = 8
-PREFIX = (TOKEN_ID["<bos>"], TOKEN_ID["USER:"])  # what stands before the picture in every prompt
 IGNORED = -100  # a label without loss
 PATCH_CLASSES = 1 + len(SHAPES) + 1 + len(LETTERS)  # nothing, the shapes, the plate of a sign, the letters
 _PLATE = 1 + len(SHAPES)
@@ -36,8 +37,9 @@ class Batch:
     """B pictures of P patches with T text positions each; everything int64 unless said."""
 
     images: Tensor  # [B, side, side, 3] uint8
-    ids: Tensor  # [B, T] words of the questions and answers, one after the other
-    labels: Tensor  # [B, T] the next word where it belongs to an answer, else -100
+    prefix: Tensor  # [F] tokens in front of every picture
+    ids: Tensor  # [B, T] tokens of the questions and answers, one after the other
+    labels: Tensor  # [B, T] the next token where it belongs to an answer, else -100
     segment: Tensor  # [B, T] number of the question from 1, 0 = padding
     positions: Tensor  # [B, T] as if each question followed the picture directly
     patch_class: Tensor  # [B, P] below PATCH_CLASSES
@@ -51,27 +53,29 @@ class Batch:
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def make_batch(seeds: Sequence[int], side: int, text: int = 128) -> Batch:
-    """The batch of these scenes, the same whenever it is made; ``text`` is the number of text positions."""
+def make_batch(seeds: Sequence[int], side: int, wording: Wording, text: int = 128) -> Batch:
+    """The batch of these scenes, the same whenever it is made; ``text`` is the number of text positions.
+
+    Raises:
+        ValueError: a question that does not fit into ``text`` positions even alone.
+    """
     scenes = [make_scene(seed, side) for seed in seeds]
     packed = [
-        _pack(scene, np.random.default_rng((seed, 7)), text)
+        _pack(scene, np.random.default_rng((seed, 7)), wording, text)
         for seed, scene in zip(seeds, scenes, strict=True)
     ]
     dense = [_patches(scene) for scene in scenes]
-    columns = [[scene.image for scene in scenes], *zip(*packed, strict=True), *zip(*dense, strict=True)]
-    return Batch(*(torch.from_numpy(np.stack(column)) for column in columns))
+    columns = [*zip(*packed, strict=True), *zip(*dense, strict=True)]
+    images = torch.from_numpy(np.stack([scene.image for scene in scenes]))
+    stacked = (torch.from_numpy(np.stack(column)) for column in columns)
+    return Batch(images, torch.tensor(wording.prefix, dtype=torch.int64), *stacked)
 
 
-def encode(question: Question) -> tuple[list[int], list[int]]:
-    """Token ids after the picture up to ``ASSISTANT:``, and those of the answer up to ``<eos>``."""
-    words = [TOKEN_ID[word] for word in (*question.words, "ASSISTANT:")]
-    return words, [TOKEN_ID[word] for word in (*question.answer, "<eos>")]
-
-
-def _pack(scene: Scene, rng: np.random.Generator, text: int) -> tuple[Ints, Ints, Ints, Ints]:
+def _pack(
+    scene: Scene, rng: np.random.Generator, wording: Wording, text: int
+) -> tuple[Ints, Ints, Ints, Ints]:
     """ids, labels, segment, positions of one picture, each ``[text]``."""
-    first = len(PREFIX) + (scene.side // PATCH) ** 2
+    first = len(wording.prefix) + (scene.side // PATCH) ** 2
     ids, segment = np.zeros((2, text), np.int64)
     labels, positions = np.full(text, IGNORED), np.full(text, first)
     seen: set[tuple[str, ...]] = set()
@@ -81,8 +85,11 @@ def _pack(scene: Scene, rng: np.random.Generator, text: int) -> tuple[Ints, Ints
         if question is None or question.words in seen:
             misses += 1
             continue
-        words, answer = encode(question)
-        end = start + len(words) + len(answer) - 1
+        words, answer = wording.encode(question)
+        length = len(words) + len(answer) - 1
+        if length > text:
+            raise ValueError(f"text: expected room for every question, got {text} (one takes {length})")
+        end = start + length
         if end > text:
             misses += 2  # a shorter one may still fit
             continue
@@ -90,7 +97,7 @@ def _pack(scene: Scene, rng: np.random.Generator, text: int) -> tuple[Ints, Ints
         ids[start:end] = [*words, *answer[:-1]]
         labels[end - len(answer) : end] = answer
         segment[start:end] = len(seen)
-        positions[start:end] = first + np.arange(end - start)
+        positions[start:end] = first + np.arange(length)
         start = end
     return ids, labels, segment, positions
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from training.batches import Batch, make_batch
 from training.losses import DenseHeads, answer_loss, see
+from training.wording import Wording
 
 FIRST_SEED = 1_000_000  # scenes below are never trained on
 _WARM_UP = 30  # steps
@@ -27,6 +28,7 @@ _CONSTANT = 0.5  # share of the budget before the learning rate falls to zero
 _DENSE_WEIGHT = 0.3  # of the dense losses beside the answers
 _ADAM_SHARE = 1 / 6  # learning rate of Adam's parameters against Muon's
 _TABLES = ("embed", "lm_head")  # matrices whose rows stand for words or places: Adam
+_DECODER = ("model.model.language_model.", "model.lm_head.")
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,27 @@ class Plan:
     rate: float = 0.012
     looking: float = 0.08  # share of the budget at the start in which only the dense losses are trained
     first_seed: int = FIRST_SEED
+    decoder_rate: float | None = None  # of a pretrained decoder against ``rate``; None: trained like the rest
 
 
 class Trainer:
     """A model in training: weights in float32, computed in bfloat16 where ``mixed``."""
 
     def __init__(
-        self, model: LlavaForConditionalGeneration, plan: Plan, device: torch.device, mixed: bool = True
+        self,
+        model: LlavaForConditionalGeneration,
+        processor: LlavaProcessor,
+        plan: Plan,
+        device: torch.device,
+        mixed: bool = True,
     ) -> None:
         config = model.config
         self.model, self.plan, self.device, self.mixed = model.to(device), plan, device, mixed
+        self.processor, self.wording = processor, Wording(processor)
         sizes = config.vision_config.hidden_size, config.text_config.hidden_size
         self.heads = DenseHeads(*sizes).to(device)
         self.parts = nn.ModuleDict({"model": self.model, "heads": self.heads})
-        self.optimizers = _optimizers(self.parts)
+        self.optimizers, self.shares = _optimizers(self.parts, plan.decoder_rate)
         self.step, self.elapsed = 0, 0.0
         self.see: Callable[..., Any] = see
         self.answer_loss: Callable[..., Tensor] = answer_loss
@@ -73,7 +82,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One update. Returns the losses before it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
-            patches, projected = self.see(self.model, batch)
+            patches, projected = self.see(self.model, batch.images)
             dense = self.heads(patches, projected, batch)
             if self.progress < self.plan.looking:
                 losses = {"dense": dense}
@@ -86,8 +95,9 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.parts.parameters(), 1.0)
         rate = self.plan.rate * min(1.0, (self.step + 1) / _WARM_UP)
         rate *= min(1.0, max(0.0, (1 - self.progress) / (1 - _CONSTANT)))
-        for optimizer, share in zip(self.optimizers, (1.0, _ADAM_SHARE), strict=True):
-            optimizer.param_groups[0]["lr"] = rate * share
+        for optimizer, shares in zip(self.optimizers, self.shares, strict=True):
+            for group, share in zip(optimizer.param_groups, shares, strict=True):
+                group["lr"] = rate * share
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
@@ -100,7 +110,10 @@ class Trainer:
         """
         last = until if until is not None else self.plan.steps if self.plan.steps is not None else 10**9
         batches = DataLoader(
-            _Batches(self.plan), batch_size=None, sampler=range(self.step, last), num_workers=workers
+            _Batches(self.plan, self.wording),
+            batch_size=None,
+            sampler=range(self.step, last),
+            num_workers=workers,
         )
         clock: float | None = None
         before = self.elapsed
@@ -135,23 +148,35 @@ class Trainer:
 class _Batches(Dataset[Batch]):
     """Batch number i of a plan, made where it is asked for (in a worker process if there are any)."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, wording: Wording) -> None:
+        self.plan, self.wording = plan, wording
 
     def __getitem__(self, step: int) -> Batch:
         first = self.plan.first_seed + step * self.plan.batch
-        return make_batch(range(first, first + self.plan.batch), self.plan.side, self.plan.text)
+        seeds = range(first, first + self.plan.batch)
+        return make_batch(seeds, self.plan.side, self.wording, self.plan.text)
 
 
-def _optimizers(parts: nn.ModuleDict) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, Adam for everything else."""
+def _optimizers(
+    parts: nn.ModuleDict, decoder_rate: float | None
+) -> tuple[tuple[torch.optim.Optimizer, ...], tuple[list[float], ...]]:
+    """Muon for the matrices inside the blocks, Adam for everything else, and the share of the rate of each group.
+
+    A pretrained decoder is Adam's: Muon costs more than the rest of a step where the matrices are large and the batch is
+    small. Its table of words is left alone: Adam would move even the rows of words that never occur here.
+    """
     matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    others: dict[float, list[nn.Parameter]] = {}  # by share
     for name, parameter in parts.named_parameters():
-        inside = name.startswith("model.") and parameter.ndim == 2
         table = any(word in name for word in _TABLES)
-        (matrices if inside and not table else others).append(parameter)
-    return (
-        torch.optim.Muon(matrices, lr=0.0, weight_decay=0.01, momentum=0.95),
-        torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, eps=1e-10),
-    )
+        pretrained = decoder_rate is not None and name.startswith(_DECODER)
+        share = 1.0 if not pretrained else 0.0 if table else decoder_rate
+        parameter.requires_grad_(share > 0)
+        if name.startswith("model.") and parameter.ndim == 2 and not (table or pretrained):
+            matrices.append(parameter)
+        elif share > 0:
+            others.setdefault(share, []).append(parameter)
+    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=0.01, momentum=0.95)
+    groups = [{"params": some} for some in others.values()]
+    adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, eps=1e-10)
+    return (muon, adam), ([1.0], [share * _ADAM_SHARE for share in others])

@@ -1,4 +1,4 @@
-"""The loss of a packed batch: next words of the answers, plus what each patch shows (class, colour, box, object middle)."""
+"""The loss of a packed batch: next tokens of the answers, plus what each patch shows (class, colour, box, object middle)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from world.words import COLORS, NUMBERS, SHAPES
 
-from training.batches import IGNORED, PATCH_CLASSES, PREFIX, Batch
+from training.batches import IGNORED, PATCH_CLASSES, Batch
 
 _BACKGROUND = 0.15  # weight of a patch that shows nothing against one that shows something
 
@@ -48,9 +48,12 @@ class DenseHeads(nn.Module):
         )
 
 
-def see(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The patches ``[B, P, vision]`` as the tower leaves them, and the visual tokens ``[B, P, decoder]``."""
-    pixels = (batch.images.permute(0, 3, 1, 2) / 127.5 - 1).contiguous()
+def see(model: LlavaForConditionalGeneration, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The patches ``[B, P, vision]`` of ``images [B, side, side, 3]`` uint8 as the tower leaves them, and the visual tokens.
+
+    Visual tokens are what the decoder gets, ``[B, P, decoder]``.
+    """
+    pixels = (images.permute(0, 3, 1, 2) / 127.5 - 1).contiguous()
     seen = model.model.get_image_features(
         pixel_values=pixels,
         vision_feature_layer=-1,
@@ -62,9 +65,9 @@ def see(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Tensor, Ten
 
 
 def answer_loss(model: LlavaForConditionalGeneration, projected: Tensor, batch: Batch) -> Tensor:
-    """Mean cross entropy of the words of all answers, given the visual tokens."""
+    """Mean cross entropy of the tokens of all answers, given the visual tokens."""
     embed = model.get_input_embeddings()
-    prefix = embed(torch.tensor(PREFIX, device=projected.device)).expand(len(projected), -1, -1)
+    prefix = embed(batch.prefix).expand(len(projected), -1, -1)
     inputs = torch.cat([prefix, projected.to(prefix.dtype), embed(batch.ids)], 1)
     first = inputs.shape[1] - batch.ids.shape[1]
     pictures = torch.arange(first, device=projected.device).expand(len(projected), -1)
@@ -74,8 +77,8 @@ def answer_loss(model: LlavaForConditionalGeneration, projected: Tensor, batch: 
         position_ids=torch.cat([pictures, batch.positions], 1),
         use_cache=False,
     ).last_hidden_state[:, first:]
-    words = model.lm_head(hidden).float().flatten(0, 1)
-    return F.cross_entropy(words, batch.labels.flatten(), ignore_index=IGNORED)
+    tokens = model.lm_head(hidden).float().flatten(0, 1)
+    return F.cross_entropy(tokens, batch.labels.flatten(), ignore_index=IGNORED)
 
 
 def packed_mask(segment: Tensor, first: int) -> Tensor:

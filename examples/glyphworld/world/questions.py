@@ -24,11 +24,6 @@ class Question:
     answer: tuple[str, ...]
     box: Box | None = None
 
-    @property
-    def prompt(self) -> str:
-        """The whole prompt for a processor, with the image placeholder."""
-        return f"<bos> USER: <image> {' '.join(self.words)} ASSISTANT:"
-
 
 def ask(scene: Scene, family: str, rng: np.random.Generator) -> Question | None:
     """A random question of this family, or None if the draw cannot be asked of this scene (ambiguous, or no sign)."""
