@@ -49,8 +49,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     _train(trainer, args, state)
     target = args.out / "checkpoint"
-    trainer.model.to(torch.bfloat16).save_pretrained(target)
-    trainer.processor.save_pretrained(target)
+    _export(trainer, target)
     print(f"{trainer.step} steps, checkpoint in {target}")
 
 
@@ -140,6 +139,15 @@ def _train(trainer: Trainer, args: argparse.Namespace, state: Path) -> None:
                 trainer.save(state)
                 saved = time.monotonic()
     trainer.save(state)
+
+
+def _export(trainer: Trainer, target: Path) -> None:
+    """Write the checkpoint in bfloat16; transformers leaves the parts' configs at the dtype they were loaded in."""
+    model = trainer.model.to(torch.bfloat16)
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        config.dtype = torch.bfloat16
+    model.save_pretrained(target)
+    trainer.processor.save_pretrained(target)
 
 
 if __name__ == "__main__":

@@ -175,6 +175,7 @@ def test_the_command_writes_a_checkpoint(tmp_path, monkeypatch):
     assert line["step"] == 20 and line["answers"] > 0
     model = LlavaForConditionalGeneration.from_pretrained(out / "checkpoint")
     assert model.dtype == torch.bfloat16
+    assert "float32" not in (out / "checkpoint" / "config.json").read_text()
     asked = list(questions_of(70001, 112))[:3]
     answers = list(answer(model, AutoProcessor.from_pretrained(out / "checkpoint"), asked, batch=2))
     assert len(answers) == 3
@@ -212,11 +213,12 @@ def test_576_visual_tokens():
     assert set(losses) == {"dense", "answers"} and all(0 < loss < 30 for loss in losses.values())
 
 
-def test_shipped_checkpoint_answers():
+@pytest.mark.parametrize(("name", "side"), [("checkpoint", 112), ("checkpoint-576", 192)])
+def test_shipped_checkpoint_answers(name, side):
     """Eight families of one scene in one padded batch: the easy ones are right."""
-    folder = Path(train.__file__).parent / "checkpoint"
+    folder = Path(train.__file__).parent / name
     model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
-    asked = list(questions_of(70001, 112))
+    asked = list(questions_of(70001, side))
     rows = score([e for _, e in asked], list(answer(model, AutoProcessor.from_pretrained(folder), asked)))
     assert rows["box"]["found"] == rows["color"]["exact"] == rows["shape"]["exact"] == 1
 
