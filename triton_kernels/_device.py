@@ -28,7 +28,7 @@ def tiles(query, n_rows, rope):
     Registers per row of a tile: float32 dots are three TF32 dots on split operands, un-rotating holds four rows for one.
     """
     weight = padded_head_dim(query.shape[-1])
-    weight *= (8 if query.element_size() == 4 else 1) * (4 if rope is not None else 1)
+    weight *= (16 if query.element_size() == 4 else 1) * (4 if rope is not None else 1)
     block = 64 if weight <= 128 else 32 if weight <= 512 else 16
     block_m = 16 if n_rows <= 16 else block
     return {

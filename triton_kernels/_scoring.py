@@ -51,15 +51,16 @@ def head_splits(B, Hkv, tiles_n):
     return next(n for n in range(1, Hkv + 1) if Hkv % n == 0 and (n >= wanted or n == Hkv))
 
 
-def registers(s, R):
+def registers(s, R, num_warps):
     """How many registers a thread may take: said aloud, as ptxas would rather spill a word than pass 128.
 
-    Few rows are memory bound: 128 let two programs share a multiprocessor. AMD knows no such option.
+    Few rows are memory bound: two programs shall share a multiprocessor, as those of 4 warps do with any number. No lower
+    limit for these: ptxas fills it with loads ahead of their use, and spills. AMD knows no such option.
     """
     if torch.version.hip:
         return {}
-    lean = R <= 16 and s.rope is None and s.query.element_size() == 2
-    return {"maxnreg": 128 if lean else 255}
+    few_rows = R <= 16 and s.rope is None and s.query.element_size() == 2
+    return {"maxnreg": 128 if few_rows and num_warps == 8 else 255}
 
 
 def row_statistics(s):

@@ -104,6 +104,10 @@ def _row_lse_kernel(
         n_keys = N
     if key_mask_ptr is not None:
         key_mask_ptr += b * S
+    key_ptr += b * key_strides[0] + h_kv * key_strides[1] + start_k * key_strides[2]
+    if cos_ptr is not None:
+        cos_ptr += b * rope_strides[0] + start_k * rope_strides[1]
+        sin_ptr += b * rope_strides[0] + start_k * rope_strides[1]
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < G * R
@@ -113,8 +117,7 @@ def _row_lse_kernel(
     real = (row >= tl.maximum(first_row, 0)) & (row < length)
     row = tl.where(real, row, first_row)
     q_offs = b * query_strides[0] + h * query_strides[1] + (start_q + row - first_row) * query_strides[2]
-    rope_q = b * rope_strides[0] + (start_k + row) * rope_strides[1]
-    q = load_rows(query_ptr, q_offs, cos_ptr, sin_ptr, rope_q, real, D, BLOCK_D, DTYPE)
+    q = load_rows(query_ptr, q_offs, cos_ptr, sin_ptr, row * rope_strides[1], real, D, BLOCK_D, DTYPE)
 
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -124,9 +127,9 @@ def _row_lse_kernel(
         at, ok_n = _key_positions(
             columns_ptr, key_mask_ptr, first + tl.arange(0, BLOCK_N), n_keys, length
         )  # [BLOCK_N]
-        k_offs = b * key_strides[0] + h_kv * key_strides[1] + (start_k + at) * key_strides[2]
-        rope_k = b * rope_strides[0] + (start_k + at) * rope_strides[1]
-        k = load_rows(key_ptr, k_offs, cos_ptr, sin_ptr, rope_k, ok_n, D, BLOCK_D, DTYPE)
+        k = load_rows(
+            key_ptr, at * key_strides[2], cos_ptr, sin_ptr, at * rope_strides[1], ok_n, D, BLOCK_D, DTYPE
+        )
 
         logits = tl.dot(q, tl.trans(k), input_precision="ieee" if tl.target_info.is_hip() else "tf32x3") * (
             scale * LOG2E

@@ -258,7 +258,7 @@ def score(s, selection=None):
         KEEP_ON_DEVICE=isinstance(keep, torch.Tensor),
         CHUNK=chunk,
         ONE_CHUNK=longest <= chunk,
-        **registers(s, R),
+        **registers(s, R, config["num_warps"]),
         HEADS=triton.next_power_of_2(H) if s.top_heads is not None else 0,
         DTYPE=dot_dtype(s.query),
         BLOCK_D=padded_head_dim(D),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import multiprocessing
+import os
 import pkgutil
 import re
 import shutil
@@ -37,9 +38,8 @@ COLUMNS = [
     "shared",
     "note",
 ]
-CUDA_TARGETS = ("80", "90a", "100a")
 CUDA_KERNEL = re.compile(
-    r"entry function '(?P<kernel>\w+)' for 'sm_(?P<target>\w+)'.*?"
+    r"entry function '(?P<kernel>\w+)' for '(?P<target>\w+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
     r"Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
     re.DOTALL,
@@ -67,10 +67,12 @@ def launches():
     return found
 
 
-def rows_of(name, target):
-    """Table rows of one launch for one target; an AMD target that refuses a kernel gives a row that says why."""
+def rows_of(name, target, clean=False):
+    """Table rows of one launch for one target, which is ``clean`` or raises; an AMD target's refusal is a row that says why."""
+    offline = load(HERE / "_offline.py")
+    compile_launches = offline.compile_clean if clean else offline.compile_launches
     try:
-        compiled = load(HERE / "_offline.py").compile_launches(launches()[name], target)
+        compiled = compile_launches(launches()[name], target)
     except CompilationError as error:
         if isinstance(target, int):
             raise
@@ -103,12 +105,11 @@ def kernel_names():
 
 
 def nvcc():
-    """(path, version) of nvcc, or None."""
-    path = shutil.which("nvcc")
-    if path is None:
+    """The version of nvcc, or None."""
+    if shutil.which("nvcc") is None:
         return None
-    out = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
-    return path, re.search(r"release (\d+\.\d+)", out).group(1)
+    out = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", out).group(1)
 
 
 def cuda_table(version):
@@ -116,30 +117,26 @@ def cuda_table(version):
     return RESULTS / f"kernel_resources_nvcc-{version}.csv"
 
 
-def cuda_rows(compiler):
-    """Table rows of the kernels in csrc/; dynamic shared memory, which depends on the input, is not counted."""
-    ops = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
-    rows = []
-    for op in ops:
-        for found in CUDA_KERNEL.finditer(_ptxas_report(compiler, op)):
-            kernel = subprocess.run(["c++filt", found["kernel"]], capture_output=True, text=True, check=True)
-            name = re.sub(r"^.*?(\w+(?:<.*>)?)\(.*$", r"\1", kernel.stdout.strip())
-            numbers = (found["registers"], found["stores"], found["loads"], found["shared"] or "0")
-            row = (op, f"sm_{found['target']}", name, "", *numbers, "")
-            rows.append(dict(zip(COLUMNS, row, strict=True)))
-    return sorted(rows, key=lambda row: (row["launch"], row["kernel"], CUDA_TARGETS.index(row["target"][3:])))
-
-
-def _ptxas_report(compiler, op):
-    """What ptxas -v says about the kernels of one header."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / f"{op}.cu"
-        source.write_text(f'#include "vlmprune/{op}.cuh"\nauto* const entry = &vlmprune::launch_{op};\n')
-        targets = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
-        command = [compiler, "-std=c++20", "-O3", "-Xptxas=-v", "--threads=0", "-I", ROOT / "csrc/include"]
-        command += [*targets, "-c", source, "-o", Path(folder) / "kernels.o"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+def build_extension(folder):
+    """Build the CUDA extension in a folder and return what ptxas says about its kernels, one after the other."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder]
+    asked = {"VLMPRUNE_BUILD_CUDA": "1", "NVCC_APPEND_FLAGS": "-Xptxas=-v --threads=1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | asked, capture_output=True, text=True, check=True
+    )
     return done.stdout + done.stderr
+
+
+def cuda_rows(report):
+    """Table rows of the extension's kernels; dynamic shared memory, which depends on the input, is not counted."""
+    rows = {}
+    for found in CUDA_KERNEL.finditer(report):  # a kernel that two files use is there twice
+        kernel = subprocess.run(["c++filt", found["kernel"]], capture_output=True, text=True, check=True)
+        name = re.sub(r"^.*?(\w+(?:<.*>)?)\(.*$", r"\1", kernel.stdout.strip())
+        numbers = (found["registers"], found["stores"], found["loads"], found["shared"] or "0")
+        row = (name.partition("_kernel")[0], found["target"], name, "", *numbers, "")
+        rows[name, found["target"]] = dict(zip(COLUMNS, row, strict=True))
+    return sorted(rows.values(), key=lambda row: (row["kernel"], int(re.sub(r"\D", "", row["target"]))))
 
 
 def read(path):
@@ -160,15 +157,15 @@ def write(path, rows):
 
 
 def main():
-    """Compile everything, one process a target, and write the tables."""
+    """Compile everything, two targets at a time, and write the tables."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         by_target = list(pool.map(rows_for, TARGETS))
     position = {name: i for i, name in enumerate(launches())}
     rows = [row for rows in by_target for row in rows]
     write(TABLE, sorted(rows, key=lambda row: position[row["launch"]]))
-    found = nvcc()
-    if found is not None:
-        write(cuda_table(found[1]), cuda_rows(found[0]))
+    if (version := nvcc()) is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            write(cuda_table(version), cuda_rows(build_extension(folder)))
 
 
 if __name__ == "__main__":
