@@ -1,5 +1,6 @@
 """Shared by all tests: the interpreter switch, NaN in uninitialised tensors, the device, and GPU-only tests."""
 
+import inspect
 import os
 
 import pytest
@@ -18,6 +19,29 @@ def pytest_collection_modifyitems(config, items):
     if needs_gpu and not HAS_CUDA:
         config.hook.pytest_deselected(items=needs_gpu)
         items[:] = [item for item in items if item not in needs_gpu]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Triton's interpreter looks through all of triton.language at every call of a device function; here it does so once."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    names = {}
+
+    def patch_builtin(package, builder, scope):
+        if package not in names:
+            names[package] = [name for name, x in inspect.getmembers(package) if is_builtin(x)]
+        for name in names[package]:
+            if is_builtin(member := getattr(package, name)):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_builtin", patch_builtin)
+        yield
 
 
 @pytest.fixture
