@@ -7,6 +7,8 @@ import pytest
 
 from vlmprune import ops
 from vlmprune.cli.eval import read_budgets
+from vlmprune.eval.oracle import patches_of
+from vlmprune.eval.questions import read_questions
 from vlmprune.eval.store import Store
 
 pytest.importorskip("matplotlib")
@@ -46,6 +48,8 @@ def folder(scene, tmp_path):
         for asked in entry["qa"]:
             if asked["family"] in ("box", "color", "exist"):
                 line = {k: asked[k] for k in ("family", "prompt", "answer")} | {"image": entry["image"]}
+                if asked["family"] == "box":  # answered in steps of 4 pixels
+                    line["box"] = [4 * int(word) for word in asked["answer"].split()]
                 lines.append(line | {"id": f"{entry['seed']}-{asked['family']}"})
     (tmp_path / "q" / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return tmp_path / "q"
@@ -145,6 +149,40 @@ def test_policies_as_given_without_baselines(evaluate, no_pictures, tmp_path):
         assert layer == 0 and int(bits, 16).bit_count() == 49
 
 
+def test_an_oracle_keeps_the_boxes_of_its_own_questions_also_after_a_kill(
+    evaluate, folder, no_pictures, tmp_path, monkeypatch
+):
+    args = ("--budgets", "0.64", "--oracle", "--seeds", 1)
+    whole, out, add = tmp_path / "whole", tmp_path / "out", Store.add
+    assert evaluate(*args, out=whole).exit_code == 0
+
+    def fail(self, answer):
+        if answer.policy.startswith("Oracle") and answer.question.endswith("exist"):
+            raise KeyError("killed")
+        add(self, answer)
+
+    monkeypatch.setattr(Store, "add", fail)
+    assert isinstance(evaluate(*args).exception, KeyError)
+    monkeypatch.setattr(Store, "add", add)
+    assert evaluate(*args).exit_code == 0
+    found = answers(out)
+    assert found == answers(whole)
+
+    asked = {q.id: q for q in read_questions(folder)}
+    kept = {key[1]: int(a["kept"][0][1], 16) for key, a in found.items() if key[0].startswith("Oracle")}
+    even = {key[1]: int(a["kept"][0][1], 16) for key, a in found.items() if key[0].startswith("Uniform")}
+    assert kept.keys() == asked.keys() and len({*kept.values()}) == 3  # two boxes, and evenly spaced
+    for name, bits in kept.items():
+        assert bits.bit_count() == even[name].bit_count()
+        if asked[name].box is None:
+            assert bits == even[name]
+        else:
+            assert all(bits >> patch & 1 for patch in patches_of(asked[name].region, (14, 14)))
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows][-1] == "oracle:layer=2"
+    assert rows[-1]["cut"] == rows[1]["cut"] == pytest.approx(0.64, abs=0.01)
+
+
 def test_batches_answer_like_single_questions(evaluate, no_pictures, tmp_path):
     for size in (1, 2):
         done = evaluate(
@@ -175,6 +213,7 @@ def test_batches_answer_like_single_questions(evaluate, no_pictures, tmp_path):
         ),
         (("--policy", "visionzip"), "visionzip at budget 0.48: VisionZip: expected a setting keep or ratio"),
         (("--questions", "/none"), "--questions: expected a folder with a questions.jsonl, got '/none'"),
+        (("--oracle", "--family", "exist"), "--oracle: expected questions with a box, got none"),
         (("--out", "/none/out"), "--out: expected a folder inside an existing one, got '/none/out'"),
         (("--model", "/none"), "--model: expected a checkpoint folder with a config.json"),
     ],
@@ -207,7 +246,7 @@ def test_without_matplotlib(evaluate, tmp_path, monkeypatch):
     monkeypatch.setattr("vlmprune.eval.plots.find_spec", lambda name: None)
     done = evaluate()
     assert done.exit_code == 2 and done.stderr.count("\n") == 1
-    assert "expected matplotlib (pip install 'vlmprune[eval]'), got no such package" in done.stderr
+    assert "expected matplotlib (pip install 'vlmprune[plots]'), got no such package" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -3,12 +3,19 @@
 import pytest
 
 from vlmprune.eval.arms import UNPRUNED, Prompt, plan, with_share
+from vlmprune.eval.oracle import Oracle
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
-from vlmprune.policies import FastV, PyramidDrop, Random, Uniform
+from vlmprune.policies import FastV, PyramidDrop, Random, Uniform, parse_policy
 from vlmprune.policies.schedule import stage_counts
 from vlmprune.policies.sparsevlm import SparseVLM
 
 PROMPT = Prompt(DecoderShape(layers=8, hidden=64, heads=4, kv_heads=4, head_dim=16, intermediate=96), 196, 12)
+
+BOTH = (Uniform, Random)
+
+
+def plan_of(texts, budgets, baselines, seeds):
+    return plan({text: parse_policy(text) for text in texts}, budgets, baselines, seeds, PROMPT)
 
 
 def cut(policy):
@@ -18,7 +25,7 @@ def cut(policy):
 
 
 def test_every_arm_meets_its_budget():
-    arms = plan(["fastv", "pyramiddrop:layers=2/4/6"], [0.3, 0.5], True, 2, PROMPT)
+    arms = plan_of(["fastv", "pyramiddrop:layers=2/4/6"], [0.3, 0.5], BOTH, 2)
     assert arms[0].method == UNPRUNED and arms[0].policy is None
     assert [(arm.method, arm.budget, arm.seed) for arm in arms[1:]] == [
         ("fastv", 0.3, 0),
@@ -34,7 +41,7 @@ def test_every_arm_meets_its_budget():
 
 
 def test_policies_as_given_and_baselines_at_their_cut():
-    arms = plan(["fastv:layer=3,keep=50", "pyramiddrop:layers=2/4/6"], [], True, 1, PROMPT)
+    arms = plan_of(["fastv:layer=3,keep=50", "pyramiddrop:layers=2/4/6"], [], BOTH, 1)
     fastv, pyramid, *baselines = arms[1:]
     assert fastv.policy == FastV(layer=3, keep=50) and pyramid.policy == PyramidDrop(layers=(2, 4, 6))
     assert fastv.budget is None
@@ -44,16 +51,26 @@ def test_policies_as_given_and_baselines_at_their_cut():
 
 
 def test_a_baseline_that_is_given_is_not_added():
-    assert [a.method for a in plan(["uniform:layer=1"], [0.5], True, 1, PROMPT)] == [
+    assert [a.method for a in plan_of(["uniform:layer=1"], [0.5], BOTH, 1)] == [
         UNPRUNED,
         "uniform:layer=1",
         "random:layer=1",
     ]
-    assert [a.method for a in plan(["fastv", "fastv"], [0.5], False, 3, PROMPT)] == [UNPRUNED, "fastv"]
+    assert [a.method for a in plan_of(["fastv", "fastv"], [0.5], (), 3)] == [UNPRUNED, "fastv"]
+
+
+def test_an_oracle_meets_the_budget_and_is_told_the_regions_of_its_batch():
+    *_, uniform, oracle = plan_of(["fastv:layer=3"], [0.5], (Uniform, Oracle), 2)
+    assert (oracle.method, oracle.budget, oracle.seed) == ("oracle:layer=3", 0.5, 0)
+    assert oracle.policy.keep == uniform.policy.keep
+    regions = ((0.0, 0.0, 0.5, 0.5), None)
+    told = oracle.for_batch(0, regions)
+    assert told.regions == regions and told.keep == oracle.policy.keep
+    assert repr(told) == oracle.key and oracle.policy.regions == ()
 
 
 def test_no_policy_compares_the_baselines():
-    assert {a.method for a in plan([], [0.5], True, 1, PROMPT)} == {
+    assert {a.method for a in plan_of([], [0.5], BOTH, 1)} == {
         UNPRUNED,
         "uniform:layer=2",
         "random:layer=2",
@@ -61,14 +78,14 @@ def test_no_policy_compares_the_baselines():
 
 
 def test_every_batch_and_seed_draws_anew_under_one_key():
-    one, two = plan(["random"], [0.5], False, 2, PROMPT)[1:]
+    one, two = plan_of(["random"], [0.5], (), 2)[1:]
     assert one.key == two.key
-    drawn = [arm.drawn_for(batch) for arm in (one, two) for batch in (0, 1)]
+    drawn = [arm.for_batch(batch, [None]) for arm in (one, two) for batch in (0, 1)]
     assert len({policy.seed for policy in drawn}) == 4
     assert {policy.keep for policy in drawn} == {one.policy.keep}
-    assert one.drawn_for(1) == one.drawn_for(1)
-    (fastv,) = plan(["fastv"], [0.5], False, 2, PROMPT)[1:]
-    assert fastv.drawn_for(3) is fastv.policy
+    assert one.for_batch(1, [None]) == one.for_batch(1, [None])
+    (fastv,) = plan_of(["fastv"], [0.5], (), 2)[1:]
+    assert fastv.for_batch(3, [None]) is fastv.policy
 
 
 def test_the_setting_that_a_budget_sets():
@@ -97,4 +114,4 @@ def test_the_setting_that_a_budget_sets():
 )
 def test_impossible(method, budget, said):
     with pytest.raises(ValueError, match=said):
-        plan([method], [budget], True, 1, PROMPT)
+        plan_of([method], [budget], BOTH, 1)

@@ -23,11 +23,14 @@ def folder(tmp_path):
 
 
 def test_reads_in_order(folder):
-    other = GOOD | {"id": "2", "family": "color", "prompt": "line\u2028break", "box": [1, 2, 3, 4]}
+    other = GOOD | {"id": "2", "family": "color", "prompt": "line\u2028break", "box": [1, 1, 3, 4.5]}
     first, second = read_questions(folder(GOOD, "", other))
     assert (first.id, first.family, first.answer) == ("1", "box", "1 2 3 4")
     assert first.image.name == "a.png" and first.image.is_file()
     assert second.prompt == "line\u2028break"
+    assert first.box is None and first.region is None
+    assert second.box == (1, 1, 3, 4.5) and second.size == (4, 4)
+    assert second.region == (0.25, 0.25, 0.75, 1.0)  # cut off at the edge of the image
 
 
 def test_families(folder):
@@ -46,6 +49,18 @@ def test_families(folder):
         (GOOD | {"id": 2}, r"line 2: expected a text as 'id', got 2$"),
         (GOOD | {"id": "2", "prompt": ""}, r"line 2: expected a text as 'prompt', got ''$"),
         (GOOD | {"id": "2", "image": "b.png"}, r"line 2: expected an image file in the folder, got 'b.png'$"),
+        (
+            GOOD | {"box": [1, 2, 3]},
+            r"line 2: expected x1 y1 x2 y2 in pixels, .*, as 'box', got \[1, 2, 3\]$",
+        ),
+        (
+            GOOD | {"box": [3, 1, 2, 2]},
+            r"line 2: expected x1 y1 x2 y2 in pixels, x1 < x2 and y1 < y2, as 'box'",
+        ),
+        (
+            GOOD | {"id": "2", "box": [4, 0, 9, 2]},
+            r"^question '2': expected a box within 4 x 4 pixels, got \(4, 0, 9, 2\)$",
+        ),
         (GOOD, r"^--questions: expected every id once, got '1' twice$"),
     ],
 )

@@ -32,13 +32,16 @@ from vlmprune.cli.progress import waiting
 from vlmprune.errors import ModelError, check
 from vlmprune.eval.arms import Arm, plan
 from vlmprune.eval.ask import Item, Subject, ask_all, make_batches, missing, typical_prompt
+from vlmprune.eval.oracle import Oracle, check_oracle
 from vlmprune.eval.plots import check_matplotlib, draw_families, draw_heat, draw_pareto
 from vlmprune.eval.questions import FILE, read_questions
 from vlmprune.eval.report import HEADS, NAMES, family_cells, make_report, summary_cells
 from vlmprune.eval.store import Store, write
 from vlmprune.eval.summary import Row, answers_of, kept_share, summarize
 from vlmprune.models import patch_grid
+from vlmprune.policies.random import Random
 from vlmprune.policies.registry import parse_policy
+from vlmprune.policies.uniform import Uniform
 
 BUDGETS = (0.48, 0.64)
 """FLOPs cuts where none are given: those of FEATHER's tables."""
@@ -56,6 +59,7 @@ class EvalRequest:
     keep: bool
     families: tuple[str, ...]
     baselines: bool
+    oracle: bool
     seeds: int
     batch_size: int
     max_new_tokens: int
@@ -70,17 +74,20 @@ def execute(request: EvalRequest) -> None:
     check_matplotlib()
     budgets = read_budgets(request.budgets, request.keep)
     questions = read_questions(request.questions, request.families)
-    policies = [parse_policy(text) for text in request.policies]
+    policies = {text: parse_policy(text) for text in request.policies}
     device = pick_device(request.device)
     check_attention(request.attention, device)
     check_out(request.out)
     config = read_config(request.model)
-    check_depth(policies, config)
+    check_depth([*policies.values()], config)
     processor = load_processor(request.model)
+    if request.oracle:
+        check_oracle(questions, config, processor)
     items = [(question, _prompt(processor, question.id, question.prompt)) for question in questions]
     batches = make_batches(processor, items, request.batch_size)
     prompt = typical_prompt(processor, config, items)
-    arms = plan(request.policies, budgets, request.baselines, request.seeds, prompt)
+    baselines = (Uniform, Random) * request.baselines + (Oracle,) * request.oracle
+    arms = plan(policies, budgets, baselines, request.seeds, prompt)
     check_depth([arm.policy for arm in arms if arm.policy is not None], config)
     with waiting(f"loading {request.model}"):
         loaded = load(request.model, config, processor, device, request.dtype, request.attention)

@@ -157,6 +157,9 @@ def eval_command(
     baselines: Annotated[
         bool, typer.Option("--baselines/--no-baselines", help="Also uniform and random tokens.")
     ] = True,
+    oracle: Annotated[
+        bool, typer.Option("--oracle", help="Also an oracle that is told where the answer is seen (box).")
+    ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Draws of each policy that draws.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
@@ -178,6 +181,7 @@ def eval_command(
                 keep=keep,
                 families=tuple(family or ()),
                 baselines=baselines,
+                oracle=oracle,
                 seeds=seeds,
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlmprune.errors import check
+from vlmprune.eval.oracle import Oracle
+from vlmprune.eval.questions import Region
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.random import Random
-from vlmprune.policies.registry import parse_policy
 from vlmprune.policies.schedule import keep_for_flops, stage_counts
 from vlmprune.policies.uniform import Uniform
 
 UNPRUNED = "unpruned"
+Baseline = Uniform | Random | Oracle
 SHARES = ("keep", "ratio")
 """The settings that a budget sets, by name: a policy has one of them."""
 
@@ -34,7 +36,7 @@ class Arm:
     """One way to answer every question.
 
     Attributes:
-        method: the policy as typed, or "unpruned".
+        method: the policy as typed, a baseline's name, or "unpruned".
         budget: the FLOPs cut it was fitted to, or None.
         policy: what prunes, or None.
         seed: which of several draws, for policies that draw.
@@ -47,33 +49,39 @@ class Arm:
 
     @property
     def key(self) -> str:
-        """The policy with all its settings, but for the seed."""
+        """The policy with all its settings, but for the seed and what an oracle is told."""
         return UNPRUNED if self.policy is None else repr(_seeded(self.policy, 0))
 
-    def drawn_for(self, batch: int) -> PruningPolicy | None:
-        """The policy for batch number ``batch``: each batch draws anew, or every question would see one same draw."""
-        return None if self.policy is None else _seeded(self.policy, self.seed * 1_000_003 + batch)
+    def for_batch(self, number: int, regions: Sequence[Region | None]) -> PruningPolicy | None:
+        """The policy for batch ``number``, whose answers are seen in these regions.
+
+        Each batch draws anew, or every question would see one same draw; an oracle is told the regions.
+        """
+        if isinstance(self.policy, Oracle):
+            return dataclasses.replace(self.policy, regions=tuple(regions))
+        return None if self.policy is None else _seeded(self.policy, self.seed * 1_000_003 + number)
 
 
 def plan(
-    methods: Sequence[str], budgets: Sequence[float], baselines: bool, seeds: int, prompt: Prompt
+    methods: Mapping[str, PruningPolicy],
+    budgets: Sequence[float],
+    baselines: Sequence[type[Baseline]],
+    seeds: int,
+    prompt: Prompt,
 ) -> list[Arm]:
     """All arms, the unpruned one first. Without budgets the policies are taken as they are, and the baselines are
-    fitted to each policy's own cut.
+    fitted to each policy's own cut. A baseline acts at the first layer of any policy; one that is given is not added.
 
     Raises:
-        ValueError: a policy that does not parse, that has no share to fit, or that cannot meet a budget.
+        ValueError: a policy that has no share to fit, or that cannot meet a budget.
     """
-    given = [(text, parse_policy(text)) for text in dict.fromkeys(methods)]
-    wanted = [(text, policy, cut) for text, policy in given for cut in budgets or (None,)]
-    arms = [_arm(*entry, prompt) for entry in wanted]
-    if baselines:
-        cuts = budgets or sorted({round(_cut(arm, prompt), 6) for arm in arms})
-        first = min((policy.layers[0] for _, policy in given), default=2)
-        for kind in (Uniform, Random):
-            if not any(isinstance(policy, kind) for _, policy in given):
-                text = f"{kind.__name__.lower()}:layer={first}"
-                arms += [_arm(text, parse_policy(text), cut, prompt) for cut in cuts]
+    arms = [fit(text, policy, cut, prompt) for text, policy in methods.items() for cut in budgets or (None,)]
+    cuts = budgets or sorted({round(cut_of(arm, prompt), 6) for arm in arms})
+    first = min((policy.layers[0] for policy in methods.values()), default=2)
+    for kind in baselines:
+        if not any(isinstance(policy, kind) for policy in methods.values()):
+            text = f"{kind.__name__.lower()}:layer={first}"
+            arms += [fit(text, kind(layer=first), cut, prompt) for cut in cuts]
     draws = [dataclasses.replace(arm, seed=i) for arm in arms for i in range(seeds if _draws(arm) else 1)]
     return [Arm(UNPRUNED), *draws]
 
@@ -92,8 +100,8 @@ def with_share(policy: PruningPolicy, share: float) -> PruningPolicy:
     return dataclasses.replace(policy, **change)
 
 
-def _arm(text: str, policy: PruningPolicy, cut: float | None, prompt: Prompt) -> Arm:
-    """The policy as it is, or fitted to a budget."""
+def fit(text: str, policy: PruningPolicy, cut: float | None, prompt: Prompt) -> Arm:
+    """The arm of a policy, as it is or fitted to a budget. Raises ValueError if it has no share, or cannot meet it."""
     if cut is None:
         return Arm(text, None, policy)
     try:
@@ -105,7 +113,7 @@ def _arm(text: str, policy: PruningPolicy, cut: float | None, prompt: Prompt) ->
     return Arm(text, cut, with_share(policy, keep))
 
 
-def _cut(arm: Arm, prompt: Prompt) -> float:
+def cut_of(arm: Arm, prompt: Prompt) -> float:
     """Share of the prefill's FLOPs that an arm saves on ``prompt``."""
     assert arm.policy is not None
     depth = prompt.shape.layers

@@ -94,7 +94,7 @@ def ask_all(
             continue
         inputs = make_inputs(subject.processor, batch).to(subject.model.device, dtype=subject.model.dtype)
         for arm in open_arms:
-            policy = arm.drawn_for(number)
+            policy = arm.for_batch(number, [question.region for question, _ in batch])
             if arm.key not in warm:  # kernels and caches are made in the first pass, which is not timed
                 _generate(subject, inputs, policy, 1)
                 warm.add(arm.key)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -13,6 +14,8 @@ from vlmprune.errors import check
 
 FILE = "questions.jsonl"
 FIELDS = ("id", "image", "family", "prompt", "answer")
+Region = tuple[float, float, float, float]
+"""Left, top, right, bottom of a part of an image, as shares of its width and height."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Question:
         family: what kind of question it is; accuracy is told per family.
         prompt: what is asked; with the image placeholder token in it, taken literally.
         answer: the true answer. Four whole numbers are a box ``x1 y1 x2 y2``.
+        box: where in the image the answer is seen, ``x1 y1 x2 y2`` in its pixels; None = not one place, or not known.
+        size: width and height of the image in pixels.
     """
 
     id: str
@@ -32,17 +37,29 @@ class Question:
     family: str
     prompt: str
     answer: str
+    box: Region | None = None
+    size: tuple[int, int] = (1, 1)
+
+    @property
+    def region(self) -> Region | None:
+        """The box as shares of the image, cut off at its edges."""
+        if self.box is None:
+            return None
+        x1, y1, x2, y2 = (
+            min(max(at / side, 0.0), 1.0) for at, side in zip(self.box, self.size * 2, strict=True)
+        )
+        return x1, y1, x2, y2
 
 
 def read_questions(folder: Path, families: Sequence[str] = ()) -> list[Question]:
     """The questions of these families, or of all; in the order of the file.
 
-    A line's ``box``, where there is one, says where in the image its object is. It is allowed and not used: boxes are
-    scored in the units of the answer.
+    Answers that are boxes are scored in the units of the answer. A line's ``box`` may say besides, in pixels, where in
+    the image its answer is seen; only the oracle looks at it.
 
     Raises:
-        ValueError: no such folder or file, a malformed line (with its number), an image that is not there, two
-            questions of one id, or a family no question has.
+        ValueError: no such folder or file, a malformed line (with its number), an image that is not there, a box outside
+            its image, two questions of one id, or a family no question has.
     """
     path = folder / FILE
     check(path.is_file(), "--questions", f"a folder with a {FILE}", repr(str(folder)))
@@ -57,22 +74,31 @@ def read_questions(folder: Path, families: Sequence[str] = ()) -> list[Question]
         again = question.id in first
         check(not again, "--questions", "every id once", f"{question.id!r} twice")
         first[question.id] = question
-    for image in {question.image: None for question in found}:
-        _check_image(image)
+    sizes = {image: _size_of(image) for image in {question.image: None for question in found}}
+    found = [_within(replace(question, size=sizes[question.image])) for question in found]
     known = sorted({question.family for question in found})
     for family in families:
         check(family in known, "--family", f"one of {', '.join(known)}", repr(family))
     return [question for question in found if not families or question.family in families]
 
 
-def _check_image(path: Path) -> None:
+def _size_of(path: Path) -> tuple[int, int]:
     try:
-        with Image.open(path):  # reads the header only
-            pass
+        with Image.open(path) as image:  # reads the header only
+            return image.size
     except OSError as error:
         raise ValueError(
             f"--questions: expected an image, got {str(path)!r}, which cannot be read"
         ) from error
+
+
+def _within(question: Question) -> Question:
+    """The question, whose box shows at least some of its image."""
+    x1, y1, x2, y2 = question.region or (0, 0, 1, 1)
+    width, height = question.size
+    inside = f"a box within {width} x {height} pixels"
+    check(x1 < x2 and y1 < y2, f"question {question.id!r}", inside, question.box)
+    return question
 
 
 def _read(text: str, number: int, folder: Path) -> Question:
@@ -87,4 +113,10 @@ def _read(text: str, number: int, folder: Path) -> Question:
         check(isinstance(value, str) and bool(value), where, f"a text as {field!r}", repr(value))
     image = folder / entry["image"]
     check(image.is_file(), where, "an image file in the folder", repr(entry["image"]))
-    return Question(**{field: entry[field] for field in FIELDS} | {"image": image})
+    box = entry.get("box")
+    if box is not None:
+        numbers = isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)
+        ordered = numbers and all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]
+        check(ordered, where, "x1 y1 x2 y2 in pixels, x1 < x2 and y1 < y2, as 'box'", repr(box))
+        box = tuple(box)
+    return Question(**{field: entry[field] for field in FIELDS} | {"image": image, "box": box})

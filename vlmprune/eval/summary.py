@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +70,8 @@ class Row:
         return {**rest, "all": _plain(self.all), "families": cells}
 
 
-Right = dict[str, float]
-"""Question id -> share of its seeds that were right."""
+PerQuestion = dict[str, float]
+"""Question id -> mean of a value over its seeds; of being right, the share of seeds that were."""
 
 
 def summarize(questions: Sequence[Question], arms: Sequence[Arm], answers: Mapping[Key, Answer]) -> list[Row]:
@@ -80,7 +80,7 @@ def summarize(questions: Sequence[Question], arms: Sequence[Arm], answers: Mappi
     for arm in arms:
         groups.setdefault((arm.method, arm.budget), []).append(arm)
     found = {group: answers_of(some, questions, answers) for group, some in groups.items()}
-    rights = {group: _per_question(some, "right") for group, some in found.items()}
+    rights = {group: per_question(some, _right) for group, some in found.items()}
     cuts = {group: statistics.fmean(a.cut for a in some) for group, some in found.items()}
     uniform = [group for group, some in groups.items() if isinstance(some[0].policy, Uniform)]
     rows = []
@@ -102,16 +102,28 @@ def answers_of(
     return [answers[arm.key, question.id, arm.seed] for arm in arms for question in questions]
 
 
+def per_question(answers: Sequence[Answer], value: Callable[[Answer], float]) -> PerQuestion:
+    """The mean over seeds of a value of each answer, in the order in which questions first come."""
+    values: dict[str, list[float]] = {}
+    for answer in answers:
+        values.setdefault(answer.question, []).append(float(value(answer)))
+    return {question: statistics.fmean(some) for question, some in values.items()}
+
+
 def kept_share(answers: Sequence[Answer], grid: Grid) -> dict[int, np.ndarray[Any, Any]]:
     """Layer of each stage -> ``[rows, columns]`` float64, the share of these answers that kept each patch."""
     size = grid[0] * grid[1]
     totals: dict[int, np.ndarray[Any, Any]] = {}
     for answer in answers:
         for layer, bits in answer.kept:
-            packed = np.frombuffer(int(bits, 16).to_bytes(-(-size // 8), "little"), dtype=np.uint8)
-            marks = np.unpackbits(packed, bitorder="little")[:size]
-            totals[layer] = totals.get(layer, np.zeros(size)) + marks
+            totals[layer] = totals.get(layer, np.zeros(size)) + kept_marks(bits, size)
     return {layer: (total / len(answers)).reshape(grid) for layer, total in sorted(totals.items())}
+
+
+def kept_marks(bits: str, size: int) -> np.ndarray[Any, Any]:
+    """What one stage kept, as an answer holds it: ``[size]`` uint8, 1 for every one of ``size`` patches that is there."""
+    packed = np.frombuffer(int(bits, 16).to_bytes(-(-size // 8), "little"), dtype=np.uint8)
+    return np.unpackbits(packed, bitorder="little")[:size]
 
 
 def _row(
@@ -120,9 +132,9 @@ def _row(
     answers: Sequence[Answer],
     questions: Sequence[Question],
     cut: float,
-    bases: tuple[Right | None, Right | None],
+    bases: tuple[PerQuestion | None, PerQuestion | None],
 ) -> Row:
-    right, exact = _per_question(answers, "right"), _per_question(answers, "exact")
+    right, exact = per_question(answers, _right), per_question(answers, lambda answer: answer.exact)
     families: dict[str, list[str]] = {}
     for question in questions:
         families.setdefault(question.family, []).append(question.id)
@@ -139,19 +151,20 @@ def _row(
     )
 
 
-def _cell(ids: Sequence[str], right: Right, exact: Right, bases: tuple[Right | None, Right | None]) -> Cell:
+def _cell(
+    ids: Sequence[str],
+    right: PerQuestion,
+    exact: PerQuestion,
+    bases: tuple[PerQuestion | None, PerQuestion | None],
+) -> Cell:
     differences = (base if base is None else bootstrap([right[i] - base[i] for i in ids]) for base in bases)
     return Cell(
         len(ids), share([right[i] for i in ids]), statistics.fmean(exact[i] for i in ids), *differences
     )
 
 
-def _per_question(answers: Sequence[Answer], what: str) -> Right:
-    """The mean over seeds of "right" or "exact"."""
-    values: dict[str, list[float]] = {}
-    for answer in answers:
-        values.setdefault(answer.question, []).append(float(getattr(answer, what)))
-    return {question: statistics.fmean(some) for question, some in values.items()}
+def _right(answer: Answer) -> bool:
+    return answer.right
 
 
 def _plain(cell: Cell) -> dict[str, Any]:

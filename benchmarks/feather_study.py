@@ -1,0 +1,180 @@
+"""The findings of FEATHER (arXiv 2412.13180), looked for in a trained model: accuracy, where tokens are kept, RoPE in the score.
+
+    python benchmarks/feather_study.py --model CKPT --questions FOLDER --out DIR
+    python benchmarks/feather_study.py --decoder smollm2 --out DIR
+
+Methods are compared at equal FLOPs by `vlmprune eval`'s own code; a killed run goes on from DIR. DIR gets rows.csv and two
+pictures; --csv also brings a shared table up to date, and draws RoPE for all its models. docs/feather.md tells what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
+
+from feather.criteria import budget_arms, sweep_arms
+from feather.measure import accuracy_rows, kept_rows, profiles
+from feather.pictures import draw_profiles, draw_rope
+from feather.rope import question_values, rope_rows
+from feather.rows import Row, find, save
+from feather.rows import load as load_rows
+from rich.console import Console
+from rich.table import Table
+
+from vlmprune.cli.eval import EvalRequest, ask, check_out, describe
+from vlmprune.cli.generate import build_text
+from vlmprune.cli.load import Loaded, load, load_processor, pick_device, quiet, read_config
+from vlmprune.errors import ModelError
+from vlmprune.eval.ask import Item, Subject, make_batches, typical_prompt
+from vlmprune.eval.oracle import check_oracle
+from vlmprune.eval.questions import read_questions
+from vlmprune.eval.report import percent
+from vlmprune.eval.store import Store, write
+from vlmprune.models import patch_grid
+
+FAMILIES, BUDGETS = ("box", "cell"), (0.48, 0.64)
+"""Localization; the FLOPs cuts of FEATHER's main table."""
+NEW_TOKENS = 6
+console = Console()
+
+
+def arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", help="checkpoint folder of a LLaVA with a Llama decoder")
+    add("--questions", type=Path, help="folder with a questions.jsonl whose questions have a box")
+    add("--decoder", choices=["smollm2"], help="instead: the score of a pretrained text decoder")
+    add("--out", type=Path, required=True, help="folder for answers, rows.csv and pictures")
+    add("--name", help="what the rows call the model (default: the name of its folder)")
+    add("--csv", type=Path, help="a table to bring up to date: its rows of this model are replaced")
+    add("--families", nargs="+", default=FAMILIES, help="of the questions")
+    add("--sweep", nargs="*", type=int, default=[1, 2, 3, 4, 5, 6], help="layers of the sweep")
+    add("--sweep-questions", type=int, default=200, help="of the first family, asked at every layer")
+    add("--rope-questions", type=int, default=200, help="for the score with and without RoPE")
+    add("--draws", type=int, default=2, help="of random tokens; of random words, per prompt")
+    add("--batch-size", type=int, default=32)
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    chosen = parser.parse_args()
+    if (chosen.decoder is None) == (chosen.model is None or chosen.questions is None):
+        parser.error("expected --model and --questions, or --decoder")
+    return chosen
+
+
+def main() -> int:
+    """Measure, save, show. Exit code 2 for bad input, with one line that says what was expected."""
+    chosen = arguments()
+    quiet()
+    try:
+        check_out(chosen.out)
+        rows, dtype = study_decoder(chosen) if chosen.decoder else study_model(chosen)
+    except (ValueError, OSError, ModelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    chosen.out.mkdir(exist_ok=True)
+    for path in (chosen.out / "rows.csv", *([chosen.csv] if chosen.csv else [])):
+        save(path, rows, dtype)
+    write(chosen.out / "rope.png", draw_rope(load_rows(chosen.csv) if chosen.csv else rows))
+    show(rows)
+    return 0
+
+
+def study_decoder(chosen: argparse.Namespace) -> tuple[list[Row], str]:
+    """RoPE in the score of SmolLM2."""
+    from feather import smollm2
+
+    values = smollm2.draw_values(*smollm2.load(), chosen.draws)
+    return [*rope_rows(chosen.name or "SmolLM2-135M-Instruct", values, smollm2.GRID)], "float32"
+
+
+def study_model(chosen: argparse.Namespace) -> tuple[list[Row], str]:
+    """Every part of the study on one checkpoint."""
+    name = chosen.name or Path(chosen.model).resolve().name
+    config, processor = read_config(chosen.model), load_processor(chosen.model)
+    grid = patch_grid(config)
+    questions = read_questions(chosen.questions, chosen.families)
+    check_oracle(questions, config, processor)
+    items = [(question, build_text(processor, question.prompt, 1)) for question in questions]
+    first = [item for item in items if item[0].family == chosen.families[0]][: chosen.sweep_questions]
+    prompt = typical_prompt(processor, config, items)
+    arms, refused = budget_arms(prompt, BUDGETS, chosen.draws)
+    sweep = sweep_arms(prompt, chosen.sweep)
+    device = pick_device(chosen.device)
+    loaded = load(chosen.model, config, processor, device, chosen.dtype, "sdpa")
+    store = Store(chosen.out, describe(_request(chosen), loaded))
+    subject = Subject(loaded.model, processor, NEW_TOKENS)
+    for line in refused:
+        console.print(f"left out: {line}")
+    for some, asked in ((arms, items), (sweep, first)):
+        ask(subject, asked, make_batches(processor, asked, chosen.batch_size), some, store)
+    swept = [question for question, _ in first]
+    bases = ("uniform", "fastv", "pyramiddrop")
+    rows = [*accuracy_rows("budget", name, arms, questions, store.answers, bases)]
+    for layer in chosen.sweep:
+        here = [arm for arm in sweep if arm.policy is not None and arm.policy.layers == (layer,)]
+        rows += accuracy_rows("sweep", name, here, swept, store.answers, ("uniform", "fastv"))
+    rows += kept_rows(name, arms, questions, store.answers, grid)
+    rows += _rope(chosen, name, loaded, items, grid)
+    kept = profiles(arms, questions, store.answers, grid, BUDGETS[-1])
+    write(chosen.out / "heights.png", draw_profiles(kept))
+    return rows, loaded.dtype
+
+
+def _rope(
+    chosen: argparse.Namespace, name: str, loaded: Loaded, items: Sequence[Item], grid: Any
+) -> list[Row]:
+    boxed = [item for item in items if item[0].box is not None][: chosen.rope_questions]
+    values = question_values(loaded.model, loaded.processor, boxed, grid, chosen.batch_size)
+    return [*rope_rows(name, values, grid)]
+
+
+def _request(chosen: argparse.Namespace) -> EvalRequest:
+    """The study as `vlmprune eval` would describe it, so that answers of another setting are never mixed in."""
+    return EvalRequest(
+        model=chosen.model,
+        questions=chosen.questions,
+        out=chosen.out,
+        policies=(),
+        budgets=None,
+        keep=False,
+        families=tuple(chosen.families),
+        baselines=False,
+        oracle=True,
+        seeds=chosen.draws,
+        batch_size=chosen.batch_size,
+        max_new_tokens=NEW_TOKENS,
+        device=chosen.device,
+        dtype=chosen.dtype,
+        attention="sdpa",
+    )
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print the means: right answers, then thirds, then RoPE layer by layer."""
+    for part in dict.fromkeys(r.part for r in rows):
+        some = find(rows, part=part)
+        quantities = list(dict.fromkeys((r.family, r.quantity) for r in some if "minus" not in r.quantity))
+        table = Table("method", "budget", "layer", *(" ".join(q).strip() for q in quantities), title=part)
+        for key in dict.fromkeys((r.method, r.budget, r.layer) for r in some):
+            cells = []
+            for family, quantity in quantities:
+                wanted = dict(zip(("method", "budget", "layer"), key, strict=True))
+                found = find(some, family=family, quantity=quantity, **wanted)
+                plain = quantity in ("cut", "tokens, mean over layers")
+                cells.append(
+                    "" if not found else f"{found[0].mean:.3f}" if plain else percent(found[0].estimate)
+                )
+            table.add_row(*("" if value is None else str(value) for value in key), *cells)
+        console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The oracle: what a method could keep that knew where the answer is seen. It must be told, so it is no policy to run with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmprune.errors import check
+from vlmprune.eval.questions import Question, Region
+from vlmprune.models import patch_grid
+from vlmprune.policies.base import Grid, PruningPolicy, TokenContext, check_keep, check_layer, quotas
+
+
+@dataclass(frozen=True)
+class Oracle(PruningPolicy):
+    """Keeps the patches that the answer's box touches, and evenly spaced ones of all others.
+
+    As many as ``Uniform`` keeps, spaced by the same rule, and with no box the same ones: the difference between the two
+    is what knowing the place is worth. Where the box touches more patches than may stay, evenly spaced ones of those.
+
+    A bound for methods that choose where to look, at this layer; no proof that none can do better: the rest of the image
+    may matter too, and by a later layer what a patch shows may have moved to other tokens.
+
+    Args:
+        layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones.
+        keep: share (float) of the visual tokens, or visual tokens per image (int).
+        regions: where the answer of each sample of the batch is seen, None = not known; empty = of none is.
+
+    Raises:
+        ValueError: a setting is out of range, or the regions are not one per sample of one image each.
+    """
+
+    summary: ClassVar[str] = "patches of the true box, then evenly spaced ones"
+
+    layer: int = 2
+    keep: int | float = 0.25
+    regions: tuple[Region | None, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        check_layer(self.layer)
+        check_keep(self.keep)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The one stage."""
+        return (self.layer,)
+
+    def select(self, ctx: TokenContext) -> Tensor:
+        """The patches of each sample, chosen on the host."""
+        samples = len(ctx.counts)
+        regions = self.regions or (None,) * samples
+        check(len(regions) == samples, "regions", f"{samples}, one per sample", len(regions))
+        kept = quotas(ctx, self.keep)
+        rows = [
+            _choose(region, grids, tokens, count)
+            for region, grids, tokens, count in zip(regions, ctx.grids, ctx.counts, kept, strict=True)
+        ]
+        width = max(kept, default=0)
+        index = torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64)
+        return index.to(ctx.mask.device, non_blocking=True)
+
+
+def check_oracle(questions: Sequence[Question], config: Any, processor: Any) -> None:
+    """Refuse what an oracle cannot be told: questions without boxes, and images whose patches cannot be matched to them.
+
+    Raises:
+        ValueError: no question has a box, or the processor cuts off part of an image that has one.
+        ModelError: the model's images do not share one grid.
+    """
+    boxes = [question for question in questions if question.box is not None]
+    check(bool(boxes), "--oracle", "questions with a box", "none")
+    patch_grid(config)
+    for question in boxes:
+        width, height = question.size
+        expected = "images that the processor shows whole (it crops this one; square ones may do)"
+        whole = _shows_whole(processor.image_processor, question.size)
+        check(whole, "--oracle", expected, f"{width} x {height} in question {question.id!r}")
+
+
+def patches_of(region: Region, grid: Grid) -> list[int]:
+    """The patches of ``grid``, in raster order, that a region of the image touches with more than its edge."""
+    rows, columns = grid
+    left, top, right, bottom = region
+    down = range(_floor(top * rows), _ceil(bottom * rows))
+    across = range(_floor(left * columns), _ceil(right * columns))
+    return [row * columns + column for row in down for column in across]
+
+
+def _shows_whole(image_processor: Any, size: tuple[int, int]) -> bool:
+    """Whether the model sees all of an image of this size, so that shares of the image are shares of the grid."""
+    if not getattr(image_processor, "do_center_crop", False):
+        return True
+    crop, resized = image_processor.crop_size, image_processor.size
+    if "shortest_edge" in resized:
+        return size[0] == size[1] and crop["height"] == crop["width"] == resized["shortest_edge"]
+    return (crop["height"], crop["width"]) == (resized["height"], resized["width"])
+
+
+def _choose(region: Region | None, grids: Sequence[Grid], tokens: int, count: int) -> list[int]:
+    """``count`` of the ``tokens`` of one sample, ascending."""
+    if region is None:
+        return _spaced(range(tokens), count)
+    one = len(grids) == 1 and math.prod(grids[0]) == tokens
+    check(one, "regions", "samples of one image with one grid, all of it", f"{tokens} tokens of {grids}")
+    inside = patches_of(region, grids[0])
+    first = _spaced(inside, min(count, len(inside)))
+    others = sorted(set(range(tokens)).difference(inside))
+    return sorted(first + _spaced(others, count - len(first)))
+
+
+def _spaced(items: Sequence[int], count: int) -> list[int]:
+    """``count`` of the items, those at ``floor((i + 0.5) * len(items) / count)``."""
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+
+
+def _floor(x: float) -> int:
+    return math.floor(x + 1e-6)
+
+
+def _ceil(x: float) -> int:
+    return math.ceil(x - 1e-6)
