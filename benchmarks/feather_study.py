@@ -39,7 +39,7 @@ from vlmprune.models import patch_grid
 
 FAMILIES, BUDGETS = ("box", "cell"), (0.48, 0.64)
 """Localization; the FLOPs cuts of FEATHER's main table."""
-NEW_TOKENS = 6
+NEW_TOKENS = 16  # a box in single digits and the spaces between them
 console = Console()
 
 

@@ -121,6 +121,22 @@ def test_cropped_images_are_refused(size, edge):
         check(size, Crop(SQUARE, {"shortest_edge": edge}))
 
 
+def test_padded_images_are_refused_unless_square():
+    pads = SimpleNamespace(size=SQUARE, do_pad=True)
+    check((9, 9), pads)
+    with pytest.raises(
+        ValueError, match=r"^--oracle: expected images that the processor shows whole .*9 x 5"
+    ):
+        check((9, 5), pads)
+
+
+@pytest.mark.parametrize("box", [(9, 0, 20, 2), (3, 1, 2, 2), (0.1, 0.1, 0.5, 0.5)])
+def test_boxes_that_show_nothing(box):
+    said = r"^question '7': expected a box x1 y1 x2 y2 of a pixel or more within 9 x 9 pixels, got \("
+    with pytest.raises(ValueError, match=said):
+        check((9, 9), Crop(SQUARE, SQUARE), box=box)
+
+
 def test_what_else_is_refused():
     with pytest.raises(ValueError, match=r"^--oracle: expected questions with a box, got none$"):
         check((9, 9), Crop(SQUARE, SQUARE), box=None)

@@ -51,15 +51,7 @@ def test_families(folder):
         (GOOD | {"id": "2", "image": "b.png"}, r"line 2: expected an image file in the folder, got 'b.png'$"),
         (
             GOOD | {"box": [1, 2, 3]},
-            r"line 2: expected x1 y1 x2 y2 in pixels, .*, as 'box', got \[1, 2, 3\]$",
-        ),
-        (
-            GOOD | {"box": [3, 1, 2, 2]},
-            r"line 2: expected x1 y1 x2 y2 in pixels, x1 < x2 and y1 < y2, as 'box'",
-        ),
-        (
-            GOOD | {"id": "2", "box": [4, 0, 9, 2]},
-            r"^question '2': expected a box within 4 x 4 pixels, got \(4, 0, 9, 2\)$",
+            r"line 2: expected four numbers as 'box', got \[1, 2, 3\]$",
         ),
         (GOOD, r"^--questions: expected every id once, got '1' twice$"),
     ],

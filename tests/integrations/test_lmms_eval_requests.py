@@ -126,6 +126,11 @@ def test_greedy_unless_a_temperature_is_asked_for():
     sampled = {"temperature": 0.7, "top_p": 0.9, "num_beams": 2}
     expected = {**greedy, **sampled, "do_sample": True, "max_new_tokens": 8}
     assert read_generation(sampled, 8) == expected
+    assert read_generation(sampled | {"do_sample": False}, 8) == {
+        **greedy,
+        "num_beams": 2,
+        "max_new_tokens": 8,
+    }
 
 
 @pytest.mark.parametrize(
@@ -142,6 +147,11 @@ def test_greedy_unless_a_temperature_is_asked_for():
 )
 def test_an_answer_stops_at_the_first_of_the_strings(until, left):
     assert cut("yes. USER: no", until) == left
+
+
+def test_a_blank_line_ends_no_answer():
+    """lmms-eval's default for tasks that name no string."""
+    assert cut("One.\n\nTwo.", ["\n\n"]) == "One.\n\nTwo."
 
 
 def test_costs_are_means_over_requests():

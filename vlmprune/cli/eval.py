@@ -120,12 +120,17 @@ def check_out(folder: Path) -> None:
 
 
 def describe(request: EvalRequest, loaded: Loaded) -> dict[str, Any]:
-    """All that answers depend on besides policy, question and seed. A folder of results belongs to one such set."""
+    """All that answers depend on besides policy, question and seed. A folder of results belongs to one such set.
+
+    Images are told by their names, which stand among the questions.
+    """
+    template = str(getattr(loaded.processor, "chat_template", None))
     return {
         "version": __version__,
         "model": request.model,
         "weights": fingerprint(loaded.model),
         "questions": hashlib.sha256((request.questions / FILE).read_bytes()).hexdigest()[:16],
+        "template": hashlib.sha256(template.encode()).hexdigest()[:16],
         "device": loaded.device,
         "dtype": loaded.dtype,
         "attention": loaded.attention,

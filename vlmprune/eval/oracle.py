@@ -15,6 +15,9 @@ from vlmprune.eval.questions import Question, Region
 from vlmprune.models import patch_grid
 from vlmprune.policies.base import Grid, PruningPolicy, TokenContext, check_keep, check_layer, quotas
 
+PIXEL = 0.999
+"""The least width and height of a box in pixels, less what rounding takes."""
+
 
 @dataclass(frozen=True)
 class Oracle(PruningPolicy):
@@ -69,7 +72,7 @@ def check_oracle(questions: Sequence[Question], config: Any, processor: Any) -> 
     """Refuse what an oracle cannot be told: questions without boxes, and images whose patches cannot be matched to them.
 
     Raises:
-        ValueError: no question has a box, or the processor cuts off part of an image that has one.
+        ValueError: no question has a box, one lies outside its image, or the processor cuts off or pads an image that has one.
         ModelError: the model's images do not share one grid.
     """
     boxes = [question for question in questions if question.box is not None]
@@ -77,7 +80,11 @@ def check_oracle(questions: Sequence[Question], config: Any, processor: Any) -> 
     patch_grid(config)
     for question in boxes:
         width, height = question.size
-        expected = "images that the processor shows whole (it crops this one; square ones may do)"
+        x1, y1, x2, y2 = question.region or (0, 0, 0, 0)
+        seen = (x2 - x1) * width > PIXEL and (y2 - y1) * height > PIXEL  # shares of the image would not be
+        inside = f"a box x1 y1 x2 y2 of a pixel or more within {width} x {height} pixels"
+        check(seen, f"question {question.id!r}", inside, question.box)
+        expected = "images that the processor shows whole (it crops or pads this one; square ones may do)"
         whole = _shows_whole(processor.image_processor, question.size)
         check(whole, "--oracle", expected, f"{width} x {height} in question {question.id!r}")
 
@@ -93,6 +100,8 @@ def patches_of(region: Region, grid: Grid) -> list[int]:
 
 def _shows_whole(image_processor: Any, size: tuple[int, int]) -> bool:
     """Whether the model sees all of an image of this size, so that shares of the image are shares of the grid."""
+    if getattr(image_processor, "do_pad", False) and size[0] != size[1]:
+        return False  # shares of a padded square are not shares of the image
     if not getattr(image_processor, "do_center_crop", False):
         return True
     crop, resized = image_processor.crop_size, image_processor.size

@@ -11,6 +11,7 @@ from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.registry import parse_policy
 
 UNPRUNED = "none"
+PARAGRAPH = "\n\n"
 SAMPLING = ("temperature", "top_p", "top_k")
 
 
@@ -50,7 +51,8 @@ def make_batches(requests: Sequence[Any], size: int) -> Iterator[list[int]]:
 
 
 def read_generation(asked: Mapping[str, Any], limit: int) -> dict[str, Any]:
-    """A task's ``generation_kwargs`` as arguments of ``generate``; greedy unless it names a temperature above 0.
+    """A task's ``generation_kwargs`` as arguments of ``generate``; greedy unless it names a temperature above 0 and does not say
+    ``do_sample: false``.
 
     Only these are read, like in lmms-eval's own ``llava_hf``: other entries are about other models' preprocessing.
 
@@ -58,7 +60,7 @@ def read_generation(asked: Mapping[str, Any], limit: int) -> dict[str, Any]:
         asked: the task's settings.
         limit: new tokens, where the task names no number.
     """
-    sampled = (asked.get("temperature") or 0) > 0
+    sampled = (asked.get("temperature") or 0) > 0 and asked.get("do_sample") is not False
     return {
         "max_new_tokens": int(asked.get("max_new_tokens") or limit),
         "num_beams": int(asked.get("num_beams") or 1),
@@ -68,7 +70,11 @@ def read_generation(asked: Mapping[str, Any], limit: int) -> dict[str, Any]:
 
 
 def cut(answer: str, until: str | Sequence[str] | None) -> str:
-    """The answer up to the first of the strings at which it has to stop."""
+    """The answer up to the first of the strings at which it has to stop.
+
+    A blank line is none: lmms-eval puts it into every task that names no string, and it would cut answers to their first
+    paragraph. Its own models ignore it too.
+    """
     for stop in [until] if isinstance(until, str) else until or ():
-        answer = answer.split(stop, 1)[0] if stop else answer
+        answer = answer.split(stop, 1)[0] if stop not in ("", PARAGRAPH) else answer
     return answer
