@@ -6,8 +6,6 @@ import numpy as np
 
 from vlmprune.policies.base import Grid
 
-THIRDS = ("top third", "middle third", "bottom third")
-
 
 def heights(grid: Grid) -> np.ndarray:
     """The height of every patch's centre, in raster order: ``[rows * columns]``."""

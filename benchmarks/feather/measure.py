@@ -14,7 +14,7 @@ from vlmprune.eval.store import Answer, Key
 from vlmprune.eval.summary import answers_of, kept_marks, per_question
 from vlmprune.policies.base import Grid
 
-from .heights import THIRDS, kept_heights, row_profile, thirds
+from .heights import kept_heights, row_profile, thirds
 from .rows import Row, row
 
 Answers = Mapping[Key, Answer]
@@ -122,6 +122,3 @@ def _values(found: Sequence[Answer], asked: Sequence[Question]) -> dict[str, lis
     if all(read_box(answer) for answer in truth.values()):
         measured["IoU"] = per_question(found, lambda answer: overlap(answer.answer, truth[answer.question]))
     return {quantity: [*values.values()] for quantity, values in measured.items()}
-
-
-__all__ = ["THIRDS", "accuracy_rows", "difference", "groups_of", "kept_rows", "overlap", "profiles"]

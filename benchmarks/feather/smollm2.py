@@ -47,11 +47,8 @@ def prompt_ids(tokenizer: Any, question: str, draw: int) -> tuple[Tensor, Tensor
         [{"role": "user", "content": f"{chr(0)}\n{question}"}], add_generation_prompt=True, tokenize=False
     )
     before, _, after = text.partition(chr(0))
-    special = len(tokenizer.all_special_ids)
     drawn = torch.Generator().manual_seed(draw)
-    words = torch.randint(
-        max(special, max(tokenizer.all_special_ids) + 1), len(tokenizer), (SLOTS,), generator=drawn
-    )
+    words = torch.randint(max(tokenizer.all_special_ids) + 1, len(tokenizer), (SLOTS,), generator=drawn)
     head, tail = (
         torch.tensor(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, after)
     )
