@@ -20,7 +20,7 @@ offline = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = offline  # a dataclass looks its module up
 spec.loader.exec_module(offline)
 
-ARCHS = [80, 90, 100]
+ARCHS = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
