@@ -1,0 +1,94 @@
+"""``check_policy``: holds a pruning policy to everything that ours are held to, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+from vlmprune.errors import check
+from vlmprune.policies.base import Needs, PruningPolicy
+from vlmprune.testing.context import make_context
+from vlmprune.testing.context_changes import broken, first_alone, inputs_of
+from vlmprune.testing.policy_cases import FLAT, TALL, WIDE, situations
+from vlmprune.testing.policy_trial import ask, ask_twice, expect_all, expect_same
+from vlmprune.testing.policy_value import check_layers, check_value
+
+
+def check_policy(policy: PruningPolicy, keep_all: PruningPolicy | None = None) -> list[str]:
+    """Ask a policy in every situation that its ``needs`` allow, and check what it chooses.
+
+    At each of its layers: one image, one token, none, several images, a padded batch, a cached past, ties, no text
+    after the image, half precision, after an earlier stage. A choice must be valid (``policies.checks``), the same when
+    asked again, and leave the context as it was. A sample in a batch must get what it gets alone, and what it gets
+    beside a sample full of NaN or infinities, which itself must get some valid choice. The settings must be a value.
+
+    Args:
+        policy: with settings that fit images of 20 tokens. If its class says ``batched = False``, it is asked about
+            one sample at a time.
+        keep_all: the same method with settings by which every token stays, if there are any; checked for that.
+
+    Returns:
+        What ran, for example ``"layer 2, one token"``.
+
+    Raises:
+        InputError: what is wrong, in which case. What ``select`` itself raises passes, with the case as a note.
+
+    Example:
+        >>> from vlmprune import FastV, testing
+        >>> testing.check_policy(FastV(layer=2, keep=0.5), keep_all=FastV(keep=1.0))[0]
+        'layer 2, one image'
+    """
+    check(isinstance(policy, PruningPolicy), "policy", "a PruningPolicy", repr(policy))
+    ran = [name for layer in check_layers(policy) for name in _check_stage(policy, layer)]
+    if keep_all is not None:
+        check(isinstance(keep_all, PruningPolicy), "keep_all", "a PruningPolicy or None", repr(keep_all))
+        ran += [name for layer in check_layers(keep_all) for name in _check_all_stay(keep_all, layer)]
+    check_value(policy)
+    return [*ran, "settings are a value"]
+
+
+def _check_stage(policy: PruningPolicy, layer: int) -> Iterator[str]:
+    """Everything that holds at one layer; yields the name of each case."""
+    needs = policy.needs(layer)
+    check(isinstance(needs, Needs), f"{policy!r}.needs({layer})", "Needs(...)", repr(needs))
+    for name, ctx in situations(needs, layer, policy.batched):
+        case = f"layer {layer}, {name}"
+        ask_twice(policy, ctx, case)
+        yield case
+    yield from _check_broken(policy, needs, layer)
+    if policy.batched:
+        yield from _check_alone(policy, needs, layer)
+
+
+def _check_all_stay(policy: PruningPolicy, layer: int) -> Iterator[str]:
+    """No token goes at this layer, whatever the situation."""
+    for name, ctx in situations(policy.needs(layer), layer, policy.batched):
+        case = f"layer {layer}, keep_all, {name}"
+        expect_all(policy, ctx, case)
+        yield case
+
+
+def _check_alone(policy: PruningPolicy, needs: Needs, layer: int) -> Iterator[str]:
+    """A sample's choice depends neither on those beside it nor on the padding that they bring."""
+    for beside in ([[WIDE, FLAT, TALL], []], [[TALL]]):
+        case = f"layer {layer}, alone and in a batch of {1 + len(beside)}"
+        ctx = make_context(needs, [[WIDE, FLAT], *beside], layer)
+        batch, alone = ask(policy, ctx, case), ask(policy, first_alone(ctx), case)
+        expect_same(batch, alone, 0, f"{case}: {policy!r}.select(ctx)", "what it gets alone")
+        yield case
+
+
+def _check_broken(policy: PruningPolicy, needs: Needs, layer: int) -> Iterator[str]:
+    """A sample with a token or full of NaN or infinities gets a valid choice, and its neighbours what they had."""
+    one = make_context(needs, [[WIDE]], layer)
+    three = make_context(needs, [[TALL], [WIDE, FLAT], [FLAT]], layer) if policy.batched else None
+    sound = None if three is None else ask(policy, three, f"layer {layer}, three samples")
+    for value, where in product((float("nan"), float("inf")), (None, *inputs_of(one))):
+        case = f"layer {layer}, {value} in {'everything' if where is None else f'one token of {where}'}"
+        ask(policy, broken(one, 0, value, where), case)
+        if three is not None and sound is not None:
+            beside = ask(policy, broken(three, 1, value, where), case)
+            for sample in (0, 2):
+                who = f"{case} of sample 1: {policy!r}.select(ctx)"
+                expect_same(beside, sound, sample, who, "what it gets beside a sound one")
+        yield case

@@ -1,0 +1,70 @@
+"""The situations in which a policy is asked: batches, images and values that real prompts bring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vlmprune.policies.base import Needs, TokenContext
+from vlmprune.testing.context import make_context
+from vlmprune.testing.context_changes import halved, repeated
+
+WIDE, TALL, FLAT = (4, 5), (5, 4), (2, 10)
+"""Of as many tokens each, as a vision tower gives them."""
+
+Settings = dict[str, dict[str, Any]]
+
+SITUATIONS: Settings = {
+    "one image": {"images": [[WIDE]]},
+    "one token": {"images": [[(1, 1)]]},
+    "one row": {"images": [[(1, 7)]]},
+    "several images": {"images": [[WIDE, TALL, FLAT]]},
+    "a padded batch": {"images": [[WIDE, TALL], [], [FLAT]]},
+    "no visual tokens": {"images": [[], []]},
+    "a cached past": {"images": [[], [WIDE]], "past": True},
+    "a long text before the image": {"images": [[WIDE]], "before": 64},
+    "no text after the image": {"images": [[WIDE]], "after": [0]},
+    "no text after one sample's image": {"images": [[WIDE], [TALL]], "after": [0, 5]},
+    "few distinct values": {"images": [[WIDE], [TALL]], "few_values": True},
+    "all values equal": {"images": [[WIDE]], "few_values": True},
+    "in float16": {"images": [[WIDE]]},
+    "in bfloat16": {"images": [[WIDE]]},
+}
+WITHOUT_TOWER: Settings = {
+    "images of unequal size": {"images": [[(4, 5), (3, 3)], [(1, 1)]]},
+    "a small view and tiles": {"images": [[(2, 2), (4, 5), (1, 1)]]},
+}
+WITH_TOWER: Settings = {
+    "a tower without CLS": {"images": [[WIDE], [TALL, FLAT]], "cls": False},
+    "several patches a token": {"images": [[WIDE, WIDE]], "cls": False, "side": 2},
+}
+LATER: Settings = {
+    "after an earlier stage": {"images": [[WIDE, TALL], [FLAT]], "kept": [[1, 6, 33], [0, 1, 2, 9, 19]]},
+}
+CHUNKED: Settings = {
+    "half an image, as prefill in chunks has it": {"images": [[WIDE]], "kept": [range(10, 20)]},
+}
+CHANGES: Mapping[str, Callable[[TokenContext], TokenContext]] = {
+    "few distinct values": lambda ctx: repeated(ctx, 3),
+    "all values equal": lambda ctx: repeated(ctx, 1),
+    "in float16": lambda ctx: halved(ctx, torch.float16),
+    "in bfloat16": lambda ctx: halved(ctx, torch.bfloat16),
+    "a small view and tiles": lambda ctx: replace(ctx, sizes=(ctx.counts,)),
+    "half an image, as prefill in chunks has it": lambda ctx: replace(ctx, shares=(0.5,)),
+}
+"""What ``make_context`` has no setting for."""
+
+
+def situations(needs: Needs, layer: int, batched: bool) -> Iterator[tuple[str, TokenContext]]:
+    """Name and context of each situation that a stage with these needs can meet; unbatched: of one sample."""
+    whole = needs.vision or needs.embeds or needs.rows == "text"  # what reads those refuses prefill in chunks
+    every = SITUATIONS | (WITH_TOWER if needs.vision else WITHOUT_TOWER)
+    if layer:
+        every |= LATER | ({} if whole else CHUNKED)
+    for name, settings in every.items():
+        if batched or len(settings["images"]) == 1:
+            ctx = make_context(needs, layer=layer, **settings)
+            yield name, CHANGES[name](ctx) if name in CHANGES else ctx
