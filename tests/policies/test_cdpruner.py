@@ -92,12 +92,14 @@ def constant(ctx):
     return torch.full(ctx.mask.shape, 0.4)
 
 
-def test_no_text_is_diversity_alone(sight):
-    ctx = sight(["square"])
-    silent = replace(ctx, text=torch.full((1, 3), -1))
-    text, none = (CDPruner(6, r).select(silent) for r in ("text", "none"))
-    assert torch.equal(text.index, none.index)
-    assert not torch.equal(CDPruner(6).select(ctx).index, none.index)
+def test_no_text_is_diversity_alone(text_case, kept_lists):
+    mixed, alone = (text_case(["square"] * len(a), layer=0, after=a).ctx for a in ([5, 0], [0]))
+    for ctx, silent in ((mixed, 1), (alone, 0)):
+        text, none = (kept_lists(CDPruner(6, r).select(ctx).index) for r in ("text", "none"))
+        assert text[silent] == none[silent]
+    assert alone.text.shape == (1, 0)
+    text, none = (kept_lists(CDPruner(6, r).select(mixed).index) for r in ("text", "none"))
+    assert text[0] != none[0]
 
 
 def test_rank_below_the_budget_still_keeps_distinct_tokens(case):

@@ -41,7 +41,7 @@ def slow_dart(made, sample, keep, pivots, count, top):
     texts = [words[i] for i in top([np.abs(rotated[:, w]).sum() for w in words], pivots[1])]
     if count == "released":
         shares = [total // sum(pivots)] * sum(pivots)
-        total = min(n, first + sum(shares))
+        total = min(n, max(1, first + sum(shares)))
     else:
         share, extra = divmod(total - first, sum(pivots))
         shares = [share + (i < extra) for i in range(sum(pivots))]
@@ -78,6 +78,27 @@ def test_equal_tokens(text_case, kept_lists):
     seen = replace(made.ctx.attention, key=torch.ones_like(made.ctx.attention.key))
     ctx = replace(made.ctx, hidden=torch.ones_like(made.ctx.hidden), attention=seen)
     assert kept_lists(DART(keep=16, pivots=(4, 0)).select(ctx)) == [list(range(20))]
+
+
+def test_a_sample_with_fewer_tokens_than_pivots_keeps_one(text_case, kept_lists):
+    """No visual pivot, and less than one token for each text pivot: the one of largest key norm stays."""
+    made = text_case([((1, 2),), ((2, 3),)])
+    policy, norms = DART(keep=3, pivots=(0, 4)), made.ctx.attention.key.abs().sum((1, 3))
+    best = norms.gather(1, made.ctx.attention.columns.clamp(min=0)).masked_fill(~made.ctx.mask, 0).argmax(1)
+    assert kept_lists(policy.select(made.ctx)) == [[i] for i in best.tolist()]
+
+
+@pytest.mark.parametrize("count", ["released", "exact"])
+@pytest.mark.parametrize("pivots", [(2, 2), (0, 4)])
+def test_no_text_after_the_image(count, pivots, text_case, top, kept_lists):
+    """Visual pivots take their share, key norms decide on the text pivots' share; a neighbour keeps its own."""
+    mixed = text_case(["square", "tall"], after=[0, 5])
+    got = kept_lists(DART(keep=9, pivots=pivots, count=count).select(mixed.ctx))
+    assert got == [slow_dart(mixed, sample, 9, pivots, count, top) for sample in (0, 1)]
+    alone = text_case(["square"], after=[0])
+    assert alone.ctx.text.shape == (1, 0)
+    got = kept_lists(DART(keep=9, pivots=pivots, count=count).select(alone.ctx))
+    assert got == [slow_dart(alone, 0, 9, pivots, count, top)]
 
 
 def test_published_counts():

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from vlmprune.policies.base import Needs, Reduction
-from vlmprune.policies.raters import rater_weights, row_attention
+from vlmprune.policies.raters import rated, rater_weights, row_attention
 from vlmprune.policies.recycle import recycle_counts
 from vlmprune.policies.schedule import stage_counts
 from vlmprune.policies.sparsevlm import SparseVLM
+from vlmprune.testing.context import make_context
+from vlmprune.testing.context_changes import broken
 
 CASES = [
     pytest.param({"images": ["square"]}, id="one-image"),
@@ -164,15 +166,54 @@ def test_equal_text_rows_are_all_raters(text_case):
     assert rater_weights(made.ctx).tolist() == [[1.0] * 7]
 
 
-def test_no_text_after_the_image(text_case):
-    """A prompt that ends with its image: no rater, so every score is 0 and the first tokens stay."""
-    ctx = text_case(["square"], layer=3).ctx
-    none = torch.empty(1, 0, dtype=torch.int64)
-    seen = replace(ctx.attention, rows=none, query=ctx.attention.query[:, :, :0])
-    ctx = replace(ctx, text=none, attention=seen)
-    assert SparseVLM(keep=(3, 1, 1), recycle=False, positions="keep").select(ctx).tolist() == [[0, 1, 2]]
+def test_no_text_after_the_image(text_case, attention_row, top):
+    """Nobody can rate: tokens spread over the image stay, or all where the rank decides. Who has text is rated as ever."""
+    mixed, alone = text_case(["square", "square"], after=[5, 0]), text_case(["square"], after=[0])
+    assert alone.ctx.text.shape == (1, 0)
+    policy = SparseVLM(layers=(2,), keep=(9,), recycle=False, positions="keep")
+    got, lonely = policy.select(mixed.ctx), policy.select(alone.ctx)
+    assert got[0].tolist() == top(slow_matrix(mixed, 0, attention_row).mean(0).round(12), 9)
+    assert got[1].tolist() == lonely[0].tolist()
+    assert lonely[0].tolist() == [3, 8, 11, 16, 19, 21, 24, 29, 32]
     for version in ("1.0", "paper"):
-        assert SparseVLM(version=version).select(ctx).index.shape[1] > 0
+        for made, sample in ((mixed, 1), (alone, 0)):
+            assert (SparseVLM(version=version).select(made.ctx).index[sample] >= 0).sum() == 36
+    merged = SparseVLM(layers=(2,), keep=(9,)).select(alone.ctx)
+    assert merged.index[0, :9].tolist() == lonely[0].tolist() and merged.hidden.isfinite().all()
+
+
+@pytest.mark.parametrize("kept", [2, 5, 17, 66, 192, 300])
+def test_unrated_tokens_are_spread_evenly(kept):
+    """At most three gaps between neighbours, none above 2.2 of their mean, for every number kept."""
+    blank = torch.zeros(1, 576)
+    ctx = replace(make_context(Needs(), [[(24, 24)]], 2), text=torch.empty(1, 0, dtype=torch.int64))
+    index = rated(blank, ctx)[0].argsort(descending=True)[:kept].sort().values
+    gaps = set(index.diff().tolist())
+    assert len(gaps) <= 3 and max(gaps) < 2.2 * 576 / kept
+    assert index[0] < 2 * 576 / kept and index[-1] >= 576 - 2 * 576 / kept
+
+
+@pytest.mark.parametrize("version", ["1.0", "paper"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_unknown_rank_counts_as_full(version, value, text_case):
+    """NaN in one sample: it loses nothing, and its neighbour what it would have lost."""
+    ctx = text_case(["square", "two"], layer=7).ctx
+    policy = SparseVLM(version=version, scale=0.5, recycle=False)
+    sound, got = policy.select(ctx).index, policy.select(broken(ctx, 1, value)).index
+    assert (got[1] >= 0).sum() == ctx.counts[1] > (sound[1] >= 0).sum()
+    assert got[0][got[0] >= 0].tolist() == sound[0][sound[0] >= 0].tolist()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_recycling_of_rows_out_of_range(value, text_case):
+    """Distances that leave float32 choose some centre among the pruned tokens, once each."""
+    ctx = text_case(["square", "square"], layer=3).ctx
+    policy, bad = SparseVLM(keep=(3, 1, 1)), replace(ctx, hidden=ctx.hidden.clone())
+    bad.hidden[1, ::2] = value
+    got, sound = policy.select(bad), policy.select(ctx)
+    assert torch.equal(got.index[0], sound.index[0]) and torch.equal(got.hidden[0], sound.hidden[0])
+    assert got.index[1, :3].tolist() == sound.index[1, :3].tolist()
+    assert len(set(got.index[1].tolist())) == got.index.shape[1] and (got.index >= 0).all()
 
 
 @pytest.mark.parametrize("settings", CASES)

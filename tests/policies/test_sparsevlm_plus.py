@@ -63,6 +63,18 @@ def test_equals_the_formula(settings, keep, heads, text_case, attention_row, top
             assert got[sample] == best
 
 
+def test_no_text_after_the_image(text_case, kept_lists):
+    """Tokens spread evenly stay, as in SparseVLM; a neighbour with text keeps what it keeps alone."""
+    policy = SparseVLMPlus(layers=(2,), keep=(9,), heads=2)
+    mixed, sound, alone = (
+        text_case(["square"] * len(after), after=after).ctx for after in ([5, 0], [5, 5], [0])
+    )
+    even = [3, 8, 11, 16, 19, 21, 24, 29, 32]
+    assert kept_lists(policy.select(alone)) == [even]
+    assert kept_lists(policy.select(mixed))[1] == even
+    assert len(kept_lists(policy.select(sound))[1]) == 9 and kept_lists(policy.select(sound))[1] != even
+
+
 def test_the_cases_reach_the_floor():
     """At the distances of the cases the kernel of the tests goes below its floor, so the formula above tests it."""
     assert min(kernel(d, 16, 100.0) for d in range(40)) < 0.05 * kernel(0, 16, 100.0)

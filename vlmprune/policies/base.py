@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -108,13 +108,13 @@ class TokenContext:
         grids: per sample, the grids of its visual tokens in prompt order (their products add up to the unpruned count):
             one per image, or several where an image has a small view and tiles, or a video has frames. A newline token
             ends its row of the grid, or is a grid of its own.
-        hidden: ``[B, N, D]`` hidden states entering the stage, or None if not asked for.
+        hidden: ``[B, N, D]`` hidden states entering the stage, zeros at padding, or None if not asked for.
         attention: query and key of one layer, or None if not asked for.
         embeds: ``[B, q, D]`` input embeddings of the whole prompt chunk, or None if not asked for.
         image: ``[B, N0]`` int64 positions in the prompt chunk of all its visual tokens, before any pruning, -1 = padding;
             given with ``embeds``.
         text: ``[B, T]`` int64 positions in the prompt chunk of the text after the last image, -1 = padding; given with
-            ``embeds`` or text rows.
+            ``embeds`` or text rows. A prompt that ends with its image has none, and T may be 0.
         vision: query and key of the vision layers asked for, by the number they were asked with.
         features: ``[I, P, Dv]`` what the projector got of every image, or None if no vision layer was asked for.
         project: the projector, ``[..., Dv]`` to ``[..., D]``, for features made anew; given with ``features``.
@@ -195,13 +195,22 @@ def quotas(ctx: TokenContext, keep: float) -> list[int]:
 
 
 def select_scores(scores: Tensor, ctx: TokenContext, keep: float) -> Tensor:
-    """Numbers ``[B, K]`` of the best-scored entering tokens of each sample, ascending, -1 on the right.
+    """``select_counts`` for a share (float) or a number per image (int)."""
+    return select_counts(scores, ctx, quotas(ctx, keep))
 
-    K is known on the host (the counts are), so this never waits for the device.
+
+def select_counts(scores: Tensor, ctx: TokenContext, kept: Sequence[int]) -> Tensor:
+    """Numbers ``[B, K]`` of the ``kept[b]`` best-scored entering tokens, ascending, -1 on the right; no host sync.
+
+    Ties go to the lower number and NaN ranks below everything, so a sample of broken scores keeps its first tokens.
+
+    Args:
+        scores: ``[B, N]``, the higher survives; padding may hold anything.
+        ctx: the stage's context.
+        kept: one number per sample, at most ``ctx.counts``.
     """
-    kept = quotas(ctx, keep)
     width = max(kept, default=0)
-    if all(n == ctx.mask.shape[1] for n in ctx.counts) and len(set(kept)) == 1:
+    if len(set(kept)) == 1 and all(n == ctx.mask.shape[1] for n in ctx.counts):
         return ops.select_topk(scores, width)[0]
     quota = torch.tensor(kept, dtype=torch.int64).to(scores.device, non_blocking=True)
     code = torch.where(ctx.mask, 0, 2).to(torch.int8)
@@ -254,7 +263,9 @@ class PruningPolicy(ABC):
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         """Which of the visual tokens entering the stage stay: ``[B, K]`` int64 in 0..N-1, ascending, -1 on the right.
 
-        A method that merges tokens, reorders them or packs their positions returns a ``Reduction``.
+        K is what the fullest sample keeps; a sample with tokens keeps at least one. A method that merges tokens,
+        reorders them or packs their positions returns a ``Reduction``. One broken sample (NaN, infinities) must change
+        nothing for the others; ``vlmprune.testing.check_policy`` tries all of this.
         """
 
     def __or__(self, other: PruningPolicy) -> PruningPolicy:

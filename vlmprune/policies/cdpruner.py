@@ -28,7 +28,8 @@ class CDPruner(PruningPolicy):
     paper's minus undoes a peculiarity of CLIP's patch embeddings. A function gives those who have CLIP the paper's own.
 
     Relevance is scaled to 0..1 over the tokens of a sample; the released code scales over the whole batch, so there a
-    neighbour changes the choice. If all tokens are equally relevant, only diversity counts.
+    neighbour changes the choice. If all tokens are equally relevant, only diversity counts; so it is with no text after
+    the image. NaN and infinite tokens are unlike all others, NaN and infinite relevance is none.
 
     Args:
         keep: tokens per image (int; published budgets 192, 128, 64) or share of its tokens (float).

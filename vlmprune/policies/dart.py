@@ -22,8 +22,8 @@ from vlmprune.policies.base import (
     check_keep,
     check_layer,
     quotas,
+    select_counts,
 )
-from vlmprune.policies.quota import select_counts
 from vlmprune.policies.sets import marks
 
 
@@ -37,7 +37,8 @@ class DART(PruningPolicy):
     Readings. The released code walks the pivots in the order of a Python set; here visual pivots come first, then text
     pivots, each by position. It compares final-normed hidden states. Here visual pivots compare hidden states without
     the final norm's weights, and text pivots, whose hidden states a context does not carry, the previous layer's keys
-    without RoPE. What a missing text pivot would have taken goes to the tokens of largest key norm.
+    without RoPE. What a missing text pivot would have taken goes to the tokens of largest key norm; so without text
+    after the image the visual pivots and the key norms decide. A sample keeps at least one token.
 
     Args:
         layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones; at least 1.
@@ -114,7 +115,7 @@ class DART(PruningPolicy):
         pivots = sum(self.pivots)
         if self.count == "released":
             first, share = min(self.pivots[0], tokens), keep // pivots
-            return first, [share] * pivots, min(tokens, first + share * pivots)
+            return first, [share] * pivots, min(tokens, max(1, first + share * pivots))
         first = min(self.pivots[0], keep)
         share, extra = divmod(keep - first, pivots)
         return first, [share + (i < extra) for i in range(pivots)], keep

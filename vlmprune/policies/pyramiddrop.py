@@ -16,8 +16,9 @@ from vlmprune.policies.base import (
     TokenContext,
     attention_of,
     keep_count,
+    select_counts,
 )
-from vlmprune.policies.quota import check_layers, select_counts
+from vlmprune.policies.quota import check_layers
 from vlmprune.policies.vision import Positions, check_positions, outcome
 
 

@@ -1,31 +1,11 @@
-"""Stages with counts of their own: their checks, and the best-scored tokens for counts that differ by sample."""
+"""Stages with counts of their own: their checks, and SparseVLM's count."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
-from vlmprune import ops
 from vlmprune.errors import check
 from vlmprune.policies.base import TokenContext, check_layer, quotas
-
-
-def select_counts(scores: Tensor, ctx: TokenContext, kept: Sequence[int]) -> Tensor:
-    """Numbers ``[B, K]`` of the ``kept[b]`` best-scored entering tokens, ascending, -1 on the right; no host sync.
-
-    Args:
-        scores: ``[B, N]``, the higher survives; padding may hold anything.
-        ctx: the stage's context.
-        kept: one number per sample, at most ``ctx.counts``.
-    """
-    width = max(kept, default=0)
-    if len(set(kept)) == 1 and all(n == ctx.mask.shape[1] for n in ctx.counts):
-        return ops.select_topk(scores, width)[0]
-    quota = torch.tensor(kept, dtype=torch.int64).to(scores.device, non_blocking=True)
-    code = torch.where(ctx.mask, 0, 2).to(torch.int8)
-    return ops.select_topk(scores, quota, code=code)[0][:, :width]
 
 
 def thinned(ctx: TokenContext, keep: float) -> list[int]:

@@ -9,6 +9,9 @@ from vlmprune import ops
 from vlmprune.errors import require
 from vlmprune.policies.base import AttentionInputs, TokenContext
 
+GOLDEN = (5**0.5 - 1) / 2
+"""Of its multiples modulo 1 the largest k lie spread evenly, for every k: the gaps between them have three lengths at most."""
+
 
 def rater_weights(ctx: TokenContext) -> Tensor:
     """1 for every text row that is a rater, else 0: ``[B, T]`` float32, in the order of ``ctx.text``.
@@ -26,6 +29,13 @@ def rater_weights(ctx: TokenContext) -> Tensor:
     mean = r.sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
     above = (r > mean) & real
     return torch.where(above.any(1, keepdim=True), above, real).float()
+
+
+def rated(scores: Tensor, ctx: TokenContext) -> Tensor:
+    """``scores [B, N]``, but in samples without text after the image an order whose best k, for any k, are spread evenly."""
+    text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(embeds=True))")
+    even = torch.arange(scores.shape[1], dtype=torch.float64, device=scores.device) * GOLDEN % 1
+    return torch.where((text >= 0).any(1, keepdim=True), scores, even.float())
 
 
 def row_attention(seen: AttentionInputs) -> Tensor:

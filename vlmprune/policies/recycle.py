@@ -9,6 +9,9 @@ from vlmprune import ops
 from vlmprune.policies.base import TokenContext
 from vlmprune.policies.sets import marks
 
+MOST = 1e15
+"""Squares of larger numbers leave the range of float32, and with it the distances between tokens."""
+
 
 def recycle_counts(pruned: int) -> tuple[int, int]:
     """How many of the pruned tokens are recycled, and how many tokens they become."""
@@ -41,7 +44,10 @@ def recycled(
 def _thin(
     scores: Tensor, hidden: Tensor, mask: Tensor, keep: int, pool: int, clusters: int, merge: str
 ) -> tuple[Tensor, Tensor]:
-    """Keep the best ``keep`` of each row; merge the ``pool`` next best into ``clusters`` tokens."""
+    """Keep the best ``keep`` of each row; merge the ``pool`` next best into ``clusters`` tokens.
+
+    Numbers out of range (an overflow, a broken image) are clustered as the nearest in range, NaN as 0.
+    """
     absent = torch.where(mask, 0, 2).to(torch.int8)
     best = ops.select_topk(scores, keep, code=absent)[0][:, :keep]
     if clusters == 0:
@@ -49,7 +55,7 @@ def _thin(
     spent = absent.masked_fill(marks(best, mask.shape[1]), 2)
     spare = ops.select_topk(scores, pool, code=spent)[0][:, :pool]
     features = ops.gather_tokens([hidden], spare)[0]
-    assignment, centers = ops.cluster_dpc(features, clusters)
+    assignment, centers = ops.cluster_dpc(features.float().clamp(-MOST, MOST).nan_to_num(0.0), clusters)
     merged = ops.merge_tokens(features, assignment, clusters, mode=merge)
     index = torch.cat([best, spare.gather(1, centers)], 1)
     return index, torch.cat([ops.gather_tokens([hidden], best)[0], merged], 1)

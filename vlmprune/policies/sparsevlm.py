@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import check, require
-from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, attention_of
-from vlmprune.policies.quota import check_layers, check_schedule, select_counts, thinned
-from vlmprune.policies.raters import rater_weights, row_attention
+from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, attention_of, select_counts
+from vlmprune.policies.quota import check_layers, check_schedule, thinned
+from vlmprune.policies.raters import rated, rater_weights, row_attention
 from vlmprune.policies.recycle import recycled
 from vlmprune.policies.vision import Positions, check_positions, outcome
 
@@ -34,6 +34,9 @@ class SparseVLM(PruningPolicy):
     Raters are the words after the image that its embeddings match above average. The best 30 % of what is pruned,
     ``int(0.3 P) + 1`` tokens, are clustered by density peaks into ``int(m / 10) + 1`` tokens that follow the kept ones
     and compete at the next stage. The released code breaks ties of density by noise, this by position.
+
+    Where nothing can rate (not in the paper): a sample without text after its image keeps tokens spread evenly, one
+    whose attention is all NaN its first ones. By rank (the last two versions below) both keep all: it counts as full.
 
     How many are kept of n tokens (at least 1, at most n - 1):
         version "1.5" (the released code behind the published tables): a fixed schedule per budget. "192 tokens" is an
@@ -104,7 +107,7 @@ class SparseVLM(PruningPolicy):
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         """The best-rated tokens of each sample, then what is recycled of the others."""
         seen, weights = attention_of(ctx), rater_weights(ctx)
-        scores = seen.received(row_weight=weights)
+        scores = rated(seen.received(row_weight=weights), ctx)
         kept = self._kept(ctx, weights)
         if not self.recycle:
             return outcome(select_counts(scores, ctx, kept), self.positions)
@@ -128,10 +131,13 @@ class SparseVLM(PruningPolicy):
 
 
 def attention_ranks(ctx: TokenContext, weights: Tensor) -> list[int]:
-    """Rank of each sample's head-mean attention ``[raters, visual tokens]``; a host sync."""
+    """Rank of each sample's head-mean attention ``[raters, visual tokens]``; its tokens if it has none or a NaN. Host sync."""
     seen = attention_of(ctx)
     shares = seen.across_ranks(row_attention(seen).mean(1), "mean") * weights[..., None]
     # matrix_rank's own default, for the matrix without the rows and columns that are padding or no raters
-    larger = torch.maximum(weights.sum(1), ctx.mask.sum(1).float())
-    ranks: list[int] = torch.linalg.matrix_rank(shares, rtol=larger * torch.finfo(torch.float32).eps).tolist()
-    return ranks
+    tokens = ctx.mask.sum(1)
+    tolerance = torch.maximum(weights.sum(1), tokens.float()) * torch.finfo(torch.float32).eps
+    finite = shares.isfinite().all(2).all(1)
+    ranks = torch.linalg.matrix_rank(shares.where(finite[:, None, None], 0.0), rtol=tolerance)
+    known: list[int] = torch.where(finite & weights.any(1), ranks, tokens).tolist()
+    return known

@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, TokenContext, attention_of
-from vlmprune.policies.quota import check_layers, check_schedule, select_counts, thinned
-from vlmprune.policies.raters import rater_weights, row_attention
+from vlmprune.policies.base import (
+    AttentionInputs,
+    Needs,
+    PruningPolicy,
+    TokenContext,
+    attention_of,
+    select_counts,
+)
+from vlmprune.policies.quota import check_layers, check_schedule, thinned
+from vlmprune.policies.raters import rated, rater_weights, row_attention
 from vlmprune.policies.vision import check_whole
 
 SCHEDULES: Mapping[int, tuple[int, ...]] = {
@@ -32,6 +39,7 @@ class SparseVLMPlus(PruningPolicy):
     Raters as in SparseVLM. Their attention ``A`` (softmax over the whole row) becomes ``A / R``, where R is the scaled
     dot product of an all-ones query and key at the two positions, taken from the model's own rotary tables. The
     ``heads`` with the largest total from raters to visual tokens are averaged. Nothing is merged, positions stay.
+    A sample without text after its image keeps tokens spread evenly, one whose attention is all NaN its first ones.
 
     Deviation (reading): for head dim 128 and base 10000, R falls with ripples from 11.3, is first below 0.57 at
     distance 1109 and negative from 1707 on, where the released code flips signs. Here R is at least 0.05 of its value
@@ -79,7 +87,7 @@ class SparseVLMPlus(PruningPolicy):
         scores = per_head.gather(1, first[..., None].expand(-1, -1, per_head.shape[2])).sum(1)
         schedule = self.keep or SCHEDULES[self.tokens]
         kept = thinned(ctx, schedule[self.layers.index(ctx.layer)])
-        return select_counts(scores, ctx, kept)
+        return select_counts(rated(scores, ctx), ctx, kept)
 
 
 def rope_kernel(seen: AttentionInputs) -> Tensor:
