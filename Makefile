@@ -2,34 +2,42 @@
 
 PYTHON ?= python3
 VENV := .venv
-COMPAT := .venv-compat
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+FLOOR := .venv-torch-floor
 EVAL := .venv-eval
 PY := $(VENV)/bin/python
+TORCH := 2.13.0
 SOURCES := vlmprune triton_kernels csrc tests benchmarks examples setup.py
 SCENES := examples/glyphworld
 
 # Keeps the checkout off sys.path: its triton_kernels/ must not pass for OpenAI's package of that name.
 export PYTHONSAFEPATH := 1
+# Packages are installed uncompiled: a sixth of their files is ever imported, and Python compiles those once.
+unexport PYTHONDONTWRITEBYTECODE
 # Two test workers with one torch thread each; more threads than cores slow everything down.
 WORKERS ?= 2
-PYTEST := -m pytest -q
-PIP := -m pip install -q --disable-pip-version-check
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
+PIP := -m pip install -q --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format typecheck test-interpret test-compile test-compat test-eval bench \
-	bench-pytest resources wheel clean
+.PHONY: help install demo test lint format typecheck test-interpret test-compile test-slow test-oldest test-newest \
+	test-torch-floor test-eval bench bench-pytest resources wheel clean
 
 help:
-	@echo "make demo | test | install | lint | format | typecheck | test-compile | test-compat | test-eval"
+	@echo "make demo | test | install | lint | format | typecheck"
+	@echo "     test-slow | test-oldest | test-newest | test-torch-floor | test-eval"
 	@echo "     bench | bench-pytest | resources | wheel | clean"
 
 install: $(VENV)/.installed
 
-# torch first and alone: resolved together with the rest, pip may fetch several torch builds of gigabytes each.
+# A pip that reads long indexes fast. Then torch, alone: resolved together with the rest, pip may fetch several torch
+# builds of gigabytes each.
 define make_environment
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'needs Python >= 3.11: make PYTHON=...')"
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python $(PIP) torch==2.13.0
+	$(@D)/bin/python $(PIP) pip==26.3
+	$(@D)/bin/python $(PIP) torch==$(TORCH)
 	$(@D)/bin/python $(PIP) -r $<
 	$(@D)/bin/python $(PIP) --no-build-isolation --no-deps -e .
 	touch $@
@@ -38,7 +46,14 @@ endef
 $(VENV)/.installed: requirements/dev.txt setup.py pyproject.toml
 	$(make_environment)
 
-$(COMPAT)/.installed: requirements/compat.txt setup.py pyproject.toml
+$(OLDEST)/.installed: requirements/oldest.txt setup.py pyproject.toml
+	$(make_environment)
+
+$(NEWEST)/.installed: requirements/newest.txt setup.py pyproject.toml
+	$(make_environment)
+
+$(FLOOR)/.installed: TORCH := 2.10.0
+$(FLOOR)/.installed: requirements/oldest.txt setup.py pyproject.toml
 	$(make_environment)
 
 $(EVAL)/.installed: requirements/eval.txt setup.py pyproject.toml
@@ -49,7 +64,7 @@ demo: install
 		--prompt "locate the green phone ." --dtype float32 --compare --save kept.png \
 		--policy fastv:layer=2,keep=40 --policy feather:layers=2/5,keep=0.3,stride=3
 
-test: lint typecheck test-interpret test-compile test-compat
+test: lint typecheck test-interpret test-compile
 
 lint: install
 	$(VENV)/bin/ruff check $(SOURCES)
@@ -59,42 +74,67 @@ format: install
 	$(VENV)/bin/ruff format $(SOURCES)
 	$(VENV)/bin/ruff check --fix $(SOURCES)
 
-# mypy cannot follow the editable install's folder mapping, so it reads a plain copy of the package.
+# mypy cannot follow the editable install's folder mapping, so it reads a copy laid out as the wheel is.
 typecheck: install
-	rm -rf build
-	$(PY) $(PIP) --no-build-isolation --no-deps --target build/typecheck .
+	rm -rf build/typecheck
+	mkdir -p build/typecheck
+	cp -r vlmprune build/typecheck
+	cp -r triton_kernels build/typecheck/vlmprune
 	MYPYPATH=build/typecheck $(VENV)/bin/mypy -p vlmprune
 
 test-interpret: install
-	OMP_NUM_THREADS=1 $(PY) $(PYTEST) -n $(WORKERS) --ignore tests/compile tests
+	$(PYTEST) -m "not slow" --ignore tests/compile tests
 
 test-compile: install
-	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(PY) $(PYTEST) -n $(WORKERS) tests/compile
+	TRITON_INTERPRET=0 $(PYTEST) -m "not slow" tests/compile
+
+# What `make test` leaves out: every launch for the other three targets, and the build of the CUDA extension.
+test-slow: install
+	$(PYTEST) -m slow --ignore tests/compile tests
+	TRITON_INTERPRET=0 $(PYTEST) -m slow tests/compile
+
+# What kernels and transformers have a part in, once more with the oldest supported versions ...
+HOSTED := tests/ops tests/models tests/cli
+
+test-oldest: PY := $(OLDEST)/bin/python
+test-oldest: $(OLDEST)/.installed
+	$(PYTEST) $(HOSTED)
+	TRITON_INTERPRET=0 $(PYTEST) tests/compile
+
+# ... and with those that pip resolves today.
+test-newest: PY := $(NEWEST)/bin/python
+test-newest: $(NEWEST)/.installed
+	$(PY) $(PIP) -U -r requirements/newest.txt
+	$(PYTEST) $(HOSTED)
+	if ! grep -q "^triton==$$($(PY) -c 'import triton; print(triton.__version__)');" requirements/dev.txt; then \
+		TRITON_INTERPRET=0 $(PYTEST) tests/compile; fi
+
+# The oldest torch. Its only wheel for Linux is a CUDA build, some 3 GB with what it needs to be imported.
+test-torch-floor: PY := $(FLOOR)/bin/python
+test-torch-floor: $(FLOOR)/.installed
+	$(PYTEST) --ignore tests/compile tests
+	TRITON_INTERPRET=0 $(PYTEST) tests/compile
 
 # Measures on the GPU if there is one; benchmarks/README.md says what the lines mean. `make bench BENCH=--full` for everything.
 bench: install
 	$(PY) benchmarks/microbench.py $(BENCH)
 
 bench-pytest: install
-	$(PY) $(PYTEST) benchmarks/bench_*.py --benchmark-only
+	$(PY) -m pytest benchmarks/bench_*.py --benchmark-only
 
 # Rewrites the tables of registers, spills and shared memory, which tests/compile compares with what the compilers give.
-resources: install $(COMPAT)/.installed
+resources: install $(OLDEST)/.installed
 	TRITON_INTERPRET=0 $(PY) tests/compile/_resources.py
-	TRITON_INTERPRET=0 $(COMPAT)/bin/python tests/compile/_resources.py
-
-test-compat: $(COMPAT)/.installed
-	OMP_NUM_THREADS=1 $(COMPAT)/bin/python $(PYTEST) -n $(WORKERS) tests/ops tests/models
-	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(COMPAT)/bin/python $(PYTEST) -n $(WORKERS) tests/compile
+	TRITON_INTERPRET=0 $(OLDEST)/bin/python tests/compile/_resources.py
 
 # lmms-eval without its own list: 140 packages that these tests do not import, another torch among them.
 test-eval: $(EVAL)/.installed
 	$(EVAL)/bin/python $(PIP) --no-deps lmms-eval==0.7.3
-	OMP_NUM_THREADS=1 $(EVAL)/bin/python $(PYTEST) tests/integrations
+	OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest tests/integrations
 
 wheel: install
 	rm -rf build
 	$(PY) -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist .
 
 clean:
-	rm -rf build dist $(VENV) $(COMPAT) $(EVAL) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis kept.png
+	rm -rf build dist $(VENV) $(OLDEST) $(NEWEST) $(FLOOR) $(EVAL) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis kept.png

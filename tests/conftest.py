@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,6 +14,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers that each spin up all cores wait for one another most of the time
 if not HAS_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first `import triton`
+
+
+def versions():
+    names = ("transformers", "triton", "torch", "numpy")
+    return ", ".join(f"{name} {version(name)}" for name in names if find_spec(name))
+
+
+def pytest_report_header():
+    return versions()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """A failure says under which versions, once more where one looks for it."""
+    if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
+        terminalreporter.write_line(f"with {versions()}", red=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -19,7 +19,7 @@ sys.modules[spec.name] = resources
 spec.loader.exec_module(resources)
 
 STALE = "the table is out of date: make resources"
-OLDEST, NEWEST = "3.6.0", "3.9.0"  # the tritons of requirements/compat.txt and dev.txt
+OLDEST, NEWEST = "3.6.0", "3.9.0"  # the tritons of requirements/oldest.txt and dev.txt
 
 
 @pytest.fixture(scope="module")
