@@ -1,7 +1,6 @@
 """192 pixels: from nothing by the command, and from a checkpoint for 112 with its position embeddings interpolated."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -72,8 +71,12 @@ def run(monkeypatch, *options):
 
 @pytest.mark.parametrize("start", ["nothing", "112 pixels"])
 def test_the_command_at_192(start, tmp_path, monkeypatch):
-    shipped = Path(train.__file__).parent / "checkpoint"
-    steps, init = ("2", []) if start == "nothing" else ("1", ["--init", str(shipped)])
+    steps, init = "2", []
+    if start == "112 pixels":
+        smaller = tmp_path / "smaller"
+        make_model(112, "eager", layers=(1, 1)).save_pretrained(smaller)
+        make_processor(112).save_pretrained(smaller)
+        steps, init = "1", ["--init", str(smaller)]
     run(monkeypatch, "--size", "192", "--steps", steps, *init, "--out", str(tmp_path / "run"))
     folder = tmp_path / "run" / "checkpoint"
     processor, model = (

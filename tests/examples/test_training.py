@@ -29,11 +29,11 @@ WORDING = Wording(PROCESSOR)
 
 @pytest.fixture(scope="module")
 def small():
-    """Return a function (plan) -> Trainer with the same random weights every time, two layers deep."""
+    """Return a function (plan) -> Trainer with the same random weights every time, one layer deep or more."""
 
-    def make(plan):
+    def make(plan, layers=1):
         torch.manual_seed(0)
-        return Trainer(make_model(112, "eager", layers=(2, 2)), PROCESSOR, plan, CPU, mixed=False)
+        return Trainer(make_model(112, "eager", layers=(layers, layers)), PROCESSOR, plan, CPU, mixed=False)
 
     return make
 
@@ -84,7 +84,7 @@ def test_packed_mask_by_hand():
 @pytest.mark.parametrize("decoder", ["from nothing", "pretrained"])
 def test_packing_changes_no_prediction(decoder, small, llama):
     """The loss of a packed batch is that of every question asked alone through the processor."""
-    model, processor = small(Plan()).model, PROCESSOR
+    model, processor = small(Plan(), layers=2).model, PROCESSOR
     if decoder == "pretrained":
         pretrained, tokenizer = load_decoder(str(llama))
         model, processor = join(pretrained, tokenizer, 112, "eager", model), make_processor(112, tokenizer)
@@ -167,12 +167,13 @@ def test_a_time_budget_ends(small):
 
 def test_the_command_writes_a_checkpoint(tmp_path, monkeypatch):
     out = tmp_path / "run"
-    command = ["train", "--steps", "20", "--batch", "1", "--text", "32", "--out", str(out)]
+    command = ["train", "--steps", "2", "--batch", "1", "--text", "32", "--out", str(out)]
     monkeypatch.setattr(train, "make_model", lambda *args: make_model(*args, layers=(1, 1)))
+    monkeypatch.setattr(train, "_LOG_EVERY", 2)
     monkeypatch.setattr(sys, "argv", command)
     train.main()
     (line,) = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert line["step"] == 20 and line["answers"] > 0
+    assert line["step"] == 2 and line["answers"] > 0
     model = LlavaForConditionalGeneration.from_pretrained(out / "checkpoint")
     assert model.dtype == torch.bfloat16
     assert "float32" not in (out / "checkpoint" / "config.json").read_text()
