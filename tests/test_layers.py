@@ -11,18 +11,20 @@ ALLOWED = {
     "env": set(),
     "errors": set(),
     "flops": {"errors"},
+    "images": {"errors"},
     "register": set(),
     "triton_kernels": set(),
     "ops": BASE | {"triton_kernels"},
     "policies": BASE | {"flops", "ops"},
     "models": BASE | {"flops", "ops", "policies", "register"},
-    "eval": BASE | {"flops", "policies", "models"},
-    "cli": BASE | {"flops", "ops", "policies", "models", "eval"},
-    "integrations": BASE | {"flops", "ops", "policies", "models"},
+    "testing": BASE | {"policies", "models"},
+    "eval": BASE | {"flops", "images", "policies", "models"},
+    "cli": BASE | {"flops", "images", "ops", "policies", "models", "testing", "eval"},
+    "integrations": BASE | {"flops", "images", "ops", "policies", "models"},
 }
 """Part of the package -> the other parts it may import."""
 ONLY_IN = {"triton": {"triton_kernels"}, "typer": {"cli"}, "rich": {"cli"}, "matplotlib": {"eval"}}
-ONLY_IN |= {"transformers": {"models", "cli", "integrations"}, "lmms_eval": {"integrations"}}
+ONLY_IN |= {"transformers": {"models", "testing", "cli", "integrations"}, "lmms_eval": {"integrations"}}
 """Outside package -> the only parts that may import it."""
 
 

@@ -1,10 +1,14 @@
-"""The exceptions vlmprune raises, and the two helpers that raise most of them."""
+"""The exceptions vlmprune raises, the two helpers that raise most of them, and what to say of others'."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+class InputError(ValueError):
+    """An argument is not what was expected. A ValueError that is not one of these is a fault of the code."""
 
 
 class BackendError(RuntimeError):
@@ -24,13 +28,18 @@ class NotPrunedError(RuntimeError):
 
 
 def check(ok: bool, arg: str, expected: str, got: object) -> None:
-    """Raise ValueError naming the argument, what was expected and what arrived."""
+    """Raise InputError naming the argument, what was expected and what arrived."""
     if not ok:
-        raise ValueError(f"{arg}: expected {expected}, got {got}")
+        raise InputError(f"{arg}: expected {expected}, got {got}")
 
 
 def require(value: T | None, arg: str, expected: str) -> T:
-    """Return ``value``, or raise ValueError if it is None."""
+    """Return ``value``, or raise InputError if it is None."""
     if value is None:
-        raise ValueError(f"{arg}: expected {expected}, got None")
+        raise InputError(f"{arg}: expected {expected}, got None")
     return value
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first (advice stands below that), or its name if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from vlmprune.cli.generate import build_text
+from vlmprune.errors import BackendError, InputError, ModelError, NotPrunedError, VersionError
 
 
 @pytest.fixture
@@ -47,6 +48,11 @@ def one_line(done):
         ("fastv:layer=8", "layer: expected at most 7 (the decoder has 8 layers), got 8"),
         ("fastv:keep=1.5", "keep: expected a share in (0, 1]"),
         ("fastv:keep=0", "keep: expected"),
+        ("feather:keep=1", "keep: expected float (with a decimal point, as in 1.0), got '1'"),
+        (
+            "pyramiddrop:ratio=1",
+            "ratio: expected float or float/... (with a decimal point, as in 1.0), got '1'",
+        ),
         ("feather:layers=5/2", "layers: expected two layers, ascending"),
     ],
 )
@@ -70,7 +76,18 @@ def test_no_image_at_all(ask, broken, tmp_path):
 def test_truncated_image(ask, broken, scene, tmp_path):
     half = tmp_path / "half.png"
     half.write_bytes(scene.read_bytes()[:4000])
-    assert "cannot be read" in one_line(ask(image=half, model=broken()))
+    assert "half.png', which cannot be read: " in one_line(ask(image=half, model=broken()))
+
+
+def test_an_image_that_the_processor_refuses(ask, broken, monkeypatch):
+    def refuse(self, images=None, **rest):
+        raise ValueError("absolute aspect ratio must be smaller than 200, got 900\nadvice")
+
+    monkeypatch.setattr("transformers.LlavaProcessor.__call__", refuse)
+    assert one_line(ask(model=broken())) == (
+        "error: --image: expected what the checkpoint's processor takes, "
+        "got: absolute aspect ratio must be smaller than 200, got 900"
+    )
 
 
 def test_missing_checkpoint(ask, tmp_path):
@@ -168,7 +185,7 @@ def test_literal_prompt_without_placeholder(ask, broken):
 
 def test_flash_attention_on_a_cpu(ask, broken):
     line = one_line(ask("--attn", "flash_attention_2", model=broken()))
-    assert "--attn: expected sdpa or eager" in line
+    assert "--attn: expected sdpa, eager or vlmprune (flash" in line
 
 
 @pytest.mark.parametrize("target", ["kept.txt", "missing/kept.png"])
@@ -191,13 +208,67 @@ def test_process_exits_with_2_and_no_traceback(checkpoint, tmp_path):
     assert done.stderr.startswith("error: --image: expected an image file") and done.stderr.count("\n") == 1
 
 
-def test_a_bug_keeps_its_traceback(ask, monkeypatch):
-    def fail(path):
-        raise KeyError("ours")
+BUGS = (KeyError("ours"), ValueError("operands could not be broadcast"), OSError("made up by a library"))
 
-    monkeypatch.setattr("vlmprune.cli.run.open_image", fail)
+
+@pytest.mark.parametrize("bug", BUGS, ids=repr)
+def test_a_bug_keeps_its_traceback(ask, monkeypatch, bug):
+    def fail(path, name):
+        raise bug
+
+    monkeypatch.setattr("vlmprune.cli.run.open_rgb", fail)
     done = ask()
-    assert done.exit_code == 1 and isinstance(done.exception, KeyError)
+    assert done.exit_code == 1 and done.exception is bug and done.stderr == ""
+
+
+EXPECTED = (
+    InputError("a: expected b, got c"),
+    ModelError("a: expected b, got c"),
+    NotPrunedError("a: expected b, got c"),
+    BackendError("a: expected b, got c"),
+    VersionError("a: expected b, got c"),
+    OSError(28, "No space left on device", "kept.png"),
+)
+
+
+@pytest.mark.parametrize("error", EXPECTED, ids=lambda error: type(error).__name__)
+def test_what_is_expected_is_one_line_unless_tracebacks_are_asked_for(ask, monkeypatch, error):
+    def fail(path, name):
+        raise error
+
+    monkeypatch.setattr("vlmprune.cli.run.open_rgb", fail)
+    assert one_line(ask()) == f"error: {error}"
+    monkeypatch.setattr("vlmprune.env.TRACEBACKS", True)
+    done = ask()
+    assert done.exit_code == 1 and done.exception is error
+
+
+def test_tracebacks_by_environment_variable():
+    command = [sys.executable, "-P", "-c", "from vlmprune import env; print(env.TRACEBACKS)"]
+    for value, wanted in (("1", "True"), ("0", "False")):
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "VLMPRUNE_DEBUG": value}
+        )
+        assert done.stdout.strip() == wanted, done.stderr
+
+
+def test_another_version_of_transformers(checkpoint, scene):
+    """The refusal comes while modules are imported, which is no reason for a traceback."""
+    code = f"""
+import importlib.metadata as metadata, sys
+real = metadata.version
+metadata.version = lambda name: "6.1.0" if name == "transformers" else real(name)
+sys.argv = ["vlmprune", "run", "--model", {str(checkpoint)!r}, "--image", {str(scene)!r}, "--prompt", "hi"]
+from vlmprune.cli.main import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr.startswith("error: transformers: expected transformers>=")
+        and done.stderr.count("\n") == 1
+    )
+    assert done.stderr.endswith(", got 6.1.0\n")
 
 
 def test_template_that_forgets_the_image():

@@ -2,8 +2,12 @@
 
 import json
 import shutil
+import struct
+import zlib
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from vlmprune import ops
 from vlmprune.cli.eval import read_budgets
@@ -211,7 +215,10 @@ def test_batches_answer_like_single_questions(evaluate, no_pictures, tmp_path):
             ("--policy", "fastv:layer=6", "--budgets", "0.5"),
             "fastv:layer=6 at budget 0.5: cut: expected a share",
         ),
-        (("--policy", "visionzip"), "visionzip at budget 0.48: VisionZip: expected a setting keep or ratio"),
+        (
+            ("--policy", "visionzip"),
+            "visionzip at budget 0.48: VisionZip: expected a setting 'keep' that takes a share",
+        ),
         (("--questions", "/none"), "--questions: expected a folder with a questions.jsonl, got '/none'"),
         (("--oracle", "--family", "exist"), "--oracle: expected questions with a box, got none"),
         (("--out", "/none/out"), "--out: expected a folder inside an existing one, got '/none/out'"),
@@ -225,6 +232,72 @@ def test_bad_input_leaves_nothing_behind(evaluate, tmp_path, monkeypatch, args, 
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert said in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (lambda png: png[:4000], "truncated"),
+        (
+            lambda png: png[:16] + b"\0\0\x4e\x20" * 2 + png[24:29] + crc(png, 20_000) + png[33:],
+            "exceeds limit of",
+        ),
+        (lambda png: b"not pixels", "cannot identify image file"),
+    ],
+    ids=["truncated", "400 megapixels", "text"],
+)
+def test_an_image_that_cannot_be_read_ends_the_run_before_it_begins(
+    evaluate, folder, tmp_path, monkeypatch, content, reason
+):
+    monkeypatch.setattr("vlmprune.cli.eval.load", None)
+    image = folder / "scene_70002.png"
+    image.write_bytes(content(image.read_bytes()))
+    done = evaluate(*POLICIES)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        f"error: --questions: expected an image file, got '{image}', which cannot be read: "
+    )
+    assert done.stderr.count("\n") == 1 and reason in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def crc(png, side):
+    """The checksum of the header of ``png`` with another width and height."""
+    return struct.pack(">I", zlib.crc32(png[12:16] + struct.pack(">II", side, side) + png[24:29]))
+
+
+def test_images_as_people_have_them_give_the_same_answers(evaluate, folder, no_pictures, tmp_path):
+    """On its side with a note saying so, and in 16 bits: no other answer than to the plain picture."""
+    args = ("--policy", "fastv:layer=3,keep=98", "--keep", "--no-baselines")
+    plain = Image.open(folder / "scene_70001.png").convert("L")
+    plain.save(folder / "scene_70001.png")
+    Image.open(folder / "scene_70002.png").convert("RGB").save(folder / "scene_70002.png")
+    assert evaluate(*args, out=tmp_path / "plain").exit_code == 0
+    Image.fromarray(np.asarray(plain).astype(np.uint16) * 257).save(folder / "scene_70001.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    upright = Image.open(folder / "scene_70002.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(folder / "scene_70002.png", exif=turned)
+    assert evaluate(*args, out=tmp_path / "other").exit_code == 0
+    assert answers(tmp_path / "other") == answers(tmp_path / "plain")
+
+
+def test_our_attention(evaluate, no_pictures, tmp_path):
+    """The answers of sdpa from our own attention function, which keeps what its kernel knows for the scoring."""
+    args = (*POLICIES, "--keep", "--no-baselines", "--family", "box")
+    assert evaluate(*args, out=tmp_path / "sdpa").exit_code == 0
+    assert evaluate(*args, "--attn", "vlmprune", out=tmp_path / "ours").exit_code == 0
+    assert answers(tmp_path / "ours") == answers(tmp_path / "sdpa")
+    assert json.loads((tmp_path / "ours" / "settings.json").read_text())["attention"] == "vlmprune"
+
+
+def test_settings_that_are_not_ours(evaluate, tmp_path):
+    (tmp_path / "out").mkdir()
+    for content, said in (("{", "expected a JSON object, got: "), ("[]", "expected a JSON object, got list")):
+        (tmp_path / "out" / "settings.json").write_text(content)
+        done = evaluate("--keep", "--no-baselines", "--family", "exist")
+        assert done.exit_code == 2 and done.stderr.count("\n") == 1
+        assert f"settings.json: {said}" in done.stderr
 
 
 def test_a_question_without_placeholder_names_itself(evaluate, folder):

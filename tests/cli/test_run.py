@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from vlmprune.cli.generate import Outcome, median
 from vlmprune.models import Report
@@ -113,9 +115,30 @@ def test_two_images_are_both_pruned(ask, scene):
     assert run["report"]["tokens"]["after_last_stage"] == 20
 
 
-def test_eager_attention(ask):
-    eager, sdpa = (
-        json.loads(ask("--policy", FASTV, "--attn", name, "--json").stdout)["runs"][0]["kept"]
-        for name in ("eager", "sdpa")
+def test_every_attention_keeps_and_answers_the_same(ask):
+    eager, sdpa, ours = (
+        json.loads(ask("--policy", FASTV, "--attn", name, "--json").stdout)
+        for name in ("eager", "sdpa", "vlmprune")
     )
-    assert eager == sdpa
+    assert (eager["attention"], ours["attention"]) == ("eager", "vlmprune")
+    for name in ("kept", "answer"):
+        assert eager["runs"][0][name] == sdpa["runs"][0][name] == ours["runs"][0][name]
+
+
+def test_images_as_people_have_them(ask, scene, tmp_path):
+    """A camera held sideways, and 16-bit greys: what is seen, kept and answered is as for the plain picture."""
+    plain, turned, deep = (tmp_path / f"{name}.png" for name in ("plain", "turned", "deep"))
+    grey = Image.open(scene).convert("L")
+    grey.save(plain)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    grey.transpose(Image.Transpose.ROTATE_270).save(turned, exif=exif)
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(deep)
+    first, second, third = (
+        [
+            (run["kept"], run["answer"])
+            for run in json.loads(ask("--policy", FASTV, "--json", image=image).stdout)["runs"]
+        ]
+        for image in (plain, turned, deep)
+    )
+    assert first == second == third

@@ -64,10 +64,22 @@ def test_malformed_line(folder, line, said):
 def test_no_image(folder):
     here = folder(GOOD)
     (here / "a.png").write_text("not pixels")
-    with pytest.raises(
-        ValueError, match=r"^--questions: expected an image, got .*a.png', which cannot be read$"
-    ):
+    said = r"^--questions: expected an image file, got .*a.png', which cannot be read: cannot identify"
+    with pytest.raises(ValueError, match=said):
         read_questions(here)
+    other = GOOD | {"id": "2", "family": "color", "image": "b.png"}
+    Image.new("RGB", (4, 4)).save(here / "b.png")
+    (question,) = read_questions(folder(GOOD, other), ["color"])  # the damaged one is not asked about
+    assert question.image.name == "b.png"
+
+
+def test_size_is_that_of_the_upright_image(folder):
+    here = folder(GOOD | {"box": [0, 0, 2, 4]})
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    Image.new("RGB", (8, 4)).save(here / "a.png", exif=sideways)
+    (question,) = read_questions(here)
+    assert question.size == (4, 8) and question.region == (0.0, 0.0, 0.5, 0.5)
 
 
 def test_no_questions(folder, tmp_path):

@@ -11,6 +11,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,6 +104,11 @@ def test_a_policy_changes_what_is_seen():
     assert evaluated(FEATHER, 1)[0] != evaluated("none", 1)[0]
 
 
+def test_our_attention_answers_as_sdpa_does():
+    answers, _ = evaluate(None, 4, args=f"policy={FEATHER},attn_implementation=vlmprune")
+    assert answers == evaluated(FEATHER, 4)[0]
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_results_hold_the_cost(policy):
     costs = evaluated(policy, 1)[1]["throughput"]
@@ -184,6 +190,22 @@ def test_system_prompt_is_a_text_or_a_file(tmp_path):
         )
         text, images = lm._read(request(lm, [{"type": "text", "text": "hello"}]))
         assert (text.strip(), images) == ("[system] be polite . [user] hello", [])
+
+
+def test_images_as_people_have_them():
+    """On its side with a note saying so, and as 16-bit greys: the pixels of the plain picture."""
+    lm = load()
+    grey = Image.open(GLYPHWORLD / "images" / DOCS[0]["images"][0]).convert("L")
+    turned = grey.transpose(Image.Transpose.ROTATE_90)
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    plain, *others = (
+        lm._make_inputs([request(lm, [{"type": "image", "url": image}, {"type": "text", "text": "hello"}])])
+        for image in (grey, turned, deep)
+    )
+    for other in others:
+        assert torch.equal(other["pixel_values"], plain["pixel_values"])
 
 
 def test_what_is_not_offered_says_so():

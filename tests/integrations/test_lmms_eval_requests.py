@@ -11,7 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from vlmprune import Feather
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
@@ -21,6 +23,7 @@ from vlmprune.integrations.lmms_eval.requests import (
     make_batches,
     read_count,
     read_generation,
+    read_image,
     read_policy,
 )
 from vlmprune.models.clock import Seconds
@@ -64,6 +67,35 @@ def test_policy_has_semicolons_between_its_fields():
 def test_bad_policy(text, complaint):
     with pytest.raises(ValueError, match=complaint):
         read_policy(text)
+
+
+def test_images_are_pictures_or_paths_and_come_in_upright(tmp_path):
+    held = Image.new("RGB", (4, 2), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    held.save(tmp_path / "held.png", exif=exif)
+    Image.fromarray(np.full((2, 3), 65535, np.uint16)).save(tmp_path / "deep.png")
+    opened = Image.open(tmp_path / "held.png")
+    assert [read_image(given, "pope").size for given in (held, opened, str(tmp_path / "held.png"))] == [
+        (4, 2),
+        (2, 4),
+        (2, 4),
+    ]
+    assert read_image(Image.open(tmp_path / "deep.png"), "pope").getpixel((0, 0)) == (255, 255, 255)
+    assert read_image(tmp_path / "deep.png", "pope").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    "given, complaint",
+    [
+        ("https://example.com/a.png", r"^pope: expected an image file, got 'https:.*', which is no file$"),
+        (__file__, r"^pope: expected an image file, got '.*\.py', which cannot be read: cannot identify"),
+        (b"\x89PNG", r"^pope: expected images as pictures or paths, got bytes$"),
+    ],
+)
+def test_what_is_no_image(given, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        read_image(given, "pope")
 
 
 @pytest.mark.parametrize("given", ["auto", 0, "-1", 1.5, "2x"])

@@ -29,7 +29,7 @@ from vlmprune.cli.load import (
     read_config,
 )
 from vlmprune.cli.progress import waiting
-from vlmprune.errors import ModelError, check
+from vlmprune.errors import InputError, ModelError, check
 from vlmprune.eval.arms import Arm, plan
 from vlmprune.eval.ask import Item, Subject, ask_all, make_batches, missing, typical_prompt
 from vlmprune.eval.oracle import Oracle, check_oracle
@@ -69,7 +69,7 @@ class EvalRequest:
 
 
 def execute(request: EvalRequest) -> None:
-    """Run the command. Raises ValueError, OSError or one of ``vlmprune.errors`` for bad input."""
+    """Run the command. Raises one of ``vlmprune.errors`` for bad input, OSError where a file cannot be written."""
     quiet()
     check_matplotlib()
     budgets = read_budgets(request.budgets, request.keep)
@@ -101,20 +101,20 @@ def execute(request: EvalRequest) -> None:
 
 
 def read_budgets(text: str | None, keep: bool) -> tuple[float, ...]:
-    """FLOPs cuts from ``0.48,0.64``; none with ``--keep``. Raises ValueError for anything else."""
+    """FLOPs cuts from ``0.48,0.64``; none with ``--keep``. Raises InputError for anything else."""
     check(text is None or not keep, "--budgets", "either --budgets or --keep", "both")
     if keep or text is None:
         return () if keep else BUDGETS
     try:
         cuts = tuple(dict.fromkeys(float(part) for part in text.split(",")))
     except ValueError as error:
-        raise ValueError(f"--budgets: expected numbers separated by commas, got {text!r}") from error
+        raise InputError(f"--budgets: expected numbers separated by commas, got {text!r}") from error
     check(all(0 < cut < 1 for cut in cuts), "--budgets", "FLOPs cuts between 0 and 1", text)
     return cuts
 
 
 def check_out(folder: Path) -> None:
-    """Raise ValueError unless results can be written there; asked before anything slow."""
+    """Raise InputError unless results can be written there; asked before anything slow."""
     check(not folder.exists() or folder.is_dir(), "--out", "a folder, or a new name", repr(str(folder)))
     check(folder.parent.is_dir(), "--out", "a folder inside an existing one", repr(str(folder)))
 
@@ -192,8 +192,8 @@ def show(request: EvalRequest, rows: list[Row], speed: float | None) -> None:
 def _prompt(processor: Any, question: str, text: str) -> str:
     try:
         return build_text(processor, text, 1)
-    except ValueError as error:
-        raise ValueError(f"question {question!r}: {error}") from error
+    except InputError as error:
+        raise InputError(f"question {question!r}: {error}") from error
 
 
 def _heat(config: Any, arms: Sequence[Arm], items: Sequence[Item], store: Store) -> dict[str, Any]:

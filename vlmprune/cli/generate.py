@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from vlmprune.cli.load import Loaded
-from vlmprune.errors import check
+from vlmprune.errors import InputError, check, first_line
 from vlmprune.models import Report, meter, prune
 from vlmprune.policies.base import PruningPolicy
 
@@ -51,7 +51,7 @@ def build_text(processor: Any, prompt: str, images: int) -> str:
         try:
             text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:  # templates may refuse a message, or be broken
-            raise ValueError(
+            raise InputError(
                 f"--prompt: expected what the checkpoint's chat template takes, got: {error}"
             ) from error
     check(
@@ -61,10 +61,15 @@ def build_text(processor: Any, prompt: str, images: int) -> str:
 
 
 def build_inputs(processor: Any, text: str, images: list[Image.Image]) -> Any:
-    """Token ids and pixel values, on the CPU."""
+    """Token ids and pixel values, on the CPU. Raises InputError for what the processor does not take."""
     bos = processor.tokenizer.bos_token
     twice = bos is not None and text.startswith(bos)  # a template that writes <bos> must not get a second one
-    return processor(text=text, images=images, return_tensors="pt", add_special_tokens=not twice)
+    try:
+        return processor(text=text, images=images, return_tensors="pt", add_special_tokens=not twice)
+    except ValueError as error:
+        raise InputError(
+            f"--image: expected what the checkpoint's processor takes, got: {first_line(error)}"
+        ) from error
 
 
 def generate(

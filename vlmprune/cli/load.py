@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from vlmprune.errors import check
+from vlmprune.errors import InputError, check, first_line
 from vlmprune.models import check_config, check_layers
 from vlmprune.policies.base import PruningPolicy
 
@@ -36,27 +35,15 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def open_image(path: Path) -> Image.Image:
-    """Read a whole image file as RGB. Raises ValueError if there is none or it cannot be read."""
-    check(path.is_file(), "--image", "an image file", f"{str(path)!r}, which is no file")
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"--image: expected an image file, got {str(path)!r}, which cannot be read"
-        ) from error
-
-
 def read_config(source: str) -> Any:
-    """Read a checkpoint's configuration and refuse what cannot be pruned. Raises ValueError or ModelError."""
+    """Read a checkpoint's configuration and refuse what cannot be pruned. Raises InputError or ModelError."""
     if Path(source).exists() or source.startswith((".", "/", "~")):
         there = (Path(source) / "config.json").is_file()
         check(there, "--model", "a checkpoint folder with a config.json, or a hub id", repr(source))
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, StrictDataclassError) as error:
-        raise ValueError(
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise InputError(
             f"--model: expected a checkpoint folder or a hub id, got {source!r}: {first_line(error)}"
         ) from error
     check_config(config)
@@ -64,42 +51,37 @@ def read_config(source: str) -> Any:
 
 
 def check_depth(policies: list[PruningPolicy], config: Any) -> None:
-    """Raise ValueError if a policy has a stage beyond the decoder's last layer."""
+    """Raise InputError if a policy has a stage beyond the decoder's last layer."""
     for policy in policies:
         check_layers(policy, config)
 
 
 def pick_device(wanted: str) -> str:
-    """``auto`` is the GPU if there is one. Raises ValueError for a GPU that is not there."""
+    """``auto`` is the GPU if there is one. Raises InputError for a GPU that is not there."""
     there = torch.cuda.is_available()
     check(wanted != "cuda" or there, "--device", "auto or cpu (torch sees no CUDA device here)", "cuda")
     return wanted if wanted != "auto" else "cuda" if there else "cpu"
 
 
 def check_attention(name: str, device: str) -> None:
-    """Raise ValueError if FlashAttention is asked for where it cannot run."""
+    """Raise InputError if FlashAttention is asked for where it cannot run."""
     usable = device == "cuda" and find_spec("flash_attn") is not None
-    expected = "sdpa or eager (flash_attention_2 needs a CUDA device and the flash-attn package)"
+    expected = "sdpa, eager or vlmprune (flash_attention_2 needs a CUDA device and the flash-attn package)"
     check(name != "flash_attention_2" or usable, "--attn", expected, name)
 
 
 def load_processor(source: str) -> Any:
-    """Load tokenizer, image processor and chat template. Raises ValueError if one is missing or broken."""
+    """Load tokenizer, image processor and chat template. Raises InputError if one is missing or broken."""
     try:
         return AutoProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"--model: expected a processor and tokenizer in {source!r}, got: {first_line(error)}"
         ) from error
 
 
-def first_line(error: Exception) -> str:
-    """What an error of another library says first; advice stands below that."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def load(source: str, config: Any, processor: Any, device: str, dtype: str, attention: str) -> Loaded:
-    """Load the weights onto ``device``. Raises ValueError if the checkpoint does not have them all."""
+    """Load the weights onto ``device``. Raises InputError if the checkpoint does not have them all."""
     try:
         model, notes = AutoModelForImageTextToText.from_pretrained(
             source,
@@ -109,9 +91,9 @@ def load(source: str, config: Any, processor: Any, device: str, dtype: str, atte
             output_loading_info=True,
         )
     except SafetensorError as error:
-        raise ValueError(f"--model: expected whole weight files in {source!r}, got: {error}") from error
-    except RuntimeError as error:  # shapes that do not fit the configuration
-        raise ValueError(
+        raise InputError(f"--model: expected whole weight files in {source!r}, got: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # no weights, or shapes that do not fit
+        raise InputError(
             f"--model: expected weights that fit the configuration of {source!r}, got: {first_line(error)}"
         ) from error
     # transformers fills what is missing with random numbers and only logs it.

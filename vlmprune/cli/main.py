@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
-from vlmprune import __version__
-from vlmprune.errors import BackendError, ModelError, NotPrunedError
+from vlmprune import __version__, env
+from vlmprune.errors import BackendError, InputError, ModelError, NotPrunedError, VersionError, first_line
 
-EXPECTED = (ValueError, OSError, BackendError, ModelError, NotPrunedError)
-"""What bad input raises. Anything else is our bug and keeps its traceback."""
+EXPECTED = (InputError, ModelError, NotPrunedError, BackendError, VersionError)
+"""What bad input raises. Anything else is our bug and keeps its traceback, unless the operating system refused."""
 
 app = typer.Typer(
     help="Visual-token pruning for vision-language models.",
@@ -42,11 +42,12 @@ class Dtype(StrEnum):
 
 
 class Attention(StrEnum):
-    """Which of transformers' attention functions the model is loaded with."""
+    """Which attention function the model is loaded with: one of transformers', or ours."""
 
     sdpa = "sdpa"
     eager = "eager"
     flash_attention_2 = "flash_attention_2"
+    vlmprune = "vlmprune"
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
@@ -64,12 +65,13 @@ def one_line_errors() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except EXPECTED as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # A BackendError lists one reason a line; other libraries put advice below their first line.
-        text = (
-            "; ".join(lines) if isinstance(error, BackendError) else next(iter(lines), type(error).__name__)
-        )
+    except (*EXPECTED, OSError) as error:
+        # A full disk or a missing right has a number; an OSError without one was made up by some library.
+        if env.TRACEBACKS or (isinstance(error, OSError) and error.errno is None):
+            raise
+        # A BackendError lists one reason a line.
+        reasons = isinstance(error, BackendError)
+        text = "; ".join(map(str.strip, str(error).splitlines())) if reasons else first_line(error)
         typer.echo(f"error: {text}", err=True)
         raise typer.Exit(2) from error
 

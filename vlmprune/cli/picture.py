@@ -23,7 +23,7 @@ STRENGTH = 0.82  # how much of a dropped patch is replaced by DIMMED
 
 
 def check_target(path: Path) -> None:
-    """Raise ValueError unless a picture can be written there; asked before anything slow."""
+    """Raise InputError unless a picture can be written there; asked before anything slow."""
     known = path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
     check(known, "--save", "a file name ending in .png, .jpg or .webp", repr(str(path)))
     check(path.parent.is_dir(), "--save", "a file in an existing folder", repr(str(path)))

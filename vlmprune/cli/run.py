@@ -17,7 +17,6 @@ from vlmprune.cli.load import (
     check_depth,
     load,
     load_processor,
-    open_image,
     pick_device,
     quiet,
     read_config,
@@ -26,6 +25,7 @@ from vlmprune.cli.picture import check_target, draw, seen_images
 from vlmprune.cli.progress import TokenCounter, token_bar, waiting
 from vlmprune.cli.show import as_json, show
 from vlmprune.errors import check
+from vlmprune.images import open_rgb
 from vlmprune.models import patch_grid
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.registry import parse_policy
@@ -50,10 +50,10 @@ class Request:
 
 
 def execute(request: Request) -> None:
-    """Run the command. Raises ValueError, OSError or one of ``vlmprune.errors`` for bad input."""
+    """Run the command. Raises one of ``vlmprune.errors`` for bad input, OSError where a file cannot be written."""
     quiet()
     policies = [parse_policy(text) for text in request.policies]
-    images = [open_image(path) for path in request.images]
+    images = [open_rgb(path, "--image") for path in request.images]
     if request.save is not None:
         check_target(request.save)
     loaded, inputs = prepare(request, policies, images)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 
-from vlmprune.errors import check
+from vlmprune.errors import InputError, check, first_line
 from vlmprune.eval.arms import Arm, Prompt
 from vlmprune.eval.questions import Question
 from vlmprune.eval.scoring import score
 from vlmprune.eval.store import Answer, Store
 from vlmprune.flops import decoder_flops, layer_inputs, mean_tokens
+from vlmprune.images import open_rgb
 from vlmprune.models import Run, meter, prune
 from vlmprune.models.family import decoder_shape
 from vlmprune.policies.base import PruningPolicy
@@ -59,22 +59,25 @@ def typical_prompt(processor: Any, config: Any, items: Sequence[Item]) -> Prompt
 
 
 def make_inputs(processor: Any, items: Sequence[Item]) -> Any:
-    """Token ids, padded on the left, and pixel values of a batch, on the CPU."""
-    texts, images = [text for _, text in items], []
+    """Token ids, padded on the left, and pixel values of a batch, on the CPU.
+
+    Raises:
+        InputError: an image that cannot be read, or that the processor does not take.
+    """
+    texts = [text for _, text in items]
     padded = len(items) > 1
     can = not padded or processor.tokenizer.pad_token is not None
     check(can, "--batch-size", "1 (the tokenizer has no padding token)", len(items))
-    for question, _ in items:
-        with Image.open(question.image) as image:
-            images.append(image.convert("RGB"))
-    return processor(
-        text=texts,
-        images=images,
-        return_tensors="pt",
-        padding=padded,
-        padding_side="left",
-        add_special_tokens=not _has_bos(processor, texts),
-    )
+    images = [open_rgb(question.image, "--questions") for question, _ in items]
+    special = not _has_bos(processor, texts)
+    options = {"padding": padded, "padding_side": "left", "add_special_tokens": special}
+    try:
+        return processor(text=texts, images=images, return_tensors="pt", **options)
+    except ValueError as error:
+        asked = ", ".join(question.id for question, _ in items)
+        raise InputError(
+            f"questions {asked}: expected what the checkpoint's processor takes, got: {first_line(error)}"
+        ) from error
 
 
 def missing(items: Sequence[Item], arms: Sequence[Arm], store: Store) -> int:

@@ -19,7 +19,7 @@ Share = Mapping[int, np.ndarray[Any, Any]]
 
 
 def check_matplotlib() -> None:
-    """Raise ValueError where the plots could not be drawn; asked before anything slow."""
+    """Raise InputError where the plots could not be drawn; asked before anything slow."""
     there = find_spec("matplotlib") is not None
     check(there, "vlmprune eval", "matplotlib (pip install 'vlmprune[plots]')", "no such package")
 

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
-
-from vlmprune.errors import check
+from vlmprune.errors import InputError, check
+from vlmprune.images import open_rgb
 
 FILE = "questions.jsonl"
 FIELDS = ("id", "image", "family", "prompt", "answer")
@@ -29,7 +28,7 @@ class Question:
         prompt: what is asked; with the image placeholder token in it, taken literally.
         answer: the true answer. Four whole numbers are a box ``x1 y1 x2 y2``.
         box: where in the image the answer is seen, ``x1 y1 x2 y2`` in its pixels; None = not one place, or not known.
-        size: width and height of the image in pixels.
+        size: width and height of the upright image in pixels.
     """
 
     id: str
@@ -55,18 +54,19 @@ def read_questions(folder: Path, families: Sequence[str] = ()) -> list[Question]
     """The questions of these families, or of all; in the order of the file.
 
     Answers that are boxes are scored in the units of the answer. A line's ``box`` may say besides, in pixels, where in
-    the image its answer is seen; only the oracle looks at it, and at whether it fits.
+    the image its answer is seen; only the oracle looks at it, and at whether it fits. Every image is read in full once,
+    so that a damaged one is known by name before the first question is asked and not in the middle of the night.
 
     Raises:
-        ValueError: no such folder or file, a malformed line (with its number), an image that is not there, two
-            questions of one id, or a family no question has.
+        InputError: no such folder or file, a malformed line (with its number), an image that is not there or cannot be
+            read, two questions of one id, or a family no question has.
     """
     path = folder / FILE
     check(path.is_file(), "--questions", f"a folder with a {FILE}", repr(str(folder)))
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, got {error.reason}") from error
+        raise InputError(f"{path}: expected UTF-8 text, got {error.reason}") from error
     found = [_read(text, n, folder) for n, text in enumerate(lines, 1) if text.strip()]
     check(bool(found), "--questions", f"at least one line in {path}", "none")
     first: dict[str, Question] = {}
@@ -74,22 +74,12 @@ def read_questions(folder: Path, families: Sequence[str] = ()) -> list[Question]
         again = question.id in first
         check(not again, "--questions", "every id once", f"{question.id!r} twice")
         first[question.id] = question
-    sizes = {image: _size_of(image) for image in {question.image: None for question in found}}
-    found = [replace(question, size=sizes[question.image]) for question in found]
     known = sorted({question.family for question in found})
     for family in families:
         check(family in known, "--family", f"one of {', '.join(known)}", repr(family))
-    return [question for question in found if not families or question.family in families]
-
-
-def _size_of(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:  # reads the header only
-            return image.size
-    except OSError as error:
-        raise ValueError(
-            f"--questions: expected an image, got {str(path)!r}, which cannot be read"
-        ) from error
+    found = [question for question in found if not families or question.family in families]
+    sizes = {image: open_rgb(image, "--questions").size for image in {q.image: None for q in found}}
+    return [replace(question, size=sizes[question.image]) for question in found]
 
 
 def _read(text: str, number: int, folder: Path) -> Question:
@@ -97,7 +87,7 @@ def _read(text: str, number: int, folder: Path) -> Question:
     try:
         entry = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected a JSON object, got {text[:60]!r}") from error
+        raise InputError(f"{where}: expected a JSON object, got {text[:60]!r}") from error
     check(isinstance(entry, dict), where, "a JSON object", text[:60])
     for field in FIELDS:
         value = entry.get(field)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmprune.errors import check
+from vlmprune.errors import InputError, check
 
 ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
 Key = tuple[str, str, int]
@@ -60,11 +60,11 @@ class Store:
             settings: all that the answers depend on besides their keys: model, weights, questions, precision, ...
 
         Raises:
-            ValueError: the folder holds answers made with other settings, or a line that is no answer.
+            InputError: the folder holds answers made with other settings, or a file that is not ours.
         """
         path = folder / SETTINGS
         if path.exists():
-            old = json.loads(path.read_text(encoding="utf-8"))
+            old = _read_settings(path)
             for name, value in settings.items():
                 expected = f"a new folder, or one made with {name} = {value!r}"
                 check(old.get(name) == value, "--out", expected, f"one made with {old.get(name)!r}")
@@ -78,7 +78,7 @@ class Store:
             write(path, json.dumps(dict(settings), indent=2).encode())
 
     def add(self, answer: Answer) -> None:
-        """Append one answer to the file. Raises ValueError if it is there already."""
+        """Append one answer to the file. Raises InputError if it is there already."""
         check(answer.key not in self.answers, "answer", "a new one", repr(answer.key))
         line = json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n"
         with self.path.open("ab") as file:
@@ -93,6 +93,15 @@ def write(path: Path, data: bytes) -> None:
     os.replace(beside, path)
 
 
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of both steps
+        raise InputError(f"{path}: expected a JSON object, got: {error}") from error
+    check(isinstance(old, dict), str(path), "a JSON object", type(old).__name__)
+    return dict(old)
+
+
 def _read(path: Path) -> dict[Key, Answer]:
     """All answers of a file. What stands after its last line break was cut short by a kill, and goes."""
     if not path.exists():
@@ -105,7 +114,7 @@ def _read(path: Path) -> dict[Key, Answer]:
             entry = json.loads(line)
             answer = Answer(**entry | {"kept": tuple((layer, bits) for layer, bits in entry["kept"])})
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} line {number}: expected an answer, got {line[:60]!r}") from error
+            raise InputError(f"{path} line {number}: expected an answer, got {line[:60]!r}") from error
         check(answer.key not in found, f"{path} line {number}", "every answer once", repr(answer.key))
         found[answer.key] = answer
     if len(whole) < len(data):

@@ -27,6 +27,7 @@ from vlmprune.integrations.lmms_eval.requests import (
     make_batches,
     read_count,
     read_generation,
+    read_image,
     read_policy,
 )
 from vlmprune.models import check_config, check_layers, meter, prune
@@ -53,7 +54,7 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
         system_prompt: a text, or a file of one, in front of every prompt.
 
     Raises:
-        ValueError: an argument that does not fit, before the weights are loaded.
+        InputError: an argument that does not fit, before the weights are loaded.
         ModelError: the checkpoint cannot be pruned.
     """
 
@@ -102,7 +103,7 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
         """Answer every request, in batches; reports what each task cost.
 
         Raises:
-            ValueError: a request with a video or a sound.
+            InputError: a request with a video or a sound, or an image that cannot be read.
             NotPrunedError: the model ran without being pruned.
         """
         answers: dict[int, GenerationResult] = {}
@@ -166,7 +167,8 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
         images, videos, sounds = chat.extract_media()
         check(not videos and not sounds, task, "requests of text and images", "a video or a sound")
         messages = chat.to_hf_messages()
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True), images
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        return text, [read_image(image, task) for image in images]
 
     def _report(self, answers: list[GenerationResult], costs: dict[str, Cost], seconds: float) -> None:
         """Put speed and costs into lmms-eval's log and, under ``throughput``, into its results."""
@@ -178,7 +180,7 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
 
 
 def _load_processor(source: str, revision: str, batch_size: int) -> Any:
-    """Tokenizer (padding on the left), image processor and chat template. Raises ValueError if one is missing."""
+    """Tokenizer (padding on the left), image processor and chat template. Raises InputError if one is missing."""
     processor = AutoProcessor.from_pretrained(source, revision=revision)
     template = getattr(processor, "chat_template", None)
     check(template is not None, "processor", "one with a chat template", repr(source))
@@ -189,7 +191,7 @@ def _load_processor(source: str, revision: str, batch_size: int) -> Any:
 
 
 def _load_model(source: str, **settings: Any) -> Any:
-    """The model with all its weights. Raises ValueError if the checkpoint lacks some, which would be random numbers."""
+    """The model with all its weights. Raises InputError if the checkpoint lacks some, which would be random numbers."""
     model, notes = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True, **settings)
     missing = sorted(notes["missing_keys"])
     check(not missing, "pretrained", f"every weight in {source!r}", f"{len(missing)} missing: {missing[:1]}")

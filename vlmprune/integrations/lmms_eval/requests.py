@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from vlmprune.errors import check
+from vlmprune.images import as_rgb, open_rgb
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.registry import parse_policy
 
@@ -21,14 +25,14 @@ def read_policy(text: object) -> PruningPolicy | None:
     The spelling of the command line with ``;`` between the fields, since lmms-eval splits its ``--model_args`` at commas.
 
     Raises:
-        ValueError: as ``parse_policy``.
+        InputError: as ``parse_policy``.
     """
     check(isinstance(text, str), "policy", "NAME[:field=value;...] or none", repr(text))
     return None if text == UNPRUNED else parse_policy(str(text).replace(";", ","))
 
 
 def read_count(name: str, given: object) -> int:
-    """lmms-eval hands over what was typed. Raises ValueError for anything but a whole number from 1."""
+    """lmms-eval hands over what was typed. Raises InputError for anything but a whole number from 1."""
     text = str(given)
     check(text.isdecimal() and int(text) >= 1, name, "a whole number, at least 1", repr(given))
     return int(text)
@@ -48,6 +52,14 @@ def make_batches(requests: Sequence[Any], size: int) -> Iterator[list[int]]:
     for members in groups.values():
         members.sort(key=lambda number: -len(requests[number].args[0]))
         yield from (members[at : at + size] for at in range(0, len(members), size))
+
+
+def read_image(given: object, task: str) -> Image.Image:
+    """A request's image, a picture or the path of one. Raises InputError for anything else, and for an unreadable file."""
+    if isinstance(given, Image.Image):
+        return as_rgb(given)
+    check(isinstance(given, str | Path), task, "images as pictures or paths", type(given).__name__)
+    return open_rgb(Path(str(given)), task)
 
 
 def read_generation(asked: Mapping[str, Any], limit: int) -> dict[str, Any]:
