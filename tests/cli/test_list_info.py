@@ -1,11 +1,14 @@
 """``vlmprune list``, ``vlmprune info`` and ``vlmprune --version``."""
 
 import json
+from importlib import metadata
 from pathlib import Path
 
+import pytest
 import torch
 
 import vlmprune
+from vlmprune.policies import registry
 from vlmprune.policies.registry import BUILT_IN, parse_policy
 
 
@@ -30,6 +33,31 @@ def test_list_json_has_every_policy(cli):
     assert facts["fastervlm"] == ("before the LM", False, "used if there")
     assert facts["cdpruner"][1] and not facts["divprune"][1]
     assert facts["vscan"] == ("before the LM and layer 16", True, "used if there")
+
+
+@pytest.mark.parametrize("how", [(), ("--json",), ("--markdown",)])
+def test_a_broken_plugin_is_named_and_the_others_listed(cli, how, monkeypatch):
+    announced = {
+        "broken": "nosuchmodule:Broken",
+        "fastv": "mine:FastV",
+        "good": "vlmprune.policies.random:Random",
+    }
+    entries = metadata.EntryPoints(metadata.EntryPoint(*entry, registry.GROUP) for entry in announced.items())
+    monkeypatch.setattr(registry.metadata, "entry_points", lambda group: entries.select(group=group))
+    done = cli("list", *how)
+    assert done.exit_code == 0
+    assert done.stderr.splitlines() == [
+        "left out: policy broken: expected a policy in nosuchmodule:Broken, "
+        "got ModuleNotFoundError: No module named 'nosuchmodule'",
+        "left out: policy fastv: expected a name of its own for mine:FastV, got a built-in policy's",
+    ]
+    for name in (*BUILT_IN, "good"):
+        assert name[:8] in done.stdout
+    asked = cli("run", "--model", "x", "--image", __file__, "--prompt", "x", "--policy", "broken:layer=1")
+    assert asked.exit_code == 2 and asked.stderr.count("\n") == 1
+    assert asked.stderr.startswith(
+        "error: policy broken: expected a policy in nosuchmodule:Broken, got Module"
+    )
 
 
 def test_list_table_can_be_typed_back(cli):

@@ -2,12 +2,11 @@
 
 import pytest
 
-from vlmprune.eval.arms import UNPRUNED, Prompt, plan, with_share
+from vlmprune.eval.arms import UNPRUNED, Prompt, plan
 from vlmprune.eval.oracle import Oracle
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
 from vlmprune.policies import FastV, PyramidDrop, Random, Uniform, parse_policy
 from vlmprune.policies.schedule import stage_counts
-from vlmprune.policies.sparsevlm import SparseVLM
 
 PROMPT = Prompt(DecoderShape(layers=8, hidden=64, heads=4, kv_heads=4, head_dim=16, intermediate=96), 196, 12)
 
@@ -88,20 +87,13 @@ def test_every_batch_and_seed_draws_anew_under_one_key():
     assert fastv.for_batch(3, [None]) is fastv.policy
 
 
-def test_the_setting_that_a_budget_sets():
-    assert with_share(Uniform(), 0.4) == Uniform(keep=0.4)
-    assert with_share(Random(seed=7), 0.4) == Random(seed=7, keep=0.4)
-    assert with_share(PyramidDrop(ratio=(0.5, 0.4, 0.3)), 0.4).ratio == (0.4, 0.4, 0.4)
-    assert with_share(SparseVLM(layers=(2, 5), keep=(0.5, 0.5)), 0.4).keep == (0.4, 0.4)
-
-
 @pytest.mark.parametrize(
     "method, budget, said",
     [
         (
             "visionzip",
             0.5,
-            r"^visionzip at budget 0.5: VisionZip: expected a setting keep or ratio for a budget",
+            r"^visionzip at budget 0.5: VisionZip: expected a setting 'keep' that takes a share, got none",
         ),
         (
             "fastv:layer=6",

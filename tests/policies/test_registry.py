@@ -1,17 +1,23 @@
 """Names of policies: built-in, announced by other packages, and parsed from the command line."""
 
 import dataclasses
+import re
 from importlib import metadata
 from typing import Literal
 
+import numpy as np
 import pytest
+import torch
 
+from vlmprune.errors import InputError
 from vlmprune.flops import layer_inputs, mean_tokens
 from vlmprune.policies import (
     FastV,
     Feather,
     PruningPolicy,
+    PyramidDrop,
     Random,
+    SparseVLM,
     Uniform,
     fields_of,
     list_policies,
@@ -27,7 +33,7 @@ from vlmprune.policies.settings import read_setting, spell_type
 class Foreign(PruningPolicy):
     """A policy of another package, with every kind of setting."""
 
-    at: tuple[int, ...]
+    places: tuple[int, ...]
     name: str = "x"
     deep: bool = False
     pair: tuple[int, float] | None = None
@@ -35,13 +41,44 @@ class Foreign(PruningPolicy):
 
     @property
     def layers(self):
-        return self.at
+        return self.places
 
     def select(self, ctx):
         return ctx.ordinals
 
 
 BROKEN = "not a class"
+
+
+class Abstract(PruningPolicy):
+    """Forgets to choose."""
+
+    @property
+    def layers(self):
+        return (2,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picky(PruningPolicy):
+    """Refuses a setting as Python programs do."""
+
+    layers: tuple[int, ...] = (2,)
+    size: int = 1
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError("size must be positive")
+
+    def select(self, ctx):
+        return ctx.ordinals
+
+
+@dataclasses.dataclass(frozen=True)
+class Confused(Picky):
+    """Fails when it is asked what it needs."""
+
+    def needs(self, layer):
+        return {}["attention"]
 
 
 @pytest.fixture
@@ -92,8 +129,8 @@ def test_fields_of():
     assert fields_of(FastV) == [("layer", 2), ("keep", 0.5), ("rows", "last"), every]
     assert fields_of(Feather) == [("layers", (8, 16)), ("keep", 0.3), ("stride", 3), every]
     assert fields_of(Random) == [("layer", 2), ("keep", 0.5), ("seed", 0), every]
-    assert fields_of(Uniform) == [("layer", 2), ("keep", 0.25), ("stride", None), every]
-    assert fields_of(Foreign)[0] == ("at", dataclasses.MISSING)
+    assert fields_of(Uniform) == [("layer", 2), ("keep", 0.25), ("stride", None), ("order", "lattice"), every]
+    assert fields_of(Foreign)[0] == ("places", dataclasses.MISSING)
     assert fields_of(Foreign)[-2] == ("sizes", ())
 
 
@@ -104,11 +141,15 @@ def test_fields_of():
         ("fastv:layer=3,keep=64", FastV(layer=3, keep=64)),
         ("fastv:keep=1.0,rows=mean", FastV(keep=1.0, rows="mean")),
         ("feather:layers=2/5,keep=0.3", Feather(layers=(2, 5), keep=0.3)),
-        ("feather:keep=1,stride=2", Feather(keep=1.0, stride=2)),
+        ("feather:keep=1.0,stride=2", Feather(keep=1.0, stride=2)),
+        ("fastv:keep=1", FastV(keep=1)),
+        ("sparsevlm:keep=1/1/1", SparseVLM(keep=(1, 1, 1))),
+        ("pyramiddrop:ratio=1e0", PyramidDrop(ratio=1.0)),
         ("random:seed=12,keep=5e-1", Random(seed=12)),
         ("uniform", Uniform()),
         ("uniform:keep=0.5", Uniform(keep=0.5)),
         ("uniform:stride=3,layer=0", Uniform(stride=3, layer=0)),
+        ("uniform:order=raster", Uniform(order="raster")),
         ("uniform:keep=none", Uniform()),
     ],
 )
@@ -147,6 +188,12 @@ def test_parse_inverts_writing(policy):
         ("fastv:layer=2.0", r"^layer: expected int, got '2\.0'$"),
         ("fastv:keep=half", r"^keep: expected int or float, got 'half'$"),
         ("fastv:keep=nan", r"^keep: expected a share in \(0, 1\] .*, got nan$"),
+        ("feather:keep=1", r"^keep: expected float \(with a decimal point, as in 1\.0\), got '1'$"),
+        ("feather:keep=half", r"^keep: expected float, got 'half'$"),
+        (
+            "pyramiddrop:ratio=1/0.5/0.2",
+            r"^ratio: expected float or float/\.\.\. \(with a decimal point, .*, got '1/0\.5/0\.2'$",
+        ),
         ("fastv:rows=all", r"^rows: expected 'last' or 'mean', got 'all'$"),
         ("feather:layers=8", r"^layers: expected int/int, got '8'$"),
         ("feather:layers=8/x", r"^layers: expected int/int, got '8/x'$"),
@@ -157,7 +204,7 @@ def test_parse_inverts_writing(policy):
 )
 def test_parse_rejects(text, message, announce):
     announce()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         parse_policy(text)
 
 
@@ -165,38 +212,131 @@ def test_foreign_policy(foreign):
     assert list_policies()[-1] == "foreign" and foreign == []  # names load nothing
     assert parse_policy("fastv") == FastV() and foreign == []
     assert policies()["foreign"] is Foreign
-    assert parse_policy("foreign:at=1/2/3,deep=true,pair=4/0.5") == Foreign(
+    assert parse_policy("foreign:places=1/2/3,deep=true,pair=4/0.5") == Foreign(
         (1, 2, 3), deep=True, pair=(4, 0.5)
     )
-    assert parse_policy("foreign:at=1,name=a b,pair=none,sizes=1") == Foreign((1,), "a b", sizes=(1,))
+    assert parse_policy("foreign:places=1,name=a b,pair=none,sizes=1") == Foreign((1,), "a b", sizes=(1,))
 
 
 def test_foreign_policy_errors(foreign):
-    with pytest.raises(ValueError, match=r"^policy foreign: expected a value for at, got none$"):
+    with pytest.raises(ValueError, match=r"^policy foreign: expected a value for places, got none$"):
         parse_policy("foreign")
     with pytest.raises(ValueError, match=r"^deep: expected true or false, got 'yes'$"):
-        parse_policy("foreign:at=1,deep=yes")
+        parse_policy("foreign:places=1,deep=yes")
     with pytest.raises(ValueError, match=r"^pair: expected int/float or none, got '1'$"):
-        parse_policy("foreign:at=1,pair=1")
+        parse_policy("foreign:places=1,pair=1")
 
 
-def test_entry_point_that_is_no_policy(foreign, announce):
-    announce(broken="elsewhere:BROKEN")
-    with pytest.raises(
-        ValueError, match=r"^entry point broken = elsewhere:BROKEN: expected a PruningPolicy class, got"
-    ):
-        policies()
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        ("nosuchmodule:Broken", "ModuleNotFoundError: No module named 'nosuchmodule'"),
+        (
+            "vlmprune.policies.fastv:Slow",
+            "AttributeError: module 'vlmprune.policies.fastv' has no attribute 'Slow'",
+        ),
+        ("elsewhere:BROKEN", "TypeError: 'not a class' is no PruningPolicy class"),
+        ("elsewhere:Abstract", "TypeError: Can't instantiate abstract class Abstract"),
+        ("elsewhere:Confused", "KeyError: 'attention'"),
+    ],
+)
+def test_a_broken_package_is_left_out_and_named(value, said, announce, monkeypatch):
+    """The others stay, and whoever asks for it is told what is wrong."""
+    real = metadata.EntryPoint.load
+    mine = lambda entry: globals()[entry.attr] if entry.module == "elsewhere" else real(entry)  # noqa: E731
+    monkeypatch.setattr(metadata.EntryPoint, "load", mine)
+    announce(broken=value, picky="elsewhere:Picky")
+    assert list_policies() == [*registry.BUILT_IN, "broken", "picky"]
+    found, (fault,) = registry.load_policies()
+    assert found == policies() and list(found) == [*registry.BUILT_IN, "picky"]
+    assert fault.startswith(f"policy broken: expected a policy in {value}, got {said}") and "\n" not in fault
+    with pytest.raises(InputError, match=f"^{re.escape(fault)}$"):
+        parse_policy("broken:layer=2")
+    with pytest.raises(InputError, match=r"^policy: expected one of fastv, .*, broken, picky, got 'fastvv'$"):
+        parse_policy("fastvv")
 
 
-def test_names_may_not_clash(announce):
+def test_a_plain_value_error_of_a_foreign_policy_is_bad_input(announce, monkeypatch):
+    monkeypatch.setattr(metadata.EntryPoint, "load", lambda entry: Picky)
+    announce(picky="elsewhere:Picky")
+    with pytest.raises(InputError, match=r"^policy picky: size must be positive$"):
+        parse_policy("picky:size=0")
+
+
+def test_the_name_of_a_built_in_policy_stays_its_own(announce):
     announce(fastv="elsewhere:Other")
-    with pytest.raises(
-        ValueError, match=r"^entry point fastv = elsewhere:Other: expected a name of its own, got the"
-    ):
-        list_policies()
-    announce(mine__1="one:Policy", mine__2="two:Policy")
-    with pytest.raises(ValueError, match=r"^entry point mine = two:Policy: .*, got the name of one:Policy$"):
-        list_policies()
+    assert list_policies() == list(registry.BUILT_IN)
+    assert parse_policy("fastv") == FastV()
+    found, faults = registry.load_policies()
+    assert found["fastv"] is FastV
+    assert faults == ["policy fastv: expected a name of its own for elsewhere:Other, got a built-in policy's"]
+
+
+def test_two_packages_with_one_name(announce, foreign):
+    """None of the two is taken; from one and the same place it is no clash."""
+    announce(mine__1="one:Foreign", mine__2="two:Foreign", same__1="one:Foreign", same__2="one:Foreign")
+    assert list_policies() == [*registry.BUILT_IN, "mine", "same"]
+    found, faults = registry.load_policies()
+    assert list(found) == [*registry.BUILT_IN, "same"]
+    assert faults == ["policy mine: expected one package that announces it, got one:Foreign and two:Foreign"]
+    with pytest.raises(InputError, match=r"^policy mine: expected one package that announces it"):
+        parse_policy("mine")
+    assert parse_policy("same:places=1") == Foreign((1,))
+
+
+ODD = (
+    None,
+    0,
+    1,
+    -1,
+    64,
+    True,
+    0.5,
+    2.5,
+    float("nan"),
+    "x",
+    (),
+    (1,),
+    (None, None, None),
+    (0.5, "x", 1),
+    [[1]],
+)
+ODD += (np.int64(2), np.float32(0.5), np.bool_(True), (np.int64(3), 7, 16), torch.ones(2), {}, len)
+
+
+@pytest.mark.parametrize("name", registry.BUILT_IN)
+def test_a_setting_is_taken_or_refused_by_name(name):
+    """Never another error than ours, and it says which setting."""
+    cls, known = registry.built_in(name), dict(fields_of(registry.built_in(name)))
+    for field in known:
+        for value in ODD:
+            try:
+                cls(**{field: value})
+            except InputError as error:
+                assert str(error).startswith((*known, "layer:")) and ": expected " in str(error)
+            else:
+                assert not isinstance(value, np.generic)
+
+
+def test_numbers_of_numpy():
+    """Its float64 is a float; the others are told apart by name, also inside a tuple and in order of place."""
+    assert FastV(keep=np.float64(0.5)) == FastV(keep=0.5)
+    said = r"^{}: expected Python's own numbers: int\(\.\.\.\) or float\(\.\.\.\), got np\.{}\({}\)$"
+    with pytest.raises(InputError, match=said.format("keep", "int64", 64)):
+        FastV(2, np.int64(64))
+    with pytest.raises(InputError, match=said.format("layers", "int64", 8)):
+        Feather(layers=(np.int64(8), 16))
+    with pytest.raises(InputError, match=said.format("keep", "float32", "0.5")):
+        Random(keep=np.float32(0.5))
+
+
+def test_a_whole_number_where_only_shares_are_taken():
+    with pytest.raises(InputError, match=r"^keep: expected a share in \(0, 1\] as a float, got 1$"):
+        Feather(keep=1)
+    with pytest.raises(InputError, match=r"^ratio: expected shares in \(0, 1\] as floats, got 1$"):
+        PyramidDrop(ratio=1)
+    with pytest.raises(InputError, match=r"^keep: expected one entry per layer, in a tuple, got 64$"):
+        SparseVLM(keep=64)
 
 
 def test_real_entry_point_import(announce):

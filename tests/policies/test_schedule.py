@@ -2,8 +2,9 @@
 
 import pytest
 
+from vlmprune.errors import InputError
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs, mean_tokens
-from vlmprune.policies import FastV, Feather, Random, Stages, Uniform
+from vlmprune.policies import Custom, FastV, Feather, Random, Stages, Uniform, VisionZip, policies
 from vlmprune.policies.dart import DART
 from vlmprune.policies.horizon import RandomDeep
 from vlmprune.policies.pyramiddrop import PyramidDrop
@@ -15,6 +16,9 @@ VICUNA = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=12
 FACTORIES = [
     pytest.param(FastV, id="class"),
     pytest.param(lambda keep: FastV(layer=3, keep=keep), id="layer-3"),
+    pytest.param(FastV(layer=3), id="policy"),
+    pytest.param(PyramidDrop, id="pyramid-class"),
+    pytest.param(SparseVLMPlus, id="sparsevlm-plus-class"),
     pytest.param(lambda keep: PyramidDrop(ratio=keep), id="pyramid"),
     pytest.param(lambda keep: Stages([Uniform(keep=keep), RandomDeep(keep=keep)]), id="stages"),
     pytest.param(lambda keep: DART(keep=keep, count="exact"), id="dart"),
@@ -24,7 +28,8 @@ FACTORIES = [
 
 
 def make(factory, keep):
-    return factory(keep=keep) if isinstance(factory, type) else factory(keep)
+    factory = factory() if isinstance(factory, type) else factory
+    return factory(keep) if callable(factory) else factory.with_share(keep)
 
 
 def cut_of(factory, keep, visual=576, text=60):
@@ -71,7 +76,7 @@ def test_shares_are_short():
 
 def test_pyramiddrop_at_half_the_flops():
     """Cuts from the counts themselves, 288, 144 and 72 at the published layers."""
-    cut = cut_of(FACTORIES[2].values[0], 0.5)
+    cut = cut_of(PyramidDrop, 0.5)
     keep = keep_for_flops(lambda keep: PyramidDrop(ratio=keep), cut, VICUNA, 576, 60)
     assert stage_counts(PyramidDrop(ratio=keep), 576) == [(8, 288), (16, 144), (24, 72)]
 
@@ -81,6 +86,46 @@ def test_counts_that_depend_on_the_data():
     (_, first), (_, second) = stage_counts(Feather(), 729)
     assert 218 <= first <= 299 and second == int(0.09 * first)
     assert keep_for_flops(lambda keep: Feather(keep=keep), 0.4, VICUNA, 729, 60) < 1.0
+
+
+@pytest.mark.parametrize("name", sorted({*policies()} - {"visionzip"}))
+def test_every_method_with_a_share_meets_a_budget(name):
+    cls = policies()[name]
+    cut = 0.5 if name == "vscan" else 0.3  # its second stage alone saves 43 %
+    keep = keep_for_flops(cls, cut, VICUNA, 576, 60)
+    assert cut_of(cls, keep) >= cut > cut_of(cls, min(1.0, keep + 0.02))
+    assert keep == keep_for_flops(cls(), cut, VICUNA, 576, 60)
+
+
+def test_the_setting_that_a_share_goes_to():
+    assert Uniform().with_share(0.4) == Uniform(keep=0.4)
+    assert Random(seed=7).with_share(0.4) == Random(seed=7, keep=0.4)
+    assert PyramidDrop().with_share(0.4) == PyramidDrop(ratio=0.4)
+    assert PyramidDrop(ratio=(0.5, 0.4, 0.3)).with_share(0.4).ratio == (0.4, 0.4, 0.4)
+    assert SparseVLM(layers=(2, 5), keep=(0.5, 0.5)).with_share(0.4).keep == (0.4, 0.4)
+    assert SparseVLMPlus().with_share(0.4) == SparseVLMPlus(keep=(0.4, 0.4, 0.4))
+
+
+@pytest.mark.parametrize(
+    "factory, said",
+    [
+        (
+            VisionZip,
+            r"^VisionZip: expected a setting 'keep' .*, got none \(instead .* lambda keep: VisionZip\(",
+        ),
+        (Custom, r"^factory: expected lambda keep: Custom\(\.\.\.\), got Custom, which needs layer$"),
+        (Stages, r"^factory: expected lambda keep: Stages\(\.\.\.\), got Stages, which needs policies$"),
+        (FastV() | Random(), r"^Union: expected a setting 'keep' that takes a share, got none"),
+        (SparseVLM(version="paper"), r"^keep: expected \(\) for version 'paper'"),
+    ],
+)
+def test_what_takes_no_share(factory, said):
+    for fit in (
+        lambda: keep_for_flops(factory, 0.5, VICUNA, 576, 60),
+        lambda: keep_for_mean_tokens(factory, 300, 32, 576),
+    ):
+        with pytest.raises(InputError, match=said):
+            fit()
 
 
 @pytest.mark.parametrize("visual", [0, 1, 7, 36])

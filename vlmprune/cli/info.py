@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from dataclasses import MISSING
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from vlmprune.ops._dispatch import TABLES, explain
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.registry import fields_of, policies
+from vlmprune.policies.registry import fields_of, load_policies
 
 BUDGETS = (192, 128, 64)
 WORDS = {True: "yes", False: "no"}
@@ -23,8 +24,14 @@ PACKAGES = ("vlmprune", "torch", "triton", "transformers", "numpy", "pillow", "f
 
 
 def show_policies(as_json: bool, as_markdown: bool = False) -> None:
-    """Print every policy; JSON maps a name to its fields and facts, Markdown is the README's table."""
-    found = describe_policies()
+    """Print every policy; JSON maps a name to its fields and facts, Markdown is the README's table.
+
+    Entry points that cannot be used are named on stderr.
+    """
+    classes, faults = load_policies()
+    for fault in faults:
+        print(f"left out: {fault}", file=sys.stderr)  # noqa: T201
+    found = {name: describe_policy(cls) for name, cls in classes.items()}
     if as_json:
         return _print_json(found)
     if as_markdown:
@@ -62,21 +69,18 @@ def markdown_table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def describe_policies() -> dict[str, dict[str, Any]]:
-    """Name -> fields with defaults (``"required"`` if there is none), summary, paper."""
+def describe_policy(cls: type[PruningPolicy]) -> dict[str, Any]:
+    """Fields with defaults (``"required"`` if there is none), summary, paper, what it reads and where it acts."""
     return {
-        name: {
-            "class": cls.__name__,
-            "fields": {k: "required" if v is MISSING else v for k, v in fields_of(cls)},
-            "summary": cls.summary,
-            "paper": cls.paper,
-            "checked": cls.checked,
-            "presets": dict(cls.presets),
-            "flash_attention": cls.flash_attention,
-            "batched": cls.batched,
-            **_default_facts(cls),
-        }
-        for name, cls in policies().items()
+        "class": cls.__name__,
+        "fields": {k: "required" if v is MISSING else v for k, v in fields_of(cls)},
+        "summary": cls.summary,
+        "paper": cls.paper,
+        "checked": cls.checked,
+        "presets": dict(cls.presets),
+        "flash_attention": cls.flash_attention,
+        "batched": cls.batched,
+        **_default_facts(cls),
     }
 
 

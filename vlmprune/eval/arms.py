@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from vlmprune.errors import check
+from vlmprune.errors import InputError
 from vlmprune.eval.oracle import Oracle
 from vlmprune.eval.questions import Region
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
@@ -18,8 +17,6 @@ from vlmprune.policies.uniform import Uniform
 
 UNPRUNED = "unpruned"
 Baseline = Uniform | Random | Oracle
-SHARES = ("keep", "ratio")
-"""The settings that a budget sets, by name: a policy has one of them."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def plan(
     fitted to each policy's own cut. A baseline acts at the first layer of any policy; one that is given is not added.
 
     Raises:
-        ValueError: a policy that has no share to fit, or that cannot meet a budget.
+        InputError: a policy that has no share to fit, or that cannot meet a budget.
     """
     arms = [fit(text, policy, cut, prompt) for text, policy in methods.items() for cut in budgets or (None,)]
     cuts = budgets or sorted({round(cut_of(arm, prompt), 6) for arm in arms})
@@ -86,31 +83,15 @@ def plan(
     return [Arm(UNPRUNED), *draws]
 
 
-def with_share(policy: PruningPolicy, share: float) -> PruningPolicy:
-    """The policy keeping ``share``; where its setting is one number per layer, the same share at each.
-
-    Raises:
-        ValueError: it has no such setting, or its other settings leave no room for it.
-    """
-    names = [field.name for field in dataclasses.fields(policy) if field.name in SHARES]
-    found = type(policy).__name__
-    check(bool(names), found, f"a setting {' or '.join(SHARES)} for a budget to set", "none (use --keep)")
-    each = (share,) * len(policy.layers)
-    change: dict[str, Any] = {names[0]: each if isinstance(getattr(policy, names[0]), tuple) else share}
-    return dataclasses.replace(policy, **change)
-
-
 def fit(text: str, policy: PruningPolicy, cut: float | None, prompt: Prompt) -> Arm:
-    """The arm of a policy, as it is or fitted to a budget. Raises ValueError if it has no share, or cannot meet it."""
+    """The arm of a policy, as it is or fitted to a budget. Raises InputError if it has no share, or cannot meet it."""
     if cut is None:
         return Arm(text, None, policy)
     try:
-        keep = keep_for_flops(
-            lambda share: with_share(policy, share), cut, prompt.shape, prompt.visual, prompt.text
-        )
-    except ValueError as error:
-        raise ValueError(f"{text} at budget {cut:g}: {error}") from error
-    return Arm(text, cut, with_share(policy, keep))
+        keep = keep_for_flops(policy, cut, prompt.shape, prompt.visual, prompt.text)
+    except InputError as error:
+        raise InputError(f"{text} at budget {cut:g}: {error}") from error
+    return Arm(text, cut, policy.with_share(keep))
 
 
 def cut_of(arm: Arm, prompt: Prompt) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -248,6 +249,11 @@ class PruningPolicy(ABC):
     def __new__(cls, *args: Any, earlier_kv: object = "full", **settings: Any) -> Self:
         """Check what every policy has, whatever ``__post_init__`` its class brings."""
         check(earlier_kv in ("full", "compact"), "earlier_kv", "'full' or 'compact'", repr(earlier_kv))
+        names = (setting.name for setting in fields(cls) if not setting.kw_only)
+        for name, value in {**dict(zip(names, args, strict=False)), **settings}.items():
+            for number in value if isinstance(value, tuple | list) else (value,):
+                foreign = isinstance(number, np.generic) and not isinstance(number, float)
+                check(not foreign, name, "Python's own numbers: int(...) or float(...)", repr(number))
         return super().__new__(cls)
 
     @property
@@ -267,6 +273,22 @@ class PruningPolicy(ABC):
         reorders them or packs their positions returns a ``Reduction``. One broken sample (NaN, infinities) must change
         nothing for the others; ``vlmprune.testing.check_policy`` tries all of this.
         """
+
+    def with_share(self, share: float) -> Self:
+        """The same policy keeping ``share`` of the tokens that enter each of its stages: how a budget is met.
+
+        Sets ``keep``, for every layer where that is a tuple. A method whose setting has another name overrides this.
+
+        Raises:
+            InputError: there is no such setting, or the others leave no room for it.
+        """
+        name = type(self).__name__
+        there = any(setting.name == "keep" for setting in fields(self))
+        other = f"none (instead of {name}, pass lambda keep: {name}(...))"
+        check(there, name, "a setting 'keep' that takes a share", other)
+        each = isinstance(self.keep, tuple)  # type: ignore[attr-defined]
+        change: dict[str, Any] = {"keep": (share,) * len(self.layers) if each else share}
+        return replace(self, **change)
 
     def __or__(self, other: PruningPolicy) -> PruningPolicy:
         """The union of what both keep, at the same layers."""

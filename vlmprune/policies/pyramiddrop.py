@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -57,16 +57,20 @@ class PyramidDrop(PruningPolicy):
     def __post_init__(self) -> None:
         check_layers(self.layers, 0)
         object.__setattr__(self, "layers", tuple(self.layers))
-        if isinstance(self.ratio, tuple | list):
+        if isinstance(self.ratio, list):
             object.__setattr__(self, "ratio", tuple(self.ratio))
-            falling = list(self.ratio) == sorted(self.ratio, reverse=True) and len(self.ratio) == len(
-                self.layers
-            )
-            check(falling, "ratio", f"{len(self.layers)} falling shares of the image", repr(self.ratio))
         for share in self._shares():
             ok = isinstance(share, float) and 0.0 < share <= 1.0
             check(ok, "ratio", "shares in (0, 1] as floats", repr(self.ratio))
+        if isinstance(self.ratio, tuple):
+            falling = sorted(self.ratio, reverse=True) == [*self.ratio]
+            right = falling and len(self.ratio) == len(self.layers)
+            check(right, "ratio", f"{len(self.layers)} falling shares of the image", repr(self.ratio))
         check_positions(self.positions)
+
+    def with_share(self, share: float) -> Self:
+        """``share`` as the ratio; as each stage's share of the image where they are given one by one."""
+        return replace(self, ratio=(share,) * len(self.layers) if isinstance(self.ratio, tuple) else share)
 
     def needs(self, layer: int) -> Needs:
         """The last query row and the keys of the stage's own layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from vlmprune.errors import check
 from vlmprune.policies.base import TokenContext, check_layer, quotas
@@ -12,6 +13,13 @@ def thinned(ctx: TokenContext, keep: float) -> list[int]:
     """How many tokens each sample keeps where at least one of several has to go: SparseVLM's ``min(k, n - 1)``."""
     wanted = quotas(ctx, keep)
     return [min(n, max(1, min(k, n - 1))) for k, n in zip(wanted, ctx.counts, strict=True)]
+
+
+def entries(value: object, name: str) -> tuple[Any, ...]:
+    """``value`` as a tuple. Raises InputError unless it is one, or a list."""
+    check(isinstance(value, tuple | list), name, "one entry per layer, in a tuple", repr(value))
+    assert isinstance(value, tuple | list)
+    return tuple(value)
 
 
 def check_layers(layers: object, least: int, why: str = "") -> None:

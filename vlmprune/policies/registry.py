@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from importlib import import_module, metadata
 from typing import Any
 
-from vlmprune.errors import check
+from vlmprune.errors import InputError, check, first_line
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.settings import read_setting
 
@@ -35,6 +35,17 @@ BUILT_IN: Mapping[str, str] = {
 }
 """Name -> file and class in ``vlmprune/policies``. A new method is one file and one row here."""
 
+FAULTS: tuple[type[Exception], ...] = (
+    ImportError,
+    SyntaxError,
+    NameError,
+    AttributeError,
+    TypeError,
+    ValueError,
+)
+FAULTS += (LookupError, OSError, ArithmeticError, AssertionError, RuntimeError)
+"""What importing another package, or making its policy with default settings, may raise if it is broken."""
+
 
 @cache
 def built_in(name: str) -> type[PruningPolicy]:
@@ -50,30 +61,46 @@ def class_names() -> dict[str, str]:
 
 
 def list_policies() -> list[str]:
-    """Names of every policy, the built-in ones first. Loads no foreign code."""
-    return [*BUILT_IN, *_foreign()]
+    """Names of every policy, the built-in ones first. Loads no foreign code, so some may turn out to be broken."""
+    return list(dict.fromkeys([*BUILT_IN, *_announced()]))
 
 
 def policies() -> dict[str, type[PruningPolicy]]:
-    """Every policy class by name. Imports the packages that announce one.
+    """Every policy class by name, without those of broken packages. Imports the packages that announce one."""
+    return load_policies()[0]
 
-    Raises:
-        ValueError: two policies of one name, or an entry point that is no PruningPolicy.
-    """
-    return {name: policy_class(name) for name in list_policies()}
+
+def load_policies() -> tuple[dict[str, type[PruningPolicy]], list[str]]:
+    """Every policy class by name, and what is wrong with each entry point that cannot be used."""
+    found, faults = {name: built_in(name) for name in BUILT_IN}, []
+    for name, entries in _announced().items():
+        try:
+            own = f"a name of its own for {_values(entries)}"
+            check(name not in BUILT_IN, f"policy {name}", own, "a built-in policy's")
+            found[name] = policy_class(name)
+        except InputError as error:
+            faults.append(str(error))
+    return found, faults
 
 
 def policy_class(name: str) -> type[PruningPolicy]:
-    """The class behind a name; imports nothing but that one. Raises ValueError for a name nobody announced."""
+    """The class behind a name; imports nothing but that one.
+
+    Raises:
+        InputError: a name that nobody announced, or two packages did, or whose class cannot be loaded or made.
+    """
     if name in BUILT_IN:
         return built_in(name)
-    foreign = _foreign()
-    check(name in foreign, "policy", f"one of {', '.join([*BUILT_IN, *foreign])}", repr(name))
-    entry = foreign[name]
-    found = entry.load()
-    ok = isinstance(found, type) and issubclass(found, PruningPolicy)
-    check(ok, f"entry point {name} = {entry.value}", "a PruningPolicy class", repr(found))
-    return found
+    announced = _announced()
+    check(name in announced, "policy", f"one of {', '.join(list_policies())}", repr(name))
+    entries = announced[name]
+    one = len({entry.value for entry in entries}) == 1
+    check(one, f"policy {name}", "one package that announces it", _values(entries))
+    try:
+        return _load(entries[0])
+    except FAULTS as error:
+        got = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"policy {name}: expected a policy in {entries[0].value}, got {got}") from error
 
 
 def fields_of(policy: type[PruningPolicy]) -> list[tuple[str, object]]:
@@ -93,7 +120,7 @@ def parse_policy(text: str) -> PruningPolicy:
     a tuple are separated by "/".
 
     Raises:
-        ValueError: unknown policy or field, a value that does not parse, or a setting out of range.
+        InputError: unknown or broken policy, unknown field, a value that does not parse, or a setting out of range.
     """
     name, colon, rest = text.partition(":")
     made = policy_class(name)
@@ -108,18 +135,37 @@ def parse_policy(text: str) -> PruningPolicy:
         settings[field] = read_setting(value, hints[field], field)
     missing = [field for field, default in known.items() if default is MISSING and field not in settings]
     check(not missing, f"policy {name}", f"a value for {', '.join(missing)}", "none")
-    return made(**settings)
+    try:
+        return made(**settings)
+    except InputError:
+        raise
+    except ValueError as error:  # a foreign policy's own way to refuse a setting
+        raise InputError(f"policy {name}: {first_line(error)}") from error
 
 
 def _default(setting: Field[Any]) -> object:
     return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
-def _foreign() -> dict[str, metadata.EntryPoint]:
-    found: dict[str, metadata.EntryPoint] = {}
+def _announced() -> dict[str, list[metadata.EntryPoint]]:
+    """Entry points by name; more than one, or a built-in policy's name, is a clash."""
+    found: dict[str, list[metadata.EntryPoint]] = {}
     for entry in metadata.entry_points(group=GROUP):
-        taken = "a built-in policy" if entry.name in BUILT_IN else found.get(entry.name)
-        what = f"entry point {entry.name} = {entry.value}"
-        check(taken is None, what, "a name of its own", f"the name of {getattr(taken, 'value', taken)}")
-        found[entry.name] = entry
+        found.setdefault(entry.name, []).append(entry)
+    return found
+
+
+def _values(entries: Sequence[metadata.EntryPoint]) -> str:
+    return " and ".join(entry.value for entry in entries)
+
+
+def _load(entry: metadata.EntryPoint) -> type[PruningPolicy]:
+    """A foreign policy's class, tried as far as ``vlmprune list`` needs it."""
+    found = entry.load()
+    if not (isinstance(found, type) and issubclass(found, PruningPolicy)):
+        raise TypeError(f"{found!r} is no PruningPolicy class")
+    if MISSING not in dict(fields_of(found)).values():
+        made = found()
+        for layer in made.layers:
+            made.needs(layer)
     return found

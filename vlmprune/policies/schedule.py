@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from vlmprune.policies.base import (
     VisionAttention,
 )
 
-Factory = type[PruningPolicy] | Callable[[float], PruningPolicy]
-"""A policy class with a setting ``keep``, or a function from a share to a policy."""
+Factory = PruningPolicy | type[PruningPolicy] | Callable[[float], PruningPolicy]
+"""A policy or a policy class (see ``PruningPolicy.with_share``), or a function from a share to a policy."""
 
 LEAST, HALVINGS, WORDS, WIDTH = 1e-9, 50, 8, 4
 
@@ -29,19 +30,22 @@ def keep_for_flops(factory: Factory, cut: float, shape: DecoderShape, visual: in
     """The largest share to keep that saves at least ``cut`` of the decoder's prefill FLOPs (``vlmprune.flops``).
 
     Args:
-        factory: the policy class, made with ``keep``; or ``lambda keep: ...`` for other settings or several stages.
+        factory: a policy, or its class for the default settings: ``with_share`` sets the share. Or ``lambda keep: ...``,
+            for whatever else a share is to set.
         cut: share of the FLOPs to save, as in ``run.report().flops.cut``.
         shape: the decoder's dimensions.
         visual: visual tokens of the prompt: one image.
         text: text tokens of the prompt.
 
     Raises:
-        ValueError: no share in (0, 1] meets the cut; or a stage lies beyond the decoder.
+        InputError: no share in (0, 1] meets the cut, the policy has no setting that takes one, or a stage lies beyond
+            the decoder.
     """
+    sized = _sized(factory)
     full = decoder_flops(shape, [visual + text] * shape.layers)
 
     def left(keep: float) -> float:
-        lengths = layer_inputs(shape.layers, visual, stage_counts(_make(factory, keep), visual))
+        lengths = layer_inputs(shape.layers, visual, stage_counts(sized(keep), visual))
         return decoder_flops(shape, [n + text for n in lengths]) / full
 
     least, most = left(LEAST), left(1.0)
@@ -60,11 +64,12 @@ def keep_for_mean_tokens(factory: Factory, mean: float, layers: int, visual: int
         visual: visual tokens of the prompt: one image.
 
     Raises:
-        ValueError: no share in (0, 1] meets the mean; or a stage lies beyond the decoder.
+        InputError: as for ``keep_for_flops``.
     """
+    sized = _sized(factory)
 
     def left(keep: float) -> float:
-        return mean_tokens(layer_inputs(layers, visual, stage_counts(_make(factory, keep), visual)))
+        return mean_tokens(layer_inputs(layers, visual, stage_counts(sized(keep), visual)))
 
     least, most = left(LEAST), left(1.0)
     check(least <= mean <= most, "mean", f"tokens between {least:.2f} and {most:.2f}", mean)
@@ -86,8 +91,14 @@ def stage_counts(policy: PruningPolicy, visual: int) -> list[tuple[int, int]]:
     return counts
 
 
-def _make(factory: Factory, keep: float) -> PruningPolicy:
-    return factory(keep=keep) if isinstance(factory, type) else factory(keep)
+def _sized(factory: Factory) -> Callable[[float], PruningPolicy]:
+    """A function from a share to a policy."""
+    if isinstance(factory, type):
+        name, settings = factory.__name__, [f for f in fields(factory) if f.init]
+        bare = [f.name for f in settings if f.default is MISSING and f.default_factory is MISSING]
+        check(not bare, "factory", f"lambda keep: {name}(...)", f"{name}, which needs {', '.join(bare)}")
+        factory = factory()
+    return factory.with_share if isinstance(factory, PruningPolicy) else factory
 
 
 def _largest(left: Callable[[float], float], budget: float) -> float:

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from vlmprune.errors import check
+from vlmprune.errors import InputError, check
 
 WORDS: Mapping[Any, Mapping[str, Any]] = {
     bool: {"true": True, "false": False},
@@ -18,17 +18,21 @@ WORDS: Mapping[Any, Mapping[str, Any]] = {
 def read_setting(text: str, hint: Any, name: str) -> Any:
     """Read ``text`` as ``hint``: int, float, str, bool, Literal, None, a tuple of these ("/" between) or a union.
 
-    Of a union the first member that fits wins, in the order of writing: under ``int | float``, "64" is an int.
+    Of a union the first member that fits wins, in the order of writing: under ``int | float``, "64" is an int. Where
+    only a float fits, "1" is refused: ``keep=1`` is one token, and never everything.
 
     Raises:
-        ValueError: the text does not fit; names the setting and the type.
+        InputError: the text does not fit; names the setting and the type.
     """
     for kind in _members(hint):
         try:
             return _read(text, kind)
         except ValueError:
             continue
-    raise ValueError(f"{name}: expected {spell_type(hint)}, got {text!r}")
+    wanted = spell_type(hint)
+    whole = "float" in wanted and "int" not in wanted and any(map(str.isdecimal, text.split("/")))
+    point = " (with a decimal point, as in 1.0)" if whole else ""
+    raise InputError(f"{name}: expected {wanted}{point}, got {text!r}")
 
 
 def spell_type(hint: Any) -> str:
@@ -42,7 +46,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _read(text: str, kind: Any) -> Any:
-    """Read ``text`` as one type that is no union. Raises ValueError if it does not fit."""
+    """Read ``text`` as one type that is no union. Raises InputError if it does not fit."""
     origin = typing.get_origin(kind)
     if kind in WORDS or origin is Literal:
         words = WORDS[kind] if kind in WORDS else {str(word): word for word in typing.get_args(kind)}
@@ -54,6 +58,7 @@ def _read(text: str, kind: Any) -> Any:
         check(len(kinds) == len(parts), "value", f"{len(kinds)} entries", len(parts))
         return tuple(read_setting(part, k, "entry") for part, k in zip(parts, kinds, strict=True))
     check(kind in (int, float, str), "field", "a type that can be read from text", kind)
+    check(kind is not float or not text.isdecimal(), "value", "a decimal point", text)
     return kind(text)
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from vlmprune.errors import check, require
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, attention_of, select_counts
-from vlmprune.policies.quota import check_layers, check_schedule, thinned
+from vlmprune.policies.quota import check_layers, check_schedule, entries, thinned
 from vlmprune.policies.raters import rated, rater_weights, row_attention
 from vlmprune.policies.recycle import recycled
-from vlmprune.policies.vision import Positions, check_positions, outcome
+from vlmprune.policies.vision import Positions, check_positions, check_whole, outcome
 
 SCHEDULES: Mapping[int, tuple[int, ...]] = {
     192: (300, 200, 110),
@@ -81,12 +81,15 @@ class SparseVLM(PruningPolicy):
     positions: Positions = "pack"
 
     def __post_init__(self) -> None:
-        check(self.version in LAYERS, "version", "'1.5', '1.0' or 'paper'", repr(self.version))
-        object.__setattr__(self, "layers", tuple(self.layers or LAYERS[self.version]))
+        check(self.version in [*LAYERS], "version", "'1.5', '1.0' or 'paper'", repr(self.version))
+        object.__setattr__(self, "layers", entries(self.layers, "layers") or LAYERS[self.version])
         check_layers(self.layers, 1, WHY)
-        object.__setattr__(self, "keep", tuple(self.keep))
+        object.__setattr__(self, "keep", entries(self.keep, "keep"))
         check(self.merge in ("mean", "sum"), "merge", "'mean' or 'sum'", repr(self.merge))
         check_positions(self.positions)
+        check_whole("tokens", self.tokens, 1)
+        for name, number in (("scale", self.scale), ("bias", self.bias)):
+            check(number is None or isinstance(number, int | float), name, "a number or None", repr(number))
         if self.version == "1.5":
             no_rank = self.scale is None and self.bias is None
             check(no_rank, "scale", "None, and no bias, for version '1.5'", f"{self.scale} and {self.bias}")

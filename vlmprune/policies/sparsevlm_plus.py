@@ -18,7 +18,7 @@ from vlmprune.policies.base import (
     attention_of,
     select_counts,
 )
-from vlmprune.policies.quota import check_layers, check_schedule, thinned
+from vlmprune.policies.quota import check_layers, check_schedule, entries, thinned
 from vlmprune.policies.raters import rated, rater_weights, row_attention
 from vlmprune.policies.vision import check_whole
 
@@ -67,10 +67,11 @@ class SparseVLMPlus(PruningPolicy):
     keep: tuple[int | float, ...] = ()
 
     def __post_init__(self) -> None:
+        check_whole("tokens", self.tokens, 1)
         check_whole("heads", self.heads, 1)
         check_layers(self.layers, 1, " (the score comes from the layer before)")
         object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "keep", tuple(self.keep))
+        object.__setattr__(self, "keep", entries(self.keep, "keep"))
         check_schedule(self.tokens, self.keep, self.layers, SCHEDULES)
 
     def needs(self, layer: int) -> Needs:
