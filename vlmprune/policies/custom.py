@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from vlmprune.errors import check
 from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, check_layer
+from vlmprune.policies.checks import check_index
 
 Select = Callable[[TokenContext], Tensor]
 
-NAME = "select(ctx)"
+
+@dataclass(frozen=True)
+class Checked:
+    """A function whose every answer is checked, without columns that are padding in every sample."""
+
+    function: Select
+
+    def __call__(self, ctx: TokenContext) -> Tensor:
+        index = self.function(ctx)
+        return index[:, : check_index(index, ctx, "select(ctx)")]
+
+    def __repr__(self) -> str:
+        return getattr(self.function, "__qualname__", None) or repr(self.function)
 
 
-@dataclass(frozen=True, init=False, repr=False)
+@dataclass(frozen=True)
 class Custom(PruningPolicy):
     """Keeps what a function says. Lets any other library or experiment plug in.
 
@@ -32,26 +43,20 @@ class Custom(PruningPolicy):
         earlier_kv: as for every policy.
 
     Raises:
-        ValueError: ``layer`` is out of range, ``select`` is no callable or what it returned is not as above.
+        InputError: ``layer`` is out of range, ``select`` is no callable or what it returned is not as above.
     """
 
     summary: ClassVar[str] = "a function of yours"
 
     layer: int
-    function: Select
+    # The field is the method: every policy is asked by ``select(ctx)``, and this one's comes with the instance.
+    select: Select = None  # type: ignore[assignment]  # required: None is refused
 
-    def __init__(
-        self, layer: int, select: Select, *, earlier_kv: Literal["full", "compact"] = "full"
-    ) -> None:
-        check_layer(layer)
-        check(callable(select), "select", "a callable that takes a TokenContext", repr(select))
-        object.__setattr__(self, "layer", layer)
-        object.__setattr__(self, "function", select)
-        object.__setattr__(self, "earlier_kv", earlier_kv)
-
-    def __repr__(self) -> str:
-        name = getattr(self.function, "__qualname__", None) or repr(self.function)
-        return f"Custom(layer={self.layer}, select={name})"
+    def __post_init__(self) -> None:
+        check_layer(self.layer)
+        check(callable(self.select), "select", "a callable that takes a TokenContext", repr(self.select))
+        if not isinstance(self.select, Checked):
+            object.__setattr__(self, "select", Checked(self.select))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -61,32 +66,3 @@ class Custom(PruningPolicy):
     def needs(self, layer: int) -> Needs:
         """Everything: what the function reads is not known. Before layer 0 there is no attention to see."""
         return Needs(hidden=True, attention="previous" if layer > 0 else None)
-
-    def select(self, ctx: TokenContext) -> Tensor:
-        """What the function chose, checked, without columns that are padding in every sample."""
-        index = self.function(ctx)
-        return index[:, : check_index(index, ctx)]
-
-
-def check_index(index: object, ctx: TokenContext) -> int:
-    """Return how many columns of ``index`` the fullest sample uses; raise ValueError unless it is a valid choice."""
-    if not isinstance(index, Tensor):
-        raise ValueError(f"{NAME}: expected a tensor, got {type(index).__name__}")
-    check(index.dtype == torch.int64, NAME, "int64", index.dtype)
-    shape = tuple(index.shape)
-    check(len(shape) == 2 and shape[0] == len(ctx.counts), NAME, f"[{len(ctx.counts)}, K]", list(shape))
-    check(index.device == ctx.mask.device, NAME, f"a tensor on {ctx.mask.device}", index.device)
-    rows = index.tolist()
-    for sample, (row, tokens) in enumerate(zip(rows, ctx.counts, strict=True)):
-        _check_row(row, tokens, f"{NAME}[{sample}]")
-    return max(sum(i >= 0 for i in row) for row in rows)
-
-
-def _check_row(row: list[int], tokens: int, name: str) -> None:
-    kept = [i for i in row if i != -1]
-    check(row == kept + [-1] * (len(row) - len(kept)), name, "-1 only on the right", row)
-    outside = [i for i in kept if not 0 <= i < tokens]
-    check(not outside, name, f"numbers below {tokens}, this sample's tokens, or -1", outside[:1])
-    falls = [(a, b) for a, b in pairwise(kept) if a >= b]
-    check(not falls, name, "ascending numbers, each once", falls[:1])
-    check(bool(kept) or tokens == 0, name, f"at least one of this sample's {tokens} tokens", "none")
