@@ -52,19 +52,33 @@ def test_every_sample_keeps_its_own_box_and_as_many_as_uniform():
 
 
 def test_the_rest_is_evenly_spaced_over_the_other_patches():
-    (row,) = kept(Oracle(keep=6, regions=((0, 0, 1 / 6, 1),)), context(24))
+    (row,) = kept(Oracle(keep=6, regions=((0, 0, 1 / 6, 1),), order="raster"), context(24))
     others = [i for i in range(24) if i % 6]
     assert row == sorted([0, 6, 12, 18, others[5], others[15]])
 
 
 def test_a_box_larger_than_the_budget_is_thinned_evenly():
-    (row,) = kept(Oracle(keep=4, regions=((0, 0, 1, 0.5),)), context(24))
+    (row,) = kept(Oracle(keep=4, regions=((0, 0, 1, 0.5),), order="raster"), context(24))
     assert row == [1, 4, 7, 10]
 
 
-def test_without_regions_it_is_uniform():
+def test_the_rest_is_spread_in_two_dimensions():
+    """16 of 12 x 12, the left sixth known: more of it than may stay, or all of it and a lattice of the others."""
+    left = [i for i in range(144) if i % 12 < 2]
+    told = ((0, 0, 1 / 6, 1),)
+    (row,) = kept(Oracle(keep=16, regions=told), context(144, grids=(((12, 12),),)))
+    assert set(row) <= set(left) and {i // 12 // 3 for i in row} == {0, 1, 2, 3}
+    (row,) = kept(Oracle(keep=44, regions=told), context(144, grids=(((12, 12),),)))
+    others = [i for i in row if i not in left]
+    assert set(left) <= set(row) and len(others) == 20
+    quarters = [(i // 12 >= 6, i % 12 >= 7) for i in others]
+    assert all(3 <= quarters.count((down, right)) <= 7 for down in (0, 1) for right in (0, 1))
+
+
+@pytest.mark.parametrize("order", ["lattice", "raster"])
+def test_without_regions_it_is_uniform(order):
     ctx = context(24, 16)
-    assert kept(Oracle(keep=0.3), ctx) == kept(Uniform(keep=0.3), ctx)
+    assert kept(Oracle(keep=0.3, order=order), ctx) == kept(Uniform(keep=0.3, order=order), ctx)
 
 
 @pytest.mark.parametrize(

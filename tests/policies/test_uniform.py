@@ -1,15 +1,134 @@
-"""The uniform baseline against its two definitions."""
+"""The uniform baseline: the lattice by its properties, the raster rule and the grid against their definitions."""
+
+import math
+from dataclasses import replace
 
 import pytest
+import torch
 
 from vlmprune.policies import Uniform
+from vlmprune.policies.lattice import lattice, lattice_scores
+
+GRIDS = [(24, 24), (14, 14), (5, 7), (7, 5), (2, 60), (24, 25)]
+
+
+def gap(grid, kept):
+    """The largest distance of any cell to the nearest kept one."""
+    cells = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).float()
+    return float(torch.cdist(cells, cells[kept]).amin(1).max())
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_lattice_covers_the_image_for_every_count(grid):
+    """k cells of a square lattice leave gaps of sqrt(N / 2k). Half a cell is what rounding to whole cells takes."""
+    N = grid[0] * grid[1]
+    for k in range(1, N + 1):
+        kept = lattice(grid, k)
+        assert len(set(kept)) == k and kept == tuple(sorted(kept))
+        # Where a grid is narrower than the spacing, tokens can only stand in one line along it.
+        least = max(math.sqrt(N / k / 2), max(grid) / k / 2)
+        assert gap(grid, list(kept)) + 0.5 <= 1.6 * (least + 0.5)
+
+
+@pytest.mark.parametrize("grid", GRIDS[:4])
+def test_every_band_of_rows_and_columns_gets_its_share(grid):
+    """Of any rows or columns next to one another: as many tokens as their part of the image, but for a line or so."""
+    N = grid[0] * grid[1]
+    for k in range(1, N + 1):
+        kept = torch.tensor(lattice(grid, k))
+        for size, at in zip(grid, (kept // grid[1], kept % grid[1]), strict=True):
+            above = torch.cat([torch.zeros(1), at.bincount(minlength=size).cumsum(0)])
+            surplus = (
+                above - k * torch.arange(size + 1) / size
+            )  # of the first rows; a band's is the difference of two
+            line = N / size / math.sqrt(N / k) + 1
+            assert surplus.max() - surplus.min() <= 1.5 * line + 1
+
+
+@pytest.mark.parametrize("k", [1, 2, 10, 17, 96, 144, 195, 196])
+def test_a_whole_image_keeps_its_lattice(k, case, kept_lists):
+    (kept,) = kept_lists(Uniform(keep=k).select(case([((14, 14),)]).ctx))
+    assert tuple(kept) == lattice((14, 14), k)
+
+
+def test_what_raster_order_does_to_96_of_576(case, kept_lists):
+    """Four columns of it, where the lattice has ten rows of nine or ten."""
+    ctx = case([((24, 24),)]).ctx
+    (even,), (raster,) = (kept_lists(Uniform(keep=96, order=o).select(ctx)) for o in ("lattice", "raster"))
+    assert len({i % 24 for i in raster}) == 4 and gap((24, 24), raster) == 3.0
+    assert len({i % 24 for i in even}) >= 8 and len({i // 24 for i in even}) >= 8
+    assert gap((24, 24), even) == pytest.approx(math.sqrt(2))
+
+
+def test_lattice_by_hand():
+    assert lattice((4, 6), 6) == (7, 9, 11, 19, 21, 23)
+    assert lattice((3, 3), 1) == (4,)
+    assert lattice((2, 2), 4) == (0, 1, 2, 3)
+    assert lattice((5, 7), 0) == ()
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.25, 3, 11])
+def test_every_image_gets_its_part_of_the_lattice(keep, case, kept_lists):
+    """Two images of unequal size and, beside them, one with its newline column, each as if it were alone."""
+    grids = ((8, 12), (6, 4)), ((9, 10),)
+    ctx = case(grids).ctx
+    for row, some, n in zip(kept_lists(Uniform(keep=keep).select(ctx)), grids, ctx.counts, strict=True):
+        k = int(keep * n + 1e-6) if isinstance(keep, float) else keep * len(some)
+        assert len(row) == k
+        first = 0
+        for grid in some:
+            here = [i - first for i in row if first <= i < first + grid[0] * grid[1]]
+            assert abs(len(here) - k * grid[0] * grid[1] / n) < 1
+            assert tuple(here) == lattice(grid, len(here))
+            first += grid[0] * grid[1]
+
+
+def test_lattice_among_what_an_earlier_stage_left(case, kept_lists):
+    """The lower half and a few: the lattice's density there is what it would be if all were there."""
+    left = [3, 30, *range(288, 576)]
+    ctx = case([((24, 24),)], kept=[left]).ctx
+    (row,) = kept_lists(Uniform(keep=48).select(ctx))
+    kept = [left[i] for i in row]
+    assert len(kept) == 48
+    below = [i - 288 for i in kept if i >= 288]
+    assert len(below) >= 46 and gap((12, 24), below) <= 3.0
+    thirds = [sum(i % 24 // 8 == third for i in kept) for third in range(3)]
+    assert min(thirds) >= 14
+    everything = kept_lists(Uniform(keep=290).select(ctx))
+    assert everything == [[*range(290)]]
+
+
+def test_lattice_of_a_rearranged_sample(case, kept_lists):
+    """Tokens are told apart by their ordinals, wherever they stand."""
+    ctx = case([((6, 6),)]).ctx
+    back = replace(ctx, ordinals=ctx.ordinals.flip(1))
+    (row,), (other,) = (kept_lists(Uniform(keep=7).select(c)) for c in (ctx, back))
+    assert sorted(35 - i for i in other) == row
+
+
+def test_lattice_of_a_part_of_a_prompt(case, kept_lists):
+    """Chunked prefill: half of an image, then the other, together spread like a whole."""
+    ctx = case([((8, 8),)]).ctx
+    kept = []
+    for first in (0, 32):
+        cut = {name: getattr(ctx, name)[:, first : first + 32] for name in ("mask", "ordinals", "positions")}
+        part = replace(ctx, **cut, counts=(32,), shares=(0.5,))
+        kept += [first + i for i in kept_lists(Uniform(keep=16).select(part))[0]]
+    assert len(kept) == 16 and tuple(kept) == lattice((8, 8), 16)
+
+
+def test_lattice_never_waits_for_the_device(case):
+    """Meta tensors hold no values: reading one on the host would raise."""
+    ctx = case(["two", "none", "tall"]).ctx
+    there = {name: getattr(ctx, name).to("meta") for name in ("mask", "ordinals", "positions")}
+    assert lattice_scores(replace(ctx, **there), (4, 0, 2)).shape == ctx.mask.shape
 
 
 @pytest.mark.parametrize("images", [["square"], ["two", "none", "tall"], [((24, 24),)]])
 @pytest.mark.parametrize("keep", [0.25, 0.3, 0.999, 1.0, 1, 7, 1000])
-def test_spacing(images, keep, case, kept_lists):
+def test_raster_order(images, keep, case, kept_lists):
     ctx = case(images).ctx
-    got = kept_lists(Uniform(keep=keep).select(ctx))
+    got = kept_lists(Uniform(keep=keep, order="raster").select(ctx))
     for sample, n in enumerate(ctx.counts):
         k = (
             max(1, int(keep * n + 1e-6))
@@ -21,7 +140,7 @@ def test_spacing(images, keep, case, kept_lists):
 
 
 def test_the_middle_of_equal_parts(case, kept_lists):
-    assert kept_lists(Uniform(keep=4).select(case([((2, 6),)]).ctx)) == [[1, 4, 7, 10]]
+    assert kept_lists(Uniform(keep=4, order="raster").select(case([((2, 6),)]).ctx)) == [[1, 4, 7, 10]]
 
 
 def test_grid_of_every_image(case, kept_lists):
@@ -48,6 +167,8 @@ def test_defaults():
         ({"stride": 1.5}, r"^stride: expected a whole number >= 1, got 1\.5$"),
         ({"keep": 0}, r"^keep: expected a share .* got 0$"),
         ({"layer": -1}, r"^layer: expected a whole number >= 0, got -1$"),
+        ({"order": "column"}, r"^order: expected 'lattice' or 'raster', got 'column'$"),
+        ({"stride": 2, "order": "raster"}, r"^order: expected nothing beside a stride, got 'raster'$"),
     ],
 )
 def test_rejects(settings, message):

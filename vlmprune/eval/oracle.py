@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from torch import Tensor
 from vlmprune.errors import check
 from vlmprune.eval.questions import Question, Region
 from vlmprune.models import patch_grid
-from vlmprune.policies.base import Grid, PruningPolicy, TokenContext, check_keep, check_layer, quotas
+from vlmprune.policies.base import Grid, PruningPolicy, TokenContext, quotas
+from vlmprune.policies.lattice import grid_scores
+from vlmprune.policies.uniform import Uniform
 
 PIXEL = 0.999
 """The least width and height of a box in pixels, less what rounding takes."""
@@ -33,9 +35,10 @@ class Oracle(PruningPolicy):
         layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones.
         keep: share (float) of the visual tokens, or visual tokens per image (int).
         regions: where the answer of each sample of the batch is seen, None = not known; empty = of none is.
+        order: how the evenly spaced ones are, as for ``Uniform``.
 
     Raises:
-        ValueError: a setting is out of range, or the regions are not one per sample of one image each.
+        InputError: a setting is out of range, or the regions are not one per sample of one image each.
     """
 
     summary: ClassVar[str] = "patches of the true box, then evenly spaced ones"
@@ -43,10 +46,10 @@ class Oracle(PruningPolicy):
     layer: int = 2
     keep: int | float = 0.25
     regions: tuple[Region | None, ...] = field(default=(), repr=False)
+    order: Literal["lattice", "raster"] = "lattice"
 
     def __post_init__(self) -> None:
-        check_layer(self.layer)
-        check_keep(self.keep)
+        Uniform(self.layer, self.keep, order=self.order)  # checks all three
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -54,25 +57,42 @@ class Oracle(PruningPolicy):
         return (self.layer,)
 
     def select(self, ctx: TokenContext) -> Tensor:
-        """The patches of each sample, chosen on the host."""
+        """The patches of each sample: chosen on the host where its region is known, else what ``Uniform`` keeps."""
         samples = len(ctx.counts)
         regions = self.regions or (None,) * samples
         check(len(regions) == samples, "regions", f"{samples}, one per sample", len(regions))
+        index = Uniform(self.layer, self.keep, order=self.order).select(ctx)
         kept = quotas(ctx, self.keep)
-        rows = [
-            _choose(region, grids, tokens, count)
-            for region, grids, tokens, count in zip(regions, ctx.grids, ctx.counts, kept, strict=True)
-        ]
-        width = max(kept, default=0)
-        index = torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64)
-        return index.to(ctx.mask.device, non_blocking=True)
+        for sample, region in enumerate(regions):
+            if region is not None:
+                grids, tokens = ctx.grids[sample], ctx.counts[sample]
+                one = len(grids) == 1 and math.prod(grids[0]) == tokens
+                got = f"{tokens} tokens of {grids}"
+                check(one, "regions", "samples of one image with one grid, all of it", got)
+                row = torch.tensor(self._choose(region, grids[0], kept[sample]), dtype=torch.int64)
+                index[sample, : len(row)] = row.to(index.device, non_blocking=True)
+        return index
+
+    def _choose(self, region: Region, grid: Grid, count: int) -> list[int]:
+        """``count`` of the patches of one image, ascending."""
+        inside = patches_of(region, grid)
+        others = sorted(set(range(math.prod(grid))).difference(inside))
+        first = self._spread(inside, min(count, len(inside)), grid)
+        return sorted(first + self._spread(others, count - len(first), grid))
+
+    def _spread(self, items: list[int], count: int, grid: Grid) -> list[int]:
+        """``count`` of the items, evenly spaced."""
+        if self.order == "raster":
+            return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+        scores = grid_scores(grid, count * math.prod(grid) // max(len(items), 1))[items]
+        return [items[i] for i in scores.argsort(descending=True, stable=True)[:count].tolist()]
 
 
 def check_oracle(questions: Sequence[Question], config: Any, processor: Any) -> None:
     """Refuse what an oracle cannot be told: questions without boxes, and images whose patches cannot be matched to them.
 
     Raises:
-        ValueError: no question has a box, one lies outside its image, or the processor cuts off or pads an image that has one.
+        InputError: no question has a box, one lies outside its image, or the processor cuts off or pads an image that has one.
         ModelError: the model's images do not share one grid.
     """
     boxes = [question for question in questions if question.box is not None]
@@ -108,23 +128,6 @@ def _shows_whole(image_processor: Any, size: tuple[int, int]) -> bool:
     if "shortest_edge" in resized:
         return size[0] == size[1] and crop["height"] == crop["width"] == resized["shortest_edge"]
     return (crop["height"], crop["width"]) == (resized["height"], resized["width"])
-
-
-def _choose(region: Region | None, grids: Sequence[Grid], tokens: int, count: int) -> list[int]:
-    """``count`` of the ``tokens`` of one sample, ascending."""
-    if region is None:
-        return _spaced(range(tokens), count)
-    one = len(grids) == 1 and math.prod(grids[0]) == tokens
-    check(one, "regions", "samples of one image with one grid, all of it", f"{tokens} tokens of {grids}")
-    inside = patches_of(region, grids[0])
-    first = _spaced(inside, min(count, len(inside)))
-    others = sorted(set(range(tokens)).difference(inside))
-    return sorted(first + _spaced(others, count - len(first)))
-
-
-def _spaced(items: Sequence[int], count: int) -> list[int]:
-    """``count`` of the items, those at ``floor((i + 0.5) * len(items) / count)``."""
-    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def _floor(x: float) -> int:

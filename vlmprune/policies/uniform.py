@@ -1,17 +1,25 @@
-"""The uniform baseline: evenly spaced visual tokens, in raster order or on a two-dimensional grid."""
+"""The uniform baseline: visual tokens evenly spaced over the image, in raster order, or on a coarse grid."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.policies.base import PruningPolicy, TokenContext, check_keep, check_layer, quotas
+from vlmprune.policies.base import (
+    PruningPolicy,
+    TokenContext,
+    check_keep,
+    check_layer,
+    quotas,
+    select_counts,
+)
 from vlmprune.policies.grid import check_stride, stride_grid
+from vlmprune.policies.lattice import lattice_scores
 from vlmprune.policies.sets import index_of
 
 KEEP = 0.25
@@ -19,16 +27,23 @@ KEEP = 0.25
 
 @dataclass(frozen=True)
 class Uniform(PruningPolicy):
-    """Keeps evenly spaced tokens: k of the N entering ones at ``floor((i + 0.5) * N / k)``, or every image's grid.
+    """Keeps evenly spaced tokens of every image, whatever it shows.
+
+    By default they are spread in two dimensions, over rows and columns alike: a lattice of exactly as many tokens. After
+    an earlier stage the lattice is that of the whole image, as dense as the share that stays; what is left of it is kept,
+    and what is missing comes from all over the image. In raster order, FEATHER's criterion, it is every ``N / k``-th of
+    the N entering tokens, at ``floor((i + 0.5) * N / k)``: where that is near a whole number of rows' share they stand in
+    columns (k = 96 of 24 x 24: four of them), with nothing between.
 
     Args:
         layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones.
         keep: share (float) of the visual tokens, or visual tokens per image (int); 0.25 if neither this nor
             ``stride`` is given.
         stride: instead of ``keep``: the tokens ``[::stride, ::stride]`` of every image's patch grid.
+        order: how ``keep`` spaces them: ``"lattice"``, or ``"raster"`` (the paper's).
 
     Raises:
-        ValueError: a setting is out of range, or both ``keep`` and ``stride`` are given.
+        InputError: a setting is out of range, or both ``keep`` and ``stride`` are given.
     """
 
     summary: ClassVar[str] = "evenly spaced tokens, or a coarse grid"
@@ -42,13 +57,16 @@ class Uniform(PruningPolicy):
     layer: int = 2
     keep: int | float | None = None
     stride: int | None = None
+    order: Literal["lattice", "raster"] = "lattice"
 
     def __post_init__(self) -> None:
         check_layer(self.layer)
+        check(self.order in ("lattice", "raster"), "order", "'lattice' or 'raster'", repr(self.order))
         both = self.keep is not None and self.stride is not None
         check(not both, "keep", "either keep or stride", f"keep={self.keep!r} and stride={self.stride!r}")
         if self.stride is not None:
             check_stride(self.stride)
+            check(self.order == "lattice", "order", "nothing beside a stride", repr(self.order))
         else:
             object.__setattr__(self, "keep", KEEP if self.keep is None else self.keep)
             check_keep(self.keep)
@@ -60,10 +78,14 @@ class Uniform(PruningPolicy):
 
     def select(self, ctx: TokenContext) -> Tensor:
         """The evenly spaced tokens; with ``stride``, one host read for the width."""
-        return self._spaced(ctx, self.keep) if self.keep is not None else self._grid(ctx)
+        if self.keep is None:
+            return self._grid(ctx)
+        counts = quotas(ctx, self.keep)
+        if self.order == "raster":
+            return self._spaced(ctx, counts)
+        return select_counts(lattice_scores(ctx, counts), ctx, counts)
 
-    def _spaced(self, ctx: TokenContext, keep: float) -> Tensor:
-        counts = quotas(ctx, keep)
+    def _spaced(self, ctx: TokenContext, counts: list[int]) -> Tensor:
         kept, tokens = torch.tensor(counts)[:, None], torch.tensor(ctx.counts)[:, None]
         i = torch.arange(max(counts))
         index = (2 * i + 1) * tokens // (2 * kept).clamp(min=1)  # floor((i + 0.5) * N / k) in whole numbers
