@@ -6,62 +6,112 @@ Every pruning method is importable from here by its class name (``vlmprune.FastV
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
+from vlmprune.errors import BackendError, InputError, ModelError, NotPrunedError, VersionError
 from vlmprune.register import register as _register
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vlmprune.models import attach, detach, prune
+    from vlmprune.models import Report, Run, StageRecord, attach, detach, meter, prune
     from vlmprune.policies import (
+        AttentionInputs,
         Custom,
+        Grid,
         Intersection,
+        Needs,
         PruningPolicy,
         Reduction,
         Stages,
         TokenContext,
         Union,
+        VisionAttention,
         keep_for_flops,
         keep_for_mean_tokens,
         list_policies,
+        parse_policy,
     )
+    from vlmprune.policies.cdpruner import CDPruner
+    from vlmprune.policies.dart import DART
+    from vlmprune.policies.divprune import DivPrune
+    from vlmprune.policies.fastervlm import FasterVLM
+    from vlmprune.policies.fastv import FastV
+    from vlmprune.policies.feather import Feather
+    from vlmprune.policies.horizon import RandomDeep
+    from vlmprune.policies.pyramiddrop import PyramidDrop
+    from vlmprune.policies.random import Random
+    from vlmprune.policies.sparsevlm import SparseVLM
+    from vlmprune.policies.sparsevlm_plus import SparseVLMPlus
+    from vlmprune.policies.uniform import Uniform
+    from vlmprune.policies.visionzip import VisionZip
+    from vlmprune.policies.vispruner import VisPruner
+    from vlmprune.policies.vscan import VScan
 
 __all__ = [
+    "DART",
+    "AttentionInputs",
+    "BackendError",
+    "CDPruner",
     "Custom",
+    "DivPrune",
+    "FastV",
+    "FasterVLM",
+    "Feather",
+    "Grid",
+    "InputError",
     "Intersection",
+    "ModelError",
+    "Needs",
+    "NotPrunedError",
     "PruningPolicy",
+    "PyramidDrop",
+    "Random",
+    "RandomDeep",
     "Reduction",
+    "Report",
+    "Run",
+    "SparseVLM",
+    "SparseVLMPlus",
+    "StageRecord",
     "Stages",
     "TokenContext",
+    "Uniform",
     "Union",
+    "VScan",
+    "VersionError",
+    "VisPruner",
+    "VisionAttention",
+    "VisionZip",
     "attach",
     "detach",
     "keep_for_flops",
     "keep_for_mean_tokens",
     "list_policies",
+    "meter",
+    "parse_policy",
     "prune",
 ]
 
-_MODELS = ("attach", "detach", "meter", "prune")
-_FUNCTIONS = ("keep_for_flops", "keep_for_mean_tokens", "list_policies")
+_MODELS = ("Report", "Run", "StageRecord", "attach", "detach", "meter", "prune")
 
 
 def __getattr__(name: str) -> Any:
-    """Load the wiring (which imports transformers) and the policies when first asked for."""
+    """Load the wiring (which imports transformers), the policies, or any other submodule when first asked for."""
     if name in _MODELS:
         return getattr(import_module("vlmprune.models"), name)
-    # Policy classes are capitalised; any other name would be a submodule that nobody imported.
-    if name in _FUNCTIONS or name[:1].isupper():
-        policies = import_module("vlmprune.policies")
-        if name in policies.__all__:
-            return getattr(policies, name)
+    if name in __all__:
+        return getattr(import_module("vlmprune.policies"), name)
+    if not name.startswith("_") and find_spec(f"vlmprune.{name}"):
+        return import_module(f"vlmprune.{name}")
     raise AttributeError(f"module 'vlmprune' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """Everything importable from here, the pruning methods included."""
-    return sorted({*globals(), *_MODELS, *import_module("vlmprune.policies").__all__})
+    """Everything importable from here, submodules included."""
+    return sorted({*globals(), *__all__, *(module.name for module in iter_modules(__path__))})
 
 
 _register()
