@@ -248,6 +248,18 @@ class Open(Deaf):
         object.__setattr__(self, "extra", extra)
 
 
+@dataclass(frozen=True)
+class Counted(Deaf):
+    """Made from another argument than its field."""
+
+    numbers: int = 0
+
+    def __init__(self, first=0):
+        object.__setattr__(self, "numbers", first)
+        object.__setattr__(self, "layers", (2,))
+        object.__setattr__(self, "earlier_kv", "full")
+
+
 class Soft(Deaf):
     """Lets its settings be changed."""
 
@@ -269,7 +281,7 @@ class Soft(Deaf):
         (Mine(reads=None), r"\.needs\(2\): expected Needs\(\.\.\.\), got None$"),
         (Open(), r"^Open\(.*\): expected attributes that are fields of a dataclass, got \['extra'\]$"),
         (Soft(), r"^Soft\(.*\): expected a class under @dataclass\(frozen=True\), got one that can change$"),
-        (Lonely(), r"^Lonely\(.*\): expected an equal copy from pickle, got Lonely\("),
+        (Lonely(), r"^Lonely\(.*\): expected an equal copy from dataclasses\.replace, got Lonely\("),
     ],
     ids=lambda x: repr(x)[:30],
 )
@@ -289,6 +301,11 @@ def test_what_python_says_about_settings_comes_with_a_note():
             Local(),
             (AttributeError, pickle_error()),
             r"must survive pickle: its class stands at the top of a module$",
+        ),
+        (
+            Counted(),
+            TypeError,
+            r"^dataclasses\.replace\(Counted\(.*\)\) must make the same policy: a field is",
         ),
         (Mute(), SyntaxError, r"^repr Mute! must spell a call that makes the policy$"),
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 
 from vlmprune.errors import check
 from vlmprune.policies.base import PruningPolicy
@@ -33,6 +33,11 @@ def check_value(policy: PruningPolicy) -> None:
     )
     with Noted(f"hash({policy!r}): settings must be hashable, for example tuples in place of lists"):
         hash(policy)
+    with Noted(
+        f"dataclasses.replace({policy!r}) must make the same policy: a field is an argument of that name"
+    ):
+        same = replace(policy)
+    check(same == policy, f"{policy!r}", "an equal copy from dataclasses.replace", repr(same))
     parts = list(_parts(policy))
     if any(callable(part) for part in parts):
         return
