@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from vlmprune.policies.base import PruningPolicy, TokenContext, select_scores
+
 IMAGE, PAD, BOS, EOS = 199, 0, 1, 2
 LAYERS, GRID = 6, 4  # 16 visual tokens per image
 
@@ -34,6 +37,22 @@ BEFORE_PREFILL = version.parse(transformers.__version__) >= version.parse("5.18"
 
 def upstream(limit: str):
     return pytest.mark.skipif(not BEFORE_PREFILL, reason=f"transformers < 5.18 itself {limit}")
+
+
+@dataclass(frozen=True)
+class Drawn(PruningPolicy):
+    """Keeps a random share at several layers, so that no selection rule can hide a wiring error."""
+
+    at: tuple[int, ...] = (2,)
+    keep: float = 0.4
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.at
+
+    def select(self, ctx: TokenContext) -> Tensor:
+        generator = torch.Generator().manual_seed(ctx.layer)
+        return select_scores(torch.rand(ctx.mask.shape, generator=generator), ctx, self.keep)
 
 
 DECODERS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}

@@ -225,8 +225,6 @@ def test_an_unknown_kind_is_refused_before_anything_runs(model):
 
     cache = DynamicCache(config=model.config)
     cache.layers = [Strange() for _ in range(LAYERS)]
-    with pytest.raises(
-        ModelError, match=r"^past_key_values: expected layers of DynamicLayer, .* got Strange$"
-    ):
+    with pytest.raises(ModelError, match=r"^cache: expected layers of DynamicLayer, .* got Strange$"):
         pruned(model, make_batch(ONE), SAVES_KEYS, past_key_values=cache)
     assert not cache.layers[0].is_initialized

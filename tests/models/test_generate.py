@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import vlmprune
@@ -137,6 +139,23 @@ def test_prompt_lookup(model, policy):
     batch = make_batch([[8, "I", 7]])
     batch["input_ids"][0, -1] = batch["input_ids"][0, 2]  # so that there is something to look up
     same_as_plain(model, batch, policy, prompt_lookup_num_tokens=4, max_matching_ngram_size=1)
+
+
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.24"),
+    reason="transformers < 5.24 refuses assisted decoding with a static cache",
+)
+@pytest.mark.parametrize("policy", READERS.values(), ids=READERS)
+def test_prompt_lookup_with_a_static_cache(model, policy):
+    """Rejected candidates are cropped off a preallocated cache: what is written next is valid again.
+
+    With room for candidates beyond the last token: transformers itself makes none.
+    """
+    batch = make_batch([[8, "I", 7]])
+    batch["input_ids"][0, -1] = batch["input_ids"][0, 2]
+    settings = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1}
+    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+    same_as_plain(model, batch, policy, cache=cache, **settings)
 
 
 @upstream("passes pixel values to the assistant")

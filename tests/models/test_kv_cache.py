@@ -92,7 +92,7 @@ def test_a_static_layer_writes_where_the_stored_entries_end():
     assert held_keys(layer, 6, torch.device("cpu"))[0, 0, :, 0].tolist() == [1, 2, 3, 4, 5, 6]
     visible = layer.key_mask(layer.valid, layer.stored(), torch.zeros(2, 1, 4))
     assert visible.tolist() == [[True] * 7 + [False], [False] * 2 + [True] * 5 + [False]]
-    with pytest.raises(ModelError, match=r"^past_key_values: expected the scope"):
+    with pytest.raises(ModelError, match=r"^cache: expected a pruning scope"):
         layer.update(states(2, 1), states(2, 1))
 
 
@@ -159,7 +159,7 @@ def test_copies_are_independent(clone):
 def test_use_outside_the_scope_is_refused():
     """Nobody announces chunks there: masks and positions of a pruned cache would be wrong."""
     _, layer = pruned()
-    message = r"^past_key_values: expected the scope this cache was pruned in"
+    message = r"^cache: expected a pruning scope"
     with pytest.raises(ModelError, match=message):
         layer.update(states(2, 1), states(2, 1))
     assert layer.stored() == 5

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlmprune.models.choice import settle
 from vlmprune.models.forward import scatter_back
-from vlmprune.models.layout import keep_newest, kept_counts, open_layout, positions_of, shorten, take
+from vlmprune.models.layout import open_layout, positions_of, shorten, take
+from vlmprune.policies import Reduction
 
 PAD, TEXT, VISUAL = "p", "t", "v"
 
@@ -74,8 +76,7 @@ def test_a_batch_of_one_opens_and_shortens_without_reading_the_device(monkeypatc
         monkeypatch.setattr(torch.Tensor, name, read)
     layout = open_layout(visual, None, 3)
     index = torch.tensor([[0, 2]])
-    kept = kept_counts(index)
-    layout, survivors = shorten(layout, keep_newest(layout, index, kept), kept)
+    layout, survivors = shorten(layout, *settle(layout, index, torch.zeros(1, 5, 2), None))
     monkeypatch.undo()
     assert survivors.tolist() == [[0, 1, 3, 4]]
     assert layout.columns.tolist() == [[1, 2]]
@@ -83,13 +84,34 @@ def test_a_batch_of_one_opens_and_shortens_without_reading_the_device(monkeypatc
 
 def test_a_prompt_that_ends_with_its_image_keeps_its_newest_token():
     visual = torch.tensor([[False, True, True, True], [True, True, False, False]])
-    layout = open_layout(visual, None, None)
+    layout, hidden = open_layout(visual, None, None), torch.arange(16.0).view(2, 4, 2)
     index = torch.tensor([[0, 1], [0, -1]])
-    fixed = keep_newest(layout, index, (2, 1))
-    assert fixed.tolist() == [[0, 2], [0, -1]]
+    assert settle(layout, index, hidden, None)[0].tolist() == [[0, 2], [0, -1]]
     alone = open_layout(visual[:1], None, 3)
-    assert keep_newest(alone, index[:1], (2,)).tolist() == [[0, 2]]
-    assert keep_newest(alone, torch.tensor([[0, 2]]), (2,)).tolist() == [[0, 2]]
+    for chosen in ([0, 1], [0, 2]):
+        fixed, kept = settle(alone, torch.tensor([chosen]), hidden[:1], None)
+        assert fixed.tolist() == [[0, 2]] and kept == (2,)
+    merged = Reduction(torch.tensor([[1, 0]]), torch.full((1, 2, 2), -1.0))
+    fixed, _ = settle(alone, merged, hidden[:1], None)
+    assert fixed.index.tolist() == [[0, 2]]  # and it comes last, to see the others
+    assert fixed.hidden.tolist() == [
+        [[-1.0, -1.0], [6.0, 7.0]]
+    ]  # the newest token's own row, not a merged one
+
+
+def test_rows_that_predict_a_label_stay():
+    """They take the places of the last ones chosen, or further places where there are too few."""
+    visual = torch.tensor([[True, True, False, True, True, False], [False, True, True, True, True, False]])
+    layout, hidden = open_layout(visual, None, None), torch.zeros(2, 6, 2)
+    predicting = torch.tensor([[0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1]]).bool()  # text rows do no harm
+    chosen = torch.tensor([[0, 2, 3], [0, 1, 2]])
+    assert settle(layout, chosen, hidden, predicting)[0].tolist() == [[0, 1, 3], [0, 1, 3]]
+    few, kept = settle(layout, torch.tensor([[2], [0]]), hidden, predicting)
+    assert few.tolist() == [[1, 3], [3, -1]] and kept == (2, 1)
+    merged = Reduction(torch.tensor([[3], [1]]), torch.full((2, 1, 2), -1.0))
+    few, _ = settle(layout, merged, hidden, predicting)
+    assert few.index.tolist() == [[3, 1], [3, -1]]
+    assert few.hidden[..., 0].tolist() == [[-1.0, 0.0], [0.0, 0.0]]
 
 
 def test_small_pieces():

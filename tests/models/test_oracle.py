@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import vlmprune
-from vlmprune.policies.base import PruningPolicy, TokenContext, select_scores
 
 sys.path.append(str(Path(__file__).parent))
-from _tiny import DECODERS, IMAGE, TOWERS, dropped_from, generate, make_batch, make_model, oracle
+from _tiny import DECODERS, IMAGE, TOWERS, Drawn, dropped_from, generate, make_batch, make_model, oracle
 
 STEPS = 4
 TOLERANCE = 1e-4  # absolute, on float32 logits of order 10
@@ -28,22 +25,6 @@ BATCHES = {
     "text-longest": [[50], [2, "I", 3]],
     "equal": [[4, "I", 7], [5, "I", 6]],
 }
-
-
-@dataclass(frozen=True)
-class Drawn(PruningPolicy):
-    """Keeps a random share at several layers, so that no selection rule can hide a wiring error."""
-
-    at: tuple[int, ...] = (2,)
-    keep: float = 0.4
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return self.at
-
-    def select(self, ctx: TokenContext) -> Tensor:
-        generator = torch.Generator().manual_seed(ctx.layer)
-        return select_scores(torch.rand(ctx.mask.shape, generator=generator), ctx, self.keep)
 
 
 POLICIES = {

@@ -14,7 +14,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vlmprune
-from vlmprune.errors import ModelError, NotPrunedError, VersionError
+from vlmprune.errors import ModelError, VersionError
 from vlmprune.models import _versions, check_config
 from vlmprune.models.families import FAMILIES
 from vlmprune.policies.base import PruningPolicy, Reduction, TokenContext
@@ -48,17 +48,17 @@ CONFIGS = {
     "mllama": (hf.MllamaConfig, r"^model: 'mllama' cannot be pruned: images enter through cross-attention"),
     "text-only": (
         hf.Qwen3Config,
-        r"^model: expected a vision-language model with visual tokens, got 'qwen3'$",
+        r"^model: expected a vision-language model of type .*, got 'qwen3'$",
     ),
     "unknown-family": (
         hf.AyaVisionConfig,
-        rf"^model: expected one of {', '.join(FAMILIES)}, got 'aya_vision'$",
+        rf"^model: expected a vision-language model of type {', '.join(FAMILIES)}, got 'aya_vision'$",
     ),
     "sliding-layers": (
         lambda: altered(
             text_config__layer_types=["full_attention", "sliding_attention"], text_config__sliding_window=8
         ),
-        r"^decoder: expected full attention in every layer, got a sliding window of 8: ",
+        r"^decoder: expected full attention in every layer, got layers of sliding_attention: ",
     ),
     "hybrid": (
         lambda: altered(text_config__layer_types=["full_attention", "linear_attention"]),
@@ -152,7 +152,7 @@ def test_continuous_batching():
     model = llava()
     pages = object.__new__(PagedAttentionCache)
     message = "continuous batching cannot be pruned"
-    with torch.no_grad(), pytest.raises(NotPrunedError, match=message), vlmprune.prune(model, FASTV):
+    with torch.no_grad(), vlmprune.prune(model, FASTV):
         with pytest.raises(ModelError, match=rf"^cache: {message} \(use generate\)$"):
             model(input_ids=torch.tensor([[1, 5, 6]]), cache=pages)
     assert hooks(model) == 0
@@ -169,7 +169,7 @@ VERSIONS = {
         "6.0.0",
         r"^transformers: expected transformers>=5\.17,<6\.0, got 6\.0\.0$",
     ),
-    "old-torch": ("torch", "2.9.1+cu130", r"^torch: expected torch>=2\.10, got 2\.9\.1\+cu130$"),
+    "old-torch": ("torch", "2.9.1+cu130", r"^torch: expected torch>=2\.11, got 2\.9\.1\+cu130$"),
     "old-triton": ("triton", "3.5.0", r"^triton: expected triton>=3\.6, got 3\.5\.0$"),
 }
 
@@ -186,7 +186,7 @@ def test_versions_inside_the_range_and_a_missing_triton(monkeypatch):
     def version(name):
         if name == "triton":
             raise _versions.PackageNotFoundError
-        return {"torch": "2.10.0a0+git1", "transformers": "5.17.0.dev0"}[name]
+        return {"torch": "2.11.0a0+git1", "transformers": "5.17.0.dev0"}[name]
 
     _versions.check_versions()
     monkeypatch.setattr(_versions, "version", version)

@@ -22,11 +22,9 @@ def model():
 
 
 def labels_for(batch):
-    """The label right after an image is left out: its logits come from a visual row, which may be pruned."""
+    """Every text token, those right after an image too: their logits come from a visual row."""
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100)
-    labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
-    labels[:, 1:] = labels[:, 1:].masked_fill(batch["input_ids"][:, :-1] == IMAGE, -100)
-    return labels
+    return labels.masked_fill(batch["attention_mask"] == 0, -100)
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])
@@ -41,6 +39,50 @@ def test_the_loss_is_the_oracles(model, pad):
         plain = model(**batch, labels=labels, use_cache=False, logits_to_keep=0).loss
     torch.testing.assert_close(loss, want, atol=1e-5, rtol=0)
     assert torch.equal(want, plain)
+
+
+CAPTIONED = {
+    "random": vlmprune.Random(layer=2, keep=0.25),
+    "fastv": vlmprune.FastV(layer=2, keep=0.25),
+    "two-stages": vlmprune.PyramidDrop(layers=(2, 4), positions="keep"),
+    "before": vlmprune.Random(layer=0, keep=1),
+}
+
+
+@pytest.mark.parametrize("policy", CAPTIONED.values(), ids=CAPTIONED)
+def test_a_label_right_behind_an_image_is_learned(model, policy):
+    """LLaVA's first stage trains on "<image>caption": the caption's first token is predicted by the image's last row."""
+    batch = make_batch([["I", 9], ["I", 4, "I", 4]], seed=3, pad="right")
+    batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    labels = labels_for(batch)
+    visual = batch["input_ids"] == IMAGE
+    before_text = visual[:, :-1] & ~visual[:, 1:]
+    with torch.no_grad(), vlmprune.prune(model, policy) as run:
+        out = model(**batch, labels=labels, use_cache=False)
+    dropped = dropped_from(run, batch)
+    assert not any((hidden[:, :-1] & before_text).any() for hidden in dropped.values())
+    with torch.no_grad(), masked(model, dropped):
+        want = model(**batch, labels=labels, use_cache=False)
+    torch.testing.assert_close(out.loss, want.loss, atol=1e-5, rtol=0)
+    rows = torch.nn.functional.pad(before_text, (0, 1))
+    torch.testing.assert_close(out.logits[rows], want.logits[rows], atol=1e-4, rtol=0)
+
+
+def test_a_training_loop_that_keeps_its_labels_to_itself():
+    """Without labels in the call every row before text may be trained on; outside training nothing is added."""
+    model, batch = make_model(), make_batch([["I", 9]])
+    policy = vlmprune.Custom(2, lambda ctx: torch.arange(4)[None])
+    with vlmprune.prune(model.train(), policy) as run:
+        model(**batch, use_cache=False)
+        assert run.kept().tolist() == [0, 1, 2, 15]
+    with torch.no_grad(), vlmprune.prune(model, policy) as run:
+        model(**batch, use_cache=False)
+        assert run.kept().tolist() == [0, 1, 2, 3]
+    with (
+        pytest.raises(ValueError, match=r"^labels: expected .* as the tokens, got"),
+        vlmprune.prune(model, policy),
+    ):
+        model(**batch, labels=batch["input_ids"][:, :5])
 
 
 TRAINED = {"fastv": FASTV, "own": vlmprune.PyramidDrop(layers=(2, 4)), "merged": vlmprune.VisionZip()}

@@ -14,7 +14,7 @@ import vlmprune
 sys.path.append(str(Path(__file__).parent))
 import _families_oracle as family
 from _families import CASES, IMAGE, STEPS, VIDEO, build, prompts
-from _tiny import PAD, generate, make_batch, make_model
+from _tiny import PAD, Drawn, dropped_from, generate, make_batch, make_model, oracle
 
 FIRST = [[4, "I", 7], [2, "I", 5, "I", 3], [9]]
 SECOND = [["I", 2], [4], ["I", 5]]
@@ -85,3 +85,33 @@ def test_a_text_turn_after_images_of_unequal_size(name):
         whole["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     want = family.oracle(model, whole, family.dropped_from(run, inputs))[1]
     torch.testing.assert_close(got, want, rtol=0, atol=family.TOLERANCE)
+
+
+@pytest.mark.parametrize("first, then", [((2,), (4,)), ((1, 4), (3,)), ((4,), (0,))], ids=str)
+def test_a_turn_in_another_scope_with_other_stages(model, first, then):
+    """Its layers hold what the first scope's stages left, wherever its own begin."""
+    batch, more = make_batch([[4, "I", 7], [2, "I", 3]]), make_batch([["I", 3], ["I", 3]], seed=3)
+    with vlmprune.prune(model, Drawn(first)) as run:
+        _, _, out = generate(model, batch, 3)
+    dropped = dropped_from(run, batch)
+    ids = torch.cat([out.sequences, more["input_ids"]], 1)
+    real = torch.ones_like(ids)
+    real[:, : batch["attention_mask"].shape[1]] = batch["attention_mask"]
+    call = {"input_ids": ids, "attention_mask": real, "pixel_values": more["pixel_values"]}
+    with vlmprune.prune(model, Drawn(then)) as run:
+        got = generate(model, call, 3, past_key_values=out.past_key_values)[1]
+    visual, past = ids == IMAGE, ids.shape[1] - more["input_ids"].shape[1] - 1
+    hidden = {}
+    for layer in {*dropped, *then}:
+        gone = torch.zeros_like(visual)
+        if layer in dropped:
+            gone[:, : dropped[layer].shape[1]] |= dropped[layer]
+        for stage in run.stages:
+            if stage.layer == layer:
+                kept = torch.zeros_like(visual).scatter_(1, stage.index + past, True)
+                gone[:, past:] |= (visual & ~kept)[:, past:]
+        hidden[layer] = gone
+    order = [0, 2, 1, 3]  # the oracle gets each sample's images together
+    whole = torch.cat([batch["pixel_values"], more["pixel_values"]])[order]
+    want = oracle(model, call | {"pixel_values": whole}, hidden, 3)[1]
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-4)

@@ -18,8 +18,6 @@ from vlmprune.errors import check
 from vlmprune.models import flash
 from vlmprune.register import NAME
 
-FOREIGN = ("softcap", "s_aux")
-"""Settings of a few models that change the softmax; SDPA would leave the second out without a word."""
 SPECIAL = ("position_bias", "cache")
 """Arguments that transformers' own SDPA function knows how to treat."""
 
@@ -33,6 +31,9 @@ def attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    vlmprune: Any = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers' AttentionInterface asks for it.
@@ -44,7 +45,9 @@ def attention(
         attention_mask: from ``mask``, or any that SDPA takes; None = causal if the module is and Sq > 1, else all seen.
         dropout, scaling: probability and softmax scale; None = ``D ** -0.5``.
         is_causal: overrules the module.
-        **kwargs: ``vlmprune`` is the running call in a pruning scope.
+        vlmprune: the running call in a pruning scope.
+        softcap, s_aux: settings of a few models that change the softmax; SDPA would leave the second out without a word.
+        **kwargs: anything else, for transformers' own SDPA function.
 
     Returns:
         ``[B, Sq, H, D]``, and None where eager attention returns its weights.
@@ -52,20 +55,22 @@ def attention(
     Raises:
         ValueError: the model changes the softmax itself (soft capping, attention sinks).
     """
-    for name in FOREIGN:
-        check(kwargs.get(name) is None, name, f"None with attn_implementation={NAME!r}", "a value")
-    running = kwargs.get(NAME)
-    want_lse = running is not None and running.scores_from(module)
-    special = any(kwargs.get(name) is not None for name in SPECIAL)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    for name, setting in (("softcap", softcap), ("s_aux", s_aux)):
+        check(setting is None, name, f"None with attn_implementation={NAME!r}", "a value")
+    want_lse = vlmprune is not None and vlmprune.scores_from(module)
+    special = any(name in kwargs and kwargs[name] is not None for name in SPECIAL)
+    if is_causal is None:  # as transformers' own functions have it: modules that say nothing are causal
+        causal = bool(module.is_causal) if hasattr(module, "is_causal") else True
+    else:
+        causal = is_causal
     call = as_call(query, key, value, attention_mask, causal, scaling, dropout)
-    kernel = None if special else flash.choose(call, want_lse)
-    if kernel is None:
+    done = None if special else flash.attend(call, want_lse)
+    if done is None:
         dense = flash.bounds_mask(call) if call.packed else attention_mask
         return sdpa_attention_forward(module, query, key, value, dense, dropout, scaling, is_causal, **kwargs)
-    out, lse = kernel.run(call, want_lse)
-    if running is not None and want_lse and lse is not None:
-        running.lse[module.layer_idx] = lse.detach()
+    out, lse = done
+    if want_lse and lse is not None:
+        vlmprune.lse[module.layer_idx] = lse.detach()
     return out.contiguous(), None
 
 
@@ -103,6 +108,8 @@ def mask(
     mask_function: Any = causal_mask_function,
     attention_mask: Tensor | None = None,
     left_padded: bool = False,
+    allow_is_causal_skip: bool = True,
+    dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask as transformers' AttentionMaskInterface asks for it; ``left_padded`` is what only our wiring knows.
@@ -113,10 +120,10 @@ def mask(
     """
     whole = q_length == kv_length and mask_function is causal_mask_function and attention_mask is not None
     fresh = isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
-    ask = kwargs.get("allow_is_causal_skip", True) and not torch.compiler.is_compiling()
+    ask = allow_is_causal_skip and not torch.compiler.is_compiling()
     if whole and fresh and (ask or left_padded):
         assert attention_mask is not None
-        if flash.takes_bounds(attention_mask.device, kwargs.get("dtype", torch.float32)):
+        if flash.takes_bounds(attention_mask.device, dtype):
             valid = attention_mask[:, -kv_length:].bool()
             if left_padded:  # nothing to ask the device for
                 return flash.bounds(valid)
@@ -134,12 +141,14 @@ def mask(
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        dtype=dtype,
         **kwargs,
     )
 
 
 def explain(device: torch.device | str | None = None) -> list[tuple[str, str | None]]:
-    """Every kernel in the order of preference, with the reason why it cannot run on a device, or None if it can.
+    """Every kernel in the order of preference, with the reason why it cannot run on a device or what it refused there, or None.
 
     Args:
         device: where; None = the current GPU if there is one, else the CPU.
@@ -147,7 +156,7 @@ def explain(device: torch.device | str | None = None) -> list[tuple[str, str | N
     if device is None:
         device = flash.GPU if torch.cuda.is_available() else "cpu"
     where = torch.device(device)
-    return [*((kernel.name, kernel.why_not(where)) for kernel in flash.KERNELS), ("torch sdpa", None)]
+    return [*((kernel.name, kernel.explain(where)) for kernel in flash.KERNELS), ("torch sdpa", None)]
 
 
 AttentionInterface.register(NAME, attention)

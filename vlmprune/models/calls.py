@@ -5,22 +5,72 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vlmprune.errors import ModelError, check
 from vlmprune.models.families import Encoded, ImageGrids
 from vlmprune.models.family import Parts, patch_grid
+from vlmprune.models.host import Call, attribute, missing
 from vlmprune.policies.base import tokens_in
 
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+class Asked(NamedTuple):
+    """What a call of the outer model wants.
+
+    Attributes:
+        logits: of how many of the last rows; 0 = of all.
+        predicting: ``[B, q]`` True at rows from which a label is predicted; True = from every row before text; None =
+            this is no training.
+    """
+
+    logits: int = 0
+    predicting: Tensor | bool | None = None
 
 
-def note_of(output: Any) -> Encoded | None:
-    """What was noted when the vision tower made this output; None if it was made elsewhere, or cut out of one."""
-    return getattr(output, "vlmprune", None)
+def read_asked(given: dict[str, Any], training: bool) -> Asked:
+    """What the outer model's arguments ask for."""
+    wanted, labels = given["logits_to_keep"], given["labels"]
+    predicting: Tensor | bool | None = training or None
+    if labels is not None:
+        predicting = pad(labels[:, 1:] != -100, (0, 1), value=False)
+    return Asked(wanted if isinstance(wanted, int) else 0, predicting)
+
+
+class Notes:
+    """What was noted of the vision tower's runs, by the rows they gave: forgotten with them.
+
+    Not on transformers' output objects, which accelerate, beam search and chunked prefill make anew; the rows themselves
+    go on as they are, or as a copy on another device.
+    """
+
+    def __init__(self) -> None:
+        self._by_rows = WeakTensorKeyDictionary()
+
+    def add(self, output: Any, note: Encoded) -> None:
+        """Remember what the run that gave this output saw."""
+        self._by_rows[output.last_hidden_state] = note
+
+    def of(self, output: Any) -> Encoded | None:
+        """What was noted when the vision tower gave this output; None if it was made elsewhere, or cut out of one."""
+        rows = attribute(output, "last_hidden_state")
+        if rows is None or rows in self._by_rows:
+            return None if rows is None else self._by_rows[rows]
+        for other, note in list(self._by_rows.items()):  # type: ignore[no-untyped-call]
+            if (
+                other.device != rows.device
+                and other.shape == rows.shape
+                and torch.equal(other.to(rows.device), rows)
+            ):
+                return note
+        return None
+
+    def __reduce__(self) -> Any:
+        return Notes, ()
 
 
 @dataclass
@@ -34,11 +84,13 @@ class Visuals:
         parts: the model.
         kinds: "image", "video" or both.
         heard: outputs of the vision tower; the last ones are of these kinds, in the same order.
+        notes: what was noted of the tower's runs.
     """
 
     parts: Parts
     kinds: tuple[str, ...]
     heard: list[Any]
+    notes: Notes
 
     @property
     def outputs(self) -> list[Any]:
@@ -53,11 +105,11 @@ class Visuals:
     @property
     def cut(self) -> bool:
         """Whether the features are rows cut out of the tower's output: chunked prefill hands them over so."""
-        return any(note_of(out) is None and out.get("last_hidden_state") is None for out in self.outputs)
+        return any(attribute(out, "last_hidden_state") is None for out in self.outputs)
 
     def crops(self) -> tuple[int, ...]:
-        """Patches of every crop that was encoded ahead."""
-        notes = [note_of(output) for output in self.outputs]
+        """Patches of every crop that was encoded inside the scope."""
+        notes = [self.notes.of(output) for output in self.outputs]
         return tuple(patches for note in notes if note is not None for patches in note.crops)
 
     def tokens(self) -> int:
@@ -77,7 +129,7 @@ class Visuals:
         return [self._grids(*one) for one in zip(self.kinds, self.outputs, strict=True)]
 
     def _grids(self, kind: str, output: Any) -> list[ImageGrids]:
-        family, note = self.parts.family, note_of(output)
+        family, note = self.parts.family, self.notes.of(output)
         adapter = family.videos if kind == "video" else family.images
         if adapter is None or (note is None and not family.square):
             raise ModelError(
@@ -128,7 +180,7 @@ class Visuals:
         return tuple((((grid,),) * -(-end // tokens_in([grid]))) for end in ends)
 
 
-def find_visuals(parts: Parts, call: dict[str, Any], heard: list[Any]) -> Visuals | None:
+def find_visuals(parts: Parts, call: Call, heard: list[Any], notes: Notes) -> Visuals | None:
     """The images and videos a call brings; None if it brings none.
 
     A placeholder token without images (one that the model itself generated, say) is ordinary text.
@@ -137,14 +189,11 @@ def find_visuals(parts: Parts, call: dict[str, Any], heard: list[Any]) -> Visual
         parts: the model.
         call: the base model's arguments.
         heard: where outputs of the vision tower will be noted while the call runs.
+        notes: what was noted of the tower's runs.
     """
-    ahead = call.get("mm_encoder_outputs")
-    outputs = {k: ahead[k] for k in PIXELS if ahead.get(k) is not None} if isinstance(ahead, dict) else {}
-    if outputs:
-        return Visuals(parts, tuple(outputs), list(outputs.values()))
-    pixels = {k: call.get(name) for k, name in PIXELS.items()}
-    kinds = tuple(k for k, p in pixels.items() if p is not None and len(p))
-    return Visuals(parts, kinds, heard) if kinds else None
+    if call.encoded:
+        return Visuals(parts, tuple(call.encoded), list(call.encoded.values()), notes)
+    return Visuals(parts, call.pixels, heard, notes) if call.pixels else None
 
 
 def _marks(parts: Parts, kind: str, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
@@ -162,8 +211,10 @@ def padding_mask(attention_mask: object, fixed: int | None = None) -> Tensor | N
     For a cache of fixed size generate() makes the 4-D mask ahead; its last row then shows all that is no padding among
     the ``fixed`` entries there are.
     """
-    if isinstance(attention_mask, dict):
-        attention_mask = attention_mask.get("full_attention")
+    if isinstance(attention_mask, dict):  # by kind of layer
+        if "full_attention" not in attention_mask:
+            missing("the attention masks by kind of layer", "full_attention")
+        attention_mask = attention_mask["full_attention"]
     if attention_mask is None:
         return None
     if fixed is not None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
@@ -176,7 +227,22 @@ def padding_mask(attention_mask: object, fixed: int | None = None) -> Tensor | N
     return attention_mask.bool()
 
 
-def brings_visuals(call: dict[str, Any]) -> bool:
-    """Whether a call may bring images or videos."""
-    names = ("mm_encoder_outputs", *PIXELS.values())
-    return any(call.get(name) is not None for name in names)
+def check_unpacked(call: Call, flash: bool) -> None:
+    """Raise ModelError for samples packed one behind the other in a row: after a stage they would see each other.
+
+    transformers tells them by bounds, or by positions that start again where there is neither mask nor cache (with
+    FlashAttention: in a batch of one), and so it is told here. One host read, which transformers makes too.
+    """
+    positions = call.positions
+    if (
+        positions is not None and positions.ndim == 3
+    ):  # Qwen-VL: those of the text come first, if they come at all
+        positions = positions[0] if len(positions) == 4 else None
+    alike = call.mask is None or (flash and isinstance(call.mask, Tensor) and bool(call.mask.all()))
+    again = False
+    if positions is not None and alike and (call.cache is None or (flash and len(positions) == 1)):
+        again = bool((positions.diff(dim=-1) != 1).any())
+    if call.packed or again:
+        raise ModelError(
+            "position_ids: expected one sample a row in a pruning scope, got packed samples (pad them, or run them apart)"
+        )

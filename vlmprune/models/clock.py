@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vlmprune.models.family import Parts
+from vlmprune.models.per_thread import PerThread
 
 Mark = Any  # a float (seconds), or a recorded torch.cuda.Event
 Hooked = tuple[nn.Module, Callable[..., None], Callable[..., None]]
@@ -35,30 +36,25 @@ class Seconds:
     decode: float
 
 
-def untraced(mark: Callable[[Any], None]) -> Callable[..., None]:
-    """The hook that makes a mark, but not in compiled code: a compiled step is one graph, and a clock is no part of it.
+def untraced(hook: Callable[..., None]) -> Callable[..., None]:
+    """The hook, but not in compiled code: a compiled step is one graph, and a clock is no part of it."""
 
-    A method and no closure: a copied model's hooks must belong to the copy.
+    @wraps(hook)
+    def outside(*args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            hook(*args)
+
+    return outside
+
+
+class Marks:
+    """When the parts of one prefill, and of the decoding after it, began and ended.
+
+    Read out only when asked, so timing never makes the host wait. ``vision`` may have begun before the prefill.
     """
 
-    @wraps(mark)
-    def hook(self: Any, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            mark(self)
-
-    return hook
-
-
-class Clock:
-    """Collects marks from hooks; reads them out only when asked, so timing never makes the host wait."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.vision: list[Mark] = []
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget the steps of the generation before; a vision pass may already belong to the coming one."""
+    def __init__(self, vision: list[Mark] | None = None) -> None:
+        self.vision: list[Mark] = [] if vision is None else vision
         self.steps: list[list[Mark]] = []
         self.count, self.more = 0, False
         self.chosen: list[list[Mark]] = []
@@ -66,6 +62,52 @@ class Clock:
     def extend(self) -> None:
         """The coming step is another chunk of the latest one."""
         self.more = bool(self.steps)
+
+    def step_starts(self, mark: Mark) -> None:
+        """The decoder begins a prompt chunk or a decode step."""
+        if self.more:
+            self.more = False
+            return
+        self.count += 1
+        if len(self.steps) == 3:  # prefill, first decode step, latest decode step are all that is ever read
+            self.steps.pop()
+        self.steps.append([mark])
+
+    def step_ends(self, mark: Mark) -> None:
+        """It is done; the text model says so first, then the language-modeling head."""
+        if self.steps:
+            self.steps[-1] = [self.steps[-1][0], mark]
+
+    def seconds(self) -> Seconds:
+        """Read the marks out; on a GPU this waits for the work they mark."""
+        decode = [self.steps[1][0], self.steps[-1][-1]] if len(self.steps) > 1 else []
+        return Seconds(
+            vision=_length(self.vision),
+            prefill=_length(self.steps[0]) if self.steps else 0.0,
+            selection=sum(_length(span) for span in self.chosen),
+            decode=_length(decode),
+        )
+
+
+class Clock:
+    """Makes the marks, from hooks. Every thread times the prompt it runs.
+
+    Hooks are methods and no closures: a copied model's hooks must belong to the copy.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.mine = PerThread(vision=None, marks=None)
+
+    def begin(self) -> Marks:
+        """This thread starts a prompt: the marks to come are its own."""
+        self.mine.marks = Marks(self.mine.vision)
+        marks: Marks = self.mine.marks
+        return marks
+
+    def resume(self, marks: Marks) -> None:
+        """This thread goes on with a prompt."""
+        self.mine.marks = marks
 
     def now(self) -> Mark:
         """A mark in the stream of work, or the time."""
@@ -91,41 +133,30 @@ class Clock:
         try:
             yield
         finally:
-            self.chosen.append([*span, self.now()])
-
-    def seconds(self) -> Seconds:
-        """Read the marks out; on a GPU this waits for the work they mark."""
-        decode = [self.steps[1][0], self.steps[-1][-1]] if len(self.steps) > 1 else []
-        return Seconds(
-            vision=_length(self.vision),
-            prefill=_length(self.steps[0]) if self.steps else 0.0,
-            selection=sum(_length(span) for span in self.chosen),
-            decode=_length(decode),
-        )
+            self.mine.marks.chosen.append([*span, self.now()])
 
     @untraced
-    def _vision_starts(self) -> None:
-        self.vision = [self.now()]
+    def _vision_starts(self, *_: Any) -> None:
+        self.mine.vision = [self.now()]
+        if (
+            self.mine.marks is not None and not self.mine.marks.steps
+        ):  # the call that brings the images encodes them
+            self.mine.marks.vision = self.mine.vision
 
     @untraced
-    def _vision_ends(self) -> None:
-        if self.vision:
-            self.vision = [self.vision[0], self.now()]
+    def _vision_ends(self, *_: Any) -> None:
+        if self.mine.vision:
+            self.mine.vision[1:] = [self.now()]
 
     @untraced
-    def _step_starts(self) -> None:
-        if self.more:
-            self.more = False
-            return
-        self.count += 1
-        if len(self.steps) == 3:  # prefill, first decode step, latest decode step are all that is ever read
-            self.steps.pop()
-        self.steps.append([self.now()])
+    def _step_starts(self, *_: Any) -> None:
+        if self.mine.marks is not None:
+            self.mine.marks.step_starts(self.now())
 
     @untraced
-    def _step_ends(self) -> None:
-        if self.steps:  # the text model ends first, then the language-modeling head moves the mark
-            self.steps[-1] = [self.steps[-1][0], self.now()]
+    def _step_ends(self, *_: Any) -> None:
+        if self.mine.marks is not None:
+            self.mine.marks.step_ends(self.now())
 
 
 def _nothing(*_: Any) -> None:

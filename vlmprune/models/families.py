@@ -7,7 +7,7 @@ last column of the tiles' grid, or a grid of its own. So the products of an imag
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isqrt
 from typing import Any
 
@@ -20,8 +20,7 @@ ImageGrids = tuple[Grid, ...]
 """The grids of one image or video: their products add up to its visual tokens."""
 
 CLIP_LIKE = ("clip_vision_model", "siglip_vision_model")
-HAS_CLS = ("clip_vision_model", "internvl_vision")
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+LANGUAGE = ("llama", "mistral", "qwen2", "qwen3")
 REFUSED = {
     "gemma3": "image tokens attend in both directions and most layers slide",
     "gemma3n": "image tokens attend in both directions and most layers slide",
@@ -31,9 +30,78 @@ REFUSED = {
 """Families that cannot be pruned, and why."""
 
 
+@dataclass(frozen=True)
+class Tower:
+    """What one type of vision tower calls things, and does.
+
+    Attributes:
+        layers: where its blocks are.
+        attention: a block's attention module.
+        cls: whether its first row is a CLS token.
+        normed: whether its attention has norms behind the projections of query and key.
+        grids: argument that tells it frames, patch rows and patch columns of each image.
+        padding: argument that tells it which patches are no padding.
+        width, depth: settings for the width of its rows and the number of its blocks.
+        windows: setting that lists the blocks which see all of an image, where the others see a window.
+        mergers: further projectors inside it.
+    """
+
+    layers: str = "encoder.layers"
+    attention: str = "self_attn"
+    cls: bool = False
+    normed: bool = False
+    grids: str | None = None
+    padding: str | None = None
+    width: str = "hidden_size"
+    depth: str = "num_hidden_layers"
+    windows: str | None = None
+    mergers: str | None = None
+
+
+QWEN = Tower("blocks", "attn", grids="grid_thw", depth="depth")
+TOWERS = {
+    "clip_vision_model": Tower(cls=True),
+    "siglip_vision_model": Tower(),
+    "internvl_vision": Tower("encoder.layer", "attention", cls=True, normed=True),
+    "idefics3_vision": Tower(padding="patch_attention_mask"),
+    "smolvlm_vision": Tower(padding="patch_attention_mask"),
+    "qwen2_vl_vision": replace(QWEN, width="embed_dim"),
+    "qwen2_5_vl_vision": replace(QWEN, windows="fullatt_block_indexes"),
+    "qwen3_vl_vision": replace(QWEN, mergers="deepstack_merger_list"),
+}
+"""By ``config.vision_config.model_type``."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What one type of decoder does.
+
+    Attributes:
+        window: setting that tells of layers which do not see everything: a size, or the kind of each layer.
+        normed: whether its attention has norms behind the projections of query and key.
+        head_dim: whether it has a setting for the width of a head, rather than an equal share of the rows.
+    """
+
+    window: str | None = None
+    normed: bool = False
+    head_dim: bool = False
+
+
+DECODERS = {
+    "llama": Decoder(head_dim=True),
+    "mistral": Decoder("sliding_window", head_dim=True),
+    "qwen2": Decoder("layer_types"),
+    "qwen3": Decoder("layer_types", normed=True, head_dim=True),
+    "qwen2_vl_text": Decoder("layer_types"),
+    "qwen2_5_vl_text": Decoder("layer_types"),
+    "qwen3_vl_text": Decoder(normed=True, head_dim=True),
+}
+"""By ``config.text_config.model_type``."""
+
+
 @dataclass
 class Encoded:
-    """What is remembered of one run of the vision tower. It rides on the tower's output object, and so with its features.
+    """What is remembered of one run of the vision tower.
 
     Attributes:
         crops: patches of each crop (or video frame) that the tower saw.
@@ -65,14 +133,18 @@ def anyres(base: Any, features: Sequence[Tensor], encoded: Encoded) -> list[Imag
     """The whole image in small, then its unpadded tiles with a newline token after every row.
 
     How wide the tiles are is read off the first newline: the sizes of the images do not reach the model's forward.
-    One host read for all images.
+    One host read for all images. Of a very wide image no row of the tiles is left, of a very tall one the newlines only.
     """
     grid = patches_of(base.config)
     small = grid[0] * grid[1]
-    newline = base.image_newline
-    firsts = [(f[small:] == newline.to(f)).all(-1).to(torch.uint8).argmax() for f in features]
-    widths = [first + 1 for first in torch.stack(firsts).tolist()]
-    return [(grid, ((len(f) - small) // w, w)) for f, w in zip(features, widths, strict=True)]
+    tiled = [f[small:] for f in features if len(f) > small]
+    firsts = [(tiles == base.image_newline.to(tiles)).all(-1).to(torch.uint8).argmax() for tiles in tiled]
+    widths = iter((torch.stack(firsts) + 1).tolist() if firsts else ())
+    grids: list[ImageGrids] = []
+    for f in features:
+        width = next(widths) if len(f) > small else 0
+        grids.append((grid, ((len(f) - small) // width, width)) if width else (grid,))
+    return grids
 
 
 def pooled_frames(base: Any, features: Sequence[Tensor], encoded: Encoded) -> list[ImageGrids]:
@@ -95,6 +167,39 @@ def merged_frames(base: Any, features: Sequence[Tensor], encoded: Encoded) -> li
     return [grids[number[id(f)]] for f in features]
 
 
+# Functions with names, as an attached model can be saved and lambdas cannot.
+
+
+def one_patch(config: Any) -> int:
+    """The side of a block where every patch becomes a row."""
+    return 1
+
+
+def scale_factor(config: Any) -> int:
+    """The side of Idefics3's blocks."""
+    return int(config.scale_factor)
+
+
+def merge_size(config: Any) -> int:
+    """The side of Qwen-VL's blocks."""
+    return int(config.vision_config.spatial_merge_size)
+
+
+def shuffled(config: Any) -> int:
+    """The side of InternVL's blocks."""
+    return round(1 / config.downsample_ratio)
+
+
+def no_layer(config: Any) -> int:
+    """The first layer that can be a stage, where any can."""
+    return 0
+
+
+def deepstack(config: Any) -> int:
+    """The first layer behind those after which Qwen3-VL adds the tower's intermediate features to the full sequence."""
+    return len(config.vision_config.deepstack_visual_indexes)
+
+
 @dataclass(frozen=True)
 class Family:
     """One row of the table.
@@ -104,6 +209,7 @@ class Family:
         towers, decoders: model types of vision tower and decoder that are known to work.
         images, videos: which grids the features of the images and videos are.
         side: patches along each side of the block that the projector turns into one row.
+        selects: whether the configuration has a strategy for which rows of the tower are features.
         tapped: whether each visual token is such a block, so that the tower's attention says something about it.
         packs: whether positions can be packed (not with the three-dimensional positions of Qwen-VL).
         first: first decoder layer that can be a stage.
@@ -113,13 +219,14 @@ class Family:
     vision: str = "vision_tower"
     projector: str = "multi_modal_projector"
     towers: tuple[str, ...] = CLIP_LIKE
-    decoders: tuple[str, ...] = DECODERS
+    decoders: tuple[str, ...] = LANGUAGE
     images: Adapter = square
     videos: Adapter | None = None
-    side: Callable[[Any], int] = lambda config: 1
+    side: Callable[[Any], int] = one_patch
+    selects: bool = True
     tapped: bool = True
     packs: bool = True
-    first: Callable[[Any], int] = lambda config: 0
+    first: Callable[[Any], int] = no_layer
 
     @property
     def square(self) -> bool:
@@ -134,11 +241,12 @@ def idefics(name: str) -> Family:
         vision="vision_model",
         projector="connector.modality_projection",
         towers=(f"{name}_vision",),
-        side=lambda config: config.scale_factor,
+        side=scale_factor,
+        selects=False,
     )
 
 
-def qwen(name: str, first: Callable[[Any], int] = lambda config: 0) -> Family:
+def qwen(name: str, first: Callable[[Any], int] = no_layer) -> Family:
     """The Qwen-VL line: fused vision projections over packed frames, three-dimensional positions."""
     return Family(
         vision="visual",
@@ -147,7 +255,8 @@ def qwen(name: str, first: Callable[[Any], int] = lambda config: 0) -> Family:
         decoders=(f"{name}_text",),
         images=merged_frames,
         videos=merged_frames,
-        side=lambda config: config.vision_config.spatial_merge_size,
+        side=merge_size,
+        selects=False,
         tapped=False,
         packs=False,
         first=first,
@@ -158,13 +267,12 @@ FAMILIES = {
     "llava": Family(),
     "llava_next": Family(images=anyres, tapped=False),
     "llava_onevision": Family(images=anyres, videos=pooled_frames, tapped=False),
-    "internvl": Family(towers=("internvl_vision",), side=lambda config: round(1 / config.downsample_ratio)),
+    "internvl": Family(towers=("internvl_vision",), side=shuffled),
     "idefics3": idefics("idefics3"),
     "smolvlm": idefics("smolvlm"),
     "qwen2_vl": qwen("qwen2_vl"),
     "qwen2_5_vl": qwen("qwen2_5_vl"),
-    # The decoder adds the tower's intermediate features to the full sequence after each of its first layers.
-    "qwen3_vl": qwen("qwen3_vl", first=lambda config: len(config.vision_config.deepstack_visual_indexes)),
+    "qwen3_vl": qwen("qwen3_vl", first=deepstack),
 }
 """By ``config.model_type``."""
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from vlmprune.errors import ModelError, check
 from vlmprune.flops import DecoderShape
-from vlmprune.models.families import FAMILIES, HAS_CLS, REFUSED, Family, token_grid
+from vlmprune.models.families import DECODERS, FAMILIES, REFUSED, TOWERS, Decoder, Family, Tower, token_grid
+from vlmprune.models.host import Host, attribute
 from vlmprune.policies.base import Grid, PruningPolicy
 
 
@@ -23,7 +25,8 @@ class Parts:
         base: its inner model, which merges image features into the text.
         text: the language model; ``layers`` are its decoder layers.
         vision, projector: vision tower and multi-modal projector.
-        family: the model's row in the table of families.
+        host: what this transformers calls the arguments of their forwards.
+        family, tower, decoder: their rows in the tables.
         token_ids: id of the placeholder token of an "image" and, if the model knows videos, of a "video".
     """
 
@@ -34,29 +37,39 @@ class Parts:
     vision: Any
     projector: Any
     config: Any
+    host: Host
     family: Family
+    tower: Tower
+    decoder: Decoder
     token_ids: dict[str, int]
+
+
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+"""The base model's argument for the pixels of each kind."""
 
 
 def check_config(config: Any) -> None:
     """Raise ModelError unless this configuration is of a known family and all its decoder layers see everything."""
-    kind = getattr(config, "model_type", type(config).__name__)
+    kind = config.model_type if isinstance(config, PretrainedConfig) else type(config).__name__
     if kind in REFUSED:
         raise ModelError(f"model: {kind!r} cannot be pruned: {REFUSED[kind]}")
-    text, vision = getattr(config, "text_config", None), getattr(config, "vision_config", None)
-    if text is None or vision is None or getattr(config, "image_token_id", None) is None:
-        raise ModelError(f"model: expected a vision-language model with visual tokens, got {kind!r}")
     family = FAMILIES.get(kind)
+    if family is None:
+        raise ModelError(
+            f"model: expected a vision-language model of type {', '.join(FAMILIES)}, got {kind!r}"
+        )
+    text, vision = attribute(config, "text_config"), attribute(config, "vision_config")
     for name, got, known in (
-        ("model", kind, tuple(FAMILIES)),
-        ("vision tower", vision.model_type, family.towers if family else (vision.model_type,)),
-        ("decoder", text.model_type, family.decoders if family else (text.model_type,)),
+        ("vision tower", vision.model_type, family.towers),
+        ("decoder", text.model_type, family.decoders),
     ):
         if got not in known:
             raise ModelError(f"{name}: expected one of {', '.join(known)}, got {got!r}")
     _check_attention(text)
-    strategy, cls = getattr(config, "vision_feature_select_strategy", None), vision.model_type in HAS_CLS
-    if strategy is not None and (strategy == "default") != cls:
+    if not family.selects:
+        return
+    strategy, cls = attribute(config, "vision_feature_select_strategy"), TOWERS[vision.model_type].cls
+    if (strategy == "default") != cls:
         expected, why = ("default", "its CLS row would count as") if cls else ("full", "it would lose")
         raise ModelError(
             f"vision_feature_select_strategy: expected {expected!r} with {vision.model_type}, "
@@ -66,16 +79,16 @@ def check_config(config: Any) -> None:
 
 def _check_attention(text: Any) -> None:
     """Raise ModelError if a decoder layer attends through a sliding window, or is no attention at all."""
-    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
-    if not kinds and window and getattr(text, "use_sliding_window", True):
-        kinds = ["sliding_attention"]
-    odd = sorted({*(kinds or ())} - {"full_attention"})
+    name = DECODERS[text.model_type].window
+    told: Any = attribute(text, name) if name is not None else None
+    odd: set[str] = set()
+    if name == "sliding_window" and told:
+        odd = {f"a sliding window of {told}"}
+    if name == "layer_types":
+        odd = {f"layers of {kind}" for kind in told if kind != "full_attention"}
     if odd:
-        got = (
-            f"a sliding window of {window}" if odd == ["sliding_attention"] else f"layers of {', '.join(odd)}"
-        )
         raise ModelError(
-            f"decoder: expected full attention in every layer, got {got}: "
+            f"decoder: expected full attention in every layer, got {', '.join(sorted(odd))}: "
             "after pruning such a layer would silently cover more of the prompt"
         )
 
@@ -101,7 +114,7 @@ def find_parts(model: Any) -> Parts:
     """Find the parts of a supported VLM; PEFT wrappers are looked through. Raises ModelError otherwise."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    config: Any = getattr(model, "config", None)
+    config: Any = model.config if isinstance(model, PreTrainedModel) else model
     check_config(config)
     base, family = model.base_model, FAMILIES[config.model_type]
     if base is model or not hasattr(base, family.text):
@@ -109,37 +122,40 @@ def find_parts(model: Any) -> Parts:
             f"model: expected the class with the language-modeling head, got {type(model).__name__}"
         )
     text = getattr(base, family.text)
-    ids = {"image": config.image_token_id, "video": getattr(config, "video_token_id", None)}
+    layers = list(text.layers)
+    kinds = ("image", "video") if family.videos is not None else ("image",)
     return Parts(
         model=model,
         base=base,
         text=text,
-        layers=list(text.layers),
+        layers=layers,
         vision=getattr(base, family.vision),
         projector=base.get_submodule(family.projector),
         config=config,
+        host=Host(model, base, layers, {kind: PIXELS[kind] for kind in kinds}),
         family=family,
-        token_ids={kind: number for kind, number in ids.items() if number is not None},
+        tower=TOWERS[config.vision_config.model_type],
+        decoder=DECODERS[config.text_config.model_type],
+        token_ids={kind: attribute(config, f"{kind}_token_id") for kind in kinds},
     )
 
 
-def tower_layers(vision: Any) -> nn.ModuleList:
-    """The vision tower's blocks, whatever its family calls them."""
-    tower = getattr(vision, "vision_model", vision)
-    tower = getattr(tower, "encoder", tower)
-    return next(getattr(tower, name) for name in ("layers", "layer", "blocks") if hasattr(tower, name))
+def tower_layers(parts: Parts) -> list[Any]:
+    """The vision tower's blocks."""
+    return list(parts.vision.get_submodule(parts.tower.layers))
 
 
 def decoder_shape(config: Any) -> DecoderShape:
     """The decoder's dimensions, for counting FLOPs."""
     text = config.text_config
     heads = text.num_attention_heads
+    own = DECODERS[text.model_type].head_dim
     return DecoderShape(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         heads=heads,
         kv_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        head_dim=text.head_dim if own else text.hidden_size // heads,
         intermediate=text.intermediate_size,
     )
 
@@ -149,27 +165,26 @@ def vision_flops(parts: Parts, crops: Sequence[int]) -> int:
 
     Windowed layers (Qwen2.5-VL) are counted as if every window were full.
     """
-    vision, layers = parts.config.vision_config, tower_layers(parts.vision)
-    width = getattr(vision, "embed_dim", vision.hidden_size)
-    cls = vision.model_type in HAS_CLS
-    mergers = [parts.projector, *getattr(parts.vision, "deepstack_merger_list", ())]
+    tower, weights = parts.tower, sum(map(linear_weights, tower_layers(parts)))
+    width = attribute(parts.config.vision_config, tower.width)
+    mergers = [parts.projector, *(attribute(parts.vision, tower.mergers) if tower.mergers else ())]
     stem = sum(m.weight.numel() for m in parts.vision.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
     total = 0
     for patches in crops:
-        rows = patches + cls
-        total += 2 * (stem * patches + linear_weights(layers) * rows)
-        total += sum(4 * rows * span * width for span in _spans(vision, rows))
+        rows = patches + tower.cls
+        total += 2 * (stem * patches + weights * rows)
+        total += sum(4 * rows * span * width for span in _spans(parts, rows))
     side = parts.family.side(parts.config)
     return total + sum(2 * linear_weights(m) for m in mergers) * sum(crops) // side**2
 
 
-def _spans(vision: Any, rows: int) -> list[int]:
+def _spans(parts: Parts, rows: int) -> list[int]:
     """How many rows each row attends to, layer by layer."""
-    depth = getattr(vision, "depth", None) or vision.num_hidden_layers
-    full = getattr(vision, "fullatt_block_indexes", None)
-    if full is None:
+    vision, tower = parts.config.vision_config, parts.tower
+    depth = attribute(vision, tower.depth)
+    if tower.windows is None:
         return [rows] * depth
-    window = (vision.window_size // vision.patch_size) ** 2
+    window, full = (vision.window_size // vision.patch_size) ** 2, attribute(vision, tower.windows)
     return [rows if i in full else min(rows, window) for i in range(depth)]
 
 

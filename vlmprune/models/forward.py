@@ -6,7 +6,6 @@ each see their own.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from vlmprune.errors import ModelError
 from vlmprune.models.calls import Visuals
 from vlmprune.models.families import ImageGrids
 from vlmprune.models.layout import Layout, TextSpan, find_text, open_layout, take
+from vlmprune.models.prompt import Prompt
 from vlmprune.policies.base import AttentionInputs, tokens_in
 
 Rope = tuple[Tensor, Tensor]
@@ -42,26 +42,6 @@ class Plan:
     rows: Tensor | None = None
 
 
-class Prompt:
-    """A prompt as far as it has come: chunked prefill hands it over in several calls with one cache."""
-
-    def __init__(self, cache: Any = None, batch: int = 0, length: int = 0) -> None:
-        self.cache = None if cache is None else weakref.ref(cache)
-        self.batch, self.length = batch, length
-        self.visual: tuple[int, ...] = ()
-
-    def goes_on(self, cache: Any, batch: int, past: int) -> bool:
-        """Whether a call with this cache brings the next chunk."""
-        same = self.cache is not None and self.cache() is cache
-        return same and (batch, past) == (self.batch, self.length)
-
-    def add(self, counts: tuple[int, ...]) -> tuple[int, ...]:
-        """Count a chunk's visual tokens per sample; returns those of the chunks before it."""
-        before = self.visual or (0,) * len(counts)
-        self.visual = tuple(a + b for a, b in zip(before, counts, strict=True))
-        return before
-
-
 @dataclass
 class Forward:
     """One call of the model inside a pruning scope.
@@ -70,14 +50,18 @@ class Forward:
         owner: the engine whose hooks made it.
         q: length of this call's chunk.
         past: tokens the cache had seen before it, on the host.
+        given: the cache the call came with, or None.
+        cache: the one its decoder layers got, known when the first of them runs.
         visual: ``[B, q]`` True at visual tokens, or None if this call brings no images.
         visuals: the images and videos this call brings; None without any.
         videos: ``[B, q]`` True at visual tokens of a video, where a call brings both kinds (one host read more).
-        prompt: what this call is a chunk of.
+        prompt: what this call is a chunk of; None for a decode step.
         images: the grids of each sample's images, known when the first hooked layer runs; in a chunk those of the whole
             prompt so far.
         shares: how many images the visual tokens of each sample are, where chunked prefill cut them up; else None.
         tail: candidates of assisted decoding that stand behind the prompt.
+        goes_on: whether only logits of the last rows are asked for, as generate() does.
+        predicting: ``[B, q]`` True at rows from which a label is predicted; None outside training.
         seen: ``[B, past + q]`` False at padding (the 2-D attention mask), or None.
         plans: by stage layer; None for a stage that kept everything.
         scored: self-attention modules that a stage scores from.
@@ -92,13 +76,17 @@ class Forward:
     owner: object
     q: int
     past: int = 0
+    given: Any = None
+    cache: Any = None
     visual: Tensor | None = None
     visuals: Visuals | None = None
     videos: Tensor | None = None
-    prompt: Prompt = field(default_factory=Prompt)
+    prompt: Prompt | None = None
     images: tuple[tuple[ImageGrids, ...], ...] = ()
     shares: tuple[float, ...] | None = None
     tail: int = 0
+    goes_on: bool = False
+    predicting: Tensor | None = None
     seen: Tensor | None = None
     first: Layout | None = None
     wants_text: bool = False
@@ -125,7 +113,7 @@ class Forward:
         A mask of None there means that transformers found no padding: nothing to ask the device for.
         """
         if self.first is None:
-            assert self.visual is not None and self.visuals is not None
+            assert self.visual is not None and self.visuals is not None and self.prompt is not None
             if attention_mask is None:
                 self.seen = None
             self.first = open_layout(self.visual, self.chunk_padding(), self.visuals.tokens(), self.tail)
@@ -141,12 +129,12 @@ class Forward:
 
     def _open_chunk(self, first: Layout, before: tuple[int, ...]) -> None:
         """Count visual tokens from the prompt's first one on, so that parts of an image find their place in its grid."""
-        assert self.visuals is not None
+        assert self.visuals is not None and self.prompt is not None
         if self.wants_text:
             raise ModelError(
                 "prefill_chunk_size: expected None with a method that reads the prompt's text, got a prompt in chunks"
             )
-        self.images = self.visuals.in_chunks(self.prompt.visual)
+        self.images = self.visuals.in_chunks(self.prompt.seen)
         grids = [tokens_in(images[0]) if images else 1 for images in self.images]
         self.shares = tuple(n / size for n, size in zip(first.counts, grids, strict=True))
         start = torch.tensor(before).to(first.ordinals.device, non_blocking=True)[:, None]

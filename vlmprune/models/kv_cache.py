@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vlmprune.errors import ModelError
-from vlmprune.models.kv_layers import PRUNED, PrunedLayer, lengthen
+from vlmprune.models.kv_layers import PRUNED, QUANTIZED, PrunedLayer, lengthen
 
 
 def check_cache(cache: object) -> None:
@@ -18,13 +18,14 @@ def check_cache(cache: object) -> None:
     for layer in layers:
         if type(layer) not in PRUNED and not isinstance(layer, PrunedLayer):
             names = ", ".join(kind.__name__ for kind in PRUNED)
-            raise ModelError(f"past_key_values: expected layers of {names}, got {type(layer).__name__}")
+            raise ModelError(f"cache: expected layers of {names}, got {type(layer).__name__}")
 
 
 def is_started(cache: Cache | None) -> bool:
     """Whether a cache has seen a call before."""
     layers: list[Any] = [] if cache is None else cache.layers
-    return bool(layers) and bool(layers[0].is_initialized)
+    # len(layers), not bool(layers): Dynamo of torch 2.11 cannot trace the latter
+    return len(layers) > 0 and bool(layers[0].is_initialized)
 
 
 def pruned_layer(cache: Cache | None, i: int) -> PrunedLayer | None:
@@ -63,9 +64,14 @@ def held_keys(layer: Any, count: int, device: torch.device) -> Tensor:
 
 def resident_bytes(cache: Cache | None) -> int:
     """Bytes of all storage the layers of a cache hold, allocated but unwritten entries included."""
-    names = ("keys", "values", "_quantized_keys", "_quantized_values")
     layers = [] if cache is None else cache.layers
-    return sum(_bytes(getattr(layer, name, None)) for layer in layers for name in names)
+    held: list[Any] = [
+        x for layer in layers if isinstance(layer, CacheLayerMixin) for x in (layer.keys, layer.values)
+    ]
+    held += [
+        x for layer in filter(is_quantized, layers) for x in (layer._quantized_keys, layer._quantized_values)
+    ]
+    return sum(map(_bytes, held))
 
 
 def _bytes(held: Any) -> int:
@@ -79,7 +85,7 @@ def _bytes(held: Any) -> int:
 
 def is_quantized(layer: Any) -> bool:
     """Whether a layer's keys are only approximately those that attention saw."""
-    return hasattr(layer, "_quantized_keys")
+    return isinstance(layer, QUANTIZED)
 
 
 def past_validity(cache: Cache | None, i: int, seen: Tensor | None, count: int) -> Tensor | None:

@@ -82,8 +82,8 @@ class PrunedLayer(Plain):  # type: ignore[misc]
         """Append keys and values. Raises ModelError for a chunk that only a pruning scope could have masked rightly."""
         if self.pending is None and self._needs_scope(key_states.shape[-2]):
             raise ModelError(
-                "past_key_values: expected the scope this cache was pruned in (its masks and positions belong to it), "
-                "got a call of the model outside"
+                "cache: expected a pruning scope (this cache was pruned in one: its masks and positions need the hooks), "
+                "got a call of the model outside of any"
             )
         out: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
         if self.pending:
@@ -111,7 +111,7 @@ class PrunedLayer(Plain):  # type: ignore[misc]
             expected = f"a negative number, at least {least}, on a pruned cache layer"
             raise ValueError(f"tokens_to_remove: expected {expected}, got {tokens_to_remove}")
         super().crop(tokens_to_remove)
-        if self.valid is not None:
+        if self.valid is not None and not self.static:  # what a static one writes next is valid as well
             self.valid = self.valid[:, : self.stored()]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -202,6 +202,9 @@ class PrunedHQQLayer(PrunedQuantizedLayer, HQQQuantizedLayer):  # type: ignore[m
     """Quantized by HQQ."""
 
 
+QUANTIZED: tuple[type, ...] = (cache_utils.QuantizedLayer,)
+"""Kinds whose keys are only approximately those that attention saw."""
+
 KINDS: list[type] = [PrunedDynamicLayer, PrunedStaticLayer, PrunedQuantoLayer, PrunedHQQLayer]
 
 if hasattr(cache_utils, "Fp8QuantizedLayer"):  # since transformers 5.18
@@ -210,6 +213,7 @@ if hasattr(cache_utils, "Fp8QuantizedLayer"):  # since transformers 5.18
         """Quantized to 8-bit floats."""
 
     KINDS.append(PrunedFp8Layer)
+    QUANTIZED += (cache_utils.Fp8QuantizedLayer,)
 
 PRUNED = {kind.__bases__[1]: kind for kind in KINDS}
 """Pruned class by the class of the layer that becomes one."""

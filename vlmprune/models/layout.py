@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.policies.base import Reduction
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,7 @@ class Layout:
         valid: ``[B, n]`` False = padding row; None = no padding.
         origin: ``[B, n]`` position of each row in the prompt before any pruning, -1 = padding; None = unpruned.
         ordered: False if an earlier stage rearranged the visual tokens, so that ordinals no longer ascend.
+        trailing: whether some sample's tokens are followed by padding.
         end: ``[B, 1]`` position (unpruned) at which the prompt ends and candidates of assisted decoding begin; None =
             there are none.
     """
@@ -37,6 +37,7 @@ class Layout:
     valid: Tensor | None
     origin: Tensor | None
     ordered: bool = True
+    trailing: bool = False
     end: Tensor | None = None
 
     def prompt(self) -> Tensor | None:
@@ -90,13 +91,12 @@ def open_layout(visual: Tensor, padding: Tensor | None, known: int | None, tail:
     """
     batch, q = visual.shape
     if batch == 1 and padding is None and known is not None:
-        counts, real = (known,), (q,)
+        counts, real, ends = (known,), (q,), (True,)
     else:
         valid = torch.ones_like(visual) if padding is None else padding
-        per_sample = torch.stack(
-            [visual.sum(1), valid.sum(1)]
-        ).tolist()  # the one host read of a padded prefill
-        counts, real = tuple(per_sample[0]), tuple(per_sample[1])
+        # the one host read of a padded prefill
+        per_sample = torch.stack([visual.sum(1), valid.sum(1), valid[:, -1] | ~valid.any(1)])
+        counts, real, ends = map(tuple, per_sample.tolist())
     columns = positions_of(visual, max(counts))
     order = torch.arange(columns.shape[1], device=columns.device)
     return Layout(
@@ -107,6 +107,7 @@ def open_layout(visual: Tensor, padding: Tensor | None, known: int | None, tail:
         real=real,
         valid=None if all(n == q for n in real) else padding,
         origin=None,
+        trailing=not all(ends),
         end=(columns.amax(1, keepdim=True) + 1).clamp(min=q - tail) if tail and max(counts) else None,
     )
 
@@ -139,37 +140,6 @@ def text_rows(layout: Layout, text: TextSpan) -> Tensor:
     if layout.origin is not None:
         mask = (layout.origin >= 0) & mask.gather(1, layout.origin.clamp(min=0))
     return positions_of(mask, text.width)
-
-
-def kept_counts(index: Tensor) -> tuple[int, ...]:
-    """Entries of ``index [B, K]`` that are no padding, per sample. A batch of one has no padding: no host read."""
-    return (index.shape[1],) if index.shape[0] == 1 else tuple((index >= 0).sum(1).tolist())
-
-
-def keep_newest(layout: Layout, index: Tensor, kept: tuple[int, ...]) -> Tensor:
-    """``index``, with a visual token that ends the prompt in the place of the last one kept.
-
-    The newest row is the one whose logits generation continues from; a prompt that ends with its image would
-    otherwise lose it. Replacing the largest entry by a larger one keeps the order and the count.
-    """
-    if index.shape[1] == 0:
-        return index
-    if len(set(kept)) == 1 and len(set(layout.counts)) == 1:
-        slot, newest = index[:, -1:], layout.columns[:, -1:]
-        ends = newest == last_rows(layout)
-        return torch.cat([index[:, :-1], torch.where(ends, layout.columns.shape[1] - 1, slot)], dim=1)
-    total = torch.tensor([layout.counts, kept]).to(index.device, non_blocking=True).sub_(1)[:, :, None]
-    newest, slot = take(layout.columns, total[0]), total[1].clamp(min=0)
-    ends = (newest >= 0) & (newest == last_rows(layout))
-    return index.scatter(1, slot, torch.where(ends, total[0], index.gather(1, slot)))
-
-
-def in_order(layout: Layout, choice: Tensor | Reduction) -> tuple[Tensor, tuple[int, ...]]:
-    """A choice's kept tokens ``[B, K]`` in ascending order, and how many of each sample."""
-    if not isinstance(choice, Reduction):
-        kept = kept_counts(choice)
-        return keep_newest(layout, choice, kept), kept
-    return ascending(choice.index), kept_counts(choice.index)
 
 
 def ascending(index: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from vlmprune.models.forward import Forward, Plan, Rope
@@ -17,14 +16,13 @@ from vlmprune.register import NAME
 Kwargs = dict[str, Any]
 
 
-def chunk_mask(
-    config: Any, forward: Forward, plan: Plan | None, hidden: Tensor, cache: Cache | None, i: int
-) -> Any:
+def chunk_mask(config: Any, forward: Forward, plan: Plan | None, hidden: Tensor, i: int) -> Any:
     """The mask of a chunk's rows ``hidden [B, n, D]`` at decoder layer ``i``; its cache is told of them.
 
     Layers that need the same mask share it.
     """
-    rows, past = hidden.shape[1], entries(cache, i, forward.past)
+    cache, rows = forward.cache, hidden.shape[1]
+    past = entries(cache, i, forward.past)
     old = past_validity(cache, i, forward.seen, past)
     layer = None if cache is None else make_prunable(cache, i)
     known = (None, None) if layer is None else (layer.valid, layer.shift)
@@ -50,7 +48,7 @@ def decode_step(
     sees everything, in any attention implementation, when there is no mask.
     """
     if layer.valid is None and layer.shift is None and not layer.static:
-        return None if kwargs.get("attention_mask") is None else {**kwargs, "attention_mask": None}
+        return None if kwargs["attention_mask"] is None else {**kwargs, "attention_mask": None}
     rope = kwargs["position_embeddings"]
     if layer.shift is not None:
         rope = shifted(text, forward, hidden, kwargs["position_ids"], layer.shift)

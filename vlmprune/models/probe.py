@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 
 from vlmprune.errors import ModelError
+from vlmprune.models.families import DECODERS
 from vlmprune.models.forward import Forward, Rope
+from vlmprune.models.host import attribute
 from vlmprune.models.kv_cache import entries, extend_validity, held_keys, is_quantized, past_validity
 from vlmprune.models.layout import Layout, TextSpan, last_rows, moved, text_rows
 from vlmprune.policies.base import AttentionInputs, Needs
@@ -33,7 +36,7 @@ def read_attention(attn: Any, kwargs: dict[str, Any], forward: Forward, needs: N
     Keys come from the cache the layer has just filled; without a cache they are projected once more.
     """
     hidden, rope = kwargs["hidden_states"], kwargs["position_embeddings"]
-    cache: Cache | None = kwargs.get("past_key_values")
+    cache: Cache | None = forward.cache
     layout = moved(forward.layout_before(attn.layer_idx + 1), hidden.device)
     total = 0 if cache is None else entries(cache, attn.layer_idx, forward.past + forward.q)
     if cache is None or is_quantized(cache.layers[attn.layer_idx]):
@@ -49,13 +52,12 @@ def read_own_attention(
     layer: Any,
     hidden: Tensor,
     rope: Rope,
-    cache: Cache | None,
     layout: Layout,
     forward: Forward,
     needs: Needs,
 ) -> AttentionInputs:
     """What decoder layer ``layer`` will see of the rows that enter it: its norm and projections, run ahead of it."""
-    attn, hidden = layer.self_attn, layer.input_layernorm(hidden)
+    attn, hidden, cache = layer.self_attn, layer.input_layernorm(hidden), forward.cache
     rope, layout = (rope[0].to(hidden.device), rope[1].to(hidden.device)), moved(layout, hidden.device)
     past = entries(cache, attn.layer_idx, forward.past)
     key = _with_past(cache, attn, past, _project_keys(attn, hidden, rope))
@@ -124,7 +126,7 @@ def _ranks(attn: Any, have: int) -> Any:
     every, weight = attn.config.num_attention_heads, attn.q_proj.weight
     if have == every:
         return None
-    for dim, placement in enumerate(getattr(weight, "placements", ())):
+    for dim, placement in enumerate(weight.placements if isinstance(weight, DTensor) else ()):
         if placement.is_shard(0):
             return weight.device_mesh.get_group(dim)
     raise ModelError(
@@ -149,9 +151,9 @@ def _mask(cache: Cache | None, attn: Any, forward: Forward, past: int, layout: L
 
 def _project(attn: Any, name: str, hidden: Tensor) -> Tensor:
     """Query ("q") or key ("k") heads of rows entering a layer's attention, unrotated, behind its norm on them (Qwen3)."""
-    x = heads(getattr(attn, f"{name}_proj")(hidden), attn.head_dim)
-    norm = getattr(attn, f"{name}_norm", None)
-    return x if norm is None else norm(x)
+    x = heads(attribute(attn, f"{name}_proj")(hidden), attn.head_dim)
+    normed = DECODERS[attn.config.model_type].normed
+    return attribute(attn, f"{name}_norm")(x) if normed else x
 
 
 def _project_keys(attn: Any, hidden: Tensor, rope: Rope) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ContextDecorator
+from types import MethodType
 
 from torch import nn
 
@@ -17,9 +17,8 @@ from vlmprune.policies.base import PruningPolicy
 def find_engine(parts: Parts) -> Engine | None:
     """The engine attached to a model: its hooks are the only trace it leaves there."""
     for hook in parts.base._forward_pre_hooks.values():
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, Engine):
-            return owner
+        if isinstance(hook, MethodType) and isinstance(hook.__self__, Engine):
+            return hook.__self__
     return None
 
 
@@ -34,13 +33,31 @@ def _start(model: nn.Module, policy: PruningPolicy | None) -> Engine:
     return engine
 
 
-def _start_pruning(model: nn.Module, policy: PruningPolicy) -> Engine:
+def _checked(policy: PruningPolicy) -> PruningPolicy:
     check(isinstance(policy, PruningPolicy), "policy", "a PruningPolicy, e.g. FastV(layer=2)", repr(policy))
-    return _start(model, policy)
+    return policy
 
 
-@contextmanager
-def prune(model: nn.Module, policy: PruningPolicy) -> Iterator[Run]:
+class Scope(AbstractContextManager[Run], ContextDecorator):
+    """A block in which a model runs with hooks; may be entered again once it was left."""
+
+    def __init__(self, model: nn.Module, policy: PruningPolicy | None) -> None:
+        self._model, self._policy = model, policy
+        self._engine: Engine | None = None
+
+    def __enter__(self) -> Run:
+        self._engine = _start(self._model, self._policy)
+        return self._engine.run
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        engine, self._engine = self._engine, None
+        assert engine is not None
+        engine.remove()
+        if kind is None:
+            engine.raise_if_lost()
+
+
+def prune(model: nn.Module, policy: PruningPolicy) -> Scope:
     """Prune this model's visual tokens inside the block.
 
     Only this instance is touched, by forward hooks that are gone when the block ends, also after an error.
@@ -65,29 +82,20 @@ def prune(model: nn.Module, policy: PruningPolicy) -> Iterator[Run]:
     Raises:
         ModelError: the model, its decoder or its cache cannot be pruned.
         ValueError: the policy has a stage beyond the decoder's depth, or the model already has a policy.
-        NotPrunedError: on leaving, if decoder layers ran without being pruned.
+        VersionError: this transformers calls something by a name that is not known here.
+        NotPrunedError: at a call that is not pruned as asked; on leaving, if other code took the hooks off.
     """
-    engine = _start_pruning(model, policy)
-    try:
-        yield engine.run
-    finally:
-        engine.remove()
-    engine.raise_if_missed()
+    return Scope(model, _checked(policy))
 
 
-@contextmanager
-def meter(model: nn.Module) -> Iterator[Run]:
+def meter(model: nn.Module) -> Scope:
     """Measure an unpruned run the way ``prune`` measures a pruned one: same ``Run``, no stages."""
-    engine = _start(model, None)
-    try:
-        yield engine.run
-    finally:
-        engine.remove()
+    return Scope(model, None)
 
 
 def attach(model: nn.Module, policy: PruningPolicy) -> Run:
     """Prune this model until ``detach``: for pipelines and servers. Arguments and errors as for ``prune``."""
-    return _start_pruning(model, policy).run
+    return _start(model, _checked(policy)).run
 
 
 def detach(model: nn.Module) -> None:
@@ -95,10 +103,10 @@ def detach(model: nn.Module) -> None:
 
     Raises:
         ValueError: no policy is attached.
-        NotPrunedError: decoder layers ran without being pruned while it was attached.
+        NotPrunedError: other code took the hooks off while it was attached.
     """
     engine = find_engine(find_parts(model))
     check(engine is not None, "model", "a model with a policy attached", "none attached")
     assert engine is not None
     engine.remove()
-    engine.raise_if_missed()
+    engine.raise_if_lost()

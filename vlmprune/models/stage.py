@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.errors import ModelError, check
+from vlmprune.errors import ModelError
+from vlmprune.models.choice import settle
 from vlmprune.models.family import Parts
 from vlmprune.models.forward import Forward, Plan, Rope
 from vlmprune.models.layout import (
     Layout,
-    in_order,
+    ascending,
     moved,
     packed_rows,
     put_rows,
@@ -22,18 +21,19 @@ from vlmprune.models.layout import (
     text_rows,
 )
 from vlmprune.models.probe import read_own_attention
-from vlmprune.models.run import Run
 from vlmprune.models.vision import VisionTaps
 from vlmprune.policies.base import AttentionInputs, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.checks import check_selection
 
 
 class StageRunner:
     """Runs the stages of one policy on one model."""
 
-    def __init__(self, parts: Parts, policy: PruningPolicy, run: Run, taps: VisionTaps) -> None:
-        self.parts, self.policy, self.run, self.taps = parts, policy, run, taps
+    def __init__(self, parts: Parts, policy: PruningPolicy, taps: VisionTaps) -> None:
+        self.parts, self.policy, self.taps = parts, policy, taps
+        self.checked: set[int] = set()
 
-    def __call__(self, forward: Forward, i: int, hidden: Tensor, rope: Rope, cache: Any) -> Tensor:
+    def __call__(self, forward: Forward, i: int, hidden: Tensor, rope: Rope) -> Tensor:
         """Decide once which rows survive into layer ``i``, and apply it (again, if the layer is replayed).
 
         Args:
@@ -41,8 +41,8 @@ class StageRunner:
             i: the stage's layer.
             hidden: ``[B, n, D]`` rows entering it.
             rope: cos and sin of the unpruned chunk.
-            cache: the KV cache, or None.
         """
+        assert forward.prompt is not None  # whatever brings images is a prompt
         if i in forward.plans:
             plan = forward.plans[i]
             return hidden if plan is None else _apply(plan, hidden)
@@ -51,14 +51,16 @@ class StageRunner:
         rope = rope[0].to(device), rope[1].to(device)
         tables = rope if before is None else (before.rope[0].to(device), before.rope[1].to(device))
         with torch.no_grad():
-            choice = self._ask(self._context(forward, i, hidden, tables, cache, layout))
-            index, kept = in_order(layout, choice)
+            choice = self._ask(self._context(forward, i, hidden, tables, layout), hidden)
+            choice, kept = settle(layout, choice, hidden, forward.predicting)
+            index = ascending(choice.index) if isinstance(choice, Reduction) else choice
             if kept == layout.counts and not isinstance(choice, Reduction):
                 forward.plans[i] = None
-                self.run.record(i, layout, index, layout)
+                forward.prompt.record(i, layout, index, layout)
                 return hidden
+            self._check_end(forward)
             after, survivors = shorten(layout, index, kept)
-            self.run.record(i, layout, index, after)
+            forward.prompt.record(i, layout, index, after)
         if isinstance(choice, Reduction):
             forward.plans[i] = plan = _reduced(forward, i, rope, tables, layout, after, survivors, choice)
             return _apply(plan, hidden)
@@ -67,28 +69,31 @@ class StageRunner:
         forward.plans[i] = Plan(after, survivors, rope, shift=None if before is None else before.shift)
         return short
 
-    def _ask(self, context: TokenContext) -> Tensor | Reduction:
-        """The policy's choice, checked for its form."""
+    def _ask(self, context: TokenContext, hidden: Tensor) -> Tensor | Reduction:
+        """The policy's choice; the first one at each layer is checked in full, which takes one host read."""
         choice = self.policy.select(context)
-        index = choice.index if isinstance(choice, Reduction) else choice
-        batch = len(context.counts)
-        ok = index.ndim == 2 and index.shape[0] == batch and index.dtype == torch.int64
-        got = f"{index.dtype} {tuple(index.shape)}"
-        check(ok, "select", f"int64 [{batch}, K] from {self.policy!r}", got)
+        if (
+            context.layer not in self.checked and not hidden.is_meta
+        ):  # tensors without values have none to check
+            check_selection(choice, context, repr(self.policy), hidden)
+            self.checked.add(context.layer)
         packed = isinstance(choice, Reduction) and choice.positions == "pack"
         if packed and not self.parts.family.packs:
             raise ModelError(
                 f"positions: expected 'keep' with {self.parts.config.model_type!r} (its positions have three "
                 f"dimensions and cannot be packed), got 'pack' from {self.policy!r}"
             )
-        if isinstance(choice, Reduction) and choice.hidden is not None:
-            shape = tuple(choice.hidden.shape)
-            check(shape[:2] == tuple(index.shape), "select", f"hidden {[*index.shape]} + [D]", [*shape])
         return choice
 
-    def _context(
-        self, forward: Forward, i: int, hidden: Tensor, rope: Rope, cache: Any, layout: Layout
-    ) -> TokenContext:
+    def _check_end(self, forward: Forward) -> None:
+        """Raise ModelError where generation would go on from a padding row: once pruned, there is nothing in it."""
+        if forward.goes_on and forward.first is not None and forward.first.trailing:
+            raise ModelError(
+                "attention_mask: expected padding on the left, as generation goes on from the last row "
+                "(tokenizer.padding_side = 'left'), got a sample that ends in padding"
+            )
+
+    def _context(self, forward: Forward, i: int, hidden: Tensor, rope: Rope, layout: Layout) -> TokenContext:
         """Everything the policy asked for, and where the visual tokens are; all of it where ``hidden`` is."""
         needs, visuals, device = self.policy.needs(i), forward.visuals, hidden.device
         assert forward.first is not None and visuals is not None
@@ -104,7 +109,7 @@ class StageRunner:
             sizes=forward.sizes(),
             shares=forward.shares,
             hidden=ops.gather_tokens([hidden], layout.columns)[0] if needs.hidden else None,
-            attention=self._attention(forward, i, hidden, rope, cache, layout),
+            attention=self._attention(forward, i, hidden, rope, layout),
             embeds=forward.embeds.to(device) if needs.embeds and forward.embeds is not None else None,
             image=first.columns if needs.embeds else None,
             text=None if forward.text is None else text_rows(first, forward.text),
@@ -116,14 +121,14 @@ class StageRunner:
         )
 
     def _attention(
-        self, forward: Forward, i: int, hidden: Tensor, rope: Rope, cache: Any, layout: Layout
+        self, forward: Forward, i: int, hidden: Tensor, rope: Rope, layout: Layout
     ) -> AttentionInputs | None:
         """Query and key of the layer before, read when it ran, or of this layer, projected now."""
         needs = self.policy.needs(i)
         if needs.attention != "own":
             return forward.attention.pop(i, None)
         layer = self.parts.layers[i]
-        return moved(read_own_attention(layer, hidden, rope, cache, layout, forward, needs), hidden.device)
+        return moved(read_own_attention(layer, hidden, rope, layout, forward, needs), hidden.device)
 
 
 def _reduced(

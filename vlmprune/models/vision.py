@@ -6,30 +6,33 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vlmprune.errors import ModelError, check
-from vlmprune.models.calls import Visuals, note_of
-from vlmprune.models.families import HAS_CLS, Encoded, patches_of
+from vlmprune.models.calls import Notes, Visuals
+from vlmprune.models.families import Encoded, patches_of
 from vlmprune.models.family import Parts, tower_layers
+from vlmprune.models.host import Signature, attribute
+from vlmprune.models.per_thread import PerThread
 from vlmprune.models.probe import heads
-from vlmprune.models.run import Run
 from vlmprune.policies.base import VisionAttention
 
 
 class VisionTaps:
-    """Notes what every run of the vision tower saw, on the output object that also carries its features.
+    """Notes what every run of the vision tower saw, so that a call finds the query and key of its own images.
 
-    So a call finds the query and key of its own images, however many others were encoded before it. While the tower
-    runs the note waits here: one model must not encode two batches of images at once (two threads need two models).
+    While the tower runs the note waits here, one for each thread.
     """
 
-    def __init__(self, parts: Parts, layers: Iterable[int], run: Run) -> None:
-        self.parts, self.blocks = parts, tower_layers(parts.vision)
-        self.cls = parts.config.vision_config.model_type in HAS_CLS
-        self.note, self.run = Encoded(()), run
-        self.heard: list[Any] | None = None
+    def __init__(self, parts: Parts, layers: Iterable[int]) -> None:
+        self.parts, self.blocks = parts, tower_layers(parts)
+        self.told = Signature(
+            parts.vision, [n for n in (parts.tower.grids, parts.tower.padding) if n is not None]
+        )
+        self.notes = Notes()
+        self.mine = PerThread(note=None, heard=None, crops=())
         self.attn: dict[int, Any] = {}
         for layer in layers:
             self.attn[layer] = self._attention_of(layer)
@@ -43,8 +46,7 @@ class VisionTaps:
             )
         depth = len(self.blocks)
         check(-depth <= layer < depth, "vision layer", f"{-depth}..{depth - 1}", layer)
-        block: Any = self.blocks[layer]
-        return getattr(block, "self_attn", None) or block.attention
+        return attribute(self.blocks[layer], self.parts.tower.attention)
 
     def register(self) -> list[RemovableHandle]:
         """Hook the tower; with layers wanted also their projections, and the projector's input."""
@@ -56,17 +58,23 @@ class VisionTaps:
         for layer, attn in self.attn.items():
             for name in ("q", "k"):
                 # A norm behind the projection (InternVL) has the last word on it.
-                norm = getattr(attn, f"{name}_norm", None)
-                module = getattr(attn, f"{name}_proj") if norm is None else norm
+                module = attribute(attn, f"{name}_norm" if self.parts.tower.normed else f"{name}_proj")
                 handles.append(module.register_forward_hook(partial(self._keep, layer, name)))
         if self.attn:
             handles.append(self.parts.projector.register_forward_pre_hook(self._see))
         return handles
 
     def listen(self) -> list[Any]:
-        """A list to which outputs are added, until another one is asked for."""
-        self.heard = []
-        return self.heard
+        """A list to which outputs of this thread are added, until it asks for another one."""
+        heard: list[Any] = []
+        self.mine.heard = heard
+        return heard
+
+    def done(self, visuals: Visuals) -> tuple[int, ...]:
+        """Stop listening. Returns the patches of every crop encoded for these images, as far as it is known."""
+        crops = self.mine.crops if visuals.cut else visuals.crops()
+        self.mine.heard, self.mine.crops = None, ()
+        return crops
 
     def attention(self, layer: int, visuals: Visuals, images: Sequence[int]) -> VisionAttention:
         """Query and key of a vision layer for the running call, whose samples have these numbers of images."""
@@ -76,7 +84,7 @@ class VisionTaps:
         side = self.parts.family.side(self.parts.config)
         grid = patches_of(self.parts.config, note)
         mask = None if note.mask is None else _take(note.mask, rows)
-        return VisionAttention(query, key, attn.scale, self.cls, grid, side, mask)
+        return VisionAttention(query, key, attn.scale, self.parts.tower.cls, grid, side, mask)
 
     def features(self, visuals: Visuals, images: Sequence[int]) -> Tensor:
         """``[I, P, Dv]`` what the projector got."""
@@ -86,7 +94,7 @@ class VisionTaps:
 
     def _note(self, visuals: Visuals, images: Sequence[int]) -> Encoded:
         """The note on this call's images: features cut up, or encoded outside the scope, come without."""
-        notes = [note_of(output) for output in visuals.outputs]
+        notes = [self.notes.of(output) for output in visuals.outputs]
         note = notes[0] if len(notes) == 1 else None
         wanted = sum(images)
         ok = note is not None and {(layer, "k") for layer in self.attn} <= {*note.taken}
@@ -100,28 +108,35 @@ class VisionTaps:
 
     # Hooks
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _start(self, module: nn.Module, args: Any) -> None:
-        self.note = Encoded(())
+        self.mine.note = Encoded(())
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        note, thw, mask = self.note, kwargs.get("grid_thw"), kwargs.get("patch_attention_mask")
-        if thw is not None:
-            note.thw = thw.tolist()  # as the tower itself reads it
+        tower, note, given = self.parts.tower, self.mine.note, self.told.read(args, kwargs)
+        if tower.grids is not None:
+            note.thw = given[tower.grids].tolist()  # as the tower itself reads it
             note.crops = tuple(h * w for t, h, w in note.thw for _ in range(t))
         else:
             crops, rows = output.last_hidden_state.shape[:2]
-            note.crops = (rows - self.cls,) * crops
+            note.crops = (rows - tower.cls,) * crops
+            mask = None if tower.padding is None else given[tower.padding]
             note.mask = None if mask is None else mask.flatten(1)
-        output.vlmprune = note
-        self.run.crops += note.crops
-        if self.heard is not None:
-            self.heard.append(output)
+        self.notes.add(output, note)
+        self.mine.crops += note.crops
+        if self.mine.heard is not None:
+            self.mine.heard.append(output)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _keep(self, layer: int, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.note.taken[layer, name] = output.detach()
+        if self.mine.note is not None:  # none is open where a checkpointed block is replayed
+            self.mine.note.taken[layer, name] = output.detach()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.note.features = args[0].detach()
+        if self.mine.note is not None:
+            self.mine.note.features, self.mine.note = args[0].detach(), None
 
 
 def _rows(note: Encoded, images: Sequence[int]) -> list[int] | None:

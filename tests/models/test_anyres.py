@@ -1,0 +1,56 @@
+"""Images of extreme shapes, through the real image processors: tiles without rows, or nothing but newlines."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+
+import vlmprune
+
+sys.path.append(str(Path(__file__).parent))
+import _families_oracle as family
+from _families import CASES, IMAGE, build
+
+SIZES = [(10_000, 10), (1_500, 20), (700, 10), (10, 10_000), (10, 700), (1, 1), (100, 12)]
+"""Width and height."""
+
+
+def processed(name, model, size):
+    """What the family's own image processor makes of a picture."""
+    kind = hf.LlavaNextImageProcessor if name == "llava_next" else hf.LlavaOnevisionImageProcessor
+    sides = {"shortest_edge": 16} if name == "llava_next" else {"height": 16, "width": 16}
+    more = {"crop_size": {"height": 16, "width": 16}} if name == "llava_next" else {}
+    processor = kind(size=sides, image_grid_pinpoints=model.config.image_grid_pinpoints, **more)
+    return processor(images=[Image.new("RGB", size, "red")], return_tensors="pt")
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_extreme_shapes_equal_the_masked_run(name, size):
+    model = build(CASES[name])
+    pixels = processed(name, model, size)
+    pixels = {key: pixels[key] for key in ("pixel_values", "image_sizes")}
+    try:
+        with torch.no_grad():
+            tokens = len(model.model.get_image_features(**pixels).pooler_output[0])
+    except (RuntimeError, ZeroDivisionError) as error:
+        pytest.skip(f"the unpruned model does not run: {error}")
+    ids = torch.tensor([[1, 5, 6] + [IMAGE] * tokens + [7, 8]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
+    settings = {
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "max_new_tokens": 3,
+    }
+    with vlmprune.prune(model, vlmprune.FastV(layer=2, keep=0.5)) as run:
+        out = model.generate(**inputs, **settings, suppress_tokens=[IMAGE, 198])
+    assert run.stages[0].tokens_in == tokens and run.stages[0].tokens_kept == max(1, tokens // 2)
+    want = family.oracle(model, inputs, family.dropped_from(run, inputs))[1]
+    got = torch.stack(out.logits, 1)
+    torch.testing.assert_close(got, want[:, : got.shape[1]], rtol=0, atol=family.TOLERANCE)

@@ -1,0 +1,75 @@
+"""One attached model in several threads: every call gets what it gets alone."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import vlmprune
+
+sys.path.append(str(Path(__file__).parent))
+from _tiny import BEFORE_PREFILL, generate, make_batch, make_model
+
+THREADS, ROUNDS = 4, 3
+POLICIES = {
+    "fastv": vlmprune.FastV(layer=2, keep=0.4),
+    "sparsevlm": vlmprune.SparseVLM(layers=(2, 4), keep=(9, 4)),
+    "fastervlm": vlmprune.FasterVLM(keep=5),
+    "visionzip": vlmprune.VisionZip(dominant=4, contextual=2),
+    "cdpruner": vlmprune.CDPruner(keep=5),
+}
+
+
+def batches():
+    """Prompts of other lengths and numbers of images in every thread."""
+    return [
+        make_batch([[3 + i, "I", 5 + 2 * i] + (["I", 2] if i % 2 else [])], seed=i) for i in range(THREADS)
+    ]
+
+
+def logits_of(model, batch, how):
+    if how == "forward":
+        with torch.no_grad():
+            return model(**batch).logits[:, -1]
+    settings = {"prefill_chunk_size": 7} if how == "chunks" else {}
+    return generate(model, batch, 3, **settings)[1]
+
+
+@pytest.fixture
+def quick_switches():
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+CASES = [(name, how) for name in POLICIES for how in ("generate", "forward")]
+CASES += [("fastv", "chunks")] if BEFORE_PREFILL else []
+
+
+@pytest.mark.parametrize("name, how", CASES)
+def test_threads_do_not_meet(name, how, quick_switches):
+    model, calls = make_model(), batches()
+    run = vlmprune.attach(model, POLICIES[name])
+    alone = [logits_of(model, batch, how) for batch in calls]
+    got = [[] for _ in calls]
+    barrier = threading.Barrier(THREADS)
+
+    def work(i):
+        barrier.wait()
+        for _ in range(ROUNDS):
+            got[i].append(logits_of(model, calls[i], how))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(THREADS)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    for mine, want in zip(got, alone, strict=True):
+        assert len(mine) == ROUNDS  # fewer if it raised
+        for logits in mine:
+            torch.testing.assert_close(logits, want, atol=1e-5, rtol=0)
+    assert run.report().flops.cut > 0 and run.stages
+    vlmprune.detach(model)

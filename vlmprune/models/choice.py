@@ -1,0 +1,79 @@
+"""A policy's choice made good: the rows whose logits are needed stay, whatever was chosen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vlmprune.models.layout import Layout, ascending, last_rows, take
+from vlmprune.policies.base import Reduction
+
+
+def settle(
+    layout: Layout, choice: Tensor | Reduction, hidden: Tensor, predicting: Tensor | None
+) -> tuple[Tensor | Reduction, tuple[int, ...]]:
+    """A choice whose rows can answer, and how many tokens of each sample it keeps.
+
+    A visual token that ends the prompt is the row generation goes on from; in training, a label right behind an image is
+    predicted by the image's last row. Where such a token was dropped it takes the place of the last one kept.
+
+    Args:
+        layout: the rows that enter the stage.
+        choice: the policy's.
+        hidden: ``[B, n, D]`` the rows.
+        predicting: ``[B, q]`` True at prompt rows from which a label is predicted, or None.
+    """
+    index = choice.index if isinstance(choice, Reduction) else choice
+    if predicting is None:
+        new, last = _with_newest(layout, index)
+    else:
+        new, last = _with_predicting(layout, index, predicting.to(index.device)), None
+    kept = (new.shape[1],) if new.shape[0] == 1 else tuple((new >= 0).sum(1).tolist())
+    if not isinstance(choice, Reduction):
+        return new if predicting is None else ascending(new), kept
+    rows = choice.hidden
+    if rows is not None:
+        wider = new.shape[1] - index.shape[1]
+        own = (new != pad(index, (0, wider), value=-1))[..., None]
+        at = take(layout.columns, new).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[2])
+        rows = torch.where(own, hidden.gather(1, at).to(rows), pad(rows, (0, 0, 0, wider)))
+    if last is not None:  # the row generation goes on from sees all others
+        order = (last + 2 * (new < 0)).argsort(dim=1, stable=True)
+        new = new.gather(1, order)
+        rows = None if rows is None else rows.gather(1, order[..., None].expand_as(rows))
+    return replace(choice, index=new, hidden=rows), kept
+
+
+def _with_newest(layout: Layout, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The visual token that ends a prompt in the place of the last one kept, and where it is ``[B, K]``. No host read."""
+    if index.shape[1] == 0:
+        return index, None
+    newest = (layout.columns >= 0).sum(1, keepdim=True) - 1
+    ends = (newest >= 0) & (take(layout.columns, newest) == last_rows(layout))
+    new = torch.where(ends & (index == index.amax(1, keepdim=True)), newest, index)
+    return new, ends & (new == newest)
+
+
+def _with_predicting(layout: Layout, index: Tensor, predicting: Tensor) -> Tensor:
+    """The tokens from which a label is predicted in the places of the last ones kept; more places where there are too few.
+
+    Host work: this is training.
+    """
+    places = layout.positions()
+    must = (places >= 0) & predicting.gather(1, places.clamp(min=0))
+    rows = index.tolist()
+    for row, needed in zip(rows, must.tolist(), strict=True):
+        needed = {i for i, it in enumerate(needed) if it}
+        for token in sorted(needed - {*row}):
+            spare = [i for i in row if i not in needed]
+            if spare and max(spare) >= 0:
+                row[row.index(max(spare))] = token
+            elif spare:
+                row[row.index(-1)] = token
+            else:
+                row.append(token)
+    width = max(map(len, rows), default=0)
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=index.device).long()
