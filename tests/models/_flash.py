@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from types import ModuleType
@@ -96,15 +97,49 @@ GENERATIONS = {
 }
 
 
-def install(monkeypatch, generation):
-    """Put one generation's stand-in where Python finds modules; returns the list its calls are noted in."""
+def install(monkeypatch, generation, takes=None):
+    """Put one generation's stand-in where Python finds modules, beside others; returns the list its calls are noted in.
+
+    ``takes``: its head dims; it refuses others in the words of its generation.
+    """
     name, make = GENERATIONS[generation]
     calls = []
-    for part in (name.partition(".")[0], name):
+    for part in {name.partition(".")[0], name} - sys.modules.keys():
         monkeypatch.setitem(sys.modules, part, ModuleType(part))
     module = sys.modules[name]
-    module.flash_attn_func, module.flash_attn_varlen_func = make(calls)
+    functions = make(calls)
+    if takes is not None:
+        functions = [refusing(function, takes, generation, calls) for function in functions]
+    module.flash_attn_func, module.flash_attn_varlen_func = functions
     return calls
+
+
+def refusing(function, takes, generation, calls):
+    """The function, for some head dims only: the fourth generation asserts, the others check in C++."""
+
+    @functools.wraps(function)
+    def call(q, *args, **kwargs):
+        size = q.shape[-1]
+        if size not in takes:
+            calls.append("refused")
+        if generation == 4:
+            assert size in takes, f"(head_dim, head_dim_v)=({size}, {size}) is not supported on SM90.\nMore."
+        elif size not in takes:
+            raise RuntimeError(
+                "This flash attention build does not support hdim 64.\nException raised from run"
+            )
+        return function(q, *args, **kwargs)
+
+    return call
+
+
+def raising(error):
+    """A function of the third generation's signature that raises."""
+
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, return_attn_probs=False):
+        raise error
+
+    return flash_attn_func
 
 
 def install_for_transformers(monkeypatch):

@@ -103,17 +103,19 @@ def test_mask_on_a_cpu_is_sdpas():
 def gpu(monkeypatch):
     """Take the CPU for a GPU on which one generation of flash-attn is installed; returns the list of its calls."""
 
-    def pretend(generation):
+    def pretend(generation, capability=9, takes=None):
         monkeypatch.setattr(flash, "GPU", "cpu")
         monkeypatch.setattr(flash, "HALVES", (torch.float32,))
-        monkeypatch.setattr(flash, "capability", lambda device: 9)
-        calls = _flash.install(monkeypatch, generation)
+        monkeypatch.setattr(flash, "capability", lambda device: capability)
+        calls = _flash.install(monkeypatch, generation, takes)
         clear()
         return calls
 
     def clear():
         flash.usable.cache_clear()
         flash.load.cache_clear()
+        for kernel in flash.KERNELS:
+            kernel.refused.clear()
 
     yield pretend
     clear()
@@ -202,7 +204,7 @@ def test_a_model_loaded_with_flash_attention_2_is_pruned(monkeypatch, specs):
 
 def test_explain_names_every_kernel_and_says_why_not(gpu):
     assert explain("cpu") == [
-        *((f"flash-attn {n}", "needs a cuda device, got cpu") for n in (3, 4, 2)),
+        *((f"flash-attn {n}", "needs a cuda device, got cpu") for n in ("3", "4", "2", "4 on 8.x")),
         ("torch flash", "needs a cuda device, got cpu"),
         ("torch flash for CPU", None),
         ("torch sdpa", None),
@@ -217,3 +219,87 @@ def test_a_kernel_says_which_gpus_it_is_for(gpu, monkeypatch):
     gpu(3)
     monkeypatch.setattr(flash, "capability", lambda device: 8)
     assert dict(explain("cpu"))["flash-attn 3"] == "needs compute capability 9, got 8"
+
+
+# What the fourth generation takes: flash_attn/cute/interface.py, _validate_head_dims
+BLACKWELL = {*range(8, 129, 8), 256}
+FOURTH = {
+    8: {*range(8, 129, 8)},
+    9: {*range(8, 257, 8)},
+    10: BLACKWELL,
+    11: BLACKWELL,
+    12: {*range(8, 129, 8)},
+}
+
+
+@pytest.mark.parametrize("major", [7, *FOURTH])
+def test_the_fourth_generation_takes_fewer_head_dims_on_newer_gpus(gpu, major):
+    gpu(4, major)
+    taken = set()
+    for size in range(4, 520, 4):
+        q, k, v = draw(1, 2, 2, 3, 3, size, torch.float32)
+        kernel = flash.choose(flash.Call(q, k, v, None, True, None, 0.0), False)
+        if kernel is not None and kernel.name.startswith("flash-attn 4"):
+            taken.add(size)
+    assert taken == FOURTH.get(major, set())
+
+
+def test_without_a_backward_training_goes_elsewhere(gpu):
+    calls = gpu(4, 8)
+    q, k, v = draw(1, 2, 2, 3, 3, 16, torch.float32)
+    call = flash.Call(q.requires_grad_(), k, v, None, True, None, 0.0)
+    assert flash.attend(call, False) is None and not calls
+    with torch.no_grad():
+        flash.attend(call, False)
+    assert calls == ["dense"]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("generation", [3, 4])
+def test_a_refused_call_runs_elsewhere_and_is_not_tried_again(gpu, generation, packed):
+    """Another release may take less than was read: the second generation gives the result."""
+    second, refusing = gpu(2), gpu(generation, takes={16})
+    q, k, v = draw(5, 8, 4, 6, 6, 24, torch.float32)
+    seen = flash.bounds(VALID) if packed else None
+    real = VALID if packed else torch.ones_like(VALID)
+    lower = torch.ones(6, 6, dtype=torch.bool).tril() & real[:, None, None]
+    want = sdpa_attention_forward(layer(8, 4), q, k, v, lower, scaling=0.3)[0]
+    for _ in range(2):
+        got = attention(layer(8, 4), q, k, v, seen, scaling=0.3)[0]
+        torch.testing.assert_close(got[real], want[real], atol=1e-5, rtol=0)
+    assert refusing == ["refused"] and second == ["packed" if packed else "dense"] * 2
+    why = dict(explain("cpu"))[f"flash-attn {generation}"]
+    assert why.startswith("refused float32 with head dim 24: ") and "support" in why
+    small = draw(5, 8, 4, 6, 6, 16, torch.float32)
+    attention(layer(8, 4), *small, seen, scaling=0.3)
+    assert refusing == ["refused", "packed" if packed else "dense"]
+
+
+def test_an_error_that_is_no_refusal_is_raised(gpu, monkeypatch):
+    gpu(3)
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    module = sys.modules["flash_attn_interface"]
+    monkeypatch.setattr(module, "flash_attn_func", _flash.raising(full))
+    q, k, v = draw(1, 2, 2, 3, 3, 16, torch.float32)
+    with pytest.raises(torch.OutOfMemoryError):
+        attention(layer(2, 2), q, k, v, None)
+    assert dict(explain("cpu"))["flash-attn 3"] is None
+
+
+def test_a_package_built_for_another_release_of_its_own_needs_is_not_there(gpu, monkeypatch):
+    gpu(2)
+
+    def broken(name):
+        raise AttributeError("module 'cutlass' has no attribute 'Int32'")
+
+    monkeypatch.setattr(flash, "import_module", broken)
+    assert dict(explain("cpu"))["flash-attn 4"] == (
+        "flash_attn.cute cannot be imported: module 'cutlass' has no attribute 'Int32'"
+    )
+
+
+def test_torchs_kernel_leaves_large_heads_to_sdpa_where_it_may_have_no_backward():
+    (kernel,) = (kernel for kernel in flash.KERNELS if kernel.name == "torch flash")
+    for size, grad, taken in ((192, True, True), (256, False, True), (256, True, False), (264, False, False)):
+        q, k, v = (x.to("meta").requires_grad_(grad) for x in draw(1, 2, 2, 3, 3, size, torch.bfloat16))
+        assert kernel.takes(flash.Call(q, k, v, None, True, None, 0.0)) is taken

@@ -1,14 +1,16 @@
 """Exact-attention kernels that also give the log-sum-exp of every row, and which of them can run where.
 
-flash-attn's three generations and torch's own flash kernels, under one call. Padding needs no unpacking here: the
-padded batch is read as one long row of sequences in which every sample's padding is a sequence of its own.
+flash-attn's three generations and torch's own flash kernels, under one call. No flash-attn can be asked what it takes, so
+the limits here were read in its sources (August 2026); what another release refuses all the same goes to the next kernel.
+Padding needs no unpacking: the padded batch is read as one long row of sequences, each sample's padding being one.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -16,33 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmprune.models.flash_call import Call as Call
+from vlmprune.models.flash_call import bounds as bounds
+from vlmprune.models.flash_call import bounds_mask as bounds_mask
+
 GPU = "cuda"
 HALVES = (torch.float16, torch.bfloat16)
 Result = tuple[Tensor, Tensor | None]
 """Output ``[B, Sq, H, D]`` and log-sum-exp ``[B, H, Sq]`` (float32, natural), None where the kernel gave none."""
 
 
-@dataclass(frozen=True)
-class Call:
-    """One attention call. Causal means lower-right aligned; a call that is causal and has no mask is square.
-
-    Attributes:
-        query: ``[B, H, Sq, D]``; key, value: ``[B, Hkv, S, D]``.
-        mask: None; 1-D int32 sequence bounds (``bounds``); or ``[B, 1 or H, Sq, S]``, bool (True = seen) or added.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    causal: bool
-    scale: float | None
-    dropout: float
-
-    @property
-    def packed(self) -> bool:
-        """Whether the mask is a list of sequence bounds."""
-        return self.mask is not None and self.mask.ndim == 1
+class Refused(Exception):
+    """A kernel's package does not support a call; the text is the package's own."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +42,7 @@ class Kernel:
         takes: whether it can run this call.
         run: runs it; the flag asks for the log-sum-exp.
         spare: only worth calling for what SDPA does not offer: the log-sum-exp, or sequence bounds.
+        refused: kinds of call it has refused, and why; such a call is not tried again.
     """
 
     name: str
@@ -62,6 +50,26 @@ class Kernel:
     takes: Callable[[Call], bool]
     run: Callable[[Call, bool], Result]
     spare: bool = False
+    refused: dict[tuple[torch.device, torch.dtype, int], str] = field(default_factory=dict, compare=False)
+
+    def explain(self, device: torch.device) -> str | None:
+        """Why it cannot run on a device, or what it has refused there; None = nothing is known against it."""
+        refused = [
+            f"refused {str(dtype).removeprefix('torch.')} with head dim {size}: {why}"
+            for (where, dtype, size), why in self.refused.items()
+            if where.type == device.type and device.index in (None, where.index)
+        ]
+        return self.why_not(device) or "; ".join(refused) or None
+
+
+def attend(call: Call, want_lse: bool) -> Result | None:
+    """What the best kernel for this call gives, or the next best where that refuses; None = plain SDPA is to run it."""
+    while (kernel := choose(call, want_lse)) is not None:
+        try:
+            return kernel.run(call, want_lse)
+        except Refused as reason:
+            kernel.refused[call.kind] = str(reason)
+    return None
 
 
 def choose(call: Call, want_lse: bool) -> Kernel | None:
@@ -69,7 +77,8 @@ def choose(call: Call, want_lse: bool) -> Kernel | None:
     if not want_lse and not call.packed and (call.mask is not None or call.query.device.type != GPU):
         return None  # without looking any further: this is every step of a compiled decode
     for kernel in usable(call.query.device):
-        if kernel.takes(call) and (want_lse or call.packed or not kernel.spare):
+        known = call.kind not in kernel.refused and kernel.takes(call)
+        if known and (want_lse or call.packed or not kernel.spare):
             return kernel
     return None
 
@@ -85,32 +94,6 @@ def takes_bounds(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == GPU and dtype in HALVES and bool(usable(device))
 
 
-# Sequence bounds
-
-
-def bounds(valid: Tensor) -> Tensor:
-    """Bounds ``[3 B + 1]`` int32 of the sequences in a padded batch: padding before, tokens, padding after, per sample.
-
-    Args:
-        valid: bool ``[B, S]``, in every row one run of True (or none).
-    """
-    batch, length = valid.shape
-    first = valid.int().argmax(1)
-    edges = torch.stack([torch.zeros_like(first), first, first + valid.sum(1)], dim=1)
-    edges = edges + torch.arange(0, batch * length, length, device=valid.device)[:, None]
-    return torch.cat([edges.flatten(), edges.new_full((1,), batch * length)]).int()
-
-
-def bounds_mask(call: Call) -> Tensor:
-    """The bool mask ``[B, 1, S, S]`` that causal attention within a packed call's sequences amounts to."""
-    assert call.mask is not None
-    batch, _, length, _ = call.query.shape
-    place = torch.arange(batch * length, device=call.mask.device)
-    sequence = torch.bucketize(place, call.mask, right=True).view(batch, 1, length)
-    same = sequence[..., :, None] == sequence[..., None, :]
-    return same & torch.ones(length, length, dtype=torch.bool, device=place.device).tril()
-
-
 # flash-attn, generations 2 to 4
 
 
@@ -124,13 +107,13 @@ def load(module: str) -> Any:
     """A flash-attn module with the two functions needed, or the reason why there is none, as text."""
     try:
         found = import_module(module)
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # the latter: built for another release of what it imports
         return f"{module} cannot be imported: {error}"
     missing = [n for n in ("flash_attn_func", "flash_attn_varlen_func") if not hasattr(found, n)]
     return f"{module} has no {missing[0]}" if missing else found
 
 
-def no_gpu(device: torch.device, majors: tuple[int, ...]) -> str | None:
+def no_gpu(device: torch.device, majors: Iterable[int]) -> str | None:
     """Why a kernel for these compute capabilities cannot run on a device."""
     if device.type != GPU:
         return f"needs a {GPU} device, got {device.type}"
@@ -140,15 +123,33 @@ def no_gpu(device: torch.device, majors: tuple[int, ...]) -> str | None:
     )
 
 
-def flash_attn(generation: int, module: str, majors: tuple[int, ...], dropout: bool) -> Kernel:
-    """The kernel of one generation of the flash-attn package."""
+EVERY, SMALL = range(8, 257, 8), range(8, 129, 8)
+"""Head dims."""
+
+
+def flash_attn(
+    name: str,
+    module: str,
+    sizes: dict[int, Container[int]],
+    dropout: bool = False,
+    trains: bool = True,
+) -> Kernel:
+    """The kernel of one generation of the flash-attn package.
+
+    Args:
+        name: what people call it.
+        module: where its functions are.
+        sizes: major compute capability -> head dims it takes there.
+        dropout, trains: whether it has dropout, and a backward.
+    """
 
     def why_not(device: torch.device) -> str | None:
-        found = no_gpu(device, majors) or load(module)
+        found = no_gpu(device, sizes) or load(module)
         return found if isinstance(found, str) else None
 
     def takes(call: Call) -> bool:
-        return takes_half(call) and (dropout or call.dropout == 0)
+        fits = takes_half(call) and call.query.shape[-1] in sizes[capability(call.query.device)]
+        return fits and (dropout or call.dropout == 0) and (trains or not call.trains)
 
     def run(call: Call, want_lse: bool) -> Result:
         wanted: dict[str, Any] = {"causal": call.causal, "softmax_scale": call.scale}
@@ -156,37 +157,43 @@ def flash_attn(generation: int, module: str, majors: tuple[int, ...], dropout: b
             wanted["dropout_p"] = call.dropout
         if not call.packed:
             q, k, v = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
-            return _pair(*_ask(load(module).flash_attn_func, want_lse)(q, k, v, **wanted))
+            return _ask(load(module).flash_attn_func, want_lse)(q, k, v, **wanted)
         length = call.query.shape[2]
         ends: dict[str, Any] = {"cu_seqlens_q": call.mask, "cu_seqlens_k": call.mask}
         ends |= {"max_seqlen_q": length, "max_seqlen_k": length}
-        out = _ask(load(module).flash_attn_varlen_func, want_lse)(*_packed(call), **ends, **wanted)
-        return _unpacked(call, *_pair(*out))
+        return _unpacked(
+            call, *_ask(load(module).flash_attn_varlen_func, want_lse)(*_packed(call), **ends, **wanted)
+        )
 
-    return Kernel(f"flash-attn {generation}", why_not, takes, run)
+    return Kernel(name, why_not, takes, run)
 
 
-def _ask(function: Callable[..., Any], want_lse: bool) -> Callable[..., tuple[Any, ...]]:
-    """The function, returning a tuple and asked for its log-sum-exp by the name its generation has for that."""
+UNSUPPORTED = re.compile("only supports|not support")
+"""How the second and third generation say it, in a RuntimeError, which a full memory is too; the fourth asserts."""
+
+
+def _ask(function: Callable[..., Any], want_lse: bool) -> Callable[..., Result]:
+    """The function, asked for its log-sum-exp by the name its generation has for that; raises Refused."""
     names = inspect.signature(function).parameters
     flag = {name: want_lse for name in ("return_attn_probs", "return_lse") if name in names}
 
-    def call(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        result = function(*args, **flag, **kwargs)
-        return result if isinstance(result, tuple) else (result, None)
+    def call(*args: Any, **kwargs: Any) -> Result:
+        try:
+            result = function(*args, **flag, **kwargs)
+        except (AssertionError, RuntimeError) as error:
+            if isinstance(error, AssertionError) or UNSUPPORTED.search(str(error)):
+                raise Refused(str(error).partition("\n")[0] or "an assertion without words") from error
+            raise
+        return result[:2] if isinstance(result, tuple) else (result, None)
 
     return call
-
-
-def _pair(out: Tensor, lse: Tensor | None, *rest: Any) -> Result:
-    return out, lse
 
 
 def takes_half(call: Call) -> bool:
     """What all flash kernels on a GPU ask for."""
     q, k, v = call.query, call.key, call.value
     alike = q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1]
-    fits = q.dtype in HALVES and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    fits = q.dtype in HALVES and q.shape[-1] in EVERY
     return alike and fits and (call.mask is None or call.packed)
 
 
@@ -212,6 +219,11 @@ def _has(name: str) -> str | None:
 
 def _why_not_torch_gpu(device: torch.device) -> str | None:
     return no_gpu(device, (8, 9, 10, 11, 12)) or _has("_flash_attention_forward")
+
+
+def _takes_torch_gpu(call: Call) -> bool:
+    # Some GPUs have no backward for more than 192: SDPA knows which.
+    return takes_half(call) and (call.query.shape[-1] <= 192 or not call.trains)
 
 
 def _run_torch_gpu(call: Call, want_lse: bool) -> Result:
@@ -248,10 +260,15 @@ def _run_torch_cpu(call: Call, want_lse: bool) -> Result:
     return out.transpose(1, 2), lse
 
 
+BLACKWELL = (*SMALL, 256)
 KERNELS: tuple[Kernel, ...] = (
-    flash_attn(3, "flash_attn_interface", (9,), dropout=False),
-    flash_attn(4, "flash_attn.cute", (9, 10, 11), dropout=False),
-    flash_attn(2, "flash_attn", (8, 9, 10, 12), dropout=True),
-    Kernel("torch flash", _why_not_torch_gpu, takes_half, _run_torch_gpu, spare=True),
+    flash_attn("flash-attn 3", "flash_attn_interface", {9: EVERY}),
+    # flash_attn/cute/interface.py, _validate_head_dims. On 12.x it checks nothing; more does not fit the shared memory.
+    flash_attn("flash-attn 4", "flash_attn.cute", {9: EVERY, 10: BLACKWELL, 11: BLACKWELL, 12: SMALL}),
+    flash_attn("flash-attn 2", "flash_attn", dict.fromkeys((8, 9, 10, 11, 12), EVERY), dropout=True),
+    flash_attn(
+        "flash-attn 4 on 8.x", "flash_attn.cute", {8: SMALL}, trains=False
+    ),  # untuned: the second generation first
+    Kernel("torch flash", _why_not_torch_gpu, _takes_torch_gpu, _run_torch_gpu, spare=True),
     Kernel("torch flash for CPU", _why_not_torch_cpu, _takes_torch_cpu, _run_torch_cpu, spare=True),
 )
