@@ -21,10 +21,10 @@ def slow_rounds(features, rest, keep):
     """Thin a list of patches: the first, third, ... against the second, fourth, ..., at most 8 a round."""
     x = features.double().numpy()
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
-    rounds = 0
+    cosine, rounds = (x @ x.T).round(12), 0
     while keep and len(rest) > keep:
         even, odd = rest[0::2], rest[1::2]
-        likest = {e: max(round(float(x[e] @ x[o]), 12) for o in odd) for e in even}
+        likest = {e: cosine[e, odd].max() for e in even}
         even = sorted(even, key=lambda e: -likest[e])[min(8, len(rest) - keep, len(even)) :]
         rest, rounds = even + odd, rounds + 1
     return rest[:keep], rounds
