@@ -218,11 +218,17 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("changes, message", ERRORS)
-def test_error_text_of_a_run(changes, message, slow):
+@pytest.fixture(scope="module")
+def masked_plan(slow):
+    """A stage with a mask, and its plan."""
     call = stage(slow, torch.device("cpu"))
     call["key_mask"] = mask_of(call, 0)
-    plan = planned(call, keep=3)
+    return call, planned(call, keep=3)
+
+
+@pytest.mark.parametrize("changes, message", ERRORS)
+def test_error_text_of_a_run(changes, message, masked_plan):
+    call, plan = masked_plan
     truth = plan.run(**call).index.clone()
     with pytest.raises(ValueError, match=message):
         plan.run(**call | {name: change(call) for name, change in changes.items()})

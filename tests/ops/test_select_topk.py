@@ -44,10 +44,9 @@ def assert_is(result, expected, width):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@quick
-@given(scores=row, data=st.data())
-def test_int_keep_is_the_definition(backend, dtype, device, scores, data):
+@settings(quick, max_examples=60)
+@given(scores=row, dtype=st.sampled_from(DTYPES), data=st.data())
+def test_int_keep_is_the_definition(backend, device, scores, dtype, data):
     keep = data.draw(st.integers(0, len(scores)))
     x = torch.tensor([scores], device=device).to(dtype)
     assert_is(run(backend, x, keep), [by_definition(x[0].tolist(), keep)], keep)
@@ -68,10 +67,9 @@ def test_codes_and_quotas_are_the_definition(backend, device, rows, data):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@quick
-@given(rows=st.lists(row, min_size=1, max_size=3), data=st.data())
-def test_thresholds_are_the_definition(backend, dtype, device, rows, data):
+@settings(quick, max_examples=60)
+@given(rows=st.lists(row, min_size=1, max_size=3), dtype=st.sampled_from(DTYPES), data=st.data())
+def test_thresholds_are_the_definition(backend, device, rows, dtype, data):
     """One for all rows or one a row; with and without codes; with no cap, one cap, or one a row."""
     N = max(map(len, rows))
     x = torch.tensor([r + [0.5] * (N - len(r)) for r in rows], device=device).to(dtype)
