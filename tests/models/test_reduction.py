@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ class Reshape(PruningPolicy):
     positions: str = "pack"
     shuffle: bool = True
     rewrite: bool = True
-    said: tuple = ()
+    said: tuple = field(default=(), repr=False)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -70,7 +70,11 @@ def compare(model, batch, policy, **kwargs):
 
 
 @pytest.mark.parametrize("positions", ["keep", "pack"])
-@pytest.mark.parametrize("shuffle, rewrite", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    "model, shuffle, rewrite",
+    [("sdpa", False, False), ("sdpa", True, False), ("sdpa", True, True), ("eager", True, True)],
+    indirect=["model"],
+)
 @pytest.mark.parametrize("layers", [(0,), (2,), (1, 4)], ids=str)
 @pytest.mark.parametrize("specs", BATCHES.values(), ids=BATCHES)
 def test_reductions(model, specs, layers, shuffle, rewrite, positions):
