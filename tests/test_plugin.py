@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import vlmprune
+from vlmprune.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 SCENES = ROOT / "examples" / "glyphworld"
@@ -18,24 +20,21 @@ SCENES = ROOT / "examples" / "glyphworld"
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The plugin installed into a folder of its own, and an environment that sees it."""
+    """The folder that the plugin is installed into."""
     target = tmp_path_factory.mktemp("plugin")
     source = tmp_path_factory.mktemp("source")
     for file in ("pyproject.toml", "vlmprune_norm.py"):
         (source / file).write_text((ROOT / "examples" / "plugin" / file).read_text())
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--target", str(target), str(source)], check=True, cwd=source)
-    return {**os.environ, "PYTHONPATH": str(target)}
+    return str(target)
 
 
-def cli(env, *args):
-    command = [sys.executable, "-P", "-m", "vlmprune.cli", *args]
-    return subprocess.run(command, env=env, capture_output=True, text=True)
-
-
-def test_it_is_listed(installed):
-    out = cli(installed, "list", "--json")
-    assert out.returncode == 0, out.stderr
+def test_it_is_listed(installed, monkeypatch):
+    monkeypatch.syspath_prepend(installed)
+    out = CliRunner().invoke(app, ["list", "--json"])
+    assert out.exit_code == 0, out.output
+    del sys.modules["vlmprune_norm"]
     assert json.loads(out.stdout)["norm"]["fields"] == {"layer": 2, "keep": 0.5, "earlier_kv": "full"}
 
 
@@ -43,7 +42,9 @@ def test_it_runs(installed):
     scene = SCENES / "images" / "scene_70001.png"
     model = SCENES / "checkpoint"
     args = ["--model", str(model), "--image", str(scene), "--prompt", "locate the green phone .", "--json"]
-    out = cli(installed, "run", *args, "--policy", "norm:layer=3,keep=49", "--repeat", "1")
+    command = [sys.executable, "-P", "-m", "vlmprune.cli", "run", *args, "--repeat", "1"]
+    command += ["--policy", "norm:layer=3,keep=49"]
+    out = subprocess.run(command, env={**os.environ, "PYTHONPATH": installed}, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     (run,) = json.loads(out.stdout)["runs"]
     assert run["report"]["stages"] == [{"layer": 3, "tokens_in": 196, "tokens_kept": 49}]
