@@ -12,6 +12,8 @@ import torch
 import vlmprune
 
 sys.path.append(str(Path(__file__).parent))
+from _families import CASES as FAMILIES
+from _families import build, prompts
 from _tiny import BEFORE_PREFILL, generate, make_batch, make_model
 
 THREADS, ROUNDS = 4, 3
@@ -51,25 +53,54 @@ CASES = [(name, how) for name in POLICIES for how in ("generate", "forward")]
 CASES += [("fastv", "chunks")] if BEFORE_PREFILL else []
 
 
+def answers_in_threads(answer, count):
+    """What each thread got, round by round; it got fewer answers if it raised."""
+    got = [[] for _ in range(count)]
+    barrier = threading.Barrier(count)
+
+    def work(i):
+        barrier.wait()
+        for _ in range(ROUNDS):
+            got[i].append(answer(i))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    return got
+
+
+def all_equal(got, alone) -> None:
+    for mine, want in zip(got, alone, strict=True):
+        assert len(mine) == ROUNDS
+        for logits in mine:
+            torch.testing.assert_close(logits, want, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("name, how", CASES)
 def test_threads_do_not_meet(name, how, quick_switches):
     model, calls = make_model(), batches()
     run = vlmprune.attach(model, POLICIES[name])
     alone = [logits_of(model, batch, how) for batch in calls]
-    got = [[] for _ in calls]
-    barrier = threading.Barrier(THREADS)
-
-    def work(i):
-        barrier.wait()
-        for _ in range(ROUNDS):
-            got[i].append(logits_of(model, calls[i], how))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(THREADS)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    for mine, want in zip(got, alone, strict=True):
-        assert len(mine) == ROUNDS  # fewer if it raised
-        for logits in mine:
-            torch.testing.assert_close(logits, want, atol=1e-5, rtol=0)
+    all_equal(answers_in_threads(lambda i: logits_of(model, calls[i], how), THREADS), alone)
     assert run.report().flops.cut > 0 and run.stages
     vlmprune.detach(model)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_next"])
+def test_threads_with_images_of_unequal_size(name, quick_switches):
+    case = FAMILIES[name]
+    model, kinds = build(case), ("wide", "tall", "wide")
+    calls = [prompts(case, ((2 + i, kind, 4 + i),), i)[0] for i, kind in enumerate(kinds)]
+    settings = {
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "max_new_tokens": 3,
+    }
+
+    def answer(i):
+        return torch.stack(model.generate(**calls[i], **settings).logits)
+
+    with vlmprune.prune(model, vlmprune.Feather(layers=(2, 4), keep=0.5)):
+        alone = [answer(i) for i in range(3)]
+        all_equal(answers_in_threads(answer, 3), alone)

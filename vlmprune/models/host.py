@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vlmprune.errors import ModelError, VersionError
+from vlmprune.models._versions import release
 
 CACHE = ("cache", "past_key_values")
 """The KV cache in calls and outputs, newest name first. transformers 5.24 renamed it, and takes the old one from callers."""
 ENCODED = "mm_encoder_outputs"
-"""What generate() has encoded ahead (since transformers 5.18; before that it leaves it to the model)."""
+"""What generate() has encoded ahead, since transformers 5.18; before that it leaves it to the model."""
 BASE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 LAYER = ("hidden_states", "attention_mask", "position_ids", "position_embeddings")
 ATTENTION = ("hidden_states", "position_embeddings")
@@ -116,7 +117,9 @@ class Host:
 
     def __init__(self, model: nn.Module, base: nn.Module, layers: list[Any], pixels: dict[str, str]) -> None:
         self.model = Signature(model, MODEL)
-        self.base, self.pixels = Signature(base, (*BASE, ENCODED, *pixels.values())), pixels
+        self.ahead = release(transformers.__version__) >= (5, 18)
+        ahead = (ENCODED,) if self.ahead else ()
+        self.base, self.pixels = Signature(base, (*BASE, *ahead, *pixels.values())), pixels
         self.cache = Signature(layers[0], LAYER).first(CACHE)
         Signature(layers[0].self_attn, (*ATTENTION, self.cache))
 
@@ -124,7 +127,7 @@ class Host:
         """Read a call of the base model."""
         given = self.base.read(args, kwargs)
         caches = [given[name] for name in CACHE if name in given]
-        encoded = given[ENCODED] or {}
+        encoded = (given[ENCODED] if self.ahead else None) or {}
         pixels = {kind: given[name] for kind, name in self.pixels.items()}
         ids, embeds, mask, positions = (given[name] for name in BASE)
         return Call(
