@@ -148,6 +148,17 @@ def test_broken_processor(ask, broken, name):
     assert "--model: expected a processor and tokenizer" in one_line(ask(model=model))
 
 
+def test_a_processor_whose_package_is_missing(ask, broken, monkeypatch):
+    def fail(source):
+        raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library\nadvice")
+
+    monkeypatch.setattr("vlmprune.cli.load.AutoProcessor.from_pretrained", fail)
+    line = one_line(ask(model=broken()))
+    assert "--model: expected a processor and tokenizer in" in line and line.endswith(
+        "the Torchvision library"
+    )
+
+
 def test_clip_rows_that_are_no_patches(ask, broken):
     line = one_line(ask(model=broken(vision_feature_select_strategy="full")))
     assert "vision_feature_select_strategy: expected 'default'" in line

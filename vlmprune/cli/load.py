@@ -71,10 +71,10 @@ def check_attention(name: str, device: str) -> None:
 
 
 def load_processor(source: str) -> Any:
-    """Load tokenizer, image processor and chat template. Raises InputError if one is missing or broken."""
+    """Load tokenizer, image processor and chat template. Raises InputError if one, or a package for it, is missing or broken."""
     try:
         return AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise InputError(
             f"--model: expected a processor and tokenizer in {source!r}, got: {first_line(error)}"
         ) from error

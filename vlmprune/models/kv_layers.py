@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 )
 
 from vlmprune import ops
-from vlmprune.errors import ModelError
+from vlmprune.errors import InputError, ModelError
 
 Length = int | Tensor
 """Entries held; a 0-d tensor in a static cache, whose decode step must not depend on a Python number."""
@@ -109,7 +109,7 @@ class PrunedLayer(Plain):  # type: ignore[misc]
         least = -int(self.stored())
         if not least <= tokens_to_remove <= 0:
             expected = f"a negative number, at least {least}, on a pruned cache layer"
-            raise ValueError(f"tokens_to_remove: expected {expected}, got {tokens_to_remove}")
+            raise InputError(f"tokens_to_remove: expected {expected}, got {tokens_to_remove}")
         super().crop(tokens_to_remove)
         if self.valid is not None and not self.static:  # what a static one writes next is valid as well
             self.valid = self.valid[:, : self.stored()]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vlmprune.errors import check
+from vlmprune.errors import InputError, check
 from vlmprune.ops import _native, reference
 from vlmprune.ops._checks import FLOATS, check_count, check_shape
 from vlmprune.ops._dispatch import Backend, always, choose, needs_triton, register
@@ -95,7 +95,7 @@ def _in_segments(
 def _whole(quota: object) -> int:
     """A quota of a segment, checked."""
     if not isinstance(quota, int) or isinstance(quota, bool) or quota < 0:
-        raise ValueError(f"keep: expected a whole number >= 0, got {quota!r}")
+        raise InputError(f"keep: expected a whole number >= 0, got {quota!r}")
     return quota
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmprune.errors import check
+from vlmprune.errors import InputError, check
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.sets import index_of, marks
 
@@ -106,7 +106,7 @@ class Pair(PruningPolicy):
         choice = policy.select(ctx)
         if isinstance(choice, Reduction):
             name = type(self).__name__.lower()
-            raise ValueError(
+            raise InputError(
                 f"{name}: expected policies that only drop tokens, got {policy!r}, which changes them"
             )
         return marks(choice, ctx.mask.shape[1])
