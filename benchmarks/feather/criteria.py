@@ -70,7 +70,8 @@ def budget_arms(prompt: Prompt, budgets: Sequence[float], draws: int) -> tuple[l
 
     FEATHER's stages 8 and 16 and PyramidDrop's 8, 16 and 24 are scaled from 32 layers to the decoder's; all other methods
     act at the layer of FEATHER's first stage. FastV also acts at the paper's layer 3, scaled; and FEATHER's second stage
-    also one layer later, as it scores from the layer before, PyramidDrop from its own.
+    also one layer later, as it scores from the layer before, PyramidDrop from its own. Evenly spaced tokens are the
+    paper's, in raster order, also around what the oracle is told.
     """
     depth = prompt.shape.layers
     first, second, third = (scaled(layer, depth) for layer in (8, 16, 24))
@@ -85,9 +86,9 @@ def budget_arms(prompt: Prompt, budgets: Sequence[float], draws: int) -> tuple[l
         f"pyramiddrop:layers={first}/{second}/{third},positions=keep": PyramidDrop(
             layers=(first, second, third), positions="keep"
         ),
-        f"uniform:layer={first}": Uniform(layer=first),
+        f"uniform:layer={first}": Uniform(layer=first, order="raster"),
         f"random:layer={first}": Random(layer=first),
-        f"oracle:layer={first}": Oracle(layer=first),
+        f"oracle:layer={first}": Oracle(layer=first, order="raster"),
     }
     arms, refused = plan({}, [], (), draws, prompt), []
     for text, policy in methods.items():
@@ -105,14 +106,14 @@ def sweep_arms(prompt: Prompt, layers: Sequence[int]) -> list[Arm]:
     """The criteria in one stage at each of these layers, all at the FLOPs of uniform tokens, a quarter, at that layer."""
     arms = []
     for layer in layers:
-        quarter = Arm("", None, Uniform(layer=layer, keep=SWEEP_KEEP))
+        quarter = Arm("", None, Uniform(layer=layer, keep=SWEEP_KEEP, order="raster"))
         cut = round(cut_of(quarter, prompt) - 1e-6, 6)  # rounded down: the quarter itself must meet it
         methods = {
             "fastv": FastV(layer=layer),
             "rope-free": RopeFree(layer=layer),
             "rope-free+grid": RopeFree(layer=layer, stride=STRIDE),
-            "uniform": Uniform(layer=layer),
-            "oracle": Oracle(layer=layer),
+            "uniform": Uniform(layer=layer, order="raster"),
+            "oracle": Oracle(layer=layer, order="raster"),
         }
         arms += [fit(name, policy, cut, prompt) for name, policy in methods.items()]
     return arms
