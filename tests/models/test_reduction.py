@@ -14,7 +14,7 @@ import vlmprune
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, keep_count
 
 sys.path.append(str(Path(__file__).parent))
-from _tiny import IMAGE, generate, make_batch, make_model, slow
+from _tiny import IMAGE, generate, make_batch, make_model, slow, upstream
 
 STEPS = 4
 TOLERANCE = 1e-4
@@ -277,6 +277,7 @@ def test_vision_attention_equals_the_tower_s_own(tower):
     assert second.vision[-2].query is not None
 
 
+@upstream("takes no features encoded ahead")
 def test_vision_of_another_call_is_refused(model):
     """Features encoded outside the scope leave no query and key behind."""
     batch = make_batch(BATCHES["one"])
