@@ -113,9 +113,10 @@ def show_info(as_json: bool) -> None:
     if as_json:
         return _print_json(found)
     console = Console()
-    versions = Table("package", "version")
+    versions = Table("package", "version", "tested with")
     for name, number in found["versions"].items():
-        versions.add_row(name, number or Text("not installed", style="dim"))
+        tested = ", ".join(found["tested"].get(name, ()))
+        versions.add_row(name, number or Text("not installed", style="dim"), tested)
     console.print(versions)
     for device in found["devices"]:
         console.print(Text(f"{device['name']}: {device['description']}"))
@@ -135,13 +136,13 @@ def show_info(as_json: bool) -> None:
 
 def describe_machine() -> dict[str, Any]:
     """Versions, devices, and per kind of device: every op's backend and every attention kernel, or why it cannot run."""
-    from vlmprune.models.attention import (
-        explain as explain_attention,
-    )  # imports transformers: only when asked
+    from vlmprune.models import TESTED, dotted  # imports transformers: only when asked
+    from vlmprune.models import explain as explain_attention
 
     kinds = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "tested": {name: [dotted(number) for number in numbers] for name, numbers in TESTED.items()},
         "devices": _devices(),
         "ops": {kind: {op: describe_op(op, kind) for op in sorted(TABLES)} for kind in kinds},
         "attention": {kind: dict(explain_attention(kind)) for kind in kinds},

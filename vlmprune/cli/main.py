@@ -194,6 +194,26 @@ def eval_command(
         )
 
 
+@app.command("check")
+def check_command(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id of a supported model.")],
+    policy: Annotated[
+        str | None, typer.Option(help="NAME[:field=value,...]; without one, three that test the wiring.")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="auto = cuda if there is one.")] = Device.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto = as stored; float32 shows the smallest faults.")
+    ] = Dtype.auto,
+    attn: Annotated[Attention, typer.Option(help="Attention function of the model.")] = Attention.sdpa,
+    as_json: AsJson = False,
+) -> None:
+    """Whether pruned runs give what the masked model gives: on this machine, with these versions. Exit code 1 if not."""
+    with one_line_errors():
+        from vlmprune.cli.check import CheckRequest, execute
+
+        execute(CheckRequest(model, policy, device.value, dtype.value, attn.value, as_json))
+
+
 @app.command("list")
 def list_command(
     as_json: AsJson = False,

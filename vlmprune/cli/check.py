@@ -1,0 +1,62 @@
+"""The ``check`` command: loads a model and compares pruned runs with masked ones."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vlmprune.cli.load import check_attention, check_depth, load, pick_device, quiet, read_config
+from vlmprune.cli.progress import waiting
+from vlmprune.policies.registry import parse_policy
+from vlmprune.testing.model import check_model
+from vlmprune.testing.model_report import ModelReport
+
+COLORS = {"ok": "green", "FAILED": "bold red", "unsure": "yellow"}
+
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """What was typed; see the options of ``vlmprune check``."""
+
+    model: str
+    policy: str | None
+    device: str
+    dtype: str
+    attention: str
+    as_json: bool
+
+
+def execute(request: CheckRequest) -> None:
+    """Run the command. Exits with 1 if something differs; raises one of ``vlmprune.errors`` for bad input."""
+    quiet()
+    policy = None if request.policy is None else parse_policy(request.policy)
+    config = read_config(request.model)
+    check_depth([] if policy is None else [policy], config)
+    device = pick_device(request.device)
+    check_attention(request.attention, device)
+    with waiting("loading"):
+        loaded = load(request.model, config, None, device, request.dtype, request.attention)
+    with waiting("comparing pruned with masked runs"):
+        report = check_model(loaded.model, policy, strict=False)
+    if request.as_json:
+        print(json.dumps(report.as_dict()))  # noqa: T201
+    else:
+        _show(report)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _show(report: ModelReport) -> None:
+    """One line a comparison, those that failed in red."""
+    console = Console()
+    table = Table("", "batch", "compared", "largest difference", "alike", "", box=None, pad_edge=False)
+    for verdict, *cells in report.cells():
+        table.add_row(f"[{COLORS[verdict]}]{verdict}[/]", *cells)
+    console.print(report.setting, highlight=False)
+    console.print(table, highlight=False)
+    verdict = report.summary.partition(":")[0]
+    console.print(f"[{COLORS[verdict]}]{report.summary}[/]", highlight=False)

@@ -1,0 +1,188 @@
+"""The masked run, which says what a pruned run should give: nothing is removed, the columns of dropped tokens are hidden.
+
+It shares no code with the wiring: one forward without a cache over prompt and answer, an attention function of its own in
+plain PyTorch, and hooks that hide columns (and move rows, where a policy moved them) from a stage's layer on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers.modeling_utils import AttentionInterface
+
+from vlmprune.models import find_parts
+from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
+
+NAME = "vlmprune_masked"
+"""Its name among transformers' attention functions. Without a mask function of that name transformers makes no mask."""
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as a formula, in float32 or better. ``attention_mask [B, 1, S, S]`` bool, True = seen."""
+    exact = torch.promote_types(query.dtype, torch.float32)
+    heads = query.shape[1] // key.shape[1]
+    scores = query.to(exact) @ key.to(exact).repeat_interleave(heads, 1).mT * scaling
+    weights = scores.masked_fill(~attention_mask, -torch.inf).softmax(-1)
+    out = weights @ value.to(exact).repeat_interleave(heads, 1)
+    return out.transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+AttentionInterface.register(NAME, attention)
+
+
+Answer = tuple[Tensor, Tensor | Reduction]
+"""Positions in the prompt of the tokens that entered a stage, ``[B, N]`` and -1 = padding, and what the policy said."""
+
+
+@dataclass(frozen=True, repr=False)
+class Recorded(PruningPolicy):
+    """Another policy, whose latest answers are remembered by layer."""
+
+    policy: PruningPolicy
+    answers: dict[int, Answer] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return repr(self.policy)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The policy's."""
+        return self.policy.layers
+
+    def needs(self, layer: int) -> Needs:
+        """The policy's."""
+        return self.policy.needs(layer)
+
+    def select(self, ctx: TokenContext) -> Tensor | Reduction:
+        """What the policy says."""
+        answer = self.policy.select(ctx)
+        self.answers[ctx.layer] = (ctx.positions, answer)
+        return answer
+
+
+@torch.no_grad()
+def masked_logits(
+    model: Any, inputs: dict[str, Tensor], tokens: Tensor, answers: dict[int, Answer], compact: bool = False
+) -> Tensor:
+    """The logits of which greedy decoding chose ``tokens``, had it been pruned by ``answers``.
+
+    Args:
+        model: a supported vision-language model without hooks of ours. It is left as it was.
+        inputs: of the prompt, padded on the left.
+        tokens: ``[B, T]`` the answer that was given, whatever this run would have chosen.
+        answers: what was chosen at each stage's layer; empty = nothing is hidden.
+        compact: whether the answer's rows see the last stage's survivors only, also in earlier layers.
+
+    Returns:
+        ``[B, T, V]``, in the model's dtype.
+    """
+    said = tokens[:, :-1]
+    inputs = {**inputs, "input_ids": torch.cat([inputs["input_ids"], said], 1)}
+    inputs["attention_mask"] = pad(inputs["attention_mask"], (0, said.shape[1]), value=1)
+    if "mm_token_type_ids" in inputs:  # such a model makes its own positions of three dimensions
+        inputs["mm_token_type_ids"] = pad(inputs["mm_token_type_ids"], (0, said.shape[1]))
+    else:
+        inputs["position_ids"] = places(inputs["attention_mask"])
+    text = find_parts(model).text
+    state = _State(text, inputs["attention_mask"].bool(), answers, said.shape[1] if compact else 0)
+    with _hooked(text, state):
+        return model(**inputs, use_cache=False, logits_to_keep=tokens.shape[1]).logits
+
+
+def places(real: Tensor) -> Tensor:
+    """The number of each real token in its row, 0-based; 0 for padding before them."""
+    return (real.long().cumsum(1) - 1).clamp(min=0)
+
+
+@contextmanager
+def _hooked(text: Any, state: _State) -> Iterator[None]:
+    """The text model with the attention function above, told by ``state`` what each layer sees."""
+    usual = text.config._attn_implementation
+    with ExitStack() as stack:
+        stack.callback(setattr, text.config, "_attn_implementation", usual)
+        text.config._attn_implementation = NAME
+        for layer in text.layers:
+            handle = layer.register_forward_pre_hook(state.before_layer, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+class _State:
+    """What the rows of one masked run see, and where each token of the prompt now stands.
+
+    Attributes:
+        alive: ``[B, S]`` the columns that are seen from here on.
+        place: ``[B, S]`` the column in which each token stands: stages may reorder those they keep.
+        position: ``[B, S]`` rotary position of each column; used once a stage packed them.
+        answered: the last so many rows are an answer that sees the last stage's survivors only.
+    """
+
+    def __init__(self, text: Any, real: Tensor, answers: dict[int, Answer], answered: int) -> None:
+        self.text, self.answers, self.answered = text, answers, answered
+        self.alive, self.position, self.packed = real.clone(), places(real), False
+        self.place = torch.arange(real.shape[1], device=real.device).repeat(len(real), 1)
+
+    def before_layer(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Hide, move and renumber what the stage at this layer did; then tell the layer what it sees."""
+        hidden, i = args[0], layer.self_attn.layer_idx
+        if i in self.answers:
+            hidden = self._stage(hidden.clone(), *self.answers[i])
+        if self.packed:
+            kwargs = {**kwargs, "position_embeddings": self.text.rotary_emb(hidden, self.position)}
+        return (hidden, *args[1:]), {**kwargs, "attention_mask": self._seen().to(hidden.device)}
+
+    def _stage(self, hidden: Tensor, positions: Tensor, answer: Tensor | Reduction) -> Tensor:
+        """The kept rows stand, in the order of the policy's answer, in the columns that the kept ones had."""
+        change, device = as_reduction(answer), self.place.device
+        before, numbers = hidden.clone(), self.position.clone()
+        for b, (entered, row) in enumerate(zip(positions.to(device), change.index.to(device), strict=True)):
+            entered, row = entered[entered >= 0], row[row >= 0]
+            source = self.place[b, entered[row]]
+            slots = source.sort().values
+            self.alive[b, self.place[b, entered]] = False
+            self.alive[b, slots] = True
+            self.place[b, entered[row]] = slots
+            self.position[b, slots] = numbers[b, source]
+            hidden[b, slots] = before[b, source] if change.hidden is None else change.hidden[b, : len(row)]
+        if change.positions == "pack":
+            self.position, self.packed = places(self.alive), True
+        return hidden
+
+    def _seen(self) -> Tensor:
+        """``[B, 1, S, S]``; rows that would see nothing (padding) see themselves."""
+        length = self.alive.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.alive.device).tril()
+        seen = causal & self.alive[:, None]
+        if self.answered:
+            seen[:, -self.answered :] &= self._survivors()[:, None]
+        seen |= causal & causal.mT & ~seen.any(-1, keepdim=True)
+        return seen[:, None]
+
+    def _survivors(self) -> Tensor:
+        """``[B, S]`` False where a visual token stands that some stage will drop."""
+        left, device = self.alive.clone(), self.place.device
+        entered, last = self.answers[min(self.answers)][0].to(device), self.answers[max(self.answers)]
+        kept, index = last[0].to(device), as_reduction(last[1]).index.to(device)
+        for b, row in enumerate(index):
+            left[b, self.place[b, entered[b, entered[b] >= 0]]] = False
+            left[b, self.place[b, kept[b, row[row >= 0]]]] = True
+        return left & self.alive
+
+
+def as_reduction(answer: Tensor | Reduction) -> Reduction:
+    """A policy's answer; an index alone keeps contents and positions."""
+    return answer if isinstance(answer, Reduction) else Reduction(answer)
