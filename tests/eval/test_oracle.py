@@ -102,6 +102,7 @@ class Crop:
     crop_size: dict
     size: dict
     do_center_crop: bool = True
+    do_pad: bool = False
 
 
 SQUARE = {"height": 8, "width": 8}
@@ -121,7 +122,7 @@ def check(size, image_processor, config=LLAVA, box=(0, 0, 1, 1)):
         ((9, 9), Crop(SQUARE, {"shortest_edge": 8})),
         ((9, 5), Crop(SQUARE, SQUARE)),
         ((9, 5), Crop(SQUARE, {"shortest_edge": 8}, do_center_crop=False)),
-        ((9, 5), SimpleNamespace(size=SQUARE)),
+        ((9, 5), SimpleNamespace(size=SQUARE, do_pad=False, do_center_crop=False)),
     ],
 )
 def test_images_shown_whole(size, image_processor):
@@ -136,7 +137,7 @@ def test_cropped_images_are_refused(size, edge):
 
 
 def test_padded_images_are_refused_unless_square():
-    pads = SimpleNamespace(size=SQUARE, do_pad=True)
+    pads = SimpleNamespace(size=SQUARE, do_pad=True, do_center_crop=False)
     check((9, 9), pads)
     with pytest.raises(
         ValueError, match=r"^--oracle: expected images that the processor shows whole .*9 x 5"

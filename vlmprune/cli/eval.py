@@ -124,7 +124,7 @@ def describe(request: EvalRequest, loaded: Loaded) -> dict[str, Any]:
 
     Images are told by their names, which stand among the questions.
     """
-    template = str(getattr(loaded.processor, "chat_template", None))
+    template = str(loaded.processor.chat_template)
     return {
         "version": __version__,
         "model": request.model,

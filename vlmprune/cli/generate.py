@@ -43,7 +43,7 @@ def build_text(processor: Any, prompt: str, images: int) -> str:
     if token in prompt:
         text = prompt
     else:
-        template = getattr(processor, "chat_template", None)
+        template = processor.chat_template
         expected = f"a text with {token!r} in it (this checkpoint has no chat template to add it)"
         check(template is not None, "--prompt", expected, repr(prompt))
         content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]

@@ -120,9 +120,9 @@ def patches_of(region: Region, grid: Grid) -> list[int]:
 
 def _shows_whole(image_processor: Any, size: tuple[int, int]) -> bool:
     """Whether the model sees all of an image of this size, so that shares of the image are shares of the grid."""
-    if getattr(image_processor, "do_pad", False) and size[0] != size[1]:
+    if image_processor.do_pad and size[0] != size[1]:
         return False  # shares of a padded square are not shares of the image
-    if not getattr(image_processor, "do_center_crop", False):
+    if not image_processor.do_center_crop:
         return True
     crop, resized = image_processor.crop_size, image_processor.size
     if "shortest_edge" in resized:

@@ -182,7 +182,7 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
 def _load_processor(source: str, revision: str, batch_size: int) -> Any:
     """Tokenizer (padding on the left), image processor and chat template. Raises InputError if one is missing."""
     processor = AutoProcessor.from_pretrained(source, revision=revision)
-    template = getattr(processor, "chat_template", None)
+    template = processor.chat_template
     check(template is not None, "processor", "one with a chat template", repr(source))
     pads = processor.tokenizer.pad_token is not None
     check(batch_size == 1 or pads, "batch_size", "1 (the tokenizer has no padding token)", batch_size)
