@@ -3,40 +3,58 @@
 import json
 
 import pytest
+import torch
 
-from vlmprune.models import layout
+from vlmprune.cli import check
+from vlmprune.models import stage
+from vlmprune.testing.model_report import ModelReport, Row
+
+POLICY = ("--policy", "fastv:layer=2,keep=0.3", "--dtype", "float32", "--device", "cpu")
 
 
-def test_the_example_passes(cli, checkpoint):
-    done = cli("check", checkpoint, "--dtype", "float32", "--json")
+def test_a_right_wiring_is_ok(cli, checkpoint):
+    done = cli("check", checkpoint, *POLICY, "--attn", "vlmprune")
     assert done.exit_code == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["ok"] and report["attention"] == "sdpa" and report["dtype"] == "float32"
-    assert {row["batch"] for row in report["rows"]} == {"one prompt", "padded batch"}
-    assert all(row["verdict"] == "ok" for row in report["rows"])
-    assert {"torch", "transformers", "vlmprune"} <= report["versions"].keys()
+    lines = done.stdout.splitlines()
+    assert "vlmprune attention, float32 on cpu" in lines[0] and f"torch {torch.__version__}" in "".join(lines)
+    compared = [line.split("  ")[2].strip() for line in lines if line.startswith("ok  ")]
+    assert compared == ["unpruned with masked", "keep all with unpruned", "FastV at 2 with masked"] * 2
+    assert lines[-1] == "ok: pruned runs give what the masked model gives"
+    assert all(len(line) <= 80 for line in lines)
+    assert done.stderr == ""  # not a terminal: no progress display
 
 
-def test_a_policy_of_ones_own_as_a_table(cli, checkpoint):
-    done = cli(
-        "check", checkpoint, "--policy", "fastv:layer=2,keep=0.3", "--attn", "vlmprune", "--dtype", "float32"
-    )
-    assert done.exit_code == 0, done.stderr
-    assert "FastV at" in done.stdout and "tokens" in done.stdout
-    assert "vlmprune attention, float32 on cpu" in done.stdout
-    assert "ok: pruned runs give what the masked model gives" in done.stdout
+def test_a_wrong_wiring_exits_with_1(cli, checkpoint, monkeypatch):
+    def skipped(self, forward, i, hidden, *rest):
+        forward.plans[i] = None
+        return hidden
 
-
-def test_a_difference_is_exit_code_1(cli, checkpoint, monkeypatch):
-    real = layout._surviving
-
-    def wrong(before, kept):
-        return real(before, kept.roll(1, 0).flip(1) - 1)
-
-    monkeypatch.setattr(layout, "_surviving", wrong)
-    done = cli("check", checkpoint, "--policy", "fastv:layer=2,keep=0.3", "--dtype", "float32", "--json")
+    monkeypatch.setattr(stage.StageRunner, "__call__", skipped)
+    done = cli("check", checkpoint, *POLICY, "--json")
     assert done.exit_code == 1
-    assert not json.loads(done.stdout)["ok"]
+    report = json.loads(done.stdout)
+    assert (report["ok"], report["attention"], report["dtype"]) == (False, "sdpa", "float32")
+    measured, kept, pruned = report["rows"][:3]
+    assert (measured["allowed"], kept["difference"], pruned["tokens"]) == (None, 0.0, 4)
+    assert pruned["fault"] == "the run recorded stages at [], not at [2]"
+
+
+def test_the_table_shows_what_failed_and_what_cannot_tell(cli, checkpoint, monkeypatch):
+    rows = (
+        Row("prompt", "FastV at 2 with masked", 3.0, 0.5, 2, 4, fault="not at [2]"),
+        Row("batch", "FastV at 2 with masked", 0.1, 0.5, 12, 12, doubt="0.2 only"),
+    )
+    found = ModelReport("Some", "sdpa", "float32", "cpu", {"torch": "2"}, rows)
+    monkeypatch.setattr(check, "check_model", lambda model, policy, strict: found)
+    done = cli("check", checkpoint, *POLICY)
+    assert done.exit_code == 1
+    assert [" ".join(line.split()) for line in done.stdout.splitlines()] == [
+        "Some, sdpa attention, float32 on cpu; torch 2",
+        "compared difference same tokens",
+        "FAILED prompt FastV at 2 with masked 3 of 0.5 2/4 not at [2]",
+        "unsure batch FastV at 2 with masked 0.1 of 0.5 12/12 0.2 only",
+        "FAILED: 1 of 2 comparisons",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -45,10 +63,11 @@ def test_a_difference_is_exit_code_1(cli, checkpoint, monkeypatch):
         (("nowhere/at/all",), "error: --model: expected a checkpoint folder"),
         (("CHECKPOINT", "--policy", "fastv:layer=99"), "error: layer: expected at most"),
         (("CHECKPOINT", "--policy", "nosuch"), "error: policy: expected one of"),
+        (("CHECKPOINT", "--attn", "flash_attention_2"), "error: --attn: expected sdpa, eager or vlmprune"),
     ],
 )
 def test_bad_input_is_one_line(cli, checkpoint, args, message):
-    done = cli("check", *(str(checkpoint) if arg == "CHECKPOINT" else arg for arg in args))
+    done = cli("check", *(checkpoint if arg == "CHECKPOINT" else arg for arg in args))
     assert done.exit_code == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 

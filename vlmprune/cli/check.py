@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vlmprune.cli.load import check_attention, check_depth, load, pick_device, quiet, read_config
 from vlmprune.cli.progress import waiting
 from vlmprune.policies.registry import parse_policy
 from vlmprune.testing.model import check_model
-from vlmprune.testing.model_report import ModelReport
+from vlmprune.testing.model_report import HEADS, ModelReport
 
-COLORS = {"ok": "green", "FAILED": "bold red", "unsure": "yellow"}
+STYLES = {"ok": "green", "FAILED": "bold red", "unsure": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def execute(request: CheckRequest) -> None:
     check_depth([] if policy is None else [policy], config)
     device = pick_device(request.device)
     check_attention(request.attention, device)
-    with waiting("loading"):
+    with waiting(f"loading {request.model}"):
         loaded = load(request.model, config, None, device, request.dtype, request.attention)
     with waiting("comparing pruned with masked runs"):
         report = check_model(loaded.model, policy, strict=False)
@@ -52,11 +53,11 @@ def execute(request: CheckRequest) -> None:
 
 def _show(report: ModelReport) -> None:
     """One line a comparison, those that failed in red."""
-    console = Console()
-    table = Table("", "batch", "compared", "largest difference", "alike", "", box=None, pad_edge=False)
+    table = Table(*HEADS, box=None, pad_edge=False)
     for verdict, *cells in report.cells():
-        table.add_row(f"[{COLORS[verdict]}]{verdict}[/]", *cells)
-    console.print(report.setting, highlight=False)
-    console.print(table, highlight=False)
-    verdict = report.summary.partition(":")[0]
-    console.print(f"[{COLORS[verdict]}]{report.summary}[/]", highlight=False)
+        row = [Text(verdict, style=STYLES[verdict]), *map(Text, cells)]
+        table.add_row(*row, style=STYLES[verdict] if verdict != "ok" else "")
+    console = Console()
+    console.print(Text(report.setting))
+    console.print(table)
+    console.print(Text(report.summary, style=STYLES[report.summary.partition(":")[0]]))

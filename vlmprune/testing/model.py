@@ -126,7 +126,7 @@ class _Batch:
 
     def rows(self, policies: list[PruningPolicy], allowed: float) -> list[Row]:
         """The comparisons, in the order of the module's docstring."""
-        measured = self._row("unpruned with the masked run", self.logits, self.reference, None)
+        measured = self._row("unpruned with masked", self.logits, self.reference, None)
         return [measured, self._keep_all(), *(self._pruned(policy, allowed) for policy in policies)]
 
     def _keep_all(self) -> Row:
@@ -141,7 +141,7 @@ class _Batch:
 
     def _pruned(self, policy: PruningPolicy, allowed: float) -> Row:
         """A policy's run, with the run in which what it dropped is masked."""
-        compared = f"{type(policy).__name__} at {', '.join(map(str, policy.layers))} with the masked run"
+        compared = f"{type(policy).__name__} at {', '.join(map(str, policy.layers))} with masked"
         recorded = Recorded(policy, earlier_kv=policy.earlier_kv)
         try:
             with prune(self.model, recorded) as run:

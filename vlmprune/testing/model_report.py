@@ -8,13 +8,16 @@ from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from typing import Any
 
+HEADS = ("", "", "compared", "difference", "same tokens", "")
+"""What stands in the columns of a printed report; the others are the verdict, the batch and what is wrong."""
+
 
 @dataclass(frozen=True)
 class Row:
     """One comparison.
 
     Attributes:
-        batch: "one prompt" or "padded batch".
+        batch: "prompt" (of one) or "batch" (padded), unless the samples were given.
         compared: which run with which other.
         difference: the largest between their logits, over samples, steps and the vocabulary.
         allowed: how large it may be; None = it is measured here.
@@ -75,28 +78,27 @@ class ModelReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; what is no number is None."""
-        rows = [
-            {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in row}
-            for row in (({**asdict(row), "verdict": row.verdict}).items() for row in self.rows)
-        ]
+        rows = [asdict(row) | {"verdict": row.verdict} for row in self.rows]
+        for row in rows:
+            row.update({name: None for name, x in row.items() if isinstance(x, float) and not isfinite(x)})
         return asdict(self) | {"ok": self.ok, "rows": rows}
 
     def cells(self) -> list[tuple[str, ...]]:
-        """One tuple of texts a row: verdict, batch, what was compared, difference, tokens, why not."""
+        """One tuple of texts a row, under ``HEADS``."""
         return [
             (
                 row.verdict,
                 row.batch,
                 row.compared,
                 f"{row.difference:.2g}" + ("" if row.allowed is None else f" of {row.allowed:.2g}"),
-                f"{row.same}/{row.tokens} tokens",
+                f"{row.same}/{row.tokens}",
                 row.fault or row.doubt,
             )
             for row in self.rows
         ]
 
     def __str__(self) -> str:
-        cells = self.cells()
+        cells = [HEADS, *self.cells()]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
         return "\n".join((self.setting, *lines, self.summary))

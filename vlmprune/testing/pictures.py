@@ -53,8 +53,8 @@ def samples_of(config: Any) -> dict[str, Samples]:
     """One prompt, and a padded batch: two pictures, one (a video where the family knows them), none."""
     other = "tall" if FAMILIES[config.model_type].videos is None else "video"
     return {
-        "one prompt": ((3, "wide", 5),),
-        "padded batch": ((2, "wide", 4, "tall", 3), (3, other, 6), (9,)),
+        "prompt": ((3, "wide", 5),),
+        "batch": ((2, "wide", 4, "tall", 3), (3, other, 6), (9,)),
     }
 
 
@@ -194,7 +194,7 @@ class Album:
         out = {name: _cat([p.inputs[name] for p in flat if name in p.inputs]) for name in names}
         if self.by_sample and flat:
             counts = list(map(len, pictures))
-            rows = out["pixel_values"].split(counts)
+            rows = torch.split(out["pixel_values"], counts)
             out["pixel_values"] = torch.stack([_fill(row, 0, max(counts)) for row in rows])
         if self.counted and "pixel_values" in out:
             images = [sum(p.kind == "image" for p in sample) for sample in pictures]
