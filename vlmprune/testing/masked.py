@@ -35,8 +35,8 @@ def attention(
     """Attention as a formula, in float32 or better. ``attention_mask [B, 1, S, S]`` bool, True = seen."""
     exact = torch.promote_types(query.dtype, torch.float32)
     heads = query.shape[1] // key.shape[1]
-    scores = query.to(exact) @ key.to(exact).repeat_interleave(heads, 1).mT * scaling
-    weights = scores.masked_fill(~attention_mask, -torch.inf).softmax(-1)
+    scores = (query.to(exact) * scaling) @ key.to(exact).repeat_interleave(heads, 1).mT
+    weights = scores.masked_fill_(~attention_mask, -torch.inf).softmax(-1)
     out = weights @ value.to(exact).repeat_interleave(heads, 1)
     return out.transpose(1, 2).to(query.dtype).contiguous(), None
 
