@@ -45,5 +45,7 @@ def test_nothing_that_is_registered_is_replaced():
     assert before == [dict(table) for table in tables]
     for table in tables:
         ours = {name for name, function in table.items() if function.__module__.startswith("vlmprune")}
-        assert ours == {"vlmprune"}
+        assert (
+            "vlmprune" in ours <= {"vlmprune", "vlmprune_masked"}
+        )  # the latter where vlmprune.testing is loaded
         assert table["vlmprune"].__module__ == "vlmprune.models.attention"
