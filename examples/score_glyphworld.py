@@ -20,6 +20,7 @@ POLICIES = [
     "fastv:layer=2,keep=40",
     "feather:layers=2/5,keep=0.3,stride=3",
     "uniform:layer=2,keep=40",
+    "uniform:layer=2,keep=40,order=raster",
     "random:layer=2,keep=40",
 ]
 
