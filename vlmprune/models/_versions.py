@@ -17,7 +17,7 @@ SUPPORTED: dict[str, tuple[Release, Release | None]] = {
 }
 """Oldest version that works, and the first that is not expected to, by distribution."""
 TESTED: dict[str, tuple[Release, ...]] = {
-    "torch": ((2, 10), (2, 13)),
+    "torch": ((2, 13),),
     "triton": ((3, 6), (3, 9)),
     "transformers": ((5, 17), (5, 23), (5, 24)),
 }
