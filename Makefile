@@ -32,13 +32,13 @@ help:
 install: $(VENV)/.installed
 
 # A pip that reads long indexes fast. Then torch, alone: resolved together with the rest, pip may fetch several torch
-# builds of gigabytes each.
+# builds of gigabytes each. Named again beside the rest, so that a conflict is an error and no other torch.
 define make_environment
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'needs Python >= 3.11: make PYTHON=...')"
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python $(PIP) pip==26.3
 	$(@D)/bin/python $(PIP) torch==$(TORCH)
-	$(@D)/bin/python $(PIP) -r $<
+	$(@D)/bin/python $(PIP) torch==$(TORCH) -r $<
 	$(@D)/bin/python $(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 endef
@@ -104,12 +104,13 @@ test-oldest: $(OLDEST)/.installed
 # ... and with those that pip resolves today.
 test-newest: PY := $(NEWEST)/bin/python
 test-newest: $(NEWEST)/.installed
-	$(PY) $(PIP) -U -r requirements/newest.txt
+	$(PY) $(PIP) -U torch==$(TORCH) -r requirements/newest.txt
 	$(PYTEST) $(HOSTED)
 	if ! grep -q "^triton==$$($(PY) -c 'import triton; print(triton.__version__)');" requirements/dev.txt; then \
 		TRITON_INTERPRET=0 $(PYTEST) tests/compile; fi
 
-# The oldest torch. Its only wheel for Linux is a CUDA build, some 3 GB with what it needs to be imported.
+# The oldest supported torch as well. Its wheel is a CUDA build, some 3 GB with what it needs to be imported, and the
+# whole takes a while, so .ci/run leaves it out; benchmarks/results/torch_floor_test.log is the log of the last time.
 test-torch-floor: PY := $(FLOOR)/bin/python
 test-torch-floor: $(FLOOR)/.installed
 	$(PYTEST) --ignore tests/compile tests
