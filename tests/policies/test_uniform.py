@@ -9,7 +9,7 @@ import torch
 from vlmprune.policies import Uniform
 from vlmprune.policies.lattice import lattice, lattice_scores
 
-GRIDS = [(24, 24), (14, 14), (5, 7), (7, 5), (2, 60), (24, 25)]
+GRIDS = [(24, 24), (14, 14), (5, 7), (7, 5), (2, 60), (24, 25), (27, 27)]
 
 
 def gap(grid, kept):
@@ -27,7 +27,7 @@ def test_lattice_covers_the_image_for_every_count(grid):
         assert len(set(kept)) == k and kept == tuple(sorted(kept))
         # Where a grid is narrower than the spacing, tokens can only stand in one line along it.
         least = max(math.sqrt(N / k / 2), max(grid) / k / 2)
-        assert gap(grid, list(kept)) + 0.5 <= 1.6 * (least + 0.5)
+        assert gap(grid, list(kept)) + 0.5 <= 1.4 * (least + 0.5)
 
 
 @pytest.mark.parametrize("grid", GRIDS[:4])
@@ -52,7 +52,7 @@ def test_a_whole_image_keeps_its_lattice(k, case, kept_lists):
 
 
 def test_what_raster_order_does_to_96_of_576(case, kept_lists):
-    """Four columns of it, where the lattice has ten rows of nine or ten."""
+    """Four columns of it, with five between them."""
     ctx = case([((24, 24),)]).ctx
     (even,), (raster,) = (kept_lists(Uniform(keep=96, order=o).select(ctx)) for o in ("lattice", "raster"))
     assert len({i % 24 for i in raster}) == 4 and gap((24, 24), raster) == 3.0
@@ -61,7 +61,9 @@ def test_what_raster_order_does_to_96_of_576(case, kept_lists):
 
 
 def test_lattice_by_hand():
-    assert lattice((4, 6), 6) == (7, 9, 11, 19, 21, 23)
+    assert lattice((4, 4), 8) == (1, 3, 4, 6, 9, 11, 12, 14)  # a chessboard
+    assert lattice((4, 6), 6) == (1, 5, 9, 14, 18, 22)  # every fourth, every other row shifted by two
+    assert lattice((6, 4), 6) == (3, 4, 10, 13, 19, 20)  # the same on its side
     assert lattice((3, 3), 1) == (4,)
     assert lattice((2, 2), 4) == (0, 1, 2, 3)
     assert lattice((5, 7), 0) == ()

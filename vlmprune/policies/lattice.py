@@ -16,13 +16,51 @@ from vlmprune.policies.base import Grid, TokenContext, tokens_in
 ACROSS, DOWN = 0.5698402909980532, 0.7548776662466927
 """1 / p^2 and 1 / p with p^3 = p + 1: multiples of these are spread evenly in two dimensions (Roberts' R2 sequence)."""
 
+SHIFTS = 64
+"""How many shifts between rows are tried."""
+
 
 @lru_cache(maxsize=512)
 def lattice(grid: Grid, kept: int) -> tuple[int, ...]:
     """``kept`` (0 to all) of the tokens of a grid, as numbers in raster order, ascending.
 
-    Rows as far apart as columns are; the rows' counts differ by one at most, and each stands in the middle of its share.
+    A slanted lattice, whose rows are all in use and shifted against one another, or an upright one, whose rows lie as far
+    apart as its columns: whichever leaves smaller gaps here. That is nearly always the slanted one, but for small counts.
     """
+    rows, columns = grid
+    if rows > columns:  # shifts go along the longer side
+        turned = lattice((columns, rows), kept)
+        return tuple(sorted(i % rows * columns + i // rows for i in turned))
+    if kept in (0, rows * columns):
+        return tuple(range(kept))
+    return min(_slanted(grid, kept), _upright(grid, kept), key=lambda cells: _gaps(grid, cells))
+
+
+def _slanted(grid: Grid, kept: int) -> tuple[int, ...]:
+    """Every ``1 / share``-th of each row, and each row shifted so that tokens are as far from one another as can be."""
+    rows, columns = grid
+    share = kept / (rows * columns)
+    down = (torch.arange(rows, dtype=torch.float64)[:, None] - (rows - 1) / 2) * _shift(1 / share)
+    across = torch.arange(columns, dtype=torch.float64) - (columns - 1) / 2
+    phase = ((down + across + 0.5) * share % 1).flatten()  # where a cell lies between two tokens of its row
+    # Rounded, as equal phases may differ in their last bits; ties go to the lower number.
+    order = (phase * 1e9).round().sort(stable=True).indices
+    return tuple(sorted(order[:kept].tolist()))
+
+
+def _shift(period: float) -> float:
+    """The shift between rows, at most half a period, for which the lattice's shortest vector is longest."""
+
+    def shortest(shift: float) -> float:
+        lines = range(1, math.ceil(1.5 * math.sqrt(period)) + 1)
+        skew = (((line * shift + period / 2) % period - period / 2) ** 2 + line**2 for line in lines)
+        return round(min(period**2, *skew), 9)
+
+    return max((period * step / (2 * SHIFTS) for step in range(SHIFTS + 1)), key=shortest)
+
+
+def _upright(grid: Grid, kept: int) -> tuple[int, ...]:
+    """Rows with equal counts but for one, each in the middle of its share, and so are the tokens in it."""
     rows, columns = grid
     lines = min(rows, max(math.ceil(kept / columns), round(math.sqrt(kept * rows / columns))))
     out: list[int] = []
@@ -30,6 +68,15 @@ def lattice(grid: Grid, kept: int) -> tuple[int, ...]:
         row, here = (2 * i + 1) * rows // (2 * lines), (i + 1) * kept // lines - i * kept // lines
         out += [row * columns + (2 * j + 1) * columns // (2 * here) for j in range(here)]
     return tuple(out)
+
+
+def _gaps(grid: Grid, cells: Sequence[int]) -> float:
+    """Mean 8th power of the cells' distances to the nearest kept one: the largest ones decide, then how many they are."""
+    far = torch.full((math.prod(grid),), math.inf)
+    far[list(cells)] = 0.0
+    down, across = ((torch.arange(n)[:, None] - torch.arange(n)) ** 2 for n in grid)
+    near = (far.view(grid) + down[:, :, None]).amin(1)  # squared, within the column
+    return float((near[:, None] + across).amin(2).double().pow(4).mean())
 
 
 def grid_scores(grid: Grid, kept: int) -> Tensor:

@@ -32,8 +32,8 @@ class Uniform(PruningPolicy):
     By default they are spread in two dimensions, over rows and columns alike: a lattice of exactly as many tokens. After
     an earlier stage the lattice is that of the whole image, as dense as the share that stays; what is left of it is kept,
     and what is missing comes from all over the image. In raster order, FEATHER's criterion, it is every ``N / k``-th of
-    the N entering tokens, at ``floor((i + 0.5) * N / k)``: where that is near a whole number of rows' share they stand in
-    columns (k = 96 of 24 x 24: four of them), with nothing between.
+    the N entering tokens, at ``floor((i + 0.5) * N / k)``: where k is a multiple of the rows, or nearly, they stand in
+    columns with nothing between (k = 96 of 24 x 24: four columns).
 
     Args:
         layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones.
