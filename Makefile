@@ -52,7 +52,7 @@ $(OLDEST)/.installed: requirements/oldest.txt setup.py pyproject.toml
 $(NEWEST)/.installed: requirements/newest.txt setup.py pyproject.toml
 	$(make_environment)
 
-$(FLOOR)/.installed: TORCH := 2.10.0
+$(FLOOR)/.installed: TORCH := 2.11.0
 $(FLOOR)/.installed: requirements/oldest.txt setup.py pyproject.toml
 	$(make_environment)
 

@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 SOURCES = sorted(path.name for path in HERE.glob("*.cu"))
 ARCHITECTURES = ("80", "90a", "100a")  # 8.x, H100 and H200, B200; an "a" runs on that one architecture alone
 PTX = "80"  # for every other GPU from 8.0 on, compiled by the driver at first use
-TORCH_TARGET = "0x020a000000000000"  # PyTorch 2.10, the oldest that vlmprune supports
+TORCH_TARGET = "0x020a000000000000"  # PyTorch 2.10: all that are supported have this ABI
 
 
 def nvcc() -> str:

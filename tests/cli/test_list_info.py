@@ -78,7 +78,7 @@ def test_readme_has_the_generated_table(cli):
 
 def test_info_json(cli):
     found = json.loads(cli("info", "--json").stdout)
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == metadata.version("torch")
     assert found["versions"]["vlmprune"] == vlmprune.__version__
     assert found["devices"][0]["name"] == "cpu"
     assert set(found["ops"]) == ({"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"})

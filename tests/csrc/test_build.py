@@ -41,7 +41,7 @@ def test_extension_builds_spills_nothing_and_loads(tmp_path):
     """One test, as one build serves it all."""
     report = resources.build_extension(tmp_path)
     library = tmp_path / "vlmprune" / "_C.abi3.so"
-    assert code_in(library) == {*(f"sm_{a}.cubin" for a in ARCHITECTURES), "sm_80.ptx"}
+    assert code_in(library) == {*(f"sm_{a.removesuffix('a')}.cubin" for a in ARCHITECTURES), "sm_80.ptx"}
     load = [sys.executable, "-P", "-c", LOAD, library]
     out = subprocess.run(load, capture_output=True, text=True, check=True).stdout
     refused = re.findall(r"'_vlmprune_C::(\S+)' with arguments from the 'CPU' backend", out)
@@ -64,4 +64,5 @@ def code_in(library):
     listed = subprocess.run(
         [cuobjdump, "-lelf", "-lptx", library], capture_output=True, text=True, check=True
     )
-    return set(re.findall(r"sm_\w+\.(?:cubin|ptx)", listed.stdout))
+    # Older ones leave out the "a" of an architecture's own features, which the resources below name too.
+    return {name.replace("a.", ".") for name in re.findall(r"sm_\w+\.(?:cubin|ptx)", listed.stdout)}

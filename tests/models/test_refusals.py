@@ -169,7 +169,7 @@ VERSIONS = {
         "6.0.0",
         r"^transformers: expected transformers>=5\.17,<6\.0, got 6\.0\.0$",
     ),
-    "old-torch": ("torch", "2.9.1+cu130", r"^torch: expected torch>=2\.10, got 2\.9\.1\+cu130$"),
+    "old-torch": ("torch", "2.9.1+cu130", r"^torch: expected torch>=2\.11, got 2\.9\.1\+cu130$"),
     "old-triton": ("triton", "3.5.0", r"^triton: expected triton>=3\.6, got 3\.5\.0$"),
 }
 
@@ -186,7 +186,7 @@ def test_versions_inside_the_range_and_a_missing_triton(monkeypatch):
     def version(name):
         if name == "triton":
             raise _versions.PackageNotFoundError
-        return {"torch": "2.10.0a0+git1", "transformers": "5.17.0.dev0"}[name]
+        return {"torch": "2.11.0a0+git1", "transformers": "5.17.0.dev0"}[name]
 
     _versions.check_versions()
     monkeypatch.setattr(_versions, "version", version)

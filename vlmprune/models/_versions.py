@@ -11,13 +11,13 @@ from vlmprune.errors import VersionError
 Release = tuple[int, int]
 
 SUPPORTED: dict[str, tuple[Release, Release | None]] = {
-    "torch": ((2, 10), None),
+    "torch": ((2, 11), None),
     "triton": ((3, 6), None),
     "transformers": ((5, 17), (6, 0)),
 }
 """Oldest version that works, and the first that is not expected to, by distribution."""
 TESTED: dict[str, tuple[Release, ...]] = {
-    "torch": ((2, 13),),
+    "torch": ((2, 11), (2, 13)),
     "triton": ((3, 6), (3, 9)),
     "transformers": ((5, 17), (5, 23), (5, 24)),
 }
