@@ -58,7 +58,8 @@ def scatter_rows(grad: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
     dim = 2 if grad.ndim == 4 else 1
     at = index.view([n if i in (0, dim) else 1 for i, n in enumerate(grad.shape)])
     at = torch.where((at >= 0) & (at < shape[dim]), at, shape[dim])  # lands in one extra row, cut off below
-    longer = [n + 1 if i == dim else n for i, n in enumerate(shape)]  # sizes may be symbolic, and take no bool
+    # sizes may be symbolic, and take no bool
+    longer = [n + 1 if i == dim else n for i, n in enumerate(shape)]
     full = grad.new_zeros(grad.shape[0], *longer[1:]).scatter_add(dim, at.expand_as(grad), grad)
     full = full.narrow(dim, 0, shape[dim])
     return full if shape[0] == grad.shape[0] else full.sum(0, keepdim=True)
