@@ -25,7 +25,7 @@ def lattice(grid: Grid, kept: int) -> tuple[int, ...]:
     """``kept`` (0 to all) of the tokens of a grid, as numbers in raster order, ascending.
 
     A slanted lattice, whose rows are all in use and shifted against one another, or an upright one, whose rows lie as far
-    apart as its columns: whichever leaves smaller gaps here. That is nearly always the slanted one, but for small counts.
+    apart as its columns: whichever leaves smaller gaps. Where more than about a quarter stays, that is the slanted one.
     """
     rows, columns = grid
     if rows > columns:  # shifts go along the longer side
