@@ -23,7 +23,7 @@ from vlmprune.policies.base import (
 Factory = PruningPolicy | type[PruningPolicy] | Callable[[float], PruningPolicy]
 """A policy or a policy class (see ``PruningPolicy.with_share``), or a function from a share to a policy."""
 
-LEAST, HALVINGS, WORDS, WIDTH = 1e-9, 50, 8, 4
+LEAST, HALVINGS, WORDS, WIDTH = 1e-9, 20, 8, 4  # a share to a millionth: every try asks the policy itself
 
 
 def keep_for_flops(factory: Factory, cut: float, shape: DecoderShape, visual: int, text: int) -> float:
@@ -109,8 +109,9 @@ def _largest(left: Callable[[float], float], budget: float) -> float:
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if left(middle) <= budget else (low, middle)
-    short = (int(low * 10**digits) / 10**digits for digits in range(1, 17))
-    return next((share for share in short if share > 0 and left(share) == left(low)), low)
+    cost = left(low)
+    short = (int(low * 10**digits) / 10**digits for digits in range(1, 10))
+    return next((share for share in short if share > 0 and left(share) == cost), low)
 
 
 def _context(layer: int, needs: Needs, ordinals: Tensor, visual: int) -> TokenContext:
