@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,14 +37,14 @@ def test_it_is_listed(installed, monkeypatch):
     assert json.loads(out.stdout)["norm"]["fields"] == {"layer": 2, "keep": 0.5, "earlier_kv": "full"}
 
 
-def test_it_runs(installed):
+def test_it_runs(installed, monkeypatch):
+    monkeypatch.syspath_prepend(installed)
     scene = SCENES / "images" / "scene_70001.png"
     model = SCENES / "checkpoint"
     args = ["--model", str(model), "--image", str(scene), "--prompt", "locate the green phone .", "--json"]
-    command = [sys.executable, "-P", "-m", "vlmprune.cli", "run", *args, "--repeat", "1"]
-    command += ["--policy", "norm:layer=3,keep=49"]
-    out = subprocess.run(command, env={**os.environ, "PYTHONPATH": installed}, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
+    out = CliRunner().invoke(app, ["run", *args, "--repeat", "1", "--policy", "norm:layer=3,keep=49"])
+    assert out.exit_code == 0, out.output
+    del sys.modules["vlmprune_norm"]
     (run,) = json.loads(out.stdout)["runs"]
     assert run["report"]["stages"] == [{"layer": 3, "tokens_in": 196, "tokens_kept": 49}]
 

@@ -92,9 +92,12 @@ def test_counts_that_depend_on_the_data():
 def test_every_method_with_a_share_meets_a_budget(name):
     cls = policies()[name]
     cut = 0.5 if name == "vscan" else 0.3  # its second stage alone saves 43 %
-    keep = keep_for_flops(cls, cut, VICUNA, 576, 60)
-    assert cut_of(cls, keep) >= cut > cut_of(cls, min(1.0, keep + 0.02))
-    assert keep == keep_for_flops(cls(), cut, VICUNA, 576, 60)
+    keep = keep_for_flops(cls, cut, VICUNA, 256, 27)
+    assert cut_of(cls, keep, 256, 27) >= cut > cut_of(cls, min(1.0, keep + 0.02), 256, 27)
+
+
+def test_a_policy_is_sized_as_its_class_is():
+    assert keep_for_flops(FastV(), 0.3, VICUNA, 576, 60) == keep_for_flops(FastV, 0.3, VICUNA, 576, 60)
 
 
 def test_the_setting_that_a_share_goes_to():
