@@ -32,7 +32,11 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselect tests that need a GPU where there is none."""
+    """Deselect tests that need a GPU where there is none; a slow one lies where `make test-slow` looks for it."""
+    slow = (item for item in items if item.get_closest_marker("slow"))
+    stray = [item.nodeid for item in slow if item.path.parent.name not in ("csrc", "compile")]
+    if stray:
+        raise pytest.UsageError(f"slow tests belong into tests/csrc or tests/compile, got {stray[0]}")
     needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if needs_gpu and not HAS_CUDA:
         config.hook.pytest_deselected(items=needs_gpu)

@@ -18,8 +18,8 @@ SCENES = ROOT / "examples" / "glyphworld"
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """The folder that the plugin is installed into."""
+def folder(tmp_path_factory):
+    """What the plugin is installed into."""
     target = tmp_path_factory.mktemp("plugin")
     source = tmp_path_factory.mktemp("source")
     for file in ("pyproject.toml", "vlmprune_norm.py"):
@@ -29,22 +29,28 @@ def installed(tmp_path_factory):
     return str(target)
 
 
-def test_it_is_listed(installed, monkeypatch):
-    monkeypatch.syspath_prepend(installed)
+@pytest.fixture
+def installed(folder, monkeypatch):
+    """The plugin can be imported for the length of a test."""
+    monkeypatch.syspath_prepend(folder)
+    yield
+    sys.modules.pop("vlmprune_norm", None)
+
+
+@pytest.mark.usefixtures("installed")
+def test_it_is_listed():
     out = CliRunner().invoke(app, ["list", "--json"])
     assert out.exit_code == 0, out.output
-    del sys.modules["vlmprune_norm"]
     assert json.loads(out.stdout)["norm"]["fields"] == {"layer": 2, "keep": 0.5, "earlier_kv": "full"}
 
 
-def test_it_runs(installed, monkeypatch):
-    monkeypatch.syspath_prepend(installed)
+@pytest.mark.usefixtures("installed")
+def test_it_runs():
     scene = SCENES / "images" / "scene_70001.png"
     model = SCENES / "checkpoint"
     args = ["--model", str(model), "--image", str(scene), "--prompt", "locate the green phone .", "--json"]
     out = CliRunner().invoke(app, ["run", *args, "--repeat", "1", "--policy", "norm:layer=3,keep=49"])
     assert out.exit_code == 0, out.output
-    del sys.modules["vlmprune_norm"]
     (run,) = json.loads(out.stdout)["runs"]
     assert run["report"]["stages"] == [{"layer": 3, "tokens_in": 196, "tokens_kept": 49}]
 

@@ -23,11 +23,11 @@ from vlmprune.policies.base import (
 Factory = PruningPolicy | type[PruningPolicy] | Callable[[float], PruningPolicy]
 """A policy or a policy class (see ``PruningPolicy.with_share``), or a function from a share to a policy."""
 
-LEAST, HALVINGS, WORDS, WIDTH = 1e-9, 20, 8, 4  # a share to a millionth: every try asks the policy itself
+LEAST, HALVINGS, WORDS, WIDTH = 1e-9, 20, 8, 4  # few halvings: each asks the policy itself
 
 
 def keep_for_flops(factory: Factory, cut: float, shape: DecoderShape, visual: int, text: int) -> float:
-    """The largest share to keep that saves at least ``cut`` of the decoder's prefill FLOPs (``vlmprune.flops``).
+    """The largest share to keep, to a millionth, that saves at least ``cut`` of the prefill's FLOPs (``vlmprune.flops``).
 
     Args:
         factory: a policy, or its class for the default settings: ``with_share`` sets the share. Or ``lambda keep: ...``,
@@ -55,7 +55,7 @@ def keep_for_flops(factory: Factory, cut: float, shape: DecoderShape, visual: in
 
 
 def keep_for_mean_tokens(factory: Factory, mean: float, layers: int, visual: int) -> float:
-    """The largest share to keep whose mean over layer inputs is at most ``mean`` visual tokens.
+    """The largest share to keep, to a millionth, whose mean over layer inputs is at most ``mean`` visual tokens.
 
     Args:
         factory: as in ``keep_for_flops``.
