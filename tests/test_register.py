@@ -32,13 +32,13 @@ q = torch.ones(1, 2, 3, 8)
 layer = torch.nn.Module()
 layer.is_causal = True
 assert AttentionInterface()["vlmprune"](layer, q, q, q, None)[0].shape == (1, 3, 2, 8)
-assert AttentionInterface()["vlmprune"].__module__ == "vlmprune.models.attention"
+assert AttentionInterface()["vlmprune"].__module__ == "vlmprune.models.attention.backend"
 """
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
 def test_nothing_that_is_registered_is_replaced():
-    import_module("vlmprune.models.attention")
+    import_module("vlmprune.models.attention.backend")
     tables = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
     before = [dict(table) for table in tables]
     add_names()
@@ -48,4 +48,4 @@ def test_nothing_that_is_registered_is_replaced():
         assert (
             "vlmprune" in ours <= {"vlmprune", "vlmprune_masked"}
         )  # the latter where vlmprune.testing is loaded
-        assert table["vlmprune"].__module__ == "vlmprune.models.attention"
+        assert table["vlmprune"].__module__ == "vlmprune.models.attention.backend"

@@ -19,7 +19,7 @@ from typing import Any
 NAME = "vlmprune"
 """The value of ``attn_implementation``."""
 HOST = "transformers.modeling_utils"
-WIRING = "vlmprune.models.attention"
+WIRING = "vlmprune.models.attention.backend"
 
 
 def register() -> None:

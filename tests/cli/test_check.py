@@ -25,8 +25,8 @@ def test_a_right_wiring_is_ok(cli, checkpoint):
 
 
 def test_a_wrong_wiring_exits_with_1(cli, checkpoint, monkeypatch):
-    def skipped(self, forward, i, hidden, *rest):
-        forward.plans[i] = None
+    def skipped(self, prefill, i, hidden, *rest):
+        prefill.decisions[i] = None
         return hidden
 
     monkeypatch.setattr(stage.StageRunner, "__call__", skipped)

@@ -27,7 +27,7 @@ from vlmprune.integrations.lmms_eval.requests import (
     read_policy,
 )
 from vlmprune.models.clock import Seconds
-from vlmprune.models.run import FlopCounts, Report, TokenCounts
+from vlmprune.models.report import FlopCounts, Report, TokenCounts
 from vlmprune.policies.registry import BUILT_IN, built_in
 from vlmprune.policies.schedule import stage_counts
 

@@ -330,10 +330,10 @@ def test_what_is_under_way_is_not_saved():
     vlmprune.attach(model, vlmprune.FasterVLM(keep=9))
     generate(model, batch, 2)
     engine = find_engine(find_parts(model))
-    for state in (engine.prompts, engine.taps.notes, engine.taps.mine, engine.clock.mine):
+    for state in (engine.prompts, engine.vision.notes, engine.vision.mine, engine.clock.mine):
         fresh, copied = pickle.loads(pickle.dumps(state)), copy.deepcopy(state)
         assert type(fresh) is type(copied) is type(state)
-    assert pickle.loads(pickle.dumps(engine.taps.mine)).heard is None
+    assert pickle.loads(pickle.dumps(engine.vision.mine)).runs is None
 
 
 def test_the_first_choice_at_each_layer_is_checked():

@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import vlmprune
-from vlmprune.models.attention import attention
+from vlmprune.models.attention.backend import attention
 from vlmprune.policies.attention import AttentionInputs
 
 sys.path.append(str(Path(__file__).parent))

@@ -16,7 +16,7 @@ from transformers.cache_utils import QuantizedLayer
 
 import vlmprune
 from vlmprune.errors import ModelError
-from vlmprune.models import kv_layers
+from vlmprune.models.host import cache_layers
 
 sys.path.append(str(Path(__file__).parent))
 from _tiny import LAYERS, dropped_from, generate, make_batch, make_model, oracle
@@ -163,14 +163,14 @@ class Rounded(QuantizedLayer):
         return q_tensor[0] * q_tensor[1]
 
 
-class PrunedRounded(kv_layers.PrunedQuantizedLayer, Rounded):
+class PrunedRounded(cache_layers.PrunedQuantizedLayer, Rounded):
     pass
 
 
 @pytest.fixture
 def rounded(monkeypatch, model):
     """A quantized cache of the residual-window kind; the window overflows while decoding."""
-    monkeypatch.setitem(kv_layers.PRUNED, Rounded, PrunedRounded)
+    monkeypatch.setitem(cache_layers.PRUNED, Rounded, PrunedRounded)
     cache = DynamicCache(config=model.config)
     cache.layers = [Rounded(residual_length=3) for _ in range(LAYERS)]
     return cache

@@ -10,8 +10,8 @@ import torch
 
 import vlmprune
 from vlmprune.errors import ModelError
-from vlmprune.models.calls import Notes
-from vlmprune.models.families import Encoded
+from vlmprune.models.host.families import Encoded
+from vlmprune.models.visuals import Notes
 
 sys.path.append(str(Path(__file__).parent))
 from _tiny import generate, make_batch, make_model, oracle

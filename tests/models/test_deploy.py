@@ -13,8 +13,8 @@ from torch import multiprocessing
 
 import vlmprune
 from vlmprune.errors import ModelError
-from vlmprune.models.family import find_parts
-from vlmprune.models.probe import _ranks
+from vlmprune.models.decoder_reads import _ranks
+from vlmprune.models.host.parts import find_parts
 
 sys.path.append(str(Path(__file__).parent))
 from _families import CASES as FAMILIES

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlmprune
-from vlmprune.models.families import FAMILIES
+from vlmprune.models.host.families import FAMILIES
 from vlmprune.policies.base import Needs, TokenContext
 from vlmprune.testing import check_model
 from vlmprune.testing.pictures import ALBUMS

@@ -15,8 +15,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function
 
 import vlmprune
-from vlmprune.models import explain, flash
-from vlmprune.models.attention import attention, mask
+from vlmprune.models import explain
+from vlmprune.models.attention import kernels
+from vlmprune.models.attention.backend import attention, mask
 
 sys.path.append(str(Path(__file__).parent))
 import _flash
@@ -31,11 +32,11 @@ VALID = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0]
 
 
 def test_bounds_say_what_the_mask_says():
-    edges = flash.bounds(VALID)
+    edges = kernels.bounds(VALID)
     assert edges.dtype == torch.int32
     assert edges[:4].tolist() == [0, 2, 6, 6] and edges[-1] == VALID.numel() and (edges.diff() >= 0).all()
     rows = torch.empty(*VALID.shape, 1)[:, None]
-    got = flash.bounds_mask(flash.Call(rows, rows, rows, edges, True, None, 0.0))
+    got = kernels.bounds_mask(kernels.AttentionCall(rows, rows, rows, edges, True, None, 0.0))
     want = torch.ones(6, 6, dtype=torch.bool).tril() & VALID[:, None, None]
     assert torch.equal(got[VALID[:, None].expand(-1, 1, -1)], want[VALID[:, None].expand(-1, 1, -1)])
     assert got.any(-1).all()  # a padding row sees itself: no NaN
@@ -55,11 +56,11 @@ def ask_mask(valid, rows=None, **more):
 def test_mask_formats(gpu):
     gpu(2)
     assert ask_mask(VALID[3:4]) is None
-    assert torch.equal(ask_mask(VALID), flash.bounds(VALID))
+    assert torch.equal(ask_mask(VALID), kernels.bounds(VALID))
     known = ask_mask(
         VALID, allow_is_causal_skip=False, left_padded=True
     )  # behind a stage: no read of the device
-    assert torch.equal(known, flash.bounds(VALID))
+    assert torch.equal(known, kernels.bounds(VALID))
     holes = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]).bool()
     for odd in (
         ask_mask(holes),
@@ -74,10 +75,10 @@ def test_mask_formats(gpu):
 def test_a_stage_leaves_a_padded_batch_to_the_flash_kernels(gpu, monkeypatch):
     """The engine tells our mask function that padding stands on the left: both halves of the decoder run packed."""
     gpu(2)
-    monkeypatch.setattr(flash, "HALVES", (torch.float32,))
+    monkeypatch.setattr(kernels, "HALVES", (torch.float32,))
     model, batch = make_model(attn="vlmprune"), make_batch(BATCHES["padded"])
     seen = []
-    monkeypatch.setattr(flash, "choose", lambda call, want: seen.append(call.mask))  # then plain SDPA runs
+    monkeypatch.setattr(kernels, "choose", lambda call, want: seen.append(call.mask))  # then plain SDPA runs
     with vlmprune.prune(model, vlmprune.Uniform(layer=2, keep=0.5)), torch.no_grad():
         pruned = model(**batch).logits
     assert not pruned.isnan().any()
@@ -104,17 +105,17 @@ def gpu(monkeypatch):
     """Take the CPU for a GPU on which one generation of flash-attn is installed; returns the list of its calls."""
 
     def pretend(generation, capability=9, takes=None):
-        monkeypatch.setattr(flash, "GPU", "cpu")
-        monkeypatch.setattr(flash, "HALVES", (torch.float32,))
-        monkeypatch.setattr(flash, "capability", lambda device: capability)
+        monkeypatch.setattr(kernels, "GPU", "cpu")
+        monkeypatch.setattr(kernels, "HALVES", (torch.float32,))
+        monkeypatch.setattr(kernels, "capability", lambda device: capability)
         calls = _flash.install(monkeypatch, generation, takes)
         clear()
         return calls
 
     def clear():
-        flash.usable.cache_clear()
-        flash.load.cache_clear()
-        for kernel in flash.KERNELS:
+        kernels.usable.cache_clear()
+        kernels.load.cache_clear()
+        for kernel in kernels.KERNELS:
             kernel.refused.clear()
 
     yield pretend
@@ -145,7 +146,7 @@ def test_flash_attn_runs_the_backend(gpu, generation, specs):
 def test_flash_attn_keeps_the_lse(gpu, generation, packed):
     calls = gpu(generation)
     q, k, v = draw(5, 8, 4, 6, 6, 16, torch.float32)
-    wants, seen = Wants(), flash.bounds(VALID) if packed else None
+    wants, seen = Wants(), kernels.bounds(VALID) if packed else None
     got = attention(layer(8, 4), q, k, v, seen, scaling=0.3, vlmprune=wants)[0]
     assert calls == ["packed" if packed else "dense"]
     real = VALID if packed else torch.ones_like(VALID)
@@ -160,7 +161,7 @@ def test_flash_attn_keeps_the_lse(gpu, generation, packed):
 def test_what_a_kernel_cannot_take_goes_to_sdpa_with_the_same_mask(gpu):
     calls = gpu(2)
     q, k, v = draw(5, 8, 4, 6, 6, 12, torch.float32)  # head dim 12
-    got = attention(layer(8, 4), q, k, v, flash.bounds(VALID), scaling=0.3)[0]
+    got = attention(layer(8, 4), q, k, v, kernels.bounds(VALID), scaling=0.3)[0]
     lower = torch.ones(6, 6, dtype=torch.bool).tril() & VALID[:, None, None]
     want = sdpa_attention_forward(layer(8, 4), q, k, v, lower, scaling=0.3)[0]
     assert not calls
@@ -171,8 +172,10 @@ def test_what_a_kernel_cannot_take_goes_to_sdpa_with_the_same_mask(gpu):
 def test_torchs_own_gpu_kernel_has_the_layouts_expected(packed):
     """By its shape function; what it computes is not run here."""
     q, k, v = (x.to("meta") for x in draw(5, 8, 4, 6, 6, 16, torch.bfloat16))
-    call = flash.Call(q, k, v, flash.bounds(VALID).to("meta") if packed else None, True, 0.3, 0.0)
-    (kernel,) = (kernel for kernel in flash.KERNELS if kernel.name == "torch flash")
+    call = kernels.AttentionCall(
+        q, k, v, kernels.bounds(VALID).to("meta") if packed else None, True, 0.3, 0.0
+    )
+    (kernel,) = (kernel for kernel in kernels.KERNELS if kernel.name == "torch flash")
     assert kernel.takes(call) and kernel.spare
     out, lse = kernel.run(call, True)
     assert out.shape == (5, 6, 8, 16) and lse.shape == (5, 8, 6) and lse.dtype == torch.float32
@@ -217,7 +220,7 @@ def test_explain_names_every_kernel_and_says_why_not(gpu):
 
 def test_a_kernel_says_which_gpus_it_is_for(gpu, monkeypatch):
     gpu(3)
-    monkeypatch.setattr(flash, "capability", lambda device: 8)
+    monkeypatch.setattr(kernels, "capability", lambda device: 8)
     assert dict(explain("cpu"))["flash-attn 3"] == "needs compute capability 9, got 8"
 
 
@@ -238,7 +241,7 @@ def test_the_fourth_generation_takes_fewer_head_dims_on_newer_gpus(gpu, major):
     taken = set()
     for size in range(4, 520, 4):
         q, k, v = draw(1, 2, 2, 3, 3, size, torch.float32)
-        kernel = flash.choose(flash.Call(q, k, v, None, True, None, 0.0), False)
+        kernel = kernels.choose(kernels.AttentionCall(q, k, v, None, True, None, 0.0), False)
         if kernel is not None and kernel.name.startswith("flash-attn 4"):
             taken.add(size)
     assert taken == FOURTH.get(major, set())
@@ -247,10 +250,10 @@ def test_the_fourth_generation_takes_fewer_head_dims_on_newer_gpus(gpu, major):
 def test_without_a_backward_training_goes_elsewhere(gpu):
     calls = gpu(4, 8)
     q, k, v = draw(1, 2, 2, 3, 3, 16, torch.float32)
-    call = flash.Call(q.requires_grad_(), k, v, None, True, None, 0.0)
-    assert flash.attend(call, False) is None and not calls
+    call = kernels.AttentionCall(q.requires_grad_(), k, v, None, True, None, 0.0)
+    assert kernels.attend(call, False) is None and not calls
     with torch.no_grad():
-        flash.attend(call, False)
+        kernels.attend(call, False)
     assert calls == ["dense"]
 
 
@@ -260,7 +263,7 @@ def test_a_refused_call_runs_elsewhere_and_is_not_tried_again(gpu, generation, p
     """Another release may take less than was read: the second generation gives the result."""
     second, refusing = gpu(2), gpu(generation, takes={16})
     q, k, v = draw(5, 8, 4, 6, 6, 24, torch.float32)
-    seen = flash.bounds(VALID) if packed else None
+    seen = kernels.bounds(VALID) if packed else None
     real = VALID if packed else torch.ones_like(VALID)
     lower = torch.ones(6, 6, dtype=torch.bool).tril() & real[:, None, None]
     want = sdpa_attention_forward(layer(8, 4), q, k, v, lower, scaling=0.3)[0]
@@ -292,14 +295,14 @@ def test_a_package_built_for_another_release_of_its_own_needs_is_not_there(gpu, 
     def broken(name):
         raise AttributeError("module 'cutlass' has no attribute 'Int32'")
 
-    monkeypatch.setattr(flash, "import_module", broken)
+    monkeypatch.setattr(kernels, "import_module", broken)
     assert dict(explain("cpu"))["flash-attn 4"] == (
         "flash_attn.cute cannot be imported: module 'cutlass' has no attribute 'Int32'"
     )
 
 
 def test_torchs_kernel_leaves_large_heads_to_sdpa_where_it_may_have_no_backward():
-    (kernel,) = (kernel for kernel in flash.KERNELS if kernel.name == "torch flash")
+    (kernel,) = (kernel for kernel in kernels.KERNELS if kernel.name == "torch flash")
     for size, grad, taken in ((192, True, True), (256, False, True), (256, True, False), (264, False, False)):
         q, k, v = (x.to("meta").requires_grad_(grad) for x in draw(1, 2, 2, 3, 3, size, torch.bfloat16))
-        assert kernel.takes(flash.Call(q, k, v, None, True, None, 0.0)) is taken
+        assert kernel.takes(kernels.AttentionCall(q, k, v, None, True, None, 0.0)) is taken

@@ -15,8 +15,8 @@ from transformers import DynamicCache
 
 import vlmprune
 from vlmprune.errors import ModelError, NotPrunedError, VersionError
-from vlmprune.models import _versions, host
-from vlmprune.models.family import find_parts
+from vlmprune.models.host import names, versions
+from vlmprune.models.host.parts import find_parts
 
 sys.path.append(str(Path(__file__).parent))
 from _families import CASES, build
@@ -65,7 +65,7 @@ LOST = {
     "encoded": (lambda m: m.model, "mm_encoder_outputs"),
     "labels": (lambda m: m, "labels"),
     "layer": (lambda m: m.model.language_model.layers[0], "position_embeddings"),
-    "cache": (lambda m: m.model.language_model.layers[0], host.CACHE[not RENAMED]),
+    "cache": (lambda m: m.model.language_model.layers[0], names.CACHE[not RENAMED]),
     "attention": (lambda m: m.model.language_model.layers[0].self_attn, "hidden_states"),
 }
 
@@ -122,7 +122,7 @@ def test_a_cache_that_the_layers_do_not_get_is_an_error(model):
         handle.remove()
 
 
-@pytest.mark.parametrize("name", host.CACHE)
+@pytest.mark.parametrize("name", names.CACHE)
 def test_the_caller_may_use_either_name(model, name):
     if name == "cache" and not RENAMED:
         pytest.skip("no such argument before transformers 5.24")
@@ -140,24 +140,24 @@ def test_arguments_by_place_are_read_too():
         def forward(self, a, b=3, *, c=4, **kwargs):
             return a
 
-    signature = host.Signature(Module(), ["a", "b", "c"])
+    signature = names.Signature(Module(), ["a", "b", "c"])
     assert signature.read((1,), {"c": 2, "d": 5}) == {"a": 1, "b": 3, "c": 2, "d": 5}
     assert signature.first(["z", "b"]) == "b"
 
 
 def test_a_newer_version_is_allowed_with_one_warning(monkeypatch):
-    real = _versions.version
-    monkeypatch.setattr(_versions, "version", lambda name: "5.99.1" if name == "transformers" else real(name))
+    real = versions.version
+    monkeypatch.setattr(versions, "version", lambda name: "5.99.1" if name == "transformers" else real(name))
     with pytest.warns(
         UserWarning, match=r"tested with transformers up to 5\.\d+, this is 5\.99\.1: run `vlmprune check"
     ) as seen:
-        _versions.check_versions()
+        versions.check_versions()
     assert len([w for w in seen if "transformers" in str(w.message)]) == 1
 
 
 def test_tested_versions_are_supported_ones():
-    for name, (oldest, end) in _versions.SUPPORTED.items():
-        tested = _versions.TESTED[name]
+    for name, (oldest, end) in versions.SUPPORTED.items():
+        tested = versions.TESTED[name]
         assert list(tested) == sorted(tested) and tested[0] >= oldest and (end is None or tested[-1] < end)
 
 

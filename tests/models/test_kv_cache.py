@@ -11,7 +11,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from vlmprune.errors import ModelError
-from vlmprune.models.kv_cache import (
+from vlmprune.models.host.cache_layers import PRUNED, PrunedDynamicLayer, PrunedStaticLayer, lengthen
+from vlmprune.models.host.cache_view import (
     check_cache,
     entries,
     extend_validity,
@@ -19,7 +20,6 @@ from vlmprune.models.kv_cache import (
     make_prunable,
     past_validity,
 )
-from vlmprune.models.kv_layers import PRUNED, PrunedDynamicLayer, PrunedStaticLayer, lengthen
 
 
 def states(batch: int, n: int, start: int = 0) -> torch.Tensor:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmprune.models.choice import settle
-from vlmprune.models.forward import scatter_back
 from vlmprune.models.layout import open_layout, positions_of, shorten, take
+from vlmprune.models.prefill import scatter_back
 from vlmprune.policies import Reduction
 
 PAD, TEXT, VISUAL = "p", "t", "v"
@@ -58,7 +58,7 @@ def test_three_stages_equal_lists(case):
         want = [[-1] * (width - len(sample)) + [i for i, _ in sample] for sample in lists]
         assert layout.origin.tolist() == want
         assert survivors.shape == layout.origin.shape
-        assert layout.rows == width
+        assert layout.length == width
         positions = padded([[i for i, c in sample if c == VISUAL] for sample in lists])
         assert layout.positions().tolist() == positions.tolist()
         if layout.valid is None:
@@ -79,7 +79,7 @@ def test_a_batch_of_one_opens_and_shortens_without_reading_the_device(monkeypatc
     layout, survivors = shorten(layout, *settle(layout, index, torch.zeros(1, 5, 2), None))
     monkeypatch.undo()
     assert survivors.tolist() == [[0, 1, 3, 4]]
-    assert layout.columns.tolist() == [[1, 2]]
+    assert layout.visual.tolist() == [[1, 2]]
 
 
 def test_a_prompt_that_ends_with_its_image_keeps_its_newest_token():

@@ -15,8 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vlmprune
 from vlmprune.errors import ModelError, VersionError
-from vlmprune.models import _versions, check_config
-from vlmprune.models.families import FAMILIES
+from vlmprune.models import check_config
+from vlmprune.models.host import versions
+from vlmprune.models.host.families import FAMILIES
 from vlmprune.policies.base import PruningPolicy, Reduction, TokenContext
 
 sys.path.append(str(Path(__file__).parent))
@@ -176,18 +177,18 @@ VERSIONS = {
 
 @pytest.mark.parametrize("name, got, message", VERSIONS.values(), ids=VERSIONS)
 def test_versions_outside_the_range(monkeypatch, name, got, message):
-    real = _versions.version
-    monkeypatch.setattr(_versions, "version", lambda other: got if other == name else real(other))
+    real = versions.version
+    monkeypatch.setattr(versions, "version", lambda other: got if other == name else real(other))
     with pytest.raises(VersionError, match=message):
-        _versions.check_versions()
+        versions.check_versions()
 
 
 def test_versions_inside_the_range_and_a_missing_triton(monkeypatch):
     def version(name):
         if name == "triton":
-            raise _versions.PackageNotFoundError
+            raise versions.PackageNotFoundError
         return {"torch": "2.11.0a0+git1", "transformers": "5.17.0.dev0"}[name]
 
-    _versions.check_versions()
-    monkeypatch.setattr(_versions, "version", version)
-    _versions.check_versions()
+    versions.check_versions()
+    monkeypatch.setattr(versions, "version", version)
+    versions.check_versions()

@@ -14,7 +14,7 @@ import torch
 import vlmprune
 from vlmprune import ops
 from vlmprune.errors import InputError, ModelError
-from vlmprune.models import masks, stage
+from vlmprune.models import layer_inputs, stage
 from vlmprune.models.prompt import Prompt
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.testing import check_model
@@ -115,10 +115,10 @@ def test_finds_a_record_of_other_tokens(model, monkeypatch):
 
 
 def test_finds_a_decode_mask_that_ignores_holes(model, monkeypatch):
-    def open_mask(config, hidden, valid, *rest, right=masks.pruned_mask, **more):
+    def open_mask(config, hidden, valid, *rest, right=layer_inputs.pruned_mask, **more):
         return right(config, hidden, None if hidden.shape[1] == 1 else valid, *rest, **more)
 
-    monkeypatch.setattr(masks, "pruned_mask", open_mask)
+    monkeypatch.setattr(layer_inputs, "pruned_mask", open_mask)
     found = failed(check_model(model, strict=False))
     assert found == {
         ("batch", name) for name in ("Random", "Stages", "Rewritten")
@@ -137,7 +137,7 @@ def test_finds_rotary_positions_of_other_tokens(model, monkeypatch):
 
 
 def test_finds_packed_positions_forgotten_in_decoding(model, monkeypatch):
-    monkeypatch.setattr(masks, "add_shift", lambda old, *_: old)
+    monkeypatch.setattr(layer_inputs, "_add_shift", lambda old, *_: old)
     assert failed(check_model(model, strict=False)) == everywhere("Rewritten")
 
 
@@ -150,8 +150,8 @@ def test_finds_keep_all_off_by_a_bit(model, monkeypatch):
 
 
 def test_finds_stages_that_never_ran(model, monkeypatch):
-    def skipped(self, forward, i, hidden, *rest):
-        forward.plans[i] = None
+    def skipped(self, prefill, i, hidden, *rest):
+        prefill.decisions[i] = None
         return hidden
 
     monkeypatch.setattr(stage.StageRunner, "__call__", skipped)

@@ -16,7 +16,7 @@ from vlmprune.eval.store import Answer, Store
 from vlmprune.flops import decoder_flops, layer_inputs, mean_tokens
 from vlmprune.images import open_rgb
 from vlmprune.models import Run, meter, prune
-from vlmprune.models.family import decoder_shape
+from vlmprune.models.host.parts import decoder_shape
 from vlmprune.policies.base import PruningPolicy
 
 Item = tuple[Question, str]

@@ -1,9 +1,14 @@
 """Wiring into Hugging Face transformers: the only layer that imports it."""
 
-from vlmprune.models._versions import SUPPORTED, TESTED, dotted
-from vlmprune.models.attention import explain
-from vlmprune.models.family import check_config, check_layers, find_parts, patch_grid
-from vlmprune.models.run import Report, Run, StageRecord
+# isort: off
+# First: it refuses versions outside the range before transformers is imported.
+from vlmprune.models.host.versions import SUPPORTED, TESTED, dotted
+
+# isort: on
+from vlmprune.models.attention.backend import explain
+from vlmprune.models.host.parts import check_config, check_layers, find_parts, patch_grid
+from vlmprune.models.prompt import StageRecord
+from vlmprune.models.report import Report, Run
 from vlmprune.models.scope import Scope, attach, detach, meter, prune
 
 __all__ = [

@@ -38,7 +38,7 @@ def settle(
     if rows is not None:
         wider = new.shape[1] - index.shape[1]
         own = (new != pad(index, (0, wider), value=-1))[..., None]
-        at = take(layout.columns, new).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[2])
+        at = take(layout.visual, new).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[2])
         rows = torch.where(own, hidden.gather(1, at).to(rows), pad(rows, (0, 0, 0, wider)))
     if last is not None:  # the row generation goes on from sees all others
         order = (last + 2 * (new < 0)).argsort(dim=1, stable=True)
@@ -51,8 +51,8 @@ def _with_newest(layout: Layout, index: Tensor) -> tuple[Tensor, Tensor | None]:
     """The visual token that ends a prompt in the place of the last one kept, and where it is ``[B, K]``. No host read."""
     if index.shape[1] == 0:
         return index, None
-    newest = (layout.columns >= 0).sum(1, keepdim=True) - 1
-    ends = (newest >= 0) & (take(layout.columns, newest) == last_rows(layout))
+    newest = (layout.visual >= 0).sum(1, keepdim=True) - 1
+    ends = (newest >= 0) & (take(layout.visual, newest) == last_rows(layout))
     new = torch.where(ends & (index == index.amax(1, keepdim=True)), newest, index)
     return new, ends & (new == newest)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmprune.models.family import Parts
+from vlmprune.models.host.parts import Parts
 from vlmprune.models.per_thread import PerThread
 
 Mark = Any  # a float (seconds), or a recorded torch.cuda.Event

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from vlmprune.models.forward import Forward
-from vlmprune.models.kv_cache import entries, extend_validity, make_prunable, past_validity
+from vlmprune.models.host.cache_view import entries, extend_validity, make_prunable, past_validity
 from vlmprune.models.layout import Layout, moved, take
+from vlmprune.models.prefill import Prefill
 
 
 @torch.no_grad()
-def compact_earlier(cache: Cache, forward: Forward, depth: int) -> None:
+def compact_earlier(cache: Cache, prefill: Prefill, depth: int) -> None:
     """Let the layers before the last stage forget, too, what it dropped of the chunk that has just run.
 
     The chunk's own rows were computed with those entries; the tokens to come no longer see them.
@@ -20,18 +20,16 @@ def compact_earlier(cache: Cache, forward: Forward, depth: int) -> None:
     Raises:
         ModelError: a layer holds its entries in a form that cannot be taken apart (quantized).
     """
-    final = forward.plan_at(depth)
+    call, final = prefill.call, prefill.layout(depth)
     for i in range(depth):
-        plan = forward.plan_at(i)
-        if plan is final:
+        if prefill.decision(i) is prefill.decision(depth):
             return
-        assert final is not None and forward.first is not None
-        layout = moved(forward.first if plan is None else plan.layout, final.layout.columns.device)
-        stored = entries(cache, i, forward.past + forward.q)
-        past = stored - layout.rows
-        old = past_validity(cache, i, forward.seen, past)
-        valid = extend_validity(old, past, final.layout.valid, final.layout.rows)
-        rows = _rows_of(final.layout, layout, forward.q)
+        layout = moved(prefill.layout(i), final.visual.device)
+        stored = entries(cache, i, call.past + call.length)
+        past = stored - layout.length
+        old = past_validity(cache, i, call.valid, past)
+        valid = extend_validity(old, past, final.valid, final.length)
+        rows = _rows_of(final, layout, call.length)
         before = torch.arange(past, device=rows.device).expand(len(rows), -1)
         index = torch.cat([before, torch.where(rows >= 0, rows + past, -1)], dim=1)
         if cache.offloading:  # an offloaded layer comes back for this

@@ -1,4 +1,4 @@
-"""Where the visual tokens of a prompt are, before and after each stage."""
+"""Where the visual tokens of a prompt are, before and after each stage: rows, positions, ordinals (docs/prefill.md)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Layout:
     """The rows of hidden states present at some depth, and which of them are visual tokens.
 
     Attributes:
-        rows: number of rows n (physical sequence length) per sample.
-        columns: ``[B, N]`` row numbers of the visual tokens, ascending, -1 = padding on the right.
+        length: number of rows n (physical sequence length) per sample.
+        visual: ``[B, N]`` rows of the visual tokens, ascending, -1 = padding on the right.
         ordinals: ``[B, N]`` each visual token's number in the prompt before any pruning, -1 = padding.
         counts: visual tokens per sample, on the host.
         real: rows per sample that are no padding, on the host.
@@ -29,8 +29,8 @@ class Layout:
             there are none.
     """
 
-    rows: int
-    columns: Tensor
+    length: int
+    visual: Tensor
     ordinals: Tensor
     counts: tuple[int, ...]
     real: tuple[int, ...]
@@ -44,13 +44,13 @@ class Layout:
         """``[B, n]`` False at padding and at candidates; None = every row is the prompt's."""
         if self.end is None:
             return self.valid
-        order = torch.arange(self.rows, device=self.end.device) if self.origin is None else self.origin
+        order = torch.arange(self.length, device=self.end.device) if self.origin is None else self.origin
         inside = (order >= 0) & (order < self.end)
         return inside if self.valid is None else inside & self.valid
 
     def positions(self) -> Tensor:
         """``[B, N]`` position of each visual token in the unpruned prompt, -1 = padding."""
-        return self.columns if self.origin is None else take(self.origin, self.columns)
+        return self.visual if self.origin is None else take(self.origin, self.visual)
 
 
 T = TypeVar("T")
@@ -97,18 +97,18 @@ def open_layout(visual: Tensor, padding: Tensor | None, known: int | None, tail:
         # the one host read of a padded prefill
         per_sample = torch.stack([visual.sum(1), valid.sum(1), valid[:, -1] | ~valid.any(1)])
         counts, real, ends = map(tuple, per_sample.tolist())
-    columns = positions_of(visual, max(counts))
-    order = torch.arange(columns.shape[1], device=columns.device)
+    rows = positions_of(visual, max(counts))
+    order = torch.arange(rows.shape[1], device=rows.device)
     return Layout(
-        rows=q,
-        columns=columns,
-        ordinals=torch.where(columns >= 0, order, -1),
+        length=q,
+        visual=rows,
+        ordinals=torch.where(rows >= 0, order, -1),
         counts=counts,
         real=real,
         valid=None if all(n == q for n in real) else padding,
         origin=None,
         trailing=not all(ends),
-        end=(columns.amax(1, keepdim=True) + 1).clamp(min=q - tail) if tail and max(counts) else None,
+        end=(rows.amax(1, keepdim=True) + 1).clamp(min=q - tail) if tail and max(counts) else None,
     )
 
 
@@ -136,7 +136,7 @@ def find_text(visual: Tensor, prompt: Tensor | None) -> TextSpan:
 
 def text_rows(layout: Layout, text: TextSpan) -> Tensor:
     """``[B, T]`` row numbers of the text after the last image in a layout, -1 = padding."""
-    mask = text.mask.to(layout.columns.device)
+    mask = text.mask.to(layout.visual.device)
     if layout.origin is not None:
         mask = (layout.origin >= 0) & mask.gather(1, layout.origin.clamp(min=0))
     return positions_of(mask, text.width)
@@ -152,9 +152,9 @@ def ascending(index: Tensor) -> Tensor:
 def rearrange(layout: Layout, after: Layout, survivors: Tensor, index: Tensor) -> tuple[Layout, Tensor]:
     """``shorten``'s result with the visual rows in the order of ``index [B, K]`` instead of ascending."""
     n = survivors.shape[1]
-    at = torch.where(after.columns >= 0, after.columns, n)
+    at = torch.where(after.visual >= 0, after.visual, n)
     spare = survivors.new_full((len(survivors), 1), -1)  # takes what belongs to padding, and is cut off
-    survivors = torch.cat([survivors, spare], 1).scatter(1, at, take(layout.columns, index))[:, :n]
+    survivors = torch.cat([survivors, spare], 1).scatter(1, at, take(layout.visual, index))[:, :n]
     origin = survivors if layout.origin is None else take(layout.origin, survivors)
     return replace(after, origin=origin, ordinals=take(layout.ordinals, index), ordered=False), survivors
 
@@ -164,26 +164,26 @@ def packed_rows(first: Layout, after: Layout) -> Tensor:
 
     Padding may stand anywhere among the unpruned rows: in a further turn it follows the last answer's last token.
     """
-    order = torch.arange(after.rows, device=after.columns.device).expand(len(after.counts), -1)
+    order = torch.arange(after.length, device=after.visual.device).expand(len(after.counts), -1)
     if after.valid is not None:
         order = torch.where(after.valid, after.valid.cumsum(1) - 1, -1)
     return order if first.valid is None else take(positions_of(first.valid, max(first.real)), order)
 
 
-def put_rows(short: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
-    """``short [B, n, D]`` with ``rows [B, K, D]`` in the places ``columns [B, K]``; -1 = padding."""
+def put_rows(short: Tensor, rows: Tensor, contents: Tensor) -> Tensor:
+    """``short [B, n, D]`` with ``contents [B, K, D]`` in its rows ``rows [B, K]``; -1 = padding."""
     n, width = short.shape[1:]
-    at = torch.where(columns >= 0, columns, n)[..., None].expand(-1, -1, width)
+    at = torch.where(rows >= 0, rows, n)[..., None].expand(-1, -1, width)
     spare = torch.cat([short, torch.zeros_like(short[:, :1])], 1)
-    return spare.scatter(1, at, rows.to(short))[:, :n]
+    return spare.scatter(1, at, contents.to(short))[:, :n]
 
 
 def last_rows(layout: Layout) -> Tensor:
     """``[B, 1]`` row number of each prompt's newest token; padding may stand on either side of it."""
     prompt = layout.prompt()
     if prompt is None:
-        return torch.full((layout.columns.shape[0], 1), layout.rows - 1, device=layout.columns.device)
-    order = torch.arange(layout.rows, device=layout.columns.device)
+        return torch.full((layout.visual.shape[0], 1), layout.length - 1, device=layout.visual.device)
+    order = torch.arange(layout.length, device=layout.visual.device)
     return torch.where(prompt, order, -1).amax(1, keepdim=True)
 
 
@@ -193,19 +193,19 @@ def shorten(layout: Layout, index: Tensor, kept: tuple[int, ...]) -> tuple[Layou
     Samples that keep fewer rows than others are padded on the LEFT (-1), so that the last row stays the newest token.
     """
     real = tuple(r - c + k for r, c, k in zip(layout.real, layout.counts, kept, strict=True))
-    rows = max(real)
-    columns = take(layout.columns, index)
-    survivors = positions_of(_surviving(layout, columns), rows)
-    if min(real) < rows:
+    length = max(real)
+    visual = take(layout.visual, index)
+    survivors = positions_of(_surviving(layout, visual), length)
+    if min(real) < length:
         survivors = _align_right(survivors, torch.tensor(real).to(index.device, non_blocking=True))
     origin = survivors if layout.origin is None else take(layout.origin, survivors)
     new = Layout(
-        rows=rows,
-        columns=_renumber(survivors, columns, layout.rows),
+        length=length,
+        visual=_renumber(survivors, visual, layout.length),
         ordinals=take(layout.ordinals, index),
         counts=kept,
         real=real,
-        valid=None if min(real) == rows else survivors >= 0,
+        valid=None if min(real) == length else survivors >= 0,
         origin=origin,
         ordered=layout.ordered,
         end=layout.end,
@@ -213,16 +213,16 @@ def shorten(layout: Layout, index: Tensor, kept: tuple[int, ...]) -> tuple[Layou
     return new, survivors
 
 
-def _surviving(layout: Layout, kept_columns: Tensor) -> Tensor:
-    """``[B, n]`` True for rows that stay: text rows and kept visual tokens; padding goes."""
-    batch, n = layout.columns.shape[0], layout.rows
+def _surviving(layout: Layout, kept: Tensor) -> Tensor:
+    """``[B, n]`` True for rows that stay: text, and the rows ``kept [B, K]`` of visual tokens; padding goes."""
+    batch, n = layout.visual.shape[0], layout.length
     stay = torch.ones(
-        batch, n + 1, dtype=torch.bool, device=layout.columns.device
-    )  # column n takes the -1 entries
+        batch, n + 1, dtype=torch.bool, device=layout.visual.device
+    )  # row n takes the -1 entries
     if layout.valid is not None:
         stay[:, :n] = layout.valid
-    stay.scatter_(1, torch.where(layout.columns >= 0, layout.columns, n), False)
-    stay.scatter_(1, torch.where(kept_columns >= 0, kept_columns, n), True)
+    stay.scatter_(1, torch.where(layout.visual >= 0, layout.visual, n), False)
+    stay.scatter_(1, torch.where(kept >= 0, kept, n), True)
     return stay[:, :n]
 
 
@@ -233,10 +233,10 @@ def _align_right(rows: Tensor, count: Tensor) -> Tensor:
     return take(rows, source.clamp(min=-1))
 
 
-def _renumber(survivors: Tensor, columns: Tensor, old_rows: int) -> Tensor:
-    """Row numbers ``[B, K]`` after the gather of rows that had numbers ``columns`` before it."""
+def _renumber(survivors: Tensor, rows: Tensor, length: int) -> Tensor:
+    """Where ``rows [B, K]`` of ``length`` ones stand once the survivors are gathered."""
     batch, n = survivors.shape
-    where = torch.full((batch, old_rows + 1), -1, dtype=torch.int64, device=survivors.device)
+    where = torch.full((batch, length + 1), -1, dtype=torch.int64, device=survivors.device)
     order = torch.arange(n, device=survivors.device).expand(batch, -1)
-    where.scatter_(1, torch.where(survivors >= 0, survivors, old_rows), order)
-    return take(where[:, :old_rows], columns)
+    where.scatter_(1, torch.where(survivors >= 0, survivors, length), order)
+    return take(where[:, :length], rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,8 +9,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from vlmprune.models.clock import Marks
+from vlmprune.models.call import Call
+from vlmprune.models.clock import Clock, Marks
 from vlmprune.models.layout import Layout, ascending, take
+
+Counts = tuple[int, ...]
+"""Visual tokens of each sample, on the host."""
 
 
 @dataclass(frozen=True)
@@ -20,20 +23,36 @@ class StageRecord:
 
     Attributes:
         layer: the first decoder layer that saw the shortened sequence.
-        tokens_in, tokens_kept: visual tokens entering and surviving, of the sample with the most.
         index: ``[B, tokens_kept]`` int64 positions in the prompt of the survivors, ascending, -1 = padding.
         ordinals: ``[B, tokens_kept]`` int64, the same as numbers among the prompt's visual tokens.
+        entered, kept: visual tokens of each sample that entered and survived.
     """
 
     layer: int
-    tokens_in: int
-    tokens_kept: int
     index: Tensor
     ordinals: Tensor
+    entered: Counts
+    kept: Counts
 
+    @property
+    def tokens_in(self) -> int:
+        """Visual tokens entering, of the sample with the most."""
+        return max(self.entered)
 
-Counts = tuple[tuple[int, ...], tuple[int, ...]]
-"""Visual tokens of each sample that entered a stage, and that it kept."""
+    @property
+    def tokens_kept(self) -> int:
+        """Visual tokens surviving, of the sample with the most."""
+        return max(self.kept)
+
+    def after(self, earlier: StageRecord) -> StageRecord:
+        """This chunk's stage together with the same stage of the chunks before it."""
+        entered, kept = (
+            tuple(map(sum, zip(a, b, strict=True)))
+            for a, b in ((earlier.entered, self.entered), (earlier.kept, self.kept))
+        )
+        both = zip((earlier.index, earlier.ordinals), (self.index, self.ordinals), strict=True)
+        index, ordinals = (ascending(torch.cat(pair, 1))[:, : max(kept)] for pair in both)
+        return StageRecord(self.layer, index, ordinals, entered, kept)
 
 
 @dataclass
@@ -45,11 +64,9 @@ class Prompt:
         start: tokens in the cache before the prompt.
         length: tokens of its chunks so far; ``before``, of those before the latest one.
         marks: when what happened.
-        stages: what each stage kept.
-        counts: by stage layer.
+        stages: what each stage kept, by layer.
         rows: rows that entered each stage's layer and all after it, by stage layer.
-        visual: one mask ``[B, q]`` a chunk, True at visual tokens.
-        seen: visual tokens of each sample in the chunks so far, where they were counted on the host.
+        visual: of each chunk with visual tokens how many there are, or the mask ``[B, q]`` that says it.
         crops: patches of every crop encoded for it.
         kv_bytes: what the cache held after the latest chunk; None = there is no cache.
     """
@@ -59,75 +76,78 @@ class Prompt:
     length: int = 0
     marks: Marks = field(default_factory=Marks)
     before: int = 0
-    stages: list[StageRecord] = field(default_factory=list)
-    counts: dict[int, Counts] = field(default_factory=dict)
+    stages: dict[int, StageRecord] = field(default_factory=dict)
     rows: dict[int, int] = field(default_factory=dict)
-    visual: list[Tensor] = field(default_factory=list)
-    seen: tuple[int, ...] = ()
+    visual: list[Tensor | Counts] = field(default_factory=list)
     crops: tuple[int, ...] = ()
     kv_bytes: int | None = None
 
-    def goes_on(self, batch: int, past: int) -> bool:
+    def goes_on(self, call: Call) -> bool:
         """Whether a call with this prompt's cache brings its next chunk."""
-        return (batch, past) == (self.batch, self.start + self.length)
+        return (call.batch, call.past) == (self.batch, self.start + self.length)
 
-    def extend(self, length: int, visual: Tensor | None) -> None:
+    def extend(self, call: Call) -> None:
         """A chunk starts, perhaps the first one."""
         if self.length:
             self.marks.extend()
-        self.before, self.length = self.length, self.length + length
-        if visual is not None:
-            self.visual.append(visual)
+        self.before, self.length = self.length, self.length + call.length
+        if call.visual is not None:
+            self.visual.append(call.visual)
         else:
-            self.rows = {layer: rows + length for layer, rows in self.rows.items()}
+            self.rows = {layer: rows + call.length for layer, rows in self.rows.items()}
 
-    def add(self, counts: tuple[int, ...]) -> tuple[int, ...]:
-        """Count a chunk's visual tokens per sample; returns those of the chunks before it."""
-        before = self.seen or (0,) * len(counts)
-        self.seen = tuple(a + b for a, b in zip(before, counts, strict=True))
-        return before
+    def count(self, counts: Counts) -> Counts:
+        """The latest chunk's visual tokens are counted; returns those of the chunks before it."""
+        self.visual[-1] = counts
+        return tuple(a - b for a, b in zip(self.visual_counts(), counts, strict=True))
+
+    def visual_counts(self) -> Counts:
+        """Visual tokens of each sample so far. Waits for the device where nobody has counted them yet."""
+        chunks = [x.sum(1).tolist() if isinstance(x, Tensor) else x for x in self.visual]
+        return tuple(map(sum, zip(*chunks, strict=True))) if chunks else (0,) * self.batch
 
     def record(self, layer: int, layout: Layout, index: Tensor, after: Layout) -> None:
-        """A stage has chosen; ``layout`` became ``after``."""
+        """A stage has chosen ``index``; ``layout`` became ``after``."""
+        index = index[:, : max(after.counts)]
         positions, ordinals = take(layout.positions(), index), take(layout.ordinals, index)
         if not layout.ordered:
             positions, ordinals = ascending(positions), ascending(ordinals)
-        now = StageRecord(layer, layout.columns.shape[1], index.shape[1], positions, ordinals)
-        counts = (layout.counts, after.counts)
         if self.before:
-            now, counts = self._joined(now, counts)
-        self.stages = [s for s in self.stages if s.layer != layer] + [now]
-        self.rows[layer] = self.rows.get(layer, self.before) + after.rows
-        self.counts[layer] = counts
-
-    def _joined(self, now: StageRecord, counts: Counts) -> tuple[StageRecord, Counts]:
-        """A chunk's stage together with the same stage of the chunks before it."""
-        index = torch.where(now.index >= 0, now.index + self.before, -1)
-        old = next((s for s in self.stages if s.layer == now.layer), None)
-        if old is None:
-            return dataclasses.replace(now, index=index), counts
-        entered, held = (
-            tuple(map(sum, zip(a, b, strict=True)))
-            for a, b in zip(self.counts[now.layer], counts, strict=True)
-        )
-        kept = max(held)
-        index = ascending(torch.cat([old.index, index], 1))[:, :kept]
-        ordinals = ascending(torch.cat([old.ordinals, now.ordinals], 1))[:, :kept]
-        return StageRecord(now.layer, max(entered), kept, index, ordinals), (entered, held)
-
-    def visual_counts(self) -> list[int]:
-        """Visual tokens of each sample. Waits for the device."""
-        counts = [0] * self.batch
-        for visual in self.visual:
-            counts = [n + more for n, more in zip(counts, visual.sum(1).tolist(), strict=True)]
-        return counts
+            positions = torch.where(positions >= 0, positions + self.before, -1)
+        now, earlier = StageRecord(layer, positions, ordinals, layout.counts, after.counts), None
+        if self.before:
+            earlier = self.stages.pop(layer, None)
+        self.stages[layer] = now if earlier is None else now.after(earlier)
+        self.rows[layer] = self.rows.get(layer, self.before) + after.length
 
 
-class Prompts(WeakKeyDictionary[Any, Prompt]):
-    """The prompts under way, by the cache they fill. A copied or saved model starts without any."""
+class Prompts:
+    """The latest prompt, and those under way, by the cache they fill. A copied or saved model starts without any."""
+
+    def __init__(self) -> None:
+        self.latest = Prompt()
+        self.filling: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()
 
     def __reduce__(self) -> Any:
         return Prompts, ()
 
-    def __deepcopy__(self, memo: Any) -> Prompts:
-        return Prompts()
+    def enter(self, call: Call, clock: Clock) -> Prompt | None:
+        """The prompt that a call begins, or is a further chunk of; None where there is none to describe.
+
+        A single token without a past (the unconditional pass of classifier-free guidance) is no prompt to describe;
+        candidates that follow a prompt are no further chunk of it.
+        """
+        visuals, cache = call.visuals, call.cache
+        whole = call.logits > 1 or (visuals is not None and not visuals.cut)
+        known = None if cache is None else self.filling.get(cache)
+        if not whole and known is not None and known.goes_on(call):
+            prompt = known
+            clock.resume(known.marks)
+        elif visuals is not None or (call.past == 0 and (call.length > 1 or cache is not None)):
+            self.latest = prompt = Prompt(call.batch, call.past, marks=clock.begin())
+            if cache is not None:
+                self.filling[cache] = prompt
+        else:
+            return known
+        prompt.extend(call)
+        return prompt

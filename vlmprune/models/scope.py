@@ -9,8 +9,8 @@ from torch import nn
 
 from vlmprune.errors import check
 from vlmprune.models.engine import Engine
-from vlmprune.models.family import Parts, find_parts
-from vlmprune.models.run import Run
+from vlmprune.models.host.parts import Parts, find_parts
+from vlmprune.models.report import Run
 from vlmprune.policies.base import PruningPolicy
 
 
@@ -20,17 +20,6 @@ def find_engine(parts: Parts) -> Engine | None:
         if isinstance(hook, MethodType) and isinstance(hook.__self__, Engine):
             return hook.__self__
     return None
-
-
-def _start(model: nn.Module, policy: PruningPolicy | None) -> Engine:
-    parts = find_parts(model)
-    active = find_engine(parts)
-    if active is not None:
-        expected = "no policy attached yet (compose policies with | or Stages)"
-        check(False, "model", expected, repr(active.policy))
-    engine = Engine(parts, policy)
-    engine.attach()
-    return engine
 
 
 def _checked(policy: PruningPolicy) -> PruningPolicy:
@@ -46,7 +35,13 @@ class Scope(AbstractContextManager[Run], ContextDecorator):
         self._engine: Engine | None = None
 
     def __enter__(self) -> Run:
-        self._engine = _start(self._model, self._policy)
+        parts = find_parts(self._model)
+        active = find_engine(parts)
+        if active is not None:
+            expected = "no policy attached yet (compose policies with | or Stages)"
+            check(False, "model", expected, repr(active.policy))
+        self._engine = Engine(parts, self._policy)
+        self._engine.attach()
         return self._engine.run
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -72,7 +67,7 @@ def prune(model: nn.Module, policy: PruningPolicy) -> Scope:
         Code that ``torch.compile`` made of the model before the scope has no hooks in it: ``torch.compiler.reset()`` first.
 
     Args:
-        model: a vision-language model of a family in ``vlmprune.models.families.FAMILIES``, with its head, whatever its
+        model: a vision-language model of a family in ``vlmprune.models.host.families.FAMILIES``, with its head, whatever its
             ``attn_implementation``; a PEFT wrapper of one is looked through.
         policy: what to keep, e.g. ``FastV(layer=2, keep=0.5)``.
 
@@ -95,7 +90,7 @@ def meter(model: nn.Module) -> Scope:
 
 def attach(model: nn.Module, policy: PruningPolicy) -> Run:
     """Prune this model until ``detach``: for pipelines and servers. Arguments and errors as for ``prune``."""
-    return _start(model, _checked(policy)).run
+    return Scope(model, _checked(policy)).__enter__()
 
 
 def detach(model: nn.Module) -> None:

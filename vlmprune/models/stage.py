@@ -1,6 +1,8 @@
-"""What happens at one stage: show the policy its context, turn its choice into a plan, apply the plan."""
+"""What happens at one stage: show the policy its context, turn its choice into a decision, apply the decision."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,8 +10,8 @@ from torch import Tensor
 from vlmprune import ops
 from vlmprune.errors import ModelError
 from vlmprune.models.choice import settle
-from vlmprune.models.family import Parts
-from vlmprune.models.forward import Forward, Plan, Rope
+from vlmprune.models.decoder_reads import read_own_attention
+from vlmprune.models.host.parts import Parts
 from vlmprune.models.layout import (
     Layout,
     ascending,
@@ -20,63 +22,67 @@ from vlmprune.models.layout import (
     shorten,
     text_rows,
 )
-from vlmprune.models.probe import read_own_attention
-from vlmprune.models.vision import VisionTaps
-from vlmprune.policies.base import AttentionInputs, PruningPolicy, Reduction, TokenContext
+from vlmprune.models.prefill import Decision, Prefill, Rope, Unpruned
+from vlmprune.models.vision_reads import VisionReads
+from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.checks import check_selection
 
 
 class StageRunner:
     """Runs the stages of one policy on one model."""
 
-    def __init__(self, parts: Parts, policy: PruningPolicy, taps: VisionTaps) -> None:
-        self.parts, self.policy, self.taps = parts, policy, taps
+    def __init__(self, parts: Parts, policy: PruningPolicy, vision: VisionReads) -> None:
+        self.parts, self.policy, self.vision = parts, policy, vision
         self.checked: set[int] = set()
 
-    def __call__(self, forward: Forward, i: int, hidden: Tensor, rope: Rope) -> Tensor:
+    def __call__(self, prefill: Prefill, i: int, hidden: Tensor, rope: Rope) -> Tensor:
         """Decide once which rows survive into layer ``i``, and apply it (again, if the layer is replayed).
 
         Args:
-            forward: the running call.
+            prefill: the running call, open.
             i: the stage's layer.
             hidden: ``[B, n, D]`` rows entering it.
             rope: cos and sin of the unpruned chunk.
         """
-        assert forward.prompt is not None  # whatever brings images is a prompt
-        if i in forward.plans:
-            plan = forward.plans[i]
-            return hidden if plan is None else _apply(plan, hidden)
-        device = hidden.device
-        before, layout = forward.plan_before(i), moved(forward.layout_before(i), device)
-        rope = rope[0].to(device), rope[1].to(device)
-        tables = rope if before is None else (before.rope[0].to(device), before.rope[1].to(device))
+        assert prefill.prompt is not None and prefill.unpruned is not None
+        if i in prefill.decisions:
+            made = prefill.decisions[i]
+            return hidden if made is None else _apply(made, hidden)
+        before, layout = prefill.decision(i), moved(prefill.layout(i), hidden.device)
+        rope = _on(hidden.device, rope)
+        tables = rope if before is None else _on(hidden.device, before.rope)
         with torch.no_grad():
-            choice = self._ask(self._context(forward, i, hidden, tables, layout), hidden)
-            choice, kept = settle(layout, choice, hidden, forward.predicting)
+            choice = self._ask(self._context(prefill, i, hidden, tables, layout), hidden)
+            choice, kept = settle(layout, choice, hidden, prefill.call.predicting)
             index = ascending(choice.index) if isinstance(choice, Reduction) else choice
             if kept == layout.counts and not isinstance(choice, Reduction):
-                forward.plans[i] = None
-                forward.prompt.record(i, layout, index, layout)
+                prefill.decisions[i] = None
+                prefill.prompt.record(i, layout, index, layout)
                 return hidden
-            self._check_end(forward)
+            _check_end(prefill, prefill.unpruned.layout)
             after, survivors = shorten(layout, index, kept)
-            forward.prompt.record(i, layout, index, after)
+            prefill.prompt.record(i, layout, index, after)
+        shift = None if before is None else before.shift
         if isinstance(choice, Reduction):
-            forward.plans[i] = plan = _reduced(forward, i, rope, tables, layout, after, survivors, choice)
-            return _apply(plan, hidden)
+            after, survivors = rearrange(layout, after, survivors, choice.index)
+            if choice.positions == "pack":
+                first = moved(prefill.unpruned.layout, hidden.device)
+                tables, shift = _pack(rope, first, after)
+            else:
+                tables = _gather(tables, survivors)
+            prefill.decisions[i] = made = Decision(after, survivors, tables, shift, choice.hidden)
+            return _apply(made, hidden)
         short, cos, sin = ops.gather_tokens([hidden, *tables], survivors)  # one launch
-        rope = cos.detach(), sin.detach()  # else checkpointed layers would share a graph through them
-        forward.plans[i] = Plan(after, survivors, rope, shift=None if before is None else before.shift)
+        # detached: else checkpointed layers would share a graph through them
+        prefill.decisions[i] = Decision(after, survivors, (cos.detach(), sin.detach()), shift)
         return short
 
     def _ask(self, context: TokenContext, hidden: Tensor) -> Tensor | Reduction:
         """The policy's choice; the first one at each layer is checked in full, which takes one host read."""
-        choice = self.policy.select(context)
-        if (
-            context.layer not in self.checked and not hidden.is_meta
-        ):  # tensors without values have none to check
+        choice, layer = self.policy.select(context), context.layer
+        if layer not in self.checked and not hidden.is_meta:  # tensors without values have none to check
             check_selection(choice, context, repr(self.policy), hidden)
-            self.checked.add(context.layer)
+            self.checked.add(layer)
         packed = isinstance(choice, Reduction) and choice.positions == "pack"
         if packed and not self.parts.family.packs:
             raise ModelError(
@@ -85,76 +91,73 @@ class StageRunner:
             )
         return choice
 
-    def _check_end(self, forward: Forward) -> None:
-        """Raise ModelError where generation would go on from a padding row: once pruned, there is nothing in it."""
-        if forward.goes_on and forward.first is not None and forward.first.trailing:
-            raise ModelError(
-                "attention_mask: expected padding on the left, as generation goes on from the last row "
-                "(tokenizer.padding_side = 'left'), got a sample that ends in padding"
-            )
-
-    def _context(self, forward: Forward, i: int, hidden: Tensor, rope: Rope, layout: Layout) -> TokenContext:
+    def _context(self, prefill: Prefill, i: int, hidden: Tensor, rope: Rope, layout: Layout) -> TokenContext:
         """Everything the policy asked for, and where the visual tokens are; all of it where ``hidden`` is."""
-        needs, visuals, device = self.policy.needs(i), forward.visuals, hidden.device
-        assert forward.first is not None and visuals is not None
-        first = moved(forward.first, device)
-        images = [len(sample) for sample in forward.images]
+        needs, device, unpruned = prefill.wants.needs[i], hidden.device, prefill.unpruned
+        assert unpruned is not None
+        first = moved(unpruned.layout, device)
+        embeds = unpruned.embeds if needs.embeds else None
+        attention = prefill.attention.pop(i, None)  # of the layer before, read when it ran
+        if needs.attention == "own":
+            read = read_own_attention(self.parts.layers[i], hidden, rope, layout, prefill, needs)
+            attention = moved(read, device)
         return TokenContext(
             layer=i,
-            mask=layout.columns >= 0,
+            mask=layout.visual >= 0,
             counts=layout.counts,
             ordinals=layout.ordinals,
             positions=layout.positions(),
-            grids=tuple(tuple(grid for image in sample for grid in image) for sample in forward.images),
-            sizes=forward.sizes(),
-            shares=forward.shares,
-            hidden=ops.gather_tokens([hidden], layout.columns)[0] if needs.hidden else None,
-            attention=self._attention(forward, i, hidden, rope, layout),
-            embeds=forward.embeds.to(device) if needs.embeds and forward.embeds is not None else None,
-            image=first.columns if needs.embeds else None,
-            text=None if forward.text is None else text_rows(first, forward.text),
-            vision={at: moved(self.taps.attention(at, visuals, images), device) for at in needs.vision},
-            features=self.taps.features(visuals, images).to(device) if needs.vision else None,
-            project=self.parts.projector.forward
-            if needs.vision
-            else None,  # not a call: no hook should see it
+            grids=tuple(tuple(grid for image in sample for grid in image) for sample in unpruned.images),
+            sizes=unpruned.sizes(),
+            shares=unpruned.shares,
+            hidden=ops.gather_tokens([hidden], layout.visual)[0] if needs.hidden else None,
+            attention=attention,
+            embeds=None if embeds is None else embeds.to(device),
+            image=first.visual if needs.embeds else None,
+            text=None if unpruned.text is None else text_rows(first, unpruned.text),
+            **self._vision(prefill, unpruned, needs, device),
         )
 
-    def _attention(
-        self, forward: Forward, i: int, hidden: Tensor, rope: Rope, layout: Layout
-    ) -> AttentionInputs | None:
-        """Query and key of the layer before, read when it ran, or of this layer, projected now."""
-        needs = self.policy.needs(i)
-        if needs.attention != "own":
-            return forward.attention.pop(i, None)
-        layer = self.parts.layers[i]
-        return moved(read_own_attention(layer, hidden, rope, layout, forward, needs), hidden.device)
+    def _vision(
+        self, prefill: Prefill, unpruned: Unpruned, needs: Needs, device: torch.device
+    ) -> dict[str, Any]:
+        """The fields of a context that come from the vision tower."""
+        if not needs.vision:
+            return {}
+        visuals, images = prefill.call.visuals, [len(sample) for sample in unpruned.images]
+        assert visuals is not None
+        return {
+            "vision": {at: moved(self.vision.attention(at, visuals, images), device) for at in needs.vision},
+            "features": self.vision.features(visuals, images).to(device),
+            "project": self.parts.projector.forward,  # not a call: no hook should see it
+        }
 
 
-def _reduced(
-    forward: Forward,
-    i: int,
-    rope: Rope,
-    tables: Rope,
-    layout: Layout,
-    after: Layout,
-    survivors: Tensor,
-    choice: Reduction,
-) -> Plan:
-    """The plan of a choice that reorders, rewrites or renumbers its rows."""
-    before = forward.plan_before(i)
-    assert forward.first is not None
-    first = moved(forward.first, survivors.device)
-    after, survivors = rearrange(layout, after, survivors, choice.index)
-    if choice.positions == "pack":
-        cos, sin = ops.gather_tokens(list(rope), packed_rows(first, after))
-        shift = tuple(a - b for a, b in zip(first.real, after.real, strict=True))
-        return Plan(after, survivors, (cos, sin), shift, choice.hidden)
-    cos, sin = ops.gather_tokens(list(tables), survivors)
-    return Plan(after, survivors, (cos, sin), None if before is None else before.shift, choice.hidden)
+def _check_end(prefill: Prefill, first: Layout) -> None:
+    """Raise ModelError where generation would go on from a padding row: once pruned, there is nothing in it."""
+    if prefill.call.logits and first.trailing:
+        raise ModelError(
+            "attention_mask: expected padding on the left, as generation goes on from the last row "
+            "(tokenizer.padding_side = 'left'), got a sample that ends in padding"
+        )
 
 
-def _apply(plan: Plan, hidden: Tensor) -> Tensor:
+def _on(device: torch.device, rope: Rope) -> Rope:
+    return rope[0].to(device), rope[1].to(device)
+
+
+def _gather(tables: Rope, rows: Tensor) -> Rope:
+    cos, sin = ops.gather_tokens(list(tables), rows)
+    return cos, sin
+
+
+def _pack(rope: Rope, first: Layout, after: Layout) -> tuple[Rope, tuple[int, ...]]:
+    """Tables of rows whose positions are packed to 0, 1, 2, ..., and by how much those after the prompt move down."""
+    shift = tuple(a - b for a, b in zip(first.real, after.real, strict=True))
+    return _gather(rope, packed_rows(first, after)), shift
+
+
+def _apply(made: Decision, hidden: Tensor) -> Tensor:
     """The rows that survive, with new contents where the policy made some."""
-    short = ops.gather_tokens([hidden], plan.survivors)[0]
-    return short if plan.rows is None else put_rows(short, plan.layout.columns, plan.rows)
+    short = ops.gather_tokens([hidden], made.survivors)[0]
+    return short if made.contents is None else put_rows(short, made.layout.visual, made.contents)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vlmprune.models.families import FAMILIES
+from vlmprune.models.host.families import FAMILIES
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.compose import Stages
 from vlmprune.policies.fastv import FastV

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from vlmprune.models import patch_grid
-from vlmprune.models.families import FAMILIES
+from vlmprune.models.host.families import FAMILIES
 from vlmprune.policies.base import Grid, tokens_in
 
 Samples = Sequence[Sequence[int | str]]
@@ -64,7 +64,7 @@ def make_inputs(
     """The model's inputs on the CPU, padded on the left, and the pictures of each sample.
 
     Args:
-        config: of a family in ``vlmprune.models.families.FAMILIES``.
+        config: of a family in ``vlmprune.models.host.families.FAMILIES``.
         samples: what stands in each prompt, behind one token of text.
         seed: of token ids and pixels; pixels are uniform in [-1, 1), float32.
     """

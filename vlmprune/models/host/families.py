@@ -135,7 +135,7 @@ def anyres(base: Any, features: Sequence[Tensor], encoded: Encoded) -> list[Imag
     How wide the tiles are is read off the first newline: the sizes of the images do not reach the model's forward.
     One host read for all images. Of a very wide image no row of the tiles is left, of a very tall one the newlines only.
     """
-    grid = patches_of(base.config)
+    grid = crop_grid(base.config)
     small = grid[0] * grid[1]
     tiled = [f[small:] for f in features if len(f) > small]
     firsts = [(tiles == base.image_newline.to(tiles)).all(-1).to(torch.uint8).argmax() for tiles in tiled]
@@ -149,7 +149,7 @@ def anyres(base: Any, features: Sequence[Tensor], encoded: Encoded) -> list[Imag
 
 def pooled_frames(base: Any, features: Sequence[Tensor], encoded: Encoded) -> list[ImageGrids]:
     """LLaVA-OneVision's video: every frame at half the side, one newline token at the end."""
-    rows, columns = patches_of(base.config)
+    rows, columns = crop_grid(base.config)
     frame = ((rows + 1) // 2, (columns + 1) // 2)
     return [(frame,) * (len(f) // tokens_in([frame])) + ((1, 1),) for f in features]
 
@@ -280,13 +280,13 @@ FAMILIES = {
 def token_grid(config: Any, encoded: Encoded | None = None) -> Grid:
     """Rows and columns of visual tokens that one crop becomes."""
     side = FAMILIES[config.model_type].side(config)
-    rows, columns = patches_of(config, encoded)
+    rows, columns = crop_grid(config, encoded)
     return rows // side, columns // side
 
 
-def patches_of(config: Any, encoded: Encoded | None = None) -> Grid:
+def crop_grid(config: Any, encoded: Encoded | None = None) -> Grid:
     """Patch rows and columns of one crop: the configuration's, or a square of as many as the tower saw (Idefics3)."""
-    if encoded is not None and encoded.crops and encoded.crops[0] != tokens_in([patches_of(config)]):
+    if encoded is not None and encoded.crops and encoded.crops[0] != tokens_in([crop_grid(config)]):
         return isqrt(encoded.crops[0]), isqrt(encoded.crops[0])
     vision = config.vision_config
     size, patch = ((n, n) if isinstance(n, int) else tuple(n) for n in (vision.image_size, vision.patch_size))

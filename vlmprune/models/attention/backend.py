@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_utils import AttentionInterface
 
 from vlmprune.errors import check
-from vlmprune.models import flash
+from vlmprune.models.attention import kernels
 from vlmprune.register import NAME
 
 SPECIAL = ("position_bias", "cache")
@@ -64,9 +64,9 @@ def attention(
     else:
         causal = is_causal
     call = as_call(query, key, value, attention_mask, causal, scaling, dropout)
-    done = None if special else flash.attend(call, want_lse)
+    done = None if special else kernels.attend(call, want_lse)
     if done is None:
-        dense = flash.bounds_mask(call) if call.packed else attention_mask
+        dense = kernels.bounds_mask(call) if call.packed else attention_mask
         return sdpa_attention_forward(module, query, key, value, dense, dropout, scaling, is_causal, **kwargs)
     out, lse = done
     if want_lse and lse is not None:
@@ -82,7 +82,7 @@ def as_call(
     causal: bool,
     scale: float | None,
     dropout: float,
-) -> flash.Call:
+) -> kernels.AttentionCall:
     """What transformers' arguments mean to a kernel.
 
     Without a mask one query sees everything, and several of a causal layer start at position 0: behind them a
@@ -90,13 +90,13 @@ def as_call(
     """
     rows = query.shape[2]
     if mask is not None and mask.ndim == 1:
-        return flash.Call(
+        return kernels.AttentionCall(
             query, key, value, mask, True, scale, dropout
         )  # only a causal mask becomes sequence bounds
     causal = causal and rows > 1
     if mask is None and causal and key.shape[2] > rows:
         key, value = key[:, :, :rows], value[:, :, :rows]
-    return flash.Call(query, key, value, mask, causal, scale, dropout)
+    return kernels.AttentionCall(query, key, value, mask, causal, scale, dropout)
 
 
 def mask(
@@ -116,23 +116,23 @@ def mask(
 
     Returns:
         None where causality alone decides; bool ``[B, 1, Sq, S]``, True = seen; or, for a whole padded prompt on a
-        GPU with a flash kernel, its sequence bounds (``flash.bounds``).
+        GPU with a flash kernel, its sequence bounds (``kernels.bounds``).
     """
     whole = q_length == kv_length and mask_function is causal_mask_function and attention_mask is not None
     fresh = isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
     ask = allow_is_causal_skip and not torch.compiler.is_compiling()
     if whole and fresh and (ask or left_padded):
         assert attention_mask is not None
-        if flash.takes_bounds(attention_mask.device, dtype):
+        if kernels.takes_bounds(attention_mask.device, dtype):
             valid = attention_mask[:, -kv_length:].bool()
             if left_padded:  # nothing to ask the device for
-                return flash.bounds(valid)
+                return kernels.bounds(valid)
             starts = valid[:, 0].int() + (valid[:, 1:] & ~valid[:, :-1]).sum(1)
             full, in_one_run = torch.stack(
                 [valid.all(), (starts <= 1).all()]
             ).tolist()  # one read, as SDPA's mask
             if full or in_one_run:
-                return None if full else flash.bounds(valid)
+                return None if full else kernels.bounds(valid)
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -154,9 +154,9 @@ def explain(device: torch.device | str | None = None) -> list[tuple[str, str | N
         device: where; None = the current GPU if there is one, else the CPU.
     """
     if device is None:
-        device = flash.GPU if torch.cuda.is_available() else "cpu"
+        device = kernels.GPU if torch.cuda.is_available() else "cpu"
     where = torch.device(device)
-    return [*((kernel.name, kernel.explain(where)) for kernel in flash.KERNELS), ("torch sdpa", None)]
+    return [*((kernel.name, kernel.explain(where)) for kernel in kernels.KERNELS), ("torch sdpa", None)]
 
 
 AttentionInterface.register(NAME, attention)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vlmprune.errors import ModelError
-from vlmprune.models.kv_layers import PRUNED, QUANTIZED, PrunedLayer, lengthen
+from vlmprune.models.host.cache_layers import PRUNED, QUANTIZED, PrunedLayer, lengthen
 
 
 def check_cache(cache: object) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vlmprune.errors import ModelError, VersionError
-from vlmprune.models._versions import release
+from vlmprune.models.host.versions import release
 
 CACHE = ("cache", "past_key_values")
 """The KV cache in calls and outputs, newest name first. transformers 5.24 renamed it, and takes the old one from callers."""
@@ -71,7 +71,7 @@ class Signature:
 
 
 @dataclass(frozen=True)
-class Call:
+class Arguments:
     """What a call of the base model brings that matters here.
 
     Attributes:
@@ -123,14 +123,14 @@ class Host:
         self.cache = Signature(layers[0], LAYER).first(CACHE)
         Signature(layers[0].self_attn, (*ATTENTION, self.cache))
 
-    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         """Read a call of the base model."""
         given = self.base.read(args, kwargs)
         caches = [given[name] for name in CACHE if name in given]
         encoded = (given[ENCODED] if self.ahead else None) or {}
         pixels = {kind: given[name] for kind, name in self.pixels.items()}
         ids, embeds, mask, positions = (given[name] for name in BASE)
-        return Call(
+        return Arguments(
             ids=ids,
             embeds=embeds,
             mask=mask,

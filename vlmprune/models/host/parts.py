@@ -11,8 +11,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from vlmprune.errors import ModelError, check
 from vlmprune.flops import DecoderShape
-from vlmprune.models.families import DECODERS, FAMILIES, REFUSED, TOWERS, Decoder, Family, Tower, token_grid
-from vlmprune.models.host import Host, attribute
+from vlmprune.models.host.families import (
+    DECODERS,
+    FAMILIES,
+    REFUSED,
+    TOWERS,
+    Decoder,
+    Family,
+    Tower,
+    token_grid,
+)
+from vlmprune.models.host.names import Host, attribute
 from vlmprune.policies.base import Grid, PruningPolicy
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.models.flash_call import Call as Call
-from vlmprune.models.flash_call import bounds as bounds
-from vlmprune.models.flash_call import bounds_mask as bounds_mask
+from vlmprune.models.attention.call import AttentionCall as AttentionCall
+from vlmprune.models.attention.call import bounds as bounds
+from vlmprune.models.attention.call import bounds_mask as bounds_mask
 
 GPU = "cuda"
 HALVES = (torch.float16, torch.bfloat16)
@@ -47,8 +47,8 @@ class Kernel:
 
     name: str
     why_not: Callable[[torch.device], str | None]
-    takes: Callable[[Call], bool]
-    run: Callable[[Call, bool], Result]
+    takes: Callable[[AttentionCall], bool]
+    run: Callable[[AttentionCall, bool], Result]
     spare: bool = False
     refused: dict[tuple[torch.device, torch.dtype, int], str] = field(default_factory=dict, compare=False)
 
@@ -62,7 +62,7 @@ class Kernel:
         return self.why_not(device) or "; ".join(refused) or None
 
 
-def attend(call: Call, want_lse: bool) -> Result | None:
+def attend(call: AttentionCall, want_lse: bool) -> Result | None:
     """What the best kernel for this call gives, or the next best where that refuses; None = plain SDPA is to run it."""
     while (kernel := choose(call, want_lse)) is not None:
         try:
@@ -72,7 +72,7 @@ def attend(call: Call, want_lse: bool) -> Result | None:
     return None
 
 
-def choose(call: Call, want_lse: bool) -> Kernel | None:
+def choose(call: AttentionCall, want_lse: bool) -> Kernel | None:
     """The kernel for this call; None = plain SDPA is as good or the only one that can."""
     if not want_lse and not call.packed and (call.mask is not None or call.query.device.type != GPU):
         return None  # without looking any further: this is every step of a compiled decode
@@ -147,11 +147,11 @@ def flash_attn(
         found = no_gpu(device, sizes) or load(module)
         return found if isinstance(found, str) else None
 
-    def takes(call: Call) -> bool:
+    def takes(call: AttentionCall) -> bool:
         fits = takes_half(call) and call.query.shape[-1] in sizes[capability(call.query.device)]
         return fits and (dropout or call.dropout == 0) and (trains or not call.trains)
 
-    def run(call: Call, want_lse: bool) -> Result:
+    def run(call: AttentionCall, want_lse: bool) -> Result:
         wanted: dict[str, Any] = {"causal": call.causal, "softmax_scale": call.scale}
         if dropout:
             wanted["dropout_p"] = call.dropout
@@ -189,7 +189,7 @@ def _ask(function: Callable[..., Any], want_lse: bool) -> Callable[..., Result]:
     return call
 
 
-def takes_half(call: Call) -> bool:
+def takes_half(call: AttentionCall) -> bool:
     """What all flash kernels on a GPU ask for."""
     q, k, v = call.query, call.key, call.value
     alike = q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1]
@@ -197,12 +197,12 @@ def takes_half(call: Call) -> bool:
     return alike and fits and (call.mask is None or call.packed)
 
 
-def _packed(call: Call) -> list[Tensor]:
+def _packed(call: AttentionCall) -> list[Tensor]:
     """Query, key and value ``[B * S, H, D]``."""
     return [x.transpose(1, 2).flatten(0, 1) for x in (call.query, call.key, call.value)]
 
 
-def _unpacked(call: Call, out: Tensor, lse: Tensor | None) -> Result:
+def _unpacked(call: AttentionCall, out: Tensor, lse: Tensor | None) -> Result:
     batch, heads, length, _ = call.query.shape
     if lse is not None:  # [H, B * S]; older versions lay it out by sequence, which is of no use here
         fits = tuple(lse.shape) == (heads, batch * length)
@@ -221,12 +221,12 @@ def _why_not_torch_gpu(device: torch.device) -> str | None:
     return no_gpu(device, (8, 9, 10, 11, 12)) or _has("_flash_attention_forward")
 
 
-def _takes_torch_gpu(call: Call) -> bool:
+def _takes_torch_gpu(call: AttentionCall) -> bool:
     # Some GPUs have no backward for more than 192: SDPA knows which.
     return takes_half(call) and (call.query.shape[-1] <= 192 or not call.trains)
 
 
-def _run_torch_gpu(call: Call, want_lse: bool) -> Result:
+def _run_torch_gpu(call: AttentionCall, want_lse: bool) -> Result:
     forward = torch.ops.aten._flash_attention_forward
     sizes: tuple[Any, ...]
     if not call.packed:
@@ -244,13 +244,13 @@ def _why_not_torch_cpu(device: torch.device) -> str | None:
     return here or _has("_scaled_dot_product_flash_attention_for_cpu")
 
 
-def _takes_torch_cpu(call: Call) -> bool:
+def _takes_torch_cpu(call: AttentionCall) -> bool:
     q, k, v = call.query, call.key, call.value
     alike = q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1]
     return alike and call.dropout == 0 and not call.packed
 
 
-def _run_torch_cpu(call: Call, want_lse: bool) -> Result:
+def _run_torch_cpu(call: AttentionCall, want_lse: bool) -> Result:
     mask = call.mask
     if mask is not None and mask.dtype == torch.bool:  # this kernel only adds
         mask = torch.zeros(mask.shape, dtype=call.query.dtype).masked_fill(~mask, float("-inf"))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """One attention call. Causal means lower-right aligned; a call that is causal and has no mask is square.
 
     Attributes:
@@ -54,7 +54,7 @@ def bounds(valid: Tensor) -> Tensor:
     return torch.cat([edges.flatten(), edges.new_full((1,), batch * length)]).int()
 
 
-def bounds_mask(call: Call) -> Tensor:
+def bounds_mask(call: AttentionCall) -> Tensor:
     """The bool mask ``[B, 1, S, S]`` that causal attention within a packed call's sequences amounts to."""
     assert call.mask is not None
     batch, _, length, _ = call.query.shape

@@ -10,11 +10,11 @@ from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 
 from vlmprune.errors import ModelError
-from vlmprune.models.families import DECODERS
-from vlmprune.models.forward import Forward, Rope
-from vlmprune.models.host import attribute
-from vlmprune.models.kv_cache import entries, extend_validity, held_keys, is_quantized, past_validity
+from vlmprune.models.host.cache_view import entries, extend_validity, held_keys, is_quantized, past_validity
+from vlmprune.models.host.families import DECODERS
+from vlmprune.models.host.names import attribute
 from vlmprune.models.layout import Layout, TextSpan, last_rows, moved, text_rows
+from vlmprune.models.prefill import Prefill, Rope
 from vlmprune.policies.base import AttentionInputs, Needs
 
 
@@ -30,22 +30,28 @@ def heads(x: Tensor, head_dim: int) -> Tensor:
     return x.view(*x.shape[:2], x.shape[-1] // head_dim, head_dim).transpose(1, 2)
 
 
-def read_attention(attn: Any, kwargs: dict[str, Any], forward: Forward, needs: Needs) -> AttentionInputs:
+def read_attention(attn: Any, hidden: Tensor, rope: Rope, prefill: Prefill, needs: Needs) -> AttentionInputs:
     """What the stage after a decoder layer may score from, read when its self-attention ``attn`` has run.
 
     Keys come from the cache the layer has just filled; without a cache they are projected once more.
+
+    Args:
+        attn: the self-attention module.
+        hidden: ``[B, n, D]`` the rows that entered it.
+        rope: their cos and sin.
+        prefill: the running call.
+        needs: what the stage reads.
     """
-    hidden, rope = kwargs["hidden_states"], kwargs["position_embeddings"]
-    cache: Cache | None = forward.cache
-    layout = moved(forward.layout_before(attn.layer_idx + 1), hidden.device)
-    total = 0 if cache is None else entries(cache, attn.layer_idx, forward.past + forward.q)
+    call, cache = prefill.call, prefill.cache
+    layout = moved(prefill.layout(attn.layer_idx), hidden.device)
+    total = 0 if cache is None else entries(cache, attn.layer_idx, call.past + call.length)
     if cache is None or is_quantized(cache.layers[attn.layer_idx]):
-        key = _with_past(cache, attn, max(0, total - layout.rows), _project_keys(attn, hidden, rope))
+        key = _with_past(cache, attn, max(0, total - layout.length), _project_keys(attn, hidden, rope))
     else:
         key = held_keys(cache.layers[attn.layer_idx], total, hidden.device)
-    mask = _mask(cache, attn, forward, key.shape[2] - layout.rows, layout)
-    lse = forward.lse.pop(attn.layer_idx, None)
-    return _read(attn, hidden, rope, key, mask, layout, forward.text, needs, lse)
+    mask = _mask(prefill, attn, key.shape[2] - layout.length, layout)
+    lse = prefill.lse.pop(attn.layer_idx, None)
+    return _read(attn, hidden, rope, key, mask, layout, prefill.text(), needs, lse)
 
 
 def read_own_attention(
@@ -53,16 +59,16 @@ def read_own_attention(
     hidden: Tensor,
     rope: Rope,
     layout: Layout,
-    forward: Forward,
+    prefill: Prefill,
     needs: Needs,
 ) -> AttentionInputs:
     """What decoder layer ``layer`` will see of the rows that enter it: its norm and projections, run ahead of it."""
-    attn, hidden, cache = layer.self_attn, layer.input_layernorm(hidden), forward.cache
+    attn, hidden, cache = layer.self_attn, layer.input_layernorm(hidden), prefill.cache
     rope, layout = (rope[0].to(hidden.device), rope[1].to(hidden.device)), moved(layout, hidden.device)
-    past = entries(cache, attn.layer_idx, forward.past)
+    past = entries(cache, attn.layer_idx, prefill.call.past)
     key = _with_past(cache, attn, past, _project_keys(attn, hidden, rope))
-    mask = _mask(cache, attn, forward, past, layout)
-    return _read(attn, hidden, rope, key, mask, layout, forward.text, needs)
+    mask = _mask(prefill, attn, past, layout)
+    return _read(attn, hidden, rope, key, mask, layout, prefill.text(), needs)
 
 
 def _read(
@@ -109,7 +115,7 @@ def _read(
         key=key,
         last=last,
         rows=rows,
-        columns=torch.where(layout.columns >= 0, layout.columns + past, -1),
+        columns=torch.where(layout.visual >= 0, layout.visual + past, -1),
         key_mask=key_mask,
         rope=(cos, sin),
         scale=attn.scaling,
@@ -142,11 +148,11 @@ def _with_past(cache: Cache | None, attn: Any, past: int, key: Tensor) -> Tensor
     return torch.cat([held_keys(cache.layers[attn.layer_idx], past, key.device), key], dim=2)
 
 
-def _mask(cache: Cache | None, attn: Any, forward: Forward, past: int, layout: Layout) -> Tensor | None:
+def _mask(prefill: Prefill, attn: Any, past: int, layout: Layout) -> Tensor | None:
     """Validity of ``past`` keys and this chunk's, or None."""
-    old = past_validity(cache, attn.layer_idx, forward.seen, past)
-    mask = extend_validity(old, past, layout.valid, layout.rows)
-    return None if mask is None else mask.to(layout.columns.device)
+    old = past_validity(prefill.cache, attn.layer_idx, prefill.call.valid, past)
+    mask = extend_validity(old, past, layout.valid, layout.length)
+    return None if mask is None else mask.to(layout.visual.device)
 
 
 def _project(attn: Any, name: str, hidden: Tensor) -> Tensor:

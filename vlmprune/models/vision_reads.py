@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vlmprune.errors import ModelError, check
-from vlmprune.models.calls import Notes, Visuals
-from vlmprune.models.families import Encoded, patches_of
-from vlmprune.models.family import Parts, tower_layers
-from vlmprune.models.host import Signature, attribute
+from vlmprune.models.decoder_reads import heads
+from vlmprune.models.host.families import Encoded, crop_grid
+from vlmprune.models.host.names import Arguments, Signature, attribute
+from vlmprune.models.host.parts import Parts, tower_layers
 from vlmprune.models.per_thread import PerThread
-from vlmprune.models.probe import heads
+from vlmprune.models.visuals import Notes, Visuals
 from vlmprune.policies.base import VisionAttention
 
 
-class VisionTaps:
+class VisionReads:
     """Notes what every run of the vision tower saw, so that a call finds the query and key of its own images.
 
     While the tower runs the note waits here, one for each thread.
@@ -32,7 +32,7 @@ class VisionTaps:
             parts.vision, [n for n in (parts.tower.grids, parts.tower.padding) if n is not None]
         )
         self.notes = Notes()
-        self.mine = PerThread(note=None, heard=None, crops=())
+        self.mine = PerThread(note=None, runs=None, crops=())
         self.attn: dict[int, Any] = {}
         for layer in layers:
             self.attn[layer] = self._attention_of(layer)
@@ -64,33 +64,34 @@ class VisionTaps:
             handles.append(self.parts.projector.register_forward_pre_hook(self._see))
         return handles
 
-    def listen(self) -> list[Any]:
-        """A list to which outputs of this thread are added, until it asks for another one."""
-        heard: list[Any] = []
-        self.mine.heard = heard
-        return heard
+    def visuals(self, given: Arguments) -> Visuals | None:
+        """The images and videos that a call brings, or None; until ``done``, runs of the tower in this thread are its own."""
+        runs: list[Any] = []
+        self.mine.runs = runs
+        kinds = tuple(given.encoded) or given.pixels
+        return Visuals(self.parts, kinds, [*given.encoded.values()] or runs, self.notes) if kinds else None
 
     def done(self, visuals: Visuals) -> tuple[int, ...]:
-        """Stop listening. Returns the patches of every crop encoded for these images, as far as it is known."""
+        """The call is over. Returns the patches of every crop encoded for these images, as far as it is known."""
         crops = self.mine.crops if visuals.cut else visuals.crops()
-        self.mine.heard, self.mine.crops = None, ()
+        self.mine.runs, self.mine.crops = None, ()
         return crops
 
     def attention(self, layer: int, visuals: Visuals, images: Sequence[int]) -> VisionAttention:
         """Query and key of a vision layer for the running call, whose samples have these numbers of images."""
         attn, note = self.attn[layer], self._note(visuals, images)
-        rows = _rows(note, images)
-        query, key = (_take(heads(note.taken[layer, name], attn.head_dim), rows) for name in ("q", "k"))
+        rows = _crops_of(note, images)
+        query, key = (_rows_at(heads(note.taken[layer, name], attn.head_dim), rows) for name in ("q", "k"))
         side = self.parts.family.side(self.parts.config)
-        grid = patches_of(self.parts.config, note)
-        mask = None if note.mask is None else _take(note.mask, rows)
+        grid = crop_grid(self.parts.config, note)
+        mask = None if note.mask is None else _rows_at(note.mask, rows)
         return VisionAttention(query, key, attn.scale, self.parts.tower.cls, grid, side, mask)
 
     def features(self, visuals: Visuals, images: Sequence[int]) -> Tensor:
         """``[I, P, Dv]`` what the projector got."""
         note = self._note(visuals, images)
         assert note.features is not None
-        return _take(note.features, _rows(note, images))
+        return _rows_at(note.features, _crops_of(note, images))
 
     def _note(self, visuals: Visuals, images: Sequence[int]) -> Encoded:
         """The note on this call's images: features cut up, or encoded outside the scope, come without."""
@@ -125,8 +126,8 @@ class VisionTaps:
             note.mask = None if mask is None else mask.flatten(1)
         self.notes.add(output, note)
         self.mine.crops += note.crops
-        if self.mine.heard is not None:
-            self.mine.heard.append(output)
+        if self.mine.runs is not None:
+            self.mine.runs.append(output)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _keep(self, layer: int, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
@@ -139,7 +140,7 @@ class VisionTaps:
             self.mine.note.features, self.mine.note = args[0].detach(), None
 
 
-def _rows(note: Encoded, images: Sequence[int]) -> list[int] | None:
+def _crops_of(note: Encoded, images: Sequence[int]) -> list[int] | None:
     """Which crop each image of the call is; None = one after the other. Beam search repeats samples, not crops."""
     copies = sum(images) // len(note.crops)
     if copies == 1:
@@ -152,5 +153,5 @@ def _rows(note: Encoded, images: Sequence[int]) -> list[int] | None:
     return rows
 
 
-def _take(x: Tensor, rows: list[int] | None) -> Tensor:
+def _rows_at(x: Tensor, rows: list[int] | None) -> Tensor:
     return x if rows is None else x[rows]

@@ -12,9 +12,8 @@ from torch import Tensor
 from vlmprune.errors import check
 from vlmprune.flops import decoder_flops, layer_inputs
 from vlmprune.models.clock import Seconds
-from vlmprune.models.family import Parts, decoder_shape, vision_flops
-from vlmprune.models.prompt import Prompt
-from vlmprune.models.prompt import StageRecord as StageRecord
+from vlmprune.models.host.parts import Parts, decoder_shape, vision_flops
+from vlmprune.models.prompt import Prompt, Prompts, StageRecord
 from vlmprune.policies.base import PruningPolicy
 
 
@@ -76,14 +75,17 @@ class Run:
     and its FLOPs those of the same rows in one call. With several threads it is the prefill that began last.
     """
 
-    def __init__(self, parts: Parts, policy: PruningPolicy | None) -> None:
-        self.policy, self._parts = policy, parts
-        self.prompt = Prompt()
+    def __init__(self, parts: Parts, policy: PruningPolicy | None, prompts: Prompts) -> None:
+        self.policy, self._parts, self._prompts = policy, parts, prompts
+
+    @property
+    def _prompt(self) -> Prompt:
+        return self._prompts.latest
 
     @property
     def stages(self) -> list[StageRecord]:
         """The stages that have chosen, in the order of their layers."""
-        return self.prompt.stages
+        return list(self._prompt.stages.values())
 
     def kept(self, sample: int = 0) -> Tensor:
         """Numbers (prompt order, 0-based) of one sample's visual tokens that survive the last stage, 1-D int64."""
@@ -91,19 +93,19 @@ class Run:
 
     def kept_at(self, stage: int, sample: int = 0) -> Tensor:
         """The same after stage number ``stage`` (0-based; -1 = before any, all of them)."""
-        prompt = self.prompt
+        prompt = self._prompt
         check(0 <= sample < max(prompt.batch, 1), "sample", f"0..{max(prompt.batch, 1) - 1}", sample)
-        check(-1 <= stage < len(prompt.stages), "stage", f"-1..{len(prompt.stages) - 1}", stage)
+        check(-1 <= stage < len(self.stages), "stage", f"-1..{len(self.stages) - 1}", stage)
         if stage >= 0:
-            row = prompt.stages[stage].ordinals[sample]
+            row = self.stages[stage].ordinals[sample]
             return row[row >= 0]
         return torch.arange(prompt.visual_counts()[sample] if prompt.batch else 0)
 
     def report(self) -> Report:
         """Tokens, FLOPs and seconds of the latest prefill and what followed. Waits for the device."""
-        prompt, depth = self.prompt, len(self._parts.layers)
+        prompt, depth = self._prompt, len(self._parts.layers)
         full = max(sum(prompt.visual_counts()) / max(prompt.batch, 1), 0.0)
-        after = [(s.layer, _mean_count(s.index)) for s in prompt.stages]
+        after = [(stage.layer, sum(stage.kept) / len(stage.kept)) for stage in self.stages]
         visual = layer_inputs(depth, full, after)
         rows = layer_inputs(depth, prompt.length, list(prompt.rows.items()))
         shape, seconds = decoder_shape(self._parts.config), prompt.marks.seconds()
@@ -112,7 +114,7 @@ class Run:
         resident = visual[-1] if compact else mean
         return Report(
             visual_tokens=full,
-            stages=tuple((s.layer, s.tokens_in, s.tokens_kept) for s in prompt.stages),
+            stages=tuple((s.layer, s.tokens_in, s.tokens_kept) for s in self.stages),
             tokens=TokenCounts(mean, visual[-1], 0.0 if prompt.kv_bytes is None else resident),
             flops=FlopCounts(
                 full=prompt.batch * decoder_flops(shape, [prompt.length] * depth),
@@ -123,8 +125,3 @@ class Run:
             decode_steps=max(prompt.marks.count - 1, 0),
             kv_bytes=prompt.kv_bytes or 0,
         )
-
-
-def _mean_count(index: Tensor) -> float:
-    """Mean number of real entries per sample."""
-    return float((index >= 0).sum().item()) / max(index.shape[0], 1)

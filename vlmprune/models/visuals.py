@@ -1,44 +1,21 @@
-"""What one call of a vision-language model brings: images and videos, where their tokens stand, padding."""
+"""The images and videos one call brings: which outputs of the vision tower are theirs, where their tokens stand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vlmprune.errors import ModelError, check
-from vlmprune.models.families import Encoded, ImageGrids
-from vlmprune.models.family import Parts, patch_grid
-from vlmprune.models.host import Call, attribute, missing
+from vlmprune.errors import ModelError
+from vlmprune.models.host.families import Encoded, ImageGrids
+from vlmprune.models.host.names import attribute
+from vlmprune.models.host.parts import Parts, patch_grid
 from vlmprune.policies.base import tokens_in
-
-
-class Asked(NamedTuple):
-    """What a call of the outer model wants.
-
-    Attributes:
-        logits: of how many of the last rows; 0 = of all.
-        predicting: ``[B, q]`` True at rows from which a label is predicted; True = from every row before text; None =
-            this is no training.
-    """
-
-    logits: int = 0
-    predicting: Tensor | bool | None = None
-
-
-def read_asked(given: dict[str, Any], training: bool) -> Asked:
-    """What the outer model's arguments ask for."""
-    wanted, labels = given["logits_to_keep"], given["labels"]
-    predicting: Tensor | bool | None = training or None
-    if labels is not None:
-        predicting = pad(labels[:, 1:] != -100, (0, 1), value=False)
-    return Asked(wanted if isinstance(wanted, int) else 0, predicting)
 
 
 class Notes:
@@ -77,25 +54,25 @@ class Notes:
 class Visuals:
     """The images and videos one call brings.
 
-    Since transformers 5.18 generate() encodes them ahead and passes the tower's output objects; before, and in a plain
-    call, the base model encodes them itself, and the output is heard of while the call runs.
+    A placeholder token without images (one that the model itself generated, say) is ordinary text.
 
     Attributes:
         parts: the model.
         kinds: "image", "video" or both.
-        heard: outputs of the vision tower; the last ones are of these kinds, in the same order.
+        runs: outputs of the vision tower, the last ones of these kinds in the same order. Since transformers 5.18 generate()
+            encodes ahead and passes them on; otherwise the base model runs the tower, and they are added meanwhile.
         notes: what was noted of the tower's runs.
     """
 
     parts: Parts
     kinds: tuple[str, ...]
-    heard: list[Any]
+    runs: list[Any]
     notes: Notes
 
     @property
     def outputs(self) -> list[Any]:
         """The output object of each kind."""
-        return self.heard[-len(self.kinds) :]
+        return self.runs[-len(self.kinds) :]
 
     def mask(self, ids: Tensor | None, embeds: Tensor | None, kind: str | None = None) -> Tensor:
         """``[B, q]`` True at visual tokens (of one kind); found as the base model finds them, by id or by embedding."""
@@ -121,7 +98,7 @@ class Visuals:
     @cached_property
     def images(self) -> list[list[ImageGrids]]:
         """The grids of every image, by kind. Raises ModelError where nothing says what the images of these features were."""
-        if len(self.heard) < len(self.kinds):
+        if len(self.runs) < len(self.kinds):
             raise ModelError(
                 "vision tower: expected it to run with its hooks, got a run without them (what torch.compile has "
                 "compiled before the scope has none: call torch.compiler.reset() first)"
@@ -180,22 +157,6 @@ class Visuals:
         return tuple((((grid,),) * -(-end // tokens_in([grid]))) for end in ends)
 
 
-def find_visuals(parts: Parts, call: Call, heard: list[Any], notes: Notes) -> Visuals | None:
-    """The images and videos a call brings; None if it brings none.
-
-    A placeholder token without images (one that the model itself generated, say) is ordinary text.
-
-    Args:
-        parts: the model.
-        call: the base model's arguments.
-        heard: where outputs of the vision tower will be noted while the call runs.
-        notes: what was noted of the tower's runs.
-    """
-    if call.encoded:
-        return Visuals(parts, tuple(call.encoded), list(call.encoded.values()), notes)
-    return Visuals(parts, call.pixels, heard, notes) if call.pixels else None
-
-
 def _marks(parts: Parts, kind: str, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
     number = parts.token_ids[kind]
     if ids is not None:
@@ -203,46 +164,3 @@ def _marks(parts: Parts, kind: str, ids: Tensor | None, embeds: Tensor | None) -
     assert embeds is not None
     token = torch.tensor(number, device=embeds.device)
     return (embeds == parts.model.get_input_embeddings()(token)).all(-1)
-
-
-def padding_mask(attention_mask: object, fixed: int | None = None) -> Tensor | None:
-    """The 2-D attention mask as bool ``[B, S]``; None if there is none. Raises ValueError for a ready-made 4-D mask.
-
-    For a cache of fixed size generate() makes the 4-D mask ahead; its last row then shows all that is no padding among
-    the ``fixed`` entries there are.
-    """
-    if isinstance(attention_mask, dict):  # by kind of layer
-        if "full_attention" not in attention_mask:
-            missing("the attention masks by kind of layer", "full_attention")
-        attention_mask = attention_mask["full_attention"]
-    if attention_mask is None:
-        return None
-    if fixed is not None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
-        row = attention_mask[:, 0, -1, :fixed]
-        return row if row.dtype == torch.bool else row == 0
-    ok = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
-    got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-    check(ok, "attention_mask", "2-D [B, S] (a ready-made mask cannot be shortened)", got)
-    assert isinstance(attention_mask, Tensor)
-    return attention_mask.bool()
-
-
-def check_unpacked(call: Call, flash: bool) -> None:
-    """Raise ModelError for samples packed one behind the other in a row: after a stage they would see each other.
-
-    transformers tells them by bounds, or by positions that start again where there is neither mask nor cache (with
-    FlashAttention: in a batch of one), and so it is told here. One host read, which transformers makes too.
-    """
-    positions = call.positions
-    if (
-        positions is not None and positions.ndim == 3
-    ):  # Qwen-VL: those of the text come first, if they come at all
-        positions = positions[0] if len(positions) == 4 else None
-    alike = call.mask is None or (flash and isinstance(call.mask, Tensor) and bool(call.mask.all()))
-    again = False
-    if positions is not None and alike and (call.cache is None or (flash and len(positions) == 1)):
-        again = bool((positions.diff(dim=-1) != 1).any())
-    if call.packed or again:
-        raise ModelError(
-            "position_ids: expected one sample a row in a pruning scope, got packed samples (pad them, or run them apart)"
-        )

@@ -1,0 +1,1 @@
+"""Exact attention that also gives the log-sum-exp: ``attn_implementation="vlmprune"``."""

@@ -1,0 +1,93 @@
+"""What a layer with a pruned cache gets beside its rows: a mask of its own length, rotary tables of packed positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmprune.models.host.cache_layers import PrunedLayer
+from vlmprune.models.host.cache_view import entries, extend_validity, make_prunable, past_validity
+from vlmprune.models.host.masks import pruned_mask
+from vlmprune.models.host.parts import Parts
+from vlmprune.models.prefill import Decision, Prefill, Rope
+
+Kwargs = dict[str, Any]
+
+
+def chunk_mask(config: Any, prefill: Prefill, decided: Decision | None, hidden: Tensor, i: int) -> Any:
+    """The mask of a chunk's rows ``hidden [B, n, D]`` at decoder layer ``i``; its cache is told of them.
+
+    Layers that need the same mask share it.
+    """
+    call, cache, rows = prefill.call, prefill.cache, hidden.shape[1]
+    past = entries(cache, i, call.past)
+    old = past_validity(cache, i, call.valid, past)
+    layer = None if cache is None else make_prunable(cache, i)
+    known = (None, None) if layer is None else (layer.valid, layer.shift)
+    key = (past, id(decided), *map(id, known))
+    if key not in prefill.masks:
+        new = call.padding() if decided is None else decided.layout.valid
+        valid = extend_validity(old, past, new, rows)
+        mask = pruned_mask(config, hidden, valid, past, layer, left=decided is not None)
+        shift = _add_shift(known[1], None if decided is None else decided.shift, hidden.device)
+        prefill.masks[key] = (mask, valid, shift, known)  # known: kept alive, so that its ids stay its own
+    mask, valid, shift, _ = prefill.masks[key]
+    if layer is not None:
+        layer.announce(valid, call.length - rows, shift)
+    return mask
+
+
+def decode_step(
+    parts: Parts, prefill: Prefill, layer: PrunedLayer, hidden: Tensor, kwargs: Kwargs
+) -> Kwargs | None:
+    """What a pruned layer needs for one new token ``hidden [B, 1, D]``, or None if it can run as it is.
+
+    Reads nothing but the cache layer. With neither holes nor packed positions that is no work at all: one new row
+    sees everything, in any attention implementation, when there is no mask.
+    """
+    told = parts.host.told
+    if layer.valid is None and layer.shift is None and not layer.static:
+        return None if told(kwargs, "attention_mask") is None else {**kwargs, "attention_mask": None}
+    rope = told(kwargs, "position_embeddings")
+    if layer.shift is not None:
+        rope = shifted(parts.text, prefill, hidden, told(kwargs, "position_ids"), layer.shift)
+    layer.admit()
+    mask = _step_mask(parts.text.config, prefill, layer, hidden)
+    # position_ids: FlashAttention reads gaps in them as packed sequences
+    return {**kwargs, "position_embeddings": rope, "position_ids": None, "attention_mask": mask}
+
+
+def _step_mask(config: Any, prefill: Prefill, layer: PrunedLayer, hidden: Tensor) -> Any:
+    """The mask of one new token; layers that need the same share it, but for a static cache's.
+
+    Its step is compiled, and there is no Python number to tell its masks apart by.
+    """
+    stored = layer.stored()
+    if layer.static:
+        return pruned_mask(config, hidden, layer.valid, stored, layer)
+    if layer.valid is None:
+        return None
+    key = (stored, id(layer.valid))
+    if key not in prefill.masks:
+        prefill.masks[key] = pruned_mask(config, hidden, layer.valid, stored, layer)
+    return prefill.masks[key]
+
+
+def shifted(text: Any, prefill: Prefill, hidden: Tensor, position_ids: Tensor, shift: Tensor) -> Rope:
+    """Rotary tables of a chunk after a packed cache; layers with the same shift share them."""
+    for known, tables in prefill.ropes:
+        if known is shift:
+            return tables
+    tables = text.rotary_emb(hidden, position_ids - shift.to(position_ids.device))
+    prefill.ropes.append((shift, tables))
+    return tables
+
+
+def _add_shift(old: Tensor | None, more: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
+    """By how much positions lie below the number of tokens seen, ``[B, 1]``, when a chunk packs some more."""
+    if more is None or not any(more):
+        return old
+    new = torch.tensor(more).to(device, non_blocking=True)[:, None]
+    return new if old is None else old + new

@@ -1,0 +1,189 @@
+"""One call of the model on its way through the layers: what it brought, what its stages decided, what layers share.
+
+It travels as a keyword argument from the base model to the decoder layers. Not on the model, not in a global: so two
+threads, replayed layers (gradient checkpointing) and re-entrant calls each see their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmprune.errors import ModelError
+from vlmprune.models.call import Call
+from vlmprune.models.host.families import ImageGrids
+from vlmprune.models.layout import Layout, TextSpan, find_text, open_layout, take
+from vlmprune.models.prompt import Prompt
+from vlmprune.policies.base import AttentionInputs, Needs, tokens_in
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin tables, each ``[B or 1, rows, D]``."""
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What a policy reads of a model, asked once for all calls.
+
+    Attributes:
+        needs: by stage layer.
+        scored: self-attention modules of the layers that a following stage scores from.
+        embeds: whether some stage reads the input embeddings.
+        text: whether some stage asks where the text after the last image is.
+    """
+
+    needs: Mapping[int, Needs]
+    scored: frozenset[nn.Module]
+    embeds: bool
+    text: bool
+
+    @classmethod
+    def of(cls, needs: Mapping[int, Needs], layers: list[Any]) -> Wants:
+        """Those of a policy with these needs, on a model with these decoder layers."""
+        scored = [layer - 1 for layer, need in needs.items() if need.attention == "previous"]
+        embeds = any(need.embeds for need in needs.values())
+        text = embeds or any(need.rows == "text" for need in needs.values())
+        return cls(needs, frozenset(layers[layer].self_attn for layer in scored), embeds, text)
+
+
+@dataclass(frozen=True)
+class Unpruned:
+    """A chunk before any stage.
+
+    Attributes:
+        layout: its rows, which are its positions.
+        images: the grids of each sample's images; in a chunk of a prompt those of the whole prompt so far.
+        shares: how many images the visual tokens of each sample are, where chunked prefill cut them up; else None.
+        text: where the text after the last image is, if a stage asks for it.
+        embeds: ``[B, q, D]`` input embeddings, if a stage asks for them.
+    """
+
+    layout: Layout
+    images: tuple[tuple[ImageGrids, ...], ...]
+    shares: tuple[float, ...] | None = None
+    text: TextSpan | None = None
+    embeds: Tensor | None = None
+
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """Visual tokens of each sample's images; of all their parts together, where they were cut up."""
+        if self.shares is not None:
+            return tuple((n,) for n in self.layout.counts)
+        return tuple(tuple(map(tokens_in, sample)) for sample in self.images)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one stage decided: made once, then only read (layers may be replayed).
+
+    Attributes:
+        layout: the rows after the stage.
+        survivors: ``[B, n]`` rows of the previous layout that stay, -1 = padding.
+        rope: the surviving rows' cos and sin, each ``[B, n, D]``.
+        shift: by how much the positions after the prompt move down per sample, where they were packed; else None.
+        contents: ``[B, K, D]`` new contents of the visual rows, or None.
+    """
+
+    layout: Layout
+    survivors: Tensor
+    rope: Rope
+    shift: tuple[int, ...] | None = None
+    contents: Tensor | None = None
+
+
+@dataclass
+class Prefill:
+    """A running call. (A decode step is one of a single row, in which nothing is decided.)
+
+    Attributes:
+        wants: what the policy reads; by this an engine knows the calls it has begun itself.
+        call: what came.
+        prompt: what the call is a chunk of; None for a decode step.
+        cache: the cache its decoder layers got, known when the first of them runs.
+        unpruned: the chunk before any stage, known when the first layer runs.
+        decisions: by stage layer; None for a stage that kept everything.
+        attention: query and key, by the stage layer that will read them.
+        lse: ``[B, H, n]`` log-sum-exp of their rows, by layer, where our attention backend ran them.
+        ropes: shifts of packed caches, each with its tables.
+        masks: built masks, shared by the layers that need the same one.
+    """
+
+    wants: Wants
+    call: Call
+    prompt: Prompt | None = None
+    cache: Any = None
+    unpruned: Unpruned | None = None
+    decisions: dict[int, Decision | None] = field(default_factory=dict)
+    attention: dict[int, AttentionInputs] = field(default_factory=dict)
+    lse: dict[int, Tensor] = field(default_factory=dict)
+    ropes: list[tuple[Tensor, Rope]] = field(default_factory=list)
+    masks: dict[Any, Any] = field(default_factory=dict)
+
+    def scores_from(self, module: Any) -> bool:
+        """Whether a stage still to come scores from this module's attention in this call."""
+        here = self.call.visual is not None and module in self.wants.scored
+        return here and module.layer_idx + 1 not in self.decisions
+
+    def open(self, attention_mask: object, hidden: Tensor) -> Unpruned:
+        """The chunk before any stage, described when its first layer runs on rows ``hidden [B, q, D]``.
+
+        A mask of None there means that transformers found no padding: nothing to ask the device for.
+        """
+        if self.unpruned is not None:
+            return self.unpruned
+        if attention_mask is None:
+            self.call = replace(self.call, valid=None)
+        call, prompt, wants = self.call, self.prompt, self.wants
+        assert call.visual is not None and call.visuals is not None and prompt is not None
+        layout = open_layout(call.visual, call.padding(), call.visuals.tokens(), call.tail)
+        before = prompt.count(layout.counts)
+        if call.visuals.cut:
+            self.unpruned = _part(call, layout, before, wants)
+        else:
+            videos = None if call.videos is None else take(call.videos.long(), layout.visual).tolist()
+            images = call.visuals.by_sample(layout.counts, videos)
+            text = find_text(call.visual, layout.prompt()) if wants.text else None
+            self.unpruned = Unpruned(layout, images, None, text, hidden if wants.embeds else None)
+        return self.unpruned
+
+    def decision(self, i: int) -> Decision | None:
+        """What layer ``i`` runs under: the latest decision made at it or before it."""
+        made = [layer for layer, decided in self.decisions.items() if layer <= i and decided is not None]
+        return self.decisions[max(made)] if made else None
+
+    def layout(self, i: int) -> Layout:
+        """The rows in layer ``i``."""
+        decided = self.decision(i)
+        if decided is not None:
+            return decided.layout
+        assert self.unpruned is not None
+        return self.unpruned.layout
+
+    def text(self) -> TextSpan | None:
+        """Where the text after the last image is, if a stage asks for it."""
+        return None if self.unpruned is None else self.unpruned.text
+
+
+def _part(call: Call, layout: Layout, before: tuple[int, ...], wants: Wants) -> Unpruned:
+    """A chunk of a prompt: its ordinals count from the prompt's first one on, so that parts of an image find their place."""
+    assert call.visuals is not None
+    if wants.text:
+        raise ModelError(
+            "prefill_chunk_size: expected None with a method that reads the prompt's text, got a prompt in chunks"
+        )
+    images = call.visuals.in_chunks([a + b for a, b in zip(before, layout.counts, strict=True)])
+    grids = [tokens_in(sample[0]) if sample else 1 for sample in images]
+    shares = tuple(n / size for n, size in zip(layout.counts, grids, strict=True))
+    start = torch.tensor(before).to(layout.ordinals.device, non_blocking=True)[:, None]
+    ordinals = torch.where(layout.ordinals >= 0, layout.ordinals + start, -1)
+    return Unpruned(replace(layout, ordinals=ordinals), images, shares)
+
+
+def scatter_back(short: Tensor, origin: Tensor, q: int) -> Tensor:
+    """Put rows ``[B, n, D]`` back where they came from in ``[B, q, D]``; pruned and padding rows are zeros."""
+    batch, _, width = short.shape
+    origin = origin.to(short.device)
+    at = torch.where(origin >= 0, origin, q)[..., None].expand(-1, -1, width)
+    return short.new_zeros(batch, q + 1, width).scatter(1, at, short)[:, :q]
