@@ -13,6 +13,7 @@ from vlmprune.errors import ModelError, NotPrunedError, check
 from vlmprune.models.host.cache_view import check_cache, entries
 from vlmprune.models.host.names import Arguments, missing
 from vlmprune.models.host.parts import Parts
+from vlmprune.models.vision_reads import VisionReads
 from vlmprune.models.visuals import Visuals
 
 
@@ -84,14 +85,15 @@ class Call:
         return None if self.valid is None else self.valid[:, -self.length :]
 
 
-def read_call(parts: Parts, given: Arguments, asked: Asked, visuals: Visuals | None, prunes: bool) -> Call:
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def read_call(parts: Parts, given: Arguments, asked: Asked, vision: VisionReads, prunes: bool) -> Call:
     """Read a call that is no decode step.
 
     Args:
         parts: the model.
         given: the base model's arguments, with ids or embeddings.
         asked: what the outer model was asked for.
-        visuals: the images and videos that ``given`` brings.
+        vision: knows the images and videos that ``given`` brings.
         prunes: whether the call will be pruned, and not only measured.
 
     Raises:
@@ -102,7 +104,7 @@ def read_call(parts: Parts, given: Arguments, asked: Asked, visuals: Visuals | N
     assert given.shape is not None
     (batch, length), cache, ids, embeds = given.shape, given.cache, given.ids, given.embeds
     past = 0 if cache is None else int(cache.get_seq_length())
-    valid = None
+    visuals, valid = vision.visuals(given), None
     if length > 1 or visuals is not None:
         static = cache is not None and cache.is_compileable
         valid = padding_mask(given.mask, entries(cache, 0, past) + length if static else None)

@@ -10,13 +10,12 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from vlmprune.models.host.parts import Parts
 from vlmprune.models.per_thread import PerThread
 
 Mark = Any  # a float (seconds), or a recorded torch.cuda.Event
-Hooked = tuple[nn.Module, Callable[..., None], Callable[..., None]]
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,14 @@ class Clock:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def hooks(self, parts: Parts) -> list[Hooked]:
-        """Modules with what to call before and after them."""
+    def register(self, parts: Parts) -> list[RemovableHandle]:
+        """Hook the modules whose work is timed."""
         return [
-            (parts.vision, self._vision_starts, _nothing),
-            (parts.projector, _nothing, self._vision_ends),
-            (parts.text, self._step_starts, self._step_ends),
-            (parts.model, _nothing, self._step_ends),
+            parts.vision.register_forward_pre_hook(self._vision_starts),
+            parts.projector.register_forward_hook(self._vision_ends),
+            parts.text.register_forward_pre_hook(self._step_starts),
+            parts.text.register_forward_hook(self._step_ends),
+            parts.model.register_forward_hook(self._step_ends),
         ]
 
     @contextmanager
@@ -157,10 +157,6 @@ class Clock:
     def _step_ends(self, *_: Any) -> None:
         if self.mine.marks is not None:
             self.mine.marks.step_ends(self.now())
-
-
-def _nothing(*_: Any) -> None:
-    """A hook that only completes a pair."""
 
 
 def _length(span: list[Mark]) -> float:

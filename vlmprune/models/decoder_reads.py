@@ -10,9 +10,11 @@ from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 
 from vlmprune.errors import ModelError
+from vlmprune.models.clock import Clock
 from vlmprune.models.host.cache_view import entries, extend_validity, held_keys, is_quantized, past_validity
 from vlmprune.models.host.families import DECODERS
 from vlmprune.models.host.names import attribute
+from vlmprune.models.host.parts import heads
 from vlmprune.models.layout import Layout, TextSpan, last_rows, moved, text_rows
 from vlmprune.models.prefill import Prefill, Rope
 from vlmprune.policies.base import AttentionInputs, Needs
@@ -25,13 +27,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
 
 
-def heads(x: Tensor, head_dim: int) -> Tensor:
-    """``[B, S, H * D]`` to ``[B, H, S, D]``."""
-    return x.view(*x.shape[:2], x.shape[-1] // head_dim, head_dim).transpose(1, 2)
-
-
-def read_attention(attn: Any, hidden: Tensor, rope: Rope, prefill: Prefill, needs: Needs) -> AttentionInputs:
-    """What the stage after a decoder layer may score from, read when its self-attention ``attn`` has run.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()  # recorded operations would differ when a checkpointed layer is replayed
+def read_attention(attn: Any, hidden: Tensor, rope: Rope, prefill: Prefill, clock: Clock) -> None:
+    """Read what the stage after a decoder layer will score from, when its self-attention has run: ``prefill.attention``.
 
     Keys come from the cache the layer has just filled; without a cache they are projected once more.
 
@@ -40,18 +39,20 @@ def read_attention(attn: Any, hidden: Tensor, rope: Rope, prefill: Prefill, need
         hidden: ``[B, n, D]`` the rows that entered it.
         rope: their cos and sin.
         prefill: the running call.
-        needs: what the stage reads.
+        clock: this is selection work.
     """
-    call, cache = prefill.call, prefill.cache
-    layout = moved(prefill.layout(attn.layer_idx), hidden.device)
-    total = 0 if cache is None else entries(cache, attn.layer_idx, call.past + call.length)
-    if cache is None or is_quantized(cache.layers[attn.layer_idx]):
-        key = _with_past(cache, attn, max(0, total - layout.length), _project_keys(attn, hidden, rope))
-    else:
-        key = held_keys(cache.layers[attn.layer_idx], total, hidden.device)
-    mask = _mask(prefill, attn, key.shape[2] - layout.length, layout)
-    lse = prefill.lse.pop(attn.layer_idx, None)
-    return _read(attn, hidden, rope, key, mask, layout, prefill.text(), needs, lse)
+    i, call, cache = attn.layer_idx, prefill.call, prefill.cache
+    with clock.selection():
+        layout = moved(prefill.layout(i), hidden.device)
+        total = 0 if cache is None else entries(cache, i, call.past + call.length)
+        if cache is None or is_quantized(cache.layers[i]):
+            key = _with_past(cache, attn, max(0, total - layout.length), _project_keys(attn, hidden, rope))
+        else:
+            key = held_keys(cache.layers[i], total, hidden.device)
+        mask = _mask(prefill, attn, key.shape[2] - layout.length, layout)
+        needs, lse = prefill.wants.needs[i + 1], prefill.lse.pop(i, None)
+        read = _read(attn, hidden, rope, key, mask, layout, prefill.text(), needs, lse)
+        prefill.attention[i + 1] = read
 
 
 def read_own_attention(

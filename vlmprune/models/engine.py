@@ -22,7 +22,7 @@ from vlmprune.models.compaction import compact_earlier
 from vlmprune.models.decoder_reads import read_attention
 from vlmprune.models.host.cache_layers import PrunedLayer
 from vlmprune.models.host.cache_view import is_started, pruned_layer, resident_bytes
-from vlmprune.models.host.names import Arguments, check_same_cache, missing
+from vlmprune.models.host.names import check_same_cache, missing
 from vlmprune.models.host.parts import Parts, check_layers
 from vlmprune.models.layer_inputs import chunk_mask, decode_step, shifted
 from vlmprune.models.prefill import Prefill, Wants, scatter_back
@@ -57,28 +57,21 @@ class Engine:
 
     def attach(self) -> None:
         """Register the hooks; on an error none stays behind."""
+        parts, add, prunes = self.parts, self.handles.append, self.stage is not None
         try:
-            self._register()
+            if prunes:
+                add(parts.model.register_forward_pre_hook(self.before_model, with_kwargs=True))
+            add(parts.base.register_forward_pre_hook(self.before_base, with_kwargs=True))
+            self.handles += self.clock.register(parts)
+            add(parts.text.register_forward_hook(self.after_text, with_kwargs=True))
+            self.handles += self.vision.register()
+            for attn in self.wants.scored:
+                add(attn.register_forward_hook(self.after_attention, with_kwargs=True))
+            for module in parts.layers if prunes else ():
+                add(module.register_forward_pre_hook(self.before_layer, with_kwargs=True))
         except BaseException:
             self.remove()
             raise
-
-    def _register(self) -> None:
-        parts, add = self.parts, self.handles.append
-        if self.stage is not None:
-            add(parts.model.register_forward_pre_hook(self.before_model, with_kwargs=True))
-        add(parts.base.register_forward_pre_hook(self.before_base, with_kwargs=True))
-        for module, before, after in self.clock.hooks(parts):
-            add(module.register_forward_pre_hook(before))
-            add(module.register_forward_hook(after))
-        add(parts.text.register_forward_hook(self.after_text, with_kwargs=True))
-        self.handles += self.vision.register()
-        if self.stage is None:
-            return
-        for attn in self.wants.scored:
-            add(attn.register_forward_hook(self.after_attention, with_kwargs=True))
-        for module in parts.layers:
-            add(module.register_forward_pre_hook(self.before_layer, with_kwargs=True))
 
     def remove(self) -> None:
         """Take every hook off again."""
@@ -118,30 +111,22 @@ class Engine:
         ):  # decode: all is in the cache
             step = Call(given.shape[0], 1, cache=given.cache)
             return args, {**kwargs, RUNNING: Prefill(self.wants, step)}
-        return args, {**kwargs, RUNNING: self._begin(given, asked)}
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _begin(self, given: Arguments, asked: Asked) -> Prefill:
-        visuals = self.vision.visuals(given)
-        call = read_call(self.parts, given, asked, visuals, self.stage is not None)
-        return Prefill(self.wants, call, self.prompts.enter(call, self.clock))
+        call = read_call(self.parts, given, asked, self.vision, self.stage is not None)
+        prompt = self.prompts.enter(call, self.clock)
+        return args, {**kwargs, RUNNING: Prefill(self.wants, call, prompt)}
 
     def after_attention(self, module: Any, args: Any, kwargs: Kwargs, output: Any) -> None:
         """Read the query rows and keys that the next layer's stage will score with."""
         prefill = self._running(kwargs)
-        if prefill is not None and prefill.call.visual is not None:
-            self._read(module, kwargs, prefill)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _read(self, module: Any, kwargs: Kwargs, prefill: Prefill) -> None:
-        stage, told = module.layer_idx + 1, self.host.told
-        if stage in prefill.decisions:
-            return
-        hidden, rope = told(kwargs, "hidden_states"), told(kwargs, "position_embeddings")
-        # no_grad: recorded operations would differ when a checkpointed layer is replayed
-        with torch.no_grad(), self.clock.selection():
-            needs = self.wants.needs[stage]
-            prefill.attention[stage] = read_attention(module, hidden, rope, prefill, needs)
+        if prefill is not None and prefill.scores_from(module):
+            told = self.host.told
+            read_attention(
+                module,
+                told(kwargs, "hidden_states"),
+                told(kwargs, "position_embeddings"),
+                prefill,
+                self.clock,
+            )
 
     def before_layer(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Any, Kwargs] | None:
         """At a stage drop rows; at and after it hand the layer the tables, mask and cache of the short sequence."""

@@ -131,6 +131,7 @@ class Prompts:
     def __reduce__(self) -> Any:
         return Prompts, ()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, call: Call, clock: Clock) -> Prompt | None:
         """The prompt that a call begins, or is a further chunk of; None where there is none to describe.
 

@@ -52,7 +52,9 @@ class StageRunner:
         rope = _on(hidden.device, rope)
         tables = rope if before is None else _on(hidden.device, before.rope)
         with torch.no_grad():
-            choice = self._ask(self._context(prefill, i, hidden, tables, layout), hidden)
+            context = self._context(prefill, i, hidden, tables, layout)
+            choice = self.policy.select(context)
+            self._check(choice, context, hidden)
             choice, kept = settle(layout, choice, hidden, prefill.call.predicting)
             index = ascending(choice.index) if isinstance(choice, Reduction) else choice
             if kept == layout.counts and not isinstance(choice, Reduction):
@@ -77,9 +79,9 @@ class StageRunner:
         prefill.decisions[i] = Decision(after, survivors, (cos.detach(), sin.detach()), shift)
         return short
 
-    def _ask(self, context: TokenContext, hidden: Tensor) -> Tensor | Reduction:
-        """The policy's choice; the first one at each layer is checked in full, which takes one host read."""
-        choice, layer = self.policy.select(context), context.layer
+    def _check(self, choice: Tensor | Reduction, context: TokenContext, hidden: Tensor) -> None:
+        """Refuse a choice that means nothing. The first one at each layer is read in full: one host read."""
+        layer = context.layer
         if layer not in self.checked and not hidden.is_meta:  # tensors without values have none to check
             check_selection(choice, context, repr(self.policy), hidden)
             self.checked.add(layer)
@@ -89,7 +91,6 @@ class StageRunner:
                 f"positions: expected 'keep' with {self.parts.config.model_type!r} (its positions have three "
                 f"dimensions and cannot be packed), got 'pack' from {self.policy!r}"
             )
-        return choice
 
     def _context(self, prefill: Prefill, i: int, hidden: Tensor, rope: Rope, layout: Layout) -> TokenContext:
         """Everything the policy asked for, and where the visual tokens are; all of it where ``hidden`` is."""

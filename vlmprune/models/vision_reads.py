@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vlmprune.errors import ModelError, check
-from vlmprune.models.decoder_reads import heads
 from vlmprune.models.host.families import Encoded, crop_grid
 from vlmprune.models.host.names import Arguments, Signature, attribute
-from vlmprune.models.host.parts import Parts, tower_layers
+from vlmprune.models.host.parts import Parts, heads, tower_layers
 from vlmprune.models.per_thread import PerThread
 from vlmprune.models.visuals import Notes, Visuals
 from vlmprune.policies.base import VisionAttention

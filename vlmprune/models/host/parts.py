@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from vlmprune.errors import ModelError, check
@@ -152,6 +152,11 @@ def find_parts(model: Any) -> Parts:
 def tower_layers(parts: Parts) -> list[Any]:
     """The vision tower's blocks."""
     return list(parts.vision.get_submodule(parts.tower.layers))
+
+
+def heads(x: Tensor, head_dim: int) -> Tensor:
+    """A projection's ``[B, S, H * D]`` as ``[B, H, S, D]``."""
+    return x.view(*x.shape[:2], x.shape[-1] // head_dim, head_dim).transpose(1, 2)
 
 
 def decoder_shape(config: Any) -> DecoderShape:
