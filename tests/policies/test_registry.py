@@ -75,6 +75,13 @@ class Picky(PruningPolicy):
 
 
 @dataclasses.dataclass(frozen=True)
+class Namesake(Picky):
+    """Has a setting where a dict has the policy's name."""
+
+    policy: str = "x"
+
+
+@dataclasses.dataclass(frozen=True)
 class Confused(Picky):
     """Fails when it is asked what it needs."""
 
@@ -238,6 +245,7 @@ def test_foreign_policy_errors(foreign):
         ),
         ("elsewhere:BROKEN", "TypeError: 'not a class' is no PruningPolicy class"),
         ("elsewhere:Abstract", "TypeError: Can't instantiate abstract class Abstract"),
+        ("elsewhere:Namesake", "TypeError: a setting called 'policy'"),
         ("elsewhere:Confused", "KeyError: 'attention'"),
     ],
 )

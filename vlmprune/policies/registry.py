@@ -160,7 +160,10 @@ def _load(entry: metadata.EntryPoint) -> type[PruningPolicy]:
     found = entry.load()
     if not (isinstance(found, type) and issubclass(found, PruningPolicy)):
         raise TypeError(f"{found!r} is no PruningPolicy class")
-    if MISSING not in dict(fields_of(found)).values():
+    known = dict(fields_of(found))
+    if "policy" in known:
+        raise TypeError("a setting called 'policy', where a dict has the policy's name")
+    if MISSING not in known.values():
         made = found()
         for layer in made.layers:
             made.needs(layer)

@@ -19,19 +19,17 @@ PARAGRAPH = "\n\n"
 SAMPLING = ("temperature", "top_p", "top_k")
 
 
-def read_policy(given: object) -> PruningPolicy | None:
+def read_policy(given: str | Mapping[str, Any]) -> PruningPolicy | None:
     """Make a policy from what ``policy_from`` reads; None for ``none``.
 
-    Typed with ``;`` between the fields, ``NAME[:field=value;...]``, since lmms-eval splits its ``--model_args`` at commas.
+    In a text ``;`` stands between the fields, ``NAME[:field=value;...]``: lmms-eval splits its ``--model_args`` at commas.
 
     Raises:
         InputError: as ``policy_from``.
     """
     check(isinstance(given, str | Mapping), "policy", "NAME[:field=value;...] or none", repr(given))
-    assert isinstance(given, str | Mapping)
-    if isinstance(given, str):
-        return None if given == UNPRUNED else policy_from(given.replace(";", ","))
-    return policy_from(given)
+    source = given.replace(";", ",") if isinstance(given, str) else given
+    return None if source == UNPRUNED else policy_from(source)
 
 
 def read_count(name: str, given: object) -> int:
