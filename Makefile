@@ -74,13 +74,15 @@ format: install
 	$(VENV)/bin/ruff format $(SOURCES)
 	$(VENV)/bin/ruff check --fix $(SOURCES)
 
-# mypy cannot follow the editable install's folder mapping, so it reads a copy laid out as the wheel is.
+# mypy cannot follow the editable install's folder mapping, so it reads a copy laid out as the wheel is. user.py has the
+# mistakes that a user's mypy must see.
 typecheck: install
 	rm -rf build/typecheck
 	mkdir -p build/typecheck
 	cp -r vlmprune build/typecheck
 	cp -r triton_kernels build/typecheck/vlmprune
-	MYPYPATH=build/typecheck $(VENV)/bin/mypy -p vlmprune
+	cp tests/typing/user.py build/typecheck
+	MYPYPATH=build/typecheck $(VENV)/bin/mypy -p vlmprune -m user
 
 test-interpret: install
 	$(PYTEST) -m "not slow" --ignore tests/compile tests

@@ -47,7 +47,7 @@ def run(device: torch.device, dtype: torch.dtype, attention: str, repeat: int) -
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     import vlmprune
-    from vlmprune.policies import parse_policy
+    from vlmprune.policies import policy_from
 
     processor = AutoProcessor.from_pretrained(FOLDER / "checkpoint")
     kind = {"dtype": dtype, "attn_implementation": attention}
@@ -57,7 +57,7 @@ def run(device: torch.device, dtype: torch.dtype, attention: str, repeat: int) -
     inputs = processor(text=question["prompt"], images=image, return_tensors="pt").to(device, dtype)
     lines = []
     for text in (None, *POLICIES):
-        scope = nullcontext() if text is None else vlmprune.prune(model, parse_policy(text))
+        scope = nullcontext() if text is None else vlmprune.prune(model, policy_from(text))
         with scope as pruned:
             prefill = [_seconds(model, inputs, 1) for _ in range(repeat + 1)][1:]
             whole = [_seconds(model, inputs, 16) for _ in range(repeat + 1)][1:]

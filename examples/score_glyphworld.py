@@ -13,7 +13,7 @@ from rich.progress import track
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlmprune
-from vlmprune.policies import parse_policy
+from vlmprune.policies import policy_from
 
 FOLDER = Path(__file__).parent / "glyphworld"
 POLICIES = [
@@ -38,7 +38,7 @@ def main() -> None:
         for qa in scene["qa"]
     ]
     for text in [None, *texts]:
-        policy = None if text is None else parse_policy(text)
+        policy = None if text is None else policy_from(text)
         right: dict[str, list[bool]] = {}
         for image, family, prompt, answer in track(questions, description=text or "unpruned", transient=True):
             right.setdefault(family, []).append(ask(model, processor, policy, image, prompt) == answer)

@@ -45,6 +45,13 @@ def test_it_is_listed():
 
 
 @pytest.mark.usefixtures("installed")
+def test_it_is_written_by_its_name():
+    policy = vlmprune.policy_from("divprune + norm:layer=3,keep=49")
+    norm = {"policy": "norm", "layer": 3, "keep": 49, "earlier_kv": "full"}
+    assert policy.to_dict()["policies"][1] == norm and vlmprune.policy_from(policy.to_dict()) == policy
+
+
+@pytest.mark.usefixtures("installed")
 def test_it_runs():
     scene = SCENES / "images" / "scene_70001.png"
     model = SCENES / "checkpoint"

@@ -1,13 +1,16 @@
 """What `import vlmprune` promises."""
 
+import ast
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 import vlmprune
 from vlmprune import errors
-from vlmprune.policies.registry import BUILT_IN, built_in
+from vlmprune.policies.registry import BUILT_IN, OURS, built_in
 
 
 def test_every_public_name_resolves():
@@ -22,14 +25,31 @@ def test_every_built_in_policy_is_importable_from_the_top():
         assert cls.__name__ in dir(vlmprune)
 
 
-def test_names_stand_in_the_list_that_type_checkers_read():
-    """By hand, since they cannot see what is loaded when first asked for."""
-    methods = {built_in(name).__name__ for name in BUILT_IN}
+@pytest.mark.parametrize("package", ["vlmprune", "vlmprune.policies", "vlmprune.testing"])
+def test_type_checkers_see_what_is_public(package):
+    """They cannot see what is loaded when first asked for, so its imports are written out, and no others."""
+    module = import_module(package)
+    tree = ast.parse(Path(module.__file__).read_text())
+    blocks = [
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    late = [i for block in blocks for i in block.body]
+    imports = [i for i in (*tree.body, *late) if isinstance(i, ast.ImportFrom)]
+    names = {alias.asname or alias.name for i in imports for alias in i.names if i.module != package}
+    assert {*module.__all__} <= names and len(module.__all__) == len({*module.__all__})
+    loaded = {alias.name for i in late if i.module != package for alias in i.names}
+    assert loaded <= {*module.__all__}
+    for name in {alias.name for i in late if i.module == package for alias in i.names}:
+        assert getattr(module, name) is import_module(f"{package}.{name}")
+
+
+def test_every_method_and_error_is_public():
+    methods = {built_in(name).__name__ for name in OURS}
     raised = {
         name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)
     }
+    assert methods <= {*vlmprune.policies.__all__}
     assert methods | raised | {"attach", "detach", "meter", "prune"} <= {*vlmprune.__all__}
-    assert len(vlmprune.__all__) == len({*vlmprune.__all__})
 
 
 def test_a_fresh_process():

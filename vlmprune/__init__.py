@@ -16,39 +16,47 @@ from vlmprune.register import register as _register
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from vlmprune import errors as errors
+    from vlmprune import eval as eval
+    from vlmprune import flops as flops
+    from vlmprune import images as images
+    from vlmprune import models as models
+    from vlmprune import ops as ops
+    from vlmprune import policies as policies
+    from vlmprune import testing as testing
     from vlmprune.models import Report, Run, StageRecord, attach, detach, meter, prune
     from vlmprune.policies import (
+        DART,
         AttentionInputs,
+        CDPruner,
         Custom,
+        DivPrune,
+        FasterVLM,
+        FastV,
+        Feather,
         Grid,
         Intersection,
         Needs,
         PruningPolicy,
+        PyramidDrop,
+        Random,
+        RandomDeep,
         Reduction,
+        SparseVLM,
+        SparseVLMPlus,
         Stages,
         TokenContext,
+        Uniform,
         Union,
         VisionAttention,
+        VisionZip,
+        VisPruner,
+        VScan,
         keep_for_flops,
         keep_for_mean_tokens,
         list_policies,
-        parse_policy,
+        policy_from,
     )
-    from vlmprune.policies.cdpruner import CDPruner
-    from vlmprune.policies.dart import DART
-    from vlmprune.policies.divprune import DivPrune
-    from vlmprune.policies.fastervlm import FasterVLM
-    from vlmprune.policies.fastv import FastV
-    from vlmprune.policies.feather import Feather
-    from vlmprune.policies.horizon import RandomDeep
-    from vlmprune.policies.pyramiddrop import PyramidDrop
-    from vlmprune.policies.random import Random
-    from vlmprune.policies.sparsevlm import SparseVLM
-    from vlmprune.policies.sparsevlm_plus import SparseVLMPlus
-    from vlmprune.policies.uniform import Uniform
-    from vlmprune.policies.visionzip import VisionZip
-    from vlmprune.policies.vispruner import VisPruner
-    from vlmprune.policies.vscan import VScan
 
 __all__ = [
     "DART",
@@ -91,22 +99,24 @@ __all__ = [
     "keep_for_mean_tokens",
     "list_policies",
     "meter",
-    "parse_policy",
+    "policy_from",
     "prune",
 ]
 
 _MODELS = ("Report", "Run", "StageRecord", "attach", "detach", "meter", "prune")
 
 
-def __getattr__(name: str) -> Any:
-    """Load the wiring (which imports transformers), the policies, or any other submodule when first asked for."""
-    if name in _MODELS:
-        return getattr(import_module("vlmprune.models"), name)
-    if name in __all__:
-        return getattr(import_module("vlmprune.policies"), name)
-    if not name.startswith("_") and find_spec(f"vlmprune.{name}"):
-        return import_module(f"vlmprune.{name}")
-    raise AttributeError(f"module 'vlmprune' has no attribute {name!r}")
+if not TYPE_CHECKING:  # which must see an unknown name as an error
+
+    def __getattr__(name: str) -> Any:
+        """Load the wiring (which imports transformers), the policies, or any other submodule when first asked for."""
+        if name in _MODELS:
+            return getattr(import_module("vlmprune.models"), name)
+        if name in __all__:
+            return getattr(import_module("vlmprune.policies"), name)
+        if not name.startswith("_") and find_spec(f"vlmprune.{name}"):
+            return import_module(f"vlmprune.{name}")
+        raise AttributeError(f"module 'vlmprune' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

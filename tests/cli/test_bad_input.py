@@ -54,6 +54,9 @@ def one_line(done):
             "ratio: expected float or float/... (with a decimal point, as in 1.0), got '1'",
         ),
         ("feather:layers=5/2", "layers: expected two layers, ascending"),
+        ("divprune + (fastv", "policy: expected a closing parenthesis, got ''"),
+        ("divprune + fastv:layer=8", "layer: expected at most 7 (the decoder has 8 layers), got 8"),
+        ("none.yaml", "policy: expected a YAML file, got 'none.yaml': "),
     ],
 )
 def test_bad_policy(ask, broken, policy, said):

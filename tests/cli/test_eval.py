@@ -112,6 +112,20 @@ def test_results(evaluate, tmp_path):
     assert "fastv" in done.stdout and "answers/s" in done.stdout
 
 
+def test_policies_made_of_policies(evaluate, no_pictures, tmp_path):
+    recipe = "divprune:keep=0.5 + random_deep:layer=5,keep=0.25"
+    (tmp_path / "recipe.yaml").write_text(
+        "policy: union\nfirst: {policy: fastv}\nsecond: {policy: uniform}\n"
+    )
+    done = evaluate("--keep", "--no-baselines", "--policy", recipe, "--policy", tmp_path / "recipe.yaml")
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["unpruned", recipe, str(tmp_path / "recipe.yaml")]
+    assert rows[1]["tokens"] == (5 * 98 + 3 * 24) / 8
+    assert len(answers(tmp_path / "out")) == 6 * (1 + 2 + 1)  # the recipe draws, so it is asked twice
+    assert "divprune" in done.stdout
+
+
 def test_a_killed_run_goes_on_without_losing_or_repeating(evaluate, no_pictures, tmp_path, monkeypatch):
     """18 answers in two batches of three arms; an exception stops it inside the second arm's first batch."""
     whole, out = tmp_path / "whole", tmp_path / "out"

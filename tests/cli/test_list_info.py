@@ -9,7 +9,8 @@ import torch
 
 import vlmprune
 from vlmprune.policies import registry
-from vlmprune.policies.registry import BUILT_IN, parse_policy
+from vlmprune.policies.recipe import policy_from
+from vlmprune.policies.registry import BUILT_IN
 
 
 def test_version(cli):
@@ -64,7 +65,7 @@ def test_list_table_can_be_typed_back(cli):
     done = cli("list")
     assert done.exit_code == 0, done.stderr
     assert "layers=8/16" in done.stdout
-    assert parse_policy("feather:layers=8/16,keep=0.3") == vlmprune.Feather(layers=(8, 16), keep=0.3)
+    assert policy_from("feather:layers=8/16,keep=0.3") == vlmprune.Feather(layers=(8, 16), keep=0.3)
 
 
 def test_readme_has_the_generated_table(cli):

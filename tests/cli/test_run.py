@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from vlmprune import policy_from
 from vlmprune.cli.generate import Outcome, median
+from vlmprune.cli.show import SETTINGS
 from vlmprune.models import Report
 from vlmprune.models.clock import Seconds
 
@@ -88,6 +91,39 @@ def test_keeping_everything_answers_the_same(ask):
     unpruned, whole = json.loads(done.stdout)["runs"]
     assert whole["answer"] == unpruned["answer"]
     assert whole["report"]["flops"]["cut"] == 0.0
+
+
+def test_policies_made_of_policies(ask, tmp_path):
+    """RandomDeep's own recipe, as a text and as a file; the table names what is joined and lists the settings of each."""
+    recipe = "divprune:keep=0.5 + random_deep:layer=5,keep=0.25"
+    data = policy_from(recipe).to_dict()
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(data))
+    union = "fastv:layer=2,keep=0.2 | uniform:layer=2,stride=3"
+    policies = ("--policy", recipe, "--policy", file, "--policy", union, "--repeat", 1)
+    done = ask(*policies, "--json")
+    assert done.exit_code == 0, done.stderr
+    typed, read, joined = json.loads(done.stdout)["runs"]
+    assert (typed["policy"], read["policy"]) == (recipe, str(file))
+    assert typed["settings"] == read["settings"] == data
+    assert typed["report"]["stages"] == [
+        {"layer": 0, "tokens_in": 196, "tokens_kept": 98},
+        {"layer": 5, "tokens_in": 98, "tokens_kept": 24},
+    ]
+    assert (typed["kept"], typed["answer"]) == (read["kept"], read["answer"])
+    (kept,) = joined["kept"]
+    assert 39 < len(kept) <= 39 + 25 and policy_from(joined["settings"]) == policy_from(union)
+
+
+def test_headings_of_policies_made_of_policies():
+    heading = lambda label: (SETTINGS.sub("", label), SETTINGS.findall(label))  # noqa: E731
+    assert heading("fastv:layer=2,keep=0.25") == ("fastv", ["layer=2,keep=0.25"])
+    assert heading("divprune + random_deep:keep=0.25") == ("divprune + random_deep", ["keep=0.25"])
+    assert heading("(fastv:keep=1 | random) & custom:layer=2,select=a.b:c") == (
+        "(fastv | random) & custom",
+        ["keep=1", "layer=2,select=a.b:c"],
+    )
+    assert heading("recipe.yaml") == ("recipe.yaml", [])
 
 
 def test_without_a_policy_runs_unpruned(ask):

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
-from vlmprune import Feather
+from vlmprune import DivPrune, Feather, RandomDeep, Stages
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
 from vlmprune.integrations.lmms_eval.cost import Cost
 from vlmprune.integrations.lmms_eval.requests import (
@@ -53,6 +54,14 @@ def test_policy_has_semicolons_between_its_fields():
     assert read_policy("feather:layers=2/5;keep=0.3") == Feather(layers=(2, 5), keep=0.3)
     assert read_policy("feather") == Feather()
     assert read_policy("none") is None
+
+
+def test_policies_made_of_policies(tmp_path):
+    recipe = Stages([DivPrune(keep=0.5), RandomDeep(layer=20, keep=0.25)])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    assert read_policy("divprune:keep=0.5 + random_deep:layer=20;keep=0.25") == recipe
+    assert read_policy(str(tmp_path / "recipe.yaml")) == recipe
+    assert read_policy(recipe.to_dict()) == recipe
 
 
 @pytest.mark.parametrize(

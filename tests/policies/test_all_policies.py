@@ -35,7 +35,7 @@ METHODS = {
     "vispruner": [dict(keep=6), dict(keep=5, positions="keep")],
     "divprune": [dict(keep=6), dict(positions="keep")],
     "cdpruner": [dict(keep=6), dict(keep=6, relevance="none", positions="keep")],
-    "horizon": [dict(keep=0.2)],
+    "random_deep": [dict(keep=0.2)],
     "random": [dict(keep=0.4, seed=7), dict(layer=0, keep=3)],
     "uniform": [dict(), dict(keep=5), dict(stride=2)],
 }
@@ -51,7 +51,7 @@ KEEP_ALL = {
     "vispruner": [dict(keep=1.0)],
     "divprune": [dict(keep=1.0)],
     "cdpruner": [dict(keep=1.0)],
-    "horizon": [dict(keep=1.0)],
+    "random_deep": [dict(keep=1.0)],
     "random": [dict(keep=1.0), dict(keep=10_000)],
     "uniform": [dict(keep=1.0), dict(keep=10_000), dict(stride=1)],
 }

@@ -9,23 +9,23 @@ import pytest
 
 import vlmprune
 from vlmprune import Custom, FastV, Random, Stages
-from vlmprune.policies import parse_policy, policies
+from vlmprune.policies import policies, policy_from
 
 
 @pytest.mark.parametrize("name", policies())
 def test_every_policy_has_it(name):
-    assert parse_policy(name).earlier_kv == "full"
-    policy = parse_policy(f"{name}:earlier_kv=compact")
-    assert policy.earlier_kv == "compact" and policy != parse_policy(name)
+    assert policy_from(name).earlier_kv == "full"
+    policy = policy_from(f"{name}:earlier_kv=compact")
+    assert policy.earlier_kv == "compact" and policy != policy_from(name)
     assert pickle.loads(pickle.dumps(policy)) == policy
-    assert dataclasses.replace(policy, earlier_kv="full") == parse_policy(name)
+    assert dataclasses.replace(policy, earlier_kv="full") == policy_from(name)
     with pytest.raises(ValueError, match=r"^earlier_kv: expected 'full' or 'compact', got 'less'$"):
         type(policy)(earlier_kv="less")
 
 
 def test_the_spec_names_the_words():
     with pytest.raises(ValueError, match=r"^earlier_kv: expected 'full' or 'compact', got 'less'$"):
-        parse_policy("fastv:earlier_kv=less")
+        policy_from("fastv:earlier_kv=less")
 
 
 def test_a_function_has_it_too():

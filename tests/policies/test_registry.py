@@ -21,12 +21,13 @@ from vlmprune.policies import (
     Uniform,
     fields_of,
     list_policies,
-    parse_policy,
     policies,
+    policy_from,
     registry,
 )
+from vlmprune.policies.recipe import read_setting, spell_type
 from vlmprune.policies.schedule import stage_counts
-from vlmprune.policies.settings import read_setting, spell_type
+from vlmprune.policies.syntax import Word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,13 @@ class Picky(PruningPolicy):
 
 
 @dataclasses.dataclass(frozen=True)
+class Namesake(Picky):
+    """Has a setting where a dict has the policy's name."""
+
+    policy: str = "x"
+
+
+@dataclasses.dataclass(frozen=True)
 class Confused(Picky):
     """Fails when it is asked what it needs."""
 
@@ -118,7 +126,7 @@ def test_built_in_names(announce):
 def test_presets_meet_their_budget(name):
     """Mean over the inputs of 32 layers, from one image of 576 tokens. SparseVLM's authors count after each layer."""
     for budget, settings in policies()[name].presets.items():
-        policy = parse_policy(f"{name}:{settings}")
+        policy = policy_from(f"{name}:{settings}")
         mean = mean_tokens(layer_inputs(32, 576, stage_counts(policy, 576)))
         slack = 19 if name.startswith("sparsevlm") else 1
         assert budget - 1 <= mean <= budget + slack
@@ -154,8 +162,8 @@ def test_fields_of():
     ],
 )
 def test_parse(text, policy):
-    assert parse_policy(text) == policy
-    assert repr(parse_policy(text)) == repr(policy)  # 64 is not 64.0
+    assert policy_from(text) == policy
+    assert repr(policy_from(text)) == repr(policy)  # 64 is not 64.0
 
 
 @pytest.mark.parametrize(
@@ -167,7 +175,7 @@ def test_parse_inverts_writing(policy):
 
     values = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
     items = ",".join(f"{name}={write(value)}" for name, value in values.items() if value is not None)
-    assert parse_policy(f"{type(policy).__name__.lower()}:{items}") == policy
+    assert policy_from(f"{type(policy).__name__.lower()}:{items}") == policy
 
 
 @pytest.mark.parametrize(
@@ -205,26 +213,26 @@ def test_parse_inverts_writing(policy):
 def test_parse_rejects(text, message, announce):
     announce()
     with pytest.raises(InputError, match=message):
-        parse_policy(text)
+        policy_from(text)
 
 
 def test_foreign_policy(foreign):
     assert list_policies()[-1] == "foreign" and foreign == []  # names load nothing
-    assert parse_policy("fastv") == FastV() and foreign == []
+    assert policy_from("fastv") == FastV() and foreign == []
     assert policies()["foreign"] is Foreign
-    assert parse_policy("foreign:places=1/2/3,deep=true,pair=4/0.5") == Foreign(
+    assert policy_from("foreign:places=1/2/3,deep=true,pair=4/0.5") == Foreign(
         (1, 2, 3), deep=True, pair=(4, 0.5)
     )
-    assert parse_policy("foreign:places=1,name=a b,pair=none,sizes=1") == Foreign((1,), "a b", sizes=(1,))
+    assert policy_from("foreign:places=1,name=a b,pair=none,sizes=1") == Foreign((1,), "a b", sizes=(1,))
 
 
 def test_foreign_policy_errors(foreign):
     with pytest.raises(ValueError, match=r"^policy foreign: expected a value for places, got none$"):
-        parse_policy("foreign")
+        policy_from("foreign")
     with pytest.raises(ValueError, match=r"^deep: expected true or false, got 'yes'$"):
-        parse_policy("foreign:places=1,deep=yes")
+        policy_from("foreign:places=1,deep=yes")
     with pytest.raises(ValueError, match=r"^pair: expected int/float or none, got '1'$"):
-        parse_policy("foreign:places=1,pair=1")
+        policy_from("foreign:places=1,pair=1")
 
 
 @pytest.mark.parametrize(
@@ -237,6 +245,7 @@ def test_foreign_policy_errors(foreign):
         ),
         ("elsewhere:BROKEN", "TypeError: 'not a class' is no PruningPolicy class"),
         ("elsewhere:Abstract", "TypeError: Can't instantiate abstract class Abstract"),
+        ("elsewhere:Namesake", "TypeError: a setting called 'policy'"),
         ("elsewhere:Confused", "KeyError: 'attention'"),
     ],
 )
@@ -251,22 +260,22 @@ def test_a_broken_package_is_left_out_and_named(value, said, announce, monkeypat
     assert found == policies() and list(found) == [*registry.BUILT_IN, "picky"]
     assert fault.startswith(f"policy broken: expected a policy in {value}, got {said}") and "\n" not in fault
     with pytest.raises(InputError, match=f"^{re.escape(fault)}$"):
-        parse_policy("broken:layer=2")
+        policy_from("broken:layer=2")
     with pytest.raises(InputError, match=r"^policy: expected one of fastv, .*, broken, picky, got 'fastvv'$"):
-        parse_policy("fastvv")
+        policy_from("fastvv")
 
 
 def test_a_plain_value_error_of_a_foreign_policy_is_bad_input(announce, monkeypatch):
     monkeypatch.setattr(metadata.EntryPoint, "load", lambda entry: Picky)
     announce(picky="elsewhere:Picky")
     with pytest.raises(InputError, match=r"^policy picky: size must be positive$"):
-        parse_policy("picky:size=0")
+        policy_from("picky:size=0")
 
 
 def test_the_name_of_a_built_in_policy_stays_its_own(announce):
     announce(fastv="elsewhere:Other")
     assert list_policies() == list(registry.BUILT_IN)
-    assert parse_policy("fastv") == FastV()
+    assert policy_from("fastv") == FastV()
     found, faults = registry.load_policies()
     assert found["fastv"] is FastV
     assert faults == ["policy fastv: expected a name of its own for elsewhere:Other, got a built-in policy's"]
@@ -280,8 +289,8 @@ def test_two_packages_with_one_name(announce, foreign):
     assert list(found) == [*registry.BUILT_IN, "same"]
     assert faults == ["policy mine: expected one package that announces it, got one:Foreign and two:Foreign"]
     with pytest.raises(InputError, match=r"^policy mine: expected one package that announces it"):
-        parse_policy("mine")
-    assert parse_policy("same:places=1") == Foreign((1,))
+        policy_from("mine")
+    assert policy_from("same:places=1") == Foreign((1,))
 
 
 ODD = (
@@ -346,6 +355,6 @@ def test_real_entry_point_import(announce):
 
 def test_spelling_and_unreadable_types():
     assert spell_type(tuple[int, ...] | Literal["a", 2] | None) == "int/... or 'a' or 2 or none"
-    assert read_setting("2", Literal["a", 2], "x") == 2
+    assert read_setting(Word("2"), Literal["a", 2], "x") == 2
     with pytest.raises(ValueError, match=r"^x: expected dict, got '1'$"):
-        read_setting("1", dict, "x")
+        read_setting(Word("1"), dict, "x")

@@ -6,8 +6,8 @@ from vlmprune.errors import InputError
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs, mean_tokens
 from vlmprune.policies import Custom, FastV, Feather, Random, Stages, Uniform, VisionZip, policies
 from vlmprune.policies.dart import DART
-from vlmprune.policies.horizon import RandomDeep
 from vlmprune.policies.pyramiddrop import PyramidDrop
+from vlmprune.policies.random_deep import RandomDeep
 from vlmprune.policies.schedule import keep_for_flops, keep_for_mean_tokens, stage_counts
 from vlmprune.policies.sparsevlm import SparseVLM
 from vlmprune.policies.sparsevlm_plus import SparseVLMPlus

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from vlmprune.cli.load import check_attention, check_depth, load, pick_device, quiet, read_config
 from vlmprune.cli.progress import waiting
-from vlmprune.policies.registry import parse_policy
+from vlmprune.policies.recipe import policy_from
 from vlmprune.testing.model import check_model
 from vlmprune.testing.model_report import HEADS, ModelReport
 
@@ -34,7 +34,7 @@ class CheckRequest:
 def execute(request: CheckRequest) -> None:
     """Run the command. Exits with 1 if something differs; raises one of ``vlmprune.errors`` for bad input."""
     quiet()
-    policy = None if request.policy is None else parse_policy(request.policy)
+    policy = None if request.policy is None else policy_from(request.policy)
     config = read_config(request.model)
     check_depth([] if policy is None else [policy], config)
     device = pick_device(request.device)

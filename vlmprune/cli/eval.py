@@ -40,7 +40,7 @@ from vlmprune.eval.store import Store, write
 from vlmprune.eval.summary import Row, answers_of, kept_share, summarize
 from vlmprune.models import patch_grid
 from vlmprune.policies.random import Random
-from vlmprune.policies.registry import parse_policy
+from vlmprune.policies.recipe import policy_from
 from vlmprune.policies.uniform import Uniform
 
 BUDGETS = (0.48, 0.64)
@@ -74,7 +74,7 @@ def execute(request: EvalRequest) -> None:
     check_matplotlib()
     budgets = read_budgets(request.budgets, request.keep)
     questions = read_questions(request.questions, request.families)
-    policies = {text: parse_policy(text) for text in request.policies}
+    policies = {text: policy_from(text) for text in request.policies}
     device = pick_device(request.device)
     check_attention(request.attention, device)
     check_out(request.out)

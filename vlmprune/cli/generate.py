@@ -24,12 +24,14 @@ class Outcome:
         answer: the generated text.
         kept: per stage, the numbers (prompt order) of the visual tokens that survived it.
         report: tokens, FLOPs and seconds.
+        settings: the policy as data.
     """
 
     policy: str | None
     answer: str
     kept: tuple[tuple[int, ...], ...]
     report: Report
+    settings: dict[str, Any] | None = None
 
     @property
     def label(self) -> str:
@@ -91,6 +93,7 @@ def generate(
         answer=loaded.processor.tokenizer.decode(answer, skip_special_tokens=True).strip(),
         kept=tuple(tuple(run.kept_at(i).tolist()) for i in range(len(run.stages))),
         report=run.report(),
+        settings=None if policy is None else policy.to_dict(),
     )
 
 

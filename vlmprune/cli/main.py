@@ -50,6 +50,8 @@ class Attention(StrEnum):
     vlmprune = "vlmprune"
 
 
+POLICY = "NAME[:field=value,...], several joined by +, & or |, or a YAML file"
+
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
 
 
@@ -101,7 +103,7 @@ def run(
         str, typer.Option(help="Question. With the image placeholder token in it, it is taken literally.")
     ],
     policy: Annotated[
-        list[str] | None, typer.Option(help="NAME[:field=value,...]; repeatable. See `vlmprune list`.")
+        list[str] | None, typer.Option(help=f"{POLICY}; repeatable. See `vlmprune list`.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each policy; the median is shown.")] = 3,
@@ -146,7 +148,7 @@ def eval_command(
     questions: Annotated[Path, typer.Option(help="Folder with a questions.jsonl and its images.")],
     out: Annotated[Path, typer.Option(help="Folder for results; a killed run goes on from there.")],
     policy: Annotated[
-        list[str] | None, typer.Option(help="NAME[:field=value,...]; repeatable. See `vlmprune list`.")
+        list[str] | None, typer.Option(help=f"{POLICY}; repeatable. See `vlmprune list`.")
     ] = None,
     budgets: Annotated[
         str | None,
@@ -198,7 +200,7 @@ def eval_command(
 def check_command(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id of a supported model.")],
     policy: Annotated[
-        str | None, typer.Option(help="NAME[:field=value,...]; without one, three that test the wiring.")
+        str | None, typer.Option(help=f"{POLICY}; without one, three that test the wiring.")
     ] = None,
     device: Annotated[Device, typer.Option(help="auto = cuda if there is one.")] = Device.auto,
     dtype: Annotated[

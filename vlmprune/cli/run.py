@@ -28,7 +28,7 @@ from vlmprune.errors import check
 from vlmprune.images import open_rgb
 from vlmprune.models import patch_grid
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.registry import parse_policy
+from vlmprune.policies.recipe import policy_from
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Request:
 def execute(request: Request) -> None:
     """Run the command. Raises one of ``vlmprune.errors`` for bad input, OSError where a file cannot be written."""
     quiet()
-    policies = [parse_policy(text) for text in request.policies]
+    policies = [policy_from(text) for text in request.policies]
     images = [open_rgb(path, "--image") for path in request.images]
     if request.save is not None:
         check_target(request.save)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ from vlmprune.cli.load import Loaded
 if TYPE_CHECKING:
     from vlmprune.cli.run import Request
 
+SETTINGS = re.compile(r":([^()+&|]*[^()+&|\s])")
+"""What stands behind the names of policies as typed, alone or joined."""
+
 
 def show(request: Request, loaded: Loaded, outcomes: list[Outcome]) -> None:
     """Print the table and how it was measured."""
@@ -29,7 +33,7 @@ def table(outcomes: list[Outcome]) -> Table:
     out = Table(show_lines=False)
     out.add_column("", no_wrap=True)
     for outcome in outcomes:
-        out.add_column(Text(outcome.label.partition(":")[0]), overflow="fold")
+        out.add_column(Text(SETTINGS.sub("", outcome.label)), overflow="fold")
     for section in SECTIONS:
         for name, cell in section:
             out.add_row(name, *(Text(cell(outcome)) for outcome in outcomes))
@@ -66,6 +70,7 @@ def as_json(request: Request, loaded: Loaded, outcomes: list[Outcome]) -> dict[s
         "runs": [
             {
                 "policy": outcome.policy,
+                "settings": outcome.settings,
                 "answer": outcome.answer,
                 "kept": [list(kept) for kept in outcome.kept],
                 "report": outcome.report.as_dict(),
@@ -108,7 +113,7 @@ def _per_token(outcome: Outcome) -> str:
 
 
 SECTIONS: tuple[tuple[tuple[str, Callable[[Outcome], str]], ...], ...] = (
-    (("settings", lambda o: o.label.partition(":")[2].replace(",", "\n") or "-"),),
+    (("settings", lambda o: "\n\n".join(SETTINGS.findall(o.label)).replace(",", "\n") or "-"),),
     (("answer", lambda o: o.answer),),
     (
         ("visual tokens", lambda o: f"{o.report.visual_tokens:g}"),

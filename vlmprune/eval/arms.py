@@ -11,6 +11,7 @@ from vlmprune.eval.oracle import Oracle
 from vlmprune.eval.questions import Region
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
 from vlmprune.policies.base import PruningPolicy
+from vlmprune.policies.compose import Pair, Stages
 from vlmprune.policies.random import Random
 from vlmprune.policies.schedule import keep_for_flops, stage_counts
 from vlmprune.policies.uniform import Uniform
@@ -104,10 +105,15 @@ def cut_of(arm: Arm, prompt: Prompt) -> float:
 
 
 def _draws(arm: Arm) -> bool:
-    return hasattr(arm.policy, "seed")
+    return arm.policy is not None and _seeded(arm.policy, 1) != arm.policy
 
 
 def _seeded(policy: PruningPolicy, seed: int) -> PruningPolicy:
-    """The policy with its seed moved on by ``seed``; as it is, if it draws nothing."""
+    """The policy with its seed, or those of its parts, moved on by ``seed``; as it is, if it draws nothing."""
+    if isinstance(policy, Stages):
+        return dataclasses.replace(policy, policies=[_seeded(part, seed) for part in policy.policies])
+    if isinstance(policy, Pair):
+        first, second = _seeded(policy.first, seed), _seeded(policy.second, seed)
+        return dataclasses.replace(policy, first=first, second=second)
     own = getattr(policy, "seed", None)
     return policy if own is None else dataclasses.replace(policy, **{"seed": own + seed})

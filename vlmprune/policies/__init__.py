@@ -5,7 +5,7 @@ Every built-in method's class is an attribute of this package (and of ``vlmprune
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmprune.policies.base import (
     AttentionInputs,
@@ -18,43 +18,75 @@ from vlmprune.policies.base import (
 )
 from vlmprune.policies.compose import Intersection, Stages, Union
 from vlmprune.policies.custom import Custom
+from vlmprune.policies.recipe import policy_from
 from vlmprune.policies.registry import (
     built_in,
     class_names,
     fields_of,
     list_policies,
-    parse_policy,
     policies,
     policy_class,
 )
 from vlmprune.policies.schedule import keep_for_flops, keep_for_mean_tokens
 
+if TYPE_CHECKING:
+    from vlmprune.policies.cdpruner import CDPruner
+    from vlmprune.policies.dart import DART
+    from vlmprune.policies.divprune import DivPrune
+    from vlmprune.policies.fastervlm import FasterVLM
+    from vlmprune.policies.fastv import FastV
+    from vlmprune.policies.feather import Feather
+    from vlmprune.policies.pyramiddrop import PyramidDrop
+    from vlmprune.policies.random import Random
+    from vlmprune.policies.random_deep import RandomDeep
+    from vlmprune.policies.sparsevlm import SparseVLM
+    from vlmprune.policies.sparsevlm_plus import SparseVLMPlus
+    from vlmprune.policies.uniform import Uniform
+    from vlmprune.policies.visionzip import VisionZip
+    from vlmprune.policies.vispruner import VisPruner
+    from vlmprune.policies.vscan import VScan
+
 __all__ = [
+    "DART",
     "AttentionInputs",
+    "CDPruner",
     "Custom",
+    "DivPrune",
+    "FastV",
+    "FasterVLM",
+    "Feather",
     "Grid",
     "Intersection",
     "Needs",
     "PruningPolicy",
+    "PyramidDrop",
+    "Random",
+    "RandomDeep",
     "Reduction",
+    "SparseVLM",
+    "SparseVLMPlus",
     "Stages",
     "TokenContext",
+    "Uniform",
     "Union",
+    "VScan",
+    "VisPruner",
     "VisionAttention",
+    "VisionZip",
     "fields_of",
     "keep_for_flops",
     "keep_for_mean_tokens",
     "list_policies",
-    "parse_policy",
     "policies",
     "policy_class",
+    "policy_from",
 ]
-__all__ += list(class_names())
 
+if not TYPE_CHECKING:  # which must see an unknown name as an error
 
-def __getattr__(name: str) -> Any:
-    """The class of a built-in method, by its name."""
-    known = class_names()
-    if name in known:
-        return built_in(known[name])
-    raise AttributeError(f"module 'vlmprune.policies' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """The class of a built-in method, by its name."""
+        known = class_names()
+        if name in known:
+            return built_in(known[name])
+        raise AttributeError(f"module 'vlmprune.policies' has no attribute {name!r}")

@@ -250,6 +250,24 @@ class PruningPolicy(ABC):
         change: dict[str, Any] = {"keep": (share,) * len(self.layers) if each else share}
         return replace(self, **change)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The policy as plain data for JSON and YAML, which ``policy_from`` reads: its name and every setting.
+
+        Defaults are written out, so that a recipe keeps its meaning where one changes. Tuples are lists; a function is
+        the path by which it is imported.
+
+        Raises:
+            InputError: a class that nobody announced, or a setting that is neither data nor an importable function.
+
+        Example:
+            >>> from vlmprune import FastV
+            >>> FastV(layer=2, keep=0.5).to_dict()
+            {'policy': 'fastv', 'layer': 2, 'keep': 0.5, 'rows': 'last', 'earlier_kv': 'full'}
+        """
+        from vlmprune.policies.recipe import write
+
+        return write(self)
+
     def __or__(self, other: PruningPolicy) -> PruningPolicy:
         """The union of what both keep, at the same layers."""
         from vlmprune.policies.compose import Union

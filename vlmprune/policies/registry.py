@@ -1,8 +1,7 @@
-"""The one source of policy names: the built-in methods, plus those other packages announce by entry point."""
+"""The one source of policy names: the built-in methods, and those that other packages announce by entry point."""
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import cache
@@ -11,7 +10,6 @@ from typing import Any
 
 from vlmprune.errors import InputError, check, first_line
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.settings import read_setting
 
 GROUP = "vlmprune.policies"
 """Entry-point group: ``name = "package.module:PolicyClass"``."""
@@ -29,11 +27,21 @@ BUILT_IN: Mapping[str, str] = {
     "vispruner": "vispruner.VisPruner",
     "divprune": "divprune.DivPrune",
     "cdpruner": "cdpruner.CDPruner",
-    "horizon": "horizon.RandomDeep",
+    "random_deep": "random_deep.RandomDeep",
     "random": "random.Random",
     "uniform": "uniform.Uniform",
 }
 """Name -> file and class in ``vlmprune/policies``. A new method is one file and one row here."""
+
+COMPOSED: Mapping[str, str] = {
+    "stages": "compose.Stages",
+    "union": "compose.Union",
+    "intersection": "compose.Intersection",
+    "custom": "custom.Custom",
+}
+"""Likewise, for what is made of policies or of a function: no methods of their own, so they are not listed."""
+
+OURS: Mapping[str, str] = {**BUILT_IN, **COMPOSED}
 
 FAULTS: tuple[type[Exception], ...] = (
     ImportError,
@@ -49,8 +57,8 @@ FAULTS += (LookupError, OSError, ArithmeticError, AssertionError, RuntimeError)
 
 @cache
 def built_in(name: str) -> type[PruningPolicy]:
-    """The class of a built-in policy; its file is imported when first asked for."""
-    module, _, cls = BUILT_IN[name].partition(".")
+    """The class behind one of our own names; its file is imported when first asked for."""
+    module, _, cls = OURS[name].partition(".")
     found: type[PruningPolicy] = getattr(import_module(f"vlmprune.policies.{module}"), cls)
     return found
 
@@ -61,7 +69,12 @@ def class_names() -> dict[str, str]:
 
 
 def list_policies() -> list[str]:
-    """Names of every policy, the built-in ones first. Loads no foreign code, so some may turn out to be broken."""
+    """Names of every policy, the built-in ones first. Loads no foreign code, so some may turn out to be broken.
+
+    Example:
+        >>> list_policies()[:3]
+        ['fastv', 'feather', 'pyramiddrop']
+    """
     return list(dict.fromkeys([*BUILT_IN, *_announced()]))
 
 
@@ -76,7 +89,7 @@ def load_policies() -> tuple[dict[str, type[PruningPolicy]], list[str]]:
     for name, entries in _announced().items():
         try:
             own = f"a name of its own for {_values(entries)}"
-            check(name not in BUILT_IN, f"policy {name}", own, "a built-in policy's")
+            check(name not in OURS, f"policy {name}", own, "a built-in policy's")
             found[name] = policy_class(name)
         except InputError as error:
             faults.append(str(error))
@@ -89,7 +102,7 @@ def policy_class(name: str) -> type[PruningPolicy]:
     Raises:
         InputError: a name that nobody announced, or two packages did, or whose class cannot be loaded or made.
     """
-    if name in BUILT_IN:
+    if name in OURS:
         return built_in(name)
     announced = _announced()
     check(name in announced, "policy", f"one of {', '.join(list_policies())}", repr(name))
@@ -103,44 +116,27 @@ def policy_class(name: str) -> type[PruningPolicy]:
         raise InputError(f"policy {name}: expected a policy in {entries[0].value}, got {got}") from error
 
 
+def name_of(policy: type[PruningPolicy]) -> str:
+    """The name of a class. Raises InputError for one that nobody announced; to look, it imports who announces some."""
+    path = f"{policy.__module__}.{policy.__qualname__}"
+    ours = (name for name, ours in OURS.items() if path == f"vlmprune.policies.{ours}")
+    names = [*ours] or [name for name, found in policies().items() if found is policy]
+    check(bool(names), "policy", f"a class with an entry point in {GROUP!r}", policy.__qualname__)
+    return names[0]
+
+
+def settings_of(policy: type[PruningPolicy]) -> list[Field[Any]]:
+    """The fields that a policy is made with, its own before those of all policies."""
+    return sorted((field for field in fields(policy) if field.init), key=lambda field: field.kw_only is True)
+
+
 def fields_of(policy: type[PruningPolicy]) -> list[tuple[str, object]]:
-    """A policy's settings as (name, default), its own before those of all policies; ``dataclasses.MISSING`` = no default."""
-    settings = sorted(fields(policy), key=lambda f: f.kw_only is True)
-    defaults = {f.name: _default(f) for f in settings if f.init}
+    """A policy's settings as (name, default), in the order of ``settings_of``; ``dataclasses.MISSING`` = no default."""
+    defaults = {field.name: _default(field) for field in settings_of(policy)}
     if MISSING in defaults.values():
         return list(defaults.items())
     made = policy()  # rather than the bare defaults: a policy may fill one in when it is made
     return [(name, getattr(made, name)) for name in defaults]
-
-
-def parse_policy(text: str) -> PruningPolicy:
-    """Make a policy from ``NAME[:field=value,...]``, for example ``feather:layers=2/5,keep=0.3``.
-
-    Values are read as the type of the field: ``keep=64`` is tokens per image, ``keep=1.0`` a share; the entries of
-    a tuple are separated by "/".
-
-    Raises:
-        InputError: unknown or broken policy, unknown field, a value that does not parse, or a setting out of range.
-    """
-    name, colon, rest = text.partition(":")
-    made = policy_class(name)
-    known = dict(fields_of(made))
-    hints = typing.get_type_hints(made)
-    settings: dict[str, Any] = {}
-    for item in rest.split(",") if colon else ():
-        field, equals, value = item.partition("=")
-        check(bool(equals), f"policy {name}", "field=value, ...", repr(item))
-        check(field in known, f"policy {name}", f"one of the fields {', '.join(known)}", repr(field))
-        check(field not in settings, f"policy {name}", "each field once", f"{field} twice")
-        settings[field] = read_setting(value, hints[field], field)
-    missing = [field for field, default in known.items() if default is MISSING and field not in settings]
-    check(not missing, f"policy {name}", f"a value for {', '.join(missing)}", "none")
-    try:
-        return made(**settings)
-    except InputError:
-        raise
-    except ValueError as error:  # a foreign policy's own way to refuse a setting
-        raise InputError(f"policy {name}: {first_line(error)}") from error
 
 
 def _default(setting: Field[Any]) -> object:
@@ -164,7 +160,10 @@ def _load(entry: metadata.EntryPoint) -> type[PruningPolicy]:
     found = entry.load()
     if not (isinstance(found, type) and issubclass(found, PruningPolicy)):
         raise TypeError(f"{found!r} is no PruningPolicy class")
-    if MISSING not in dict(fields_of(found)).values():
+    known = dict(fields_of(found))
+    if "policy" in known:
+        raise TypeError("a setting called 'policy', where a dict has the policy's name")
+    if MISSING not in known.values():
         made = found()
         for layer in made.layers:
             made.needs(layer)

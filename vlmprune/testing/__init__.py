@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["check_model", "check_policy"]
 
+if not TYPE_CHECKING:  # which must see an unknown name as an error
 
-def __getattr__(name: str) -> Any:
-    """Load a check when it is first asked for."""
-    if name in __all__:
-        return getattr(import_module(f"vlmprune.testing.{name.removeprefix('check_')}"), name)
-    raise AttributeError(f"module 'vlmprune.testing' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """Load a check when it is first asked for."""
+        if name in __all__:
+            return getattr(import_module(f"vlmprune.testing.{name.removeprefix('check_')}"), name)
+        raise AttributeError(f"module 'vlmprune.testing' has no attribute {name!r}")

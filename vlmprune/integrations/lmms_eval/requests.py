@@ -12,23 +12,24 @@ from PIL import Image
 from vlmprune.errors import check
 from vlmprune.images import as_rgb, open_rgb
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.registry import parse_policy
+from vlmprune.policies.recipe import policy_from
 
 UNPRUNED = "none"
 PARAGRAPH = "\n\n"
 SAMPLING = ("temperature", "top_p", "top_k")
 
 
-def read_policy(text: object) -> PruningPolicy | None:
-    """Make a policy from ``NAME[:field=value;...]``; None for ``none``.
+def read_policy(given: str | Mapping[str, Any]) -> PruningPolicy | None:
+    """Make a policy from what ``policy_from`` reads; None for ``none``.
 
-    The spelling of the command line with ``;`` between the fields, since lmms-eval splits its ``--model_args`` at commas.
+    In a text ``;`` stands between the fields, ``NAME[:field=value;...]``: lmms-eval splits its ``--model_args`` at commas.
 
     Raises:
-        InputError: as ``parse_policy``.
+        InputError: as ``policy_from``.
     """
-    check(isinstance(text, str), "policy", "NAME[:field=value;...] or none", repr(text))
-    return None if text == UNPRUNED else parse_policy(str(text).replace(";", ","))
+    check(isinstance(given, str | Mapping), "policy", "NAME[:field=value;...] or none", repr(given))
+    source = given.replace(";", ",") if isinstance(given, str) else given
+    return None if source == UNPRUNED else policy_from(source)
 
 
 def read_count(name: str, given: object) -> int:

@@ -3,7 +3,7 @@
 import torch
 
 from vlmprune.policies import FastV, Random, Stages
-from vlmprune.policies.horizon import RandomDeep
+from vlmprune.policies.random_deep import RandomDeep
 from vlmprune.policies.schedule import stage_counts
 
 

@@ -17,8 +17,8 @@ class RandomDeep(Random):
 
         Stages([DivPrune(keep=0.5), RandomDeep(layer=20, keep=0.25)])
 
-    Where the horizon lies depends on the model and the task: deeper for stronger models and for reading text in
-    images. The paper prunes from about layer 20 on.
+    or, as a text, ``divprune:keep=0.5 + random_deep:layer=20,keep=0.25``. Where the horizon lies depends on the model
+    and the task: deeper for stronger models and for reading text in images. The paper prunes from about layer 20 on.
 
     Args:
         layer: layers 0..layer-1 see every token that came this far, ``layer`` and later only the kept ones.
