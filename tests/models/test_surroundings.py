@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +11,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 import vlmprune
+from helpers.tiny import IMAGE, dropped_from, generate, make_batch, make_model, oracle
 from vlmprune.errors import ModelError
-
-sys.path.append(str(Path(__file__).parent))
-from _tiny import IMAGE, dropped_from, generate, make_batch, make_model, oracle
 
 ONE = [[4, "I", 7]]
 PADDED = [["I", 9, "I", 4], [3, "I", 5], [12]]
