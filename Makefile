@@ -127,8 +127,8 @@ bench-pytest: install
 
 # Rewrites the tables of registers, spills and shared memory, which tests/compile compares with what the compilers give.
 resources: install $(OLDEST)/.installed
-	TRITON_INTERPRET=0 $(PY) tests/compile/_resources.py
-	TRITON_INTERPRET=0 $(OLDEST)/bin/python tests/compile/_resources.py
+	TRITON_INTERPRET=0 PYTHONPATH=tests/_lib $(PY) -m helpers.resources
+	TRITON_INTERPRET=0 PYTHONPATH=tests/_lib $(OLDEST)/bin/python -m helpers.resources
 
 # lmms-eval without its own list: 140 packages that these tests do not import, another torch among them.
 test-eval: $(EVAL)/.installed

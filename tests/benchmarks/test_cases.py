@@ -8,6 +8,7 @@ from micro.inputs import Inputs
 from micro.providers import matrix_fits
 from micro.shapes import SHAPES, Setting
 
+from helpers.micro_cases import make_inputs
 from vlmprune import ops
 from vlmprune.ops._dispatch import TABLES
 
@@ -33,7 +34,7 @@ def test_every_op_has_a_case():
 
 
 @pytest.mark.parametrize("case, provider", RUNNABLE)
-def test_providers_pass_the_gate(case, provider, make_inputs):
+def test_providers_pass_the_gate(case, provider):
     x = make_inputs()
     reason = provider.why_not(x)
     if reason is not None:
@@ -43,7 +44,7 @@ def test_providers_pass_the_gate(case, provider, make_inputs):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", SCORED, ids=lambda case: case.name)
-def test_reduced_precision_passes_the_gate(case, dtype, make_inputs):
+def test_reduced_precision_passes_the_gate(case, dtype):
     x = make_inputs(dtype)
     case.gate(x, case.run)
     if case.torch is not None:
@@ -51,20 +52,20 @@ def test_reduced_precision_passes_the_gate(case, dtype, make_inputs):
 
 
 @pytest.mark.parametrize("case", INTERPRETED, ids=lambda case: case.name)
-def test_kernels_pass_the_gate(case, make_inputs):
+def test_kernels_pass_the_gate(case):
     """In the interpreter: the figures of a GPU day then start from inputs that the kernels are known to like."""
     x = make_inputs(rows=2)
     with ops.use_backend("triton"):
         case.gate(x, case.run)
 
 
-def test_the_plan_passes_the_gate(make_inputs):
+def test_the_plan_passes_the_gate():
     (plan,) = BY_NAME["prune_tokens"].ours
     with ops.use_backend("triton"):
         BY_NAME["prune_tokens"].gate(make_inputs(rows=2), plan.run)
 
 
-def test_the_published_loop_passes_the_gate_whatever_the_dtype(make_inputs):
+def test_the_published_loop_passes_the_gate_whatever_the_dtype():
     case = BY_NAME["greedy_select maxmin"]
     case.gate(make_inputs(torch.bfloat16), foreign.maxmin_loop)
 
@@ -85,12 +86,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_the_gate_refuses_a_wrong_result(name, make_inputs):
+def test_the_gate_refuses_a_wrong_result(name):
     with pytest.raises(gate.WrongResultError, match=r"expected .*, got "):
         BY_NAME[name].gate(make_inputs(), WRONG[name])
 
 
-def test_select_out_of_order_is_refused(make_inputs):
+def test_select_out_of_order_is_refused():
     x = make_inputs()
     with pytest.raises(gate.WrongResultError, match="ascending"):
         BY_NAME["select_topk"].gate(x, lambda x: x.scores.topk(x.shape.keep).indices)
@@ -117,7 +118,7 @@ def test_kept_tokens_of_the_shapes():
     ]
 
 
-def test_inputs_do_not_depend_on_the_order_of_use(make_inputs):
+def test_inputs_do_not_depend_on_the_order_of_use():
     a, b = make_inputs(), make_inputs()
     key, features = a.key, a.features
     assert torch.equal(features, b.features) and torch.equal(key, b.key)

@@ -13,6 +13,8 @@ from micro.shapes import SHAPES, TINY, Setting
 from micro.sweep import Sweep
 from micro.table import HEADS, cells, show
 
+from helpers.micro_cases import make_ceilings, make_inputs
+
 CPU = torch.device("cpu")
 SELECT = next(case for case in CASES if case.op == "select_topk")
 MERGE = next(case for case in CASES if case.op == "merge_tokens")
@@ -30,7 +32,7 @@ def test_measure_runs_at_least_a_few_times():
     assert modes(CPU) == ("call",)
 
 
-def test_shares_follow_from_the_ceilings(make_inputs, make_ceilings):
+def test_shares_follow_from_the_ceilings():
     x = make_inputs()
     row = result(MERGE, x, "torch", Timing("call", 3, 100.0, 90.0, 110.0), make_ceilings())
     traffic = MERGE.traffic(x)
@@ -48,7 +50,7 @@ def test_prefill_flops_by_hand():
     assert TINY.prefill_flops == 2 * (2 * S * matrices + causal)
 
 
-def test_rows_survive_the_file(tmp_path, make_inputs, make_ceilings):
+def test_rows_survive_the_file(tmp_path):
     x, path = make_inputs(), tmp_path / "new" / "rows.csv"
     old = result(SELECT, x, "torch", Timing("call", 3, 9.0, 8.0, 10.0), make_ceilings())
     for row in (old, refused(SELECT, x, "cuda", "no GPU"), dataclasses.replace(old, median_us=7.0)):
@@ -65,7 +67,7 @@ def sweep(**changes):
     return Sweep(CPU, **settings | changes)
 
 
-def test_a_sweep_measures_what_runs_and_says_what_does_not(make_ceilings):
+def test_a_sweep_measures_what_runs_and_says_what_does_not():
     rows = list(sweep(cases=["select_topk", "row_lse"]).run(make_ceilings()))
     timed = [(row.case, row.rows, row.provider) for row in rows if row.median_us]
     both = ("reference", "torch")
@@ -74,7 +76,7 @@ def test_a_sweep_measures_what_runs_and_says_what_does_not(make_ceilings):
     assert {row.provider for row in rows if not row.median_us} == {"triton", "cuda"}
 
 
-def test_a_wrong_provider_is_not_timed(make_inputs, make_ceilings, monkeypatch):
+def test_a_wrong_provider_is_not_timed(monkeypatch):
     wrong = Provider("wrong", lambda x: x.scores.topk(x.shape.keep).indices)
     case = dataclasses.replace(SELECT, torch=None, others=(wrong,))
     monkeypatch.setattr("micro.sweep.CASES", (case,))
@@ -84,7 +86,7 @@ def test_a_wrong_provider_is_not_timed(make_inputs, make_ceilings, monkeypatch):
     )
 
 
-def test_a_provider_that_breaks_leaves_the_others(make_ceilings, monkeypatch):
+def test_a_provider_that_breaks_leaves_the_others(monkeypatch):
     def broken(x):
         raise TypeError("launch() takes 3 arguments")
 
@@ -105,7 +107,7 @@ def test_settings_leave_out_what_says_nothing_new():
     assert count["greedy_select dpp"] == 3 * 2  # all pairs of 16k tokens are left out
 
 
-def test_the_table_prints_without_rich(make_inputs, make_ceilings, capsys, monkeypatch):
+def test_the_table_prints_without_rich(capsys, monkeypatch):
     x = make_inputs()
     timed = result(SELECT, x, "torch", Timing("call", 3, 1234.5, 8.0, 2e4), make_ceilings())
     assert len(cells(timed)) == len(HEADS) and cells(timed)[6:9] == ("1,234", "8", "20,000")
@@ -115,7 +117,7 @@ def test_the_table_prints_without_rich(make_inputs, make_ceilings, capsys, monke
     assert "tiny 68 -> 20" in out and "not run: cuda (1 of 1 lines): no GPU" in out
 
 
-def test_plots_are_drawn(tmp_path, make_ceilings):
+def test_plots_are_drawn(tmp_path):
     pytest.importorskip("matplotlib").use("agg")
     from micro.inputs import Inputs
 

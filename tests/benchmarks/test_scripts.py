@@ -17,6 +17,8 @@ from micro.providers import Provider
 from micro.rows import Row
 from micro.shapes import SHAPES, TINY, Setting
 
+from helpers.micro_cases import make_ceilings
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SCRIPT = BENCHMARKS / "gpu_first_light.sh"
 FAKE_PYTHON = """#!/bin/sh
@@ -52,7 +54,7 @@ def test_a_knob_is_set_back():
     assert before == gather_tokens.BLOCK_K
 
 
-def test_microbench_prints_and_writes(tmp_path, make_ceilings, monkeypatch, capsys):
+def test_microbench_prints_and_writes(tmp_path, monkeypatch, capsys):
     path, options = tmp_path / "rows.csv", ["--shapes", "tiny", "--seconds", "0.001", "--no-plots"]
     monkeypatch.setattr("sys.argv", ["microbench", *options, "--cases", "select_topk", "--csv", str(path)])
     monkeypatch.setattr(microbench, "measure_ceilings", lambda *_: make_ceilings())

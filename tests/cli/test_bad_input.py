@@ -9,6 +9,7 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
+from helpers.command_line import ask, cli
 from vlmprune.cli.generate import build_text
 from vlmprune.errors import BackendError, InputError, ModelError, NotPrunedError, VersionError
 
@@ -59,30 +60,30 @@ def one_line(done):
         ("none.yaml", "policy: expected a YAML file, got 'none.yaml': "),
     ],
 )
-def test_bad_policy(ask, broken, policy, said):
+def test_bad_policy(broken, policy, said):
     line = one_line(ask("--policy", policy, model=broken()))
     assert said in line
     assert "Traceback" not in line
 
 
-def test_missing_image(ask, broken, tmp_path):
+def test_missing_image(broken, tmp_path):
     assert "--image: expected an image file" in one_line(ask(image=tmp_path / "none.png", model=broken()))
 
 
-def test_no_image_at_all(ask, broken, tmp_path):
+def test_no_image_at_all(broken, tmp_path):
     text = tmp_path / "text.png"
     text.write_text("not pixels")
     line = one_line(ask(image=text, model=broken()))
     assert "--image: expected an image file" in line and "cannot be read" in line
 
 
-def test_truncated_image(ask, broken, scene, tmp_path):
+def test_truncated_image(broken, scene, tmp_path):
     half = tmp_path / "half.png"
     half.write_bytes(scene.read_bytes()[:4000])
     assert "half.png', which cannot be read: " in one_line(ask(image=half, model=broken()))
 
 
-def test_an_image_that_the_processor_refuses(ask, broken, monkeypatch):
+def test_an_image_that_the_processor_refuses(broken, monkeypatch):
     def refuse(self, images=None, **rest):
         raise ValueError("absolute aspect ratio must be smaller than 200, got 900\nadvice")
 
@@ -93,25 +94,25 @@ def test_an_image_that_the_processor_refuses(ask, broken, monkeypatch):
     )
 
 
-def test_missing_checkpoint(ask, tmp_path):
+def test_missing_checkpoint(tmp_path):
     assert "--model: expected a checkpoint folder" in one_line(ask(model=tmp_path / "none"))
 
 
-def test_folder_without_a_checkpoint(ask, tmp_path):
+def test_folder_without_a_checkpoint(tmp_path):
     assert "config.json" in one_line(ask(model=tmp_path))
 
 
-def test_checkpoint_without_weights(ask, broken):
+def test_checkpoint_without_weights(broken):
     assert "model.safetensors" in one_line(ask(model=broken()))
 
 
-def test_damaged_weights(ask, broken, checkpoint):
+def test_damaged_weights(broken, checkpoint):
     model = broken()
     (model / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:100_000])
     assert "--model: expected whole weight files" in one_line(ask(model=model))
 
 
-def test_missing_weights(ask, broken, checkpoint):
+def test_missing_weights(broken, checkpoint):
     model = broken()
     tensors = load_file(checkpoint / "model.safetensors")
     name = next(name for name in tensors if "q_proj" in name)
@@ -120,38 +121,38 @@ def test_missing_weights(ask, broken, checkpoint):
     assert "1 missing, first" in one_line(ask(model=model))
 
 
-def test_weights_that_do_not_fit(ask, broken, checkpoint):
+def test_weights_that_do_not_fit(broken, checkpoint):
     model = broken(text_config={"intermediate_size": 100})
     shutil.copy(checkpoint / "model.safetensors", model)
     assert "--model: expected weights that fit the configuration" in one_line(ask(model=model))
 
 
-def test_more_layers_than_configured(ask, broken, checkpoint):
+def test_more_layers_than_configured(broken, checkpoint):
     model = broken(text_config={"num_hidden_layers": 4})
     shutil.copy(checkpoint / "model.safetensors", model)
     assert "--model: expected as many layers in the configuration" in one_line(ask(model=model))
 
 
-def test_configuration_that_contradicts_itself(ask, broken):
+def test_configuration_that_contradicts_itself(broken):
     model = broken(text_config={"num_attention_heads": 7})
     assert "--model: expected a checkpoint folder or a hub id" in one_line(ask(model=model))
 
 
 @pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('only one image') }}"])
-def test_chat_template_that_refuses(ask, broken, template):
+def test_chat_template_that_refuses(broken, template):
     model = broken()
     (model / "chat_template.jinja").write_text(template)
     assert "--prompt: expected what the checkpoint's chat template takes" in one_line(ask(model=model))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json"])
-def test_broken_processor(ask, broken, name):
+def test_broken_processor(broken, name):
     model = broken()
     (model / name).write_text("{")
     assert "--model: expected a processor and tokenizer" in one_line(ask(model=model))
 
 
-def test_a_processor_whose_package_is_missing(ask, broken, monkeypatch):
+def test_a_processor_whose_package_is_missing(broken, monkeypatch):
     def fail(source):
         raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library\nadvice")
 
@@ -162,52 +163,52 @@ def test_a_processor_whose_package_is_missing(ask, broken, monkeypatch):
     )
 
 
-def test_clip_rows_that_are_no_patches(ask, broken):
+def test_clip_rows_that_are_no_patches(broken):
     line = one_line(ask(model=broken(vision_feature_select_strategy="full")))
     assert "vision_feature_select_strategy: expected 'default'" in line
 
 
-def test_text_model(ask, tmp_path):
+def test_text_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     line = one_line(ask(model=tmp_path))
     assert "model: expected a vision-language model" in line and "'llama'" in line
 
 
-def test_unknown_architecture(ask, tmp_path):
+def test_unknown_architecture(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
     assert "no_such_model" in one_line(ask(model=tmp_path))
 
 
-def test_sliding_window_decoder(ask, broken):
+def test_sliding_window_decoder(broken):
     model = broken(text_config={"model_type": "mistral", "sliding_window": 64})
     assert "decoder: expected full attention in every layer" in one_line(
         ask("--policy", "fastv", model=model)
     )
 
 
-def test_literal_prompt_with_too_few_placeholders(ask, broken, scene):
+def test_literal_prompt_with_too_few_placeholders(broken, scene):
     line = one_line(ask("--image", scene, prompt="<image> what color ?", model=broken()))
     assert line == "error: --prompt: expected 2 x '<image>', one per --image, got 1"
 
 
-def test_literal_prompt_without_placeholder(ask, broken):
+def test_literal_prompt_without_placeholder(broken):
     model = broken()
     (model / "chat_template.jinja").unlink()
     line = one_line(ask(model=model))
     assert "--prompt: expected a text with '<image>' in it" in line and "no chat template" in line
 
 
-def test_flash_attention_on_a_cpu(ask, broken):
+def test_flash_attention_on_a_cpu(broken):
     line = one_line(ask("--attn", "flash_attention_2", model=broken()))
     assert "--attn: expected sdpa, eager or vlmprune (flash" in line
 
 
 @pytest.mark.parametrize("target", ["kept.txt", "missing/kept.png"])
-def test_picture_that_cannot_be_written(ask, broken, tmp_path, target):
+def test_picture_that_cannot_be_written(broken, tmp_path, target):
     assert "--save: expected a file" in one_line(ask("--save", tmp_path / target, model=broken()))
 
 
-def test_cuda_without_a_gpu(cli, checkpoint, scene, monkeypatch):
+def test_cuda_without_a_gpu(checkpoint, scene, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     done = cli("run", "--model", checkpoint, "--image", scene, "--prompt", "x", "--device", "cuda")
     assert "--device: expected auto or cpu" in one_line(done)
@@ -226,7 +227,7 @@ BUGS = (KeyError("ours"), ValueError("operands could not be broadcast"), OSError
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=repr)
-def test_a_bug_keeps_its_traceback(ask, monkeypatch, bug):
+def test_a_bug_keeps_its_traceback(monkeypatch, bug):
     def fail(path, name):
         raise bug
 
@@ -246,7 +247,7 @@ EXPECTED = (
 
 
 @pytest.mark.parametrize("error", EXPECTED, ids=lambda error: type(error).__name__)
-def test_what_is_expected_is_one_line_unless_tracebacks_are_asked_for(ask, monkeypatch, error):
+def test_what_is_expected_is_one_line_unless_tracebacks_are_asked_for(monkeypatch, error):
     def fail(path, name):
         raise error
 

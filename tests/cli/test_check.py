@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 import pytest
 
+from helpers.command_line import cli
 from vlmprune.cli import check
 from vlmprune.models import stage
 from vlmprune.testing.model_report import ModelReport, Row
@@ -12,7 +13,7 @@ from vlmprune.testing.model_report import ModelReport, Row
 POLICY = ("--policy", "fastv:layer=2,keep=0.3", "--dtype", "float32", "--device", "cpu")
 
 
-def test_a_right_wiring_is_ok(cli, checkpoint):
+def test_a_right_wiring_is_ok(checkpoint):
     done = cli("check", checkpoint, *POLICY, "--attn", "vlmprune")
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -24,7 +25,7 @@ def test_a_right_wiring_is_ok(cli, checkpoint):
     assert done.stderr == ""  # not a terminal: no progress display
 
 
-def test_a_wrong_wiring_exits_with_1(cli, checkpoint, monkeypatch):
+def test_a_wrong_wiring_exits_with_1(checkpoint, monkeypatch):
     def skipped(self, prefill, i, hidden, *rest):
         prefill.decisions[i] = None
         return hidden
@@ -39,7 +40,7 @@ def test_a_wrong_wiring_exits_with_1(cli, checkpoint, monkeypatch):
     assert pruned["fault"] == "the run recorded stages at [], not at [2]"
 
 
-def test_the_table_shows_what_failed_and_what_cannot_tell(cli, checkpoint, monkeypatch):
+def test_the_table_shows_what_failed_and_what_cannot_tell(checkpoint, monkeypatch):
     rows = (
         Row("prompt", "FastV at 2 with masked", 3.0, 0.5, 2, 4, fault="not at [2]"),
         Row("batch", "FastV at 2 with masked", 0.1, 0.5, 12, 12, doubt="0.2 only"),
@@ -66,12 +67,12 @@ def test_the_table_shows_what_failed_and_what_cannot_tell(cli, checkpoint, monke
         (("CHECKPOINT", "--attn", "flash_attention_2"), "error: --attn: expected sdpa, eager or vlmprune"),
     ],
 )
-def test_bad_input_is_one_line(cli, checkpoint, args, message):
+def test_bad_input_is_one_line(checkpoint, args, message):
     done = cli("check", *(checkpoint if arg == "CHECKPOINT" else arg for arg in args))
     assert done.exit_code == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 
-def test_info_lists_what_was_tested(cli):
+def test_info_lists_what_was_tested():
     found = json.loads(cli("info", "--json").stdout)
     assert "5.24" in found["tested"]["transformers"]
     assert "tested with" in cli("info").stdout

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.command_line import cli
 from vlmprune import ops
 from vlmprune.cli.eval import read_budgets
 from vlmprune.eval.oracle import patches_of
@@ -60,7 +61,7 @@ def folder(scene, tmp_path):
 
 
 @pytest.fixture
-def evaluate(cli, checkpoint, folder, tmp_path):
+def evaluate(checkpoint, folder, tmp_path):
     def call(*args, model=checkpoint, questions=folder, out=tmp_path / "out"):
         fixed = (
             "--model",

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 import vlmprune
+from helpers.command_line import cli
 from vlmprune.policies import registry
 from vlmprune.policies.recipe import policy_from
 from vlmprune.policies.registry import BUILT_IN
 
 
-def test_version(cli):
+def test_version():
     done = cli("--version")
     assert (done.exit_code, done.stdout) == (0, f"vlmprune {vlmprune.__version__}\n")
 
 
-def test_list_json_has_every_policy(cli):
+def test_list_json_has_every_policy():
     found = json.loads(cli("list", "--json").stdout)
     assert list(found) == vlmprune.list_policies()
     assert found["fastv"]["fields"] == {
@@ -37,7 +38,7 @@ def test_list_json_has_every_policy(cli):
 
 
 @pytest.mark.parametrize("how", [(), ("--json",), ("--markdown",)])
-def test_a_broken_plugin_is_named_and_the_others_listed(cli, how, monkeypatch):
+def test_a_broken_plugin_is_named_and_the_others_listed(how, monkeypatch):
     announced = {
         "broken": "nosuchmodule:Broken",
         "fastv": "mine:FastV",
@@ -61,14 +62,14 @@ def test_a_broken_plugin_is_named_and_the_others_listed(cli, how, monkeypatch):
     )
 
 
-def test_list_table_can_be_typed_back(cli):
+def test_list_table_can_be_typed_back():
     done = cli("list")
     assert done.exit_code == 0, done.stderr
     assert "layers=8/16" in done.stdout
     assert policy_from("feather:layers=8/16,keep=0.3") == vlmprune.Feather(layers=(8, 16), keep=0.3)
 
 
-def test_readme_has_the_generated_table(cli):
+def test_readme_has_the_generated_table():
     """`vlmprune list --markdown` writes it; foreign policies installed here are left out."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     shown = readme.partition("<!-- `vlmprune list --markdown` -->\n")[2].partition("\n<!-- end -->")[0]
@@ -77,7 +78,7 @@ def test_readme_has_the_generated_table(cli):
     assert shown.splitlines() == wanted
 
 
-def test_info_json(cli):
+def test_info_json():
     found = json.loads(cli("info", "--json").stdout)
     assert found["versions"]["torch"] == metadata.version("torch")
     assert found["versions"]["vlmprune"] == vlmprune.__version__
@@ -88,14 +89,14 @@ def test_info_json(cli):
     assert row["refused"]["triton"]
 
 
-def test_info_table(cli):
+def test_info_table():
     done = cli("info")
     assert done.exit_code == 0, done.stderr
     for word in ("torch", "transformers", "ops on cpu", "gather_tokens", "reference"):
         assert word in done.stdout
 
 
-def test_help_names_every_option(cli):
+def test_help_names_every_option():
     done = cli("run", "--help")
     for option in ("--model", "--image", "--prompt", "--policy", "--compare", "--save", "--json", "--attn"):
         assert option in done.stdout

@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageChops
 from transformers import AutoProcessor
 
+from helpers.command_line import ask
 from vlmprune.cli.picture import CAPTION, DIMMED, GAP, TITLE, check_target, dim_dropped, draw, seen_images
 
 
@@ -60,7 +61,7 @@ def test_one_row_per_policy_and_image_one_panel_per_stage():
     assert last.getpixel((70, 70)) == last.getpixel((210, 210)) != (255, 0, 0)
 
 
-def test_run_saves_the_picture(ask, tmp_path):
+def test_run_saves_the_picture(tmp_path):
     target = tmp_path / "kept.png"
     done = ask(
         "--policy", "fastv:layer=2,keep=0.25", "--policy", "feather:layers=2/5", "--compare", "--save", target

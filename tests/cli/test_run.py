@@ -7,6 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from helpers.command_line import ask
 from vlmprune import policy_from
 from vlmprune.cli.generate import Outcome, median
 from vlmprune.cli.show import SETTINGS
@@ -18,7 +19,7 @@ FEATHER = "feather:layers=2/5,keep=0.3"
 
 
 @pytest.fixture
-def result(ask):
+def result():
     """The JSON of one run with both policies and the unpruned column."""
     done = ask("--policy", FASTV, "--policy", FEATHER, "--compare", "--json", "--repeat", 2)
     assert done.exit_code == 0, done.stderr
@@ -70,7 +71,7 @@ def test_times_are_medians():
     assert median(runs).answer == "yes"
 
 
-def test_table_has_a_column_for_each_run(ask):
+def test_table_has_a_column_for_each_run():
     done = ask("--policy", FASTV, "--compare")
     assert done.exit_code == 0, done.stderr
     header = next(line for line in done.stdout.splitlines() if "unpruned" in line)
@@ -86,14 +87,14 @@ def test_table_has_a_column_for_each_run(ask):
     assert done.stderr == ""  # not a terminal: no progress display
 
 
-def test_keeping_everything_answers_the_same(ask):
+def test_keeping_everything_answers_the_same():
     done = ask("--policy", "uniform:layer=2,keep=1.0", "--compare", "--json")
     unpruned, whole = json.loads(done.stdout)["runs"]
     assert whole["answer"] == unpruned["answer"]
     assert whole["report"]["flops"]["cut"] == 0.0
 
 
-def test_policies_made_of_policies(ask, tmp_path):
+def test_policies_made_of_policies(tmp_path):
     """RandomDeep's own recipe, as a text and as a file; the table names what is joined and lists the settings of each."""
     recipe = "divprune:keep=0.5 + random_deep:layer=5,keep=0.25"
     data = policy_from(recipe).to_dict()
@@ -126,23 +127,23 @@ def test_headings_of_policies_made_of_policies():
     assert heading("recipe.yaml") == ("recipe.yaml", [])
 
 
-def test_without_a_policy_runs_unpruned(ask):
+def test_without_a_policy_runs_unpruned():
     (run,) = json.loads(ask("--json").stdout)["runs"]
     assert run["policy"] is None and run["answer"] == "9 11 12 14"
 
 
-def test_a_prompt_with_the_placeholder_is_taken_literally(ask):
+def test_a_prompt_with_the_placeholder_is_taken_literally():
     literal = ask("--json", prompt="<bos> USER: <image> locate the green phone . ASSISTANT:")
     assert json.loads(literal.stdout)["runs"][0]["answer"] == "9 11 12 14"
 
 
-def test_answer_length_is_limited(ask):
+def test_answer_length_is_limited():
     (run,) = json.loads(ask("--json", "--max-new-tokens", 2).stdout)["runs"]
     assert run["answer"] == "9 11"
     assert run["report"]["decode_steps"] == 1
 
 
-def test_two_images_are_both_pruned(ask, scene):
+def test_two_images_are_both_pruned(scene):
     other = scene.with_name("scene_70002.png")
     done = ask("--image", other, "--policy", "fastv:keep=10", "--json")
     assert done.exit_code == 0, done.stderr
@@ -151,7 +152,7 @@ def test_two_images_are_both_pruned(ask, scene):
     assert run["report"]["tokens"]["after_last_stage"] == 20
 
 
-def test_every_attention_keeps_and_answers_the_same(ask):
+def test_every_attention_keeps_and_answers_the_same():
     eager, sdpa, ours = (
         json.loads(ask("--policy", FASTV, "--attn", name, "--json").stdout)
         for name in ("eager", "sdpa", "vlmprune")
@@ -161,7 +162,7 @@ def test_every_attention_keeps_and_answers_the_same(ask):
         assert eager["runs"][0][name] == sdpa["runs"][0][name] == ours["runs"][0][name]
 
 
-def test_images_as_people_have_them(ask, scene, tmp_path):
+def test_images_as_people_have_them(scene, tmp_path):
     """A camera held sideways, and 16-bit greys: what is seen, kept and answered is as for the plain picture."""
     plain, turned, deep = (tmp_path / f"{name}.png" for name in ("plain", "turned", "deep"))
     grey = Image.open(scene).convert("L")

@@ -3,22 +3,16 @@
 test_resources.py compiles each of them. Run in a process of its own: TRITON_INTERPRET=0 python -m pytest tests/compile.
 """
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import triton
 
+from helpers import offline
+
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter cannot compile; run with TRITON_INTERPRET=0", allow_module_level=True)
-
-spec = importlib.util.spec_from_file_location("_offline", Path(__file__).with_name("_offline.py"))
-offline = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = offline  # a dataclass looks its module up
-spec.loader.exec_module(offline)
 
 ARCHS = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

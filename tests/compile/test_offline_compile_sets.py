@@ -3,10 +3,7 @@
 test_resources.py compiles each of them. Run in a process of its own: TRITON_INTERPRET=0 python -m pytest tests/compile.
 """
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ import triton
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter cannot compile; run with TRITON_INTERPRET=0", allow_module_level=True)
 
+from helpers import offline
 from vlmprune.triton_kernels import (
     cluster_dpc,
     greedy_select,
@@ -23,11 +21,6 @@ from vlmprune.triton_kernels import (
     select_segments,
     select_topk,
 )
-
-spec = importlib.util.spec_from_file_location("_offline_sets", Path(__file__).with_name("_offline.py"))
-offline = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = offline  # a dataclass looks its module up
-spec.loader.exec_module(offline)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 meta = offline.meta

@@ -4,20 +4,13 @@ No operation means nothing allocated, copied or waited for. Run in a process of 
 pytest tests/compile.
 """
 
-import importlib.util
-from pathlib import Path
-
+import host_launch_cost as host
 import pytest
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter does not compile; run with TRITON_INTERPRET=0", allow_module_level=True)
-
-path = Path(__file__).parents[2] / "benchmarks" / "host_launch_cost.py"
-spec = importlib.util.spec_from_file_location("host_launch_cost", path)
-host = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(host)
 
 
 class Operations(TorchDispatchMode):

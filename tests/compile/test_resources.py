@@ -3,20 +3,13 @@
 `make resources` rewrites the table. Run in a process of its own: TRITON_INTERPRET=0 python -m pytest tests/compile.
 """
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import triton
 
+from helpers import resources
+
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter cannot compile; run with TRITON_INTERPRET=0", allow_module_level=True)
-
-spec = importlib.util.spec_from_file_location("_resources", Path(__file__).with_name("_resources.py"))
-resources = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = resources
-spec.loader.exec_module(resources)
 
 STALE = "the table is out of date: make resources"
 OLDEST, NEWEST = "3.6.0", "3.9.0"  # the tritons of requirements/oldest.txt and dev.txt

@@ -1,4 +1,4 @@
-"""Select inputs that break a careless kernel, shared by the emulated and the GPU test; the emulated ops that move rows."""
+"""The ops that move rows, with their kernels run in the emulator."""
 
 import ctypes
 import runpy
@@ -44,41 +44,3 @@ def tensor_rows(tmp_path_factory):
     ]
     subprocess.run(command, check=True)
     return TensorRows(str(library))
-
-
-def _scores(N: int, g: torch.Generator) -> list[torch.Tensor]:
-    """One row a kind of trouble: ties, zeros of both signs, NaN, infinities, denormals, constants."""
-    x = torch.randn(N, generator=g)
-    special = torch.tensor([float("nan"), -float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0])
-    pick = torch.randint(len(special), (N,), generator=g)
-    return [
-        x,
-        torch.exp(-20 * torch.rand(N, generator=g)),
-        (2 * x).round(),
-        torch.where(pick < 6, special[4 + pick % 2], x),
-        special[pick],
-        torch.where(pick < 4, special[pick], x),
-        pick * 1e-44 * x.sign(),
-        torch.full((N,), 0.25),
-        torch.full((N,), float("nan")),
-    ]
-
-
-@pytest.fixture
-def make_case():
-    """Return a function (N, coded, seed) -> scores ``[B, N]`` with a wide row stride, keep ``[B]``, code or None."""
-
-    def make(N: int, coded: bool, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        g = torch.Generator().manual_seed(seed)
-        rows = _scores(N, g)
-        scores = torch.full((len(rows), N + 3), float("inf"))[:, :N]
-        scores.copy_(torch.stack(rows))
-        quotas = torch.tensor([N // 9 + 1, N // 2, 0, 1, N, N - 1, N + 7, -3])
-        keep = quotas[(torch.arange(len(rows)) + seed) % len(quotas)]
-        if not coded:
-            return scores, keep, None
-        code = torch.randint(3, (len(rows), N + 5), generator=g, dtype=torch.int8)[:, :N]
-        code[seed % len(rows)] = 1 + seed % 2
-        return scores, keep, code
-
-    return make

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from helpers import resources
+
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = runpy.run_path(str(ROOT / "csrc" / "build.py"))["ARCHITECTURES"]
 
-spec = importlib.util.spec_from_file_location("_resources", ROOT / "tests" / "compile" / "_resources.py")
-resources = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(resources)
 NVCC = resources.nvcc()
 
 LOAD = """

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers.select_cases import make_case
 from vlmprune.ops import _native, reference
 
 CUDA = torch.device("cuda")
@@ -54,7 +55,7 @@ def test_old_gpu(why_not, monkeypatch, capability, reason):
 @needs_backend
 @pytest.mark.parametrize("coded", [False, True], ids=["plain", "coded"])
 @pytest.mark.parametrize("N", [0, 1, 33, 640, 4160, 16448, 65536])
-def test_select_topk_equals_reference(make_case, N, coded):
+def test_select_topk_equals_reference(N, coded):
     scores, keep, code = make_case(N, coded, seed=N)
     expected = reference.select_topk(scores, keep, code, N)
     select_topk = _native.load("select_topk")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.select_cases import make_case
 from vlmprune.ops import reference
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +102,7 @@ def same(got, expected):
 
 @pytest.mark.parametrize("coded", [False, True], ids=["plain", "coded"])
 @pytest.mark.parametrize("N", SIZES)
-def test_equals_reference(emulate, make_case, N, coded):
+def test_equals_reference(emulate, N, coded):
     scores, keep, code = make_case(N, coded, seed=N)
     got = emulate(scores, keep, code, N, seed=N)
     expected = reference.select_topk(scores, keep, code, N)
@@ -111,7 +112,7 @@ def test_equals_reference(emulate, make_case, N, coded):
 @pytest.mark.parametrize(
     "N, limit", [(0, H100_LIMIT), (4160, SMALL_LIMIT), (16448, H100_LIMIT), (16448, SMALL_LIMIT)]
 )
-def test_long_rows_with_and_without_cached_keys(emulate, make_case, N, limit):
+def test_long_rows_with_and_without_cached_keys(emulate, N, limit):
     scores, keep, code = (x[2:5] for x in make_case(N, True, seed=1))
     expected = reference.select_topk(scores, keep, code, N)
     torch.testing.assert_close(emulate(scores, keep, code, N, shared_limit=limit), expected, rtol=0, atol=0)
@@ -122,7 +123,7 @@ THRESHOLDS = [0.25, -0.0, 1e-44, float("inf"), -float("inf"), float("nan")]
 
 @pytest.mark.parametrize("coded", [False, True], ids=["plain", "coded"])
 @pytest.mark.parametrize("N", [1, 640, 1025])
-def test_thresholds_equal_reference(emulate, make_case, N, coded):
+def test_thresholds_equal_reference(emulate, N, coded):
     """One for all rows, or one a row; as a cap's companion and alone."""
     scores, keep, code = make_case(N, coded, seed=N + 1)
     a_row = torch.tensor(THRESHOLDS * 2)[: len(scores)]
@@ -140,7 +141,7 @@ def test_equal_scores_fill_up_from_the_left(emulate, value, keep):
 
 
 @pytest.mark.parametrize("limit", [H100_LIMIT, SMALL_LIMIT])
-def test_segments_equal_reference(emulate_segments, make_case, limit):
+def test_segments_equal_reference(emulate_segments, limit):
     segments = [640, 0, 1, 33, 1025, 2, 14000, 7]
     quotas = [100, 0, 1, 33, 700, 0, 9, 3]
     scores = make_case(sum(segments), False, seed=5)[0][1:6]
@@ -148,7 +149,7 @@ def test_segments_equal_reference(emulate_segments, make_case, limit):
     assert torch.equal(emulate_segments(scores, segments, quotas, shared_limit=limit, seed=3), expected)
 
 
-def test_as_many_segments_as_a_launch_takes(emulate_segments, make_case):
+def test_as_many_segments_as_a_launch_takes(emulate_segments):
     segments, quotas = [5] * MAX_SEGMENTS, [s % 6 for s in range(MAX_SEGMENTS)]
     scores = make_case(sum(segments), False, seed=6)[0][5:6]
     assert torch.equal(
@@ -164,7 +165,7 @@ def test_65536_equal_scores(emulate):
         assert torch.equal(index[0], torch.arange(keep)) and count.tolist() == [keep]
 
 
-def test_narrow_width_cuts_and_one_keep_serves_all_rows(emulate, make_case):
+def test_narrow_width_cuts_and_one_keep_serves_all_rows(emulate):
     scores, _, code = make_case(100, True, seed=3)
     expected = reference.select_topk(scores, 20, code, 15)
     assert (expected[1] > 15).any()

@@ -1,17 +1,10 @@
-"""Puts examples/glyphworld (and nothing else of the checkout) on the path: it is a folder of scripts, not a package."""
-
-import sys
-from pathlib import Path
+"""A small pretrained decoder to train from."""
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-GLYPHWORLD = Path(__file__).parents[2] / "examples" / "glyphworld"
-sys.path.insert(0, str(GLYPHWORLD))
-
-from world.words import VOCABULARY  # noqa: E402
+from world.words import VOCABULARY
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import train
-from evaluate import answer
+from accuracy import answer
 from make_questions import questions_of
 from training import decoder as training_decoder
 from training.batches import make_batch

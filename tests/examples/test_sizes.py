@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import train
-from evaluate import answer
+from accuracy import answer
 from make_questions import questions_of
 from training.loop import Plan, Trainer
 from training.model import enlarge, make_model, make_processor

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import train
-from evaluate import answer, overlap, score
+from accuracy import answer, overlap, score
 from make_questions import questions_of
 from torch.nn.functional import cross_entropy
 from training.batches import FAMILIES, IGNORED, MIX, make_batch

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import transformers as hf
 from PIL import Image
 
 import vlmprune
-
-sys.path.append(str(Path(__file__).parent))
-import _families_oracle as family
-from _families import CASES, IMAGE, build
+from helpers import families_oracle as family
+from helpers.families import CASES, IMAGE, build
 
 SIZES = [(10_000, 10), (1_500, 20), (700, 10), (10, 10_000), (10, 700), (1, 1), (100, 12)]
 """Width and height."""

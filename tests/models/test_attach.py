@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import vlmprune
+from helpers.tiny import generate, make_batch, make_model
 from vlmprune.errors import ModelError, NotPrunedError
 from vlmprune.models import find_parts, meter
 from vlmprune.models.scope import find_engine
-
-sys.path.append(str(Path(__file__).parent))
-from _tiny import generate, make_batch, make_model
 
 FASTV = vlmprune.FastV(layer=2, keep=0.4)
 BATCH = [[4, "I", 7]]

@@ -1,12 +1,10 @@
 """``attn_implementation="vlmprune"`` equals sdpa, keeps a right log-sum-exp, and pruning works on FlashAttention models.
 
-The flash-attn packages are stand-ins in plain PyTorch (``_flash.py``): what runs on a GPU is not measured here.
+The flash-attn packages are stand-ins in plain PyTorch (``helpers.fake_flash``): what runs on a GPU is not measured here.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,12 +13,10 @@ from transformers import LlavaForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import vlmprune
+from helpers.attention import Wants, doubled, draw, layer, logits_of, lower_right
+from helpers.tiny import IMAGE, dropped_from, generate, make_batch, make_model, oracle
 from vlmprune.models.attention.backend import attention
 from vlmprune.policies.attention import AttentionInputs
-
-sys.path.append(str(Path(__file__).parent))
-from _attention import Wants, doubled, draw, layer, logits_of, lower_right
-from _tiny import IMAGE, dropped_from, generate, make_batch, make_model, oracle
 
 BATCHES = {"one": [["I", 7]], "padded": [["I", 9, "I", 4], [3, "I", 5], [12]]}
 STEPS = 4

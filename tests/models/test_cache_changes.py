@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
 import vlmprune
-
-sys.path.append(str(Path(__file__).parent))
-from _tiny import generate, make_batch, make_model
+from helpers.tiny import generate, make_batch, make_model
 
 PADDED = [["I", 9, "I", 4], [3, "I", 5], [12]]
 SAVES_KEYS = vlmprune.FastV(layer=2, keep=0.5)  # scores from the cache

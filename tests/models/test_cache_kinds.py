@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +13,9 @@ from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCach
 from transformers.cache_utils import QuantizedLayer
 
 import vlmprune
+from helpers.tiny import LAYERS, dropped_from, generate, make_batch, make_model, oracle
 from vlmprune.errors import ModelError
 from vlmprune.models.host import cache_layers
-
-sys.path.append(str(Path(__file__).parent))
-from _tiny import LAYERS, dropped_from, generate, make_batch, make_model, oracle
 
 ONE = [[4, "I", 7]]
 PADDED = [["I", 9, "I", 4], [3, "I", 5], [12]]

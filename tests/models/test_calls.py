@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import vlmprune
+from helpers.tiny import generate, make_batch, make_model, oracle
 from vlmprune.errors import ModelError
 from vlmprune.models.host.families import Encoded
 from vlmprune.models.visuals import Notes
-
-sys.path.append(str(Path(__file__).parent))
-from _tiny import generate, make_batch, make_model, oracle
 
 FASTV = vlmprune.FastV(layer=2, keep=0.5)
 PACKED = "^position_ids: expected one sample a row in a pruning scope, got packed samples"

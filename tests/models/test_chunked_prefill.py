@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import vlmprune
+from helpers.tiny import IMAGE, STEPS, assert_equals_oracle, generate, make_batch, make_model, upstream
 from vlmprune.errors import ModelError
-
-sys.path.append(str(Path(__file__).parent))
-from _tiny import IMAGE, generate, make_batch, make_model, upstream
-from test_oracle import STEPS, assert_equals_oracle
 
 FASTV = vlmprune.FastV(layer=2, keep=0.4)
 

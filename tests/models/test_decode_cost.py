@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import vlmprune
-
-sys.path.append(str(Path(__file__).parent))
-from _tiny import make_batch, make_model
+from helpers.tiny import make_batch, make_model
 
 
 class Ops(TorchDispatchMode):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,23 +11,21 @@ import torch
 from torch import multiprocessing
 
 import vlmprune
+from helpers.families import CASES as FAMILIES
+from helpers.families import IMAGE, VIDEO
+from helpers.families import build as family_model
+from helpers.families import prompts as family_prompts
+from helpers.rank import chosen, one_rank
+from helpers.tiny import LAYERS, TOLERANCE, dropped_from, generate, make_batch, make_model, oracle
 from vlmprune.errors import ModelError
 from vlmprune.models.decoder_reads import _ranks
 from vlmprune.models.host.parts import find_parts
-
-sys.path.append(str(Path(__file__).parent))
-from _families import CASES as FAMILIES
-from _families import IMAGE, VIDEO
-from _families import build as family_model
-from _families import prompts as family_prompts
-from _rank import chosen, one_rank
-from _tiny import LAYERS, dropped_from, generate, make_batch, make_model, oracle
 
 BATCH = [[4, "I", 7], [2, "I", 3, "I", 5]]
 POLICY = vlmprune.Stages(
     [vlmprune.FastV(layer=2, keep=0.5), vlmprune.PyramidDrop(layers=(4,), positions="keep")]
 )
-TOLERANCE = 1e-4  # absolute, on float32 logits of order 10
+
 GLYPHWORLD = Path(__file__).parents[2] / "examples" / "glyphworld"
 
 

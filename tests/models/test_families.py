@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlmprune
+from helpers.families import CASES, build, prompts
+from helpers.families_oracle import Reader, generate
+from helpers.tiny import upstream
 from vlmprune.models.host.families import FAMILIES
 from vlmprune.policies.base import Needs, TokenContext
 from vlmprune.testing import check_model
 from vlmprune.testing.pictures import ALBUMS
-
-sys.path.append(str(Path(__file__).parent))
-from _families import CASES, build, prompts
-from _families_oracle import Reader, generate
-from _tiny import upstream
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -1,12 +1,11 @@
 """Which kernels the attention backend calls, and how: sequence bounds for padding, flash-attn's three generations, torch's own.
 
-The flash-attn packages are stand-ins in plain PyTorch (``_flash.py``): what runs on a GPU is not measured here.
+The flash-attn packages are stand-ins in plain PyTorch (``helpers.fake_flash``): what runs on a GPU is not measured here.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,14 +14,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function
 
 import vlmprune
+from helpers import fake_flash
+from helpers.attention import Wants, draw, layer, logits_of
+from helpers.tiny import generate, make_batch, make_model
 from vlmprune.models import explain
 from vlmprune.models.attention import kernels
 from vlmprune.models.attention.backend import attention, mask
-
-sys.path.append(str(Path(__file__).parent))
-import _flash
-from _attention import Wants, draw, layer, logits_of
-from _tiny import generate, make_batch, make_model
 
 BATCHES = {"one": [["I", 7]], "padded": [["I", 9, "I", 4], [3, "I", 5], [12]]}
 STEPS = 4
@@ -108,7 +105,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(kernels, "GPU", "cpu")
         monkeypatch.setattr(kernels, "HALVES", (torch.float32,))
         monkeypatch.setattr(kernels, "capability", lambda device: capability)
-        calls = _flash.install(monkeypatch, generation, takes)
+        calls = fake_flash.install(monkeypatch, generation, takes)
         clear()
         return calls
 
@@ -187,7 +184,7 @@ def test_a_model_loaded_with_flash_attention_2_is_pruned(monkeypatch, specs):
     batch = make_batch(BATCHES[specs])
     models = [make_model(), make_model()]
     models[1].config.text_config._attn_implementation = "flash_attention_2"
-    calls = _flash.install_for_transformers(monkeypatch)
+    calls = fake_flash.install_for_transformers(monkeypatch)
     policy, turns = vlmprune.FastV(layer=2, keep=0.5), []
     for model in models:
         with vlmprune.prune(model, policy) as run:
@@ -282,7 +279,7 @@ def test_an_error_that_is_no_refusal_is_raised(gpu, monkeypatch):
     gpu(3)
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     module = sys.modules["flash_attn_interface"]
-    monkeypatch.setattr(module, "flash_attn_func", _flash.raising(full))
+    monkeypatch.setattr(module, "flash_attn_func", fake_flash.raising(full))
     q, k, v = draw(1, 2, 2, 3, 3, 16, torch.float32)
     with pytest.raises(torch.OutOfMemoryError):
         attention(layer(2, 2), q, k, v, None)

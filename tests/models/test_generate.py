@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
@@ -12,14 +9,13 @@ from packaging import version
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import vlmprune
-
-sys.path.append(str(Path(__file__).parent))
-from _tiny import (
+from helpers.tiny import (
     BEFORE_PREFILL,
     BOS,
     EOS,
     IMAGE,
     PAD,
+    TOLERANCE,
     dropped_from,
     generate,
     make_batch,
@@ -27,7 +23,6 @@ from _tiny import (
     masked,
     upstream,
 )
-from test_oracle import TOLERANCE
 
 FASTV = vlmprune.FastV(layer=2, keep=0.4)
 WINDOWED = vlmprune.VScan(layer=3, keep=8, then=4, window=2, shallow_layer=1)

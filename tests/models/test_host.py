@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +12,11 @@ from torch import nn
 from transformers import DynamicCache
 
 import vlmprune
+from helpers.families import CASES, build
+from helpers.tiny import BEFORE_PREFILL, generate, make_batch, make_model
 from vlmprune.errors import ModelError, NotPrunedError, VersionError
 from vlmprune.models.host import names, versions
 from vlmprune.models.host.parts import find_parts
-
-sys.path.append(str(Path(__file__).parent))
-from _families import CASES, build
-from _tiny import BEFORE_PREFILL, generate, make_batch, make_model
 
 RENAMED = version.parse(transformers.__version__) >= version.parse("5.24")
 FASTV = vlmprune.FastV(layer=2, keep=0.4)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +11,7 @@ from packaging.version import Version
 from transformers import StaticCache
 
 import vlmprune
-
-sys.path.append(str(Path(__file__).parent))
-from _tiny import LAYERS, dropped_from, generate, make_batch, make_model, oracle
+from helpers.tiny import LAYERS, dropped_from, generate, make_batch, make_model, oracle
 
 ONE = [[4, "I", 7]]
 PADDED = [["I", 9, "I", 4], [3, "I", 5], [12]]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmprune
+from helpers.tiny import IMAGE, dropped_from, generate, make_batch, make_model, oracle, slow
 from vlmprune.policies import policies
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.registry import BUILT_IN
-
-sys.path.append(str(Path(__file__).parent))
-from _tiny import IMAGE, dropped_from, generate, make_batch, make_model, oracle, slow
 
 STEPS = 3
 BATCHES = {

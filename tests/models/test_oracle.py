@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import vlmprune
-
-sys.path.append(str(Path(__file__).parent))
-from _tiny import DECODERS, IMAGE, TOWERS, Drawn, dropped_from, generate, make_batch, make_model, oracle
-
-STEPS = 4
-TOLERANCE = 1e-4  # absolute, on float32 logits of order 10
+from helpers.tiny import (
+    DECODERS,
+    IMAGE,
+    STEPS,
+    TOLERANCE,
+    TOWERS,
+    Drawn,
+    assert_equals_oracle,
+    dropped_from,
+    generate,
+    make_batch,
+    make_model,
+    oracle,
+)
 
 BATCHES = {
     "one": [[4, "I", 7]],
@@ -42,12 +47,6 @@ POLICIES = {
         ]
     ),
 }
-
-
-def assert_equals_oracle(model, batch, run, tokens, logits) -> None:
-    want_tokens, want_logits, _ = oracle(model, batch, dropped_from(run, batch), tokens.shape[1])
-    torch.testing.assert_close(logits, want_logits, atol=TOLERANCE, rtol=0)
-    assert torch.equal(tokens, want_tokens)
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
@@ -222,7 +221,7 @@ def test_training_step_matches_the_oracle():
 
     The label right after an image is left out: its logits come from a visual row, which may be pruned.
     """
-    from _tiny import masked
+    from helpers.tiny import masked
 
     model = make_model()
     batch = make_batch(BATCHES["padded-2"], pad="right")

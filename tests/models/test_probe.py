@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import vlmprune
+from helpers.tiny import IMAGE, make_batch, make_model
 from vlmprune import ops
 from vlmprune.policies.base import Needs
-
-sys.path.append(str(Path(__file__).parent))
-from _tiny import IMAGE, make_batch, make_model
 
 BATCHES = {"one": [[4, "I", 7]], "padded": [["I", 9, "I", 4], [3, "I", 5], [12]]}
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import vlmprune
+from helpers.tiny import IMAGE, TOLERANCE, generate, make_batch, make_model, slow, upstream
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, keep_count
 
-sys.path.append(str(Path(__file__).parent))
-from _tiny import IMAGE, generate, make_batch, make_model, slow, upstream
-
 STEPS = 4
-TOLERANCE = 1e-4
+
 BATCHES = {
     "one": [[4, "I", 7]],
     "two-images": [[2, "I", 3, "I", 5]],

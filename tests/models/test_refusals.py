@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from inspect import signature
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +12,12 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vlmprune
+from helpers.families import CASES, DECODERS, IMAGE, TOWER, build, llava, prompts
 from vlmprune.errors import ModelError, VersionError
 from vlmprune.models import check_config
 from vlmprune.models.host import versions
 from vlmprune.models.host.families import FAMILIES
 from vlmprune.policies.base import PruningPolicy, Reduction, TokenContext
-
-sys.path.append(str(Path(__file__).parent))
-from _families import CASES, DECODERS, IMAGE, TOWER, build, llava, prompts
 
 FASTV = vlmprune.FastV(layer=3)
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import vlmprune
+from helpers.tiny import GRID, LAYERS, generate, make_batch, make_model
 from vlmprune.flops import decoder_layer_flops
-
-sys.path.append(str(Path(__file__).parent))
-from _tiny import GRID, LAYERS, generate, make_batch, make_model
 
 
 @pytest.fixture(scope="module")

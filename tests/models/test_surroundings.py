@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
 from operator import is_
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +12,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 import vlmprune
+from helpers.tiny import IMAGE, dropped_from, generate, make_batch, make_model, oracle
 from vlmprune.errors import ModelError
-
-sys.path.append(str(Path(__file__).parent))
-from _tiny import IMAGE, dropped_from, generate, make_batch, make_model, oracle
 
 ONE = [[4, "I", 7]]
 PADDED = [["I", 9, "I", 4], [3, "I", 5], [12]]

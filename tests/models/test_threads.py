@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
 import vlmprune
-
-sys.path.append(str(Path(__file__).parent))
-from _families import CASES as FAMILIES
-from _families import build, prompts
-from _tiny import BEFORE_PREFILL, generate, make_batch, make_model
+from helpers.families import CASES as FAMILIES
+from helpers.families import build, prompts
+from helpers.tiny import BEFORE_PREFILL, generate, make_batch, make_model
 
 THREADS, ROUNDS = 4, 3
 POLICIES = {

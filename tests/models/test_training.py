@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import vlmprune
-
-sys.path.append(str(Path(__file__).parent))
-from _tiny import IMAGE, dropped_from, make_batch, make_model, masked
+from helpers.tiny import IMAGE, dropped_from, make_batch, make_model, masked
 
 FASTV = vlmprune.FastV(layer=2, keep=0.4)
 

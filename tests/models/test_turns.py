@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import StaticCache
 
 import vlmprune
-
-sys.path.append(str(Path(__file__).parent))
-import _families_oracle as family
-from _families import CASES, IMAGE, STEPS, VIDEO, build, prompts
-from _tiny import PAD, Drawn, dropped_from, generate, make_batch, make_model, oracle
+from helpers import families_oracle as family
+from helpers.families import CASES, IMAGE, STEPS, VIDEO, build, prompts
+from helpers.tiny import PAD, Drawn, dropped_from, generate, make_batch, make_model, oracle
 
 FIRST = [[4, "I", 7], [2, "I", 5, "I", 3], [9]]
 SECOND = [["I", 2], [4], ["I", 5]]

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from inspect import signature
-from pathlib import Path
 
 import pytest
 import torch
 
 import vlmprune
+from helpers.families import CASES, build, prompts
+from helpers.families_oracle import TOLERANCE, Reader, dropped_from, generate, oracle
 from vlmprune.policies.base import TokenContext
 from vlmprune.policies.vision import patch_attention
-
-sys.path.append(str(Path(__file__).parent))
-from _families import CASES, build, prompts
-from _families_oracle import TOLERANCE, Reader, dropped_from, generate, oracle
 
 
 def attention_of(tower, **inputs):

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from helpers import slow
 from vlmprune import ops
 from vlmprune.errors import BackendError
 
 
-def stage(slow, device, seed=0, **shape):
+def stage(device, seed=0, **shape):
     """Arguments of a stage: key is among the tensors to shorten, as it is in a model."""
     query, key, rows, columns = slow.inputs(device=device, seed=seed, **shape)
     (B, _, S, _), g = key.shape, torch.Generator().manual_seed(seed)
@@ -23,16 +24,16 @@ def mask_of(call, seed):
 
 
 VARIANTS = {
-    "plain": lambda call, seed, slow: {},
-    "mask": lambda call, seed, slow: dict(key_mask=mask_of(call, seed)),
-    "lse": lambda call, seed, slow: dict(
+    "plain": lambda call, seed: {},
+    "mask": lambda call, seed: dict(key_mask=mask_of(call, seed)),
+    "lse": lambda call, seed: dict(
         lse=ops.row_lse(call["query"], call["key"], call["rows"][:, :1].expand(-1, 13))
     ),
-    "weights": lambda call, seed, slow: dict(
+    "weights": lambda call, seed: dict(
         row_weight=torch.full(call["rows"].shape, 1.0 + seed, device=call["key"].device)
     ),
-    "rope": lambda call, seed, slow: dict(rope=slow.rope(device=call["key"].device, scaling=1.0 + seed)),
-    "keep": lambda call, seed, slow: dict(keep=torch.tensor([seed, 3], device=call["key"].device)),
+    "rope": lambda call, seed: dict(rope=slow.rope(device=call["key"].device, scaling=1.0 + seed)),
+    "keep": lambda call, seed: dict(keep=torch.tensor([seed, 3], device=call["key"].device)),
 }
 SETTINGS = [dict(head_reduce="max", row_reduce="sum"), dict(top_heads=2), dict(normalize="columns")]
 
@@ -53,21 +54,21 @@ def assert_same(out, truth):
 
 
 @pytest.mark.parametrize("variant, settings", [(v, {}) for v in VARIANTS] + [("plain", s) for s in SETTINGS])
-def test_runs_are_prune_tokens(variant, settings, slow, device):
+def test_runs_are_prune_tokens(variant, settings, device):
     settings = dict(keep=3, width=18) | settings
     plan = None
     for seed in range(2):
-        call = stage(slow, device, seed)
-        extra = VARIANTS[variant](call, seed, slow)
+        call = stage(device, seed)
+        extra = VARIANTS[variant](call, seed)
         truth = expected(call, **settings | extra)
         plan = plan or planned(call, **settings | extra)
         assert_same(plan.run(**call, **extra), truth)
 
 
-def test_packed_runs(slow, device):
+def test_packed_runs(device):
     lengths, plan = [[0, 21, 34], [0, 13, 34]], None
     for seed, ends in enumerate(lengths):
-        call = stage(slow, device, seed, B=1, S=34, Sq=34)
+        call = stage(device, seed, B=1, S=34, Sq=34)
         ends = torch.tensor(ends, dtype=torch.int32, device=device)
         call["rows"] = torch.tensor([[3, 12], [5, -1]], device=device)
         call["columns"] = torch.tensor([[0, 2, 3, 7], [1, 4, 11, -1]], device=device)
@@ -78,15 +79,15 @@ def test_packed_runs(slow, device):
         assert torch.equal(out.cu_seqlens, truth.cu_seqlens)
 
 
-def test_long_sequences_take_one_launch_more(slow, device):
-    call = stage(slow, device, B=1, H=1, Hkv=1, Sq=1, S=4200, D=8, R=1, N=300)
+def test_long_sequences_take_one_launch_more(device):
+    call = stage(device, B=1, H=1, Hkv=1, Sq=1, S=4200, D=8, R=1, N=300)
     call["tensors"] = call["tensors"][2:]
     plan, truth = planned(call, keep=70), expected(call, keep=70)
     assert_same(plan.run(**call), truth)
 
 
-def test_outputs_are_the_plans_own_or_those_given(slow, device):
-    call, other = stage(slow, device), stage(slow, device, seed=1)
+def test_outputs_are_the_plans_own_or_those_given(device):
+    call, other = stage(device), stage(device, seed=1)
     plan = planned(call, keep=3)
     first, truth = plan.run(**call), expected(call, keep=3)
     given = [torch.empty_like(x) for x in first.tensors]
@@ -97,8 +98,8 @@ def test_outputs_are_the_plans_own_or_those_given(slow, device):
     assert plan.run(**call).tensors[0].data_ptr() == first.tensors[0].data_ptr()
 
 
-def test_bound_tensors_are_read_when_called(slow, device):
-    call, other = stage(slow, device), stage(slow, device, seed=1)
+def test_bound_tensors_are_read_when_called(device):
+    call, other = stage(device), stage(device, seed=1)
     plan, truths = planned(call, keep=3), [expected(x, keep=3) for x in (call, other)]
     bound, again = plan.bind(**call), plan.bind(**other)
     assert_same(bound(), truths[0])
@@ -110,11 +111,11 @@ def test_bound_tensors_are_read_when_called(slow, device):
     assert_same(bound(), truths[1])
 
 
-def test_a_bound_call_keeps_its_tensors(slow, device):
+def test_a_bound_call_keeps_its_tensors(device):
     import gc
     import weakref
 
-    call = stage(slow, device)
+    call = stage(device)
     bound = planned(call, keep=3).bind(**call)  # the plan itself is gone, too
     truth, alive = expected(call, keep=3), weakref.ref(call["query"])
     del call
@@ -123,15 +124,15 @@ def test_a_bound_call_keeps_its_tensors(slow, device):
     assert_same(bound(), truth)
 
 
-def test_a_thousand_and_one_runs_need_no_reset(slow, device):
-    call = stage(slow, device, B=1, H=1, Hkv=1, S=3, Sq=1, R=1, N=2, D=8)
+def test_a_thousand_and_one_runs_need_no_reset(device):
+    call = stage(device, B=1, H=1, Hkv=1, S=3, Sq=1, R=1, N=2, D=8)
     plan, truth = planned(call, keep=1), expected(call, keep=1)
     for _ in range(20 if device.type == "cpu" else 1001):
         assert_same(plan.run(**call), truth)
 
 
-def test_reset_after_a_run_was_broken_off(slow, device):
-    call = stage(slow, device)
+def test_reset_after_a_run_was_broken_off(device):
+    call = stage(device)
     plan, truth = planned(call, keep=3), expected(call, keep=3)
     for replay in plan._program._replays:
         if replay.counter is not None:
@@ -141,12 +142,12 @@ def test_reset_after_a_run_was_broken_off(slow, device):
     assert_same(plan.run(**call), truth)
 
 
-def test_the_plan_keeps_no_example(slow, device):
+def test_the_plan_keeps_no_example(device):
     """Examples may be freed: neither the plan nor its launches hold them."""
     import gc
     import weakref
 
-    call = stage(slow, device)
+    call = stage(device)
     gone = [
         weakref.ref(x) for x in (call["query"], call["key"], *call["tensors"], call["rows"], call["columns"])
     ]
@@ -154,13 +155,13 @@ def test_the_plan_keeps_no_example(slow, device):
     del call
     gc.collect()
     assert [ref() for ref in gone] == [None] * 7
-    call = stage(slow, device, seed=1)
+    call = stage(device, seed=1)
     assert_same(plan.run(**call), expected(call, keep=3))
 
 
 @pytest.mark.gpu
-def test_a_graph_replays_the_plan(slow, device):
-    call, other = stage(slow, device), stage(slow, device, seed=1)
+def test_a_graph_replays_the_plan(device):
+    call, other = stage(device), stage(device, seed=1)
     plan, truth = planned(call, keep=3), expected(other, keep=3)
     torch.use_deterministic_algorithms(False)  # filling new memory is not ours to capture
     stream = torch.cuda.Stream()
@@ -179,9 +180,9 @@ def test_a_graph_replays_the_plan(slow, device):
         assert_same(out, truth)
 
 
-def test_needs_triton(slow):
+def test_needs_triton():
     with pytest.raises(BackendError, match=r"^no backend can run prune_plan on .*\n  triton: "):
-        ops.PrunePlan(**stage(slow, torch.device("cpu")), keep=3)
+        ops.PrunePlan(**stage(torch.device("cpu")), keep=3)
 
 
 def misaligned(x):
@@ -219,9 +220,9 @@ ERRORS = [
 
 
 @pytest.fixture(scope="module")
-def masked_plan(slow):
+def masked_plan():
     """A stage with a mask, and its plan."""
-    call = stage(slow, torch.device("cpu"))
+    call = stage(torch.device("cpu"))
     call["key_mask"] = mask_of(call, 0)
     return call, planned(call, keep=3)
 
@@ -245,15 +246,15 @@ def test_error_text_of_a_run(changes, message, masked_plan):
         ),
     ],
 )
-def test_what_would_be_copied_is_refused(name, message, slow):
-    call = stage(slow, torch.device("cpu"))
+def test_what_would_be_copied_is_refused(name, message):
+    call = stage(torch.device("cpu"))
     call[name] = torch.stack([call[name], call[name]], 2)[..., 0]
     with pytest.raises(ValueError, match=message):
         planned(call, keep=3)
 
 
-def test_bad_arguments_are_those_of_prune_tokens(slow):
-    call = stage(slow, torch.device("cpu"))
+def test_bad_arguments_are_those_of_prune_tokens():
+    call = stage(torch.device("cpu"))
     with pytest.raises(ValueError, match=r"^keep: expected a whole number in 0\.\.9, got 10$"):
         planned(call, keep=10)
     with pytest.raises(ValueError, match=r"^rows: expected at least one sample, got \(0, 5\)$"):

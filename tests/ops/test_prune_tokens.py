@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from helpers import slow
 from vlmprune import ops
 
 BACKENDS = ["reference", "triton"]
@@ -16,7 +17,7 @@ def run(backend, *args, **kwargs):
         return ops.prune_tokens(*args, **kwargs)
 
 
-def problem(slow, device, **shape):
+def problem(device, **shape):
     """Query, key, the tensors to shorten, rows, columns, and a mask that hides as many positions as columns are padded."""
     query, key, rows, columns = slow.inputs(device=device, **shape)
     (B, Hkv, S, D) = key.shape
@@ -46,8 +47,8 @@ def survivors(scores, columns, keep, mask):
     "keep, head_reduce, normalize",
     [(keep, "mean", "row") for keep in (0, 1, 4, 9)] + [(4, "max", "columns"), (4, "sum", "none")],
 )
-def test_keeps_text_and_the_best_columns(backend, keep, head_reduce, normalize, slow, device):
-    query, key, tensors, rows, columns, mask = problem(slow, device)
+def test_keeps_text_and_the_best_columns(backend, keep, head_reduce, normalize, device):
+    query, key, tensors, rows, columns, mask = problem(device)
     scoring = dict(rows=rows, columns=columns, key_mask=mask, head_reduce=head_reduce, normalize=normalize)
     M = key.shape[2] - columns.shape[1] + keep
     out = run(backend, query, key, tensors, keep=keep, width=M, **scoring)
@@ -63,8 +64,8 @@ def test_keeps_text_and_the_best_columns(backend, keep, head_reduce, normalize, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_triton_equals_reference(dtype, rotated, slow, device):
-    query, key, tensors, rows, columns, mask = problem(slow, device, dtype=dtype, S=80, Sq=80, R=20, N=60)
+def test_triton_equals_reference(dtype, rotated, device):
+    query, key, tensors, rows, columns, mask = problem(device, dtype=dtype, S=80, Sq=80, R=20, N=60)
     rope = slow.rope(S=80, device=device) if rotated else None
     kwargs = dict(rows=rows, columns=columns, keep=17, key_mask=mask, rope=rope)
     out, expected = (run(backend, query, key, tensors, **kwargs) for backend in ("triton", "reference"))
@@ -76,8 +77,8 @@ def test_triton_equals_reference(dtype, rotated, slow, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_each_sample_may_keep_another_number(backend, slow, device):
-    query, key, tensors, rows, columns, mask = problem(slow, device, B=3)
+def test_each_sample_may_keep_another_number(backend, device):
+    query, key, tensors, rows, columns, mask = problem(device, B=3)
     keep = torch.tensor([2, 100, -4], device=device)  # clamped to 0..9, the last sample has 7 columns
     out = run(backend, query, key, tensors, rows=rows, columns=columns, keep=keep, key_mask=mask)
     with ops.use_backend(backend):
@@ -111,10 +112,10 @@ def test_scores_that_are_hard_to_order(backend, values, kept, device):
         assert out.index.tolist() == [[*kept, 4]]
 
 
-def test_two_launches_with_a_log_sum_exp_and_three_without(slow, device):
+def test_two_launches_with_a_log_sum_exp_and_three_without(device):
     from vlmprune.triton_kernels._launch import recording
 
-    query, key, tensors, rows, columns, mask = problem(slow, device, Sq=21)
+    query, key, tensors, rows, columns, mask = problem(device, Sq=21)
     lse = ops.row_lse(query, key, torch.arange(21, device=device).expand(2, -1), mask)
     for given, names in ((lse, []), (None, ["_row_lse_kernel"])):
         with recording() as launches:
@@ -124,7 +125,7 @@ def test_two_launches_with_a_log_sum_exp_and_three_without(slow, device):
 
 
 @pytest.mark.parametrize("S", [2500, 4200])
-def test_longer_than_a_chunk(S, slow, device):
+def test_longer_than_a_chunk(S, device):
     """Over 2048 positions the last program selects in pieces; over 4096 select_topk does."""
     shape = dict(B=1, H=1, Hkv=1, Sq=1, S=S, D=8, R=1, N=300)
     query, key, rows, columns = slow.inputs(device=device, **shape)
@@ -133,16 +134,16 @@ def test_longer_than_a_chunk(S, slow, device):
     assert torch.equal(out.index, expected.index) and torch.equal(out.count, expected.count)
 
 
-def test_the_same_bits_every_time(slow, device):
-    query, key, tensors, rows, columns, mask = problem(slow, device, H=8, Hkv=8)
+def test_the_same_bits_every_time(device):
+    query, key, tensors, rows, columns, mask = problem(device, H=8, Hkv=8)
     call = dict(rows=rows, columns=columns, keep=3, key_mask=mask)
     first, second = (run("triton", query, key, tensors, **call) for _ in range(2))
     assert torch.equal(first.scores, second.scores) and torch.equal(first.index, second.index)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_unpadded_batch_fills_the_index(backend, slow, device):
-    query, key, tensors, rows, columns, _ = problem(slow, device, B=1, S=21, N=21, Sq=21, R=1)
+def test_unpadded_batch_fills_the_index(backend, device):
+    query, key, tensors, rows, columns, _ = problem(device, B=1, S=21, N=21, Sq=21, R=1)
     out = run(backend, query, key, tensors, rows=rows, columns=columns, keep=5)
     assert out.index.shape == (1, 5) and out.count.tolist() == [5] and out.index.ge(0).all()
     lse = ops.row_lse(query, key, torch.arange(21, device=device)[None])
@@ -151,9 +152,9 @@ def test_unpadded_batch_fills_the_index(backend, slow, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_batch_fits_whatever_its_padding(backend, slow, device):
+def test_a_batch_fits_whatever_its_padding(backend, device):
     """Without a mask the second sample, whose two padding columns leave two more text positions, is the longer one."""
-    query, key, tensors, rows, columns, _ = problem(slow, device)
+    query, key, tensors, rows, columns, _ = problem(device)
     call = dict(rows=rows, columns=columns, keep=3)
     out, (S, N) = run(backend, query, key, tensors, **call), (key.shape[2], columns.shape[1])
     M = S - N + 3
@@ -164,8 +165,8 @@ def test_a_batch_fits_whatever_its_padding(backend, slow, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_masked_columns_are_dropped(backend, slow, device):
-    query, key, tensors, rows, columns, mask = problem(slow, device)
+def test_masked_columns_are_dropped(backend, device):
+    query, key, tensors, rows, columns, mask = problem(device)
     mask[0, columns[0, 0]] = False
     out = run(backend, query, key, tensors, rows=rows, columns=columns, keep=9, key_mask=mask)
     assert columns[0, 0].item() not in out.index[0].tolist()
@@ -174,7 +175,7 @@ def test_masked_columns_are_dropped(backend, slow, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("B, R, N", [(0, 2, 3), (1, 0, 3), (1, 2, 0)], ids=["B=0", "R=0", "N=0"])
-def test_empty(backend, B, R, N, slow, device):
+def test_empty(backend, B, R, N, device):
     query, key, rows, columns = slow.inputs(B=1, R=2, N=3, device=device)
     lists = dict(rows=rows[:B, :R], columns=columns[:B, :N])
     out = run(backend, query[:B], key[:B], [key[:B]], keep=min(1, N), **lists)
@@ -186,8 +187,8 @@ def test_empty(backend, B, R, N, slow, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradient_flows_through_the_gathered_tensors(backend, slow, device):
-    query, key, tensors, rows, columns, mask = problem(slow, device)
+def test_gradient_flows_through_the_gathered_tensors(backend, device):
+    query, key, tensors, rows, columns, mask = problem(device)
     hidden, cos = tensors[0].requires_grad_(), torch.randn(1, 21, 4, device=device, requires_grad=True)
     out = run(
         backend,
@@ -208,16 +209,16 @@ def test_gradient_flows_through_the_gathered_tensors(backend, slow, device):
 
 
 @pytest.mark.parametrize("rotated", [False, True])
-def test_schema_and_fake_agree(rotated, slow, device):
-    query, key, tensors, rows, columns, mask = problem(slow, device)
+def test_schema_and_fake_agree(rotated, device):
+    query, key, tensors, rows, columns, mask = problem(device)
     cos, sin = slow.rope(device=device) if rotated else (None, None)
     tensors[0].requires_grad_()
     tail = (mask, True, None, None, "mean", "mean", "row", 0.2, cos, sin, 2, None, None, None)
     opcheck(torch.ops.vlmprune.prune_tokens.default, (query, key, tensors, rows, columns, 3, None, 18, *tail))
 
 
-def test_compiles_without_graph_breaks(slow, device):
-    query, key, tensors, rows, columns, mask = problem(slow, device)
+def test_compiles_without_graph_breaks(device):
+    query, key, tensors, rows, columns, mask = problem(device)
 
     def prune(query, key, tensors):
         return ops.prune_tokens(query, key, tensors, rows=rows, columns=columns, keep=3, key_mask=mask)
@@ -228,8 +229,8 @@ def test_compiles_without_graph_breaks(slow, device):
 
 
 @pytest.mark.gpu
-def test_runs_in_a_cuda_graph_without_waiting(slow, device):
-    query, key, tensors, rows, columns, mask = problem(slow, device)
+def test_runs_in_a_cuda_graph_without_waiting(device):
+    query, key, tensors, rows, columns, mask = problem(device)
 
     def prune():
         return run("triton", query, key, tensors, rows=rows, columns=columns, keep=3, key_mask=mask)
@@ -284,7 +285,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("changes, message", ERRORS)
-def test_error_text(changes, message, slow):
+def test_error_text(changes, message):
     query, key, rows, columns = slow.inputs()
     args = dict(query=query, key=key, tensors=[key], rows=rows, columns=columns, keep=3)
     args |= {name: change(args) for name, change in changes.items()}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from helpers import slow
 from vlmprune import ops
 from vlmprune.ops import reference
 
@@ -27,7 +28,7 @@ def extras(key, rows):
 
 
 @pytest.mark.parametrize("head_reduce, row_reduce, normalize", REDUCES)
-def test_reference_equals_loops(head_reduce, row_reduce, normalize, slow):
+def test_reference_equals_loops(head_reduce, row_reduce, normalize):
     query, key, rows, columns = slow.inputs()
     mask, weight = extras(key, rows)
     reduces = (head_reduce, row_reduce, normalize)
@@ -40,7 +41,7 @@ def test_reference_equals_loops(head_reduce, row_reduce, normalize, slow):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rotated", [True, False])
-def test_reference_equals_loops_without_extras(causal, rotated, slow):
+def test_reference_equals_loops_without_extras(causal, rotated):
     query, key, rows, columns = slow.inputs(Sq=21)
     rope = slow.rope() if rotated else None
     tail = ("mean", "mean", "row", 0.3, rope)
@@ -50,7 +51,7 @@ def test_reference_equals_loops_without_extras(causal, rotated, slow):
 
 
 @pytest.mark.parametrize("head_reduce, row_reduce, normalize", REDUCES)
-def test_triton_reduces_and_normalizes(head_reduce, row_reduce, normalize, slow, device):
+def test_triton_reduces_and_normalizes(head_reduce, row_reduce, normalize, device):
     query, key, rows, columns = slow.inputs(device=device)
     mask, weight = extras(key, rows)
     kwargs = dict(rows=rows, columns=columns, key_mask=mask, row_weight=weight)
@@ -63,7 +64,7 @@ def test_triton_reduces_and_normalizes(head_reduce, row_reduce, normalize, slow,
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("row_reduce", ["mean", "max"])
-def test_triton_is_as_exact_as_torch(dtype, causal, rotated, row_reduce, slow, device):
+def test_triton_is_as_exact_as_torch(dtype, causal, rotated, row_reduce, device):
     query, key, rows, columns = slow.inputs(dtype=dtype, device=device)
     mask, _ = extras(key, rows)
     rope = slow.rope(device=device) if rotated else None
@@ -100,7 +101,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("normalize", ["row", "columns"])
-def test_triton_shapes(shape, normalize, slow, device):
+def test_triton_shapes(shape, normalize, device):
     query, key, rows, columns = slow.inputs(device=device, **shape)
     kwargs = dict(rows=rows, columns=columns, normalize=normalize)
     out, expected = run("triton", query, key, **kwargs), run("reference", query, key, **kwargs)
@@ -108,7 +109,7 @@ def test_triton_shapes(shape, normalize, slow, device):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_lse_is_used_when_given(backend, slow, device):
+def test_lse_is_used_when_given(backend, device):
     query, key, rows, columns = slow.inputs(device=device)
     S, Sq = key.shape[2], query.shape[2]
     every = torch.arange(S - Sq, S, device=device).expand(2, -1)
@@ -122,7 +123,7 @@ def test_lse_is_used_when_given(backend, slow, device):
     torch.testing.assert_close(shifted, plain / torch.e, rtol=1e-5, atol=1e-7)
 
 
-def test_lse_of_flash_attention_is_ours(slow):
+def test_lse_of_flash_attention_is_ours():
     query, key, rows, columns = slow.inputs(B=1, H=2, Hkv=2, Sq=21)
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     _, lse = attend(query, key, key, 0.0, True)
@@ -131,7 +132,7 @@ def test_lse_of_flash_attention_is_ours(slow):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_attention_over_all_columns_sums_to_one(backend, slow, device):
+def test_attention_over_all_columns_sums_to_one(backend, device):
     query, key, rows, _ = slow.inputs(B=1, device=device)
     every = torch.arange(21, device=device)[None]
     out = run(backend, query, key, rows=rows, columns=every, head_reduce="none")
@@ -139,7 +140,7 @@ def test_attention_over_all_columns_sums_to_one(backend, slow, device):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_padding_changes_nothing(backend, slow, device):
+def test_padding_changes_nothing(backend, device):
     query, key, rows, columns = slow.inputs(B=1, device=device)
     pad = torch.full((1, 2), -1, device=device)
     padded = run(backend, query, key, rows=torch.cat([rows, pad], 1), columns=torch.cat([columns, pad], 1))
@@ -149,7 +150,7 @@ def test_padding_changes_nothing(backend, slow, device):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_max_ignores_rows_that_cannot_see_the_column(backend, slow, device):
+def test_max_ignores_rows_that_cannot_see_the_column(backend, device):
     query, key, _, _ = slow.inputs(B=1, H=1, Hkv=1, device=device)
     rows = torch.tensor([[10, 12]], device=device)
     columns = torch.tensor([[11, 15]], device=device)
@@ -161,7 +162,7 @@ def test_max_ignores_rows_that_cannot_see_the_column(backend, slow, device):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_masked_keys_may_hold_nan(backend, slow, device):
+def test_masked_keys_may_hold_nan(backend, device):
     query, key, rows, columns = slow.inputs(B=1, device=device)
     mask, _ = extras(key, rows)
     columns[0, 0] = 1
@@ -172,7 +173,7 @@ def test_masked_keys_may_hold_nan(backend, slow, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_triton_reads_any_strides(dtype, slow, device):
+def test_triton_reads_any_strides(dtype, device):
     query, key, rows, columns = slow.inputs(dtype=dtype, device=device)
     mask, weight = extras(key, rows)
     q = query.transpose(1, 2).contiguous().transpose(1, 2)
@@ -184,7 +185,7 @@ def test_triton_reads_any_strides(dtype, slow, device):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_rope_tables_may_differ_in_stride_and_batch(backend, slow, device):
+def test_rope_tables_may_differ_in_stride_and_batch(backend, device):
     query, key, rows, columns = slow.inputs(device=device)
     cos, sin = slow.rope(device=device)
     plain = run(backend, query, key, rows=rows, columns=columns, rope=(cos, sin))
@@ -192,7 +193,7 @@ def test_rope_tables_may_differ_in_stride_and_batch(backend, slow, device):
     assert torch.equal(run(backend, query, key, rows=rows, columns=columns, rope=batched), plain)
 
 
-def test_triton_repeats_bit_for_bit(slow, device):
+def test_triton_repeats_bit_for_bit(device):
     query, key, rows, columns = slow.inputs(S=70, N=67, device=device)
     first = run("triton", query, key, rows=rows, columns=columns)
     assert torch.equal(run("triton", query, key, rows=rows, columns=columns), first)
@@ -201,7 +202,7 @@ def test_triton_repeats_bit_for_bit(slow, device):
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("row_reduce", ROWS)
 @pytest.mark.parametrize("B, R, N", [(0, 2, 3), (2, 0, 3), (2, 2, 0)], ids=["B=0", "R=0", "N=0"])
-def test_empty(backend, row_reduce, B, R, N, slow, device):
+def test_empty(backend, row_reduce, B, R, N, device):
     query, key, rows, columns = slow.inputs(B=2, R=2, N=3, device=device)
     lists = dict(rows=rows[:B, :R], columns=columns[:B, :N])
     out = run(backend, query[:B], key[:B], row_reduce=row_reduce, **lists)
@@ -211,7 +212,7 @@ def test_empty(backend, row_reduce, B, R, N, slow, device):
 
 @pytest.mark.parametrize("head_reduce", ["mean", "none"])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_schema_and_fake_agree(head_reduce, rotated, slow, device):
+def test_schema_and_fake_agree(head_reduce, rotated, device):
     query, key, rows, columns = slow.inputs(device=device)
     mask, weight = extras(key, rows)
     cos, sin = slow.rope(device=device) if rotated else (None, None)
@@ -220,7 +221,7 @@ def test_schema_and_fake_agree(head_reduce, rotated, slow, device):
     opcheck(torch.ops.vlmprune.received_attention.default, args)
 
 
-def test_compiles_without_graph_breaks(slow, device):
+def test_compiles_without_graph_breaks(device):
     query, key, rows, columns = slow.inputs(device=device)
 
     def score(query, key):
@@ -280,14 +281,14 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("changes, message", ERRORS)
-def test_error_text(changes, message, slow):
+def test_error_text(changes, message):
     args = dict(zip(("query", "key", "rows", "columns"), slow.inputs(), strict=True))
     args |= {name: change(args) for name, change in changes.items()}
     with pytest.raises(ValueError, match=message):
         ops.received_attention(args.pop("query"), args.pop("key"), **args)
 
 
-def test_an_op_without_a_backend_says_why(slow):
+def test_an_op_without_a_backend_says_why():
     query, key, rows, columns = slow.inputs()
     with pytest.raises(ops._dispatch.BackendError) as info, ops.use_backend("cuda"):
         ops.received_attention(query, key, rows=rows, columns=columns)

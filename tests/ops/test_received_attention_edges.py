@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers import slow
 from vlmprune import ops
 
 HEADS, ROWS = ("mean", "max", "sum", "none"), ("mean", "max", "sum")
@@ -15,7 +16,7 @@ def run(backend, query, key, **kwargs):
 
 @pytest.mark.parametrize("programs, heads", [(1, 6), (4, 3), (10, 1)])
 @pytest.mark.parametrize("head_reduce", HEADS)
-def test_a_program_may_take_several_heads(programs, heads, head_reduce, slow, device, monkeypatch):
+def test_a_program_may_take_several_heads(programs, heads, head_reduce, device, monkeypatch):
     from vlmprune.triton_kernels import _scoring
 
     query, key, rows, columns = slow.inputs(H=12, Hkv=6, device=device)
@@ -39,7 +40,7 @@ def true_top_heads(per_head, top_heads, reduce):
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("head_reduce, top_heads", [("mean", 1), ("sum", 3), ("max", 2), ("mean", 6)])
 @pytest.mark.parametrize("row_reduce", ["mean", "max"])
-def test_top_heads(backend, head_reduce, top_heads, row_reduce, slow, device):
+def test_top_heads(backend, head_reduce, top_heads, row_reduce, device):
     query, key, rows, columns = slow.inputs(H=6, Hkv=3, device=device)
     kwargs = dict(rows=rows, columns=columns, row_reduce=row_reduce, causal=False)
     per_head = run(backend, query, key, head_reduce="none", **kwargs)
@@ -47,7 +48,7 @@ def test_top_heads(backend, head_reduce, top_heads, row_reduce, slow, device):
     torch.testing.assert_close(out, true_top_heads(per_head, top_heads, head_reduce), rtol=1e-5, atol=1e-8)
 
 
-def test_top_heads_of_more_columns_than_a_chunk(slow, device):
+def test_top_heads_of_more_columns_than_a_chunk(device):
     shape = dict(B=1, H=2, Hkv=2, Sq=1, S=600, D=8, R=1, N=530)
     query, key, rows, columns = slow.inputs(device=device, **shape)
     query[:, 1] *= 3
@@ -57,7 +58,7 @@ def test_top_heads_of_more_columns_than_a_chunk(slow, device):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_equal_heads_rank_by_number(backend, slow, device):
+def test_equal_heads_rank_by_number(backend, device):
     query, key, rows, columns = slow.inputs(B=1, H=4, Hkv=1, device=device)
     query[:, 2:] = query[:, :1]  # heads 0, 2 and 3 are one, and the best as only key 0 is looked at
     query[:, 1] = -query[:, 0]
@@ -73,7 +74,7 @@ def test_equal_heads_rank_by_number(backend, slow, device):
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("head_reduce", HEADS)
 @pytest.mark.parametrize("row_reduce", ROWS)
-def test_nan_stays_where_it_arises(backend, head_reduce, row_reduce, slow, device):
+def test_nan_stays_where_it_arises(backend, head_reduce, row_reduce, device):
     query, key, rows, columns = slow.inputs(B=1, device=device)
     kwargs = dict(rows=rows, columns=columns, causal=False, head_reduce=head_reduce, row_reduce=row_reduce)
     clean = run(backend, query, key, normalize="none", **kwargs)
@@ -100,7 +101,7 @@ def test_a_visible_minus_infinity_is_not_an_unseen_column(backend, device):
     torch.testing.assert_close(attention.cpu(), torch.tensor([[0.5, 0.0, 0.5, 0.0]]))
 
 
-def test_positions_out_of_range_are_padding_to_the_kernel(slow, device):
+def test_positions_out_of_range_are_padding_to_the_kernel(device):
     """On the CPU they are refused (below); a GPU cannot look without waiting, so its kernel must not read there."""
     from vlmprune.triton_kernels.received_attention import received_attention
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from helpers import slow
 from vlmprune import ops
 from vlmprune.ops import reference
 
@@ -24,7 +25,7 @@ def key_mask_for(key):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_reference_equals_loops(causal, masked, rotated, slow):
+def test_reference_equals_loops(causal, masked, rotated):
     query, key, rows, _ = slow.inputs()
     mask = key_mask_for(key) if masked else None
     rope = slow.rope() if rotated else None
@@ -36,7 +37,7 @@ def test_reference_equals_loops(causal, masked, rotated, slow):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_triton_equals_truth(dtype, causal, rotated, slow, device):
+def test_triton_equals_truth(dtype, causal, rotated, device):
     query, key, rows, _ = slow.inputs(dtype=dtype, device=device)
     mask, rope = key_mask_for(key), slow.rope(B=2, device=device) if rotated else None
     out = run("triton", query, key, rows, mask, causal, rope=rope)
@@ -57,13 +58,13 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_triton_shapes(shape, slow, device):
+def test_triton_shapes(shape, device):
     query, key, rows, _ = slow.inputs(N=1, device=device, **shape)
     out = run("triton", query, key, rows)
     torch.testing.assert_close(out, run("reference", query, key, rows), rtol=1e-5, atol=1e-5)
 
 
-def test_split_keys_are_used_and_repeat_bit_for_bit(slow, device):
+def test_split_keys_are_used_and_repeat_bit_for_bit(device):
     from vlmprune.triton_kernels.row_lse import count_splits
 
     assert count_splits(n_keys=1100, programs=2) == 2
@@ -73,7 +74,7 @@ def test_split_keys_are_used_and_repeat_bit_for_bit(slow, device):
 
 
 @pytest.mark.parametrize("at", [3, 700, 1099], ids=["first split", "second split", "last key"])
-def test_splits_join_without_overflow(at, slow, device):
+def test_splits_join_without_overflow(at, device):
     query, key, rows, _ = slow.inputs(H=1, Hkv=1, S=1100, D=8, device=device)
     key[:, :, at] = 200 * query[:, :, -1]
     out = run("triton", query, key, rows, causal=False)
@@ -82,7 +83,7 @@ def test_splits_join_without_overflow(at, slow, device):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_rows_that_see_nothing_are_minus_infinity(backend, slow, device):
+def test_rows_that_see_nothing_are_minus_infinity(backend, device):
     query, key, rows, _ = slow.inputs(B=1, R=2, device=device)
     rows[0, 1] = -1
     mask = torch.zeros(1, key.shape[2], dtype=torch.bool, device=device)
@@ -91,7 +92,7 @@ def test_rows_that_see_nothing_are_minus_infinity(backend, slow, device):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_masked_and_future_keys_may_hold_nan(backend, slow, device):
+def test_masked_and_future_keys_may_hold_nan(backend, device):
     query, key, rows, _ = slow.inputs(B=1, device=device)
     rows.fill_(key.shape[2] - 2)
     clean = run(backend, query, key, rows, key_mask_for(key))
@@ -101,7 +102,7 @@ def test_masked_and_future_keys_may_hold_nan(backend, slow, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_triton_reads_any_strides(dtype, slow, device):
+def test_triton_reads_any_strides(dtype, device):
     query, key, rows, _ = slow.inputs(dtype=dtype, device=device)
     q = torch.stack([query, query], 2).transpose(1, 3).contiguous().transpose(1, 3)[:, :, 1]
     k = torch.cat([key, key], 3)[..., : key.shape[3]]
@@ -112,14 +113,14 @@ def test_triton_reads_any_strides(dtype, slow, device):
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("B, R", [(0, 2), (2, 0)])
-def test_empty(backend, B, R, slow, device):
+def test_empty(backend, B, R, device):
     query, key, rows, _ = slow.inputs(B=2, R=2, device=device)
     out = run(backend, query[:B], key[:B], rows[:B, :R])
     assert out.shape == (B, 4, R) and out.dtype == torch.float32
 
 
 @pytest.mark.parametrize("rotated", [False, True])
-def test_schema_and_fake_agree(rotated, slow, device):
+def test_schema_and_fake_agree(rotated, device):
     query, key, rows, _ = slow.inputs(device=device)
     cos, sin = slow.rope(device=device) if rotated else (None, None)
     opcheck(
@@ -128,14 +129,14 @@ def test_schema_and_fake_agree(rotated, slow, device):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_nan_in_a_visible_key_is_nan(backend, slow, device):
+def test_nan_in_a_visible_key_is_nan(backend, device):
     query, key, rows, _ = slow.inputs(B=1, device=device)
     key[0, 0, 4, 0] = float("nan")
     out = run(backend, query, key, rows)
     assert out[0, :2].isnan().all() and out[0, 2:].isfinite().all()
 
 
-def test_rows_out_of_range_are_padding_to_the_kernel(slow, device):
+def test_rows_out_of_range_are_padding_to_the_kernel(device):
     """On the CPU they are refused (below); a GPU cannot look without waiting, so its kernel must not read there."""
     from vlmprune.triton_kernels.row_lse import row_lse
 
@@ -148,7 +149,7 @@ def test_rows_out_of_range_are_padding_to_the_kernel(slow, device):
     assert torch.equal(out, expected)
 
 
-def bad(slow, **changes):
+def bad(**changes):
     query, key, rows, _ = slow.inputs()
     args = dict(query=query, key=key, rows=rows)
     return {**args, **{name: change(args) for name, change in changes.items()}}
@@ -197,6 +198,6 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("changes, message", ERRORS)
-def test_error_text(changes, message, slow):
+def test_error_text(changes, message):
     with pytest.raises(ValueError, match=message):
-        ops.row_lse(**bad(slow, **changes))
+        ops.row_lse(**bad(**changes))

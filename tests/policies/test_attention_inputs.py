@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers.contexts import case
 from vlmprune import ops
 from vlmprune.policies import attention
 
@@ -39,7 +40,7 @@ def two_ranks(monkeypatch, others):
 
 
 @pytest.mark.parametrize("head_reduce", ["mean", "sum", "max", "none"])
-def test_heads_of_two_ranks_give_what_all_heads_give(case, monkeypatch, head_reduce):
+def test_heads_of_two_ranks_give_what_all_heads_give(monkeypatch, head_reduce):
     seen = case(["two", "tall"]).ctx.attention
     want = seen.received(head_reduce=head_reduce)
     mine, others = halves(seen)
@@ -49,7 +50,7 @@ def test_heads_of_two_ranks_give_what_all_heads_give(case, monkeypatch, head_red
     torch.testing.assert_close(got, want, atol=1e-7, rtol=1e-6)
 
 
-def test_real_collectives_of_one_rank_change_nothing(case):
+def test_real_collectives_of_one_rank_change_nothing():
     seen = case(["square"]).ctx.attention
     dist = attention.dist
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -61,7 +62,7 @@ def test_real_collectives_of_one_rank_change_nothing(case):
         dist.destroy_process_group()
 
 
-def test_lse_counts_for_rotated_row_shares_only(case):
+def test_lse_counts_for_rotated_row_shares_only():
     seen = case(["square"]).ctx.attention
     lse = ops.row_lse(seen.query, seen.key, seen.rows, key_mask=seen.key_mask, scale=seen.scale)
     given = replace(seen, lse=lse)
@@ -72,7 +73,7 @@ def test_lse_counts_for_rotated_row_shares_only(case):
         assert torch.equal(wrong.received(**more), seen.received(**more))
 
 
-def test_a_chunk_without_its_past_has_no_lse(case):
+def test_a_chunk_without_its_past_has_no_lse():
     seen = case(["two", "tall", "two"], past=True).ctx.attention
     lse = torch.zeros(seen.query.shape[:3])
     assert replace(seen, lse=lse).chunk().lse is None

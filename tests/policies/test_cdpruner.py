@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.contexts import case, images_in, kept_lists, sight, text_case
 from vlmprune.policies.base import Needs
 from vlmprune.policies.cdpruner import CDPruner
 
@@ -52,7 +53,7 @@ def slow(features, relevance, count):
 @pytest.mark.parametrize("images", BATCHES)
 @pytest.mark.parametrize("relevance", ["text", "none", by_number])
 @pytest.mark.parametrize("keep", [4, 0.3])
-def test_equals_the_formula(images, relevance, keep, case, sight, images_in, kept_lists):
+def test_equals_the_formula(images, relevance, keep):
     """Up to as many tokens of an image as features have dims: after that the kernel has no volume left to rank by."""
     ctx = case(images, layer=0).ctx
     g = torch.Generator().manual_seed(9)
@@ -70,7 +71,7 @@ def test_equals_the_formula(images, relevance, keep, case, sight, images_in, kep
         assert kept_lists(got.index)[sample] == expected
 
 
-def test_a_neighbour_in_the_batch_changes_nothing(case, kept_lists):
+def test_a_neighbour_in_the_batch_changes_nothing():
     """The released code scales relevance over the batch."""
     ctx = case(["square", "square"], layer=0).ctx
 
@@ -82,7 +83,7 @@ def test_a_neighbour_in_the_batch_changes_nothing(case, kept_lists):
     assert both[0].tolist() == alone[0].tolist()
 
 
-def test_equal_relevance_is_diversity_alone(case):
+def test_equal_relevance_is_diversity_alone():
     ctx = case(["square"], layer=0).ctx
     some, none = CDPruner(6, constant).select(ctx), CDPruner(6, "none").select(ctx)
     assert torch.equal(some.index, none.index)
@@ -92,7 +93,7 @@ def constant(ctx):
     return torch.full(ctx.mask.shape, 0.4)
 
 
-def test_no_text_is_diversity_alone(text_case, kept_lists):
+def test_no_text_is_diversity_alone():
     mixed, alone = (text_case(["square"] * len(a), layer=0, after=a).ctx for a in ([5, 0], [0]))
     for ctx, silent in ((mixed, 1), (alone, 0)):
         text, none = (kept_lists(CDPruner(6, r).select(ctx).index) for r in ("text", "none"))
@@ -102,7 +103,7 @@ def test_no_text_is_diversity_alone(text_case, kept_lists):
     assert text[0] != none[0]
 
 
-def test_rank_below_the_budget_still_keeps_distinct_tokens(case):
+def test_rank_below_the_budget_still_keeps_distinct_tokens():
     """Two directions only: the released code re-picks; the lowest tokens fill up here."""
     ctx = case(["square"], layer=0).ctx
     hidden = torch.eye(8)[torch.arange(36) // 30][None]
@@ -111,7 +112,7 @@ def test_rank_below_the_budget_still_keeps_distinct_tokens(case):
 
 
 @pytest.mark.parametrize("keep", [192, 128, 64])
-def test_published_counts(keep, sight):
+def test_published_counts(keep):
     assert CDPruner(keep).select(sight([((24, 24),)])).index.shape == (1, keep)
 
 
@@ -137,7 +138,7 @@ def test_rejects(settings, message):
         CDPruner(**settings)
 
 
-def test_select_errors(sight):
+def test_select_errors():
     ctx = sight(["square"])
     with pytest.raises(
         ValueError, match=r"^relevance: expected a function that returns \(1, 36\), got \(36,\)$"

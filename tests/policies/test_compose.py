@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from helpers.contexts import case, kept_lists
 from vlmprune.policies import Custom, FastV, Feather, Needs, Random, Stages, Uniform, Union
 
 
-def test_stages_delegates_by_layer(case):
+def test_stages_delegates_by_layer():
     fastv, random = FastV(layer=2), Random(layer=5, keep=3)
     both = Stages([random, fastv])
     assert both.layers == (2, 5)
@@ -40,13 +41,13 @@ def test_stages_rejects(policies, message):
         Stages(policies)
 
 
-def test_stages_rejects_other_layers(case):
+def test_stages_rejects_other_layers():
     with pytest.raises(ValueError, match=r"^layer: expected one of \(2,\), got 3$"):
         Stages([FastV(layer=2)]).select(case(["square"], layer=3).ctx)
 
 
 @pytest.mark.parametrize("images", [["square"], ["two", "none", "tall"]])
-def test_union_of_sets(images, case, kept_lists):
+def test_union_of_sets(images):
     ctx = case(images).ctx
     p, q, r = FastV(keep=0.3), Uniform(keep=4), Random(keep=1)
     parts = [kept_lists(x.select(ctx)) for x in (p, q, r)]
@@ -56,7 +57,7 @@ def test_union_of_sets(images, case, kept_lists):
     assert index.shape[1] == max(map(len, expected))
 
 
-def test_feather_is_a_union(case):
+def test_feather_is_a_union():
     """Stage 1 of FEATHER = its own top-k joined with the grid."""
     ctx = case(["two", "tall"], layer=2).ctx
     whole = Feather(layers=(2, 5), keep=0.3, stride=3)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from helpers.contexts import case
 from vlmprune.policies import Custom, Needs, Stages
 
 
@@ -13,12 +14,12 @@ def first_two(ctx):
     return torch.where(ctx.mask[:, :2], torch.arange(2), -1)
 
 
-def test_keeps_what_the_function_says(case):
+def test_keeps_what_the_function_says():
     ctx = case(["square", "none"]).ctx
     assert Custom(2, first_two).select(ctx).tolist() == [[0, 1], [-1, -1]]
 
 
-def test_drops_columns_that_are_padding_everywhere(case):
+def test_drops_columns_that_are_padding_everywhere():
     index = torch.tensor([[0, 4, -1, -1], [3, -1, -1, -1]])
     assert Custom(2, lambda ctx: index).select(case(["square", "two"]).ctx).tolist() == [[0, 4], [3, -1]]
 
@@ -69,17 +70,17 @@ def test_sees_hidden_states_and_attention():
         ),
     ],
 )
-def test_rejects_answers(answer, message, case):
+def test_rejects_answers(answer, message):
     with pytest.raises(ValueError, match=message):
         Custom(2, lambda ctx: answer).select(case(["square", "tall"]).ctx)
 
 
-def test_a_sample_without_images_keeps_nothing(case):
+def test_a_sample_without_images_keeps_nothing():
     with pytest.raises(ValueError, match=r"^select\(ctx\), sample 1: expected nothing, .*, got \[0\]$"):
         Custom(2, lambda ctx: torch.zeros(2, 1, dtype=torch.int64)).select(case(["square", "none"]).ctx)
 
 
-def test_is_a_value_like_every_policy(case):
+def test_is_a_value_like_every_policy():
     """Its settings are its arguments; a copy checks answers as the original does, once."""
     policy = Custom(2, first_two)
     moved = dataclasses.replace(policy, layer=3)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.contexts import kept_lists, text_case, top
 from vlmprune.policies.base import Needs
 from vlmprune.policies.dart import DART
 from vlmprune.policies.schedule import stage_counts
@@ -24,7 +25,7 @@ def cosine(a, b):
     return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
 
 
-def slow_dart(made, sample, keep, pivots, count, top):
+def slow_dart(made, sample, keep, pivots, count):
     """The kept tokens, following the released procedure with pivots in the order of the prompt."""
     seen, n = made.ctx.attention, made.ctx.counts[sample]
     rotated = seen.key[sample].double().numpy()
@@ -63,16 +64,16 @@ def slow_dart(made, sample, keep, pivots, count, top):
 @pytest.mark.parametrize(
     "keep, pivots", [(16, (4, 4)), (0.5, (2, 1)), (3, (4, 4)), (11, (0, 9)), (10, (3, 0)), (1.0, (4, 4))]
 )
-def test_equals_the_procedure(settings, count, keep, pivots, text_case, top, kept_lists):
+def test_equals_the_procedure(settings, count, keep, pivots):
     made = text_case(**settings, layer=2)
     index = DART(keep=keep, pivots=pivots, count=count).select(made.ctx)
     got = kept_lists(index)
     for sample in range(len(got)):
-        assert got[sample] == slow_dart(made, sample, keep, pivots, count, top)
+        assert got[sample] == slow_dart(made, sample, keep, pivots, count)
     assert index.shape[1] == max(map(len, got))
 
 
-def test_equal_tokens(text_case, kept_lists):
+def test_equal_tokens():
     """Constant features: every choice is a tie, and goes to the lower position."""
     made = text_case(["square"])
     seen = replace(made.ctx.attention, key=torch.ones_like(made.ctx.attention.key))
@@ -80,7 +81,7 @@ def test_equal_tokens(text_case, kept_lists):
     assert kept_lists(DART(keep=16, pivots=(4, 0)).select(ctx)) == [list(range(20))]
 
 
-def test_a_sample_with_fewer_tokens_than_pivots_keeps_one(text_case, kept_lists):
+def test_a_sample_with_fewer_tokens_than_pivots_keeps_one():
     """No visual pivot, and less than one token for each text pivot: the one of largest key norm stays."""
     made = text_case([((1, 2),), ((2, 3),)])
     policy, norms = DART(keep=3, pivots=(0, 4)), made.ctx.attention.key.abs().sum((1, 3))
@@ -90,15 +91,15 @@ def test_a_sample_with_fewer_tokens_than_pivots_keeps_one(text_case, kept_lists)
 
 @pytest.mark.parametrize("count", ["released", "exact"])
 @pytest.mark.parametrize("pivots", [(2, 2), (0, 4)])
-def test_no_text_after_the_image(count, pivots, text_case, top, kept_lists):
+def test_no_text_after_the_image(count, pivots):
     """Visual pivots take their share, key norms decide on the text pivots' share; a neighbour keeps its own."""
     mixed = text_case(["square", "tall"], after=[0, 5])
     got = kept_lists(DART(keep=9, pivots=pivots, count=count).select(mixed.ctx))
-    assert got == [slow_dart(mixed, sample, 9, pivots, count, top) for sample in (0, 1)]
+    assert got == [slow_dart(mixed, sample, 9, pivots, count) for sample in (0, 1)]
     alone = text_case(["square"], after=[0])
     assert alone.ctx.text.shape == (1, 0)
     got = kept_lists(DART(keep=9, pivots=pivots, count=count).select(alone.ctx))
-    assert got == [slow_dart(alone, 0, 9, pivots, count, top)]
+    assert got == [slow_dart(alone, 0, 9, pivots, count)]
 
 
 def test_published_counts():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.contexts import case, kept_lists
 from vlmprune.policies.base import Needs, Reduction
 from vlmprune.policies.divprune import DivPrune
 
@@ -36,7 +37,7 @@ def count_of(keep, tokens, images):
 
 @pytest.mark.parametrize("images", BATCHES)
 @pytest.mark.parametrize("keep", [0.098, 0.5, 1.0, 4, 100])
-def test_equals_the_formula(images, keep, case, kept_lists):
+def test_equals_the_formula(images, keep):
     ctx = case(images, layer=0).ctx
     got = DivPrune(keep).select(ctx)
     for sample, n in enumerate(ctx.counts):
@@ -46,7 +47,7 @@ def test_equals_the_formula(images, keep, case, kept_lists):
 
 
 @pytest.mark.parametrize("keep", [3, 7, 20])
-def test_duplicates_are_kept_once_until_nothing_else_is_left(keep, case, kept_lists):
+def test_duplicates_are_kept_once_until_nothing_else_is_left(keep):
     """24 tokens along 6 axes, of several lengths: cosines are exactly 0 or 1."""
     ctx = case([((4, 6),)], layer=0).ctx
     g = torch.Generator().manual_seed(3)
@@ -58,14 +59,14 @@ def test_duplicates_are_kept_once_until_nothing_else_is_left(keep, case, kept_li
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_constant_features_keep_the_first(value, case):
+def test_constant_features_keep_the_first(value):
     ctx = case(["square"], layer=0).ctx
     constant = torch.zeros_like(ctx.hidden)
     constant[..., 0] = value
     assert DivPrune(5).select(replace(ctx, hidden=constant)).index.tolist() == [[0, 1, 2, 3, 4]]
 
 
-def test_images_of_a_sample_are_chosen_from_together(case, kept_lists):
+def test_images_of_a_sample_are_chosen_from_together():
     """Two equal images: the second adds nothing, so it gets few tokens or none."""
     ctx = case([((3, 4), (3, 4))], layer=0).ctx
     twice = torch.cat([ctx.hidden[:, :12], ctx.hidden[:, :12]], 1)
@@ -74,7 +75,7 @@ def test_images_of_a_sample_are_chosen_from_together(case, kept_lists):
 
 
 @pytest.mark.parametrize("keep, count", [(0.098, 56), (192, 192), (128, 128), (64, 64)])
-def test_published_counts(keep, count, case):
+def test_published_counts(keep, count):
     kept = DivPrune(keep, positions="keep").select(case([((24, 24),)], layer=0, last_only=True).ctx)
     assert kept.shape == (1, count)
 
@@ -95,6 +96,6 @@ def test_rejects(settings, message):
         DivPrune(**settings)
 
 
-def test_missing_features(case):
+def test_missing_features():
     with pytest.raises(ValueError, match=r"^ctx\.hidden: expected projected features .*, got None$"):
         DivPrune().select(replace(case(layer=0).ctx, hidden=None))

@@ -2,6 +2,7 @@
 
 import pytest
 
+from helpers.contexts import images_in, kept_lists, patch_scores, sight, top
 from vlmprune.policies.base import Needs, Reduction
 from vlmprune.policies.fastervlm import FasterVLM
 
@@ -15,7 +16,7 @@ BATCHES = [
 
 @pytest.mark.parametrize("settings", BATCHES)
 @pytest.mark.parametrize("keep", [1, 5, 0.25, 1.0, 100])
-def test_equals_the_formula(settings, keep, sight, images_in, patch_scores, top, kept_lists):
+def test_equals_the_formula(settings, keep):
     ctx = sight(**settings)
     got = FasterVLM(keep).select(ctx)
     for sample, here in enumerate(images_in(ctx)):
@@ -27,7 +28,7 @@ def test_equals_the_formula(settings, keep, sight, images_in, patch_scores, top,
     assert got == Reduction(got.index, None, "pack")
 
 
-def test_another_layer_and_positions(sight, patch_scores, top):
+def test_another_layer_and_positions():
     ctx = sight(["square"], layers=(-2, 3))
     kept = FasterVLM(6, vision_layer=3, positions="keep").select(ctx)
     assert kept.tolist() == [top(patch_scores(ctx, 3, 0), 6)]
@@ -35,12 +36,12 @@ def test_another_layer_and_positions(sight, patch_scores, top):
 
 
 @pytest.mark.parametrize("keep", [192, 128, 64, 0.25])
-def test_published_counts(keep, sight):
+def test_published_counts(keep):
     kept = FasterVLM(keep).select(sight([((24, 24),)])).index
     assert kept.shape == (1, 144 if keep == 0.25 else keep)
 
 
-def test_no_images(sight):
+def test_no_images():
     assert FasterVLM().select(sight(["none", "none"])).shape == (2, 0)
 
 

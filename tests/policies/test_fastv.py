@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.contexts import case, kept_lists, top
 from vlmprune.policies import FastV, Needs
 
 CASES = [
@@ -38,7 +39,7 @@ def slow_scores(case, sample, rows):
 @pytest.mark.parametrize("settings", CASES)
 @pytest.mark.parametrize("keep", [0.5, 0.13, 4])
 @pytest.mark.parametrize("rows", ["last", "mean"])
-def test_equals_the_formula(settings, keep, rows, case, top, kept_lists):
+def test_equals_the_formula(settings, keep, rows):
     made = case(**settings)
     if rows == "mean" and settings.get("last_only"):
         pytest.skip("all rows need all queries")
@@ -52,13 +53,13 @@ def test_equals_the_formula(settings, keep, rows, case, top, kept_lists):
         assert got[sample] == top(scores, count)
 
 
-def test_last_row_and_mean_rows_differ(case):
+def test_last_row_and_mean_rows_differ():
     made = case(["square"])
     last, mean = (FastV(keep=0.5, rows=rows).select(made.ctx) for rows in ("last", "mean"))
     assert not torch.equal(last, mean)
 
 
-def test_paper_count_of_a_llava_image(case):
+def test_paper_count_of_a_llava_image():
     """N = 576, R = 0.75: 144 tokens stay."""
     assert FastV(layer=2, keep=0.25).select(case([((24, 24),)], last_only=True).ctx).shape == (1, 144)
 
@@ -88,7 +89,7 @@ def test_rejects(settings, message):
         FastV(**settings)
 
 
-def test_says_what_the_wiring_forgot(case):
+def test_says_what_the_wiring_forgot():
     bare = replace(case(["square"]).ctx, attention=None)
     with pytest.raises(ValueError, match=r"^ctx\.attention: expected query and key"):
         FastV().select(bare)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.contexts import case, kept_lists, rope, top
 from vlmprune.policies import Feather, Needs
 
 CASES = [
@@ -44,7 +45,7 @@ def slow_grid(case, sample, stride):
 @pytest.mark.parametrize("settings", CASES)
 @pytest.mark.parametrize("keep, stride", [(0.3, 3), (0.55, 2), (0.05, 4), (1.0, 3)])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_equals_the_formula(settings, keep, stride, stage, case, top, kept_lists):
+def test_equals_the_formula(settings, keep, stride, stage):
     made = case(**settings, layer=LAYERS[stage])
     got = kept_lists(Feather(layers=LAYERS, keep=keep, stride=stride).select(made.ctx))
     for sample, n in enumerate(made.ctx.counts):
@@ -54,7 +55,7 @@ def test_equals_the_formula(settings, keep, stride, stage, case, top, kept_lists
         assert got[sample] == sorted(expected)
 
 
-def test_rope_would_change_the_choice(case):
+def test_rope_would_change_the_choice():
     """The same context scored with a rotation of nothing: the choice differs, so the tests above can fail."""
     made = case(["square"], layer=5)
     plain = tuple(torch.full_like(t, float(i == 0)) for i, t in enumerate(made.ctx.attention.rope))
@@ -63,7 +64,7 @@ def test_rope_would_change_the_choice(case):
     assert not torch.equal(policy.select(made.ctx), policy.select(rotated))
 
 
-def test_the_position_of_the_prompt_does_not_matter(case, rope):
+def test_the_position_of_the_prompt_does_not_matter():
     """Without RoPE the same content far along the sequence scores the same."""
     made = case(["square"], layer=2)
     old = made.ctx.attention
@@ -74,7 +75,7 @@ def test_the_position_of_the_prompt_does_not_matter(case, rope):
     assert torch.equal(policy.select(made.ctx), policy.select(replace(made.ctx, attention=far)))
 
 
-def test_paper_counts(case):
+def test_paper_counts():
     """n = 729: grid 81, top-k 218, union in 218..299, then int(0.09 n1)."""
     policy = Feather(layers=(8, 16), keep=0.3, stride=3)
     one = ((27, 27),)
@@ -88,7 +89,7 @@ def test_paper_counts(case):
     assert policy.select(second.ctx).shape == (1, int(0.09 * len(kept)))
 
 
-def test_width_is_what_the_fullest_sample_keeps(case):
+def test_width_is_what_the_fullest_sample_keeps():
     """The wiring takes the width of a batch of one as its count."""
     index = Feather(layers=LAYERS, keep=0.3).select(case(["two", "tall"], layer=2).ctx)
     assert (index >= 0).sum(1).max() == index.shape[1]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers.contexts import case
 from vlmprune.policies.grid import stride_grid
 
 BATCHES = [
@@ -20,7 +21,7 @@ BATCHES = [
 
 @pytest.mark.parametrize("images, kept", BATCHES)
 @pytest.mark.parametrize("stride", [1, 2, 3, 100])
-def test_equals_slicing(images, kept, stride, case):
+def test_equals_slicing(images, kept, stride):
     ctx = case(images, kept=kept).ctx
     got = stride_grid(ctx, stride)
     for sample, grids in enumerate(images):
@@ -33,14 +34,14 @@ def test_equals_slicing(images, kept, stride, case):
         assert not got[sample][len(numbers) :].any()
 
 
-def test_paper_counts(case):
+def test_paper_counts():
     def count(side, stride):
         return int(stride_grid(case([((side, side),)]).ctx, stride).sum())
 
     assert [count(27, 3), count(27, 2), count(24, 3), count(24, 2)] == [81, 196, 64, 144]
 
 
-def test_never_waits_for_the_device(case):
+def test_never_waits_for_the_device():
     """Meta tensors hold no values: reading one on the host would raise."""
     ctx = case(["two", "none"]).ctx
     meta = replace(ctx, mask=ctx.mask.to("meta"), ordinals=ctx.ordinals.to("meta"))

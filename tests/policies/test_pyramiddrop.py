@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.contexts import attention_row, case, kept_lists, top
 from vlmprune.policies.base import Needs, Reduction
 from vlmprune.policies.pyramiddrop import PyramidDrop
 from vlmprune.policies.schedule import stage_counts
@@ -19,7 +20,7 @@ CASES = [
 ]
 
 
-def slow_scores(made, sample, attention_row):
+def slow_scores(made, sample):
     seen = made.ctx.attention
     last, heads = int(seen.last[sample]), seen.query.shape[1]
     return np.mean([attention_row(made, sample, last, h) for h in range(heads)], 0).round(12)
@@ -27,13 +28,13 @@ def slow_scores(made, sample, attention_row):
 
 @pytest.mark.parametrize("settings", CASES)
 @pytest.mark.parametrize("ratio", [0.5, 0.3, 1.0])
-def test_equals_the_formula(settings, ratio, case, attention_row, top, kept_lists):
+def test_equals_the_formula(settings, ratio):
     made = case(**settings, layer=16)
     choice = PyramidDrop(ratio=ratio).select(made.ctx)
     got = kept_lists(choice.index)
     for sample, n in enumerate(made.ctx.counts):
         count = min(n, max(1, int(n * ratio + 1e-6)))
-        scores = slow_scores(made, sample, attention_row)
+        scores = slow_scores(made, sample)
         best = top(scores, count)
         if settings.get("few_values"):  # an ulp may tell equal tokens apart: no better one goes
             close = scores.round(7)
@@ -42,7 +43,7 @@ def test_equals_the_formula(settings, ratio, case, attention_row, top, kept_list
             assert got[sample] == best
 
 
-def test_a_share_counts_from_the_previous_stage_a_list_from_the_image(case):
+def test_a_share_counts_from_the_previous_stage_a_list_from_the_image():
     made = case(["square"], kept=[list(range(14))], layer=16)
     assert PyramidDrop(ratio=0.4).select(made.ctx).index.shape == (1, 5)  # int(0.4 * 14)
     assert PyramidDrop(ratio=(0.4, 0.3, 0.1)).select(made.ctx).index.shape == (1, 10)  # int(0.3 * 36)
@@ -59,7 +60,7 @@ def test_released_list_and_default_count_alike(n):
     assert stage_counts(PyramidDrop(ratio=(0.5, 0.25, 0.125)), n) == stage_counts(PyramidDrop(), n)
 
 
-def test_positions(case):
+def test_positions():
     ctx = case(["two", "tall"], layer=8).ctx
     packed, kept = PyramidDrop().select(ctx), PyramidDrop(positions="keep").select(ctx)
     assert isinstance(packed, Reduction) and packed.positions == "pack" and packed.hidden is None

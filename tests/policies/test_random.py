@@ -5,30 +5,31 @@ import math
 import pytest
 import torch
 
+from helpers.contexts import case, kept_lists
 from vlmprune.policies import Random
 
 
-def test_seeds_and_samples_differ(case):
+def test_seeds_and_samples_differ():
     ctx = case(["square", "square"]).ctx
     one, other = (Random(seed=seed).select(ctx) for seed in (0, 1))
     assert not torch.equal(one, other)
     assert not torch.equal(one[0], one[1])
 
 
-def test_does_not_depend_on_the_other_samples(case, kept_lists):
+def test_does_not_depend_on_the_other_samples():
     alone = kept_lists(Random(keep=6).select(case(["tall", "square"]).ctx))
     among = kept_lists(Random(keep=6).select(case(["two", "square", "none"]).ctx))
     assert alone[1] == among[1]
 
 
-def test_does_not_touch_the_global_generator(case):
+def test_does_not_touch_the_global_generator():
     ctx = case(["square"]).ctx
     state = torch.get_rng_state()
     Random(seed=3).select(ctx)
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_every_token_is_equally_likely(case):
+def test_every_token_is_equally_likely():
     """400 seeds, half of 36 tokens: each count is within five standard deviations of 200."""
     ctx = case(["square"]).ctx
     hits = torch.zeros(36)

@@ -2,12 +2,13 @@
 
 import torch
 
+from helpers.contexts import case
 from vlmprune.policies import FastV, Random, Stages
 from vlmprune.policies.random_deep import RandomDeep
 from vlmprune.policies.schedule import stage_counts
 
 
-def test_is_random_at_a_deep_layer(case):
+def test_is_random_at_a_deep_layer():
     ctx = case(["two", "none", "tall"], layer=20).ctx
     assert RandomDeep().layers == (20,)
     for settings in ({}, {"keep": 3, "seed": 5}):

@@ -207,7 +207,7 @@ def test_text(text, policy):
     assert type(policy_from(text)) is type(policy)
 
 
-def test_what_stands_in_the_docstring_of_random_deep(sight):
+def test_what_stands_in_the_docstring_of_random_deep():
     """The paper's recipe."""
     text = "divprune:keep=0.5 + random_deep:layer=20,keep=0.25"
     check_policy(policy_from(text))

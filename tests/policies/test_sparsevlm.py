@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.contexts import attention_row, text_case, top
 from vlmprune.policies.base import Needs, Reduction
 from vlmprune.policies.raters import rated, rater_weights, row_attention
 from vlmprune.policies.recycle import recycle_counts
@@ -49,7 +50,7 @@ def slow_raters(made, sample):
     return above or list(range(len(text)))
 
 
-def slow_matrix(made, sample, attention_row):
+def slow_matrix(made, sample):
     """Head-mean attention of the raters (rows) to the visual tokens (columns)."""
     rows, heads = made.ctx.attention.rows[sample].tolist(), made.ctx.attention.query.shape[1]
     return np.array(
@@ -77,7 +78,7 @@ def slow_clusters(x, count):
     return centers, joins
 
 
-def slow_recycle(x, scores, kept, merge, top):
+def slow_recycle(x, scores, kept, merge):
     """Places of kept and merged tokens, and their contents."""
     pruned = [j for j in range(len(scores)) if j not in kept]
     m = int(len(pruned) * 0.3) + 1 if pruned else 0
@@ -91,7 +92,7 @@ def slow_recycle(x, scores, kept, merge, top):
 
 @pytest.mark.parametrize("settings", [case for case in CASES if case.id != "equal-raters"])
 @pytest.mark.parametrize("keep, merge", [(4, "mean"), (0.5, "sum"), (12, "mean")])
-def test_equals_the_formula(settings, keep, merge, text_case, attention_row, top):
+def test_equals_the_formula(settings, keep, merge):
     made = text_case(**settings, layer=7)
     got = SparseVLM(keep=(1, keep, 1), merge=merge).select(made.ctx)
     assert isinstance(got, Reduction) and got.positions == "pack"
@@ -100,40 +101,40 @@ def test_equals_the_formula(settings, keep, merge, text_case, attention_row, top
         count = int(n * keep) if isinstance(keep, float) else keep * len(made.ctx.grids[sample])
         expected, contents = [], []
         if n:
-            scores = slow_matrix(made, sample, attention_row).mean(0).round(12)
+            scores = slow_matrix(made, sample).mean(0).round(12)
             x = made.ctx.hidden[sample, :n].double().numpy()
             kept = top(scores, min(n, max(1, min(count, n - 1))))
-            expected, contents = slow_recycle(x, scores, kept, merge, top)
+            expected, contents = slow_recycle(x, scores, kept, merge)
         assert index == expected + [-1] * (len(index) - len(expected))
         for row, content in zip(rows, contents, strict=False):
             np.testing.assert_allclose(row, content, rtol=1e-5, atol=1e-6)
     assert got.index.shape[1] == int((got.index >= 0).sum(1).max())
 
 
-def test_ties(text_case, attention_row, top):
+def test_ties():
     """Three distinct keys: whichever of equal tokens stay (an ulp may tell them apart), no better one goes."""
     made = text_case(["square", "two"], few_values=True, layer=7)
     got = SparseVLM(keep=(1, 6, 1), recycle=False, positions="keep").select(made.ctx)
     for sample, count in enumerate((6, 12)):
-        scores = slow_matrix(made, sample, attention_row).mean(0).round(7)
+        scores = slow_matrix(made, sample).mean(0).round(7)
         assert sorted(scores[got[sample, :count]]) == sorted(scores[top(scores, count)])
 
 
 @pytest.mark.parametrize("kind", ["constant", "duplicates"])
-def test_degenerate_features(kind, text_case, attention_row, top):
+def test_degenerate_features(kind):
     made = text_case(["square"], layer=3)
     hidden = torch.ones_like(made.ctx.hidden)
     if kind == "duplicates":
         hidden = made.ctx.hidden[:, torch.arange(36) // 3]
     made = replace(made, ctx=replace(made.ctx, hidden=hidden))
     got = SparseVLM(keep=(3, 1, 1)).select(made.ctx)
-    scores = slow_matrix(made, 0, attention_row).mean(0).round(12)
-    index, rows = slow_recycle(hidden[0].double().numpy(), scores, top(scores, 3), "mean", top)
+    scores = slow_matrix(made, 0).mean(0).round(12)
+    index, rows = slow_recycle(hidden[0].double().numpy(), scores, top(scores, 3), "mean")
     assert got.index[0].tolist() == index
     np.testing.assert_allclose(got.hidden[0], np.array(rows), rtol=1e-5)
 
 
-def test_without_recycling(text_case):
+def test_without_recycling():
     ctx = text_case(["two", "none", "tall"], layer=3).ctx
     packed = SparseVLM(keep=(7, 1, 1), recycle=False).select(ctx)
     assert packed.positions == "pack" and packed.hidden is None
@@ -146,7 +147,7 @@ def test_without_recycling(text_case):
 
 
 @pytest.mark.parametrize("settings", CASES)
-def test_raters(settings, text_case):
+def test_raters(settings):
     made = text_case(**settings)
     weights = rater_weights(made.ctx)
     for sample, n in enumerate(made.ctx.counts):
@@ -154,25 +155,25 @@ def test_raters(settings, text_case):
         assert weights[sample].nonzero().flatten().tolist() == raters
 
 
-def test_raters_do_not_change_when_tokens_go(text_case):
+def test_raters_do_not_change_when_tokens_go():
     """The same prompt after a stage that left one token of one image: whole images still vote."""
     before, after = (text_case(["two"], kept=kept) for kept in (None, [[30]]))
     assert torch.equal(rater_weights(before.ctx), rater_weights(after.ctx))
 
 
-def test_equal_text_rows_are_all_raters(text_case):
+def test_equal_text_rows_are_all_raters():
     made = text_case(["square"])
     made.ctx.embeds[:, made.ctx.text[0]] = 0.5
     assert rater_weights(made.ctx).tolist() == [[1.0] * 7]
 
 
-def test_no_text_after_the_image(text_case, attention_row, top):
+def test_no_text_after_the_image():
     """Nobody can rate: tokens spread over the image stay, or all where the rank decides. Who has text is rated as ever."""
     mixed, alone = text_case(["square", "square"], after=[5, 0]), text_case(["square"], after=[0])
     assert alone.ctx.text.shape == (1, 0)
     policy = SparseVLM(layers=(2,), keep=(9,), recycle=False, positions="keep")
     got, lonely = policy.select(mixed.ctx), policy.select(alone.ctx)
-    assert got[0].tolist() == top(slow_matrix(mixed, 0, attention_row).mean(0).round(12), 9)
+    assert got[0].tolist() == top(slow_matrix(mixed, 0).mean(0).round(12), 9)
     assert got[1].tolist() == lonely[0].tolist()
     assert lonely[0].tolist() == [3, 8, 11, 16, 19, 21, 24, 29, 32]
     for version in ("1.0", "paper"):
@@ -195,7 +196,7 @@ def test_unrated_tokens_are_spread_evenly(kept):
 
 @pytest.mark.parametrize("version", ["1.0", "paper"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_unknown_rank_counts_as_full(version, value, text_case):
+def test_an_unknown_rank_counts_as_full(version, value):
     """NaN in one sample: it loses nothing, and its neighbour what it would have lost."""
     ctx = text_case(["square", "two"], layer=7).ctx
     policy = SparseVLM(version=version, scale=0.5, recycle=False)
@@ -205,7 +206,7 @@ def test_an_unknown_rank_counts_as_full(version, value, text_case):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
-def test_recycling_of_rows_out_of_range(value, text_case):
+def test_recycling_of_rows_out_of_range(value):
     """Distances that leave float32 choose some centre among the pruned tokens, once each."""
     ctx = text_case(["square", "square"], layer=3).ctx
     policy, bad = SparseVLM(keep=(3, 1, 1)), replace(ctx, hidden=ctx.hidden.clone())
@@ -217,7 +218,7 @@ def test_recycling_of_rows_out_of_range(value, text_case):
 
 
 @pytest.mark.parametrize("settings", CASES)
-def test_row_attention(settings, text_case, attention_row):
+def test_row_attention(settings):
     made = text_case(**settings)
     got = row_attention(made.ctx.attention)
     for sample, n in enumerate(made.ctx.counts):
@@ -232,7 +233,7 @@ def test_row_attention(settings, text_case, attention_row):
     "version, scale, bias", [("1.0", 3.0, 2.0), ("1.0", 0.1, 0.0), ("paper", 1.0, 0.0), ("paper", 0.5, 0.0)]
 )
 @pytest.mark.parametrize("settings", CASES)
-def test_counts_by_rank(settings, version, scale, bias, text_case, attention_row):
+def test_counts_by_rank(settings, version, scale, bias):
     made = text_case(**settings, layer=7)
     policy = SparseVLM(version=version, scale=scale, bias=bias, recycle=False)
     kept = (policy.select(made.ctx).index >= 0).sum(1).tolist()
@@ -240,7 +241,7 @@ def test_counts_by_rank(settings, version, scale, bias, text_case, attention_row
         if not n:
             assert kept[sample] == 0
             continue
-        rank = np.linalg.matrix_rank(slow_matrix(made, sample, attention_row).astype(np.float32))
+        rank = np.linalg.matrix_rank(slow_matrix(made, sample).astype(np.float32))
         if version == "1.0":
             wanted = n if rank == n else min(int(rank * scale + bias), n - 1)
         else:
@@ -313,7 +314,7 @@ def test_rejects(settings, message):
         SparseVLM(**settings)
 
 
-def test_says_what_is_missing(text_case):
+def test_says_what_is_missing():
     ctx = text_case(["square"], layer=3).ctx
     for field, message in (
         ("embeds", "ctx.embeds: expected input"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.contexts import attention_row, case, kept_lists, text_case, top
 from vlmprune.policies.base import Needs
 from vlmprune.policies.raters import rater_weights
 from vlmprune.policies.schedule import stage_counts
@@ -29,7 +30,7 @@ def kernel(distance, D, base, stretch=1.0):
     return stretch**2 * sum(waves) / math.sqrt(D)
 
 
-def slow_scores(made, sample, settings, heads, attention_row):
+def slow_scores(made, sample, settings, heads):
     """Sum over raters and priority heads of A / max(R, R(0) / 20), with distances from the prompt's positions."""
     seen, stretch = made.ctx.attention, settings.get("stretch", 1.0)
     raters = rater_weights(made.ctx)[sample].nonzero().flatten().tolist()
@@ -49,12 +50,12 @@ def slow_scores(made, sample, settings, heads, attention_row):
 
 @pytest.mark.parametrize("settings", CASES)
 @pytest.mark.parametrize("keep, heads", [(5, 2), (0.5, 14), (3, 1)])
-def test_equals_the_formula(settings, keep, heads, text_case, attention_row, top, kept_lists):
+def test_equals_the_formula(settings, keep, heads):
     made = text_case(**settings, layer=7)
     got = kept_lists(SparseVLMPlus(keep=(1, keep, 1), heads=heads).select(made.ctx))
     for sample, n in enumerate(made.ctx.counts):
         count = int(n * keep) if isinstance(keep, float) else keep * len(made.ctx.grids[sample])
-        scores = slow_scores(made, sample, settings, heads, attention_row)
+        scores = slow_scores(made, sample, settings, heads)
         best = top(scores, min(n, max(1, min(count, n - 1))))
         if settings.get("few_values"):  # an ulp may tell equal tokens apart: no better one goes
             close = scores.round(6)
@@ -63,7 +64,7 @@ def test_equals_the_formula(settings, keep, heads, text_case, attention_row, top
             assert got[sample] == best
 
 
-def test_no_text_after_the_image(text_case, kept_lists):
+def test_no_text_after_the_image():
     """Tokens spread evenly stay, as in SparseVLM; a neighbour with text keeps what it keeps alone."""
     policy = SparseVLMPlus(layers=(2,), keep=(9,), heads=2)
     mixed, sound, alone = (
@@ -80,7 +81,7 @@ def test_the_cases_reach_the_floor():
     assert min(kernel(d, 16, 100.0) for d in range(40)) < 0.05 * kernel(0, 16, 100.0)
 
 
-def far_apart(case, distances, D=128, base=10000.0):
+def far_apart(distances, D=128, base=10000.0):
     """Attention inputs with one row, and a column at each distance from it."""
     seen = case(["square"]).ctx.attention
     at = torch.tensor([max(distances)] + [max(distances) - d for d in distances], dtype=torch.float64)[None]
@@ -96,10 +97,10 @@ def far_apart(case, distances, D=128, base=10000.0):
     )
 
 
-def test_published_kernel(case):
+def test_published_kernel():
     """Head dim 128, base 10000: the published values, and the floor where they fall below it or turn negative."""
     distances = [0, 1, 100, 600, 1000, 1108, 1109, 1707, 2629, 17156]
-    got = rope_kernel(far_apart(case, distances))[0, 0].tolist()
+    got = rope_kernel(far_apart(distances))[0, 0].tolist()
     plain = [kernel(d, 128, 10000.0) for d in distances]
     floor = 0.05 * plain[0]
     np.testing.assert_allclose(got, [max(r, floor) for r in plain], rtol=1e-4)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers.contexts import case, kept_lists
 from vlmprune.policies import Uniform
 from vlmprune.policies.lattice import lattice, lattice_scores
 
@@ -46,12 +47,12 @@ def test_every_band_of_rows_and_columns_gets_its_share(grid):
 
 
 @pytest.mark.parametrize("k", [1, 2, 10, 17, 96, 144, 195, 196])
-def test_a_whole_image_keeps_its_lattice(k, case, kept_lists):
+def test_a_whole_image_keeps_its_lattice(k):
     (kept,) = kept_lists(Uniform(keep=k).select(case([((14, 14),)]).ctx))
     assert tuple(kept) == lattice((14, 14), k)
 
 
-def test_what_raster_order_does_to_96_of_576(case, kept_lists):
+def test_what_raster_order_does_to_96_of_576():
     """Four columns of it, with five between them."""
     ctx = case([((24, 24),)]).ctx
     (even,), (raster,) = (kept_lists(Uniform(keep=96, order=o).select(ctx)) for o in ("lattice", "raster"))
@@ -70,7 +71,7 @@ def test_lattice_by_hand():
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.25, 3, 11])
-def test_every_image_gets_its_part_of_the_lattice(keep, case, kept_lists):
+def test_every_image_gets_its_part_of_the_lattice(keep):
     """Two images of unequal size and, beside them, one with its newline column, each as if it were alone."""
     grids = ((8, 12), (6, 4)), ((9, 10),)
     ctx = case(grids).ctx
@@ -85,7 +86,7 @@ def test_every_image_gets_its_part_of_the_lattice(keep, case, kept_lists):
             first += grid[0] * grid[1]
 
 
-def test_lattice_among_what_an_earlier_stage_left(case, kept_lists):
+def test_lattice_among_what_an_earlier_stage_left():
     """The lower half and a few: the lattice's density there is what it would be if all were there."""
     left = [3, 30, *range(288, 576)]
     ctx = case([((24, 24),)], kept=[left]).ctx
@@ -100,7 +101,7 @@ def test_lattice_among_what_an_earlier_stage_left(case, kept_lists):
     assert everything == [[*range(290)]]
 
 
-def test_lattice_of_a_rearranged_sample(case, kept_lists):
+def test_lattice_of_a_rearranged_sample():
     """Tokens are told apart by their ordinals, wherever they stand."""
     ctx = case([((6, 6),)]).ctx
     back = replace(ctx, ordinals=ctx.ordinals.flip(1))
@@ -108,7 +109,7 @@ def test_lattice_of_a_rearranged_sample(case, kept_lists):
     assert sorted(35 - i for i in other) == row
 
 
-def test_lattice_of_a_part_of_a_prompt(case, kept_lists):
+def test_lattice_of_a_part_of_a_prompt():
     """Chunked prefill: half of an image, then the other, together spread like a whole."""
     ctx = case([((8, 8),)]).ctx
     kept = []
@@ -119,7 +120,7 @@ def test_lattice_of_a_part_of_a_prompt(case, kept_lists):
     assert len(kept) == 16 and tuple(kept) == lattice((8, 8), 16)
 
 
-def test_lattice_never_waits_for_the_device(case):
+def test_lattice_never_waits_for_the_device():
     """Meta tensors hold no values: reading one on the host would raise."""
     ctx = case(["two", "none", "tall"]).ctx
     there = {name: getattr(ctx, name).to("meta") for name in ("mask", "ordinals", "positions")}
@@ -128,7 +129,7 @@ def test_lattice_never_waits_for_the_device(case):
 
 @pytest.mark.parametrize("images", [["square"], ["two", "none", "tall"], [((24, 24),)]])
 @pytest.mark.parametrize("keep", [0.25, 0.3, 0.999, 1.0, 1, 7, 1000])
-def test_raster_order(images, keep, case, kept_lists):
+def test_raster_order(images, keep):
     ctx = case(images).ctx
     got = kept_lists(Uniform(keep=keep, order="raster").select(ctx))
     for sample, n in enumerate(ctx.counts):
@@ -141,17 +142,17 @@ def test_raster_order(images, keep, case, kept_lists):
         assert got[sample] == [int((i + 0.5) * n / k) for i in range(k)]
 
 
-def test_the_middle_of_equal_parts(case, kept_lists):
+def test_the_middle_of_equal_parts():
     assert kept_lists(Uniform(keep=4, order="raster").select(case([((2, 6),)]).ctx)) == [[1, 4, 7, 10]]
 
 
-def test_grid_of_every_image(case, kept_lists):
+def test_grid_of_every_image():
     """4 x 5 and 5 x 3 patches, stride 2."""
     expected = [0, 2, 4, 10, 12, 14, 20, 22, 26, 28, 32, 34]
     assert kept_lists(Uniform(stride=2).select(case(["two"]).ctx)) == [expected]
 
 
-def test_grid_after_a_stage_keeps_what_is_left_of_it(case, kept_lists):
+def test_grid_after_a_stage_keeps_what_is_left_of_it():
     ctx = case(["two", "square"], kept=[[1, 2, 11, 20, 34], [1, 9, 35]]).ctx
     assert kept_lists(Uniform(stride=2).select(ctx)) == [[1, 3, 4], [0]]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.contexts import case, images_in, patch_scores, sight
 from vlmprune.ops.greedy_select import greedy_select
 from vlmprune.policies.base import Reduction
 from vlmprune.policies.cdpruner import CDPruner
@@ -34,7 +35,7 @@ BATCHES = [
 
 
 @pytest.mark.parametrize("images", BATCHES)
-def test_split_and_join(images, case, images_in):
+def test_split_and_join(images):
     ctx = case(images, layer=0).ctx
     found = images_of(ctx)
     split = found.split(ctx.hidden)
@@ -54,7 +55,7 @@ def test_split_and_join(images, case, images_in):
 
 @pytest.mark.parametrize("cls", [True, False])
 @pytest.mark.parametrize("few_values", [True, False])
-def test_patch_attention(cls, few_values, sight, patch_scores):
+def test_patch_attention(cls, few_values):
     ctx = sight(["tall", ((3, 7), (7, 3))], cls=cls, few_values=few_values)
     got = patch_attention(ctx.vision[-2])
     assert got.shape == (3, 21) and got.dtype == torch.float32
@@ -110,13 +111,13 @@ class NoWaiting(TorchDispatchMode):
     ids=repr,
 )
 @pytest.mark.parametrize("images", [["square", "square"], ["tall", "none", ((3, 7), (7, 3))]])
-def test_nothing_waits_for_the_device(policy, images, sight):
+def test_nothing_waits_for_the_device(policy, images):
     ctx = sight(images, layers=(-2, 5))
     with NoWaiting():
         policy.select(ctx)
 
 
-def test_the_check_for_waiting_can_fail(sight):
+def test_the_check_for_waiting_can_fail():
     ctx = sight(["square"])
     with NoWaiting(), pytest.raises(AssertionError):
         ctx.hidden[ctx.mask]
@@ -125,7 +126,7 @@ def test_the_check_for_waiting_can_fail(sight):
 
 
 @pytest.mark.parametrize("policy", [FasterVLM(), VisionZip(), VisPruner(), VScan()])
-def test_errors(policy, sight, case):
+def test_errors(policy):
     layers = tuple(policy.needs(0).vision)
     ctx = sight(["square"], layers)
     with pytest.raises(ValueError, match=r"^ctx\.vision\[\S+\]: expected query and key \(declare Needs"):
@@ -142,7 +143,7 @@ def test_errors(policy, sight, case):
         replace(policy, vision_layer="last")
 
 
-def test_images_of_several_sizes_have_no_common_tower(sight):
+def test_images_of_several_sizes_have_no_common_tower():
     ctx = sight(["square", "square"])
     with pytest.raises(ValueError, match=r"^ctx\.vision\[-2\]: expected images of \(20, 15\) patches"):
         vision_of(ctx, -2, images_of(replace(ctx, grids=(((4, 5), (5, 3)),), counts=(35,))))

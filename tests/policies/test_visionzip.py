@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import contexts
+from helpers.contexts import images_in, patch_scores
 from vlmprune.policies.base import Needs
 from vlmprune.policies.visionzip import VisionZip
 
@@ -17,22 +19,17 @@ BATCHES = [
 ]
 
 
-@pytest.fixture
-def sight(sight):
+def sight(*args, **kwargs):
     """Contexts whose hidden states are the projected features, as before layer 0. The projection is not linear, so
     merging before it and behind it differ."""
-
-    def make(*args, **kwargs):
-        ctx = sight(*args, **kwargs)
-        hidden, image = torch.zeros_like(ctx.hidden), 0
-        for sample, grids in enumerate(ctx.grids):
-            first = 0
-            for rows, columns in grids:
-                hidden[sample, first : first + rows * columns] = ctx.project(ctx.features[image])
-                first, image = first + rows * columns, image + 1
-        return replace(ctx, hidden=hidden)
-
-    return make
+    ctx = contexts.sight(*args, **kwargs)
+    hidden, image = torch.zeros_like(ctx.hidden), 0
+    for sample, grids in enumerate(ctx.grids):
+        first = 0
+        for rows, columns in grids:
+            hidden[sample, first : first + rows * columns] = ctx.project(ctx.features[image])
+            first, image = first + rows * columns, image + 1
+    return replace(ctx, hidden=hidden)
 
 
 def cosine(a, b):
@@ -56,7 +53,7 @@ def slow(scores, keys, rows, dominant, contextual):
     return [(j, rows[j]) for j in best] + list(zip(targets, merged, strict=True))
 
 
-def expected_of(ctx, images_in, patch_scores, dominant, contextual):
+def expected_of(ctx, dominant, contextual):
     """Per sample, what the images keep, one after another."""
     for here in images_in(ctx):
         found = []
@@ -72,11 +69,11 @@ def expected_of(ctx, images_in, patch_scores, dominant, contextual):
 @pytest.mark.parametrize("settings", BATCHES)
 @pytest.mark.parametrize("dominant, contextual", [(5, 3), (4, 0), (1, 12), (20, 10), (100, 7), (9, 1)])
 @pytest.mark.parametrize("positions", ["pack", "keep"])
-def test_equals_the_formula(settings, dominant, contextual, positions, sight, images_in, patch_scores):
+def test_equals_the_formula(settings, dominant, contextual, positions):
     ctx = sight(**settings)
     got = VisionZip(dominant, contextual, positions=positions).select(ctx)
     assert got.positions == positions
-    found = list(expected_of(ctx, images_in, patch_scores, dominant, contextual))
+    found = list(expected_of(ctx, dominant, contextual))
     assert got.index.shape[1] == max(map(len, found))
     for sample, pairs in enumerate(found):
         pairs = sorted(pairs, key=lambda p: p[0]) if positions == "keep" else pairs
@@ -86,7 +83,7 @@ def test_equals_the_formula(settings, dominant, contextual, positions, sight, im
             assert row == pytest.approx(expected, abs=1e-5)
 
 
-def test_keys_along_axes(sight, images_in, patch_scores):
+def test_keys_along_axes():
     """Cosines of exactly 0, 1 and -1, so most patches tie between targets; some keys are zero."""
     ctx = sight(["square"], H=1)
     g = torch.Generator().manual_seed(5)
@@ -94,12 +91,12 @@ def test_keys_along_axes(sight, images_in, patch_scores):
     seen = ctx.vision[-2]
     ctx = replace(ctx, vision={-2: replace(seen, key=(torch.eye(8)[axis] * sign[:, None])[None, None])})
     got = VisionZip(6, 7).select(ctx)
-    (pairs,) = expected_of(ctx, images_in, patch_scores, 6, 7)
+    (pairs,) = expected_of(ctx, 6, 7)
     assert got.index.tolist() == [[j for j, _ in pairs]]
     assert got.hidden[0].double().numpy() == pytest.approx(np.stack([row for _, row in pairs]), abs=1e-5)
 
 
-def test_a_target_counts_in_full_beside_the_mean(sight):
+def test_a_target_counts_in_full_beside_the_mean():
     """Constant rows of 1: a contextual token with followers is 2, one without is 1, a dominant one 1."""
     ctx = sight(["square"])
     ones = torch.ones(1, 36, 12)
@@ -109,7 +106,7 @@ def test_a_target_counts_in_full_beside_the_mean(sight):
     assert rows[:6].unique().tolist() == [1.0] and rows[6:].unique().tolist() == [2.0]
 
 
-def test_half_precision_rows_keep_their_dtype(sight):
+def test_half_precision_rows_keep_their_dtype():
     ctx = sight(["square"])
     rows = VisionZip(5, 3).select(replace(ctx, hidden=ctx.hidden.bfloat16())).hidden
     exact = VisionZip(5, 3).select(ctx).hidden
@@ -120,7 +117,7 @@ def test_half_precision_rows_keep_their_dtype(sight):
 @pytest.mark.parametrize(
     "tokens, dominant, contextual", [(192, 162, 30), (128, 108, 20), (64, 54, 10), (32, 27, 5)]
 )
-def test_presets(tokens, dominant, contextual, sight):
+def test_presets(tokens, dominant, contextual):
     policy = VisionZip(tokens=tokens)
     assert (policy.dominant, policy.contextual) == (dominant, contextual)
     assert policy == VisionZip(dominant, contextual, tokens=tokens) == replace(policy)
@@ -135,7 +132,7 @@ def test_defaults():
     assert VisionZip(vision_layer=4).needs(0) == Needs(hidden=True, vision=(4,))
 
 
-def test_no_images(sight):
+def test_no_images():
     assert VisionZip().select(sight(["none"])).shape == (1, 0)
 
 
@@ -158,7 +155,7 @@ def test_rejects(settings, message):
         VisionZip(**settings)
 
 
-def test_missing_rows(sight):
+def test_missing_rows():
     with pytest.raises(
         ValueError, match=r"^ctx\.hidden: expected rows \(declare Needs\(hidden=True\)\), got None$"
     ):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.contexts import images_in, kept_lists, patch_scores, sight
 from vlmprune.policies.base import Needs
 from vlmprune.policies.vispruner import VisPruner, remove_duplicates
 
@@ -38,7 +39,7 @@ def slow(scores, features, keep, ratio):
 
 @pytest.mark.parametrize("settings", BATCHES)
 @pytest.mark.parametrize("keep, ratio", [(8, 0.5), (7, 0.5), (0.3, 0.25), (1, 0.0), (5, 1.0), (100, 0.5)])
-def test_equals_the_formula(settings, keep, ratio, sight, images_in, patch_scores, kept_lists):
+def test_equals_the_formula(settings, keep, ratio):
     ctx = sight(**settings)
     got = VisPruner(keep, ratio).select(ctx)
     for sample, here in enumerate(images_in(ctx)):
@@ -50,7 +51,7 @@ def test_equals_the_formula(settings, keep, ratio, sight, images_in, patch_score
         assert kept_lists(got.index)[sample] == expected
 
 
-def test_equal_features(sight, patch_scores):
+def test_equal_features():
     """Every patch duplicates every other: the earliest even places go, by order alone."""
     ctx = sight(["square"])
     axis = torch.zeros_like(ctx.features)
@@ -73,14 +74,14 @@ def test_a_round_removes_no_more_than_there_are():
     assert remove_duplicates(features, torch.arange(10)[None], 0).shape == (1, 0)
 
 
-def test_published_counts(sight):
+def test_published_counts():
     ctx = sight([((24, 24),)])
     assert VisPruner().select(ctx).index.shape == (1, 64)
     order = list(range(576))
     assert slow_rounds(ctx.features[0], order[32:], 32)[1] == 64  # 544 - 32 = 512 = 64 rounds of 8
 
 
-def test_no_images(sight):
+def test_no_images():
     assert VisPruner().select(sight(["none"])).shape == (1, 0)
 
 
@@ -88,7 +89,7 @@ def test_needs():
     assert VisPruner().layers == (0,) and VisPruner().needs(0) == Needs(vision=(-2,))
 
 
-def test_missing_features(sight):
+def test_missing_features():
     with pytest.raises(
         ValueError, match=r"^ctx\.features: expected what the projector got \(declare .*None$"
     ):

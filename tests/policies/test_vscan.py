@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.contexts import case, images_in, kept_lists, patch_scores, sight, top
 from vlmprune.policies.base import Needs, Reduction
 from vlmprune.policies.vscan import VScan, rank_within, windows_of
 
@@ -18,7 +19,7 @@ BATCHES = [
 LAYERS = (-2, 5)
 
 
-def slow_scan(shallow, deep, grid, keep, local_ratio, window, top):
+def slow_scan(shallow, deep, grid, keep, local_ratio, window):
     """Windows one by one; then the best of the deep layer among all that is left."""
     rows, columns = grid
     groups = {}
@@ -50,7 +51,7 @@ def slow_merge(rows, kept):
 @pytest.mark.parametrize(
     "keep, ratio, window", [(8, 0.5, 3), (9, 0.5, 2), (0.4, 0.75, 6), (5, 0.0, 3), (7, 1.0, 2), (99, 0.5, 6)]
 )
-def test_first_stage_equals_the_formula(settings, keep, ratio, window, sight, images_in, patch_scores, top):
+def test_first_stage_equals_the_formula(settings, keep, ratio, window):
     ctx = sight(**settings, layers=LAYERS)
     got = VScan(keep, local_ratio=ratio, window=window).select(ctx)
     assert got.positions == "pack"
@@ -59,7 +60,7 @@ def test_first_stage_equals_the_formula(settings, keep, ratio, window, sight, im
         for number, first, (r, c) in here:
             count = min(r * c, keep) if isinstance(keep, int) else max(1, int(keep * r * c))
             shallow, deep = (patch_scores(ctx, layer, number) for layer in (5, -2))
-            kept = slow_scan(shallow, deep, (r, c), count, ratio, window, top)
+            kept = slow_scan(shallow, deep, (r, c), count, ratio, window)
             expected += [first + p for p in kept]
             merged += slow_merge(ctx.hidden[sample, first : first + r * c].double().numpy(), kept)
         assert got.index[sample].tolist() == expected + [-1] * (got.index.shape[1] - len(expected))
@@ -67,7 +68,7 @@ def test_first_stage_equals_the_formula(settings, keep, ratio, window, sight, im
             assert row == pytest.approx(right, abs=1e-5)
 
 
-def test_constant_rows_stay_as_they_are(sight):
+def test_constant_rows_stay_as_they_are():
     """The mean includes the kept row itself, so equal rows merge to the same row."""
     ctx = sight(["square"], LAYERS)
     rows = VScan(8).select(replace(ctx, hidden=torch.ones_like(ctx.hidden))).hidden
@@ -75,7 +76,7 @@ def test_constant_rows_stay_as_they_are(sight):
 
 
 @pytest.mark.parametrize("keep, then", [(96, 32), (192, 64), (288, 96)])
-def test_published_counts(keep, then, sight, case):
+def test_published_counts(keep, then):
     """24 x 24: each of 16 windows gives half of T / 16 patches; the mean over 32 layers is 64, 128 or 192."""
     ctx = sight([((24, 24),)], LAYERS, H=1)
     got = VScan(keep, then).select(ctx)
@@ -118,7 +119,7 @@ def last_row(made, sample):
 
 @pytest.mark.parametrize("settings", STAGE_TWO)
 @pytest.mark.parametrize("then", [3, 0.5, 100])
-def test_second_stage_equals_the_formula(settings, then, case, top, kept_lists):
+def test_second_stage_equals_the_formula(settings, then):
     made = case(**settings, layer=16)
     got = VScan(then=then).select(made.ctx)
     assert got == Reduction(got.index, None, "pack")
@@ -129,7 +130,7 @@ def test_second_stage_equals_the_formula(settings, then, case, top, kept_lists):
     assert torch.equal(kept, got.index)
 
 
-def test_no_images(sight):
+def test_no_images():
     assert VScan().select(sight(["none"], LAYERS)).shape == (1, 0)
 
 

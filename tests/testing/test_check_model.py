@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
 
 import vlmprune
+from helpers import fake_flash
+from helpers.families import CASES, build
 from vlmprune import ops
 from vlmprune.errors import InputError, ModelError
 from vlmprune.models import layer_inputs, stage
@@ -20,10 +20,6 @@ from vlmprune.policies.base import PruningPolicy
 from vlmprune.testing import check_model
 from vlmprune.testing.masked import masked_logits
 from vlmprune.testing.pictures import make_inputs
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-import _flash
-from _families import CASES, build
 
 COMPARED = ("unpruned", "keep all", "Random", "Stages", "Rewritten")
 
@@ -64,7 +60,7 @@ def test_says_what_it_compared_and_with_what(model):
 
 @pytest.mark.parametrize("attention", ["eager", "vlmprune", "flash_attention_2"])
 def test_every_attention_implementation(model, attention, monkeypatch):
-    calls = _flash.install_for_transformers(monkeypatch)
+    calls = fake_flash.install_for_transformers(monkeypatch)
     model.config.text_config._attn_implementation = attention
     report = check_model(model)
     assert report.attention == attention == model.model.language_model.config._attn_implementation

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from helpers.families import CASES, IMAGE, START, VIDEO, build
 from vlmprune.testing.pictures import make_inputs, samples_of
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from _families import CASES, IMAGE, START, VIDEO, build
 
 SIDES = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 NINE = [[384 * down, 384 * across] for down in range(1, 7) for across in range(1, 7)]

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import torch
 from torch import distributed as dist
 
 import vlmprune
-
-sys.path.append(str(Path(__file__).parent))
-from _tiny import generate, make_batch
+from helpers.tiny import generate, make_batch
 
 ACROSS = (
     vlmprune.Feather(layers=(2, 4), keep=0.5),

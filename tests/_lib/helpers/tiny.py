@@ -30,6 +30,8 @@ from vlmprune.policies.base import PruningPolicy, TokenContext, select_scores
 
 IMAGE, PAD, BOS, EOS = 199, 0, 1, 2
 LAYERS, GRID = 6, 4  # 16 visual tokens per image
+STEPS = 4
+TOLERANCE = 1e-4  # absolute, on float32 logits of order 10
 
 BEFORE_PREFILL = version.parse(transformers.__version__) >= version.parse("5.18")
 """Since transformers 5.18 generate() encodes images before it calls the model, and passes the features on."""
@@ -258,3 +260,9 @@ def slow(model, batch, said, steps):
         real = torch.cat([real, real.new_ones(len(real), 1)], 1)
     [h.remove() for h in handles]
     return torch.stack(tokens, 1), torch.stack(logits, 1)
+
+
+def assert_equals_oracle(model, batch, run, tokens, logits) -> None:
+    want_tokens, want_logits, _ = oracle(model, batch, dropped_from(run, batch), tokens.shape[1])
+    torch.testing.assert_close(logits, want_logits, atol=TOLERANCE, rtol=0)
+    assert torch.equal(tokens, want_tokens)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from helpers.families import IMAGE, STEPS, VIDEO
+from helpers.tiny import masked
 from vlmprune.policies.base import Needs, PruningPolicy, TokenContext
-
-sys.path.append(str(Path(__file__).parent))
-from _families import IMAGE, STEPS, VIDEO
-from _tiny import masked
 
 TOLERANCE = 1e-4  # absolute, on float32 logits of order 10
 LAST_BUT_ONE = Needs(vision=(-2,))

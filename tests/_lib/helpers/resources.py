@@ -1,16 +1,17 @@
 """Registers, spills and shared memory of every kernel that the compile tests launch, and of the CUDA C++ kernels.
 
-Run as a script it rewrites the tables of the installed Triton and nvcc: TRITON_INTERPRET=0 python -P tests/compile/_resources.py
+Run as a script it rewrites the tables of the installed Triton and nvcc: make resources
 """
 
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 import multiprocessing
 import os
 import pkgutil
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,9 @@ import triton
 from triton.compiler.errors import CompilationError
 from triton.runtime.jit import JITFunction
 
-HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+from helpers import offline
+
+ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = RESULTS / f"kernel_resources_triton-{triton.__version__}.csv"
 TARGETS = (80, 90, 100, "gfx942")
@@ -46,22 +49,12 @@ CUDA_KERNEL = re.compile(
 )
 
 
-def load(path):
-    """A module of this folder, by its path: the folder is no package."""
-    name = f"compile_{path.stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 @cache
 def launches():
     """Name -> launch, of every compile test that keeps a table of LAUNCHES."""
     found = {}
-    for path in sorted(HERE.glob("test_offline_compile*.py")):
-        for name, launch in load(path).LAUNCHES.items():
+    for path in sorted((ROOT / "tests" / "compile").glob("test_offline_compile*.py")):
+        for name, launch in runpy.run_path(str(path))["LAUNCHES"].items():
             assert name not in found, f"two launches are called {name!r}"
             found[name] = launch
     return found
@@ -69,7 +62,6 @@ def launches():
 
 def rows_of(name, target, clean=False):
     """Table rows of one launch for one target, which is ``clean`` or raises; an AMD target's refusal is a row that says why."""
-    offline = load(HERE / "_offline.py")
     compile_launches = offline.compile_clean if clean else offline.compile_launches
     try:
         compiled = compile_launches(launches()[name], target)

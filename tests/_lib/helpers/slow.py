@@ -1,10 +1,9 @@
 """Attention inputs, and what the score ops mean, written as slow float64 loops that share nothing with the reference."""
 
-import pytest
 import torch
 
 
-def make_inputs(B=2, H=4, Hkv=2, Sq=13, S=21, D=24, R=5, N=9, dtype=torch.float32, device="cpu", seed=0):
+def inputs(B=2, H=4, Hkv=2, Sq=13, S=21, D=24, R=5, N=9, dtype=torch.float32, device="cpu", seed=0):
     """Random query, key, rows and columns; with B > 1 the last sample pads one row and two columns."""
     g = torch.Generator().manual_seed(seed)
     query = torch.randn(B, H, Sq, D, generator=g).to(dtype)
@@ -17,7 +16,7 @@ def make_inputs(B=2, H=4, Hkv=2, Sq=13, S=21, D=24, R=5, N=9, dtype=torch.float3
     return [t.to(device) for t in (query, key, rows, columns)]
 
 
-def make_rope(B=1, S=21, D=24, scaling=1.2079, dtype=torch.float32, device="cpu"):
+def rope(B=1, S=21, D=24, scaling=1.2079, dtype=torch.float32, device="cpu"):
     """Rotate-half tables (cos, sin) of theta 10000, with a YaRN-like scaling folded in."""
     frequency = 10000.0 ** (-torch.arange(0, D, 2) / D)
     angle = (torch.arange(S)[:, None] * frequency).repeat(1, 2)[None].expand(B, -1, -1)
@@ -32,7 +31,7 @@ def _unrotate(x, cos, sin):
     return torch.cat([(first * c1 + second * s1) / top, (second * c2 - first * s2) / bottom], -1)
 
 
-def true_logits(query, key, rope, scale, rounded=None):
+def logits(query, key, rope, scale, rounded=None):
     """float64 ``[B, H, S, S]`` logits; rows without a query are NaN. ``rounded`` rounds un-rotated operands to a dtype."""
     (B, H, Sq, D), (Hkv, S) = query.shape, key.shape[1:3]
     q, k = query.double().cpu(), key.double().cpu()
@@ -51,7 +50,7 @@ def sees(row, position, b, key_mask, causal):
     return row >= 0 and (not causal or position <= row) and (key_mask is None or bool(key_mask[b, position]))
 
 
-def true_lse(logits, rows, key_mask=None, causal=True):
+def lse(logits, rows, key_mask=None, causal=True):
     """float64 ``[B, H, R]``, one row at a time."""
     (B, H, S, _), R = logits.shape, rows.shape[1]
     out = torch.full((B, H, R), float("-inf"), dtype=torch.float64)
@@ -63,7 +62,7 @@ def true_lse(logits, rows, key_mask=None, causal=True):
     return out
 
 
-def true_scores(
+def scores(
     logits,
     rows,
     columns,
@@ -116,7 +115,7 @@ def _reduce_rows(terms, how):
     return total / weights if weights > 0 else 0.0
 
 
-def assert_as_good_as_torch(out, torch_out, truth):
+def assert_as_good(out, torch_out, truth):
     """No further from the truth than twice PyTorch at that dtype, plus a rounding floor."""
     out, torch_out = out.double().cpu(), torch_out.double().cpu()
     finite = truth.isfinite()
@@ -125,19 +124,3 @@ def assert_as_good_as_torch(out, torch_out, truth):
     allowed = 2 * (torch_out - truth)[finite].abs().max().item() + floor if finite.any() else 0.0
     error = (out - truth)[finite].abs().max().item() if finite.any() else 0.0
     assert error <= allowed, f"error {error:.3g} > {allowed:.3g}"
-
-
-class Slow:
-    """The functions above, for tests: under importlib import mode a test file cannot import its neighbour."""
-
-    inputs = staticmethod(make_inputs)
-    rope = staticmethod(make_rope)
-    logits = staticmethod(true_logits)
-    lse = staticmethod(true_lse)
-    scores = staticmethod(true_scores)
-    assert_as_good = staticmethod(assert_as_good_as_torch)
-
-
-@pytest.fixture(scope="session")
-def slow():
-    return Slow

@@ -1,6 +1,6 @@
 """Scores a checkpoint without pruning on scenes it was never trained on: greedy answers, family by family.
 
-    python examples/glyphworld/evaluate.py --checkpoint DIR --seeds 70001:70301
+    python examples/glyphworld/accuracy.py --checkpoint DIR --seeds 70001:70301
 
 For pruning methods there is `vlmprune eval`; this is the figure to expect from it when nothing is pruned.
 """

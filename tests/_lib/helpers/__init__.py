@@ -1,0 +1,1 @@
+"""What several test files import; pytest finds it through ``pythonpath`` in pyproject.toml."""
