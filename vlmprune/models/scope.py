@@ -79,17 +79,43 @@ def prune(model: nn.Module, policy: PruningPolicy) -> Scope:
         ValueError: the policy has a stage beyond the decoder's depth, or the model already has a policy.
         VersionError: this transformers calls something by a name that is not known here.
         NotPrunedError: at a call that is not pruned as asked; on leaving, if other code took the hooks off.
+
+    Example, with a ``model`` and ``inputs`` as in the README (here: one image of 16 visual tokens):
+        >>> from vlmprune import FastV, prune
+        >>> with prune(model, FastV(layer=2, keep=0.5)) as run:
+        ...     output = model.generate(**inputs, max_new_tokens=4)
+        >>> [(stage.layer, stage.tokens_in, stage.tokens_kept) for stage in run.stages]
+        [(2, 16, 8)]
+        >>> run.report().tokens.after_last_stage
+        8.0
     """
     return Scope(model, _checked(policy))
 
 
 def meter(model: nn.Module) -> Scope:
-    """Measure an unpruned run the way ``prune`` measures a pruned one: same ``Run``, no stages."""
+    """Measure an unpruned run the way ``prune`` measures a pruned one: same ``Run``, no stages.
+
+    Example:
+        >>> from vlmprune import meter
+        >>> with meter(model) as run:
+        ...     output = model.generate(**inputs, max_new_tokens=4)
+        >>> run.report().visual_tokens, run.report().flops.cut
+        (16.0, 0.0)
+    """
     return Scope(model, None)
 
 
 def attach(model: nn.Module, policy: PruningPolicy) -> Run:
-    """Prune this model until ``detach``: for pipelines and servers. Arguments and errors as for ``prune``."""
+    """Prune this model until ``detach``: for pipelines and servers. Arguments and errors as for ``prune``.
+
+    Example:
+        >>> from vlmprune import DivPrune, attach, detach
+        >>> run = attach(model, DivPrune(keep=4))
+        >>> output = model.generate(**inputs, max_new_tokens=4)
+        >>> detach(model)
+        >>> len(run.kept())
+        4
+    """
     return Scope(model, _checked(policy)).__enter__()
 
 
@@ -99,6 +125,11 @@ def detach(model: nn.Module) -> None:
     Raises:
         ValueError: no policy is attached.
         NotPrunedError: other code took the hooks off while it was attached.
+
+    Example:
+        >>> from vlmprune import FastV, attach, detach
+        >>> run = attach(model, FastV())
+        >>> detach(model)  # the model is as it was before
     """
     engine = find_engine(find_parts(model))
     check(engine is not None, "model", "a model with a policy attached", "none attached")
