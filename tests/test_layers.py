@@ -17,14 +17,18 @@ ALLOWED = {
     "ops": BASE | {"triton_kernels"},
     "policies": BASE | {"flops", "ops"},
     "models": BASE | {"flops", "ops", "policies", "register"},
+    "checkpoints": BASE | {"policies", "models"},
     "testing": BASE | {"policies", "models"},
-    "eval": BASE | {"flops", "images", "policies", "models"},
-    "cli": BASE | {"flops", "images", "ops", "policies", "models", "testing", "eval"},
+    "eval": BASE | {"flops", "images", "policies", "models", "checkpoints"},
+    "cli": BASE | {"flops", "images", "ops", "policies", "models", "testing", "checkpoints", "eval"},
     "integrations": BASE | {"flops", "images", "ops", "policies", "models"},
 }
 """Part of the package -> the other parts it may import."""
 ONLY_IN = {"triton": {"triton_kernels"}, "typer": {"cli"}, "rich": {"cli"}, "matplotlib": {"eval"}}
-ONLY_IN |= {"transformers": {"models", "testing", "cli", "integrations"}, "lmms_eval": {"integrations"}}
+ONLY_IN |= {
+    "transformers": {"models", "testing", "checkpoints", "cli", "integrations"},
+    "lmms_eval": {"integrations"},
+}
 """Outside package -> the only parts that may import it."""
 
 

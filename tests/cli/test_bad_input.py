@@ -9,7 +9,7 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
-from vlmprune.cli.generate import build_text
+from vlmprune.checkpoints import build_text
 from vlmprune.errors import BackendError, InputError, ModelError, NotPrunedError, VersionError
 
 
@@ -152,7 +152,7 @@ def test_a_processor_whose_package_is_missing(ask, broken, monkeypatch):
     def fail(source):
         raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library\nadvice")
 
-    monkeypatch.setattr("vlmprune.cli.load.AutoProcessor.from_pretrained", fail)
+    monkeypatch.setattr("vlmprune.checkpoints.AutoProcessor.from_pretrained", fail)
     line = one_line(ask(model=broken()))
     assert "--model: expected a processor and tokenizer in" in line and line.endswith(
         "the Torchvision library"

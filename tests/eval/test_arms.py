@@ -2,19 +2,21 @@
 
 import pytest
 
-from vlmprune.eval.arms import UNPRUNED, Prompt, plan
+from vlmprune.eval.arms import UNPRUNED, TypicalPrompt, make_arms
 from vlmprune.eval.oracle import Oracle
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
 from vlmprune.policies import FastV, PyramidDrop, Random, Uniform, parse_policy
 from vlmprune.policies.schedule import stage_counts
 
-PROMPT = Prompt(DecoderShape(layers=8, hidden=64, heads=4, kv_heads=4, head_dim=16, intermediate=96), 196, 12)
+PROMPT = TypicalPrompt(
+    DecoderShape(layers=8, hidden=64, heads=4, kv_heads=4, head_dim=16, intermediate=96), 196, 12
+)
 
 BOTH = (Uniform, Random)
 
 
 def plan_of(texts, budgets, baselines, seeds):
-    return plan({text: parse_policy(text) for text in texts}, budgets, baselines, seeds, PROMPT)
+    return make_arms({text: parse_policy(text) for text in texts}, budgets, baselines, seeds, PROMPT)
 
 
 def cut(policy):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from vlmprune import __version__
+from vlmprune.checkpoints import Checkpoint, build_text
 from vlmprune.errors import InputError, check, first_line
-from vlmprune.eval.arms import Arm, Prompt
-from vlmprune.eval.questions import Question
-from vlmprune.eval.scoring import score
+from vlmprune.eval.arms import Arm, TypicalPrompt
+from vlmprune.eval.questions import FILE, Question
+from vlmprune.eval.scoring import judge
 from vlmprune.eval.store import Answer, Store
 from vlmprune.flops import decoder_flops, layer_inputs, mean_tokens
 from vlmprune.images import open_rgb
@@ -25,11 +29,50 @@ Item = tuple[Question, str]
 
 @dataclass(frozen=True)
 class Subject:
-    """Who is asked: a model with its processor, and how long an answer may be."""
+    """Who is asked, how many questions at once, and how long an answer may be."""
 
-    model: Any
-    processor: Any
+    checkpoint: Checkpoint
+    batch_size: int
     max_new_tokens: int
+
+    def settings(self, questions: Path) -> dict[str, Any]:
+        """All that answers to a folder of questions depend on besides policy, question and seed.
+
+        A folder of results belongs to one such set. Images are told by their names, which stand among the questions.
+        """
+        checkpoint = self.checkpoint
+        return {
+            "version": __version__,
+            "model": checkpoint.source,
+            "weights": fingerprint(checkpoint.model),
+            "questions": hashlib.sha256((questions / FILE).read_bytes()).hexdigest()[:16],
+            "template": hashlib.sha256(str(checkpoint.processor.chat_template).encode()).hexdigest()[:16],
+            "device": checkpoint.device,
+            "dtype": checkpoint.dtype,
+            "attention": checkpoint.attention,
+            "batch_size": self.batch_size,
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+
+def fingerprint(model: Any) -> str:
+    """Differs between checkpoints that were trained differently: a hash of some values of every weight."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        some = weight.detach().flatten()[:64].float().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def make_items(processor: Any, questions: Sequence[Question]) -> list[Item]:
+    """Each question with its full prompt. Raises InputError, which names the question, if there is none."""
+    items = []
+    for question in questions:
+        try:
+            items.append((question, build_text(processor, question.prompt, 1)))
+        except InputError as error:
+            raise InputError(f"question {question.id!r}: {error}") from error
+    return items
 
 
 def make_batches(processor: Any, items: Sequence[Item], size: int) -> list[list[Item]]:
@@ -50,12 +93,12 @@ def text_lengths(processor: Any, items: Sequence[Item]) -> list[int]:
     return [len(row) - 1 for row in ids]  # but for the image placeholder
 
 
-def typical_prompt(processor: Any, config: Any, items: Sequence[Item]) -> Prompt:
+def typical_prompt(checkpoint: Checkpoint, items: Sequence[Item]) -> TypicalPrompt:
     """The prompt that budgets are counted for: the first question's visual tokens, the mean text."""
-    ids = make_inputs(processor, items[:1])["input_ids"]
-    lengths = text_lengths(processor, items)
-    visual = int((ids == config.image_token_id).sum())
-    return Prompt(decoder_shape(config), visual, round(sum(lengths) / len(lengths)))
+    ids = make_inputs(checkpoint.processor, items[:1])["input_ids"]
+    lengths = text_lengths(checkpoint.processor, items)
+    visual = int((ids == checkpoint.config.image_token_id).sum())
+    return TypicalPrompt(decoder_shape(checkpoint.config), visual, round(sum(lengths) / len(lengths)))
 
 
 def make_inputs(processor: Any, items: Sequence[Item]) -> Any:
@@ -86,16 +129,15 @@ def missing(items: Sequence[Item], arms: Sequence[Arm], store: Store) -> int:
     return len(keys - store.answers.keys())
 
 
-def ask_all(
-    subject: Subject, batches: Sequence[list[Item]], arms: Sequence[Arm], store: Store
-) -> Iterator[Answer]:
+def ask_all(subject: Subject, items: Sequence[Item], arms: Sequence[Arm], store: Store) -> Iterator[Answer]:
     """Every answer the store does not have yet, in the store before it is handed on. Arms take turns batch by batch."""
     warm: set[str] = set()
-    for number, batch in enumerate(batches):
+    model, processor = subject.checkpoint.model, subject.checkpoint.processor
+    for number, batch in enumerate(make_batches(processor, items, subject.batch_size)):
         open_arms = [arm for arm in arms if missing(batch, [arm], store)]
         if not open_arms:
             continue
-        inputs = make_inputs(subject.processor, batch).to(subject.model.device, dtype=subject.model.dtype)
+        inputs = make_inputs(processor, batch).to(model.device, dtype=model.dtype)
         for arm in open_arms:
             policy = arm.for_batch(number, [question.region for question, _ in batch])
             if arm.key not in warm:  # kernels and caches are made in the first pass, which is not timed
@@ -112,11 +154,11 @@ def _generate(
     subject: Subject, inputs: Any, policy: PruningPolicy | None, limit: int
 ) -> tuple[Run, list[str]]:
     """Greedy answers of a batch, and how it was pruned."""
-    model = subject.model
+    model, processor = subject.checkpoint.model, subject.checkpoint.processor
     with meter(model) if policy is None else prune(model, policy) as run:
         output = model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=1)
     new = output[:, inputs["input_ids"].shape[1] :]
-    return run, subject.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return run, processor.tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
 def _answers(
@@ -129,7 +171,7 @@ def _answers(
     for sample, ((question, _), said) in enumerate(zip(batch, texts, strict=True)):
         kept = [(stage.layer, run.kept_at(i, sample).tolist()) for i, stage in enumerate(run.stages)]
         cut, tokens = _cost(subject, len(run.kept_at(-1, sample)), lengths[sample], kept)
-        right, exact = score(said, question.answer)
+        right, exact = judge(said, question.answer)
         yield Answer(
             policy=arm.key,
             question=question.id,
@@ -148,7 +190,7 @@ def _cost(
     subject: Subject, visual: int, length: int, kept: Sequence[tuple[int, list[int]]]
 ) -> tuple[float, float]:
     """Share of the prefill's FLOPs saved, and mean visual tokens over the layers, of one sample by itself."""
-    shape = decoder_shape(subject.model.config)
+    shape = decoder_shape(subject.checkpoint.config)
     lengths = layer_inputs(shape.layers, visual, [(layer, len(some)) for layer, some in kept])
     full = decoder_flops(shape, [length] * shape.layers)
     pruned = decoder_flops(shape, [n + length - visual for n in lengths])

@@ -21,7 +21,7 @@ class Estimate(NamedTuple):
     high: float
 
 
-def share(values: Sequence[float]) -> Estimate:
+def proportion(values: Sequence[float]) -> Estimate:
     """Mean of one value per question in [0, 1]: Wilson's interval if all are 0 or 1, else the bootstrap's."""
     check(len(values) > 0, "values", "at least one", "none")
     return _wilson(values) if {*values} <= {0.0, 1.0} else bootstrap(values)

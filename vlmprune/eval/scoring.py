@@ -10,7 +10,7 @@ OVERLAP = 0.5
 _BOX = re.compile(r"\s*[\[(]?\s*(-?\d+)[\s,]+(-?\d+)[\s,]+(-?\d+)[\s,]+(-?\d+)\s*[\])]?\s*\.?\s*")
 
 
-def score(answer: str, truth: str) -> tuple[bool, bool]:
+def judge(answer: str, truth: str) -> tuple[bool, bool]:
     """``(right, exact)``. Right is IoU >= 0.5 where the truth is a box, else exact; exact ignores case and white space."""
     exact = " ".join(answer.split()).casefold() == " ".join(truth.split()).casefold()
     box, said = read_box(truth), read_box(answer)

@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmprune.eval.ask import Item, make_batches, make_inputs
-from vlmprune.eval.intervals import bootstrap
-from vlmprune.eval.oracle import patches_of
+from vlmprune.eval import Item, bootstrap, make_batches, make_inputs, patches_in
 from vlmprune.models import find_parts
 from vlmprune.policies.base import Grid
 
@@ -38,7 +36,7 @@ def question_values(model: Any, processor: Any, items: Sequence[Item], grid: Gri
         boxes = torch.zeros(columns.shape, dtype=torch.bool)
         for marked, (question, _) in zip(boxes, batch, strict=True):
             assert question.region is not None
-            marked[patches_of(question.region, grid)] = True
+            marked[patches_in(question.region, grid)] = True
         scores = layer_scores(parts.text, hidden, columns, inputs["attention_mask"].bool())
         for quantity, found in measure(scores, grid, boxes.to(columns.device)).items():
             values[quantity] += found
