@@ -15,6 +15,7 @@ from vlmprune.eval import (
     Question,
     answers_of,
     bootstrap,
+    groups_of,
     iou,
     kept_marks,
     per_question,
@@ -33,14 +34,6 @@ def overlap(answer: str, truth: str) -> float:
     """Intersection over union of the box that was said with the true one; 0 for what is no box."""
     said, box = read_box(answer), read_box(truth)
     return iou(said, box) if said and box else 0.0
-
-
-def groups_of(arms: Sequence[Arm]) -> dict[tuple[str, float | None], list[Arm]]:
-    """The draws of each method at each budget."""
-    groups: dict[tuple[str, float | None], list[Arm]] = {}
-    for arm in arms:
-        groups.setdefault((arm.method, arm.budget), []).append(arm)
-    return groups
 
 
 def accuracy_rows(

@@ -32,17 +32,17 @@ from vlmprune.errors import ModelError
 from vlmprune.eval import (
     Arm,
     Checkpoint,
-    Item,
+    Question,
     Store,
     Subject,
     ask_all,
     check_oracle,
     check_out,
-    make_items,
     missing,
     percent,
     read_questions,
     typical_prompt,
+    with_template,
     write,
 )
 from vlmprune.models import patch_grid
@@ -113,42 +113,41 @@ def study_model(chosen: argparse.Namespace) -> tuple[list[Row], str]:
     grid = patch_grid(checkpoint.config)
     questions = read_questions(chosen.questions, chosen.families)
     check_oracle(questions, checkpoint.config, checkpoint.processor)
-    items = make_items(checkpoint.processor, questions)
-    first = [item for item in items if item[0].family == chosen.families[0]][: chosen.sweep_questions]
-    prompt = typical_prompt(checkpoint, items)
+    questions = with_template(checkpoint.processor, questions)
+    swept = [asked for asked in questions if asked.family == chosen.families[0]][: chosen.sweep_questions]
+    prompt = typical_prompt(checkpoint, questions)
     arms, refused = budget_arms(prompt, BUDGETS, chosen.draws)
     sweep = sweep_arms(prompt, chosen.sweep)
     subject = Subject(checkpoint, chosen.batch_size, NEW_TOKENS)
     store = Store(chosen.out, subject.settings(chosen.questions))
     for line in refused:
         console.print(f"left out: {line}")
-    for some, asked in ((arms, items), (sweep, first)):
+    for some, asked in ((arms, questions), (sweep, swept)):
         ask(subject, asked, some, store)
-    swept = [question for question, _ in first]
     bases = ("uniform", "fastv", "pyramiddrop")
     rows = [*accuracy_rows("budget", name, arms, questions, store.answers, bases)]
     for layer in chosen.sweep:
         here = [arm for arm in sweep if arm.policy is not None and arm.policy.layers == (layer,)]
         rows += accuracy_rows("sweep", name, here, swept, store.answers, ("uniform", "fastv"))
     rows += kept_rows(name, arms, questions, store.answers, grid)
-    rows += _rope(chosen, name, checkpoint, items, grid)
+    rows += _rope(chosen, name, checkpoint, questions, grid)
     kept = profiles(arms, questions, store.answers, grid, BUDGETS[-1])
     write(chosen.out / "heights.png", draw_profiles(kept))
     return rows, checkpoint.dtype
 
 
 def _rope(
-    chosen: argparse.Namespace, name: str, checkpoint: Checkpoint, items: Sequence[Item], grid: Any
+    chosen: argparse.Namespace, name: str, checkpoint: Checkpoint, questions: Sequence[Question], grid: Any
 ) -> list[Row]:
-    boxed = [item for item in items if item[0].box is not None][: chosen.rope_questions]
+    boxed = [question for question in questions if question.box is not None][: chosen.rope_questions]
     values = question_values(checkpoint.model, checkpoint.processor, boxed, grid, chosen.batch_size)
     return [*rope_rows(name, values, grid)]
 
 
-def ask(subject: Subject, items: Sequence[Item], arms: Sequence[Arm], store: Store) -> None:
+def ask(subject: Subject, questions: Sequence[Question], arms: Sequence[Arm], store: Store) -> None:
     """Fill the store under a progress bar, on stderr and only on a terminal."""
     bar = Console(stderr=True)
-    answers, total = ask_all(subject, items, arms, store), missing(items, arms, store)
+    answers, total = ask_all(subject, questions, arms, store), missing(questions, arms, store)
     for _ in track(answers, "answers", total, console=bar, transient=True, disable=not bar.is_terminal):
         pass
 

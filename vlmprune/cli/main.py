@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -27,40 +26,18 @@ app = typer.Typer(
 )
 
 
-class Device(StrEnum):
-    """Where to run."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Dtype(StrEnum):
-    """In which precision; auto = as the checkpoint stores it."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Attention(StrEnum):
-    """Which attention function the model is loaded with: one of transformers', or ours."""
-
-    sdpa = "sdpa"
-    eager = "eager"
-    flash_attention_2 = "flash_attention_2"
-    vlmprune = "vlmprune"
-
-
 Model = Annotated[str, typer.Option(help="Checkpoint folder or hub id of a supported vision-language model.")]
 Policies = Annotated[
     list[str] | None, typer.Option(help="NAME[:field=value,...]; repeatable. See `vlmprune list`.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
-OnDevice = Annotated[Device, typer.Option(help="auto = cuda if there is one.")]
-InDtype = Annotated[Dtype, typer.Option(help="auto = as the checkpoint stores it.")]
-WithAttention = Annotated[Attention, typer.Option(help="Attention function of the model.")]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto = cuda if there is one.")]
+Dtype = Annotated[Precision, typer.Option(help="auto = as the checkpoint stores it.")]
+Attention = Annotated[
+    Literal["sdpa", "eager", "flash_attention_2", "vlmprune"],
+    typer.Option(help="Attention function of the model."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
 
 
@@ -87,13 +64,13 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def open_checkpoint(model: str, device: Device, dtype: Dtype, attn: Attention) -> Checkpoint:
+def open_checkpoint(model: str, device: str, dtype: str, attn: str) -> Checkpoint:
     """What a command is to load; nothing is read yet. Imports transformers."""
     from vlmprune.checkpoints import Checkpoint
     from vlmprune.cli.progress import quiet
 
     quiet()
-    return Checkpoint(model, device.value, dtype.value, attn.value)
+    return Checkpoint(model, device, dtype, attn)
 
 
 def _version(wanted: bool) -> None:
@@ -121,9 +98,9 @@ def run(
     policy: Policies = None,
     max_new_tokens: MaxNewTokens = 32,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each policy; the median is shown.")] = 3,
-    device: OnDevice = Device.auto,
-    dtype: InDtype = Dtype.auto,
-    attn: WithAttention = Attention.sdpa,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attn: Attention = "sdpa",
     compare: Annotated[
         bool, typer.Option("--compare", help="Also run unpruned, as the first column.")
     ] = False,
@@ -176,9 +153,9 @@ def eval_command(
     seeds: Annotated[int, typer.Option(min=1, help="Draws of each policy that draws.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 16,
     max_new_tokens: MaxNewTokens = 32,
-    device: OnDevice = Device.auto,
-    dtype: InDtype = Dtype.auto,
-    attn: WithAttention = Attention.sdpa,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attn: Attention = "sdpa",
 ) -> None:
     """Accuracy of policies at equal FLOPs on a set of questions: table, plots and a report."""
     with one_line_errors():
@@ -210,11 +187,11 @@ def check_command(
     policy: Annotated[
         str | None, typer.Option(help="NAME[:field=value,...]; without one, three that test the wiring.")
     ] = None,
-    device: OnDevice = Device.auto,
+    device: Device = "auto",
     dtype: Annotated[
-        Dtype, typer.Option(help="auto = as stored; float32 shows the smallest faults.")
-    ] = Dtype.auto,
-    attn: WithAttention = Attention.sdpa,
+        Precision, typer.Option(help="auto = as stored; float32 shows the smallest faults.")
+    ] = "auto",
+    attn: Attention = "sdpa",
     as_json: AsJson = False,
 ) -> None:
     """Whether pruned runs give what the masked model gives: on this machine, with these versions. Exit code 1 if not."""

@@ -1,20 +1,19 @@
 """Accuracy of policies at equal cost: questions in, one scored answer at a time, then tables, plots and a page.
 
-``run`` is all of it. A study that compares something else takes the parts: ``make_items``, ``make_arms`` or ``fit_arm``,
+``run`` is all of it. A study that compares something else takes the parts: ``with_template``, ``make_arms`` or ``fit_arm``,
 ``Subject`` and ``Store`` for ``ask_all``, then ``summarize``, or ``per_question`` and the intervals.
 """
 
 from vlmprune.checkpoints import Checkpoint
-from vlmprune.eval.arms import UNPRUNED, Arm, TypicalPrompt, cut_of, fit_arm, make_arms
+from vlmprune.eval.arms import UNPRUNED, Arm, TypicalPrompt, cut_of, fit_arm, groups_of, make_arms
 from vlmprune.eval.ask import (
-    Item,
     Subject,
     ask_all,
     make_batches,
     make_inputs,
-    make_items,
     missing,
     typical_prompt,
+    with_template,
 )
 from vlmprune.eval.evaluation import BUDGETS, Evaluation, run
 from vlmprune.eval.intervals import Estimate, bootstrap, proportion
@@ -42,7 +41,6 @@ __all__ = [
     "Checkpoint",
     "Estimate",
     "Evaluation",
-    "Item",
     "Key",
     "Oracle",
     "Question",
@@ -57,6 +55,7 @@ __all__ = [
     "check_out",
     "cut_of",
     "fit_arm",
+    "groups_of",
     "iou",
     "judge",
     "kept_marks",
@@ -64,7 +63,6 @@ __all__ = [
     "make_arms",
     "make_batches",
     "make_inputs",
-    "make_items",
     "missing",
     "patches_in",
     "per_question",
@@ -75,5 +73,6 @@ __all__ = [
     "run",
     "summarize",
     "typical_prompt",
+    "with_template",
     "write",
 ]

@@ -59,6 +59,14 @@ class Arm:
         return None if self.policy is None else _seeded(self.policy, self.seed * 1_000_003 + number)
 
 
+def groups_of(arms: Sequence[Arm]) -> dict[tuple[str, float | None], list[Arm]]:
+    """The draws of each method at each budget."""
+    groups: dict[tuple[str, float | None], list[Arm]] = {}
+    for arm in arms:
+        groups.setdefault((arm.method, arm.budget), []).append(arm)
+    return groups
+
+
 def make_arms(
     methods: Mapping[str, PruningPolicy],
     budgets: Sequence[float],

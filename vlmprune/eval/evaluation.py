@@ -11,8 +11,8 @@ from typing import Any
 
 from vlmprune.checkpoints import Checkpoint
 from vlmprune.errors import ModelError, check
-from vlmprune.eval.arms import Arm, make_arms
-from vlmprune.eval.ask import Item, Subject, ask_all, make_items, missing, typical_prompt
+from vlmprune.eval.arms import Arm, groups_of, make_arms
+from vlmprune.eval.ask import Subject, ask_all, missing, typical_prompt, with_template
 from vlmprune.eval.oracle import Oracle, check_oracle
 from vlmprune.eval.page import make_page
 from vlmprune.eval.plots import check_matplotlib, draw_families, draw_heat, draw_pareto
@@ -89,7 +89,9 @@ def run(
         ModelError: a model that cannot be pruned, or whose patches the oracle cannot match to boxes.
         OSError: a file cannot be written.
 
-    >>> run(Checkpoint("model"), "questions", "results", ["fastv:layer=2"])  # doctest: +SKIP (needs all three folders)
+    Not run here, as it needs questions (``examples/glyphworld/make_questions.py`` makes some):
+
+    >>> found = run(Checkpoint("model"), "questions", "results", ["fastv:layer=2"])  # doctest: +SKIP
     """
     questions, out = Path(questions), Path(out)
     counts = {"--seeds": seeds, "--batch-size": batch_size, "--max-new-tokens": max_new_tokens}
@@ -105,15 +107,15 @@ def run(
     checkpoint.check_depth(methods.values())
     if oracle:
         check_oracle(asked, checkpoint.config, checkpoint.processor)
-    items = make_items(checkpoint.processor, asked)
-    prompt = typical_prompt(checkpoint, items)
+    asked = with_template(checkpoint.processor, asked)
+    prompt = typical_prompt(checkpoint, asked)
     arms = make_arms(methods, cuts, (Uniform, Random) * baselines + (Oracle,) * oracle, seeds, prompt)
     checkpoint.check_depth(arm.policy for arm in arms if arm.policy is not None)
     progress(f"loading {checkpoint.source}", 0, 0)
     subject = Subject(checkpoint, batch_size, max_new_tokens)
     settings = subject.settings(questions)
     store = Store(out, settings)
-    speed = _ask(subject, items, arms, store, progress)
+    speed = _ask(subject, asked, arms, store, progress)
     progress("drawing", 0, 0)
     results = summarize(asked, arms, store.answers)
     settings |= {"text_tokens": prompt.text, "visual_tokens": prompt.visual}
@@ -122,13 +124,13 @@ def run(
 
 
 def _ask(
-    subject: Subject, items: Sequence[Item], arms: Sequence[Arm], store: Store, progress: Progress
+    subject: Subject, questions: Sequence[Question], arms: Sequence[Arm], store: Store, progress: Progress
 ) -> float | None:
     """Fill the store; answers per second, or None if there was nothing left to ask."""
-    total = missing(items, arms, store)
+    total = missing(questions, arms, store)
     start = time.perf_counter()
     progress("answers", 0, total)
-    for done, _ in enumerate(ask_all(subject, items, arms, store), 1):
+    for done, _ in enumerate(ask_all(subject, questions, arms, store), 1):
         progress("answers", done, total)
     return total / (time.perf_counter() - start) if total else None
 
@@ -141,12 +143,13 @@ def _heat(
         grid = patch_grid(config)
     except ModelError:
         return {}
-    groups: dict[str, list[Arm]] = {}
-    for arm in arms:
-        if arm.policy is not None:
-            budget = "" if arm.budget is None else f" at {arm.budget:.1%}"
-            groups.setdefault(f"{arm.method}{budget}", []).append(arm)
-    return {title: kept_share(answers_of(some, questions, answers), grid) for title, some in groups.items()}
+    return {
+        method if budget is None else f"{method} at {budget:.1%}": kept_share(
+            answers_of(draws, questions, answers), grid
+        )
+        for (method, budget), draws in groups_of(arms).items()
+        if draws[0].policy is not None
+    }
 
 
 def _write_all(

@@ -11,7 +11,11 @@ _BOX = re.compile(r"\s*[\[(]?\s*(-?\d+)[\s,]+(-?\d+)[\s,]+(-?\d+)[\s,]+(-?\d+)\s
 
 
 def judge(answer: str, truth: str) -> tuple[bool, bool]:
-    """``(right, exact)``. Right is IoU >= 0.5 where the truth is a box, else exact; exact ignores case and white space."""
+    """``(right, exact)``. Right is IoU >= 0.5 where the truth is a box, else exact; exact ignores case and white space.
+
+    >>> judge("[9, 11, 12, 14]", "9 11 12 14"), judge("0 0 4 4", "0 0 4 2"), judge(" It is GREEN", "it is green")
+    ((True, True), (True, False), (True, True))
+    """
     exact = " ".join(answer.split()).casefold() == " ".join(truth.split()).casefold()
     box, said = read_box(truth), read_box(answer)
     if box is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune.eval.arms import UNPRUNED, Arm
+from vlmprune.eval.arms import UNPRUNED, Arm, groups_of
 from vlmprune.eval.intervals import Estimate, bootstrap, proportion
 from vlmprune.eval.questions import Question
 from vlmprune.eval.store import Answer, Key
@@ -78,9 +78,7 @@ def summarize(
     questions: Sequence[Question], arms: Sequence[Arm], answers: Mapping[Key, Answer]
 ) -> list[Result]:
     """One result per method and budget, in the order of the arms; every question must be answered."""
-    groups: dict[tuple[str, float | None], list[Arm]] = {}
-    for arm in arms:
-        groups.setdefault((arm.method, arm.budget), []).append(arm)
+    groups = groups_of(arms)
     found = {group: answers_of(some, questions, answers) for group, some in groups.items()}
     rights = {group: per_question(some, _right) for group, some in found.items()}
     cuts = {group: statistics.fmean(a.cut for a in some) for group, some in found.items()}
