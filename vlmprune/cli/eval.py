@@ -34,10 +34,14 @@ def answer_bar() -> Iterator[Progress]:
     with bar(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     ) as shown:
-        task = shown.add_task("")
-        yield lambda doing, done, total: shown.update(
-            task, description=doing, completed=done, total=total or None
-        )
+        task = shown.add_task("", total=None)
+
+        def tell(doing: str, done: int, total: int) -> None:
+            shown.update(task, description=doing)
+            if total:
+                shown.update(task, completed=done, total=total)
+
+        yield tell
 
 
 def show(found: Evaluation) -> None:

@@ -110,7 +110,11 @@ def check_oracle(questions: Sequence[Question], config: Any, processor: Any) -> 
 
 
 def patches_in(region: Region, grid: Grid) -> list[int]:
-    """The patches of ``grid``, in raster order, that a region of the image touches with more than its edge."""
+    """The patches of ``grid``, in raster order, that a region of the image touches with more than its edge.
+
+    >>> patches_in((0, 0, 0.5, 0.3), (4, 4))
+    [0, 1, 4, 5]
+    """
     rows, columns = grid
     left, top, right, bottom = region
     down = range(_floor(top * rows), _ceil(bottom * rows))
