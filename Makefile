@@ -8,7 +8,7 @@ FLOOR := .venv-torch-floor
 EVAL := .venv-eval
 PY := $(VENV)/bin/python
 TORCH := 2.13.0
-SOURCES := vlmprune triton_kernels csrc tests benchmarks examples setup.py
+SOURCES := vlmprune triton_kernels csrc tests benchmarks studies examples setup.py
 SCENES := examples/glyphworld
 
 # Keeps the checkout off sys.path: its triton_kernels/ must not pass for OpenAI's package of that name.

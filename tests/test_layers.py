@@ -1,4 +1,4 @@
-"""Imports point one way: triton_kernels < ops < policies < models < eval < cli, integrations."""
+"""Imports point one way: triton_kernels < ops < policies < models < checkpoints < eval < cli, integrations."""
 
 import ast
 from pathlib import Path
@@ -17,9 +17,10 @@ ALLOWED = {
     "ops": BASE | {"triton_kernels"},
     "policies": BASE | {"flops", "ops"},
     "models": BASE | {"flops", "ops", "policies", "register"},
+    "checkpoints": BASE | {"policies", "models"},
     "testing": BASE | {"policies", "models"},
-    "eval": BASE | {"flops", "images", "policies", "models"},
-    "cli": BASE | {"flops", "images", "ops", "policies", "models", "testing", "eval"},
+    "eval": BASE | {"flops", "images", "policies", "models", "checkpoints"},
+    "cli": BASE | {"flops", "images", "ops", "policies", "models", "testing", "checkpoints", "eval"},
     "integrations": BASE | {"flops", "images", "ops", "policies", "models"},
 }
 """Part of the package -> the other parts it may import."""
@@ -30,7 +31,10 @@ ONLY_IN = {
     "matplotlib": {"eval"},
     "yaml": {"policies"},
 }
-ONLY_IN |= {"transformers": {"models", "testing", "cli", "integrations"}, "lmms_eval": {"integrations"}}
+ONLY_IN |= {
+    "transformers": {"models", "testing", "checkpoints", "cli", "integrations"},
+    "lmms_eval": {"integrations"},
+}
 """Outside package -> the only parts that may import it."""
 
 

@@ -6,12 +6,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import first_light as light
-import goals
 import microbench
 import pytest
 import tile_sweep
 import torch
+from gpu_day import first_light as light
+from gpu_day import goals
 from micro.inputs import Inputs
 from micro.providers import Provider
 from micro.rows import Row
@@ -20,7 +20,7 @@ from micro.shapes import SHAPES, TINY, Setting
 from helpers.micro_cases import make_ceilings
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SCRIPT = BENCHMARKS / "gpu_first_light.sh"
+SCRIPT = BENCHMARKS / "gpu_day" / "first_light.sh"
 FAKE_PYTHON = """#!/bin/sh
 echo "$*" >> "$CALLS"
 case "$*" in
@@ -88,8 +88,8 @@ def test_stages_run_in_order_and_only_once(first_light, tmp_path):
     assert done.returncode == 0, done.stderr
     calls = [line for line in calls if "-m pytest" not in line and "tile_sweep" not in line]
     scripts = [line.removeprefix(f"{BENCHMARKS}/").split()[:2] for line in calls if not line.startswith("-c")]
-    light = [["first_light.py", stage] for stage in ("info", "ceilings", "build", "check")]
-    assert scripts[:6] == [*light, ["microbench.py", "--no-plots"], ["first_light.py", "replays"]]
+    light = [["gpu_day/first_light.py", stage] for stage in ("info", "ceilings", "build", "check")]
+    assert scripts[:6] == [*light, ["microbench.py", "--no-plots"], ["gpu_day/first_light.py", "replays"]]
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
         "summary.txt",
@@ -119,7 +119,7 @@ def test_the_summary_ends_with_the_goals(first_light, tmp_path):
     rows.parent.mkdir()
     rows.write_text(",".join(Row.__dataclass_fields__) + "\n")
     _, calls = first_light("0_info")
-    assert calls[-1] == f"{BENCHMARKS}/goals.py {rows}"
+    assert calls[-1] == f"{BENCHMARKS}/gpu_day/goals.py {rows}"
     assert (tmp_path / "out" / "summary.txt").read_text().endswith("the goals\n")
     assert (tmp_path / "out" / "rows.csv").exists()
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from helpers.command_line import ask, cli
-from vlmprune.cli.generate import build_text
+from vlmprune.checkpoints import build_text
 from vlmprune.errors import BackendError, InputError, ModelError, NotPrunedError, VersionError
 
 
@@ -55,9 +55,6 @@ def one_line(done):
             "ratio: expected float or float/... (with a decimal point, as in 1.0), got '1'",
         ),
         ("feather:layers=5/2", "layers: expected two layers, ascending"),
-        ("divprune + (fastv", "policy: expected a closing parenthesis, got ''"),
-        ("divprune + fastv:layer=8", "layer: expected at most 7 (the decoder has 8 layers), got 8"),
-        ("none.yaml", "policy: expected a YAML file, got 'none.yaml': "),
     ],
 )
 def test_bad_policy(broken, policy, said):
@@ -156,7 +153,7 @@ def test_a_processor_whose_package_is_missing(broken, monkeypatch):
     def fail(source):
         raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library\nadvice")
 
-    monkeypatch.setattr("vlmprune.cli.load.AutoProcessor.from_pretrained", fail)
+    monkeypatch.setattr("vlmprune.checkpoints.AutoProcessor.from_pretrained", fail)
     line = one_line(ask(model=broken()))
     assert "--model: expected a processor and tokenizer in" in line and line.endswith(
         "the Torchvision library"

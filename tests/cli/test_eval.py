@@ -12,7 +12,7 @@ from PIL import Image
 from helpers.command_line import cli
 from vlmprune import ops
 from vlmprune.cli.eval import read_budgets
-from vlmprune.eval.oracle import patches_of
+from vlmprune.eval.oracle import patches_in
 from vlmprune.eval.questions import read_questions
 from vlmprune.eval.store import Store
 
@@ -40,7 +40,7 @@ def reference():
 def no_pictures(monkeypatch):
     """Drawing takes longer than asking a handful of questions."""
     for name in ("draw_pareto", "draw_families", "draw_heat"):
-        monkeypatch.setattr(f"vlmprune.cli.eval.{name}", lambda rows: b"png")
+        monkeypatch.setattr(f"vlmprune.eval.evaluation.{name}", lambda rows: b"png")
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_an_oracle_keeps_the_boxes_of_its_own_questions_also_after_a_kill(
         if asked[name].box is None:
             assert bits == even[name]
         else:
-            assert all(bits >> patch & 1 for patch in patches_of(asked[name].region, (14, 14)))
+            assert all(bits >> patch & 1 for patch in patches_in(asked[name].region, (14, 14)))
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert [row["method"] for row in rows][-1] == "oracle:layer=2"
     assert rows[-1]["cut"] == rows[1]["cut"] == pytest.approx(0.64, abs=0.01)
@@ -241,7 +241,9 @@ def test_batches_answer_like_single_questions(evaluate, no_pictures, tmp_path):
     ],
 )
 def test_bad_input_leaves_nothing_behind(evaluate, tmp_path, monkeypatch, args, said):
-    monkeypatch.setattr("vlmprune.cli.eval.load", None)  # all of it is said before the weights are loaded
+    monkeypatch.setattr(
+        "vlmprune.checkpoints.AutoModelForImageTextToText", None
+    )  # all of it is said before the weights are loaded
     done = evaluate(*args)
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -264,7 +266,7 @@ def test_bad_input_leaves_nothing_behind(evaluate, tmp_path, monkeypatch, args, 
 def test_an_image_that_cannot_be_read_ends_the_run_before_it_begins(
     evaluate, folder, tmp_path, monkeypatch, content, reason
 ):
-    monkeypatch.setattr("vlmprune.cli.eval.load", None)
+    monkeypatch.setattr("vlmprune.checkpoints.AutoModelForImageTextToText", None)
     image = folder / "scene_70002.png"
     image.write_bytes(content(image.read_bytes()))
     done = evaluate(*POLICIES)

@@ -2,19 +2,21 @@
 
 import pytest
 
-from vlmprune.eval.arms import UNPRUNED, Prompt, plan
+from vlmprune.eval.arms import UNPRUNED, TypicalPrompt, make_arms
 from vlmprune.eval.oracle import Oracle
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
 from vlmprune.policies import FastV, PyramidDrop, Random, Uniform, policy_from
 from vlmprune.policies.schedule import stage_counts
 
-PROMPT = Prompt(DecoderShape(layers=8, hidden=64, heads=4, kv_heads=4, head_dim=16, intermediate=96), 196, 12)
+PROMPT = TypicalPrompt(
+    DecoderShape(layers=8, hidden=64, heads=4, kv_heads=4, head_dim=16, intermediate=96), 196, 12
+)
 
 BOTH = (Uniform, Random)
 
 
 def plan_of(texts, budgets, baselines, seeds):
-    return plan({text: policy_from(text) for text in texts}, budgets, baselines, seeds, PROMPT)
+    return make_arms({text: policy_from(text) for text in texts}, budgets, baselines, seeds, PROMPT)
 
 
 def cut(policy):
@@ -47,22 +49,6 @@ def test_policies_as_given_and_baselines_at_their_cut():
     given = sorted((cut(fastv.policy), cut(pyramid.policy)))
     assert [arm.method for arm in baselines] == ["uniform:layer=2"] * 2 + ["random:layer=2"] * 2
     assert [cut(arm.policy) for arm in baselines] == pytest.approx(given * 2, abs=0.01)
-
-
-def test_draws_within_policies_made_of_policies():
-    texts = ["divprune + random_deep:layer=4,seed=7", "fastv | random", "fastv & uniform"]
-    arms = plan_of(texts, [], (), 2)[1:]
-    assert [(arm.method, arm.seed) for arm in arms] == [
-        (texts[0], 0),
-        (texts[0], 1),
-        (texts[1], 0),
-        (texts[1], 1),
-        (texts[2], 0),
-    ]
-    stages, union = arms[1].for_batch(3, []), arms[3].for_batch(3, [])
-    assert [policy.seed for policy in stages.policies[1:]] == [7 + 1_000_006]
-    assert (union.first, union.second.seed) == (FastV(), 1_000_006)
-    assert arms[0].key == arms[1].key == repr(arms[0].policy)
 
 
 def test_a_baseline_that_is_given_is_not_added():

@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 
-from vlmprune.eval.intervals import Z, bootstrap, share
+from vlmprune.eval.intervals import Z, bootstrap, proportion
 
 
 def test_wilson_by_its_equation():
     """Its ends are where the observed share is Z standard errors away: (p - e)^2 = Z^2 e (1 - e) / n."""
-    p, low, high = share([1.0] * 7 + [0.0] * 13)
+    p, low, high = proportion([1.0] * 7 + [0.0] * 13)
     assert p == 0.35
     for end in (low, high):
         assert (p - end) ** 2 == pytest.approx(Z**2 * end * (1 - end) / 20)
 
 
 def test_wilson_at_the_ends():
-    assert share([1.0] * 10) == (1.0, pytest.approx(10 / (10 + Z**2)), 1.0)
-    assert share([0.0] * 10) == (0.0, 0.0, pytest.approx(Z**2 / (10 + Z**2)))
+    assert proportion([1.0] * 10) == (1.0, pytest.approx(10 / (10 + Z**2)), 1.0)
+    assert proportion([0.0] * 10) == (0.0, 0.0, pytest.approx(Z**2 / (10 + Z**2)))
 
 
 def test_bootstrap_like_drawing_questions():
@@ -33,10 +33,10 @@ def test_bootstrap_of_no_difference():
 
 
 def test_shares_of_several_draws_are_not_wilson():
-    assert share([0.5, 0.5]) == (0.5, 0.5, 0.5)
+    assert proportion([0.5, 0.5]) == (0.5, 0.5, 0.5)
 
 
 def test_nothing_to_estimate():
-    for estimate in (share, bootstrap):
+    for estimate in (proportion, bootstrap):
         with pytest.raises(ValueError, match=r"^values: expected at least one, got none$"):
             estimate([])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlmprune.errors import ModelError
-from vlmprune.eval.oracle import Oracle, check_oracle, patches_of
+from vlmprune.eval.oracle import Oracle, check_oracle, patches_in
 from vlmprune.eval.questions import Question
 from vlmprune.policies import TokenContext, Uniform
 
@@ -36,7 +36,7 @@ def kept(policy, ctx):
     ],
 )
 def test_patches_that_a_region_touches(region, patches):
-    assert patches_of(region, GRID) == patches
+    assert patches_in(region, GRID) == patches
 
 
 def test_every_sample_keeps_its_own_box_and_as_many_as_uniform():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlmprune.eval.scoring import iou, read_box, score
+from vlmprune.eval.scoring import iou, judge, read_box
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from vlmprune.eval.scoring import iou, read_box, score
     ],
 )
 def test_scores(answer, truth, right, exact):
-    assert score(answer, truth) == (right, exact)
+    assert judge(answer, truth) == (right, exact)
 
 
 def test_overlap_counted_by_cells():

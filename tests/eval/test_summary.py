@@ -7,8 +7,8 @@ import pytest
 
 from vlmprune.eval.arms import UNPRUNED, Arm
 from vlmprune.eval.intervals import bootstrap
+from vlmprune.eval.page import make_page
 from vlmprune.eval.questions import Question
-from vlmprune.eval.report import make_report
 from vlmprune.eval.store import Answer
 from vlmprune.eval.summary import kept_share, summarize
 from vlmprune.policies import FastV, Random, Uniform
@@ -80,8 +80,8 @@ def test_where_tokens_were_kept():
     assert {layer: grid.sum() for layer, grid in kept_share(both, (2, 3)).items()} == {2: 6.0, 5: 1.0}
 
 
-def test_report_stands_alone(rows):
-    page = make_report({"model": "<m>"}, rows, {"Accuracy & cost": b"png"})
+def test_the_page_stands_alone(rows):
+    page = make_page({"model": "<m>"}, rows, {"Accuracy & cost": b"png"})
     assert "<script" not in page and "http" not in page
     assert "&lt;m&gt;" in page and "&lt;color&gt;" in page and "Accuracy &amp; cost" in page
     assert "data:image/png;base64,cG5n" in page

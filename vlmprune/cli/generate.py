@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from PIL import Image
 
-from vlmprune.cli.load import Loaded
-from vlmprune.errors import InputError, check, first_line
+from vlmprune.checkpoints import Checkpoint
+from vlmprune.errors import InputError, first_line
 from vlmprune.models import Report, meter, prune
 from vlmprune.policies.base import PruningPolicy
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was typed; see the options of ``vlmprune run``."""
+
+    checkpoint: Checkpoint
+    images: tuple[Path, ...]
+    prompt: str
+    policies: tuple[str, ...]
+    max_new_tokens: int
+    repeat: int
+    compare: bool
+    save: Path | None
+    as_json: bool
 
 
 @dataclass(frozen=True)
@@ -39,29 +54,6 @@ class Outcome:
         return self.policy or "unpruned"
 
 
-def build_text(processor: Any, prompt: str, images: int) -> str:
-    """The full prompt: as typed if it holds the image placeholder token, else through the chat template."""
-    token = processor.image_token
-    if token in prompt:
-        text = prompt
-    else:
-        template = processor.chat_template
-        expected = f"a text with {token!r} in it (this checkpoint has no chat template to add it)"
-        check(template is not None, "--prompt", expected, repr(prompt))
-        content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
-        messages = [{"role": "user", "content": content}]
-        try:
-            text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:  # templates may refuse a message, or be broken
-            raise InputError(
-                f"--prompt: expected what the checkpoint's chat template takes, got: {error}"
-            ) from error
-    check(
-        text.count(token) == images, "--prompt", f"{images} x {token!r}, one per --image", text.count(token)
-    )
-    return text
-
-
 def build_inputs(processor: Any, text: str, images: list[Image.Image]) -> Any:
     """Token ids and pixel values, on the CPU. Raises InputError for what the processor does not take."""
     bos = processor.tokenizer.bos_token
@@ -75,7 +67,7 @@ def build_inputs(processor: Any, text: str, images: list[Image.Image]) -> Any:
 
 
 def generate(
-    loaded: Loaded,
+    checkpoint: Checkpoint,
     inputs: Any,
     label: str | None,
     policy: PruningPolicy | None,
@@ -83,14 +75,15 @@ def generate(
     streamer: Any = None,
 ) -> Outcome:
     """Generate greedily, pruned by ``policy`` (None = only measured). A streamer waits for every token: not for timing."""
-    with meter(loaded.model) if policy is None else prune(loaded.model, policy) as run:
-        output = loaded.model.generate(
+    model = checkpoint.model
+    with meter(model) if policy is None else prune(model, policy) as run:
+        output = model.generate(
             **inputs, max_new_tokens=limit, do_sample=False, num_beams=1, streamer=streamer
         )
     answer = output[0, inputs["input_ids"].shape[1] :]
     return Outcome(
         policy=label,
-        answer=loaded.processor.tokenizer.decode(answer, skip_special_tokens=True).strip(),
+        answer=checkpoint.processor.tokenizer.decode(answer, skip_special_tokens=True).strip(),
         kept=tuple(tuple(run.kept_at(i).tolist()) for i in range(len(run.stages))),
         report=run.report(),
         settings=None if policy is None else policy.to_dict(),

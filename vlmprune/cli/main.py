@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from vlmprune import __version__, env
 from vlmprune.errors import BackendError, InputError, ModelError, NotPrunedError, VersionError, first_line
+
+if TYPE_CHECKING:
+    from vlmprune.checkpoints import Checkpoint
 
 EXPECTED = (InputError, ModelError, NotPrunedError, BackendError, VersionError)
 """What bad input raises. Anything else is our bug and keeps its traceback, unless the operating system refused."""
@@ -24,34 +26,17 @@ app = typer.Typer(
 )
 
 
-class Device(StrEnum):
-    """Where to run."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Dtype(StrEnum):
-    """In which precision; auto = as the checkpoint stores it."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Attention(StrEnum):
-    """Which attention function the model is loaded with: one of transformers', or ours."""
-
-    sdpa = "sdpa"
-    eager = "eager"
-    flash_attention_2 = "flash_attention_2"
-    vlmprune = "vlmprune"
-
-
+Model = Annotated[str, typer.Option(help="Checkpoint folder or hub id of a supported vision-language model.")]
 POLICY = "NAME[:field=value,...], several joined by +, & or |, or a YAML file"
-
+Policies = Annotated[list[str] | None, typer.Option(help=f"{POLICY}; repeatable. See `vlmprune list`.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto = cuda if there is one.")]
+Dtype = Annotated[Precision, typer.Option(help="auto = as the checkpoint stores it.")]
+Attention = Annotated[
+    Literal["sdpa", "eager", "flash_attention_2", "vlmprune"],
+    typer.Option(help="Attention function of the model."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
 
 
@@ -78,6 +63,15 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+def open_checkpoint(model: str, device: str, dtype: str, attn: str) -> Checkpoint:
+    """What a command is to load; nothing is read yet. Imports transformers."""
+    from vlmprune.checkpoints import Checkpoint
+    from vlmprune.cli.progress import quiet
+
+    quiet()
+    return Checkpoint(model, device, dtype, attn)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"vlmprune {__version__}")
@@ -95,21 +89,17 @@ def root(
 
 @app.command()
 def run(
-    model: Annotated[
-        str, typer.Option(help="Checkpoint folder or hub id of a supported vision-language model.")
-    ],
+    model: Model,
     image: Annotated[list[Path], typer.Option(help="Image file; repeatable.")],
     prompt: Annotated[
         str, typer.Option(help="Question. With the image placeholder token in it, it is taken literally.")
     ],
-    policy: Annotated[
-        list[str] | None, typer.Option(help=f"{POLICY}; repeatable. See `vlmprune list`.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    policy: Policies = None,
+    max_new_tokens: MaxNewTokens = 32,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each policy; the median is shown.")] = 3,
-    device: Annotated[Device, typer.Option(help="auto = cuda if there is one.")] = Device.auto,
-    dtype: Annotated[Dtype, typer.Option(help="auto = as the checkpoint stores it.")] = Dtype.auto,
-    attn: Annotated[Attention, typer.Option(help="Attention function of the model.")] = Attention.sdpa,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attn: Attention = "sdpa",
     compare: Annotated[
         bool, typer.Option("--compare", help="Also run unpruned, as the first column.")
     ] = False,
@@ -120,19 +110,18 @@ def run(
 ) -> None:
     """Answer one question with each policy, and show what was kept and what it saved."""
     with one_line_errors():
-        from vlmprune.cli.run import Request, execute
+        checkpoint = open_checkpoint(model, device, dtype, attn)
+        from vlmprune.cli.generate import Request
+        from vlmprune.cli.run import execute
 
         execute(
             Request(
-                model=model,
+                checkpoint=checkpoint,
                 images=tuple(image),
                 prompt=prompt,
                 policies=tuple(policy or ()),
                 max_new_tokens=max_new_tokens,
                 repeat=repeat,
-                device=device.value,
-                dtype=dtype.value,
-                attention=attn.value,
                 compare=compare,
                 save=save,
                 as_json=as_json,
@@ -142,14 +131,10 @@ def run(
 
 @app.command("eval")
 def eval_command(
-    model: Annotated[
-        str, typer.Option(help="Checkpoint folder or hub id of a supported vision-language model.")
-    ],
+    model: Model,
     questions: Annotated[Path, typer.Option(help="Folder with a questions.jsonl and its images.")],
     out: Annotated[Path, typer.Option(help="Folder for results; a killed run goes on from there.")],
-    policy: Annotated[
-        list[str] | None, typer.Option(help=f"{POLICY}; repeatable. See `vlmprune list`.")
-    ] = None,
+    policy: Policies = None,
     budgets: Annotated[
         str | None,
         typer.Option(help="Shares of the prefill FLOPs to save, e.g. 0.48,0.64 (the default)."),
@@ -166,34 +151,33 @@ def eval_command(
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Draws of each policy that draws.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
-    device: Annotated[Device, typer.Option(help="auto = cuda if there is one.")] = Device.auto,
-    dtype: Annotated[Dtype, typer.Option(help="auto = as the checkpoint stores it.")] = Dtype.auto,
-    attn: Annotated[Attention, typer.Option(help="Attention function of the model.")] = Attention.sdpa,
+    max_new_tokens: MaxNewTokens = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attn: Attention = "sdpa",
 ) -> None:
     """Accuracy of policies at equal FLOPs on a set of questions: table, plots and a report."""
     with one_line_errors():
-        from vlmprune.cli.eval import EvalRequest, execute
+        checkpoint = open_checkpoint(model, device, dtype, attn)
+        from vlmprune.cli.eval import answer_bar, read_budgets, show
+        from vlmprune.eval import run as evaluate
 
-        execute(
-            EvalRequest(
-                model=model,
-                questions=questions,
-                out=out,
-                policies=tuple(policy or ()),
-                budgets=budgets,
-                keep=keep,
-                families=tuple(family or ()),
+        with answer_bar() as progress:
+            found = evaluate(
+                checkpoint,
+                questions,
+                out,
+                policy or (),
+                budgets=read_budgets(budgets, keep),
+                families=family or (),
                 baselines=baselines,
                 oracle=oracle,
                 seeds=seeds,
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
-                device=device.value,
-                dtype=dtype.value,
-                attention=attn.value,
+                progress=progress,
             )
-        )
+        show(found)
 
 
 @app.command("check")
@@ -202,18 +186,19 @@ def check_command(
     policy: Annotated[
         str | None, typer.Option(help=f"{POLICY}; without one, three that test the wiring.")
     ] = None,
-    device: Annotated[Device, typer.Option(help="auto = cuda if there is one.")] = Device.auto,
+    device: Device = "auto",
     dtype: Annotated[
-        Dtype, typer.Option(help="auto = as stored; float32 shows the smallest faults.")
-    ] = Dtype.auto,
-    attn: Annotated[Attention, typer.Option(help="Attention function of the model.")] = Attention.sdpa,
+        Precision, typer.Option(help="auto = as stored; float32 shows the smallest faults.")
+    ] = "auto",
+    attn: Attention = "sdpa",
     as_json: AsJson = False,
 ) -> None:
     """Whether pruned runs give what the masked model gives: on this machine, with these versions. Exit code 1 if not."""
     with one_line_errors():
-        from vlmprune.cli.check import CheckRequest, execute
+        checkpoint = open_checkpoint(model, device, dtype, attn)
+        from vlmprune.cli.check import execute
 
-        execute(CheckRequest(model, policy, device.value, dtype.value, attn.value, as_json))
+        execute(checkpoint, policy, as_json)
 
 
 @app.command("list")

@@ -12,9 +12,7 @@ from vlmprune.cli.generate import Outcome
 from vlmprune.errors import check
 from vlmprune.policies.base import Grid
 
-PANEL = (
-    280  # panels are enlarged by a whole factor to at least this height, so that small images stay legible
-)
+PANEL = 280  # panels are enlarged by a whole factor to at least this, so that small images stay legible
 GAP = 12
 CAPTION = 20
 TITLE = 24

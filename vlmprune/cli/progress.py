@@ -7,8 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+
+def quiet() -> None:
+    """Silence transformers' hints and progress bars in this process; the command line has its own."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 class TokenCounter(BaseStreamer):  # type: ignore[misc]
@@ -41,10 +48,12 @@ def waiting(text: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def token_bar() -> Iterator[Progress]:
-    """A bar to hand to TokenCounter; invisible unless stderr is a terminal, gone after the block."""
+def token_bar() -> Progress:
+    """A bar to hand to TokenCounter."""
+    return bar(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+
+
+def bar(*columns: ProgressColumn) -> Progress:
+    """A bar to open with ``with``; invisible unless stderr is a terminal, gone after the block."""
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield bar
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

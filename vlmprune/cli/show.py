@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from vlmprune import __version__
-from vlmprune.cli.generate import Outcome
-from vlmprune.cli.load import Loaded
-
-if TYPE_CHECKING:
-    from vlmprune.cli.run import Request
+from vlmprune.cli.generate import Outcome, Request
 
 SETTINGS = re.compile(r":([^()+&|]*[^()+&|\s])")
 """What stands behind the names of policies as typed, alone or joined."""
 
 
-def show(request: Request, loaded: Loaded, outcomes: list[Outcome]) -> None:
+def show(request: Request, outcomes: list[Outcome]) -> None:
     """Print the table and how it was measured."""
     console = Console()
     console.print(table(outcomes))
-    console.print(Text(footer(request, loaded), style="dim"))
+    console.print(Text(footer(request), style="dim"))
 
 
 def table(outcomes: list[Outcome]) -> Table:
@@ -41,10 +37,12 @@ def table(outcomes: list[Outcome]) -> Table:
     return out
 
 
-def footer(request: Request, loaded: Loaded) -> str:
+def footer(request: Request) -> str:
     """How the numbers came about."""
+    checkpoint = request.checkpoint
+    where = f"{checkpoint.device}, {checkpoint.dtype}, {checkpoint.attention} attention"
     lines = [
-        f"{request.model} on {loaded.device}, {loaded.dtype}, {loaded.attention} attention. Greedy, batch 1.",
+        f"{checkpoint.source} on {where}. Greedy, batch 1.",
         f"Time: median of {request.repeat} after one untimed warm-up run of the same policy; prefill includes selection.",
         "FLOPs are 2 x multiply-adds, counted from shapes, of the decoder's prefill.",
     ]
@@ -53,17 +51,18 @@ def footer(request: Request, loaded: Loaded) -> str:
     return "\n".join(lines)
 
 
-def as_json(request: Request, loaded: Loaded, outcomes: list[Outcome]) -> dict[str, Any]:
+def as_json(request: Request, outcomes: list[Outcome]) -> dict[str, Any]:
     """Everything the table says, and which tokens survived each stage."""
+    checkpoint = request.checkpoint
     return {
         "version": __version__,
-        "model": request.model,
+        "model": checkpoint.source,
         "images": [str(path) for path in request.images],
         "prompt": request.prompt,
         "max_new_tokens": request.max_new_tokens,
-        "device": loaded.device,
-        "dtype": loaded.dtype,
-        "attention": loaded.attention,
+        "device": checkpoint.device,
+        "dtype": checkpoint.dtype,
+        "attention": checkpoint.attention,
         "warm_up_runs": 1,
         "timed_runs": request.repeat,
         "picture": None if request.save is None else str(request.save),

@@ -21,7 +21,7 @@ Baseline = Uniform | Random | Oracle
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TypicalPrompt:
     """The prompt that budgets are counted for: the decoder's dimensions, visual tokens, mean text tokens."""
 
     shape: DecoderShape
@@ -60,12 +60,20 @@ class Arm:
         return None if self.policy is None else _seeded(self.policy, self.seed * 1_000_003 + number)
 
 
-def plan(
+def groups_of(arms: Sequence[Arm]) -> dict[tuple[str, float | None], list[Arm]]:
+    """The draws of each method at each budget."""
+    groups: dict[tuple[str, float | None], list[Arm]] = {}
+    for arm in arms:
+        groups.setdefault((arm.method, arm.budget), []).append(arm)
+    return groups
+
+
+def make_arms(
     methods: Mapping[str, PruningPolicy],
     budgets: Sequence[float],
     baselines: Sequence[type[Baseline]],
     seeds: int,
-    prompt: Prompt,
+    prompt: TypicalPrompt,
 ) -> list[Arm]:
     """All arms, the unpruned one first. Without budgets the policies are taken as they are, and the baselines are
     fitted to each policy's own cut. A baseline acts at the first layer of any policy; one that is given is not added.
@@ -73,18 +81,20 @@ def plan(
     Raises:
         InputError: a policy that has no share to fit, or that cannot meet a budget.
     """
-    arms = [fit(text, policy, cut, prompt) for text, policy in methods.items() for cut in budgets or (None,)]
+    arms = [
+        fit_arm(text, policy, cut, prompt) for text, policy in methods.items() for cut in budgets or (None,)
+    ]
     cuts = budgets or sorted({round(cut_of(arm, prompt), 6) for arm in arms})
     first = min((policy.layers[0] for policy in methods.values()), default=2)
     for kind in baselines:
         if not any(isinstance(policy, kind) for policy in methods.values()):
             text = f"{kind.__name__.lower()}:layer={first}"
-            arms += [fit(text, kind(layer=first), cut, prompt) for cut in cuts]
+            arms += [fit_arm(text, kind(layer=first), cut, prompt) for cut in cuts]
     draws = [dataclasses.replace(arm, seed=i) for arm in arms for i in range(seeds if _draws(arm) else 1)]
     return [Arm(UNPRUNED), *draws]
 
 
-def fit(text: str, policy: PruningPolicy, cut: float | None, prompt: Prompt) -> Arm:
+def fit_arm(text: str, policy: PruningPolicy, cut: float | None, prompt: TypicalPrompt) -> Arm:
     """The arm of a policy, as it is or fitted to a budget. Raises InputError if it has no share, or cannot meet it."""
     if cut is None:
         return Arm(text, None, policy)
@@ -95,7 +105,7 @@ def fit(text: str, policy: PruningPolicy, cut: float | None, prompt: Prompt) -> 
     return Arm(text, cut, policy.with_share(keep))
 
 
-def cut_of(arm: Arm, prompt: Prompt) -> float:
+def cut_of(arm: Arm, prompt: TypicalPrompt) -> float:
     """Share of the prefill's FLOPs that an arm saves on ``prompt``."""
     assert arm.policy is not None
     depth = prompt.shape.layers

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from vlmprune import __version__
+from vlmprune.checkpoints import Checkpoint, build_text
 from vlmprune.errors import InputError, check, first_line
-from vlmprune.eval.arms import Arm, Prompt
-from vlmprune.eval.questions import Question
-from vlmprune.eval.scoring import score
+from vlmprune.eval.arms import Arm, TypicalPrompt
+from vlmprune.eval.questions import FILE, Question
+from vlmprune.eval.scoring import judge
 from vlmprune.eval.store import Answer, Store
 from vlmprune.flops import decoder_flops, layer_inputs, mean_tokens
 from vlmprune.images import open_rgb
@@ -19,85 +23,128 @@ from vlmprune.models import Run, meter, prune
 from vlmprune.models.host.parts import decoder_shape
 from vlmprune.policies.base import PruningPolicy
 
-Item = tuple[Question, str]
-"""A question and its full prompt, with one image placeholder token in it."""
-
 
 @dataclass(frozen=True)
 class Subject:
-    """Who is asked: a model with its processor, and how long an answer may be."""
+    """Who is asked, how many questions at once, and how long an answer may be."""
 
-    model: Any
-    processor: Any
+    checkpoint: Checkpoint
+    batch_size: int
     max_new_tokens: int
 
+    def settings(self, questions: Path) -> dict[str, Any]:
+        """All that answers to a folder of questions depend on besides policy, question and seed.
 
-def make_batches(processor: Any, items: Sequence[Item], size: int) -> list[list[Item]]:
+        A folder of results belongs to one such set. Images are told by their names, which stand among the questions.
+        """
+        checkpoint = self.checkpoint
+        return {
+            "version": __version__,
+            "model": checkpoint.source,
+            "weights": fingerprint(checkpoint.model),
+            "questions": hashlib.sha256((questions / FILE).read_bytes()).hexdigest()[:16],
+            "template": hashlib.sha256(str(checkpoint.processor.chat_template).encode()).hexdigest()[:16],
+            "device": checkpoint.device,
+            "dtype": checkpoint.dtype,
+            "attention": checkpoint.attention,
+            "batch_size": self.batch_size,
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+
+def fingerprint(model: Any) -> str:
+    """Differs between checkpoints that were trained differently: a hash of some values of every weight."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        some = weight.detach().flatten()[:64].float().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def with_template(processor: Any, questions: Sequence[Question]) -> list[Question]:
+    """The questions, with one image placeholder token and all else that the chat template adds in their prompts.
+
+    Everything below takes such questions.
+
+    Raises:
+        InputError: a prompt that does not fit, with the question's id.
+    """
+    out = []
+    for question in questions:
+        try:
+            out.append(replace(question, prompt=build_text(processor, question.prompt, 1)))
+        except InputError as error:
+            raise InputError(f"question {question.id!r}: {error}") from error
+    return out
+
+
+def make_batches(processor: Any, questions: Sequence[Question], size: int) -> list[list[Question]]:
     """Batches of prompts as equal in length as can be, so that next to nothing is padded.
 
-    The same items and size give the same batches, also when some are answered already: a batch is asked as a whole, so
+    The same questions and size give the same batches, also when some are answered already: a batch is asked as a whole, so
     an answer does not depend on where an earlier run was killed.
     """
-    lengths = text_lengths(processor, items)
-    order = sorted(range(len(items)), key=lambda i: (lengths[i], i))
-    return [[items[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
+    lengths = text_lengths(processor, questions)
+    order = sorted(range(len(questions)), key=lambda i: (lengths[i], i))
+    return [[questions[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
 
 
-def text_lengths(processor: Any, items: Sequence[Item]) -> list[int]:
+def text_lengths(processor: Any, questions: Sequence[Question]) -> list[int]:
     """Text tokens of every prompt."""
-    texts = [text for _, text in items]
+    texts = [question.prompt for question in questions]
     ids = processor.tokenizer(texts, add_special_tokens=not _has_bos(processor, texts))["input_ids"]
     return [len(row) - 1 for row in ids]  # but for the image placeholder
 
 
-def typical_prompt(processor: Any, config: Any, items: Sequence[Item]) -> Prompt:
+def typical_prompt(checkpoint: Checkpoint, questions: Sequence[Question]) -> TypicalPrompt:
     """The prompt that budgets are counted for: the first question's visual tokens, the mean text."""
-    ids = make_inputs(processor, items[:1])["input_ids"]
-    lengths = text_lengths(processor, items)
-    visual = int((ids == config.image_token_id).sum())
-    return Prompt(decoder_shape(config), visual, round(sum(lengths) / len(lengths)))
+    ids = make_inputs(checkpoint.processor, questions[:1])["input_ids"]
+    lengths = text_lengths(checkpoint.processor, questions)
+    visual = int((ids == checkpoint.config.image_token_id).sum())
+    return TypicalPrompt(decoder_shape(checkpoint.config), visual, round(sum(lengths) / len(lengths)))
 
 
-def make_inputs(processor: Any, items: Sequence[Item]) -> Any:
+def make_inputs(processor: Any, questions: Sequence[Question]) -> Any:
     """Token ids, padded on the left, and pixel values of a batch, on the CPU.
 
     Raises:
         InputError: an image that cannot be read, or that the processor does not take.
     """
-    texts = [text for _, text in items]
-    padded = len(items) > 1
+    padded = len(questions) > 1
     can = not padded or processor.tokenizer.pad_token is not None
-    check(can, "--batch-size", "1 (the tokenizer has no padding token)", len(items))
-    images = [open_rgb(question.image, "--questions") for question, _ in items]
+    check(can, "--batch-size", "1 (the tokenizer has no padding token)", len(questions))
+    texts = [question.prompt for question in questions]
+    images = [open_rgb(question.image, "--questions") for question in questions]
     special = not _has_bos(processor, texts)
     options = {"padding": padded, "padding_side": "left", "add_special_tokens": special}
     try:
         return processor(text=texts, images=images, return_tensors="pt", **options)
     except ValueError as error:
-        asked = ", ".join(question.id for question, _ in items)
+        asked = ", ".join(question.id for question in questions)
         raise InputError(
             f"questions {asked}: expected what the checkpoint's processor takes, got: {first_line(error)}"
         ) from error
 
 
-def missing(items: Sequence[Item], arms: Sequence[Arm], store: Store) -> int:
+def missing(questions: Sequence[Question], arms: Sequence[Arm], store: Store) -> int:
     """How many answers are still to come."""
-    keys = {(arm.key, question.id, arm.seed) for arm in arms for question, _ in items}
+    keys = {(arm.key, question.id, arm.seed) for arm in arms for question in questions}
     return len(keys - store.answers.keys())
 
 
 def ask_all(
-    subject: Subject, batches: Sequence[list[Item]], arms: Sequence[Arm], store: Store
+    subject: Subject, questions: Sequence[Question], arms: Sequence[Arm], store: Store
 ) -> Iterator[Answer]:
     """Every answer the store does not have yet, in the store before it is handed on. Arms take turns batch by batch."""
     warm: set[str] = set()
-    for number, batch in enumerate(batches):
+    model, processor = subject.checkpoint.model, subject.checkpoint.processor
+    for number, batch in enumerate(make_batches(processor, questions, subject.batch_size)):
         open_arms = [arm for arm in arms if missing(batch, [arm], store)]
         if not open_arms:
             continue
-        inputs = make_inputs(subject.processor, batch).to(subject.model.device, dtype=subject.model.dtype)
+        inputs = make_inputs(processor, batch).to(model.device, dtype=model.dtype)
         for arm in open_arms:
-            policy = arm.for_batch(number, [question.region for question, _ in batch])
+            policy = arm.for_batch(number, [question.region for question in batch])
             if arm.key not in warm:  # kernels and caches are made in the first pass, which is not timed
                 _generate(subject, inputs, policy, 1)
                 warm.add(arm.key)
@@ -112,24 +159,24 @@ def _generate(
     subject: Subject, inputs: Any, policy: PruningPolicy | None, limit: int
 ) -> tuple[Run, list[str]]:
     """Greedy answers of a batch, and how it was pruned."""
-    model = subject.model
+    model, processor = subject.checkpoint.model, subject.checkpoint.processor
     with meter(model) if policy is None else prune(model, policy) as run:
         output = model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=1)
     new = output[:, inputs["input_ids"].shape[1] :]
-    return run, subject.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return run, processor.tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
 def _answers(
-    subject: Subject, batch: Sequence[Item], inputs: Any, arm: Arm, policy: PruningPolicy | None
+    subject: Subject, batch: Sequence[Question], inputs: Any, arm: Arm, policy: PruningPolicy | None
 ) -> Iterator[Answer]:
     """The answers of one arm to one batch, scored and with their cost."""
     run, texts = _generate(subject, inputs, policy, subject.max_new_tokens)
     prefill = run.report().seconds.prefill / len(batch)
     lengths = inputs["attention_mask"].sum(1).tolist()
-    for sample, ((question, _), said) in enumerate(zip(batch, texts, strict=True)):
+    for sample, (question, said) in enumerate(zip(batch, texts, strict=True)):
         kept = [(stage.layer, run.kept_at(i, sample).tolist()) for i, stage in enumerate(run.stages)]
         cut, tokens = _cost(subject, len(run.kept_at(-1, sample)), lengths[sample], kept)
-        right, exact = score(said, question.answer)
+        right, exact = judge(said, question.answer)
         yield Answer(
             policy=arm.key,
             question=question.id,
@@ -148,7 +195,7 @@ def _cost(
     subject: Subject, visual: int, length: int, kept: Sequence[tuple[int, list[int]]]
 ) -> tuple[float, float]:
     """Share of the prefill's FLOPs saved, and mean visual tokens over the layers, of one sample by itself."""
-    shape = decoder_shape(subject.model.config)
+    shape = decoder_shape(subject.checkpoint.config)
     lengths = layer_inputs(shape.layers, visual, [(layer, len(some)) for layer, some in kept])
     full = decoder_flops(shape, [length] * shape.layers)
     pruned = decoder_flops(shape, [n + length - visual for n in lengths])

@@ -21,8 +21,12 @@ class Estimate(NamedTuple):
     high: float
 
 
-def share(values: Sequence[float]) -> Estimate:
-    """Mean of one value per question in [0, 1]: Wilson's interval if all are 0 or 1, else the bootstrap's."""
+def proportion(values: Sequence[float]) -> Estimate:
+    """Mean of one value per question in [0, 1]: Wilson's interval if all are 0 or 1, else the bootstrap's.
+
+    >>> [round(value, 3) for value in proportion([1.0] * 7 + [0.0] * 13)]
+    [0.35, 0.181, 0.567]
+    """
     check(len(values) > 0, "values", "at least one", "none")
     return _wilson(values) if {*values} <= {0.0, 1.0} else bootstrap(values)
 

@@ -75,7 +75,7 @@ class Oracle(PruningPolicy):
 
     def _choose(self, region: Region, grid: Grid, count: int) -> list[int]:
         """``count`` of the patches of one image, ascending."""
-        inside = patches_of(region, grid)
+        inside = patches_in(region, grid)
         others = sorted(set(range(math.prod(grid))).difference(inside))
         first = self._spread(inside, min(count, len(inside)), grid)
         return sorted(first + self._spread(others, count - len(first), grid))
@@ -109,8 +109,12 @@ def check_oracle(questions: Sequence[Question], config: Any, processor: Any) -> 
         check(whole, "--oracle", expected, f"{width} x {height} in question {question.id!r}")
 
 
-def patches_of(region: Region, grid: Grid) -> list[int]:
-    """The patches of ``grid``, in raster order, that a region of the image touches with more than its edge."""
+def patches_in(region: Region, grid: Grid) -> list[int]:
+    """The patches of ``grid``, in raster order, that a region of the image touches with more than its edge.
+
+    >>> patches_in((0, 0, 0.5, 0.3), (4, 4))
+    [0, 1, 4, 5]
+    """
     rows, columns = grid
     left, top, right, bottom = region
     down = range(_floor(top * rows), _ceil(bottom * rows))

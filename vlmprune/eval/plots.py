@@ -11,7 +11,7 @@ import numpy as np
 
 from vlmprune.errors import check
 from vlmprune.eval.arms import UNPRUNED
-from vlmprune.eval.summary import Cell, Row
+from vlmprune.eval.summary import Accuracy, Result
 
 DPI, COLUMNS = 110, 3
 Share = Mapping[int, np.ndarray[Any, Any]]
@@ -24,11 +24,11 @@ def check_matplotlib() -> None:
     check(there, "vlmprune eval", "matplotlib (pip install 'vlmprune[plots]')", "no such package")
 
 
-def draw_pareto(rows: Sequence[Row]) -> bytes:
+def draw_pareto(results: Sequence[Result]) -> bytes:
     """Accuracy on all questions against FLOPs and against measured prefill time."""
     figure, (left, right) = _figure(1, 2, 5.2, 4.2)
-    _curves(left, rows, lambda row: 1 - row.cut, lambda row: row.all)
-    _curves(right, rows, lambda row: row.prefill * 1000, lambda row: row.all)
+    _curves(left, results, lambda result: 1 - result.cut, lambda result: result.all)
+    _curves(right, results, lambda result: result.prefill * 1000, lambda result: result.all)
     left.set_xlabel("decoder prefill FLOPs, share of unpruned")
     right.set_xlabel("measured prefill, ms per question")
     left.set_ylabel("right answers, all questions")
@@ -36,13 +36,13 @@ def draw_pareto(rows: Sequence[Row]) -> bytes:
     return _png(figure)
 
 
-def draw_families(rows: Sequence[Row]) -> bytes:
+def draw_families(results: Sequence[Result]) -> bytes:
     """Accuracy of each family of questions against FLOPs."""
-    names = list(rows[0].families)
+    names = list(results[0].families)
     figure, axes = _figure(-(-len(names) // COLUMNS), COLUMNS, 3.6, 3.0)
     for panel, name in zip(axes, names, strict=False):
-        _curves(panel, rows, lambda row: 1 - row.cut, _cell_of(name))
-        panel.set_title(f"{name} ({rows[0].families[name].questions})", fontsize=9)
+        _curves(panel, results, lambda result: 1 - result.cut, _cell_of(name))
+        panel.set_title(f"{name} ({results[0].families[name].questions})", fontsize=9)
     for panel in axes[len(names) :]:
         panel.set_axis_off()
     axes[0].legend(fontsize=6)
@@ -80,15 +80,15 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
 
 
 def _curves(
-    panel: Any, rows: Sequence[Row], cost: Callable[[Row], float], cell: Callable[[Row], Cell]
+    panel: Any, results: Sequence[Result], cost: Callable[[Result], float], cell: Callable[[Result], Accuracy]
 ) -> None:
     """One line per method through its budgets, with the 95 % intervals; the unpruned model as a dashed line."""
-    methods: dict[str, list[Row]] = {}
-    for row in rows:
-        methods.setdefault(row.method, []).append(row)
+    methods: dict[str, list[Result]] = {}
+    for result in results:
+        methods.setdefault(result.method, []).append(result)
     for method, some in methods.items():
         some = sorted(some, key=cost)
-        points = [cell(row).right for row in some]
+        points = [cell(result).right for result in some]
         ends = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
         style = {"color": "black"} if method == UNPRUNED else {}
         panel.errorbar(
@@ -108,8 +108,8 @@ def _curves(
     panel.grid(alpha=0.3)
 
 
-def _cell_of(family: str) -> Callable[[Row], Cell]:
-    return lambda row: row.families[family]
+def _cell_of(family: str) -> Callable[[Result], Accuracy]:
+    return lambda result: result.families[family]
 
 
 def _png(figure: Any) -> bytes:

@@ -10,8 +10,12 @@ OVERLAP = 0.5
 _BOX = re.compile(r"\s*[\[(]?\s*(-?\d+)[\s,]+(-?\d+)[\s,]+(-?\d+)[\s,]+(-?\d+)\s*[\])]?\s*\.?\s*")
 
 
-def score(answer: str, truth: str) -> tuple[bool, bool]:
-    """``(right, exact)``. Right is IoU >= 0.5 where the truth is a box, else exact; exact ignores case and white space."""
+def judge(answer: str, truth: str) -> tuple[bool, bool]:
+    """``(right, exact)``. Right is IoU >= 0.5 where the truth is a box, else exact; exact ignores case and white space.
+
+    >>> judge("[9, 11, 12, 14]", "9 11 12 14"), judge("0 0 4 4", "0 0 4 2"), judge(" It is GREEN", "it is green")
+    ((True, True), (True, False), (True, True))
+    """
     exact = " ".join(answer.split()).casefold() == " ".join(truth.split()).casefold()
     box, said = read_box(truth), read_box(answer)
     if box is None:
@@ -20,7 +24,11 @@ def score(answer: str, truth: str) -> tuple[bool, bool]:
 
 
 def read_box(text: str) -> Box | None:
-    """Four whole numbers ``x1 y1 x2 y2``, with or without commas and brackets; None if the text is anything else."""
+    """Four whole numbers ``x1 y1 x2 y2``, with or without commas and brackets; None if the text is anything else.
+
+    >>> read_box("(9, 11, 12, 14)."), read_box("green")
+    ((9, 11, 12, 14), None)
+    """
     match = _BOX.fullmatch(text)
     if match is None:
         return None
@@ -29,7 +37,11 @@ def read_box(text: str) -> Box | None:
 
 
 def iou(one: Sequence[int], other: Sequence[int]) -> float:
-    """Intersection over union of two boxes; 0.0 for a box without area."""
+    """Intersection over union of two boxes; 0.0 for a box without area.
+
+    >>> iou((0, 0, 4, 4), (0, 0, 4, 2))
+    0.5
+    """
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     both = max(0, width) * max(0, height)

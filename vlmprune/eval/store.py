@@ -49,6 +49,12 @@ class Answer:
         return self.policy, self.question, self.seed
 
 
+def check_out(folder: Path) -> None:
+    """Raise InputError unless results can be written there; asked before anything slow."""
+    check(not folder.exists() or folder.is_dir(), "--out", "a folder, or a new name", repr(str(folder)))
+    check(folder.parent.is_dir(), "--out", "a folder inside an existing one", repr(str(folder)))
+
+
 class Store:
     """The answers of one model to one set of questions, in a folder."""
 

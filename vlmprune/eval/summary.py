@@ -1,4 +1,4 @@
-"""Turns answers into rows: accuracy with intervals, the difference to the baselines, cost, and where tokens were kept."""
+"""Turns answers into results: accuracy with intervals, the difference to the baselines, cost, and where tokens were kept."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune.eval.arms import UNPRUNED, Arm
-from vlmprune.eval.intervals import Estimate, bootstrap, share
+from vlmprune.eval.arms import UNPRUNED, Arm, groups_of
+from vlmprune.eval.intervals import Estimate, bootstrap, proportion
 from vlmprune.eval.questions import Question
 from vlmprune.eval.store import Answer, Key
 from vlmprune.policies.base import Grid
@@ -21,7 +21,7 @@ NEAR = 0.05
 
 
 @dataclass(frozen=True)
-class Cell:
+class Accuracy:
     """Accuracy on some questions: a value per question is its mean over seeds.
 
     Attributes:
@@ -39,7 +39,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class Result:
     """One method at one budget, over all its seeds.
 
     Attributes:
@@ -60,30 +60,30 @@ class Row:
     cut: float
     tokens: float
     prefill: float
-    all: Cell
-    families: Mapping[str, Cell]
+    all: Accuracy
+    families: Mapping[str, Accuracy]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; an estimate is ``{mean, low, high}``."""
-        cells = {name: _plain(cell) for name, cell in self.families.items()}
+        families = {name: _plain(accuracy) for name, accuracy in self.families.items()}
         rest = {k: v for k, v in vars(self).items() if k not in ("all", "families")}
-        return {**rest, "all": _plain(self.all), "families": cells}
+        return {**rest, "all": _plain(self.all), "families": families}
 
 
 PerQuestion = dict[str, float]
 """Question id -> mean of a value over its seeds; of being right, the share of seeds that were."""
 
 
-def summarize(questions: Sequence[Question], arms: Sequence[Arm], answers: Mapping[Key, Answer]) -> list[Row]:
-    """One row per method and budget, in the order of the arms; every question must be answered."""
-    groups: dict[tuple[str, float | None], list[Arm]] = {}
-    for arm in arms:
-        groups.setdefault((arm.method, arm.budget), []).append(arm)
+def summarize(
+    questions: Sequence[Question], arms: Sequence[Arm], answers: Mapping[Key, Answer]
+) -> list[Result]:
+    """One result per method and budget, in the order of the arms; every question must be answered."""
+    groups = groups_of(arms)
     found = {group: answers_of(some, questions, answers) for group, some in groups.items()}
     rights = {group: per_question(some, _right) for group, some in found.items()}
     cuts = {group: statistics.fmean(a.cut for a in some) for group, some in found.items()}
     uniform = [group for group, some in groups.items() if isinstance(some[0].policy, Uniform)]
-    rows = []
+    results = []
     for group, some in groups.items():
         near = min(uniform, key=lambda other: abs(cuts[other] - cuts[group]), default=None)
         same = near is not None and near != group and abs(cuts[near] - cuts[group]) <= NEAR
@@ -91,8 +91,8 @@ def summarize(questions: Sequence[Question], arms: Sequence[Arm], answers: Mappi
             rights[UNPRUNED, None] if group != (UNPRUNED, None) else None,
             rights[near] if same and near is not None else None,
         )
-        rows.append(_row(group, some, found[group], questions, cuts[group], bases))
-    return rows
+        results.append(_result(group, some, found[group], questions, cuts[group], bases))
+    return results
 
 
 def answers_of(
@@ -126,19 +126,19 @@ def kept_marks(bits: str, size: int) -> np.ndarray[Any, Any]:
     return np.unpackbits(packed, bitorder="little")[:size]
 
 
-def _row(
+def _result(
     group: tuple[str, float | None],
     arms: Sequence[Arm],
     answers: Sequence[Answer],
     questions: Sequence[Question],
     cut: float,
     bases: tuple[PerQuestion | None, PerQuestion | None],
-) -> Row:
+) -> Result:
     right, exact = per_question(answers, _right), per_question(answers, lambda answer: answer.exact)
     families: dict[str, list[str]] = {}
     for question in questions:
         families.setdefault(question.family, []).append(question.id)
-    return Row(
+    return Result(
         method=group[0],
         budget=group[1],
         policy=arms[0].key,
@@ -146,20 +146,20 @@ def _row(
         cut=cut,
         tokens=statistics.fmean(a.tokens for a in answers),
         prefill=statistics.median(a.prefill for a in answers),
-        all=_cell([q.id for q in questions], right, exact, bases),
-        families={name: _cell(ids, right, exact, bases) for name, ids in sorted(families.items())},
+        all=_accuracy([q.id for q in questions], right, exact, bases),
+        families={name: _accuracy(ids, right, exact, bases) for name, ids in sorted(families.items())},
     )
 
 
-def _cell(
+def _accuracy(
     ids: Sequence[str],
     right: PerQuestion,
     exact: PerQuestion,
     bases: tuple[PerQuestion | None, PerQuestion | None],
-) -> Cell:
+) -> Accuracy:
     differences = (base if base is None else bootstrap([right[i] - base[i] for i in ids]) for base in bases)
-    return Cell(
-        len(ids), share([right[i] for i in ids]), statistics.fmean(exact[i] for i in ids), *differences
+    return Accuracy(
+        len(ids), proportion([right[i] for i in ids]), statistics.fmean(exact[i] for i in ids), *differences
     )
 
 
@@ -167,6 +167,6 @@ def _right(answer: Answer) -> bool:
     return answer.right
 
 
-def _plain(cell: Cell) -> dict[str, Any]:
-    """A cell with its estimates as dictionaries."""
-    return {k: v._asdict() if isinstance(v, Estimate) else v for k, v in vars(cell).items()}
+def _plain(accuracy: Accuracy) -> dict[str, Any]:
+    """With its estimates as dictionaries."""
+    return {k: v._asdict() if isinstance(v, Estimate) else v for k, v in vars(accuracy).items()}

@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmprune.eval.ask import Item, make_batches, make_inputs
-from vlmprune.eval.intervals import bootstrap
-from vlmprune.eval.oracle import patches_of
+from vlmprune.eval import Question, bootstrap, make_batches, make_inputs, patches_in
 from vlmprune.models import find_parts
 from vlmprune.policies.base import Grid
 
@@ -26,19 +24,21 @@ Values = dict[str, list[Tensor]]
 
 
 @torch.inference_mode()
-def question_values(model: Any, processor: Any, items: Sequence[Item], grid: Grid, batch_size: int) -> Values:
+def question_values(
+    model: Any, processor: Any, questions: Sequence[Question], grid: Grid, batch_size: int
+) -> Values:
     """Where the last prompt row looks, with and without RoPE, at every layer, on questions with a box."""
     values: Values = {BOTTOM: [], CENTRE: [], RECALL: []}
     parts = find_parts(model)
-    for batch in make_batches(processor, items, batch_size):
+    for batch in make_batches(processor, questions, batch_size):
         inputs = make_inputs(processor, batch).to(model.device, dtype=model.dtype)
         hidden = model(**inputs, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
         visual = inputs["input_ids"] == parts.config.image_token_id
         columns = visual.nonzero()[:, 1].view(len(batch), -1)
         boxes = torch.zeros(columns.shape, dtype=torch.bool)
-        for marked, (question, _) in zip(boxes, batch, strict=True):
+        for marked, question in zip(boxes, batch, strict=True):
             assert question.region is not None
-            marked[patches_of(question.region, grid)] = True
+            marked[patches_in(question.region, grid)] = True
         scores = layer_scores(parts.text, hidden, columns, inputs["attention_mask"].bool())
         for quantity, found in measure(scores, grid, boxes.to(columns.device)).items():
             values[quantity] += found

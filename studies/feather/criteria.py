@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from vlmprune.eval.arms import Arm, Prompt, cut_of, fit, plan
-from vlmprune.eval.oracle import Oracle
+from vlmprune.eval import Arm, Oracle, TypicalPrompt, cut_of, fit_arm, make_arms
 from vlmprune.policies import FastV, Feather, PyramidDrop, Random, Uniform
 from vlmprune.policies.base import (
     Needs,
@@ -65,7 +64,7 @@ def scaled(layer: int, depth: int) -> int:
     return max(1, round(layer * depth / PAPER_DEPTH))
 
 
-def budget_arms(prompt: Prompt, budgets: Sequence[float], draws: int) -> tuple[list[Arm], list[str]]:
+def budget_arms(prompt: TypicalPrompt, budgets: Sequence[float], draws: int) -> tuple[list[Arm], list[str]]:
     """The unpruned model and every method at every budget; and what cannot meet one, with the reason.
 
     FEATHER's stages 8 and 16 and PyramidDrop's 8, 16 and 24 are scaled from 32 layers to the decoder's; all other methods
@@ -90,11 +89,11 @@ def budget_arms(prompt: Prompt, budgets: Sequence[float], draws: int) -> tuple[l
         f"random:layer={first}": Random(layer=first),
         f"oracle:layer={first}": Oracle(layer=first, order="raster"),
     }
-    arms, refused = plan({}, [], (), draws, prompt), []
+    arms, refused = make_arms({}, [], (), draws, prompt), []
     for text, policy in methods.items():
         for budget in budgets:
             try:
-                arm = fit(text, policy, budget, prompt)
+                arm = fit_arm(text, policy, budget, prompt)
             except ValueError as error:
                 refused.append(str(error))
                 continue
@@ -102,7 +101,7 @@ def budget_arms(prompt: Prompt, budgets: Sequence[float], draws: int) -> tuple[l
     return arms, refused
 
 
-def sweep_arms(prompt: Prompt, layers: Sequence[int]) -> list[Arm]:
+def sweep_arms(prompt: TypicalPrompt, layers: Sequence[int]) -> list[Arm]:
     """The criteria in one stage at each of these layers, all at the FLOPs of uniform tokens, a quarter, at that layer."""
     arms = []
     for layer in layers:
@@ -115,5 +114,5 @@ def sweep_arms(prompt: Prompt, layers: Sequence[int]) -> list[Arm]:
             "uniform": Uniform(layer=layer, order="raster"),
             "oracle": Oracle(layer=layer, order="raster"),
         }
-        arms += [fit(name, policy, cut, prompt) for name, policy in methods.items()]
+        arms += [fit_arm(name, policy, cut, prompt) for name, policy in methods.items()]
     return arms

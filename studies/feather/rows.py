@@ -14,8 +14,7 @@ import torch
 import transformers
 
 from vlmprune import __version__
-from vlmprune.eval.intervals import Estimate
-from vlmprune.eval.store import write
+from vlmprune.eval import Estimate, write
 
 
 @dataclass(frozen=True)

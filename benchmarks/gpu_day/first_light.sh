@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # First light on a GPU: everything that can be learned in two calls of nine minutes, the most important first.
 #
-#   benchmarks/gpu_first_light.sh [--dry-run] [--list] [STAGE...]
+#   benchmarks/gpu_day/first_light.sh [--dry-run] [--list] [STAGE...]
 #
 # $OUT gets few files, brought up to date after every stage: summary.txt has one line a stage and the goals (met,
 # missed, unmeasured), rows.csv the times, log.txt what every stage printed.
@@ -16,9 +16,9 @@
 # --dry-run tries every stage at a tiny size, on a CPU if there is no GPU.
 set -uo pipefail
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-HERE=$ROOT/benchmarks
-OUT=${OUT:-$HERE/results/first_light}
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+BENCHMARKS=$ROOT/benchmarks HERE=$ROOT/benchmarks/gpu_day
+OUT=${OUT:-$BENCHMARKS/results/first_light}
 STATE=${STATE:-$ROOT/build/first_light}
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-540}
@@ -138,7 +138,7 @@ export PYTHON HERE DRY REFUSED
 export -f run_tests run_sanitizer
 
 LIGHT=("$PYTHON" "$HERE/first_light.py")
-MICRO=("$PYTHON" "$HERE/microbench.py" --no-plots --csv "$STATE/rows.csv")
+MICRO=("$PYTHON" "$BENCHMARKS/microbench.py" --no-plots --csv "$STATE/rows.csv")
 QUICK=(cuda triton plan torch "scores + topk" eager flash-colreduce "published loop") # torch.compile takes seconds a setting
 GOALS=(prune_tokens received_attention "greedy_select maxmin")
 SETS=(compact_kv greedy_select merge_tokens cluster_dpc match_bipartite)
@@ -159,8 +159,8 @@ stage 4_compiled 120 "${MICRO[@]}" --cases prune_tokens --rows 1 --providers tor
 stage 4_select 45 "${MICRO[@]}" --cases select_topk select_segments "${SHAPES[@]}"
 stage 5_parts 90 "${MICRO[@]}" --cases received_attention row_lse gather_tokens --providers "${QUICK[@]}" "${SHAPES[@]}"
 stage 6_sanitizer 125 bash -c run_sanitizer
-stage 7_sweeps 60 env TRITON_INTERPRET="$INTERPRET" "$PYTHON" "$HERE/tile_sweep.py" "${SWEEP[@]}"
-stage 8_end_to_end 40 "$PYTHON" "$HERE/end_to_end.py" "${REPEAT[@]}"
+stage 7_sweeps 60 env TRITON_INTERPRET="$INTERPRET" "$PYTHON" "$BENCHMARKS/tile_sweep.py" "${SWEEP[@]}"
+stage 8_end_to_end 40 "$PYTHON" "$BENCHMARKS/end_to_end.py" "${REPEAT[@]}"
 stage 9_sets 60 "${MICRO[@]}" --cases "${SETS[@]}" "${SHAPES[@]}"
 stage 9_models 150 bash -c 'run_tests tests/models'
 ((LIST)) || echo "results in $OUT"

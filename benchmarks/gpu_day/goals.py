@@ -1,4 +1,4 @@
-"""The goals, against rows of a CSV of results: ``python benchmarks/goals.py rows.csv``; met, missed or unmeasured.
+"""The goals, against rows of a CSV of results: ``python benchmarks/gpu_day/goals.py rows.csv``; met, missed or unmeasured.
 
 A goal counts the median of a graph replay with a cold L2 cache, bf16, one scoring row; of our ways the fastest counts.
 Needs nothing but the standard library.

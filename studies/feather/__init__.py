@@ -1,0 +1,1 @@
+"""The parts of the FEATHER study: which methods, what they keep, what RoPE does to the score. ``study.py`` runs them."""

@@ -1,0 +1,158 @@
+"""A checkpoint and how to load it. All that can fail without the weights fails before they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from vlmprune.errors import InputError, check, first_line
+from vlmprune.models import check_config, check_layers
+from vlmprune.policies.base import PruningPolicy
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class Checkpoint:
+    """A model with its processor. Configuration, processor and weights are each read when first asked for, and kept.
+
+    Errors name arguments as the command line does.
+
+    Attributes:
+        source: the folder or hub id.
+        device: where the model is, "cpu" or "cuda".
+        attention: its attention function.
+
+    >>> checkpoint = Checkpoint("examples/glyphworld/checkpoint", device="cpu")
+    >>> checkpoint.config.model_type, checkpoint.dtype
+    ('llava', 'bfloat16')
+    """
+
+    def __init__(
+        self, source: str, device: str = "auto", dtype: str = "auto", attention: str = "sdpa"
+    ) -> None:
+        """Note what to load.
+
+        Args:
+            source: a folder or hub id.
+            device: "cpu", "cuda", or "auto", the GPU if there is one.
+            dtype: one of ``DTYPES``; "auto" = as stored.
+            attention: any attention function that transformers knows.
+
+        Raises:
+            InputError: another dtype, or a GPU or FlashAttention where there is none.
+        """
+        there = torch.cuda.is_available()
+        check(device != "cuda" or there, "--device", "auto or cpu (torch sees no CUDA device here)", "cuda")
+        self.device = device if device != "auto" else "cuda" if there else "cpu"
+        usable = self.device == "cuda" and find_spec("flash_attn") is not None
+        expected = (
+            "sdpa, eager or vlmprune (flash_attention_2 needs a CUDA device and the flash-attn package)"
+        )
+        check(attention != "flash_attention_2" or usable, "--attn", expected, attention)
+        check(dtype in DTYPES, "--dtype", f"one of {', '.join(DTYPES)}", dtype)
+        self.source, self.attention, self._dtype = source, attention, dtype
+
+    @classmethod
+    def of(cls, model: Any, processor: Any) -> Checkpoint:
+        """One whose model and processor are loaded already. Raises InputError or ModelError for what cannot be pruned."""
+        check_config(model.config)
+        attention = model.config._attn_implementation
+        made = cls(model.config.name_or_path, model.device.type, attention=attention)
+        made.config, made.processor, made.model = model.config, processor, model
+        return made
+
+    @property
+    def dtype(self) -> str:
+        """Name of the weights' dtype."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration. Raises InputError or ModelError for what is not there or cannot be pruned."""
+        source = self.source
+        if Path(source).exists() or source.startswith((".", "/", "~")):
+            there = (Path(source) / "config.json").is_file()
+            check(there, "--model", "a checkpoint folder with a config.json, or a hub id", repr(source))
+        try:
+            config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError, StrictDataclassError) as error:
+            expected = f"a checkpoint folder or a hub id, got {source!r}"
+            raise InputError(f"--model: expected {expected}: {first_line(error)}") from error
+        check_config(config)
+        return config
+
+    @cached_property
+    def processor(self) -> Any:
+        """Tokenizer, image processor, chat template. Raises InputError if one, or a package for it, is missing or broken."""
+        try:
+            return AutoProcessor.from_pretrained(self.source)
+        except (ImportError, OSError, ValueError) as error:
+            expected = f"a processor and tokenizer in {self.source!r}"
+            raise InputError(f"--model: expected {expected}, got: {first_line(error)}") from error
+
+    @cached_property
+    def model(self) -> Any:
+        """The model on its device, in evaluation mode. Raises InputError if the checkpoint does not have all its weights."""
+        source, config = self.source, self.config
+        try:
+            model, notes = AutoModelForImageTextToText.from_pretrained(
+                source,
+                config=config,
+                dtype=self._dtype if self._dtype == "auto" else getattr(torch, self._dtype),
+                attn_implementation=self.attention,
+                output_loading_info=True,
+            )
+        except SafetensorError as error:
+            raise InputError(f"--model: expected whole weight files in {source!r}, got: {error}") from error
+        except (OSError, ValueError, RuntimeError) as error:  # no weights, or shapes that do not fit
+            expected = f"weights that fit the configuration of {source!r}"
+            raise InputError(f"--model: expected {expected}, got: {first_line(error)}") from error
+        # transformers fills what is missing with random numbers and only logs it.
+        missing = sorted(notes["missing_keys"])
+        got = f"{len(missing)} missing, first {missing[:1]}"
+        check(not missing, "--model", f"every weight in {source!r}", got)
+        spare = sorted(key for key in notes["unexpected_keys"] if ".layers." in key)
+        expected = "as many layers in the configuration as in the weights"
+        check(not spare, "--model", expected, f"no place for {spare[:1]}")
+        return model.to(self.device).eval()
+
+    def check_depth(self, policies: Iterable[PruningPolicy]) -> None:
+        """Read the configuration, and raise InputError if a policy has a stage beyond the decoder's last layer."""
+        config = self.config
+        for policy in policies:
+            check_layers(policy, config)
+
+
+def build_text(processor: Any, prompt: str, images: int) -> str:
+    """The full prompt: as typed if it holds the image placeholder token, else through the chat template.
+
+    Raises:
+        InputError: not one placeholder an image, or a prompt that the template does not take.
+    """
+    token = processor.image_token
+    if token in prompt:
+        text = prompt
+    else:
+        template = processor.chat_template
+        expected = f"a text with {token!r} in it (this checkpoint has no chat template to add it)"
+        check(template is not None, "--prompt", expected, repr(prompt))
+        content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+        messages = [{"role": "user", "content": content}]
+        try:
+            text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:  # templates may refuse a message, or be broken
+            raise InputError(
+                f"--prompt: expected what the checkpoint's chat template takes, got: {error}"
+            ) from error
+    count = text.count(token)
+    check(count == images, "--prompt", f"{images} x {token!r}, one per --image", count)
+    return text

@@ -1,0 +1,172 @@
+"""A whole evaluation: checks everything, asks every question of every policy, writes tables, plots and a page."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmprune.checkpoints import Checkpoint
+from vlmprune.errors import ModelError, check
+from vlmprune.eval.arms import Arm, groups_of, make_arms
+from vlmprune.eval.ask import Subject, ask_all, missing, typical_prompt, with_template
+from vlmprune.eval.oracle import Oracle, check_oracle
+from vlmprune.eval.page import make_page
+from vlmprune.eval.plots import check_matplotlib, draw_families, draw_heat, draw_pareto
+from vlmprune.eval.questions import Question, read_questions
+from vlmprune.eval.store import Answer, Key, Store, check_out, write
+from vlmprune.eval.summary import Result, answers_of, kept_share, summarize
+from vlmprune.models import patch_grid
+from vlmprune.policies.base import PruningPolicy
+from vlmprune.policies.random import Random
+from vlmprune.policies.recipe import policy_from
+from vlmprune.policies.uniform import Uniform
+
+BUDGETS = (0.48, 0.64)
+"""FLOPs cuts where none are given: those of FEATHER's tables."""
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how many answers have come, and how many are to come; 0 of 0 where that is not known."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out.
+
+    Attributes:
+        settings: all that the answers depend on, and the prompt that budgets were counted for.
+        results: one per method and budget, the unpruned model first.
+        answers: every answer, by policy with its settings, question id and seed.
+        speed: answers per second, everything included; None if all of them were there already.
+        page: the HTML file that shows it all.
+    """
+
+    settings: Mapping[str, Any]
+    results: Sequence[Result]
+    answers: Mapping[Key, Answer]
+    speed: float | None
+    page: Path
+
+
+def run(
+    checkpoint: Checkpoint,
+    questions: Path | str,
+    out: Path | str,
+    policies: Sequence[str | PruningPolicy] = (),
+    *,
+    budgets: Sequence[float] = BUDGETS,
+    families: Sequence[str] = (),
+    baselines: bool = True,
+    oracle: bool = False,
+    seeds: int = 3,
+    batch_size: int = 16,
+    max_new_tokens: int = 32,
+    progress: Progress = lambda doing, done, total: None,
+) -> Evaluation:
+    """Accuracy of policies at equal FLOPs on a set of questions: what ``vlmprune eval`` does, without printing.
+
+    All that can fail is checked before the weights are loaded. Errors name arguments as the command line does.
+
+    Args:
+        checkpoint: whom to ask.
+        questions: folder with a ``questions.jsonl`` and its images.
+        out: folder for results, in an existing one; what is answered there already is not asked again.
+        policies: as objects, or as typed on the command line.
+        budgets: shares of the prefill's FLOPs to save, for each of which every policy's ``keep`` is fitted; empty: the
+            policies keep what they say, and the baselines are fitted to their cuts.
+        families: only these families of questions; empty: all.
+        baselines: also uniform and random tokens.
+        oracle: also one that is told where the answer is seen.
+        seeds: draws of each policy that draws.
+        batch_size: questions asked at once.
+        max_new_tokens: longest answer.
+        progress: called at every step and answer.
+
+    Raises:
+        InputError: bad input, a policy that cannot meet a budget, or results of other settings in ``out``.
+        ModelError: a model that cannot be pruned, or whose patches the oracle cannot match to boxes.
+        OSError: a file cannot be written.
+
+    Not run here, as it needs questions (``examples/glyphworld/make_questions.py`` makes some):
+
+    >>> found = run(Checkpoint("model"), "questions", "results", ["fastv:layer=2"])  # doctest: +SKIP
+    """
+    questions, out = Path(questions), Path(out)
+    counts = {"--seeds": seeds, "--batch-size": batch_size, "--max-new-tokens": max_new_tokens}
+    check_matplotlib()
+    for name, count in counts.items():
+        check(count >= 1, name, "at least 1", count)
+    cuts = tuple(dict.fromkeys(budgets))
+    fine = all(0 < cut < 1 for cut in cuts)
+    check(fine, "--budgets", "FLOPs cuts between 0 and 1", ",".join(f"{cut:g}" for cut in cuts))
+    asked = read_questions(questions, families)
+    methods = {str(some): policy_from(some) if isinstance(some, str) else some for some in policies}
+    check_out(out)
+    checkpoint.check_depth(methods.values())
+    if oracle:
+        check_oracle(asked, checkpoint.config, checkpoint.processor)
+    asked = with_template(checkpoint.processor, asked)
+    prompt = typical_prompt(checkpoint, asked)
+    arms = make_arms(methods, cuts, (Uniform, Random) * baselines + (Oracle,) * oracle, seeds, prompt)
+    checkpoint.check_depth(arm.policy for arm in arms if arm.policy is not None)
+    progress(f"loading {checkpoint.source}", 0, 0)
+    subject = Subject(checkpoint, batch_size, max_new_tokens)
+    settings = subject.settings(questions)
+    store = Store(out, settings)
+    speed = _ask(subject, asked, arms, store, progress)
+    progress("drawing", 0, 0)
+    results = summarize(asked, arms, store.answers)
+    settings |= {"text_tokens": prompt.text, "visual_tokens": prompt.visual}
+    page = _write_all(out, settings, results, _heat(checkpoint.config, arms, asked, store.answers))
+    return Evaluation(settings, results, store.answers, speed, page)
+
+
+def _ask(
+    subject: Subject, questions: Sequence[Question], arms: Sequence[Arm], store: Store, progress: Progress
+) -> float | None:
+    """Fill the store; answers per second, or None if there was nothing left to ask."""
+    total = missing(questions, arms, store)
+    start = time.perf_counter()
+    progress("answers", 0, total)
+    for done, _ in enumerate(ask_all(subject, questions, arms, store), 1):
+        progress("answers", done, total)
+    return total / (time.perf_counter() - start) if total else None
+
+
+def _heat(
+    config: Any, arms: Sequence[Arm], questions: Sequence[Question], answers: Mapping[Key, Answer]
+) -> dict[str, Any]:
+    """Title -> where the method keeps tokens; empty for models whose images do not share one grid."""
+    try:
+        grid = patch_grid(config)
+    except ModelError:
+        return {}
+    return {
+        method if budget is None else f"{method} at {budget:.1%}": kept_share(
+            answers_of(draws, questions, answers), grid
+        )
+        for (method, budget), draws in groups_of(arms).items()
+        if draws[0].policy is not None
+    }
+
+
+def _write_all(
+    folder: Path, settings: Mapping[str, Any], results: Sequence[Result], heat: Mapping[str, Any]
+) -> Path:
+    """Write results.json, the pictures and the page, whose path is returned."""
+    pictures = {
+        "pareto": ("Accuracy against cost", draw_pareto(results)),
+        "families": ("Accuracy by family", draw_families(results)),
+    }
+    if heat:
+        title = "Where tokens are kept: share of the answers that keep each patch"
+        pictures["heat"] = (title, draw_heat(heat))
+    for name, (_, png) in pictures.items():
+        write(folder / f"{name}.png", png)
+    plain = {"settings": settings, "rows": [result.as_dict() for result in results]}
+    write(folder / "results.json", json.dumps(plain, indent=1).encode())
+    page = folder / "report.html"
+    write(page, make_page(settings, results, dict(pictures.values())).encode())
+    return page
