@@ -128,5 +128,6 @@ def select_sample(
         tl.store(cu_seqlens_out_ptr + b + 1, last)
         if b == 0:
             tl.store(cu_seqlens_out_ptr, 0)
-    count = _select_row(spread_ptr, code_ptr, 1, quota, index_ptr, start_k, length, width, CHUNK, ONE_CHUNK)
+    row = (spread_ptr, code_ptr, 1, length, None)
+    count = _select_row(row, quota, index_ptr, start_k, width, CHUNK, ONE_CHUNK)
     tl.store(count_ptr + b, count.to(tl.int64))

@@ -113,16 +113,16 @@ def _number_survivors(
     ONE_CHUNK: tl.constexpr,
 ):
     """Write the survivors' slots, and -2 - destination for the sources that merge; fill the index."""
-    keys = _load_keys(best_ptr, code_ptr, 1, tl.arange(0, CHUNK), N)
-    quota = tl.zeros((), tl.int64) + r
-    threshold, ties, _merges = _last_kept(best_ptr, code_ptr, 1, keys, quota, N, CHUNK, ONE_CHUNK)
+    row = (best_ptr, code_ptr, 1, N, None)
+    keys = _load_keys(row, tl.arange(0, CHUNK))
+    threshold, ties, _merges = _last_kept(row, keys, tl.zeros((), tl.int64) + r, CHUNK, ONE_CHUNK)
     n_above = tl.zeros((), tl.int32)
     n_equal = tl.zeros((), tl.int32)
     count = tl.zeros((), tl.int32)
     for start in range(0, N, CHUNK):
         offs = start + tl.arange(0, CHUNK)
         if not ONE_CHUNK:
-            keys = _load_keys(best_ptr, code_ptr, 1, offs, N)
+            keys = _load_keys(row, offs)
         merged, _, n_above, n_equal = _kept_before(keys, threshold, ties, n_above, n_equal)
         role = _role(role_ptr, offs, N)
         stays = tl.where(merged, 0, (role < 2).to(tl.int32))
