@@ -11,8 +11,7 @@ Grid: (sum over tensors of heads * cdiv(D, BLOCK_D), B).
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._launch import launch
-from vlmprune.triton_kernels._rows import MAX_TENSORS, grouped, pick, place_of
+from vlmprune.triton_kernels._rows import launch_grouped, pick, place_of
 
 BLOCK_BYTES = 128  # of columns: whole cache lines, and enough chains where heads are few
 BLOCK_K = 64
@@ -27,14 +26,12 @@ def _walk_chain(
     index_ptr,  # [K] of this sample
     b,
     K,
-    COUNT: tl.constexpr,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    SHAPE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tensor, h, offs_d = place_of(unit, HEADS, D, BLOCK_D)
-    x_ptr = pick(caches, tensor, COUNT) + b * strides[0] + h * strides[1]
+    D: tl.constexpr = SHAPE[2]
+    tensor, h, offs_d = place_of(unit, SHAPE)
+    x_ptr = pick(caches, tensor, SHAPE[0]) + b * strides[0] + h * strides[1]
     for first in range(0, K, BLOCK_K):
         offs_k = first + tl.arange(0, BLOCK_K).to(tl.int64)
         row = tl.load(index_ptr + offs_k, mask=offs_k < K, other=-1)  # [BLOCK_K]
@@ -54,14 +51,11 @@ def _compact_kv_kernel(
     first_units,  # per group, the first program of axis 0 that works on it, and one past the last
     index_ptr,  # [B, K] int64, contiguous, ascending in each row
     K,
-    COUNTS: tl.constexpr,  # per group: tensors, heads, columns, columns in a tile
-    HEADS: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    SHAPES: tl.constexpr,  # per group: tensors, heads, columns, columns in a tile
     BLOCK_K: tl.constexpr,
 ):
     pid, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    for i in tl.static_range(len(COUNTS)):
+    for i in tl.static_range(len(SHAPES)):
         if (pid >= first_units[i]) & (pid < first_units[i + 1]):
             _walk_chain(
                 pid - first_units[i],
@@ -71,25 +65,13 @@ def _compact_kv_kernel(
                 index_ptr + b * K,
                 b,
                 K,
-                COUNTS[i],
-                HEADS[i],
-                WIDTHS[i],
-                BLOCKS[i],
+                SHAPES[i],
                 BLOCK_K,
             )
 
 
-def _launch(caches, index):
-    """One launch for up to MAX_TENSORS caches."""
-    B, K = index.shape
-    (pointers,), strides, lengths, first_units, meta = grouped([(x,) for x in caches], BLOCK_BYTES)
-    args = (pointers, strides, lengths, first_units, index, K)
-    launch(_compact_kv_kernel, (first_units[-1], B), *args, **meta, BLOCK_K=BLOCK_K, num_warps=4)
-
-
 def compact_kv(caches, index):
     """Group by layout, launch. Arguments were validated by vlmprune.ops.compact_kv."""
-    caches, index = [x for x in caches if x.numel()], index.contiguous()
     if index.numel():
-        for first in range(0, len(caches), MAX_TENSORS):
-            _launch(caches[first : first + MAX_TENSORS], index)
+        items = [(x,) for x in caches if x.numel()]
+        launch_grouped(_compact_kv_kernel, items, index, BLOCK_BYTES, BLOCK_K)

@@ -8,8 +8,7 @@ Grid: (sum over tensors of heads * cdiv(D, BLOCK_D), cdiv(K, BLOCK_K), B).
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._launch import launch
-from vlmprune.triton_kernels._rows import MAX_TENSORS, grouped, pick, place_of
+from vlmprune.triton_kernels._rows import launch_grouped, pick, place_of
 
 BLOCK_BYTES = 512  # of columns: a warp's 32 pieces of 16 bytes
 BLOCK_K = 16
@@ -26,13 +25,12 @@ def _copy_unit(
     offs_k,
     b,
     K,
-    COUNT: tl.constexpr,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
-    tensor, h, offs_d = place_of(unit, HEADS, D, BLOCK_D)
-    source, out = pick(sources, tensor, COUNT), pick(outs, tensor, COUNT)
+    HEADS: tl.constexpr = SHAPE[1]
+    D: tl.constexpr = SHAPE[2]
+    tensor, h, offs_d = place_of(unit, SHAPE)
+    source, out = pick(sources, tensor, SHAPE[0]), pick(outs, tensor, SHAPE[0])
     is_row = (row >= 0) & (row < S)
     x_offs = b * strides[0] + h * strides[1] + tl.where(is_row, row, 0) * strides[2]
     mask = (offs_k < K)[:, None] & (offs_d < D)[None, :]
@@ -50,16 +48,13 @@ def _gather_tokens_kernel(
     first_units,  # per group, the first program of axis 0 that works on it, and one past the last
     index_ptr,  # [B, K] int64, contiguous
     K,
-    COUNTS: tl.constexpr,  # per group: tensors, heads, columns, columns in a tile
-    HEADS: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    SHAPES: tl.constexpr,  # per group: tensors, heads, columns, columns in a tile
     BLOCK_K: tl.constexpr,
 ):
     pid, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     row = tl.load(index_ptr + b * K + offs_k, mask=offs_k < K, other=-1)  # [BLOCK_K]
-    for i in tl.static_range(len(COUNTS)):
+    for i in tl.static_range(len(SHAPES)):
         if (pid >= first_units[i]) & (pid < first_units[i + 1]):
             _copy_unit(
                 pid - first_units[i],
@@ -71,20 +66,8 @@ def _gather_tokens_kernel(
                 offs_k,
                 b,
                 K,
-                COUNTS[i],
-                HEADS[i],
-                WIDTHS[i],
-                BLOCKS[i],
+                SHAPES[i],
             )
-
-
-def _launch(pairs, index):
-    """One launch for up to MAX_TENSORS (source, out) pairs."""
-    B, K = index.shape
-    (sources, outs), strides, lengths, first_units, meta = grouped(pairs, BLOCK_BYTES)
-    grid = (first_units[-1], triton.cdiv(K, BLOCK_K), B)
-    args = (sources, outs, strides, lengths, first_units, index, K)
-    launch(_gather_tokens_kernel, grid, *args, **meta, BLOCK_K=BLOCK_K, num_warps=4)
 
 
 def gather_tokens(tensors, index):
@@ -93,7 +76,5 @@ def gather_tokens(tensors, index):
     shapes = [(B, *x.shape[1:-2], K, x.shape[-1]) if x.ndim > 2 else (B, K) for x in tensors]
     outs = [x.new_empty(shape) for x, shape in zip(tensors, shapes, strict=True)]
     pairs = [(x, out) for x, out in zip(tensors, outs, strict=True) if out.numel()]
-    index = index.contiguous()
-    for first in range(0, len(pairs), MAX_TENSORS):
-        _launch(pairs[first : first + MAX_TENSORS], index)
+    launch_grouped(_gather_tokens_kernel, pairs, index, BLOCK_BYTES, BLOCK_K, triton.cdiv(K, BLOCK_K))
     return outs
