@@ -18,12 +18,8 @@ def top_heads(part_ptr, TOP, N, PARTS: tl.constexpr, HEADS: tl.constexpr, CHUNK:
         total = tl.zeros((CHUNK,), tl.float32)
         for start in range(0, N, CHUNK):
             offs = start + tl.arange(0, CHUNK)
-            total += tl.load(
-                part_ptr + (h + tl.zeros((), tl.int64)) * N + offs,
-                mask=offs < N,
-                other=0.0,
-                cache_modifier=".cg",
-            )
+            x_ptr = part_ptr + (h + tl.zeros((), tl.int64)) * N + offs
+            total += tl.load(x_ptr, mask=offs < N, other=0.0, cache_modifier=".cg")
         mass = tl.where(head == h, tl.sum(total, 0), mass)
     key = tl.where(head < PARTS, _order_key(mass), 0).to(tl.uint32)
     other, mine = key[None, :], key[:, None]

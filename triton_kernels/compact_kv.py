@@ -18,17 +18,9 @@ BLOCK_K = 64
 
 
 @triton.jit
-def _walk_chain(
-    unit,  # which (tensor of the group, head, block of columns)
-    caches,
-    strides,
-    S,
-    index_ptr,  # [K] of this sample
-    b,
-    K,
-    SHAPE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def _walk_chain(unit, group, index_ptr, b, K, SHAPE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Move what a sample keeps of one unit: (tensor of the group, head, block of columns)."""
+    caches, strides, S = group
     D: tl.constexpr = SHAPE[2]
     tensor, h, offs_d = place_of(unit, SHAPE)
     x_ptr = pick(caches, tensor, SHAPE[0]) + b * strides[0] + h * strides[1]
@@ -57,17 +49,8 @@ def _compact_kv_kernel(
     pid, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     for i in tl.static_range(len(SHAPES)):
         if (pid >= first_units[i]) & (pid < first_units[i + 1]):
-            _walk_chain(
-                pid - first_units[i],
-                caches[i],
-                strides[i],
-                lengths[i],
-                index_ptr + b * K,
-                b,
-                K,
-                SHAPES[i],
-                BLOCK_K,
-            )
+            unit, group = pid - first_units[i], (caches[i], strides[i], lengths[i])
+            _walk_chain(unit, group, index_ptr + b * K, b, K, SHAPES[i], BLOCK_K)
 
 
 def compact_kv(caches, index):

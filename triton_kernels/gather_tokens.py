@@ -15,18 +15,9 @@ BLOCK_K = 16
 
 
 @triton.jit
-def _copy_unit(
-    unit,  # which (tensor of the group, head, block of columns)
-    sources,
-    outs,
-    strides,
-    S,
-    row,  # [BLOCK_K] int64
-    offs_k,
-    b,
-    K,
-    SHAPE: tl.constexpr,
-):
+def _copy_unit(unit, group, row, offs_k, b, K, SHAPE: tl.constexpr):
+    """Copy the rows ``row [BLOCK_K]`` of one unit: (tensor of the group, head, block of columns)."""
+    sources, outs, strides, S = group
     HEADS: tl.constexpr = SHAPE[1]
     D: tl.constexpr = SHAPE[2]
     tensor, h, offs_d = place_of(unit, SHAPE)
@@ -56,18 +47,8 @@ def _gather_tokens_kernel(
     row = tl.load(index_ptr + b * K + offs_k, mask=offs_k < K, other=-1)  # [BLOCK_K]
     for i in tl.static_range(len(SHAPES)):
         if (pid >= first_units[i]) & (pid < first_units[i + 1]):
-            _copy_unit(
-                pid - first_units[i],
-                sources[i],
-                outs[i],
-                strides[i],
-                lengths[i],
-                row,
-                offs_k,
-                b,
-                K,
-                SHAPES[i],
-            )
+            unit, group = pid - first_units[i], (sources[i], outs[i], strides[i], lengths[i])
+            _copy_unit(unit, group, row, offs_k, b, K, SHAPES[i])
 
 
 def gather_tokens(tensors, index):

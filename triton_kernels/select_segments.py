@@ -64,14 +64,7 @@ def select_segments(scores, segments, quotas):
     for first in range(0, len(segments), MAX_SEGMENTS):
         last = min(first + MAX_SEGMENTS, len(segments))
         count = triton.next_power_of_2(last - first)
-        _select_segments_kernel[(B, last - first)](
-            scores,
-            _codes(starts[first : last + 1], count + 1),
-            _codes(slots[first : last + 1], count + 1),
-            index,
-            width,
-            *scores.stride(),
-            COUNT=count,
-            **config,
-        )
+        args = (_codes(x[first : last + 1], count + 1) for x in (starts, slots))
+        args = (scores, *args, index, width, *scores.stride())
+        _select_segments_kernel[(B, last - first)](*args, COUNT=count, **config)
     return index

@@ -183,22 +183,13 @@ def select_topk(scores, keep, code, width, threshold=None):
         return index, torch.zeros(B, dtype=torch.int64, device=scores.device)
     index = torch.empty((B, width), dtype=torch.int64, device=scores.device)
     count = torch.empty(B, dtype=torch.int64, device=scores.device)
-    keep_on_device, threshold_on_device = (isinstance(x, torch.Tensor) for x in (keep, threshold))
-    launch(
-        _select_topk_kernel,
-        (B,),
-        scores,
-        keep.contiguous() if keep_on_device else keep,
-        None if code is None else code.contiguous(),
-        threshold.contiguous() if threshold_on_device else threshold,
-        index,
-        count,
-        N,
-        width,
-        *scores.stride(),
-        KEEP_ON_DEVICE=keep_on_device,
-        THRESHOLD_ON_DEVICE=threshold_on_device,
-        **tiles(N),
-        **REGISTERS,
+    code, keep, threshold = (
+        x.contiguous() if isinstance(x, torch.Tensor) else x for x in (code, keep, threshold)
     )
+    on_device = {
+        "KEEP_ON_DEVICE": isinstance(keep, torch.Tensor),
+        "THRESHOLD_ON_DEVICE": isinstance(threshold, torch.Tensor),
+    }
+    args = (scores, keep, code, threshold, index, count, N, width, *scores.stride())
+    launch(_select_topk_kernel, (B,), *args, **on_device, **tiles(N), **REGISTERS)
     return index, count
