@@ -34,9 +34,9 @@ def grouped(items, block_bytes):
     A unit is one block of columns, at most ``block_bytes`` wide, of one head of one item.
 
     Returns:
-        (pointers, strides, lengths, first_units, shapes): pointers[i] holds per group a tuple of the i-th tensors;
+        (pointers, strides, lengths, first_units, meta): pointers[i] holds per group a tuple of the i-th tensors;
         strides and lengths one entry a group; first_units the first unit of each group and one past the last;
-        shapes per group (tensors, heads, columns, columns in a block).
+        meta per group how many tensors, heads, columns, and columns in a block.
     """
     groups = {}
     for item in items:
@@ -48,18 +48,19 @@ def grouped(items, block_bytes):
         shapes.append((len(members), heads, D, block))
         first_units.append(first_units[-1] + len(members) * heads * triton.cdiv(D, block))
     _, _, _, lengths, strides = zip(*groups, strict=True)
-    return tuple(zip(*pointers, strict=True)), strides, lengths, tuple(first_units), tuple(shapes)
+    meta = dict(zip(("COUNTS", "HEADS", "WIDTHS", "BLOCKS"), zip(*shapes, strict=True), strict=True))
+    return tuple(zip(*pointers, strict=True)), strides, lengths, tuple(first_units), meta
 
 
 def launch_grouped(kernel, items, index, block_bytes, block_k, *tiles_of_k):
     """``kernel`` on ``items``, see ``grouped``, MAX_TENSORS of them in a launch. Grid: (units, *tiles_of_k, B)."""
     (B, K), index = index.shape, index.contiguous()
     for first in range(0, len(items), MAX_TENSORS):
-        pointers, strides, lengths, first_units, shapes = grouped(
+        pointers, strides, lengths, first_units, meta = grouped(
             items[first : first + MAX_TENSORS], block_bytes
         )
         grid, args = (first_units[-1], *tiles_of_k, B), (*pointers, strides, lengths, first_units, index, K)
-        launch(kernel, grid, *args, SHAPES=shapes, BLOCK_K=block_k, num_warps=4)
+        launch(kernel, grid, *args, **meta, BLOCK_K=block_k, num_warps=4)
 
 
 @triton.jit
@@ -72,10 +73,8 @@ def pick(pointers, at, COUNT: tl.constexpr):
 
 
 @triton.jit
-def place_of(unit, SHAPE: tl.constexpr):
-    """(tensor of the group, head as int64, columns [BLOCK_D]) of a unit in a group of this shape."""
-    HEADS: tl.constexpr = SHAPE[1]
-    BLOCK_D: tl.constexpr = SHAPE[3]
-    column_blocks: tl.constexpr = (SHAPE[2] + BLOCK_D - 1) // BLOCK_D
+def place_of(unit, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(tensor of the group, head as int64, columns [BLOCK_D]) of a unit."""
+    column_blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     head = (unit // column_blocks % HEADS).to(tl.int64)
     return unit // (HEADS * column_blocks), head, unit % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)

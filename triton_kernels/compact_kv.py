@@ -18,12 +18,23 @@ BLOCK_K = 64
 
 
 @triton.jit
-def _walk_chain(unit, group, index_ptr, b, K, SHAPE: tl.constexpr, BLOCK_K: tl.constexpr):
+def _walk_chain(
+    unit,
+    caches,
+    strides,
+    S,
+    index_ptr,  # [K] of this sample
+    b,
+    K,
+    COUNT: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Move what a sample keeps of one unit: (tensor of the group, head, block of columns)."""
-    caches, strides, S = group
-    D: tl.constexpr = SHAPE[2]
-    tensor, h, offs_d = place_of(unit, SHAPE)
-    x_ptr = pick(caches, tensor, SHAPE[0]) + b * strides[0] + h * strides[1]
+    tensor, h, offs_d = place_of(unit, HEADS, D, BLOCK_D)
+    x_ptr = pick(caches, tensor, COUNT) + b * strides[0] + h * strides[1]
     for first in range(0, K, BLOCK_K):
         offs_k = first + tl.arange(0, BLOCK_K).to(tl.int64)
         row = tl.load(index_ptr + offs_k, mask=offs_k < K, other=-1)  # [BLOCK_K]
@@ -43,14 +54,30 @@ def _compact_kv_kernel(
     first_units,  # per group, the first program of axis 0 that works on it, and one past the last
     index_ptr,  # [B, K] int64, contiguous, ascending in each row
     K,
-    SHAPES: tl.constexpr,  # per group: tensors, heads, columns, columns in a tile
+    COUNTS: tl.constexpr,  # per group: tensors, heads, columns, columns in a tile
+    HEADS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     pid, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    for i in tl.static_range(len(SHAPES)):
+    for i in tl.static_range(len(COUNTS)):
         if (pid >= first_units[i]) & (pid < first_units[i + 1]):
-            unit, group = pid - first_units[i], (caches[i], strides[i], lengths[i])
-            _walk_chain(unit, group, index_ptr + b * K, b, K, SHAPES[i], BLOCK_K)
+            unit, at = pid - first_units[i], index_ptr + b * K
+            _walk_chain(
+                unit,
+                caches[i],
+                strides[i],
+                lengths[i],
+                at,
+                b,
+                K,
+                COUNTS[i],
+                HEADS[i],
+                WIDTHS[i],
+                BLOCKS[i],
+                BLOCK_K,
+            )
 
 
 def compact_kv(caches, index):

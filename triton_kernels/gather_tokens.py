@@ -15,13 +15,24 @@ BLOCK_K = 16
 
 
 @triton.jit
-def _copy_unit(unit, group, row, offs_k, b, K, SHAPE: tl.constexpr):
+def _copy_unit(
+    unit,
+    sources,
+    outs,
+    strides,
+    S,
+    row,
+    offs_k,
+    b,
+    K,
+    COUNT: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Copy the rows ``row [BLOCK_K]`` of one unit: (tensor of the group, head, block of columns)."""
-    sources, outs, strides, S = group
-    HEADS: tl.constexpr = SHAPE[1]
-    D: tl.constexpr = SHAPE[2]
-    tensor, h, offs_d = place_of(unit, SHAPE)
-    source, out = pick(sources, tensor, SHAPE[0]), pick(outs, tensor, SHAPE[0])
+    tensor, h, offs_d = place_of(unit, HEADS, D, BLOCK_D)
+    source, out = pick(sources, tensor, COUNT), pick(outs, tensor, COUNT)
     is_row = (row >= 0) & (row < S)
     x_offs = b * strides[0] + h * strides[1] + tl.where(is_row, row, 0) * strides[2]
     mask = (offs_k < K)[:, None] & (offs_d < D)[None, :]
@@ -39,16 +50,32 @@ def _gather_tokens_kernel(
     first_units,  # per group, the first program of axis 0 that works on it, and one past the last
     index_ptr,  # [B, K] int64, contiguous
     K,
-    SHAPES: tl.constexpr,  # per group: tensors, heads, columns, columns in a tile
+    COUNTS: tl.constexpr,  # per group: tensors, heads, columns, columns in a tile
+    HEADS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     pid, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     row = tl.load(index_ptr + b * K + offs_k, mask=offs_k < K, other=-1)  # [BLOCK_K]
-    for i in tl.static_range(len(SHAPES)):
+    for i in tl.static_range(len(COUNTS)):
         if (pid >= first_units[i]) & (pid < first_units[i + 1]):
-            unit, group = pid - first_units[i], (sources[i], outs[i], strides[i], lengths[i])
-            _copy_unit(unit, group, row, offs_k, b, K, SHAPES[i])
+            _copy_unit(
+                pid - first_units[i],
+                sources[i],
+                outs[i],
+                strides[i],
+                lengths[i],
+                row,
+                offs_k,
+                b,
+                K,
+                COUNTS[i],
+                HEADS[i],
+                WIDTHS[i],
+                BLOCKS[i],
+            )
 
 
 def gather_tokens(tensors, index):
