@@ -26,20 +26,19 @@ void check_inputs(const Tensor& scores, const Tensor* keep, const Tensor* code, 
         "scores", "float32, float16 or bfloat16 [B, N]", scores);
   const int64_t B = scores.size(0), N = scores.size(1);
   check(B <= kMaxSize && N <= kMaxSize, "scores", "at most 2^30 rows and columns", scores);
-  if (keep != nullptr) {
-    check(keep->dim() == 1 && keep->size(0) == B && keep->scalar_type() == ScalarType::Long &&
-              same_device(*keep, scores),
-          "keep", "int64 [B] on the device of scores", *keep);
-  }
+  const auto one_a_row = [&](const Tensor& x, ScalarType type) {
+    return x.dim() == 1 && x.size(0) == B && x.scalar_type() == type && same_device(x, scores);
+  };
+  if (keep != nullptr)
+    check(one_a_row(*keep, ScalarType::Long), "keep", "int64 [B] on the device of scores", *keep);
   if (code != nullptr) {
     check(code->dim() == 2 && code->size(0) == B && code->size(1) == N &&
               code->scalar_type() == ScalarType::Char && same_device(*code, scores),
           "code", "int8 [B, N] on the device of scores", *code);
   }
   if (threshold != nullptr) {
-    check(threshold->dim() == 1 && threshold->size(0) == B &&
-              threshold->scalar_type() == ScalarType::Float && same_device(*threshold, scores),
-          "threshold", "float32 [B] on the device of scores", *threshold);
+    check(one_a_row(*threshold, ScalarType::Float), "threshold", "float32 [B] on the device of scores",
+          *threshold);
   }
   if (width < 0) fail("width: expected 0 or more, got ", width);
 }
@@ -86,30 +85,24 @@ std::tuple<Tensor, Tensor> run(Tensor scores, PerRow<int64_t> keep, std::optiona
   return {index, count};
 }
 
+PerRow<int64_t> per_row(const Tensor& keep) { return {&keep, 0}; }
+PerRow<int64_t> per_row(int64_t keep) { return {nullptr, keep}; }
+PerRow<float> per_row(double threshold) { return {nullptr, float(threshold)}; }
 std::optional<PerRow<float>> per_row(const std::optional<Tensor>& threshold) {
   if (!threshold) return std::nullopt;
   return PerRow<float>{&*threshold, 0};
 }
 
-std::tuple<Tensor, Tensor> with_keeps(Tensor scores, Tensor keep, std::optional<Tensor> code, int64_t width,
-                                      std::optional<Tensor> threshold) {
-  return run(scores, {&keep, 0}, code, width, per_row(threshold));
+template <class Keep, class Threshold>
+std::tuple<Tensor, Tensor> select(Tensor scores, Keep keep, std::optional<Tensor> code, int64_t width,
+                                  Threshold threshold) {
+  return run(scores, per_row(keep), code, width, per_row(threshold));
 }
 
-std::tuple<Tensor, Tensor> with_keep(Tensor scores, int64_t keep, std::optional<Tensor> code, int64_t width,
-                                     std::optional<Tensor> threshold) {
-  return run(scores, {nullptr, keep}, code, width, per_row(threshold));
-}
-
-std::tuple<Tensor, Tensor> with_keeps_and_level(Tensor scores, Tensor keep, std::optional<Tensor> code,
-                                                int64_t width, double threshold) {
-  return run(scores, {&keep, 0}, code, width, PerRow<float>{nullptr, float(threshold)});
-}
-
-std::tuple<Tensor, Tensor> with_keep_and_level(Tensor scores, int64_t keep, std::optional<Tensor> code,
-                                               int64_t width, double threshold) {
-  return run(scores, {nullptr, keep}, code, width, PerRow<float>{nullptr, float(threshold)});
-}
+constexpr auto with_keeps = select<Tensor, std::optional<Tensor>>;
+constexpr auto with_keep = select<int64_t, std::optional<Tensor>>;
+constexpr auto with_keeps_and_level = select<Tensor, double>;
+constexpr auto with_keep_and_level = select<int64_t, double>;
 
 }  // namespace
 }  // namespace vlmprune
@@ -130,8 +123,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_vlmprune_C, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_vlmprune_C, CUDA, m) {
-  m.impl("select_topk", TORCH_BOX(&vlmprune::with_keeps));
-  m.impl("select_topk.int", TORCH_BOX(&vlmprune::with_keep));
-  m.impl("select_topk.level", TORCH_BOX(&vlmprune::with_keeps_and_level));
-  m.impl("select_topk.int_level", TORCH_BOX(&vlmprune::with_keep_and_level));
+  m.impl("select_topk", TORCH_BOX(vlmprune::with_keeps));
+  m.impl("select_topk.int", TORCH_BOX(vlmprune::with_keep));
+  m.impl("select_topk.level", TORCH_BOX(vlmprune::with_keeps_and_level));
+  m.impl("select_topk.int_level", TORCH_BOX(vlmprune::with_keep_and_level));
 }

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vlmprune.triton_kernels._launch import launch
+
 MAX_TENSORS = 64  # in one launch; more tensors take more launches
 _NATIVE = {torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.uint8}
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -33,24 +35,32 @@ def grouped(items, block_bytes):
 
     Returns:
         (pointers, strides, lengths, first_units, meta): pointers[i] holds per group a tuple of the i-th tensors;
-        strides and lengths one entry a group; first_units the first unit of each group and one past the last.
+        strides and lengths one entry a group; first_units the first unit of each group and one past the last;
+        meta per group how many tensors, heads, columns, and columns in a block.
     """
     groups = {}
     for item in items:
         groups.setdefault((item[0].dtype, *_layout(item[0])), []).append([_plain(x) for x in item])
-    dtypes, heads, widths, lengths, strides = zip(*groups, strict=True)
-    counts = tuple(len(members) for members in groups.values())
-    blocks = tuple(
-        min(triton.next_power_of_2(D), block_bytes // dtype.itemsize)
-        for D, dtype in zip(widths, dtypes, strict=True)
-    )
-    first_units = [0]
-    for count, n_heads, D, block in zip(counts, heads, widths, blocks, strict=True):
-        first_units.append(first_units[-1] + count * n_heads * triton.cdiv(D, block))
-    by_group = [zip(*members, strict=True) for members in groups.values()]
-    pointers = tuple(zip(*by_group, strict=True))
-    meta = dict(COUNTS=counts, HEADS=heads, WIDTHS=widths, BLOCKS=blocks)
-    return pointers, strides, lengths, tuple(first_units), meta
+    pointers, shapes, first_units = [], [], [0]
+    for (dtype, heads, D, _, _), members in groups.items():
+        block = min(triton.next_power_of_2(D), block_bytes // dtype.itemsize)
+        pointers.append(tuple(zip(*members, strict=True)))
+        shapes.append((len(members), heads, D, block))
+        first_units.append(first_units[-1] + len(members) * heads * triton.cdiv(D, block))
+    _, _, _, lengths, strides = zip(*groups, strict=True)
+    meta = dict(zip(("COUNTS", "HEADS", "WIDTHS", "BLOCKS"), zip(*shapes, strict=True), strict=True))
+    return tuple(zip(*pointers, strict=True)), strides, lengths, tuple(first_units), meta
+
+
+def launch_grouped(kernel, items, index, block_bytes, block_k, *tiles_of_k):
+    """``kernel`` on ``items``, see ``grouped``, MAX_TENSORS of them in a launch. Grid: (units, *tiles_of_k, B)."""
+    (B, K), index = index.shape, index.contiguous()
+    for first in range(0, len(items), MAX_TENSORS):
+        pointers, strides, lengths, first_units, meta = grouped(
+            items[first : first + MAX_TENSORS], block_bytes
+        )
+        grid, args = (first_units[-1], *tiles_of_k, B), (*pointers, strides, lengths, first_units, index, K)
+        launch(kernel, grid, *args, **meta, BLOCK_K=block_k, num_warps=4)
 
 
 @triton.jit

@@ -18,12 +18,8 @@ def top_heads(part_ptr, TOP, N, PARTS: tl.constexpr, HEADS: tl.constexpr, CHUNK:
         total = tl.zeros((CHUNK,), tl.float32)
         for start in range(0, N, CHUNK):
             offs = start + tl.arange(0, CHUNK)
-            total += tl.load(
-                part_ptr + (h + tl.zeros((), tl.int64)) * N + offs,
-                mask=offs < N,
-                other=0.0,
-                cache_modifier=".cg",
-            )
+            x_ptr = part_ptr + (h + tl.zeros((), tl.int64)) * N + offs
+            total += tl.load(x_ptr, mask=offs < N, other=0.0, cache_modifier=".cg")
         mass = tl.where(head == h, tl.sum(total, 0), mass)
     key = tl.where(head < PARTS, _order_key(mass), 0).to(tl.uint32)
     other, mine = key[None, :], key[:, None]
@@ -128,5 +124,6 @@ def select_sample(
         tl.store(cu_seqlens_out_ptr + b + 1, last)
         if b == 0:
             tl.store(cu_seqlens_out_ptr, 0)
-    count = _select_row(spread_ptr, code_ptr, 1, quota, index_ptr, start_k, length, width, CHUNK, ONE_CHUNK)
+    row = (spread_ptr, code_ptr, 1, length, None)
+    count = _select_row(row, quota, index_ptr, start_k, width, CHUNK, ONE_CHUNK)
     tl.store(count_ptr + b, count.to(tl.int64))

@@ -177,26 +177,12 @@ def cluster_dpc(features, clusters, neighbors, mask):
     square = torch.empty((B, N, N), dtype=torch.float32, device=device)
     spread, farthest, score = torch.empty((3, B, N), dtype=torch.float32, device=device).unbind()
     tiles = {"BLOCK_N": BLOCK_N, "BLOCK_D": ROW_BYTES // features.element_size(), "CHUNK": CHUNK}
-    strides = features.stride()[:2]
-    _spread_kernel[(N, B)](
-        features,
-        mask_bytes,
-        square,
-        spread,
-        farthest,
-        N,
-        D,
-        neighbors,
-        *strides,
-        num_warps=4,
-        **tiles,
-        **REGISTERS,
-    )
+    args = (features, mask_bytes, square, spread, farthest, N, D, neighbors, *features.stride()[:2])
+    _spread_kernel[(N, B)](*args, num_warps=4, **tiles, **REGISTERS)
     _score_kernel[(N, B)](square, spread, farthest, mask_bytes, score, N, CHUNK=CHUNK, num_warps=4)
     best = score.sort(dim=1, descending=True, stable=True)
     centers = torch.where(best.values > float("-inf"), best.indices, -1)[:, :clusters].contiguous()
     assignment = torch.empty((B, N), dtype=torch.int64, device=device)
-    _assign_kernel[(triton.cdiv(N, CHUNK), B)](
-        square, centers, mask_bytes, assignment, N, clusters, CHUNK=CHUNK, num_warps=4
-    )
+    args = (square, centers, mask_bytes, assignment, N, clusters)
+    _assign_kernel[(triton.cdiv(N, CHUNK), B)](*args, CHUNK=CHUNK, num_warps=4)
     return assignment, centers

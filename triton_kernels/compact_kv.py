@@ -11,8 +11,7 @@ Grid: (sum over tensors of heads * cdiv(D, BLOCK_D), B).
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._launch import launch
-from vlmprune.triton_kernels._rows import MAX_TENSORS, grouped, pick, place_of
+from vlmprune.triton_kernels._rows import launch_grouped, pick, place_of
 
 BLOCK_BYTES = 128  # of columns: whole cache lines, and enough chains where heads are few
 BLOCK_K = 64
@@ -20,7 +19,7 @@ BLOCK_K = 64
 
 @triton.jit
 def _walk_chain(
-    unit,  # which (tensor of the group, head, block of columns)
+    unit,
     caches,
     strides,
     S,
@@ -33,6 +32,7 @@ def _walk_chain(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """Move what a sample keeps of one unit: (tensor of the group, head, block of columns)."""
     tensor, h, offs_d = place_of(unit, HEADS, D, BLOCK_D)
     x_ptr = pick(caches, tensor, COUNT) + b * strides[0] + h * strides[1]
     for first in range(0, K, BLOCK_K):
@@ -63,12 +63,13 @@ def _compact_kv_kernel(
     pid, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     for i in tl.static_range(len(COUNTS)):
         if (pid >= first_units[i]) & (pid < first_units[i + 1]):
+            unit, at = pid - first_units[i], index_ptr + b * K
             _walk_chain(
-                pid - first_units[i],
+                unit,
                 caches[i],
                 strides[i],
                 lengths[i],
-                index_ptr + b * K,
+                at,
                 b,
                 K,
                 COUNTS[i],
@@ -79,17 +80,8 @@ def _compact_kv_kernel(
             )
 
 
-def _launch(caches, index):
-    """One launch for up to MAX_TENSORS caches."""
-    B, K = index.shape
-    (pointers,), strides, lengths, first_units, meta = grouped([(x,) for x in caches], BLOCK_BYTES)
-    args = (pointers, strides, lengths, first_units, index, K)
-    launch(_compact_kv_kernel, (first_units[-1], B), *args, **meta, BLOCK_K=BLOCK_K, num_warps=4)
-
-
 def compact_kv(caches, index):
     """Group by layout, launch. Arguments were validated by vlmprune.ops.compact_kv."""
-    caches, index = [x for x in caches if x.numel()], index.contiguous()
     if index.numel():
-        for first in range(0, len(caches), MAX_TENSORS):
-            _launch(caches[first : first + MAX_TENSORS], index)
+        items = [(x,) for x in caches if x.numel()]
+        launch_grouped(_compact_kv_kernel, items, index, BLOCK_BYTES, BLOCK_K)

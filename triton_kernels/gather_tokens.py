@@ -8,8 +8,7 @@ Grid: (sum over tensors of heads * cdiv(D, BLOCK_D), cdiv(K, BLOCK_K), B).
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._launch import launch
-from vlmprune.triton_kernels._rows import MAX_TENSORS, grouped, pick, place_of
+from vlmprune.triton_kernels._rows import launch_grouped, pick, place_of
 
 BLOCK_BYTES = 512  # of columns: a warp's 32 pieces of 16 bytes
 BLOCK_K = 16
@@ -17,12 +16,12 @@ BLOCK_K = 16
 
 @triton.jit
 def _copy_unit(
-    unit,  # which (tensor of the group, head, block of columns)
+    unit,
     sources,
     outs,
     strides,
     S,
-    row,  # [BLOCK_K] int64
+    row,
     offs_k,
     b,
     K,
@@ -31,6 +30,7 @@ def _copy_unit(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Copy the rows ``row [BLOCK_K]`` of one unit: (tensor of the group, head, block of columns)."""
     tensor, h, offs_d = place_of(unit, HEADS, D, BLOCK_D)
     source, out = pick(sources, tensor, COUNT), pick(outs, tensor, COUNT)
     is_row = (row >= 0) & (row < S)
@@ -78,22 +78,11 @@ def _gather_tokens_kernel(
             )
 
 
-def _launch(pairs, index):
-    """One launch for up to MAX_TENSORS (source, out) pairs."""
-    B, K = index.shape
-    (sources, outs), strides, lengths, first_units, meta = grouped(pairs, BLOCK_BYTES)
-    grid = (first_units[-1], triton.cdiv(K, BLOCK_K), B)
-    args = (sources, outs, strides, lengths, first_units, index, K)
-    launch(_gather_tokens_kernel, grid, *args, **meta, BLOCK_K=BLOCK_K, num_warps=4)
-
-
 def gather_tokens(tensors, index):
     """Allocate, group by layout, launch. Arguments were validated by vlmprune.ops.gather_tokens."""
     B, K = index.shape
     shapes = [(B, *x.shape[1:-2], K, x.shape[-1]) if x.ndim > 2 else (B, K) for x in tensors]
     outs = [x.new_empty(shape) for x, shape in zip(tensors, shapes, strict=True)]
     pairs = [(x, out) for x, out in zip(tensors, outs, strict=True) if out.numel()]
-    index = index.contiguous()
-    for first in range(0, len(pairs), MAX_TENSORS):
-        _launch(pairs[first : first + MAX_TENSORS], index)
+    launch_grouped(_gather_tokens_kernel, pairs, index, BLOCK_BYTES, BLOCK_K, triton.cdiv(K, BLOCK_K))
     return outs

@@ -83,9 +83,13 @@ def _largest(value_ptr, N, CHUNK: tl.constexpr):
     return value, best
 
 
+# A sample is (cos_ptr, relevance_ptr, value_ptr, state_ptr, N), the pointers those of _greedy_select_kernel at its rows.
+
+
 @triton.jit
-def _evaluated_largest(value, best, cos_ptr, relevance_ptr, value_ptr, covered_ptr, N, CHUNK: tl.constexpr):
+def _evaluated_largest(value, best, sample, CHUNK: tl.constexpr):
     """Replace old gains by true ones until a true one leads."""
+    cos_ptr, relevance_ptr, value_ptr, covered_ptr, N = sample
     evaluated = best - 1
     while (best != evaluated) & (value > float("-inf")):
         evaluated = best
@@ -109,20 +113,9 @@ def _factor_row(cos, r, r_best, pivot, best, factor_ptr, step, offs, N):
 
 
 @triton.jit
-def _choose(
-    value,
-    best,
-    step,
-    cos_ptr,
-    relevance_ptr,
-    value_ptr,
-    state_ptr,
-    N,
-    threshold,
-    RULE: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+def _choose(value, best, step, sample, threshold, RULE: tl.constexpr, CHUNK: tl.constexpr):
     """Choose ``best``, update every value, and return the next largest (value, position)."""
+    cos_ptr, relevance_ptr, value_ptr, state_ptr, N = sample
     row_ptr = cos_ptr + best.to(tl.int64) * N
     next_value = tl.full((), float("-inf"), tl.float32)
     next_best = tl.zeros((), tl.int32)
@@ -170,21 +163,16 @@ def _greedy_select_kernel(
     CHUNK: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
-    cos_ptr += b * N * N
-    relevance_ptr += b * N
     value_ptr += b * N
     state_ptr += b * state_rows * N
+    sample = (cos_ptr + b * N * N, relevance_ptr + b * N, value_ptr, state_ptr, N)
     value, best = _largest(value_ptr, N, CHUNK)
     for step in range(0, keep):
         if RULE == "coverage":
-            value, best = _evaluated_largest(
-                value, best, cos_ptr, relevance_ptr, value_ptr, state_ptr, N, CHUNK
-            )
+            value, best = _evaluated_largest(value, best, sample, CHUNK)
         tl.store(order_ptr + b * keep + step, tl.where(value > float("-inf"), best, -1).to(tl.int64))
         if value > float("-inf"):
-            value, best = _choose(
-                value, best, step, cos_ptr, relevance_ptr, value_ptr, state_ptr, N, threshold, RULE, CHUNK
-            )
+            value, best = _choose(value, best, step, sample, threshold, RULE, CHUNK)
 
     count = tl.zeros((), tl.int32)
     for start in range(0, N, CHUNK):
@@ -238,20 +226,6 @@ def greedy_select(features, keep, rule, relevance, threshold, mask):
         value = value if mask is None else value.masked_fill(~mask, float("-inf"))
     state_rows = {"dpp": keep, "coverage": 1}.get(rule, 0)
     state = torch.zeros((B, state_rows, N), dtype=torch.float32, device=device)
-    _greedy_select_kernel[(B,)](
-        cos,
-        mask_bytes,
-        relevance,
-        value,
-        state,
-        index,
-        order,
-        N,
-        keep,
-        state_rows,
-        threshold,
-        RULE=rule,
-        **REGISTERS,
-        **config,
-    )
+    args = (cos, mask_bytes, relevance, value, state, index, order, N, keep, state_rows, threshold)
+    _greedy_select_kernel[(B,)](*args, RULE=rule, **REGISTERS, **config)
     return index, order

@@ -100,29 +100,27 @@ def _join_matches(best_ptr, match_ptr, role_ptr, code_ptr, N, splits, CHUNK: tl.
 
 @triton.jit
 def _number_survivors(
-    best_ptr,
+    row,
     match_ptr,
     role_ptr,
-    code_ptr,
     assignment_ptr,
     index_ptr,
-    N,
     r,
     width,
     CHUNK: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
 ):
     """Write the survivors' slots, and -2 - destination for the sources that merge; fill the index."""
-    keys = _load_keys(best_ptr, code_ptr, 1, tl.arange(0, CHUNK), N)
-    quota = tl.zeros((), tl.int64) + r
-    threshold, ties, _merges = _last_kept(best_ptr, code_ptr, 1, keys, quota, N, CHUNK, ONE_CHUNK)
+    N = row[3]
+    keys = _load_keys(row, tl.arange(0, CHUNK))
+    threshold, ties, _merges = _last_kept(row, keys, tl.zeros((), tl.int64) + r, CHUNK, ONE_CHUNK)
     n_above = tl.zeros((), tl.int32)
     n_equal = tl.zeros((), tl.int32)
     count = tl.zeros((), tl.int32)
     for start in range(0, N, CHUNK):
         offs = start + tl.arange(0, CHUNK)
         if not ONE_CHUNK:
-            keys = _load_keys(best_ptr, code_ptr, 1, offs, N)
+            keys = _load_keys(row, offs)
         merged, _, n_above, n_equal = _kept_before(keys, threshold, ties, n_above, n_equal)
         role = _role(role_ptr, offs, N)
         stays = tl.where(merged, 0, (role < 2).to(tl.int32))
@@ -161,19 +159,9 @@ def _number_kernel(
         role_ptr += b * N
     _join_matches(best_ptr, match_ptr, role_ptr, code_ptr, N, splits, CHUNK)
     tl.debug_barrier()  # other threads than wrote them read the scores, the codes and the matches
-    _number_survivors(
-        best_ptr,
-        match_ptr,
-        role_ptr,
-        code_ptr,
-        assignment_ptr,
-        index_ptr + b * width,
-        N,
-        r,
-        width,
-        CHUNK,
-        ONE_CHUNK,
-    )
+    index_ptr += b * width
+    row = (best_ptr, code_ptr, 1, N, None)
+    _number_survivors(row, match_ptr, role_ptr, assignment_ptr, index_ptr, r, width, CHUNK, ONE_CHUNK)
     tl.debug_barrier()  # and the slots of the destinations, which never merge
     for start in range(0, N, CHUNK):
         offs = start + tl.arange(0, CHUNK)
@@ -210,20 +198,9 @@ def match_bipartite(features, r, destinations, mask, width):
     tiles = cosine_tiles(features)
     if features.element_size() == 4:
         tiles["BLOCK_D"] //= 2  # split for three TF32 products, the operands are held in registers
-    _best_match_kernel[(B, triton.cdiv(triton.cdiv(N, step), BLOCK), splits)](
-        features,
-        inverse_norm(features, mask),
-        role,
-        destinations,
-        best,
-        match,
-        N,
-        M,
-        D,
-        *features.stride()[:2],
-        STEP=step,
-        **tiles,
-    )
+    grid, inverse = (B, triton.cdiv(triton.cdiv(N, step), BLOCK), splits), inverse_norm(features, mask)
+    args = (features, inverse, role, destinations, best, match, N, M, D, *features.stride()[:2])
+    _best_match_kernel[grid](*args, STEP=step, **tiles)
     code = torch.empty((B, N), dtype=torch.int8, device=device)
     config = select_tiles(N) | REGISTERS
     _number_kernel[(B,)](best, match, role, code, assignment, index, N, splits, r, width, **config)

@@ -65,20 +65,9 @@ def merge_tokens(features, assignment, clusters, mode, weights):
     if out.numel() == 0:
         return out
     BLOCK_D = min(triton.next_power_of_2(D), MAX_BLOCK_D)
-    _merge_tokens_kernel[(clusters, triton.cdiv(D, BLOCK_D), B)](
-        features,
-        assignment.contiguous(),
-        None if weights is None else weights.contiguous(),
-        out,
-        N,
-        D,
-        clusters,
-        *features.stride()[:2],
-        MEAN=mode == "mean",
-        CHUNK=CHUNK,
-        BLOCK_N=BLOCK_N,
-        BLOCK_D=BLOCK_D,
-        num_warps=4,
-        **REGISTERS,
-    )
+    weights = None if weights is None else weights.contiguous()
+    args = (features, assignment.contiguous(), weights, out, N, D, clusters, *features.stride()[:2])
+    tiles = {"CHUNK": CHUNK, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": 4}
+    grid = (clusters, triton.cdiv(D, BLOCK_D), B)
+    _merge_tokens_kernel[grid](*args, MEAN=mode == "mean", **tiles, **REGISTERS)
     return out

@@ -42,18 +42,9 @@ def _select_segments_kernel(
     b, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first, slot = _pick(starts, i, COUNT), _pick(slots, i, COUNT)
     quota = _pick(slots, i + 1, COUNT + 1) - slot
-    _select_row(
-        scores_ptr + b * stride_sb + first.to(tl.int64) * stride_sn,
-        None,
-        stride_sn,
-        quota.to(tl.int64),
-        index_ptr + b * width + slot,
-        first,
-        _pick(starts, i + 1, COUNT + 1) - first,
-        quota,
-        CHUNK,
-        ONE_CHUNK,
-    )
+    start = scores_ptr + b * stride_sb + first.to(tl.int64) * stride_sn
+    row = (start, None, stride_sn, _pick(starts, i + 1, COUNT + 1) - first, None)
+    _select_row(row, quota.to(tl.int64), index_ptr + b * width + slot, first, quota, CHUNK, ONE_CHUNK)
 
 
 def _codes(bounds, count):
@@ -73,14 +64,7 @@ def select_segments(scores, segments, quotas):
     for first in range(0, len(segments), MAX_SEGMENTS):
         last = min(first + MAX_SEGMENTS, len(segments))
         count = triton.next_power_of_2(last - first)
-        _select_segments_kernel[(B, last - first)](
-            scores,
-            _codes(starts[first : last + 1], count + 1),
-            _codes(slots[first : last + 1], count + 1),
-            index,
-            width,
-            *scores.stride(),
-            COUNT=count,
-            **config,
-        )
+        args = (_codes(x[first : last + 1], count + 1) for x in (starts, slots))
+        args = (scores, *args, index, width, *scores.stride())
+        _select_segments_kernel[(B, last - first)](*args, COUNT=count, **config)
     return index

@@ -13,9 +13,7 @@ import triton.language as tl
 
 from vlmprune.triton_kernels._launch import launch
 
-MAX_CHUNK = (
-    4096  # keys per pass; 8 a thread at 16 warps. Must stay below 65536: two 16-bit counts share one scan
-)
+MAX_CHUNK = 4096  # keys per pass, 8 a thread at 16 warps; below 65536, as two 16-bit counts share one scan
 MIN_CHUNK = 128
 KEYS_PER_WARP = 256
 # what 16 warps may have, said aloud: ptxas would rather spill a word than take one register more; AMD knows no such option
@@ -37,9 +35,13 @@ def _order_key(scores):
     return tl.where(is_nan, NAN_KEY, bits ^ flip).to(tl.uint32)
 
 
+# A row is (scores_ptr, code_ptr or None, stride_sn, N, floor): its competing positions must reach the key floor, if any.
+
+
 @triton.jit
-def _load_keys(scores_ptr, code_ptr, stride_sn, offs, N, floor=None):
-    """Keys of positions ``offs``: 0 = dropped, past the end, or competing below the key ``floor``."""
+def _load_keys(row, offs):
+    """Keys of positions ``offs``: 0 = dropped, past the end, or competing below the floor."""
+    scores_ptr, code_ptr, stride_sn, N, floor = row
     mask = offs < N
     key = _order_key(tl.load(scores_ptr + offs.to(tl.int64) * stride_sn, mask=mask, other=0.0))
     if floor is not None:
@@ -51,32 +53,20 @@ def _load_keys(scores_ptr, code_ptr, stride_sn, offs, N, floor=None):
 
 
 @triton.jit
-def _count_keys(
-    scores_ptr, code_ptr, stride_sn, keys, N, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr, floor=None
-):
+def _count_keys(row, keys, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr):
     """How many positions are forced, and how many compete."""
     forced = tl.zeros((), tl.int32)
     competing = tl.zeros((), tl.int32)
-    for start in range(0, N, CHUNK):
+    for start in range(0, row[3], CHUNK):
         if not ONE_CHUNK:
-            keys = _load_keys(scores_ptr, code_ptr, stride_sn, start + tl.arange(0, CHUNK), N, floor)
+            keys = _load_keys(row, start + tl.arange(0, CHUNK))
         forced += tl.sum((keys == FORCED).to(tl.int32), 0)
         competing += tl.sum(((keys != FORCED) & (keys != 0)).to(tl.int32), 0)
     return forced, competing
 
 
 @triton.jit
-def _kth_largest(
-    scores_ptr,
-    code_ptr,
-    stride_sn,
-    keys,
-    kth,
-    N,
-    CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-    floor=None,
-):
+def _kth_largest(row, keys, kth, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr):
     """The kth largest key (1-based), and how many keys equal to it belong to the kth largest."""
     bins = tl.arange(0, 256)
     threshold = tl.zeros((), tl.uint32)
@@ -84,9 +74,9 @@ def _kth_largest(
     for step in range(4):
         shift = (24 - 8 * step + tl.zeros((), tl.int32)).to(tl.uint32)
         counts = tl.zeros((256,), tl.int32)
-        for start in range(0, N, CHUNK):
+        for start in range(0, row[3], CHUNK):
             if not ONE_CHUNK:
-                keys = _load_keys(scores_ptr, code_ptr, stride_sn, start + tl.arange(0, CHUNK), N, floor)
+                keys = _load_keys(row, start + tl.arange(0, CHUNK))
             digit = ((keys >> shift) & 255).to(tl.int32)
             counts += tl.histogram(digit, 256, mask=(keys & known) == threshold)
         at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
@@ -98,30 +88,18 @@ def _kth_largest(
 
 
 @triton.jit
-def _last_kept(
-    scores_ptr,
-    code_ptr,
-    stride_sn,
-    keys,
-    quota,
-    N,
-    CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-    floor=None,
-):
+def _last_kept(row, keys, quota, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr):
     """The smallest kept key, how many keys equal to it are kept, and how many positions in all."""
     forced = tl.zeros((), tl.int32)
-    competing = forced + N
-    if (code_ptr is not None) or (floor is not None):
-        forced, competing = _count_keys(scores_ptr, code_ptr, stride_sn, keys, N, CHUNK, ONE_CHUNK, floor)
+    competing = forced + row[3]
+    if (row[1] is not None) or (row[4] is not None):
+        forced, competing = _count_keys(row, keys, CHUNK, ONE_CHUNK)
     need = forced + tl.minimum(tl.maximum(quota, 0), competing.to(tl.int64)).to(tl.int32)
 
     threshold = tl.zeros((), tl.uint32)  # everything above it is kept: all keys that are there
     ties = tl.zeros((), tl.int32)
     if need < forced + competing:
-        threshold, ties = _kth_largest(
-            scores_ptr, code_ptr, stride_sn, keys, tl.maximum(need, 1), N, CHUNK, ONE_CHUNK, floor
-        )
+        threshold, ties = _kth_largest(row, keys, tl.maximum(need, 1), CHUNK, ONE_CHUNK)
         threshold = tl.where(need > 0, threshold, FORCED).to(tl.uint32)
         ties = tl.where(need > 0, ties, 0)
     return threshold, ties, need
@@ -141,30 +119,16 @@ def _kept_before(keys, threshold, ties, n_above, n_equal):
 
 
 @triton.jit
-def _select_row(
-    scores_ptr,
-    code_ptr,
-    stride_sn,
-    quota,  # int64
-    index_ptr,
-    first,  # added to the positions written
-    N,
-    width,
-    CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-    floor=None,  # key that competing positions must reach
-):
-    """Write the kept positions of one row, ascending, and -1 behind them; return how many are kept."""
-    keys = _load_keys(scores_ptr, code_ptr, stride_sn, tl.arange(0, CHUNK), N, floor)
-    threshold, ties, need = _last_kept(
-        scores_ptr, code_ptr, stride_sn, keys, quota, N, CHUNK, ONE_CHUNK, floor
-    )
+def _select_row(row, quota, index_ptr, first, width, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr):
+    """Write ``first`` + the kept positions of a row, ascending, and -1 behind them; return how many are kept."""
+    keys = _load_keys(row, tl.arange(0, CHUNK))
+    threshold, ties, need = _last_kept(row, keys, quota, CHUNK, ONE_CHUNK)
     n_above = tl.zeros((), tl.int32)
     n_equal = tl.zeros((), tl.int32)
-    for start in range(0, N, CHUNK):
+    for start in range(0, row[3], CHUNK):
         offs = start + tl.arange(0, CHUNK)
         if not ONE_CHUNK:
-            keys = _load_keys(scores_ptr, code_ptr, stride_sn, offs, N, floor)
+            keys = _load_keys(row, offs)
         kept, slot, n_above, n_equal = _kept_before(keys, threshold, ties, n_above, n_equal)
         tl.store(index_ptr + slot, first + offs.to(tl.int64), mask=kept & (slot < width))
     for start in range(0, width, CHUNK):
@@ -194,25 +158,14 @@ def _select_topk_kernel(
     quota = tl.zeros((), tl.int64) + (tl.load(keep + b) if KEEP_ON_DEVICE else keep)
     if code_ptr is not None:
         code_ptr += b * N
-    floor = None
+    scores_ptr += b * stride_sb
+    row = (scores_ptr, code_ptr, stride_sn, N, None)
     if threshold is not None:
-        floor = _order_key(
-            tl.zeros((), tl.float32) + (tl.load(threshold + b) if THRESHOLD_ON_DEVICE else threshold)
-        )
+        level = tl.load(threshold + b) if THRESHOLD_ON_DEVICE else threshold
+        floor = _order_key(tl.zeros((), tl.float32) + level)
         floor = tl.where(floor == NAN_KEY, FORCED, floor).to(tl.uint32)  # no score reaches NaN
-    count = _select_row(
-        scores_ptr + b * stride_sb,
-        code_ptr,
-        stride_sn,
-        quota,
-        index_ptr + b * width,
-        0,
-        N,
-        width,
-        CHUNK,
-        ONE_CHUNK,
-        floor,
-    )
+        row = (scores_ptr, code_ptr, stride_sn, N, floor)
+    count = _select_row(row, quota, index_ptr + b * width, 0, width, CHUNK, ONE_CHUNK)
     tl.store(count_ptr + b, count.to(tl.int64))
 
 
@@ -230,22 +183,13 @@ def select_topk(scores, keep, code, width, threshold=None):
         return index, torch.zeros(B, dtype=torch.int64, device=scores.device)
     index = torch.empty((B, width), dtype=torch.int64, device=scores.device)
     count = torch.empty(B, dtype=torch.int64, device=scores.device)
-    keep_on_device, threshold_on_device = (isinstance(x, torch.Tensor) for x in (keep, threshold))
-    launch(
-        _select_topk_kernel,
-        (B,),
-        scores,
-        keep.contiguous() if keep_on_device else keep,
-        None if code is None else code.contiguous(),
-        threshold.contiguous() if threshold_on_device else threshold,
-        index,
-        count,
-        N,
-        width,
-        *scores.stride(),
-        KEEP_ON_DEVICE=keep_on_device,
-        THRESHOLD_ON_DEVICE=threshold_on_device,
-        **tiles(N),
-        **REGISTERS,
+    code, keep, threshold = (
+        x.contiguous() if isinstance(x, torch.Tensor) else x for x in (code, keep, threshold)
     )
+    on_device = {
+        "KEEP_ON_DEVICE": isinstance(keep, torch.Tensor),
+        "THRESHOLD_ON_DEVICE": isinstance(threshold, torch.Tensor),
+    }
+    args = (scores, keep, code, threshold, index, count, N, width, *scores.stride())
+    launch(_select_topk_kernel, (B,), *args, **on_device, **tiles(N), **REGISTERS)
     return index, count

@@ -115,10 +115,10 @@ def test_layers_of_many_layouts(backend, device):
 
 @pytest.mark.parametrize("n, launches", [(1, 1), (64, 1), (65, 2)])
 def test_up_to_64_caches_take_one_launch(n, launches, device, monkeypatch):
-    from vlmprune.triton_kernels import compact_kv as module
+    from vlmprune.triton_kernels import _rows
 
-    calls, launch = [], module._launch
-    monkeypatch.setattr(module, "_launch", lambda caches, index: (calls.append(1), launch(caches, index)))
+    calls, launch = [], _rows.launch
+    monkeypatch.setattr(_rows, "launch", lambda *args, **meta: (calls.append(args), launch(*args, **meta)))
     caches = [torch.arange(4.0, device=device).view(1, 1, 4, 1) + 10 * i for i in range(n)]
     caches = [x.clone() for x in caches]
     run("triton", caches, torch.tensor([[1, 3]], device=device))

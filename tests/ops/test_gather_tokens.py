@@ -112,12 +112,10 @@ def test_many_tensors_keep_their_order(backend, device):
 
 @pytest.mark.parametrize("n, launches", [(1, 1), (64, 1), (65, 2)])
 def test_up_to_64_tensors_take_one_launch(n, launches, device, monkeypatch):
-    from vlmprune.triton_kernels import gather_tokens as module
+    from vlmprune.triton_kernels import _rows
 
-    calls, launch = [], module._launch
-    monkeypatch.setattr(
-        module, "_launch", lambda pairs, index: (calls.append(len(pairs)), launch(pairs, index))
-    )
+    calls, launch = [], _rows.launch
+    monkeypatch.setattr(_rows, "launch", lambda *args, **meta: (calls.append(args), launch(*args, **meta)))
     tensors, index = (
         [torch.full((1, 4, 2), float(i), device=device) for i in range(n)],
         make_index(1, 4, 2, device),

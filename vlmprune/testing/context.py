@@ -63,10 +63,7 @@ class Sample:
 def lay_out(grids: Sequence[Grid], kept: Sequence[int] | None, before: int, after: int) -> Sample:
     """The prompt around these grids, of whose tokens an earlier stage left ``kept``; after = 0 ends it with its image."""
     made, position = Sample(list(range(before)), [], [], [], []), before
-    gaps = [BETWEEN] * len(grids)
-    if not after:
-        gaps[-1:] = [0] * len(gaps[-1:])
-    for (rows, columns), gap in zip(grids, gaps, strict=True):
+    for image, (rows, columns) in enumerate(grids, 1):
         for place in range(position, position + rows * columns):
             ordinal = len(made.image)
             if kept is None or ordinal in kept:
@@ -75,6 +72,7 @@ def lay_out(grids: Sequence[Grid], kept: Sequence[int] | None, before: int, afte
                 made.origin.append(place)
             made.image.append(place)
         position += rows * columns
+        gap = BETWEEN if after or image < len(grids) else 0
         made.origin.extend(range(position, position + gap))
         position += gap
     made.origin.extend(range(position, position + after))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,54 +12,46 @@ from torch import Tensor
 from vlmprune.policies.base import AttentionInputs, TokenContext
 
 
+def changed(ctx: TokenContext, change: Callable[[str, Tensor], Tensor]) -> TokenContext:
+    """The same context with ``change(name, x)`` in place of every input ``x [B or images, ..., tokens, width]``."""
+
+    def among(holder: Any, names: Sequence[str], prefix: str = "") -> Any:
+        inputs = {name: getattr(holder, name) for name in names}
+        return replace(holder, **{n: change(prefix + n, x) for n, x in inputs.items() if x is not None})
+
+    pair = ("query", "key")
+    ctx = among(ctx, ("hidden", "embeds", "features"))
+    attention = None if ctx.attention is None else among(ctx.attention, pair)
+    vision = {layer: among(seen, pair, f"vision[{layer}].") for layer, seen in ctx.vision.items()}
+    return replace(ctx, attention=attention, vision=vision)
+
+
 def inputs_of(ctx: TokenContext) -> dict[str, Tensor]:
-    """Every tensor of numbers in a context by name, each ``[B or I, ..., tokens, width]``."""
-    found = {"hidden": ctx.hidden, "embeds": ctx.embeds, "features": ctx.features}
-    if ctx.attention is not None:
-        found |= {"query": ctx.attention.query, "key": ctx.attention.key}
-    for layer, seen in ctx.vision.items():
-        found |= {f"vision[{layer}].query": seen.query, f"vision[{layer}].key": seen.key}
-    return {name: x for name, x in found.items() if x is not None}
+    """Every tensor of numbers in a context, by the name that ``changed`` gives it."""
+    found: dict[str, Tensor] = {}
+    changed(ctx, found.setdefault)
+    return found
 
 
-def with_inputs(ctx: TokenContext, new: Mapping[str, Tensor]) -> TokenContext:
-    """The same context with other tensors, named as in ``inputs_of``."""
-    attention = ctx.attention
-    if attention is not None:
-        query, key = new.get("query", attention.query), new.get("key", attention.key)
-        attention = replace(attention, query=query, key=key)
-    vision = {
-        layer: replace(
-            seen,
-            query=new.get(f"vision[{layer}].query", seen.query),
-            key=new.get(f"vision[{layer}].key", seen.key),
-        )
-        for layer, seen in ctx.vision.items()
-    }
-    hidden, embeds = new.get("hidden", ctx.hidden), new.get("embeds", ctx.embeds)
-    features = new.get("features", ctx.features)
-    return replace(ctx, hidden=hidden, embeds=embeds, features=features, attention=attention, vision=vision)
-
-
-def each(ctx: TokenContext, change: Callable[[Tensor], Tensor]) -> TokenContext:
-    """The same change of every input."""
-    return with_inputs(ctx, {name: change(x) for name, x in inputs_of(ctx).items()})
+def by_image(name: str) -> bool:
+    """Whether an input's first dimension counts images, not samples."""
+    return name == "features" or name.startswith("vision")
 
 
 def copied(ctx: TokenContext) -> TokenContext:
     """The same values in other memory, where a policy writes without harm."""
     mask, ordinals, positions = (x.clone() for x in (ctx.mask, ctx.ordinals, ctx.positions))
-    return replace(each(ctx, Tensor.clone), mask=mask, ordinals=ordinals, positions=positions)
+    return replace(changed(ctx, lambda _, x: x.clone()), mask=mask, ordinals=ordinals, positions=positions)
 
 
 def repeated(ctx: TokenContext, distinct: int) -> TokenContext:
     """Every input with so many distinct tokens, in turn."""
-    return each(ctx, lambda x: x[..., torch.arange(x.shape[-2]) % distinct, :])
+    return changed(ctx, lambda _, x: x[..., torch.arange(x.shape[-2]) % distinct, :])
 
 
 def halved(ctx: TokenContext, dtype: torch.dtype) -> TokenContext:
     """Every input and the rotary tables in another precision."""
-    ctx = each(ctx, lambda x: x.to(dtype))
+    ctx = changed(ctx, lambda _, x: x.to(dtype))
     if ctx.attention is None:
         return ctx
     cos, sin = ctx.attention.rope
@@ -68,16 +61,17 @@ def halved(ctx: TokenContext, dtype: torch.dtype) -> TokenContext:
 def broken(ctx: TokenContext, sample: int, value: float, name: str | None = None) -> TokenContext:
     """One sample's inputs hold ``value``: one token of the input ``name``, or with None all tokens of all inputs."""
     first = sum(map(len, ctx.grids[:sample]))
-    own = slice(first, first + len(ctx.grids[sample]))
-    new = {}
-    for key, x in inputs_of(ctx).items():
-        if name in (None, key):
-            new[key] = x.clone()
-            part = new[key][
-                own if key == "features" or key.startswith("vision") else slice(sample, sample + 1)
-            ]
-            part[..., slice(None) if name is None else _one_token(ctx, key, sample, part), :] = value
-    return with_inputs(ctx, new)
+    images = slice(first, first + len(ctx.grids[sample]))
+
+    def spoil(key: str, x: Tensor) -> Tensor:
+        if name not in (None, key):
+            return x
+        x = x.clone()
+        part = x[images if by_image(key) else slice(sample, sample + 1)]
+        part[..., slice(None) if name is None else _one_token(ctx, key, sample, part), :] = value
+        return x
+
+    return changed(ctx, spoil)
 
 
 def _one_token(ctx: TokenContext, name: str, sample: int, x: Tensor) -> int:
@@ -92,10 +86,7 @@ def _one_token(ctx: TokenContext, name: str, sample: int, x: Tensor) -> int:
 def first_alone(ctx: TokenContext) -> TokenContext:
     """The first sample of a batch without an earlier turn, cut out and rid of all padding."""
     n, images = ctx.counts[0], len(ctx.grids[0])
-    vision = {
-        layer: replace(seen, query=seen.query[:images], key=seen.key[:images])
-        for layer, seen in ctx.vision.items()
-    }
+    ctx = changed(ctx, lambda name, x: x[: images if by_image(name) else 1])
     return replace(
         ctx,
         counts=ctx.counts[:1],
@@ -104,13 +95,10 @@ def first_alone(ctx: TokenContext) -> TokenContext:
         mask=ctx.mask[:1, :n],
         ordinals=ctx.ordinals[:1, :n],
         positions=ctx.positions[:1, :n],
-        hidden=None if ctx.hidden is None else ctx.hidden[:1, :n],
+        hidden=None if ctx.hidden is None else ctx.hidden[:, :n],
         attention=None if ctx.attention is None else _first_rows(ctx.attention),
-        embeds=None if ctx.embeds is None else ctx.embeds[:1],
         image=None if ctx.image is None else _real(ctx.image),
         text=None if ctx.text is None else _real(ctx.text),
-        vision=vision,
-        features=None if ctx.features is None else ctx.features[:images],
     )
 
 
@@ -121,8 +109,8 @@ def _first_rows(seen: AttentionInputs) -> AttentionInputs:
     cos, sin = (t[:1, pad:] for t in seen.rope)
     return replace(
         seen,
-        query=seen.query[:1, :, -real:],
-        key=seen.key[:1, :, pad:],
+        query=seen.query[:, :, -real:],
+        key=seen.key[:, :, pad:],
         last=seen.last[:1] - pad,
         rows=_real(seen.rows) - pad,
         columns=_real(seen.columns) - pad,

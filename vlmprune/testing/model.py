@@ -59,6 +59,13 @@ def check_model(
     Raises:
         AssertionError: the report is not ok and ``strict``; the message is the report.
         ModelError, InputError: as for ``vlmprune.prune``, before anything has run.
+
+    Example:
+        Not run where the docs are tested: it takes a model.
+
+        >>> from vlmprune import FastV, testing
+        >>> testing.check_model(model, FastV(layer=2)).summary  # doctest: +SKIP
+        'ok: pruned runs give what the masked model gives'
     """
     parts = find_parts(model)
     config = parts.config

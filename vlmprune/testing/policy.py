@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
+import torch
+from torch import Tensor
+
 from vlmprune.errors import check
-from vlmprune.policies.base import Needs, PruningPolicy
+from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.checks import check_selection
 from vlmprune.testing.context import make_context
-from vlmprune.testing.context_changes import broken, first_alone, inputs_of
+from vlmprune.testing.context_changes import broken, copied, first_alone, inputs_of
 from vlmprune.testing.policy_cases import FLAT, TALL, WIDE, situations
-from vlmprune.testing.policy_trial import ask, ask_twice, expect_all, expect_same
-from vlmprune.testing.policy_value import check_layers, check_value
+from vlmprune.testing.policy_value import check_layers, check_value, noted
 
 
 def check_policy(policy: PruningPolicy, keep_all: PruningPolicy | None = None) -> list[str]:
@@ -53,7 +56,10 @@ def _check_stage(policy: PruningPolicy, layer: int) -> Iterator[str]:
     check(isinstance(needs, Needs), f"{policy!r}.needs({layer})", "Needs(...)", repr(needs))
     for name, ctx in situations(needs, layer, policy.batched):
         case = f"layer {layer}, {name}"
-        ask_twice(policy, ctx, case)
+        first, again = _ask(policy, ctx, case), _ask(policy, ctx, case)
+        for sample in range(len(ctx.counts)):
+            who = f"{case}: {policy!r}.select(ctx), asked again, sample {sample}"
+            _expect_same(again, first, sample, who, "what it was")
         yield case
     yield from _check_broken(policy, needs, layer)
     if policy.batched:
@@ -64,7 +70,10 @@ def _check_all_stay(policy: PruningPolicy, layer: int) -> Iterator[str]:
     """No token goes at this layer, whatever the situation."""
     for name, ctx in situations(policy.needs(layer), layer, policy.batched):
         case = f"layer {layer}, keep_all, {name}"
-        expect_all(policy, ctx, case)
+        choice = _ask(policy, ctx, case)
+        for sample, tokens in enumerate(ctx.counts):
+            kept, who = sorted(_kept(choice, sample)), f"{case}: {policy!r}.select(ctx), sample {sample}"
+            check(kept == list(range(tokens)), who, f"all {tokens} tokens", kept)
         yield case
 
 
@@ -73,22 +82,56 @@ def _check_alone(policy: PruningPolicy, needs: Needs, layer: int) -> Iterator[st
     for beside in ([[WIDE, FLAT, TALL], []], [[TALL]]):
         case = f"layer {layer}, alone and in a batch of {1 + len(beside)}"
         ctx = make_context(needs, [[WIDE, FLAT], *beside], layer)
-        batch, alone = ask(policy, ctx, case), ask(policy, first_alone(ctx), case)
-        expect_same(batch, alone, 0, f"{case}: {policy!r}.select(ctx)", "what it gets alone")
+        batch, alone = _ask(policy, ctx, case), _ask(policy, first_alone(ctx), case)
+        _expect_same(batch, alone, 0, f"{case}: {policy!r}.select(ctx), sample 0", "what it gets alone")
         yield case
 
 
 def _check_broken(policy: PruningPolicy, needs: Needs, layer: int) -> Iterator[str]:
     """A sample with a token or full of NaN or infinities gets a valid choice, and its neighbours what they had."""
     one = make_context(needs, [[WIDE]], layer)
-    three = make_context(needs, [[TALL], [WIDE, FLAT], [FLAT]], layer) if policy.batched else None
-    sound = None if three is None else ask(policy, three, f"layer {layer}, three samples")
+    three = make_context(needs, [[TALL], [WIDE, FLAT], [FLAT]], layer)
+    sound = _ask(policy, three, f"layer {layer}, three samples") if policy.batched else None
     for value, where in product((float("nan"), float("inf")), (None, *inputs_of(one))):
         case = f"layer {layer}, {value} in {'everything' if where is None else f'one token of {where}'}"
-        ask(policy, broken(one, 0, value, where), case)
-        if three is not None and sound is not None:
-            beside = ask(policy, broken(three, 1, value, where), case)
+        _ask(policy, broken(one, 0, value, where), case)
+        if sound is not None:
+            beside = _ask(policy, broken(three, 1, value, where), case)
             for sample in (0, 2):
-                who = f"{case} of sample 1: {policy!r}.select(ctx)"
-                expect_same(beside, sound, sample, who, "what it gets beside a sound one")
+                who = f"{case} of sample 1: {policy!r}.select(ctx), sample {sample}"
+                _expect_same(beside, sound, sample, who, "what it gets beside a sound one")
         yield case
+
+
+def _ask(policy: PruningPolicy, ctx: TokenContext, case: str) -> Reduction:
+    """A valid choice. Raises InputError for another one, and if the policy writes into its context."""
+    own = copied(ctx)
+    declared = policy.needs(ctx.layer)
+    with noted(f"{case}: {policy!r}.select(ctx) with {declared}; what is not declared is None"):
+        choice = policy.select(own)
+    before = _tensors(ctx)
+    for name, x in _tensors(own).items():
+        same = torch.equal(x.nan_to_num(), before[name].nan_to_num())
+        check(same, f"{case}: {policy!r}.select(ctx)", f"ctx.{name} as it was", "other values written to it")
+    check_selection(choice, own, f"{case}: {policy!r}")
+    return choice if isinstance(choice, Reduction) else Reduction(choice)
+
+
+def _tensors(ctx: TokenContext) -> dict[str, Tensor]:
+    """Everything a policy could write to."""
+    return inputs_of(ctx) | {"mask": ctx.mask, "ordinals": ctx.ordinals, "positions": ctx.positions}
+
+
+def _kept(choice: Reduction, sample: int) -> list[int]:
+    """One sample's kept numbers without padding."""
+    return [i for i in choice.index[sample].tolist() if i >= 0]
+
+
+def _expect_same(choice: Reduction, other: Reduction, sample: int, who: str, expected: str) -> None:
+    """Raise InputError unless a sample has the same tokens and rows in both choices."""
+    kept, wanted = _kept(choice, sample), _kept(other, sample)
+    check(kept == wanted, who, f"{expected}, {wanted}", kept)
+    if choice.hidden is not None and other.hidden is not None:
+        rows, right = (x[sample, : len(kept)].float() for x in (choice.hidden, other.hidden))
+        close = torch.allclose(rows, right, rtol=1e-4, atol=1e-5, equal_nan=True)
+        check(close, who, f"{expected}, with the same rows", "other rows")

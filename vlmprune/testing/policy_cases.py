@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ WIDE, TALL, FLAT = (4, 5), (5, 4), (2, 10)
 """Of as many tokens each, as a vision tower gives them."""
 
 Settings = dict[str, dict[str, Any]]
+"""By name what ``make_context`` is told, and under "then" what is done to the context."""
 
 SITUATIONS: Settings = {
     "one image": {"images": [[WIDE]]},
@@ -28,14 +29,21 @@ SITUATIONS: Settings = {
     "a long text before the image": {"images": [[WIDE]], "before": 64},
     "no text after the image": {"images": [[WIDE]], "after": [0]},
     "no text after one sample's image": {"images": [[WIDE], [TALL]], "after": [0, 5]},
-    "few distinct values": {"images": [[WIDE], [TALL]], "few_values": True},
-    "all values equal": {"images": [[WIDE]], "few_values": True},
-    "in float16": {"images": [[WIDE]]},
-    "in bfloat16": {"images": [[WIDE]]},
+    "few distinct values": {
+        "images": [[WIDE], [TALL]],
+        "few_values": True,
+        "then": lambda ctx: repeated(ctx, 3),
+    },
+    "all values equal": {"images": [[WIDE]], "few_values": True, "then": lambda ctx: repeated(ctx, 1)},
+    "in float16": {"images": [[WIDE]], "then": lambda ctx: halved(ctx, torch.float16)},
+    "in bfloat16": {"images": [[WIDE]], "then": lambda ctx: halved(ctx, torch.bfloat16)},
 }
 WITHOUT_TOWER: Settings = {
     "images of unequal size": {"images": [[(4, 5), (3, 3)], [(1, 1)]]},
-    "a small view and tiles": {"images": [[(2, 2), (4, 5), (1, 1)]]},
+    "a small view and tiles": {
+        "images": [[(2, 2), (4, 5), (1, 1)]],
+        "then": lambda ctx: replace(ctx, sizes=(ctx.counts,)),
+    },
 }
 WITH_TOWER: Settings = {
     "a tower without CLS": {"images": [[WIDE], [TALL, FLAT]], "cls": False},
@@ -45,17 +53,12 @@ LATER: Settings = {
     "after an earlier stage": {"images": [[WIDE, TALL], [FLAT]], "kept": [[1, 6, 33], [0, 1, 2, 9, 19]]},
 }
 CHUNKED: Settings = {
-    "half an image, as prefill in chunks has it": {"images": [[WIDE]], "kept": [range(10, 20)]},
+    "half an image, as prefill in chunks has it": {
+        "images": [[WIDE]],
+        "kept": [range(10, 20)],
+        "then": lambda ctx: replace(ctx, shares=(0.5,)),
+    },
 }
-CHANGES: Mapping[str, Callable[[TokenContext], TokenContext]] = {
-    "few distinct values": lambda ctx: repeated(ctx, 3),
-    "all values equal": lambda ctx: repeated(ctx, 1),
-    "in float16": lambda ctx: halved(ctx, torch.float16),
-    "in bfloat16": lambda ctx: halved(ctx, torch.bfloat16),
-    "a small view and tiles": lambda ctx: replace(ctx, sizes=(ctx.counts,)),
-    "half an image, as prefill in chunks has it": lambda ctx: replace(ctx, shares=(0.5,)),
-}
-"""What ``make_context`` has no setting for."""
 
 
 def situations(needs: Needs, layer: int, batched: bool) -> Iterator[tuple[str, TokenContext]]:
@@ -66,5 +69,6 @@ def situations(needs: Needs, layer: int, batched: bool) -> Iterator[tuple[str, T
         every |= LATER | ({} if whole else CHUNKED)
     for name, settings in every.items():
         if batched or len(settings["images"]) == 1:
-            ctx = make_context(needs, layer=layer, **settings)
-            yield name, CHANGES[name](ctx) if name in CHANGES else ctx
+            told = {key: value for key, value in settings.items() if key != "then"}
+            ctx = make_context(needs, layer=layer, **told)
+            yield name, settings["then"](ctx) if "then" in settings else ctx

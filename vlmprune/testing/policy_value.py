@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, fields, replace
 
 from vlmprune.errors import check
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.testing.policy_trial import Noted
+
+
+@contextmanager
+def noted(note: str) -> Iterator[None]:
+    """Adds a note to whatever is raised in its block."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(note)
+        raise
 
 
 def check_layers(policy: PruningPolicy) -> tuple[int, ...]:
@@ -22,33 +32,26 @@ def check_layers(policy: PruningPolicy) -> tuple[int, ...]:
 
 def check_value(policy: PruningPolicy) -> None:
     """Raise InputError unless the policy is a value; one that holds a function need not pickle or be read back."""
-    names = [f.name for f in fields(policy)]
+    who, names = f"{policy!r}", [f.name for f in fields(policy)]
     more = sorted(vars(policy).keys() - set(names))
-    check(not more, f"{policy!r}", "attributes that are fields of a dataclass", more)
-    check(
-        _is_frozen(policy, names[0]),
-        f"{policy!r}",
-        "a class under @dataclass(frozen=True)",
-        "one that can change",
-    )
-    with Noted(f"hash({policy!r}): settings must be hashable, for example tuples in place of lists"):
+    check(not more, who, "attributes that are fields of a dataclass", more)
+    frozen = _is_frozen(policy, names[0])
+    check(frozen, who, "a class under @dataclass(frozen=True)", "one that can change")
+    with noted(f"hash({who}): settings must be hashable, for example tuples in place of lists"):
         hash(policy)
-    with Noted(
-        f"dataclasses.replace({policy!r}) must make the same policy: a field is an argument of that name"
-    ):
+    with noted(f"dataclasses.replace({who}) must make the same policy: a field is an argument of that name"):
         same = replace(policy)
-    check(same == policy, f"{policy!r}", "an equal copy from dataclasses.replace", repr(same))
+    check(same == policy, who, "an equal copy from dataclasses.replace", repr(same))
     parts = list(_parts(policy))
     if any(callable(part) for part in parts):
         return
-    with Noted(f"{policy!r} must survive pickle: its class stands at the top of a module"):
+    with noted(f"{who} must survive pickle: its class stands at the top of a module"):
         copy = pickle.loads(pickle.dumps(policy))
-    check(
-        copy == policy and hash(copy) == hash(policy), f"{policy!r}", "an equal copy from pickle", repr(copy)
-    )
-    with Noted(f"repr {policy!r} must spell a call that makes the policy"):
-        read = eval(repr(policy), {type(p).__name__: type(p) for p in parts})
-    check(read == policy, f"repr of {policy!r}", "a spelling of the same policy", repr(read))
+    equal = copy == policy and hash(copy) == hash(policy)
+    check(equal, who, "an equal copy from pickle", repr(copy))
+    with noted(f"repr {who} must spell a call that makes the policy"):
+        read = eval(who, {type(p).__name__: type(p) for p in parts})
+    check(read == policy, f"repr of {who}", "a spelling of the same policy", repr(read))
 
 
 def _is_frozen(policy: PruningPolicy, name: str) -> bool:
@@ -63,10 +66,8 @@ def _is_frozen(policy: PruningPolicy, name: str) -> bool:
 def _parts(value: object) -> Iterator[object]:
     """A setting and everything it is made of."""
     yield value
-    inner: list[object] = []
     if isinstance(value, PruningPolicy):
-        inner = [getattr(value, f.name) for f in fields(value)]
-    elif isinstance(value, tuple | list):
-        inner = list(value)
-    for part in inner:
-        yield from _parts(part)
+        value = tuple(getattr(value, f.name) for f in fields(value))
+    if isinstance(value, tuple | list):
+        for part in value:
+            yield from _parts(part)

@@ -32,13 +32,6 @@ struct Tensor {
   int word;
 };
 
-struct Batch {
-  Tensor tensors[kMaxTensors];
-  const int64_t* index;
-  int64_t K;
-  int count;
-};
-
 template <class Word>
 __device__ void walk_chain(const Tensor& tensor, const int64_t* index, int64_t K, uint32_t unit) {
   const TensorRows& rows = tensor.rows;
@@ -72,36 +65,26 @@ __device__ void walk_chain(const Tensor& tensor, const int64_t* index, int64_t K
   }
 }
 
-__global__ void __launch_bounds__(kThreads) compact_kv_kernel(const __grid_constant__ Batch batch) {
+__global__ void __launch_bounds__(kThreads) compact_kv_kernel(const __grid_constant__ Batch<Tensor> batch) {
   const Tensor& tensor = batch.tensors[find_tensor(batch.tensors, batch.count, blockIdx.x)];
   const uint32_t unit = blockIdx.x - tensor.first_unit;
   with_word(tensor.word, [&](auto word) { walk_chain<decltype(word)>(tensor, batch.index, batch.K, unit); });
 }
 
-// One launch of `count` tensors, at most kMaxTensors, from number `first` on.
-inline cudaError_t launch(const CompactKvArgs& args, int first, int count, cudaStream_t stream) {
-  Batch batch = {};
-  batch.index = args.index;
-  batch.K = args.K;
-  batch.count = count;
-  int64_t units = 0;
-  for (int i = 0; i < count; ++i) {
-    const TensorRows& rows = args.caches[first + i];
-    const int64_t slices = (rows.row_bytes + kSliceBytes - 1) / kSliceBytes;
-    batch.tensors[i] = {rows, uint32_t(slices), uint32_t(units), word_bytes(rows, nullptr)};
-    units += args.B * rows.heads * slices;
-  }
-  return launch_units(compact_kv_kernel, batch, units, kThreads, stream);
-}
-
 }  // namespace compact_kv
 
-// Launch on `stream` of the current device; every kMaxTensors tensors are one launch. A row has less than
-// 2^31 bytes.
+// Launch on `stream` of the current device. A row has less than 2^31 bytes.
 inline cudaError_t launch_compact_kv(const CompactKvArgs& args, cudaStream_t stream) {
+  using namespace compact_kv;
   if (args.K == 0) return cudaSuccess;
-  return launch_in_turn(args.count,
-                        [&](int first, int count) { return compact_kv::launch(args, first, count, stream); });
+  const auto describe = [&](int i, compact_kv::Tensor& tensor) {
+    const TensorRows& rows = args.caches[i];
+    tensor.rows = rows;
+    tensor.slices = uint32_t((rows.row_bytes + kSliceBytes - 1) / kSliceBytes);
+    tensor.word = word_bytes(rows, nullptr);
+    return args.B * rows.heads * tensor.slices;
+  };
+  return launch_batches(compact_kv_kernel, args.index, args.K, args.count, describe, kThreads, stream);
 }
 
 }  // namespace vlmprune

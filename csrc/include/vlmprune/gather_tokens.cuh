@@ -34,13 +34,6 @@ struct Tensor {
   int word;
 };
 
-struct Batch {
-  Tensor tensors[kMaxTensors];
-  const int64_t* index;
-  int64_t K;
-  int count;
-};
-
 template <class Word>
 __device__ void copy_tile(const Tensor& tensor, const int64_t* index, int64_t K, uint32_t unit) {
   const TensorRows& rows = tensor.rows;
@@ -72,38 +65,27 @@ __device__ void copy_tile(const Tensor& tensor, const int64_t* index, int64_t K,
   }
 }
 
-__global__ void __launch_bounds__(kThreads) gather_tokens_kernel(const __grid_constant__ Batch batch) {
+__global__ void __launch_bounds__(kThreads) gather_tokens_kernel(const __grid_constant__ Batch<Tensor> batch) {
   const Tensor& tensor = batch.tensors[find_tensor(batch.tensors, batch.count, blockIdx.x)];
   const uint32_t unit = blockIdx.x - tensor.first_unit;
   with_word(tensor.word, [&](auto word) { copy_tile<decltype(word)>(tensor, batch.index, batch.K, unit); });
 }
 
-// One launch of `count` tensors, at most kMaxTensors, from number `first` on.
-inline cudaError_t launch(const GatherTokensArgs& args, int first, int count, cudaStream_t stream) {
-  Batch batch = {};
-  batch.index = args.index;
-  batch.K = args.K;
-  batch.count = count;
-  int64_t units = 0;
-  for (int i = 0; i < count; ++i) {
-    const TensorRows& rows = args.sources[first + i];
-    char* const out = args.outs[first + i];
-    const int word = word_bytes(rows, out);
-    const int64_t words = args.K * (rows.row_bytes / word);
-    const int64_t tiles = (words + kTileWords - 1) / kTileWords;
-    batch.tensors[i] = {rows, out, uint32_t(tiles), uint32_t(units), word};
-    units += args.B * rows.heads * tiles;
-  }
-  return launch_units(gather_tokens_kernel, batch, units, kThreads, stream);
-}
-
 }  // namespace gather_tokens
 
-// Launch on `stream` of the current device; every kMaxTensors tensors are one launch. A row has less than
-// 2^31 bytes.
+// Launch on `stream` of the current device. A row has less than 2^31 bytes.
 inline cudaError_t launch_gather_tokens(const GatherTokensArgs& args, cudaStream_t stream) {
-  return launch_in_turn(
-      args.count, [&](int first, int count) { return gather_tokens::launch(args, first, count, stream); });
+  using namespace gather_tokens;
+  const auto describe = [&](int i, gather_tokens::Tensor& tensor) {
+    const TensorRows& rows = args.sources[i];
+    tensor.rows = rows;
+    tensor.out = args.outs[i];
+    tensor.word = word_bytes(rows, tensor.out);
+    const int64_t words = args.K * (rows.row_bytes / tensor.word);
+    tensor.tiles = uint32_t((words + kTileWords - 1) / kTileWords);
+    return args.B * rows.heads * tensor.tiles;
+  };
+  return launch_batches(gather_tokens_kernel, args.index, args.K, args.count, describe, kThreads, stream);
 }
 
 }  // namespace vlmprune

@@ -218,23 +218,6 @@ __global__ void __launch_bounds__(kThreads, 1) select_topk_kernel(const SelectTo
   if (threadIdx.x == 0) args.count[b] = kept;
 }
 
-template <class Args>
-cudaError_t launch(void (*kernel)(Args), const Args& args, int blocks, size_t shared_bytes, int shared_limit,
-                   cudaStream_t stream) {
-  if (shared_bytes > kSharedWithoutOptIn) {
-    // Always the device's limit, never this call's need: threads that launch at the same time agree on it.
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit);
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, args);
-}
-
 // Rows of up to N keys: cached in shared memory if they fit there, else read again from global memory in each
 // pass; N may go up to 2^30.
 template <class Args>
@@ -246,9 +229,20 @@ cudaError_t launch(void (*cached)(Args), void (*uncached)(Args), const Args& arg
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  const size_t bytes = sizeof(Shared), cached_bytes = bytes + sizeof(uint32_t) * N;
-  return cached_bytes <= size_t(limit) ? launch(cached, args, blocks, cached_bytes, limit, stream)
-                                       : launch(uncached, args, blocks, bytes, limit, stream);
+  const size_t cached_bytes = sizeof(Shared) + sizeof(uint32_t) * N;
+  const bool fits = cached_bytes <= size_t(limit);
+  const auto kernel = fits ? cached : uncached;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = fits ? cached_bytes : sizeof(Shared);
+  config.stream = stream;
+  if (config.dynamicSmemBytes > kSharedWithoutOptIn) {
+    // Always the device's limit, never this call's need: threads that launch at the same time agree on it.
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaLaunchKernelEx(&config, kernel, args);
 }
 
 }  // namespace select_topk

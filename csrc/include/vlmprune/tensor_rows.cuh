@@ -57,27 +57,38 @@ __device__ void with_word(int bytes, Visit visit) {
   }
 }
 
-// launch(first, count) for every kMaxTensors of the `total` tensors.
-template <class Launch>
-cudaError_t launch_in_turn(int total, Launch launch) {
-  cudaError_t error = cudaSuccess;
-  for (int first = 0; first < total && error == cudaSuccess; first += kMaxTensors)
-    error = launch(first, total - first < kMaxTensors ? total - first : kMaxTensors);
-  return error;
-}
+// What one launch is told: up to kMaxTensors descriptors, and which rows.
+template <class Tensor>
+struct Batch {
+  Tensor tensors[kMaxTensors];
+  const int64_t* index;  // [B, K], contiguous
+  int64_t K;
+  int count;
+};
 
-// One block a unit.
-template <class Batch>
-cudaError_t launch_units(void (*kernel)(Batch), const Batch& batch, int64_t units, int threads,
-                         cudaStream_t stream) {
-  static_assert(sizeof(Batch) <= kMaxParameterBytes);
-  if (units == 0) return cudaSuccess;
-  if (units > kMaxUnits) return cudaErrorInvalidValue;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(units));
-  config.blockDim = dim3(threads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, batch);
+// Launch `kernel`, one block of `threads` a unit, for every kMaxTensors of the `total` tensors. `describe(i,
+// tensor)` fills in tensor number i but for its first unit, and returns how many units it has.
+template <class Tensor, class Describe>
+cudaError_t launch_batches(void (*kernel)(Batch<Tensor>), const int64_t* index, int64_t K, int total,
+                           Describe describe, int threads, cudaStream_t stream) {
+  static_assert(sizeof(Batch<Tensor>) <= kMaxParameterBytes);
+  cudaError_t error = cudaSuccess;
+  for (int first = 0; first < total && error == cudaSuccess; first += kMaxTensors) {
+    Batch<Tensor> batch = {{}, index, K, total - first < kMaxTensors ? total - first : kMaxTensors};
+    int64_t units = 0;
+    for (int i = 0; i < batch.count; ++i) {
+      batch.tensors[i].first_unit = uint32_t(units);
+      units += describe(first + i, batch.tensors[i]);
+    }
+    if (units == 0) continue;
+    if (units > kMaxUnits) return cudaErrorInvalidValue;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(units));
+    config.blockDim = dim3(threads);
+    config.stream = stream;
+    error = cudaLaunchKernelEx(&config, kernel, batch);
+  }
+  return error;
 }
 
 }  // namespace vlmprune
