@@ -34,7 +34,7 @@ VARIANTS = {
     "rope": lambda call, seed, slow: dict(rope=slow.rope(device=call["key"].device, scaling=1.0 + seed)),
     "keep": lambda call, seed, slow: dict(keep=torch.tensor([seed, 3], device=call["key"].device)),
 }
-SETTINGS = [dict(head_reduce="max", row_reduce="sum"), dict(top_heads=2), dict(normalize="columns")]
+SETTINGS = [dict(head_reduce="max", row_reduce="sum"), dict(normalize="columns")]
 
 
 def planned(call, **settings):
@@ -215,6 +215,9 @@ ERRORS = [
     (dict(lse=lambda a: torch.zeros(2, 4, 13)), r"^lse: expected None as in the plan, got a tensor$"),
     (dict(key_mask=lambda a: None), r"^key_mask: expected a tensor as in the plan, got None$"),
     (dict(keep=lambda a: torch.ones(2)), r"^keep: expected None as in the plan, got a tensor$"),
+    (dict(rows=lambda a: None), r"^rows: expected a tensor as in the plan, got None$"),
+    (dict(normalize=lambda a: "none"), r"^normalize: expected None as in the plan, got 'none'$"),
+    (dict(colums=lambda a: a["columns"]), r"^colums: expected None as in the plan, got a tensor$"),
 ]
 
 
