@@ -13,11 +13,11 @@ TARGET_PROGRAMS = (
 
 
 class Selection(NamedTuple):
-    """Where the score kernel writes its choice: all on the device, see the kernel."""
+    """What the score kernel chooses by, and where it writes its choice; without ``index`` it leaves that to select_topk."""
 
-    keep: Any
-    spread: torch.Tensor
-    code: torch.Tensor
+    keep: Any = None
+    spread: torch.Tensor | None = None
+    code: torch.Tensor | None = None
     index: torch.Tensor | None = None  # type: ignore[assignment]  # shadows tuple.index
     count: torch.Tensor | None = None  # type: ignore[assignment]
     cu_seqlens_out: torch.Tensor | None = None

@@ -22,7 +22,7 @@ from vlmprune.triton_kernels._device import (
 )
 from vlmprune.triton_kernels._launch import launch
 from vlmprune.triton_kernels._score import score_part
-from vlmprune.triton_kernels._scoring import head_splits, registers, row_statistics
+from vlmprune.triton_kernels._scoring import Selection, head_splits, registers, row_statistics
 from vlmprune.triton_kernels._survivors import (
     code_positions,
     enter_columns,
@@ -197,16 +197,15 @@ def score(s, selection=None):
     chunk = min(max(triton.next_power_of_2(at.longest), MIN_CHUNK), MAX_CHUNK)
     if selection is not None and chunk > FEW_KEYS:
         config["num_warps"] = 8
-    keep, *choice = selection or (None,) * 6
-    index = choice[2]
+    c = selection or Selection()
     lists = (s.rows.contiguous(), s.columns.contiguous(), as_bytes(s.key_mask))
     weight = None if s.row_weight is None else s.row_weight.contiguous()
-    sizes = (s.scale, R, N, Sq, S, at.longest, 0 if index is None else index.shape[1])
+    sizes = (s.scale, R, N, Sq, S, at.longest, 0 if c.index is None else c.index.shape[1])
     launch(
         _score_select_kernel,
         (tiles_n, splits, B),
         *(s.query, s.key, at.cos, at.sin, *lists, lse, weight, at.cu_seqlens, at.cu_seqlens_q),
-        *(keep, counter, part, scores, *choice, *sizes),
+        *(c.keep, counter, part, scores, c.spread, c.code, c.index, c.count, c.cu_seqlens_out, *sizes),
         *(at.query_strides, at.key_strides, _lse_strides(s, lse), at.rope_strides),
         PARTS=part.shape[1],
         HEADS_KV=Hkv // splits,
@@ -218,7 +217,7 @@ def score(s, selection=None):
         ROW_REDUCE=s.row_reduce,
         CAUSAL=s.causal,
         LSE_BY_POSITION=s.lse is not None,
-        KEEP_ON_DEVICE=isinstance(keep, torch.Tensor),
+        KEEP_ON_DEVICE=isinstance(c.keep, torch.Tensor),
         CHUNK=chunk,
         ONE_CHUNK=at.longest <= chunk,
         **registers(s, R, config["num_warps"]),

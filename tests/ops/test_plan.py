@@ -64,16 +64,20 @@ def test_runs_are_prune_tokens(variant, settings, slow, device):
         assert_same(plan.run(**call, **extra), truth)
 
 
-def test_packed_runs(slow, device):
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_packed_runs(with_lse, slow, device):
     lengths, plan = [[0, 21, 34], [0, 13, 34]], None
     for seed, ends in enumerate(lengths):
         call = stage(slow, device, seed, B=1, S=34, Sq=34)
         ends = torch.tensor(ends, dtype=torch.int32, device=device)
         call["rows"] = torch.tensor([[3, 12], [5, -1]], device=device)
         call["columns"] = torch.tensor([[0, 2, 3, 7], [1, 4, 11, -1]], device=device)
-        truth = expected(call, keep=2, cu_seqlens=ends)
-        plan = plan or planned(call, keep=2, cu_seqlens=ends)
-        out = plan.run(**call, cu_seqlens=ends)
+        packed = dict(cu_seqlens=ends)
+        if with_lse:  # as FlashAttention's variable-length calls return it
+            packed["lse"] = torch.randn(4, 34, generator=torch.Generator().manual_seed(seed)).to(device)
+        truth = expected(call, keep=2, **packed)
+        plan = plan or planned(call, keep=2, **packed)
+        out = plan.run(**call, **packed)
         assert_same(out, truth)
         assert torch.equal(out.cu_seqlens, truth.cu_seqlens)
 

@@ -37,6 +37,11 @@ def cluster_dpc(
     Raises:
         InputError: an argument has another rank, shape, dtype, stride, device or value.
         BackendError: no backend can run on the device of ``features``.
+
+    Example:
+        >>> tokens = torch.tensor([[[0.0], [0.1], [5.0], [5.2]]])
+        >>> ops.cluster_dpc(tokens, clusters=2)
+        (tensor([[0, 0, 1, 1]]), tensor([[0, 2]]))
     """
     check_features(features)
     check(features.shape[2] >= 1, "features", "at least one column", tuple(features.shape))

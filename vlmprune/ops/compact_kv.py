@@ -31,6 +31,12 @@ def compact_kv(caches: Sequence[Tensor], index: Tensor) -> None:
         InputError: an argument has another rank, shape, dtype, stride or device, requires a gradient or overlaps another,
             or an index on the CPU does not ascend or holds a position that is no row. Nothing was moved.
         BackendError: no backend can run on the device of ``index``.
+
+    Example:
+        >>> cache = torch.arange(5.0).view(1, 5, 1)
+        >>> ops.compact_kv([cache], torch.tensor([[1, 3]]))
+        >>> cache.flatten()  # the first two rows count
+        tensor([1., 3., 2., 3., 4.])
     """
     check(index.dtype == torch.int64, "index", "int64", index.dtype)
     check(index.ndim == 2, "index", "rank 2 [B, K]", tuple(index.shape))

@@ -29,6 +29,12 @@ def gather_tokens(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     Raises:
         InputError: an argument has another rank, shape, dtype, stride or device, or a position on the CPU is no row.
         BackendError: no backend can run on the device of ``index``.
+
+    Example:
+        >>> hidden, positions = torch.randn(1, 4, 2), torch.arange(4)[None]
+        >>> rows, kept = ops.gather_tokens([hidden, positions], torch.tensor([[0, 3]]))
+        >>> rows.shape, kept
+        (torch.Size([1, 2, 2]), tensor([[0, 3]]))
     """
     check(index.dtype == torch.int64, "index", "int64", index.dtype)
     check(index.ndim == 2, "index", "rank 2 [B, K]", tuple(index.shape))

@@ -55,6 +55,12 @@ def greedy_select(
     Raises:
         InputError: an argument has another rank, shape, dtype, stride, device or value, or does not go with the rule.
         BackendError: no backend can run on the device of ``features``.
+
+    Example:
+        >>> tokens = torch.eye(3)[[0, 0, 1, 2]][None]  # the first two are one
+        >>> index, order = ops.greedy_select(tokens, keep=3)
+        >>> index, order
+        (tensor([[0, 2, 3]]), tensor([[2, 0, 3]]))
     """
     check_features(features)
     B, N, _ = features.shape

@@ -36,6 +36,11 @@ def match_bipartite(
     Raises:
         InputError: an argument has another rank, shape, dtype, stride, device or value.
         BackendError: no backend can run on the device of ``features``.
+
+    Example:
+        >>> tokens = torch.eye(3)[[0, 0, 1, 2]][None]
+        >>> ops.match_bipartite(tokens, r=1)  # the first merges into its double
+        (tensor([[0, 0, 1, 2]]), tensor([[1, 2, 3]]))
     """
     check_features(features)
     B, N, _ = features.shape

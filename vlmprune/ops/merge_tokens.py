@@ -39,6 +39,11 @@ def merge_tokens(
     Raises:
         InputError: an argument has another rank, shape, dtype, stride, device or value.
         BackendError: no backend can run on the device of ``features``.
+
+    Example:
+        >>> tokens = torch.tensor([[[2.0], [4.0], [9.0]]])
+        >>> ops.merge_tokens(tokens, torch.tensor([[0, 0, 1]]), clusters=2).flatten()
+        tensor([3., 9.])
     """
     check_features(features)
     B, N, _ = features.shape

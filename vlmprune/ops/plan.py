@@ -82,18 +82,19 @@ class PrunePlan:
         check(s.rows.shape[0] > 0, "rows", "at least one sample", tuple(s.rows.shape))
         fields = {**s._asdict(), "keep": keep}
         self._named = dict.fromkeys(name for name, x in fields.items() if isinstance(x, Tensor))
-        names = [*self._named, *[f"tensors[{i}]" for i in range(len(tensors))]]
-        examples = [*[fields[name] for name in self._named], *tensors]
+        examples = {name: fields[name] for name in self._named}
+        examples |= {f"tensors[{i}]": x for i, x in enumerate(tensors)}
         apart = _apart(examples)
-        fields |= zip(self._named, apart)  # noqa: B905  # those of tensors lie behind
+        inputs = list(apart.values())
+        fields = {name: apart.pop(name, x) for name, x in fields.items()}
         keep = fields.pop("keep")
         build = choose("prune_plan", query)
-        self._program, result = build(Scoring(**fields), apart[len(self._named) :], keep, width, apart)
+        self._program, result = build(Scoring(**fields), list(apart.values()), keep, width, inputs)
         self._result = Pruned(*result)
-        for i, (name, x) in enumerate(zip(names, examples, strict=True)):
+        for i, (name, x) in enumerate(examples.items()):
             read = i in self._program.used or self._result.index.numel() == 0 or x.numel() == 0
             check(read, name, "a tensor that the kernels can read in place", f"strides {x.stride()}")
-        self._expected = [_Expected.of(name, x) for name, x in zip(names, examples, strict=True)]
+        self._expected = [_Expected.of(name, x) for name, x in examples.items()]
         self._expected_out = [_Expected.of(f"out[{i}]", x) for i, x in enumerate(self._result.tensors)]
         self._own = [x.data_ptr() for x in self._result.tensors]
 
@@ -177,13 +178,13 @@ def _pointers(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> list[
     return pointers
 
 
-def _apart(examples: Sequence[Tensor]) -> list[Tensor]:
+def _apart(examples: dict[str, Tensor]) -> dict[str, Tensor]:
     """Examples with pointers of their own, by which the recorded launches tell them apart: one may be given twice."""
     seen: set[int] = set()
-    apart = []
-    for x in examples:
+    apart = {}
+    for name, x in examples.items():
         twice = x.data_ptr() in seen and x.numel() > 0
-        apart.append(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) if twice else x)
+        apart[name] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) if twice else x
         seen.add(x.data_ptr())
     return apart
 

@@ -42,6 +42,13 @@ def select_topk(
     Raises:
         InputError: an argument has another rank, shape, dtype, device or value; an int ``keep`` exceeds N.
         BackendError: no backend can run on the device of ``scores``.
+
+    Example:
+        >>> scores = torch.tensor([[0.3, 0.9, 0.1, 0.9]])
+        >>> ops.select_topk(scores, 2)
+        (tensor([[1, 3]]), tensor([2]))
+        >>> ops.select_topk(scores, 1, segments=[2, 2])[0]  # of each half the best
+        tensor([[1, 3]])
     """
     check(scores.ndim == 2, "scores", "rank 2 [B, N]", tuple(scores.shape))
     check(scores.dtype in FLOATS, "scores", "float32, float16 or bfloat16", scores.dtype)
