@@ -123,9 +123,9 @@ def report(n_caches: int, with_lse: bool) -> None:
     from vlmprune.triton_kernels.prune_tokens import prune_tokens
 
     call = example(n_caches, with_lse)
-    plan, positional = planned(call), checked(**call, keep=KEEP)
+    plan, arguments = planned(call), checked(**call, keep=KEEP)
     run, bound = microseconds(lambda: plan.run(**call)), microseconds(plan.bind(**call))
-    launchers = microseconds(lambda: prune_tokens(*positional))
+    launchers = microseconds(lambda: prune_tokens(*arguments))
     given = "with LSE" if with_lse else "without LSE"
     print(
         f"{4 + n_caches:3d} tensors, {given:11s}: "

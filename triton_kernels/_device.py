@@ -22,31 +22,21 @@ def padded_head_dim(D):
     return max(16, triton.next_power_of_2(D))
 
 
-def tiles(query, n_rows, rope):
+def tiles(query, n_rows, rotated):
     """Safe tiles of a score kernel: no spill on sm_80 to sm_100, Triton 3.6 to 3.9 (tests/compile reads it back).
 
     Registers per row of a tile: float32 dots are three TF32 dots on split operands, un-rotating holds four rows for one.
     """
     weight = padded_head_dim(query.shape[-1])
-    weight *= (16 if query.element_size() == 4 else 1) * (4 if rope is not None else 1)
+    weight *= (16 if query.element_size() == 4 else 1) * (4 if rotated else 1)
     block = 64 if weight <= 128 else 32 if weight <= 512 else 16
     block_m = 16 if n_rows <= 16 else block
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": max(block, 32),
-        "num_warps": 8 if block_m == 64 or rope is not None else 4,
+        "num_warps": 8 if block_m == 64 or rotated else 4,
         "num_stages": 2 if weight <= 512 else 1,
     }
-
-
-def rope_args(rope, B):
-    """(cos, sin, batch stride, sequence stride) for a kernel; stride 0 broadcasts a table over the batch."""
-    if rope is None:
-        return None, None, 0, 0
-    cos, sin = rope
-    if cos.stride() != sin.stride() or cos.stride(2) != 1:
-        cos, sin = cos.contiguous(), sin.contiguous()
-    return cos, sin, cos.stride(0) if cos.shape[0] == B else 0, cos.stride(1)
 
 
 def as_bytes(mask):
@@ -54,26 +44,40 @@ def as_bytes(mask):
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-class Packed(NamedTuple):
-    """Where the samples of a packed batch lie: bounds [B + 1] on the device, of keys and of queries, and the longest."""
+class Layout(NamedTuple):
+    """How query, key and tables lie: strides by batch, head, position, and in a packed batch where the samples are."""
 
-    cu_seqlens: torch.Tensor
-    cu_seqlens_q: torch.Tensor
-    max_seqlen: int
-
-
-def packed(key, cu_seqlens, cu_seqlens_q, max_seqlen):
-    """The Packed of an op's arguments, or None for a padded batch; queries lie as keys do unless told otherwise."""
-    if cu_seqlens is None:
-        return None
-    cu_seqlens_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
-    longest = key.shape[2] if max_seqlen is None else max_seqlen
-    return Packed(cu_seqlens.contiguous(), cu_seqlens_q.contiguous(), longest)
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor | None
+    longest: int
+    query_strides: tuple
+    key_strides: tuple
+    rope_strides: tuple
 
 
-def batch_stride(x, seqs):
-    """Stride from sample to sample, 0 in a packed batch, where the bounds tell."""
-    return x.stride(0) if seqs is None else 0
+def longest(s):
+    """Positions of the longest sample of a Scoring, as far as the host knows."""
+    return s.key.shape[2] if s.max_seqlen is None else s.max_seqlen
+
+
+def layout(s):
+    """The Layout of a Scoring. Stride 0 takes a table to every sample; in a packed batch the bounds tell, not strides."""
+    cos, sin, cu_seqlens, cu_seqlens_q = s.cos, s.sin, s.cu_seqlens, s.cu_seqlens_q
+    batch_q, *query_strides = s.query.stride()[:3]
+    batch_k, *key_strides = s.key.stride()[:3]
+    batch_c = stride_c = 0
+    if cos is not None:
+        if cos.stride() != sin.stride() or cos.stride(2) != 1:
+            cos, sin = cos.contiguous(), sin.contiguous()
+        batch_c, stride_c = cos.stride(0) if cos.shape[0] == s.rows.shape[0] else 0, cos.stride(1)
+    if cu_seqlens is not None:
+        batch_q = batch_k = batch_c = 0
+        cu_seqlens_q = (cu_seqlens if cu_seqlens_q is None else cu_seqlens_q).contiguous()
+        cu_seqlens = cu_seqlens.contiguous()
+    strides = (batch_q, *query_strides), (batch_k, *key_strides), (batch_c, stride_c)
+    return Layout(cos, sin, cu_seqlens, cu_seqlens_q, longest(s), *strides)
 
 
 @triton.jit

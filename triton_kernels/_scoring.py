@@ -1,4 +1,4 @@
-"""What is scored and how, and what the launcher decides from it: shared programs, registers, row statistics."""
+"""What the launcher of the score kernel decides from a Scoring: shared programs, registers, row statistics."""
 
 from typing import Any, NamedTuple
 
@@ -12,34 +12,12 @@ TARGET_PROGRAMS = (
 )
 
 
-class Scoring(NamedTuple):
-    """What is scored and how: the arguments of received_attention, as its op checked them."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    rows: torch.Tensor
-    columns: torch.Tensor
-    key_mask: torch.Tensor | None
-    causal: bool
-    lse: torch.Tensor | None
-    row_weight: torch.Tensor | None
-    head_reduce: str
-    row_reduce: str
-    normalize: str
-    scale: float
-    rope: tuple[torch.Tensor, torch.Tensor] | None
-    top_heads: int | None = None
-    cu_seqlens: torch.Tensor | None = None
-    cu_seqlens_q: torch.Tensor | None = None
-    max_seqlen: int | None = None
-
-
 class Selection(NamedTuple):
-    """Where the score kernel writes its choice: all on the device, see the kernel."""
+    """What the score kernel chooses by, and where it writes its choice; without ``index`` it leaves that to select_topk."""
 
-    keep: Any
-    spread: torch.Tensor
-    code: torch.Tensor
+    keep: Any = None
+    spread: torch.Tensor | None = None
+    code: torch.Tensor | None = None
     index: torch.Tensor | None = None  # type: ignore[assignment]  # shadows tuple.index
     count: torch.Tensor | None = None  # type: ignore[assignment]
     cu_seqlens_out: torch.Tensor | None = None
@@ -59,7 +37,7 @@ def registers(s, R, num_warps):
     """
     if torch.version.hip:
         return {}
-    few_rows = R <= 16 and s.rope is None and s.query.element_size() == 2
+    few_rows = R <= 16 and s.cos is None and s.query.element_size() == 2
     return {"maxnreg": 128 if few_rows and num_warps == 8 else 255}
 
 
@@ -67,6 +45,4 @@ def row_statistics(s):
     """The log-sum-exp of the rows, [B, H, Sq] if it was given, else [B, H, R]; None for plain logits."""
     if s.normalize == "none" or s.lse is not None:
         return s.lse
-    only = s.columns if s.normalize == "columns" else None
-    seqs = (s.cu_seqlens, s.cu_seqlens_q, s.max_seqlen)
-    return row_lse(s.query, s.key, s.rows, s.key_mask, s.causal, s.scale, s.rope, *seqs, columns=only)
+    return row_lse(s)

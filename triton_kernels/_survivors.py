@@ -4,37 +4,17 @@ import triton
 import triton.language as tl
 
 from vlmprune.triton_kernels._score import max_over_rows, max_with_nan
-from vlmprune.triton_kernels.select_topk import _order_key, _select_row
+from vlmprune.triton_kernels.select_topk import _select_row
 
 PARTS_AT_ONCE = tl.constexpr(8)  # loads in flight while parts are joined
 
 
 @triton.jit
-def top_heads(part_ptr, TOP, N, PARTS: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr):
-    """1 for each of the TOP heads whose scores sum to most, ties to the lower head: [HEADS] int32."""
-    head = tl.arange(0, HEADS)
-    mass = tl.zeros((HEADS,), tl.float32)
-    for h in range(PARTS):
-        total = tl.zeros((CHUNK,), tl.float32)
-        for start in range(0, N, CHUNK):
-            offs = start + tl.arange(0, CHUNK)
-            x_ptr = part_ptr + (h + tl.zeros((), tl.int64)) * N + offs
-            total += tl.load(x_ptr, mask=offs < N, other=0.0, cache_modifier=".cg")
-        mass = tl.where(head == h, tl.sum(total, 0), mass)
-    key = tl.where(head < PARTS, _order_key(mass), 0).to(tl.uint32)
-    other, mine = key[None, :], key[:, None]
-    ahead = (other > mine) | ((other == mine) & (head[None, :] < head[:, None]))
-    return (tl.sum(ahead.to(tl.int32), 1) < TOP).to(tl.int32)
-
-
-@triton.jit
 def join_parts(
     part_ptr,  # [PARTS, N] float32, this sample's
-    chosen,  # [HEADS] int32, 1 for the parts that count; None = all
     offs,
     N,
     PARTS: tl.constexpr,
-    HEADS: tl.constexpr,
     REDUCE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -44,9 +24,6 @@ def join_parts(
     for first in range(0, PARTS, PARTS_AT_ONCE):
         part = first + tl.arange(0, PARTS_AT_ONCE)
         ok = part < PARTS
-        if chosen is not None:
-            here = part[:, None] == tl.arange(0, HEADS)[None, :]
-            ok = ok & (tl.sum(tl.where(here, chosen[None, :], 0), 1) > 0)
         x_offs = part.to(tl.int64)[:, None] * N + offs[None, :]
         mask = ok[:, None] & (offs < N)[None, :]
         other = float("-inf") if REDUCE == "max" else 0.0

@@ -2,13 +2,11 @@
 
 import torch
 
-from vlmprune.triton_kernels._scoring import Scoring
 from vlmprune.triton_kernels.score_select import score
 
 
-def received_attention(*scoring):
-    """Scores of the columns, ``[B, N]`` or ``[B, H, N]``. Takes the arguments of Scoring, checked by vlmprune.ops."""
-    s = Scoring(*scoring)
+def received_attention(s):
+    """Scores of the columns, ``[B, N]`` or ``[B, H, N]``. Takes the Scoring that vlmprune.ops has checked."""
     (B, R), N, H = s.rows.shape, s.columns.shape[1], s.query.shape[1]
     if B * N * R == 0:
         shape = (B, H, N) if s.head_reduce == "none" else (B, N)

@@ -13,12 +13,10 @@ import triton.language as tl
 from vlmprune.triton_kernels._device import (
     LOG2E,
     as_bytes,
-    batch_stride,
     dot_dtype,
+    layout,
     load_rows,
-    packed,
     padded_head_dim,
-    rope_args,
     span,
     tiles,
 )
@@ -166,64 +164,34 @@ def count_splits(n_keys, programs):
     return max(1, min(wanted, n_keys // MIN_KEYS_PER_SPLIT, MAX_SPLITS))
 
 
-def row_lse(
-    query,
-    key,
-    rows,
-    key_mask,
-    causal,
-    scale,
-    rope,
-    cu_seqlens=None,
-    cu_seqlens_q=None,
-    max_seqlen=None,
-    columns=None,
-):
-    """Allocate, cut the keys, launch. ``columns [B, N]`` restricts the sum to those keys. Checked by vlmprune.ops."""
-    (H, Sq, D), (Hkv, S), (B, R) = query.shape[1:], key.shape[1:3], rows.shape
-    seqs = packed(key, cu_seqlens, cu_seqlens_q, max_seqlen)
-    longest = S if seqs is None else seqs.max_seqlen
-    n_keys = longest if columns is None else columns.shape[1]
+def row_lse(s):
+    """Allocate, cut the keys, launch. Sums over all keys, or the columns if it is they that s normalizes over."""
+    (H, Sq, D), (Hkv, S), (B, R) = s.query.shape[1:], s.key.shape[1:3], s.rows.shape
+    at = layout(s)
+    columns = s.columns.contiguous() if s.normalize == "columns" else None
+    n_keys = at.longest if columns is None else columns.shape[1]
     if B * R == 0 or n_keys == 0:
-        return query.new_full((B, H, R), float("-inf"), dtype=torch.float32)
-    config = tiles(query, H // Hkv * R, rope)
+        return s.query.new_full((B, H, R), float("-inf"), dtype=torch.float32)
+    config = tiles(s.query, H // Hkv * R, at.cos is not None)
     row_tiles = triton.cdiv(H // Hkv * R, config["BLOCK_M"])
     splits = count_splits(n_keys, B * Hkv * row_tiles)
-    part = query.new_empty((splits, B, H, R), dtype=torch.float32)
+    part = s.query.new_empty((splits, B, H, R), dtype=torch.float32)
     out = part[0] if splits == 1 else torch.empty_like(part[0])
-    cos, sin, stride_cb, stride_cs = rope_args(rope, B)
+    counter = None if splits == 1 else s.query.new_zeros(B * Hkv * row_tiles, dtype=torch.int32)
+    inputs = (s.query, s.key, at.cos, at.sin, s.rows.contiguous(), columns, as_bytes(s.key_mask))
+    sizes = (s.scale, B, Hkv, R, Sq, S, 0 if columns is None else n_keys, at.longest)
     launch(
         _row_lse_kernel,
         (B * Hkv, row_tiles, splits),
-        query,
-        key,
-        cos,
-        sin,
-        rows.contiguous(),
-        None if columns is None else columns.contiguous(),
-        as_bytes(key_mask),
-        None if seqs is None else seqs.cu_seqlens,
-        None if seqs is None else seqs.cu_seqlens_q,
-        None if splits == 1 else query.new_zeros(B * Hkv * row_tiles, dtype=torch.int32),
-        part,
-        out,
-        scale,
-        B,
-        Hkv,
-        R,
-        Sq,
-        S,
-        0 if columns is None else n_keys,
-        longest,
-        (batch_stride(query, seqs), *query.stride()[1:3]),
-        (batch_stride(key, seqs), *key.stride()[1:3]),
-        (stride_cb if seqs is None else 0, stride_cs),
+        *(*inputs, at.cu_seqlens, at.cu_seqlens_q),
+        *(counter, part, out, *sizes),
+        *(at.query_strides, at.key_strides, at.rope_strides),
         G=H // Hkv,
         D=D,
-        CAUSAL=causal,
+        CAUSAL=s.causal,
         SPLITS=splits,
         SPLITS_BLOCK=triton.next_power_of_2(splits),
-        DTYPE=dot_dtype(query),
+        DTYPE=dot_dtype(s.query),
         BLOCK_D=padded_head_dim(D),
         **config,
     )

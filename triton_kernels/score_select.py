@@ -14,23 +14,20 @@ import triton.language as tl
 
 from vlmprune.triton_kernels._device import (
     as_bytes,
-    batch_stride,
     dot_dtype,
-    packed,
+    layout,
     padded_head_dim,
-    rope_args,
     span,
     tiles,
 )
 from vlmprune.triton_kernels._launch import launch
 from vlmprune.triton_kernels._score import score_part
-from vlmprune.triton_kernels._scoring import head_splits, registers, row_statistics
+from vlmprune.triton_kernels._scoring import Selection, head_splits, registers, row_statistics
 from vlmprune.triton_kernels._survivors import (
     code_positions,
     enter_columns,
     join_parts,
     select_sample,
-    top_heads,
 )
 from vlmprune.triton_kernels.select_topk import MIN_CHUNK
 
@@ -41,7 +38,7 @@ MAX_CHUNK = (
 FEW_KEYS = 1024  # up to here 4 warps select
 
 
-@triton.jit(do_not_specialize=["keep", "R", "Sq", "S", "width", "TOP"])
+@triton.jit(do_not_specialize=["keep", "R", "Sq", "S", "width"])
 def _score_select_kernel(
     query_ptr,  # [B, H, Sq, D], last dim contiguous; packed: [1, H, total, D]
     key_ptr,  # [B, Hkv, S, D], last dim contiguous; packed: [1, Hkv, total, D]
@@ -70,7 +67,6 @@ def _score_select_kernel(
     S,
     max_seqlen,
     width,
-    TOP,  # how many heads count; 0 = all
     query_strides,  # batch, head, position
     key_strides,
     lse_strides,
@@ -88,7 +84,6 @@ def _score_select_kernel(
     KEEP_ON_DEVICE: tl.constexpr,
     CHUNK: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
-    HEADS: tl.constexpr,  # PARTS rounded up to a power of two if TOP counts, else 0
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -160,14 +155,11 @@ def _score_select_kernel(
                 code_ptr += b * max_seqlen
                 code_positions(mask_ptr, spread_ptr, code_ptr, length, max_seqlen, CHUNK)
                 tl.debug_barrier()  # the columns hit addresses that another thread has just written
-            chosen = None
-            if HEADS > 0:
-                chosen = top_heads(part_ptr, TOP, N, PARTS, HEADS, JOIN_CHUNK)
             for start in range(0, N, JOIN_CHUNK):
                 offs = start + tl.arange(0, JOIN_CHUNK)
-                score = join_parts(part_ptr, chosen, offs, N, PARTS, HEADS, HEAD_REDUCE, JOIN_CHUNK)
+                score = join_parts(part_ptr, offs, N, PARTS, HEAD_REDUCE, JOIN_CHUNK)
                 if HEAD_REDUCE == "mean":
-                    score = score / (TOP if HEADS > 0 else H)
+                    score = score / H
                 tl.store(scores_ptr + b * N + offs, score, mask=offs < N)
                 if spread_ptr is not None:
                     column = tl.load(columns_ptr + b * N + offs, mask=offs < N, other=-1)
@@ -196,72 +188,49 @@ def _score_select_kernel(
 def score(s, selection=None):
     """Launch the row statistics if needed and the score kernel; [B, H, N] for head_reduce "none", else [B, N]."""
     (H, Sq, D), (Hkv, S), (B, R), N = s.query.shape[1:], s.key.shape[1:3], s.rows.shape, s.columns.shape[1]
-    seqs = packed(s.key, s.cu_seqlens, s.cu_seqlens_q, s.max_seqlen)
-    longest = S if seqs is None else seqs.max_seqlen
-    lse = row_statistics(s)
-    config = tiles(s.query, R, s.rope)
+    at, lse, config = layout(s), row_statistics(s), tiles(s.query, R, s.cos is not None)
     tiles_n = max(1, triton.cdiv(N, config["BLOCK_N"]))
-    splits = head_splits(B, Hkv, tiles_n)
-    joins, per_head = s.head_reduce != "none", s.head_reduce == "none" or s.top_heads is not None
-    part = s.query.new_empty((B, H if per_head else splits, N), dtype=torch.float32)
+    splits, joins = head_splits(B, Hkv, tiles_n), s.head_reduce != "none"
+    part = s.query.new_empty((B, splits if joins else H, N), dtype=torch.float32)
     scores = s.query.new_empty((B, N), dtype=torch.float32) if joins else None
-    chunk = min(max(triton.next_power_of_2(longest), MIN_CHUNK), MAX_CHUNK)
+    counter = s.query.new_zeros(B, dtype=torch.int32) if joins else None
+    chunk = min(max(triton.next_power_of_2(at.longest), MIN_CHUNK), MAX_CHUNK)
     if selection is not None and chunk > FEW_KEYS:
         config["num_warps"] = 8
-    cos, sin, stride_cb, stride_cs = rope_args(s.rope, B)
-    keep, spread, code, index, count, cu_seqlens_out = selection or (None,) * 6
+    c = selection or Selection()
+    lists = (s.rows.contiguous(), s.columns.contiguous(), as_bytes(s.key_mask))
+    weight = None if s.row_weight is None else s.row_weight.contiguous()
+    sizes = (s.scale, R, N, Sq, S, at.longest, 0 if c.index is None else c.index.shape[1])
     launch(
         _score_select_kernel,
         (tiles_n, splits, B),
-        s.query,
-        s.key,
-        cos,
-        sin,
-        s.rows.contiguous(),
-        s.columns.contiguous(),
-        as_bytes(s.key_mask),
-        lse,
-        None if s.row_weight is None else s.row_weight.contiguous(),
-        None if seqs is None else seqs.cu_seqlens,
-        None if seqs is None else seqs.cu_seqlens_q,
-        keep,
-        s.query.new_zeros(B, dtype=torch.int32) if joins else None,
-        part,
-        scores,
-        spread,
-        code,
-        index,
-        count,
-        cu_seqlens_out,
-        s.scale,
-        R,
-        N,
-        Sq,
-        S,
-        longest,
-        0 if index is None else index.shape[1],
-        s.top_heads or 0,
-        (batch_stride(s.query, seqs), *s.query.stride()[1:3]),
-        (batch_stride(s.key, seqs), *s.key.stride()[1:3]),
-        (0, 0, 0) if lse is None else (batch_stride(lse, None if s.lse is None else seqs), *lse.stride()[1:]),
-        (stride_cb if seqs is None else 0, stride_cs),
+        *(s.query, s.key, at.cos, at.sin, *lists, lse, weight, at.cu_seqlens, at.cu_seqlens_q),
+        *(c.keep, counter, part, scores, c.spread, c.code, c.index, c.count, c.cu_seqlens_out, *sizes),
+        *(at.query_strides, at.key_strides, _lse_strides(s, lse), at.rope_strides),
         PARTS=part.shape[1],
         HEADS_KV=Hkv // splits,
         H=H,
         G=H // Hkv,
         D=D,
-        PER_HEAD=per_head,
+        PER_HEAD=not joins,
         HEAD_REDUCE=s.head_reduce,
         ROW_REDUCE=s.row_reduce,
         CAUSAL=s.causal,
         LSE_BY_POSITION=s.lse is not None,
-        KEEP_ON_DEVICE=isinstance(keep, torch.Tensor),
+        KEEP_ON_DEVICE=isinstance(c.keep, torch.Tensor),
         CHUNK=chunk,
-        ONE_CHUNK=longest <= chunk,
+        ONE_CHUNK=at.longest <= chunk,
         **registers(s, R, config["num_warps"]),
-        HEADS=triton.next_power_of_2(H) if s.top_heads is not None else 0,
         DTYPE=dot_dtype(s.query),
         BLOCK_D=padded_head_dim(D),
         **config,
     )
     return scores if joins else part
+
+
+def _lse_strides(s, lse):
+    """Strides by batch, head, row; a given one of a packed batch is ``[H, total_q]``, or has a batch dim of 1."""
+    if lse is None:
+        return 0, 0, 0
+    packed = s.lse is not None and s.cu_seqlens is not None
+    return 0 if packed else lse.stride(0), *lse.stride()[-2:]

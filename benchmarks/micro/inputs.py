@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.ops import reference
+from vlmprune.ops.scoring import Scoring
 
 from .shapes import Setting
 
@@ -70,7 +71,9 @@ class Inputs:
     def true_lse(self) -> Tensor:
         """``[1, H, R]`` from operands widened to float32."""
         query, key = self.query[:, :, -self.setting.n_rows :].float(), self.key.float()
-        return reference.row_lse(query, key, self.rows, None, True, self.scale, None)
+        return reference.row_lse(
+            Scoring.checked(query, key, rows=self.rows, columns=self.rows, scale=self.scale)
+        )
 
     @cached_property
     def true_scores(self) -> Tensor:

@@ -10,9 +10,11 @@ import torch
 import triton
 
 from helpers import offline
+from vlmprune.ops.scoring import Scoring
 
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter cannot compile; run with TRITON_INTERPRET=0", allow_module_level=True)
+
 
 ARCHS = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -26,31 +28,23 @@ def positions(*shape):
     return meta(*shape, dtype=torch.int64)
 
 
-def score(
-    dtype, D, R, H=32, Hkv=32, S=640, N=576, mask=False, rope=False, lse=False, top_heads=None, **reduces
-):
+def score(dtype, D, R, H=32, Hkv=32, S=640, N=576, mask=False, rope=False, lse=False, **reduction):
     """A launch of received_attention: LLaVA-1.5's 576 visual tokens in a prompt of 640 unless told otherwise."""
     from vlmprune.triton_kernels.received_attention import received_attention
 
-    settings = dict(head_reduce="mean", row_reduce="mean", normalize="row") | reduces
-
-    def launch():
-        received_attention(
-            meta(1, H, S, D, dtype=dtype),
-            meta(1, Hkv, S, D, dtype=dtype),
-            positions(1, R),
-            positions(1, N),
-            meta(1, S, dtype=torch.bool) if mask else None,
-            True,
-            meta(1, H, S, dtype=FP32) if lse else None,
-            meta(1, R, dtype=FP32) if mask else None,
-            *settings.values(),
-            D**-0.5,
-            (meta(1, S, D, dtype=dtype),) * 2 if rope else None,
-            top_heads,
-        )
-
-    return launch
+    query, key = meta(1, H, S, D, dtype=dtype), meta(1, Hkv, S, D, dtype=dtype)
+    scoring = Scoring.checked(
+        query,
+        key,
+        rows=positions(1, R),
+        columns=positions(1, N),
+        key_mask=meta(1, S, dtype=torch.bool) if mask else None,
+        lse=meta(1, H, S, dtype=FP32) if lse else None,
+        row_weight=meta(1, R, dtype=FP32) if mask else None,
+        rope=(meta(1, S, D, dtype=dtype),) * 2 if rope else None,
+        **reduction,
+    )
+    return lambda: received_attention(scoring)
 
 
 def select(N, dtype, coded, keep=None):
@@ -75,37 +69,38 @@ def gather_one():
     return lambda: gather_tokens([meta(1, 1), meta(1, 1, 1), meta(1, 1, 1, 1)], positions(1, 1))
 
 
-def prune(dtype=FP16, R=1, H=32, Hkv=32, S=640, N=576, B=1, lse=False, rope=False, packed=False, **changes):
+def prune(
+    dtype=FP16,
+    R=1,
+    H=32,
+    Hkv=32,
+    S=640,
+    N=576,
+    B=1,
+    keep=128,
+    lse=False,
+    rope=False,
+    packed=False,
+    **reduction,
+):
     """A launch of prune_tokens, LLaVA-1.5's unless told otherwise: 128 of its 576 visual tokens stay."""
     from vlmprune.triton_kernels.prune_tokens import prune_tokens
 
-    settings = dict(head_reduce="mean", row_reduce="mean", top_heads=None, keep=128) | changes
     rows = 1 if packed else B
-
-    def launch():
-        query, key = meta(rows, H, S, 128, dtype=dtype), meta(rows, Hkv, S, 128, dtype=dtype)
-        prune_tokens(
-            query,
-            key,
-            [key],
-            positions(B, R),
-            positions(B, N),
-            positions(B) if packed else settings["keep"],
-            S - N + settings["keep"],
-            None if packed else meta(B, S, dtype=torch.bool),
-            True,
-            meta(rows, H, S, dtype=FP32) if lse else None,
-            None,
-            settings["head_reduce"],
-            settings["row_reduce"],
-            "row",
-            0.1,
-            (meta(1, S, 128, dtype=dtype),) * 2 if rope else None,
-            settings["top_heads"],
-            meta(B + 1, dtype=torch.int32) if packed else None,
-        )
-
-    return launch
+    query, key = meta(rows, H, S, 128, dtype=dtype), meta(rows, Hkv, S, 128, dtype=dtype)
+    scoring = Scoring.checked(
+        query,
+        key,
+        rows=positions(B, R),
+        columns=positions(B, N),
+        key_mask=None if packed else meta(B, S, dtype=torch.bool),
+        lse=meta(rows, H, S, dtype=FP32) if lse else None,
+        scale=0.1,
+        rope=(meta(1, S, 128, dtype=dtype),) * 2 if rope else None,
+        cu_seqlens=meta(B + 1, dtype=torch.int32) if packed else None,
+        **reduction,
+    )
+    return lambda: prune_tokens(scoring, [key], positions(B) if packed else keep, S - N + keep)
 
 
 LAUNCHES = {
@@ -133,12 +128,10 @@ LAUNCHES = {
     "select bf16 N=65536 coded": select(65536, BF16, True),
     "gather, no caches": gather(0),
     "gather, 60 caches": gather(60),
-    "score bf16 D=128 R=64 top 14 heads": score(BF16, 128, 64, lse=True, top_heads=14),
     "prune": prune(),
     "prune bf16 lse": prune(BF16, lse=True),
     "prune bf16 96": prune(BF16, S=96, N=64, keep=16),
     "prune bf16 R=64 lse max": prune(BF16, 64, lse=True, head_reduce="max", row_reduce="max"),
-    "prune bf16 R=64 top 14 heads": prune(BF16, 64, top_heads=14),
     "prune bf16 2944": prune(BF16, S=2944, N=2880, lse=True),
     "prune bf16 2944 R=64": prune(BF16, 64, S=2944, N=2880),
     "prune bf16 2944 R=64 rope": prune(BF16, 64, S=2944, N=2880, rope=True),

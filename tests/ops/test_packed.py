@@ -5,6 +5,7 @@ import torch
 from torch.library import opcheck
 
 from vlmprune import ops
+from vlmprune.ops.scoring import Scoring
 
 BACKENDS = ["reference", "triton"]
 
@@ -194,15 +195,11 @@ def test_no_samples(backend, device):
 
 def test_schemas_and_fakes_agree(device):
     batch = Batch(device, lengths_q=(5, 0, 4))
-    lists, ends = (batch.rows, batch.columns), tuple(batch.seqs.values())
-    scoring = (None, True, None, None, "mean", "mean", "row", 0.2, None, None, None, *ends, 21)
-    opcheck(torch.ops.vlmprune.received_attention.default, (batch.query, batch.key, *lists, *scoring))
-    opcheck(
-        torch.ops.vlmprune.row_lse.default,
-        (batch.query, batch.key, batch.rows, None, True, 0.2, None, None, *ends, 21),
-    )
-    args = (batch.query, batch.key, [batch.key], *lists, 3, None, 20, *scoring)
-    opcheck(torch.ops.vlmprune.prune_tokens.default, args)
+    lists = dict(rows=batch.rows, columns=batch.columns)
+    scoring = Scoring.checked(batch.query, batch.key, **lists, **batch.seqs, max_seqlen=21)
+    for op in (torch.ops.vlmprune.received_attention.default, torch.ops.vlmprune.row_lse.default):
+        opcheck(op, tuple(scoring))
+    opcheck(torch.ops.vlmprune.prune_tokens.default, ([batch.key], 3, None, 20, *scoring))
 
 
 ERRORS = [

@@ -8,6 +8,7 @@ from torch.library import opcheck
 
 from helpers import slow
 from vlmprune import ops
+from vlmprune.ops.scoring import Scoring
 
 BACKENDS = ["reference", "triton"]
 
@@ -211,10 +212,10 @@ def test_gradient_flows_through_the_gathered_tensors(backend, device):
 @pytest.mark.parametrize("rotated", [False, True])
 def test_schema_and_fake_agree(rotated, device):
     query, key, tensors, rows, columns, mask = problem(device)
-    cos, sin = slow.rope(device=device) if rotated else (None, None)
+    rope = slow.rope(device=device) if rotated else None
     tensors[0].requires_grad_()
-    tail = (mask, True, None, None, "mean", "mean", "row", 0.2, cos, sin, 2, None, None, None)
-    opcheck(torch.ops.vlmprune.prune_tokens.default, (query, key, tensors, rows, columns, 3, None, 18, *tail))
+    scoring = Scoring.checked(query, key, rows=rows, columns=columns, key_mask=mask, scale=0.2, rope=rope)
+    opcheck(torch.ops.vlmprune.prune_tokens.default, (tensors, 3, None, 18, *scoring))
 
 
 def test_compiles_without_graph_breaks(device):
@@ -269,7 +270,6 @@ ERRORS = [
     (dict(keep=lambda a: torch.tensor([1, 2]).int()), r"^keep: expected int64, got torch\.int32$"),
     (dict(keep=lambda a: torch.tensor([1, 2, 3])), r"^keep: expected \[2\], got \(3,\)$"),
     (dict(rows=lambda a: a["rows"] + 5), r"^rows: expected positions in \[8, 21\) or -1, got "),
-    (dict(top_heads=lambda a: 9), r"^top_heads: expected a whole number in 0\.\.4, got 9$"),
     (dict(keep=lambda a: 0.5), r"^keep: expected a whole number in 0\.\.9, got 0\.5$"),
     (dict(key_mask=lambda a: torch.ones(2, 21)), r"^key_mask: expected bool, got torch\.float32$"),
     (

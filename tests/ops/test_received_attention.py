@@ -9,6 +9,7 @@ from torch.library import opcheck
 from helpers import slow
 from vlmprune import ops
 from vlmprune.ops import reference
+from vlmprune.ops.scoring import Scoring, ScoringKeywords
 
 HEADS, ROWS, NORMALIZES = ("mean", "max", "sum", "none"), ("mean", "max", "sum"), ("row", "columns", "none")
 REDUCES = list(itertools.product(HEADS, ROWS, NORMALIZES))
@@ -31,11 +32,10 @@ def extras(key, rows):
 def test_reference_equals_loops(head_reduce, row_reduce, normalize):
     query, key, rows, columns = slow.inputs()
     mask, weight = extras(key, rows)
-    reduces = (head_reduce, row_reduce, normalize)
-    out = reference.received_attention(
-        query, key, rows, columns, mask, True, None, weight, *reduces, 0.3, None
-    )
-    truth = slow.scores(slow.logits(query, key, None, 0.3), rows, columns, mask, True, weight, *reduces)
+    reduces = dict(head_reduce=head_reduce, row_reduce=row_reduce, normalize=normalize)
+    how = dict(rows=rows, columns=columns, key_mask=mask, row_weight=weight, scale=0.3)
+    out = reference.received_attention(Scoring.checked(query, key, **how, **reduces))
+    truth = slow.scores(slow.logits(query, key, None, 0.3), rows, columns, mask, True, weight, **reduces)
     torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-6)
 
 
@@ -44,8 +44,8 @@ def test_reference_equals_loops(head_reduce, row_reduce, normalize):
 def test_reference_equals_loops_without_extras(causal, rotated):
     query, key, rows, columns = slow.inputs(Sq=21)
     rope = slow.rope() if rotated else None
-    tail = ("mean", "mean", "row", 0.3, rope)
-    out = reference.received_attention(query, key, rows, columns, None, causal, None, None, *tail)
+    how = dict(rows=rows, columns=columns, causal=causal, scale=0.3, rope=rope)
+    out = reference.received_attention(Scoring.checked(query, key, **how))
     truth = slow.scores(slow.logits(query, key, rope, 0.3), rows, columns, None, causal)
     torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-6)
 
@@ -215,10 +215,10 @@ def test_empty(backend, row_reduce, B, R, N, device):
 def test_schema_and_fake_agree(head_reduce, rotated, device):
     query, key, rows, columns = slow.inputs(device=device)
     mask, weight = extras(key, rows)
-    cos, sin = slow.rope(device=device) if rotated else (None, None)
-    reduces = (head_reduce, "mean", "row", 0.2, cos, sin, None if head_reduce == "none" else 2)
-    args = (query, key, rows, columns, mask, True, None, weight, *reduces, None, None, None)
-    opcheck(torch.ops.vlmprune.received_attention.default, args)
+    rope = slow.rope(device=device) if rotated else None
+    how = dict(rows=rows, columns=columns, key_mask=mask, row_weight=weight, head_reduce=head_reduce)
+    scoring = Scoring.checked(query, key, **how, scale=0.2, rope=rope)
+    opcheck(torch.ops.vlmprune.received_attention.default, tuple(scoring))
 
 
 def test_compiles_without_graph_breaks(device):
@@ -243,12 +243,6 @@ ERRORS = [
     (
         dict(columns=lambda a: torch.tensor([[0, -2], [20, -1]])),
         r"^columns: expected positions in \[0, 21\) or -1, got -2$",
-    ),
-    (dict(top_heads=lambda a: 5), r"^top_heads: expected a whole number in 0\.\.4, got 5$"),
-    (dict(top_heads=lambda a: 0), r"^top_heads: expected a whole number in 1\.\.4, got 0$"),
-    (
-        dict(top_heads=lambda a: 2, head_reduce=lambda a: "none"),
-        r"^top_heads: expected None with head_reduce 'none', got 2$",
     ),
     (dict(columns=lambda a: a["columns"].to("meta")), r"^columns: expected the device cpu, got meta$"),
     (dict(key_mask=lambda a: torch.ones(21) > 0), r"^key_mask: expected \[2, 21\], got \(21,\)$"),
@@ -286,6 +280,18 @@ def test_error_text(changes, message):
     args |= {name: change(args) for name, change in changes.items()}
     with pytest.raises(ValueError, match=message):
         ops.received_attention(args.pop("query"), args.pop("key"), **args)
+
+
+def test_keywords_are_those_of_a_scoring():
+    query, key, rows, columns = slow.inputs()
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'colums'$"):
+        ops.received_attention(query, key, rows=rows, columns=columns, colums=columns)
+    with pytest.raises(TypeError, match=r"missing 1 required positional argument: 'columns'$"):
+        ops.received_attention(query, key, rows=rows)
+    words = {*ScoringKeywords.__annotations__, "query", "key", "cos", "sin"} - {"rope"}
+    assert words == {*Scoring._fields}
+    schema = torch.ops.vlmprune.received_attention.default._schema
+    assert [x.name for x in schema.arguments] == [*Scoring._fields]
 
 
 def test_an_op_without_a_backend_says_why():

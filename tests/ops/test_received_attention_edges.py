@@ -1,10 +1,11 @@
-"""received_attention where it is easy to get wrong: shared programs, head choice, NaN, -inf, positions out of range."""
+"""received_attention where it is easy to get wrong: shared programs, NaN, -inf, positions out of range."""
 
 import pytest
 import torch
 
 from helpers import slow
 from vlmprune import ops
+from vlmprune.ops.scoring import Scoring
 
 HEADS, ROWS = ("mean", "max", "sum", "none"), ("mean", "max", "sum")
 
@@ -25,50 +26,6 @@ def test_a_program_may_take_several_heads(programs, heads, head_reduce, device, 
     kwargs = dict(rows=rows, columns=columns, head_reduce=head_reduce)
     out, expected = run("triton", query, key, **kwargs), run("reference", query, key, **kwargs)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
-
-
-def true_top_heads(per_head, top_heads, reduce):
-    """Scores over the best heads, from ``[B, H, N]``, by Python's sort."""
-    out = []
-    for heads in per_head:
-        order = sorted(range(len(heads)), key=lambda h: (-heads[h].sum().item(), h))
-        chosen = heads[order[:top_heads]]
-        out.append({"mean": chosen.mean(0), "sum": chosen.sum(0), "max": chosen.amax(0)}[reduce])
-    return torch.stack(out)
-
-
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("head_reduce, top_heads", [("mean", 1), ("sum", 3), ("max", 2), ("mean", 6)])
-@pytest.mark.parametrize("row_reduce", ["mean", "max"])
-def test_top_heads(backend, head_reduce, top_heads, row_reduce, device):
-    query, key, rows, columns = slow.inputs(H=6, Hkv=3, device=device)
-    kwargs = dict(rows=rows, columns=columns, row_reduce=row_reduce, causal=False)
-    per_head = run(backend, query, key, head_reduce="none", **kwargs)
-    out = run(backend, query, key, head_reduce=head_reduce, top_heads=top_heads, **kwargs)
-    torch.testing.assert_close(out, true_top_heads(per_head, top_heads, head_reduce), rtol=1e-5, atol=1e-8)
-
-
-def test_top_heads_of_more_columns_than_a_chunk(device):
-    shape = dict(B=1, H=2, Hkv=2, Sq=1, S=600, D=8, R=1, N=530)
-    query, key, rows, columns = slow.inputs(device=device, **shape)
-    query[:, 1] *= 3
-    kwargs = dict(rows=rows, columns=columns, top_heads=1, normalize="none")
-    out, expected = run("triton", query, key, **kwargs), run("reference", query, key, **kwargs)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_equal_heads_rank_by_number(backend, device):
-    query, key, rows, columns = slow.inputs(B=1, H=4, Hkv=1, device=device)
-    query[:, 2:] = query[:, :1]  # heads 0, 2 and 3 are one, and the best as only key 0 is looked at
-    query[:, 1] = -query[:, 0]
-    columns = columns[:, :1] * 0
-    if run(backend, query, key, rows=rows, columns=columns, head_reduce="none").argmax() == 1:
-        query[:, 0], query[:, 1:] = query[:, 1].clone(), query[:, :1].clone()
-    kwargs = dict(rows=rows, columns=columns, normalize="none", causal=False)
-    per_head = run(backend, query, key, head_reduce="none", **kwargs)
-    out = run(backend, query, key, head_reduce="max", top_heads=1, **kwargs)
-    assert torch.equal(out, per_head.amax(1))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -109,12 +66,9 @@ def test_positions_out_of_range_are_padding_to_the_kernel(device):
     strange, plain = (rows.clone(), columns.clone()), (rows.clone(), columns.clone())
     for lists, row, column in ((strange, 7, 21), (strange, 21, 10**12), (plain, -1, -1)):
         lists[0][:, 0], lists[1][:, 2] = row, column
-        settings = (None, True, None, None, "mean", "mean", "row", 0.2, None)
-        out = received_attention(query, key, *lists, *settings)
-        expected = received_attention(
-            query,
-            key,
-            *(torch.where(x == y, x, -1) for x, y in zip(lists, (rows, columns), strict=True)),
-            *settings,
+        padded = (torch.where(x == y, x, -1) for x, y in zip(lists, (rows, columns), strict=True))
+        out, expected = (
+            received_attention(Scoring.checked(query, key, rows=r, columns=c, scale=0.2))
+            for r, c in (lists, padded)
         )
         assert torch.equal(out, expected) and out[:, 2].eq(0).all()

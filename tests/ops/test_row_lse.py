@@ -7,6 +7,7 @@ from torch.library import opcheck
 from helpers import slow
 from vlmprune import ops
 from vlmprune.ops import reference
+from vlmprune.ops.scoring import Scoring
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -29,7 +30,8 @@ def test_reference_equals_loops(causal, masked, rotated):
     query, key, rows, _ = slow.inputs()
     mask = key_mask_for(key) if masked else None
     rope = slow.rope() if rotated else None
-    out = reference.row_lse(query, key, rows, mask, causal, 0.3, rope)
+    how = dict(rows=rows, columns=rows, key_mask=mask, causal=causal, scale=0.3, rope=rope)
+    out = reference.row_lse(Scoring.checked(query, key, **how))
     truth = slow.lse(slow.logits(query, key, rope, 0.3), rows, mask, causal)
     torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
 
@@ -122,10 +124,9 @@ def test_empty(backend, B, R, device):
 @pytest.mark.parametrize("rotated", [False, True])
 def test_schema_and_fake_agree(rotated, device):
     query, key, rows, _ = slow.inputs(device=device)
-    cos, sin = slow.rope(device=device) if rotated else (None, None)
-    opcheck(
-        torch.ops.vlmprune.row_lse.default, (query, key, rows, None, True, 0.2, cos, sin, None, None, None)
-    )
+    rope = slow.rope(device=device) if rotated else None
+    scoring = Scoring.checked(query, key, rows=rows, columns=rows, scale=0.2, rope=rope)
+    opcheck(torch.ops.vlmprune.row_lse.default, tuple(scoring))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -145,7 +146,9 @@ def test_rows_out_of_range_are_padding_to_the_kernel(device):
     strange[:, 0] = torch.tensor([7, 21])
     plain = rows.clone()
     plain[:, 0] = -1
-    out, expected = (row_lse(query, key, r, None, True, 0.2, None) for r in (strange, plain))
+    out, expected = (
+        row_lse(Scoring.checked(query, key, rows=r, columns=r, scale=0.2)) for r in (strange, plain)
+    )
     assert torch.equal(out, expected)
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
 from vlmprune.env import INTERPRETED
 from vlmprune.errors import BackendError, check
+from vlmprune.ops import _native
 
 NAMES = ("cuda", "triton", "reference")
 TABLES: dict[str, Sequence[Backend]] = {}
@@ -38,9 +41,15 @@ def always(device: torch.device, forced: bool) -> str | None:
     return None
 
 
+@cache
+def _has_triton() -> bool:
+    """Looked up once: dispatch asks at every call."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def needs_triton(device: torch.device, forced: bool) -> str | None:
     """Triton runs on CUDA tensors; the interpreter runs it on CPU tensors, far too slowly to be a default."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     if device.type == "cuda":
         return "TRITON_INTERPRET=1 is set; unset it to compile for the GPU" if INTERPRETED else None
@@ -54,6 +63,11 @@ def use_backend(name: str) -> Iterator[None]:
     """Force one backend by name inside the block: ``"reference"``, ``"triton"`` or ``"cuda"``.
 
     An op that cannot run on the forced backend raises BackendError with the reasons.
+
+    Example:
+        >>> with ops.use_backend("reference"):
+        ...     ops.select_topk(torch.tensor([[0.3, 0.9, 0.1]]), 2)[0]
+        tensor([[0, 1]])
     """
     check(name in NAMES, "name", f"one of {', '.join(NAMES)}", repr(name))
     token = _forced.set(name)
@@ -63,9 +77,25 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def register(op: str, backends: Sequence[Backend]) -> None:
-    """Enter an op's backends, best first."""
-    TABLES[op] = tuple(backends)
+def register(
+    op: str, reference: Callable[..., Any] | None, *, kernels: str | None = None, cuda: bool = False
+) -> None:
+    """Enter an op's backends, best first: the extension's op, the launcher and the reference, all of its name.
+
+    The launcher is in the kernel file of that name too, or in ``kernels``.
+    """
+    table = [Backend("triton", lambda: _launcher(kernels or op, op), needs_triton)]
+    if cuda:
+        table.insert(0, Backend("cuda", lambda: _native.load(op), _native.needs_extension))
+    if reference is not None:
+        table.append(Backend("reference", lambda: reference, always))
+    TABLES[op] = tuple(table)
+
+
+@cache
+def _launcher(kernels: str, op: str) -> Callable[..., Any]:
+    """Imports Triton, when an op is first launched."""
+    return getattr(importlib.import_module(f"vlmprune.triton_kernels.{kernels}"), op)
 
 
 def choose(op: str, x: torch.Tensor) -> Callable[..., Any]:

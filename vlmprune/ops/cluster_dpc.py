@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from vlmprune.errors import check
 from vlmprune.ops import reference_sets
-from vlmprune.ops._checks import FLOATS, check_count, check_last_dim
-from vlmprune.ops._dispatch import Backend, always, choose, needs_triton, register
+from vlmprune.ops._checks import check_count, check_features, check_mask
+from vlmprune.ops._dispatch import choose, register
 
 
 def cluster_dpc(
@@ -37,22 +35,22 @@ def cluster_dpc(
         centres' positions by decreasing density * gap, -1 on the right.
 
     Raises:
-        ValueError: an argument has another rank, shape, dtype, stride, device or value.
+        InputError: an argument has another rank, shape, dtype, stride, device or value.
         BackendError: no backend can run on the device of ``features``.
+
+    Example:
+        >>> tokens = torch.tensor([[[0.0], [0.1], [5.0], [5.2]]])
+        >>> ops.cluster_dpc(tokens, clusters=2)
+        (tensor([[0, 0, 1, 1]]), tensor([[0, 2]]))
     """
-    check(features.ndim == 3, "features", "rank 3 [B, N, D]", tuple(features.shape))
-    check(features.dtype in FLOATS, "features", "float32, float16 or bfloat16", features.dtype)
+    check_features(features)
     check(features.shape[2] >= 1, "features", "at least one column", tuple(features.shape))
-    check_last_dim("features", features)
     B, N, _ = features.shape
     check_count("clusters", clusters, N)
     if neighbors is not None:
         check_count("neighbors", neighbors, N)
         check(neighbors >= 1, "neighbors", "at least 1", neighbors)
-    if mask is not None:
-        check(mask.dtype == torch.bool, "mask", "bool", mask.dtype)
-        check(tuple(mask.shape) == (B, N), "mask", f"[{B}, {N}]", tuple(mask.shape))
-        check(mask.device == features.device, "mask", f"the device {features.device}", mask.device)
+    check_mask("mask", mask, (B, N), features.device)
     return _cluster_dpc(features, clusters, clusters if neighbors is None else neighbors, mask)
 
 
@@ -69,16 +67,4 @@ def _(features: Tensor, clusters: int, neighbors: int, mask: Tensor | None) -> t
     return features.new_empty(B, N, dtype=int64), features.new_empty(B, clusters, dtype=int64)
 
 
-def _load_triton() -> Callable[..., tuple[Tensor, Tensor]]:
-    from vlmprune.triton_kernels.cluster_dpc import cluster_dpc as launch
-
-    return launch
-
-
-register(
-    "cluster_dpc",
-    (
-        Backend("triton", _load_triton, needs_triton),
-        Backend("reference", lambda: reference_sets.cluster_dpc, always),
-    ),
-)
+register("cluster_dpc", reference_sets.cluster_dpc)

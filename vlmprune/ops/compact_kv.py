@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.ops import _native, reference
+from vlmprune.ops import reference
 from vlmprune.ops._checks import check_last_dim, check_reach, seq_len
-from vlmprune.ops._dispatch import Backend, always, choose, needs_triton, register
+from vlmprune.ops._dispatch import choose, register
 
 
 def compact_kv(caches: Sequence[Tensor], index: Tensor) -> None:
@@ -28,9 +28,15 @@ def compact_kv(caches: Sequence[Tensor], index: Tensor) -> None:
             outside of the caches is touched).
 
     Raises:
-        ValueError: an argument has another rank, shape, dtype, stride or device, requires a gradient or overlaps another,
+        InputError: an argument has another rank, shape, dtype, stride or device, requires a gradient or overlaps another,
             or an index on the CPU does not ascend or holds a position that is no row. Nothing was moved.
         BackendError: no backend can run on the device of ``index``.
+
+    Example:
+        >>> cache = torch.arange(5.0).view(1, 5, 1)
+        >>> ops.compact_kv([cache], torch.tensor([[1, 3]]))
+        >>> cache.flatten()  # the first two rows count
+        tensor([1., 3., 2., 3., 4.])
     """
     check(index.dtype == torch.int64, "index", "int64", index.dtype)
     check(index.ndim == 2, "index", "rank 2 [B, K]", tuple(index.shape))
@@ -81,17 +87,4 @@ def _check_ascends(index: Tensor) -> None:
         check(False, "index", "positions that ascend, then -1 only", f"sample {b} with {index[b].tolist()}")
 
 
-def _load_triton() -> Callable[..., None]:
-    from vlmprune.triton_kernels.compact_kv import compact_kv as launch
-
-    return launch
-
-
-register(
-    "compact_kv",
-    (
-        Backend("cuda", lambda: _native.load("compact_kv"), _native.needs_extension),
-        Backend("triton", _load_triton, needs_triton),
-        Backend("reference", lambda: reference.compact_kv, always),
-    ),
-)
+register("compact_kv", reference.compact_kv, cuda=True)

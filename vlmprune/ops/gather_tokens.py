@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.ops import _native, reference
+from vlmprune.ops import reference
 from vlmprune.ops._checks import check_reach, check_tensors
-from vlmprune.ops._dispatch import Backend, always, choose, needs_triton, register
+from vlmprune.ops._dispatch import choose, register
 
 
 def gather_tokens(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
@@ -27,8 +27,14 @@ def gather_tokens(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
         New contiguous tensors ``[B, K]``, ``[B, K, D]`` or ``[B, H, K, D]``, in the order given.
 
     Raises:
-        ValueError: an argument has another rank, shape, dtype, stride or device, or a position on the CPU is no row.
+        InputError: an argument has another rank, shape, dtype, stride or device, or a position on the CPU is no row.
         BackendError: no backend can run on the device of ``index``.
+
+    Example:
+        >>> hidden, positions = torch.randn(1, 4, 2), torch.arange(4)[None]
+        >>> rows, kept = ops.gather_tokens([hidden, positions], torch.tensor([[0, 3]]))
+        >>> rows.shape, kept
+        (torch.Size([1, 2, 2]), tensor([[0, 3]]))
     """
     check(index.dtype == torch.int64, "index", "int64", index.dtype)
     check(index.ndim == 2, "index", "rank 2 [B, K]", tuple(index.shape))
@@ -80,17 +86,4 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor | None]
 _gather_tokens.register_autograd(_backward, setup_context=_save)
 
 
-def _load_triton() -> Callable[..., list[Tensor]]:
-    from vlmprune.triton_kernels.gather_tokens import gather_tokens as launch
-
-    return launch
-
-
-register(
-    "gather_tokens",
-    (
-        Backend("cuda", lambda: _native.load("gather_tokens"), _native.needs_extension),
-        Backend("triton", _load_triton, needs_triton),
-        Backend("reference", lambda: reference.gather_tokens, always),
-    ),
-)
+register("gather_tokens", reference.gather_tokens, cuda=True)

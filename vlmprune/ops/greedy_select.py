@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from vlmprune.errors import check, require
 from vlmprune.ops import reference_sets
-from vlmprune.ops._checks import FLOATS, check_choice, check_count, check_last_dim
-from vlmprune.ops._dispatch import Backend, always, choose, needs_triton, register
+from vlmprune.ops._checks import check_choice, check_count, check_features, check_floats, check_mask
+from vlmprune.ops._dispatch import choose, register
 
 RULES = tuple(reference_sets.RULES)
 NEED_RELEVANCE = ("dpp", "nms")
@@ -55,20 +53,21 @@ def greedy_select(
         were chosen; both have -1 on the right.
 
     Raises:
-        ValueError: an argument has another rank, shape, dtype, stride, device or value, or does not go with the rule.
+        InputError: an argument has another rank, shape, dtype, stride, device or value, or does not go with the rule.
         BackendError: no backend can run on the device of ``features``.
+
+    Example:
+        >>> tokens = torch.eye(3)[[0, 0, 1, 2]][None]  # the first two are one
+        >>> index, order = ops.greedy_select(tokens, keep=3)
+        >>> index, order
+        (tensor([[0, 2, 3]]), tensor([[2, 0, 3]]))
     """
-    check(features.ndim == 3, "features", "rank 3 [B, N, D]", tuple(features.shape))
-    check(features.dtype in FLOATS, "features", "float32, float16 or bfloat16", features.dtype)
-    check_last_dim("features", features)
+    check_features(features)
     B, N, _ = features.shape
     check_count("keep", keep, N)
     check_choice("rule", rule, RULES)
     _check_rule_inputs(features, rule, relevance, threshold)
-    if mask is not None:
-        check(mask.dtype == torch.bool, "mask", "bool", mask.dtype)
-        check(tuple(mask.shape) == (B, N), "mask", f"[{B}, {N}]", tuple(mask.shape))
-        check(mask.device == features.device, "mask", f"the device {features.device}", mask.device)
+    check_mask("mask", mask, (B, N), features.device)
     return _greedy_select(features, keep, rule, relevance, 0.0 if threshold is None else threshold, mask)
 
 
@@ -81,14 +80,7 @@ def _check_rule_inputs(
         require(relevance, "relevance", f"[{B}, {N}] with rule {rule!r}")
     if relevance is not None:
         check(rule != "maxmin", "relevance", "None with rule 'maxmin'", "a tensor")
-        check(relevance.dtype in FLOATS, "relevance", "float32, float16 or bfloat16", relevance.dtype)
-        check(tuple(relevance.shape) == (B, N), "relevance", f"[{B}, {N}]", tuple(relevance.shape))
-        check(
-            relevance.device == features.device,
-            "relevance",
-            f"the device {features.device}",
-            relevance.device,
-        )
+        check_floats("relevance", relevance, (B, N), features.device)
     if rule == "nms":
         number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
         check(number and threshold == threshold, "threshold", "a number with rule 'nms'", repr(threshold))
@@ -111,16 +103,4 @@ def _(
     return features.new_empty(shape, dtype=int64), features.new_empty(shape, dtype=int64)
 
 
-def _load_triton() -> Callable[..., tuple[Tensor, Tensor]]:
-    from vlmprune.triton_kernels.greedy_select import greedy_select as launch
-
-    return launch
-
-
-register(
-    "greedy_select",
-    (
-        Backend("triton", _load_triton, needs_triton),
-        Backend("reference", lambda: reference_sets.greedy_select, always),
-    ),
-)
+register("greedy_select", reference_sets.greedy_select)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from vlmprune.errors import check
 from vlmprune.ops import reference_sets
-from vlmprune.ops._checks import FLOATS, check_count, check_last_dim
-from vlmprune.ops._dispatch import Backend, always, choose, needs_triton, register
+from vlmprune.ops._checks import check_count, check_features, check_mask
+from vlmprune.ops._dispatch import choose, register
 
 
 def match_bipartite(
@@ -36,12 +34,15 @@ def match_bipartite(
         ``index [B, W]`` int64, the survivors' positions, ascending, -1 on the right. W is N - r, or N - min(r, M) with a mask.
 
     Raises:
-        ValueError: an argument has another rank, shape, dtype, stride, device or value.
+        InputError: an argument has another rank, shape, dtype, stride, device or value.
         BackendError: no backend can run on the device of ``features``.
+
+    Example:
+        >>> tokens = torch.eye(3)[[0, 0, 1, 2]][None]
+        >>> ops.match_bipartite(tokens, r=1)  # the first merges into its double
+        (tensor([[0, 0, 1, 2]]), tensor([[1, 2, 3]]))
     """
-    check(features.ndim == 3, "features", "rank 3 [B, N, D]", tuple(features.shape))
-    check(features.dtype in FLOATS, "features", "float32, float16 or bfloat16", features.dtype)
-    check_last_dim("features", features)
+    check_features(features)
     B, N, _ = features.shape
     if destinations is not None:
         check(destinations.dtype == torch.int64, "destinations", "int64", destinations.dtype)
@@ -54,10 +55,7 @@ def match_bipartite(
         check(same, "destinations", f"the device {features.device}", destinations.device)
     M = _destinations(N, destinations)
     check_count("r", r, N - M if M else 0)
-    if mask is not None:
-        check(mask.dtype == torch.bool, "mask", "bool", mask.dtype)
-        check(tuple(mask.shape) == (B, N), "mask", f"[{B}, {N}]", tuple(mask.shape))
-        check(mask.device == features.device, "mask", f"the device {features.device}", mask.device)
+    check_mask("mask", mask, (B, N), features.device)
     return _match_bipartite(features, r, destinations, mask)
 
 
@@ -98,16 +96,4 @@ def _(features: Tensor, r: int, destinations: Tensor | None, mask: Tensor | None
     return features.new_empty(B, N, dtype=int64), features.new_empty(B, width, dtype=int64)
 
 
-def _load_triton() -> Callable[..., tuple[Tensor, Tensor]]:
-    from vlmprune.triton_kernels.match_bipartite import match_bipartite as launch
-
-    return launch
-
-
-register(
-    "match_bipartite",
-    (
-        Backend("triton", _load_triton, needs_triton),
-        Backend("reference", lambda: reference_sets.match_bipartite, always),
-    ),
-)
+register("match_bipartite", reference_sets.match_bipartite)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from vlmprune.errors import check
 from vlmprune.ops import reference_sets
-from vlmprune.ops._checks import FLOATS, check_choice, check_last_dim
-from vlmprune.ops._dispatch import Backend, always, choose, needs_triton, register
+from vlmprune.ops._checks import check_choice, check_features, check_floats
+from vlmprune.ops._dispatch import choose, register
 
 MODES = ("mean", "sum")
 
@@ -39,12 +37,15 @@ def merge_tokens(
         ``[B, clusters, D]``, contiguous, in the dtype of ``features``. Not differentiable.
 
     Raises:
-        ValueError: an argument has another rank, shape, dtype, stride, device or value.
+        InputError: an argument has another rank, shape, dtype, stride, device or value.
         BackendError: no backend can run on the device of ``features``.
+
+    Example:
+        >>> tokens = torch.tensor([[[2.0], [4.0], [9.0]]])
+        >>> ops.merge_tokens(tokens, torch.tensor([[0, 0, 1]]), clusters=2).flatten()
+        tensor([3., 9.])
     """
-    check(features.ndim == 3, "features", "rank 3 [B, N, D]", tuple(features.shape))
-    check(features.dtype in FLOATS, "features", "float32, float16 or bfloat16", features.dtype)
-    check_last_dim("features", features)
+    check_features(features)
     B, N, _ = features.shape
     check(assignment.dtype == torch.int64, "assignment", "int64", assignment.dtype)
     check(tuple(assignment.shape) == (B, N), "assignment", f"[{B}, {N}]", tuple(assignment.shape))
@@ -54,10 +55,7 @@ def merge_tokens(
     whole = isinstance(clusters, int | torch.SymInt) and not isinstance(clusters, bool)
     check(whole and clusters >= 0, "clusters", "a whole number >= 0", repr(clusters))
     check_choice("mode", mode, MODES)
-    if weights is not None:
-        check(weights.dtype in FLOATS, "weights", "float32, float16 or bfloat16", weights.dtype)
-        check(tuple(weights.shape) == (B, N), "weights", f"[{B}, {N}]", tuple(weights.shape))
-        check(weights.device == features.device, "weights", f"the device {features.device}", weights.device)
+    check_floats("weights", weights, (B, N), features.device)
     return _merge_tokens(features, assignment, clusters, mode, weights)
 
 
@@ -73,16 +71,4 @@ def _(features: Tensor, assignment: Tensor, clusters: int, mode: str, weights: T
     return features.new_empty(features.shape[0], clusters, features.shape[2])
 
 
-def _load_triton() -> Callable[..., Tensor]:
-    from vlmprune.triton_kernels.merge_tokens import merge_tokens as launch
-
-    return launch
-
-
-register(
-    "merge_tokens",
-    (
-        Backend("triton", _load_triton, needs_triton),
-        Backend("reference", lambda: reference_sets.merge_tokens, always),
-    ),
-)
+register("merge_tokens", reference_sets.merge_tokens)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.ops._checks import Rope
-from vlmprune.ops._dispatch import Backend, choose, needs_triton, register
+from vlmprune.ops._dispatch import choose, register
 from vlmprune.ops.prune_tokens import Pruned, checked
+from vlmprune.ops.scoring import Scoring, ScoringKeywords
 
 ALIGNMENT = 16  # bytes; a kernel is compiled for pointers that are multiples of it, or for any
-OPTIONAL = ("keep", "key_mask", "lse", "row_weight", "cos", "sin", "cu_seqlens", "cu_seqlens_q")
 
 
 class _Expected(NamedTuple):
@@ -51,13 +50,22 @@ class PrunePlan:
     ``bind`` checks tensors once for many runs, ``run`` at every call.
 
     Args:
-        query, key, tensors, rows, columns, keep: examples, with the keywords of ``prune_tokens`` in ``settings``; the
-            plan keeps shapes, strides, dtypes, device and numbers, and no data of theirs. The kernels must be able to
-            read them in place: lists, masks and weights are contiguous, cos and sin have equal strides.
+        query, key, tensors, keep, width, scoring: examples, as for ``prune_tokens``; the plan keeps shapes, strides, dtypes,
+            device and numbers, and no data of theirs. The kernels must be able to read them in place: lists, masks and
+            weights are contiguous, cos and sin have equal strides.
 
     Raises:
-        ValueError: as ``prune_tokens``, or an example would have to be copied at every run.
+        InputError: as ``prune_tokens``, or an example would have to be copied at every run.
         BackendError: Triton cannot run on the device of ``query``.
+
+    Example:
+        Not run by the tests, as there are no kernels without a GPU. ``step`` is called once a prompt:
+
+        >>> lists = dict(rows=rows, columns=columns)  # doctest: +SKIP
+        >>> plan = ops.PrunePlan(query, key, [hidden], keep=128, **lists)  # doctest: +SKIP
+        >>> step = plan.bind(query, key, [hidden], **lists)  # doctest: +SKIP
+        >>> step().index.shape  # doctest: +SKIP
+        torch.Size([1, 192])
     """
 
     def __init__(
@@ -66,28 +74,29 @@ class PrunePlan:
         key: Tensor,
         tensors: Sequence[Tensor],
         *,
-        rows: Tensor,
-        columns: Tensor,
         keep: int | Tensor,
-        **settings: Any,
+        width: int | None = None,
+        **scoring: Unpack[ScoringKeywords],
     ) -> None:
-        settings |= {"rows": rows, "columns": columns, "keep": keep}
-        checked(query, key, tensors, **settings)
-        examples = _flat(query, key, tensors, settings)
-        check(len(rows) > 0, "rows", "at least one sample", tuple(rows.shape))
+        s, tensors, keep, width = checked(query, key, tensors, keep=keep, width=width, **scoring)
+        check(s.rows.shape[0] > 0, "rows", "at least one sample", tuple(s.rows.shape))
+        fields = {**s._asdict(), "keep": keep}
+        self._named = dict.fromkeys(name for name, x in fields.items() if isinstance(x, Tensor))
+        examples = {name: fields[name] for name in self._named}
+        examples |= {f"tensors[{i}]": x for i, x in enumerate(tensors)}
         apart = _apart(examples)
-        call = checked(*_nested(apart, len(tensors), settings), **settings)
+        inputs = list(apart.values())
+        fields = {name: apart.pop(name, x) for name, x in fields.items()}
+        keep = fields.pop("keep")
         build = choose("prune_plan", query)
-        self._program, (gathered, index, count, scores, ends) = build(call, list(apart.values()))
+        self._program, result = build(Scoring(**fields), list(apart.values()), keep, width, inputs)
+        self._result = Pruned(*result)
         for i, (name, x) in enumerate(examples.items()):
-            read = i in self._program.used or index.numel() == 0 or x.numel() == 0
+            read = i in self._program.used or self._result.index.numel() == 0 or x.numel() == 0
             check(read, name, "a tensor that the kernels can read in place", f"strides {x.stride()}")
-        self._result = Pruned(gathered, index, count, scores, ends)
-        self._optional = [name in examples for name in OPTIONAL]
         self._expected = [_Expected.of(name, x) for name, x in examples.items()]
-        self._expected_out = [_Expected.of(f"out[{i}]", x) for i, x in enumerate(gathered)]
-        self._own = [x.data_ptr() for x in gathered]
-        self._n_tensors = len(tensors)
+        self._expected_out = [_Expected.of(f"out[{i}]", x) for i, x in enumerate(self._result.tensors)]
+        self._own = [x.data_ptr() for x in self._result.tensors]
 
     def run(self, query: Tensor, key: Tensor, tensors: Sequence[Tensor], **named: Any) -> Pruned:
         """Prune these tensors: ``bind`` them and call what it returns. Arguments and errors are those of ``bind``.
@@ -102,18 +111,13 @@ class PrunePlan:
         key: Tensor,
         tensors: Sequence[Tensor],
         *,
-        rows: Tensor,
-        columns: Tensor,
         keep: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        lse: Tensor | None = None,
-        row_weight: Tensor | None = None,
-        rope: Rope | None = None,
-        cu_seqlens: Tensor | None = None,
-        cu_seqlens_q: Tensor | None = None,
         out: Sequence[Tensor] | None = None,
+        **scoring: Unpack[ScoringKeywords],
     ) -> Callable[[], Pruned]:
         """Check these tensors, which are like the examples, once for many runs; ``keep`` only if it was a tensor.
+
+        ``scoring`` takes the keywords of the plan that are tensors.
 
         Args:
             out: where the gathered tensors go, contiguous, shaped like those the plan returns; None = the plan's own.
@@ -124,19 +128,16 @@ class PrunePlan:
             scores the next run of the plan overwrites.
 
         Raises:
-            ValueError: a tensor differs from its example, or one more or one fewer is given.
+            InputError: a tensor differs from its example, or one more or one fewer is given.
         """
-        cos, sin = (None, None) if rope is None else rope
-        optional = (keep, key_mask, lse, row_weight, cos, sin, cu_seqlens, cu_seqlens_q)
+        cos, sin = scoring.get("rope") or (None, None)
+        every = {**scoring, "query": query, "key": key, "keep": keep, "rope": None, "cos": cos, "sin": sin}
+        given = {name: x for name, x in every.items() if x is not None}
         outs = self._result.tensors if out is None else list(out)
-        if (
-            [x is not None for x in optional] != self._optional
-            or len(tensors) != self._n_tensors
-            or len(outs) != self._n_tensors
-        ):
-            self._explain(optional, tensors, outs)
-        some = [x for x in optional if x is not None]
-        inputs = [query, key, rows, columns, *some, *tensors]
+        n = len(self._own)
+        if given.keys() != self._named.keys() or len(tensors) != n or len(outs) != n:
+            self._explain(given, tensors, outs)
+        inputs: list[Any] = [*[given[name] for name in self._named], *tensors]
         pointers = _pointers(inputs, self._expected)
         pointers += self._own if out is None else _pointers(outs, self._expected_out)
         launch = self._program.bind([*inputs, *outs], pointers)
@@ -152,17 +153,16 @@ class PrunePlan:
         """Make the workspace ready again after a run that was broken off: an ordinary run does so itself."""
         self._program.reset()
 
-    def _explain(
-        self, optional: Sequence[Tensor | None], tensors: Sequence[Tensor], outs: Sequence[Tensor]
-    ) -> None:
-        """Raise the ValueError that says which tensor is missing or too many."""
-        for name, x, planned in zip(OPTIONAL, optional, self._optional, strict=True):
-            expected = "a tensor as in the plan" if planned else "None as in the plan"
-            check((x is not None) == planned, name, expected, "None" if x is None else "a tensor")
-        for name, given in (("tensors", tensors), ("out", outs)):
-            check(
-                len(given) == self._n_tensors, name, f"{self._n_tensors} tensors as in the plan", len(given)
-            )
+    def _explain(self, given: dict[str, object], tensors: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        """Raise the InputError that says which argument is missing or too many."""
+        for name in [*self._named, *given]:
+            expected = "a tensor as in the plan" if name in self._named else "None as in the plan"
+            got = given.get(name)
+            same = (name in self._named) == (name in given)
+            check(same, name, expected, "a tensor" if isinstance(got, Tensor) else repr(got))
+        for name, x in (("tensors", tensors), ("out", outs)):
+            n = len(self._own)
+            check(len(x) == n, name, f"{n} tensors as in the plan", len(x))
 
 
 def _pointers(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> list[int]:
@@ -178,17 +178,6 @@ def _pointers(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> list[
     return pointers
 
 
-def _flat(
-    query: Tensor, key: Tensor, tensors: Sequence[Tensor], settings: dict[str, Any]
-) -> dict[str, Tensor]:
-    """Every tensor by name, in the order a run brings them."""
-    cos, sin = settings.get("rope") or (None, None)
-    named = settings | {"cos": cos, "sin": sin}
-    flat = {"query": query, "key": key, "rows": named["rows"], "columns": named["columns"]}
-    flat |= {name: named[name] for name in OPTIONAL if isinstance(named.get(name), Tensor)}
-    return flat | {f"tensors[{i}]": x for i, x in enumerate(tensors)}
-
-
 def _apart(examples: dict[str, Tensor]) -> dict[str, Tensor]:
     """Examples with pointers of their own, by which the recorded launches tell them apart: one may be given twice."""
     seen: set[int] = set()
@@ -200,18 +189,4 @@ def _apart(examples: dict[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def _nested(flat: dict[str, Tensor], n_tensors: int, settings: dict[str, Any]) -> tuple[Any, ...]:
-    """Undo ``_flat``: the positional arguments; the keywords in ``settings`` take the tensors of ``flat``."""
-    settings |= {name: x for name, x in flat.items() if name in settings}
-    if "cos" in flat:
-        settings["rope"] = flat["cos"], flat["sin"]
-    return flat["query"], flat["key"], [flat[f"tensors[{i}]"] for i in range(n_tensors)]
-
-
-def _load_triton() -> Callable[..., Any]:
-    from vlmprune.triton_kernels.prune_tokens import prune_plan
-
-    return prune_plan
-
-
-register("prune_plan", (Backend("triton", _load_triton, needs_triton),))
+register("prune_plan", None, kernels="prune_tokens")

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.ops.reference_packed import pack_index, unpack
-
-Rope = tuple[Tensor, Tensor]
+from vlmprune.ops.scoring import Scoring
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -20,95 +19,57 @@ def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * c + rotated_back * s) / (c * c + s * s)
 
 
-def _row_logits(query: Tensor, key: Tensor, rows: Tensor, scale: float, rope: Rope | None) -> Tensor:
+def _row_logits(s: Scoring) -> Tensor:
     """Scaled logits ``[B, H, R, S]`` in float32 of the listed query rows (key positions) against all keys."""
-    B, H, Sq, D = query.shape
-    S = key.shape[2]
-    if rope is not None:
-        cos, sin = (t.expand(B, -1, -1) for t in rope)
+    (B, H, Sq, D), S, query, key = s.query.shape, s.key.shape[2], s.query, s.key
+    if s.rope is not None:
+        cos, sin = (t.expand(B, -1, -1) for t in s.rope)
         query, key = unrotate(query, cos[:, S - Sq :], sin[:, S - Sq :]), unrotate(key, cos, sin)
-    at = torch.where(rows >= 0, rows - (S - Sq), 0)[:, None, :, None].expand(-1, H, -1, D)
+    at = torch.where(s.rows >= 0, s.rows - (S - Sq), 0)[:, None, :, None].expand(-1, H, -1, D)
     q = query.gather(2, at).float()
     k = key.float().repeat_interleave(H // key.shape[1], dim=1)
-    return q @ k.transpose(2, 3) * scale
+    return q @ k.transpose(2, 3) * s.scale
 
 
-def _visible(rows: Tensor, S: int, key_mask: Tensor | None, causal: bool) -> Tensor:
+def _visible(s: Scoring) -> Tensor:
     """Which keys each listed row may attend to: bool ``[B, 1, R, S]``; padding rows see nothing."""
-    positions = torch.arange(S, device=rows.device)
-    ok = (rows >= 0)[:, :, None].expand(-1, -1, S)
-    if causal:
-        ok = ok & (positions <= rows[:, :, None])
-    if key_mask is not None:
-        ok = ok & key_mask[:, None, :]
+    S = s.key.shape[2]
+    positions = torch.arange(S, device=s.rows.device)
+    ok = (s.rows >= 0)[:, :, None].expand(-1, -1, S)
+    if s.causal:
+        ok = ok & (positions <= s.rows[:, :, None])
+    if s.key_mask is not None:
+        ok = ok & s.key_mask[:, None, :]
     return ok[:, None]
 
 
-def row_lse(
-    query: Tensor,
-    key: Tensor,
-    rows: Tensor,
-    key_mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    rope: Rope | None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    max_seqlen: int | None = None,
-) -> Tensor:
+def row_lse(s: Scoring) -> Tensor:
     """Natural log-sum-exp ``[B, H, R]`` of the listed rows over all keys they see; -inf where a row sees none."""
-    if cu_seqlens is not None:
-        seqs = (cu_seqlens, cu_seqlens_q, max_seqlen)
-        query, key, key_mask, _, rope = unpack(query, key, None, rope, *seqs)
-    logits = _row_logits(query, key, rows, scale, rope)
-    ok = _visible(rows, key.shape[2], key_mask, causal)
-    return logits.masked_fill(~ok, float("-inf")).logsumexp(-1)
+    s = unpack(s)
+    return _row_logits(s).masked_fill(~_visible(s), float("-inf")).logsumexp(-1)
 
 
-def received_attention(
-    query: Tensor,
-    key: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    key_mask: Tensor | None,
-    causal: bool,
-    lse: Tensor | None,
-    row_weight: Tensor | None,
-    head_reduce: str,
-    row_reduce: str,
-    normalize: str,
-    scale: float,
-    rope: Rope | None,
-    top_heads: int | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    max_seqlen: int | None = None,
-) -> Tensor:
+def received_attention(s: Scoring) -> Tensor:
     """Attention each column receives from the listed rows: ``[B, N]``, or ``[B, H, N]`` for head_reduce "none"."""
-    if cu_seqlens is not None:
-        seqs = (cu_seqlens, cu_seqlens_q, max_seqlen)
-        query, key, key_mask, lse, rope = unpack(query, key, lse, rope, *seqs)
-    (B, H, Sq, _), S, R = query.shape, key.shape[2], rows.shape[1]
-    logits = _row_logits(query, key, rows, scale, rope)
-    ok = _visible(rows, S, key_mask, causal)
-    at = columns.clamp(min=0)[:, None, None, :].expand(B, 1, R, -1)
-    ok_columns = ok.gather(3, at) & (columns >= 0)[:, None, None, :]  # [B, 1, R, N]
+    s = unpack(s)
+    (B, H, Sq, _), S, R = s.query.shape, s.key.shape[2], s.rows.shape[1]
+    logits, ok = _row_logits(s), _visible(s)
+    at = s.columns.clamp(min=0)[:, None, None, :].expand(B, 1, R, -1)
+    ok_columns = ok.gather(3, at) & (s.columns >= 0)[:, None, None, :]  # [B, 1, R, N]
     picked = logits.gather(3, at.expand(-1, H, -1, -1))  # [B, H, R, N]
-    if normalize == "none":
+    if s.normalize == "none":
         p = picked.masked_fill(~ok_columns, 0.0)
     else:
-        if normalize == "columns":
+        if s.normalize == "columns":
             total = picked.masked_fill(~ok_columns, float("-inf")).logsumexp(-1)
-        elif lse is None:
+        elif s.lse is None:
             total = logits.masked_fill(~ok, float("-inf")).logsumexp(-1)
         else:
-            listed = torch.where(rows >= 0, rows - (S - Sq), 0)
-            total = lse.float().gather(2, listed[:, None, :].expand(-1, H, -1))
+            listed = torch.where(s.rows >= 0, s.rows - (S - Sq), 0)
+            total = s.lse.float().gather(2, listed[:, None, :].expand(-1, H, -1))
         p = (picked - total[..., None]).exp().masked_fill(~ok_columns, 0.0)
-    per_head = _reduce_rows(p, ok_columns, rows, row_weight, row_reduce)
-    if top_heads is not None:
-        per_head = _top_heads(per_head, top_heads)
-    return per_head if head_reduce == "none" else _HEAD_REDUCES[head_reduce](per_head)
+    per_head = _reduce_rows(p, ok_columns, s)
+    return per_head if s.head_reduce == "none" else _HEAD_REDUCES[s.head_reduce](per_head)
 
 
 _HEAD_REDUCES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -118,27 +79,20 @@ _HEAD_REDUCES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _top_heads(per_head: Tensor, top_heads: int) -> Tensor:
-    """Of ``[B, H, N]`` the heads whose scores sum to most over the columns, ties to the lower head."""
-    order = order_key(per_head.sum(2)).argsort(dim=1, descending=True, stable=True)
-    first = order[:, :top_heads].sort(dim=1).values
-    return per_head.gather(1, first[..., None].expand(-1, -1, per_head.shape[2]))
-
-
-def _reduce_rows(p: Tensor, ok: Tensor, rows: Tensor, row_weight: Tensor | None, row_reduce: str) -> Tensor:
+def _reduce_rows(p: Tensor, ok: Tensor, s: Scoring) -> Tensor:
     """Reduce ``[B, H, R, N]`` over rows within each head. Padding rows count in nothing.
 
     A real row that cannot see a column contributes 0 to it (it counts in the mean); max looks only at the
     rows that see the column and gives 0 where none does.
     """
-    real = (rows >= 0).float() if row_weight is None else torch.where(rows >= 0, row_weight.float(), 0.0)
-    w = real[:, None, :, None]
-    if row_reduce == "max":
+    real = (s.rows >= 0).float()
+    w = (real if s.row_weight is None else torch.where(real > 0, s.row_weight.float(), 0.0))[:, None, :, None]
+    if s.row_reduce == "max":
         per_head = (p * w).masked_fill(~ok, float("-inf")).amax(2) if p.shape[2] else p.sum(2)
         per_head = per_head.masked_fill(~ok.any(2), 0.0)
     else:
         per_head = (p * w).sum(2)
-        if row_reduce == "mean":
+        if s.row_reduce == "mean":
             total = w.sum(2)
             per_head = torch.where(total > 0, per_head / total, 0.0)
     return per_head
@@ -217,41 +171,19 @@ def _as_integers(x: Tensor) -> Tensor:
 
 
 def prune_tokens(
-    query: Tensor,
-    key: Tensor,
-    tensors: Sequence[Tensor],
-    rows: Tensor,
-    columns: Tensor,
-    keep: int | Tensor,
-    width: int,
-    key_mask: Tensor | None,
-    causal: bool,
-    lse: Tensor | None,
-    row_weight: Tensor | None,
-    head_reduce: str,
-    row_reduce: str,
-    normalize: str,
-    scale: float,
-    rope: Rope | None,
-    top_heads: int | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    max_seqlen: int | None = None,
+    s: Scoring, tensors: Sequence[Tensor], keep: int | Tensor, width: int
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor | None]:
     """Score the columns; keep the best ``keep`` of them and every unmasked position that is no column; gather.
 
     A packed batch gives a packed index and the new cu_seqlens, a padded one a padded index and None.
     """
-    if cu_seqlens is not None:
-        seqs = (cu_seqlens, cu_seqlens_q, max_seqlen)
-        query, key, key_mask, lse, rope = unpack(query, key, lse, rope, *seqs)
-    B, S = key.shape[0], key.shape[2]
-    reduces = (head_reduce, row_reduce, normalize, scale, rope, top_heads)
-    scores = received_attention(query, key, rows, columns, key_mask, causal, lse, row_weight, *reduces)
-    at = torch.where(columns >= 0, columns, S)  # padding lands in one extra position, cut off below
+    cu_seqlens, s = s.cu_seqlens, unpack(s)
+    B, S = s.key.shape[0], s.key.shape[2]
+    scores = received_attention(s)
+    at = torch.where(s.columns >= 0, s.columns, S)  # padding lands in one extra position, cut off below
     spread = scores.new_zeros(B, S + 1).scatter(1, at, scores)[:, :S]
-    code = torch.ones(B, S + 1, dtype=torch.int8, device=key.device).scatter(1, at, 0)[:, :S]
-    code = code if key_mask is None else code.masked_fill(~key_mask, 2)
+    code = torch.ones(B, S + 1, dtype=torch.int8, device=at.device).scatter(1, at, 0)[:, :S]
+    code = code if s.key_mask is None else code.masked_fill(~s.key_mask, 2)
     index, count = select_topk(spread, keep, code, width if cu_seqlens is None else S)
     ends = None
     if cu_seqlens is not None:

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class Padded(NamedTuple):
-    """The padded batch of a packed one: positions of a sample start at 0, queries stand at their key positions."""
-
-    query: Tensor  # [B, H, S, D], zeros where a sample has no query
-    key: Tensor  # [B, Hkv, S, D]
-    key_mask: Tensor  # [B, S]
-    lse: Tensor | None  # [B, H, S]
-    rope: tuple[Tensor, Tensor] | None  # [B, S, D] each
+from vlmprune.ops.scoring import Scoring
 
 
-def unpack(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor | None,
-    rope: tuple[Tensor, Tensor] | None,
-    cu_seqlens: Tensor,
-    cu_seqlens_q: Tensor | None,
-    max_seqlen: int | None,
-) -> Padded:
-    """Give each sample of a packed batch a row of its own, as long as the longest sample."""
-    lengths = cu_seqlens.diff().long()
-    S = max_seqlen if max_seqlen is not None else int(lengths.max()) if len(lengths) else 0
-    starts_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
-    position = torch.arange(S, device=key.device)
-    at = torch.where(position < lengths[:, None], position + cu_seqlens[:-1, None], -1)
+def unpack(s: Scoring) -> Scoring:
+    """Give each sample of a packed batch a row of its own, as long as the longest; a padded batch stays what it is.
+
+    Positions of a sample start at 0, its queries stand at their key positions.
+    """
+    if s.cu_seqlens is None:
+        return s
+    lengths = s.cu_seqlens.diff().long()
+    S = s.max_seqlen if s.max_seqlen is not None else int(lengths.max()) if len(lengths) else 0
+    starts_q = s.cu_seqlens if s.cu_seqlens_q is None else s.cu_seqlens_q
+    position = torch.arange(S, device=s.key.device)
+    at = torch.where(position < lengths[:, None], position + s.cu_seqlens[:-1, None], -1)
     from_first = position - (lengths - starts_q.diff().long())[:, None]
     at_q = torch.where((from_first >= 0) & (at >= 0), from_first + starts_q[:-1, None], -1)
-    lse = None if lse is None else _rows(lse[..., None], at_q)[..., 0]
-    tables = None if rope is None else (_rows(rope[0], at), _rows(rope[1], at))
-    return Padded(_rows(query, at_q), _rows(key, at), at >= 0, lse, tables)
+    return s._replace(
+        query=_rows(s.query, at_q),
+        key=_rows(s.key, at),
+        key_mask=at >= 0,
+        lse=None if s.lse is None else _rows(s.lse.view(1, *s.lse.shape[-2:], 1), at_q)[..., 0],
+        cos=None if s.cos is None else _rows(s.cos, at),
+        sin=None if s.sin is None else _rows(s.sin, at),
+        cu_seqlens=None,
+        cu_seqlens_q=None,
+        max_seqlen=None,
+    )
 
 
 def _rows(x: Tensor, at: Tensor) -> Tensor:

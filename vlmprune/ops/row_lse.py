@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from vlmprune.ops import reference
-from vlmprune.ops._checks import (
-    Rope,
-    check_key_mask,
-    check_packed,
-    check_positions,
-    check_query_key,
-    check_rope,
-    check_values,
-)
-from vlmprune.ops._dispatch import Backend, always, choose, needs_triton, register
+from vlmprune.ops._dispatch import choose, register
+from vlmprune.ops.scoring import Rope, Scoring, flattened
 
 
 def row_lse(
@@ -49,52 +39,42 @@ def row_lse(
         ``[B, H, R]`` float32; -inf for padding rows and for rows that see no key. Not differentiable.
 
     Raises:
-        ValueError: an argument has another rank, shape, dtype, stride or device, or on the CPU an entry out of range.
+        InputError: an argument has another rank, shape, dtype, stride or device, or on the CPU an entry out of range.
         BackendError: no backend can run on the device of ``query``.
+
+    Example:
+        >>> key = torch.zeros(1, 1, 4, 8)  # four keys, all of logit 0: the denominators are 3 and 4
+        >>> ops.row_lse(key, key, torch.tensor([[2, 3]])).exp().round()
+        tensor([[[3., 4.]]])
     """
-    check_query_key(query, key)
-    B = check_packed(query, key, key_mask, cu_seqlens, cu_seqlens_q, max_seqlen)
-    check_positions("rows", rows, B, query, "R")
-    check_key_mask(key_mask, key)
-    check_rope(rope, key)
-    cos, sin = (None, None) if rope is None else rope
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    seqs = (cu_seqlens, cu_seqlens_q, max_seqlen)
-    return _row_lse(query, key, rows, key_mask, causal, scale, cos, sin, *seqs)
+    scoring = Scoring.checked(
+        query,
+        key,
+        rows=rows,
+        columns=rows,  # nobody reads them: every key counts
+        key_mask=key_mask,
+        causal=causal,
+        scale=scale,
+        rope=rope,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen=max_seqlen,
+    )
+    return _row_lse(*scoring)
 
 
 @torch.library.custom_op("vlmprune::row_lse", mutates_args=())
-def _row_lse(
-    query: Tensor,
-    key: Tensor,
-    rows: Tensor,
-    key_mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    max_seqlen: int | None,
-) -> Tensor:
-    seqs = (cu_seqlens, cu_seqlens_q, max_seqlen)
-    check_values(query, key, rows, None, *seqs)
-    rope = None if cos is None else (cos, sin)
-    return choose("row_lse", query)(query, key, rows, key_mask, causal, scale, rope, *seqs)
+@flattened
+def _row_lse(scoring: Scoring) -> Tensor:
+    scoring.check_values()
+    return choose("row_lse", scoring.query)(scoring)
 
 
 @_row_lse.register_fake
-def _(query: Tensor, key: Tensor, rows: Tensor, *settings: object) -> Tensor:
-    return query.new_empty(rows.shape[0], query.shape[1], rows.shape[1], dtype=torch.float32)
+@flattened
+def _(scoring: Scoring) -> Tensor:
+    (B, R), H = scoring.rows.shape, scoring.query.shape[1]
+    return scoring.query.new_empty(B, H, R, dtype=torch.float32)
 
 
-def _load_triton() -> Callable[..., Tensor]:
-    from vlmprune.triton_kernels.row_lse import row_lse as launch
-
-    return launch
-
-
-register(
-    "row_lse",
-    (Backend("triton", _load_triton, needs_triton), Backend("reference", lambda: reference.row_lse, always)),
-)
+register("row_lse", reference.row_lse)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import InputError, check
-from vlmprune.ops import _native, reference
-from vlmprune.ops._checks import FLOATS, check_count, check_shape
-from vlmprune.ops._dispatch import Backend, always, choose, needs_triton, register
+from vlmprune.ops import reference
+from vlmprune.ops._checks import FLOATS, check_count, check_per_sample, check_shape
+from vlmprune.ops._dispatch import choose, register
 
 
 def select_topk(
@@ -40,8 +40,15 @@ def select_topk(
         segments the sum over them), otherwise N; ``count [B]`` int64, how many positions are listed.
 
     Raises:
-        ValueError: an argument has another rank, shape, dtype, device or value; an int ``keep`` exceeds N.
+        InputError: an argument has another rank, shape, dtype, device or value; an int ``keep`` exceeds N.
         BackendError: no backend can run on the device of ``scores``.
+
+    Example:
+        >>> scores = torch.tensor([[0.3, 0.9, 0.1, 0.9]])
+        >>> ops.select_topk(scores, 2)
+        (tensor([[1, 3]]), tensor([2]))
+        >>> ops.select_topk(scores, 1, segments=[2, 2])[0]  # of each half the best
+        tensor([[1, 3]])
     """
     check(scores.ndim == 2, "scores", "rank 2 [B, N]", tuple(scores.shape))
     check(scores.dtype in FLOATS, "scores", "float32, float16 or bfloat16", scores.dtype)
@@ -49,11 +56,11 @@ def select_topk(
         check(code is None, "code", "None with segments", "a tensor")
         check(threshold is None, "threshold", "None with segments", threshold)
         return _in_segments(scores, keep, segments)
-    N = scores.shape[1]
+    B, N = scores.shape
     if keep is None and threshold is not None:
         keep = N
     if isinstance(keep, Tensor):
-        _check_rows("keep", keep, scores, torch.int64)
+        check_per_sample("keep", keep, B, torch.int64, scores.device)
     else:
         check_count("keep", keep, N)
     if code is not None:
@@ -61,20 +68,13 @@ def select_topk(
         check_shape("code", code, tuple(scores.shape))
         check(code.device == scores.device, "code", f"the device {scores.device}", code.device)
     if isinstance(threshold, Tensor):
-        _check_rows("threshold", threshold, scores, torch.float32)
+        check_per_sample("threshold", threshold, B, torch.float32, scores.device)
     elif threshold is not None:
         number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
         check(number and threshold == threshold, "threshold", "a number", repr(threshold))
     cap, quota = (0, keep) if isinstance(keep, Tensor) else (keep, None)
     level, levels = (None, threshold) if isinstance(threshold, Tensor) else (threshold, None)
     return _select_topk(scores, cap, quota, code, level, levels)
-
-
-def _check_rows(arg: str, x: Tensor, scores: Tensor, dtype: torch.dtype) -> None:
-    """One number a row of ``scores``."""
-    check(x.dtype == dtype, arg, str(dtype).removeprefix("torch."), x.dtype)
-    check_shape(arg, x, (scores.shape[0],))
-    check(x.device == scores.device, arg, f"the device {scores.device}", x.device)
 
 
 def _in_segments(
@@ -143,31 +143,5 @@ def _(scores: Tensor, segments: Sequence[int], quotas: Sequence[int]) -> Tensor:
     return scores.new_empty(scores.shape[0], sum(quotas), dtype=torch.int64)
 
 
-def _load_triton() -> Callable[..., tuple[Tensor, Tensor]]:
-    from vlmprune.triton_kernels.select_topk import select_topk as launch
-
-    return launch
-
-
-def _load_triton_segments() -> Callable[..., Tensor]:
-    from vlmprune.triton_kernels.select_segments import select_segments as launch
-
-    return launch
-
-
-register(
-    "select_topk",
-    (
-        Backend("cuda", lambda: _native.load("select_topk"), _native.needs_extension),
-        Backend("triton", _load_triton, needs_triton),
-        Backend("reference", lambda: reference.select_topk, always),
-    ),
-)
-register(
-    "select_segments",
-    (
-        Backend("cuda", lambda: _native.load("select_segments"), _native.needs_extension),
-        Backend("triton", _load_triton_segments, needs_triton),
-        Backend("reference", lambda: reference.select_segments, always),
-    ),
-)
+register("select_topk", reference.select_topk, cuda=True)
+register("select_segments", reference.select_segments, cuda=True)

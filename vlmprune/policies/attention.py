@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from vlmprune import ops
+from vlmprune.ops.scoring import Reduction
 
 
 @dataclass(frozen=True)
@@ -42,40 +43,31 @@ class AttentionInputs:
     group: Any = None
 
     def received(
-        self,
-        rows: Tensor | None = None,
-        *,
-        row_weight: Tensor | None = None,
-        head_reduce: str = "mean",
-        row_reduce: str = "mean",
-        normalize: str = "row",
-        unrotated: bool = False,
+        self, rows: Tensor | None = None, *, unrotated: bool = False, **reduction: Unpack[Reduction]
     ) -> Tensor:
         """Attention that the visual columns receive: ``ops.received_attention`` over the heads of all ranks.
 
         Args:
             rows: key positions ``[B, R]`` to read, -1 = padding; None = ``self.rows``.
-            row_weight, head_reduce, row_reduce, normalize: as in the op.
             unrotated: score without RoPE; only without a cached past (``chunk``), whose tables are not here.
+            reduction: ``row_weight``, ``head_reduce``, ``row_reduce``, ``normalize``, as in the op.
 
         Returns:
             ``[B, N]`` float32, or ``[B, H, N]`` for head_reduce "none"; H then counts the heads of all ranks.
         """
+        rotated_shares = reduction.get("normalize", "row") == "row" and not unrotated
         scores = ops.received_attention(
             self.query,
             self.key,
             rows=self.rows if rows is None else rows,
             columns=self.columns,
             key_mask=self.key_mask,
-            lse=self.lse if normalize == "row" and not unrotated else None,
-            row_weight=row_weight,
-            head_reduce=head_reduce,
-            row_reduce=row_reduce,
-            normalize=normalize,
+            lse=self.lse if rotated_shares else None,
             scale=self.scale,
             rope=self.rope if unrotated else None,
+            **reduction,
         )
-        return self.across_ranks(scores, head_reduce)
+        return self.across_ranks(scores, reduction.get("head_reduce", "mean"))
 
     def across_ranks(self, x: Tensor, head_reduce: str) -> Tensor:
         """Join what each rank made of its own heads, ``[B, ...]``, or ``[B, H, ...]`` for head_reduce "none"."""
