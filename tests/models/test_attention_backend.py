@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import vlmprune
 from vlmprune.models.attention import attention
-from vlmprune.policies.attention import AttentionInputs
+from vlmprune.policies.inputs import AttentionInputs
 
 sys.path.append(str(Path(__file__).parent))
 from _attention import Wants, doubled, draw, layer, logits_of, lower_right

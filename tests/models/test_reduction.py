@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import vlmprune
-from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, keep_count
+from vlmprune.policies import Needs, PruningPolicy, Reduction, TokenContext, keep_count
 
 sys.path.append(str(Path(__file__).parent))
 from _tiny import IMAGE, generate, make_batch, make_model, slow, upstream

@@ -11,7 +11,7 @@ import torch
 
 import vlmprune
 from vlmprune.policies.base import TokenContext
-from vlmprune.policies.vision import patch_attention
+from vlmprune.policies.by_image import patch_attention
 
 sys.path.append(str(Path(__file__).parent))
 from _families import CASES, build, prompts

@@ -88,10 +88,10 @@ def fit(text: str, policy: PruningPolicy, cut: float | None, prompt: Prompt) -> 
     if cut is None:
         return Arm(text, None, policy)
     try:
-        keep = keep_for_flops(policy, cut, prompt.shape, prompt.visual, prompt.text)
+        share = keep_for_flops(policy, cut, prompt.shape, prompt.visual, prompt.text)
     except InputError as error:
         raise InputError(f"{text} at budget {cut:g}: {error}") from error
-    return Arm(text, cut, policy.with_share(keep))
+    return Arm(text, cut, policy.at(share))
 
 
 def cut_of(arm: Arm, prompt: Prompt) -> float:

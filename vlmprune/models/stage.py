@@ -22,8 +22,8 @@ from vlmprune.models.layout import (
 )
 from vlmprune.models.probe import read_own_attention
 from vlmprune.models.vision import VisionTaps
+from vlmprune.policies.answer import check_selection
 from vlmprune.policies.base import AttentionInputs, PruningPolicy, Reduction, TokenContext
-from vlmprune.policies.checks import check_selection
 
 
 class StageRunner:

@@ -1,12 +1,14 @@
 """Pruning methods: tensors in, kept positions out. One short file each; ``registry`` knows their names.
 
-Every built-in method's class is an attribute of this package (and of ``vlmprune``), imported when first asked for.
+Every built-in method's class is an attribute of this package (and of ``vlmprune``), imported when first asked for; what the
+author of a method needs is here too.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from vlmprune.policies.answer import check_selection
 from vlmprune.policies.base import (
     AttentionInputs,
     Grid,
@@ -15,6 +17,27 @@ from vlmprune.policies.base import (
     Reduction,
     TokenContext,
     VisionAttention,
+    attention_of,
+    outcome,
+)
+from vlmprune.policies.by_image import images_of, spent
+from vlmprune.policies.checks import (
+    check_keep,
+    check_layer,
+    check_layers,
+    check_share,
+    check_whole,
+    check_word,
+)
+from vlmprune.policies.choose import (
+    choose_best,
+    choose_greedily,
+    index_of,
+    keep_count,
+    marks,
+    quotas,
+    select_counts,
+    select_scores,
 )
 from vlmprune.policies.compose import Intersection, Stages, Union
 from vlmprune.policies.custom import Custom
@@ -41,13 +64,32 @@ __all__ = [
     "TokenContext",
     "Union",
     "VisionAttention",
+    "attention_of",
+    "check_keep",
+    "check_layer",
+    "check_layers",
+    "check_selection",
+    "check_share",
+    "check_whole",
+    "check_word",
+    "choose_best",
+    "choose_greedily",
     "fields_of",
+    "images_of",
+    "index_of",
+    "keep_count",
     "keep_for_flops",
     "keep_for_mean_tokens",
     "list_policies",
+    "marks",
+    "outcome",
     "parse_policy",
     "policies",
     "policy_class",
+    "quotas",
+    "select_counts",
+    "select_scores",
+    "spent",
 ]
 __all__ += list(class_names())
 

@@ -24,6 +24,7 @@ class RandomDeep(Random):
         layer: layers 0..layer-1 see every token that came this far, ``layer`` and later only the kept ones.
         keep: share (float) of the visual tokens entering the layer, or visual tokens per image (int).
         seed: which draw.
+        spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget.
 
     Raises:
         ValueError: a setting is out of range.

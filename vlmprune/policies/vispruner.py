@@ -11,19 +11,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmprune.errors import require
-from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, check_keep
-from vlmprune.policies.vision import (
-    Positions,
-    check_positions,
-    check_share,
-    check_whole,
-    images_of,
-    outcome,
-    patch_attention,
-    quota_of,
-    take,
-    vision_of,
-)
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
+from vlmprune.policies.by_image import images_of, patch_attention, rows_at, vision_of
+from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word
+from vlmprune.policies.choose import keep_count
 
 ROUND = 8
 """Duplicates removed per round in the released code."""
@@ -57,7 +48,6 @@ class VisPruner(PruningPolicy):
         "arXiv 2412.01818"
     )
     presets: ClassVar[Mapping[int, str]] = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
-    checked: ClassVar[str] = "formula"
 
     keep: int | float = 64
     important_ratio: float = 0.5
@@ -68,7 +58,7 @@ class VisPruner(PruningPolicy):
         check_keep(self.keep)
         check_share("important_ratio", self.important_ratio)
         check_whole("vision_layer", self.vision_layer)
-        check_positions(self.positions)
+        check_word("positions", self.positions, "pack", "keep")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -84,7 +74,7 @@ class VisPruner(PruningPolicy):
         images = images_of(ctx)
         if not images.tokens:
             return ctx.ordinals
-        kept = quota_of(images, self.keep)
+        kept = self.kept(images.tokens[0], 1, ctx.layer)
         scores = patch_attention(vision_of(ctx, self.vision_layer, images))
         features = require(ctx.features, "ctx.features", "what the projector got (declare Needs(vision=...))")
         order = scores.argsort(dim=1, descending=True, stable=True)
@@ -93,6 +83,10 @@ class VisPruner(PruningPolicy):
         picked = torch.cat([order[:, :important], diverse], 1).sort(dim=1).values
         index = images.index(picked, [kept] * len(images.tokens), len(ctx.counts))
         return outcome(index, self.positions)
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """As many of every image."""
+        return keep_count(self.keep, tokens, images, "image")
 
 
 def remove_duplicates(features: Tensor, order: Tensor, keep: int) -> Tensor:
@@ -103,7 +97,7 @@ def remove_duplicates(features: Tensor, order: Tensor, keep: int) -> Tensor:
     while order.shape[1] > keep:
         even, odd = order[:, ::2], order[:, 1::2]
         drop = min(ROUND, order.shape[1] - keep, even.shape[1])
-        likest = (take(unit, even) @ take(unit, odd).transpose(1, 2)).amax(2)
+        likest = (rows_at(unit, even) @ rows_at(unit, odd).transpose(1, 2)).amax(2)
         distinct = likest.argsort(dim=1, descending=True, stable=True)[:, drop:]
         order = torch.cat([even.gather(1, distinct), odd], 1)
     return order

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import check
+from vlmprune.policies.answer import check_selection
 from vlmprune.policies.base import PruningPolicy, Reduction, TokenContext
-from vlmprune.policies.checks import check_selection
 from vlmprune.testing.context_changes import copied, inputs_of
 
 Choice = Tensor | Reduction
