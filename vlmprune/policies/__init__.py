@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmprune.policies.answer import check_selection
 from vlmprune.policies.base import (
     AttentionInputs,
     Grid,
@@ -25,13 +24,11 @@ from vlmprune.policies.checks import (
     check_keep,
     check_layer,
     check_layers,
-    check_share,
     check_whole,
     check_word,
 )
 from vlmprune.policies.choose import (
     choose_best,
-    choose_greedily,
     index_of,
     keep_count,
     marks,
@@ -68,12 +65,9 @@ __all__ = [
     "check_keep",
     "check_layer",
     "check_layers",
-    "check_selection",
-    "check_share",
     "check_whole",
     "check_word",
     "choose_best",
-    "choose_greedily",
     "fields_of",
     "images_of",
     "index_of",

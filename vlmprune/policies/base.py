@@ -104,6 +104,9 @@ def outcome(index: Tensor, positions: Positions, hidden: Tensor | None = None) -
     return index if hidden is None and positions == "keep" else Reduction(index, hidden, positions)
 
 
+KEEPS = "a setting 'keep', or `at` and `kept` of its own"
+
+
 @dataclass(frozen=True)
 class PruningPolicy(ABC):
     """Decides which visual tokens survive at its stages. Holds settings only, never tensors or run state.
@@ -112,15 +115,14 @@ class PruningPolicy(ABC):
     images has m times as much. A setting ``spend`` says how it is spent: "prompt", the best tokens of all images of the
     prompt together stay, or "image", every image keeps its own.
 
-    Settings come as Python's numbers and tuples, whether numpy's and lists were given. A class checks its own in
-    ``__post_init__``, which runs after that.
+    A class checks its settings in ``__post_init__``; before that runs, numpy's numbers have become Python's.
 
     Args:
         earlier_kv: what the layers before the last stage hold in the KV cache once the prompt has run: "full", every
             token they saw, or "compact", only what survived the last stage (the answer then attends to nothing else).
 
     Raises:
-        InputError: a setting is out of range.
+        InputError: a setting is out of range; so does every method.
     """
 
     summary: ClassVar[str] = ""
@@ -134,6 +136,7 @@ class PruningPolicy(ABC):
     """Settings, as typed on the command line, for a mean of 192, 128 and 64 visual tokens of 576 over 32 layers."""
 
     earlier_kv: Literal["full", "compact"] = field(default="full", kw_only=True)
+    spend = "prompt"  # a setting of some methods: annotated there
 
     def __init_subclass__(cls) -> None:
         """Let every policy pass through ``__post_init__`` of this class, whatever its own does."""
@@ -150,13 +153,18 @@ class PruningPolicy(ABC):
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            object.__setattr__(self, setting.name, plain(getattr(self, setting.name)))
+            if setting.init:
+                object.__setattr__(self, setting.name, plain(getattr(self, setting.name)))
         check_word("earlier_kv", self.earlier_kv, "full", "compact")
+        check_word("spend", self.spend, "prompt", "image")
 
     @property
-    @abstractmethod
     def layers(self) -> tuple[int, ...]:
-        """Decoder layers at which tokens are dropped, ascending; layer K and later see the shortened sequence."""
+        """Decoder layers at which tokens are dropped, ascending; layer K and later see the shortened sequence.
+
+        By default the one in the setting ``layer``.
+        """
+        return (self._setting("layer", "a setting 'layer', or `layers` of its own"),)
 
     def needs(self, layer: int) -> Needs:
         """What ``select`` reads from its context at this stage."""
@@ -179,7 +187,7 @@ class PruningPolicy(ABC):
         Raises:
             InputError: the share is not in (0, 1], or the settings leave no room for it.
         """
-        share, each = share_of(share), isinstance(self._keep(), tuple)
+        share, each = share_of(share), isinstance(self._setting("keep", KEEPS), tuple)
         change: dict[str, Any] = {"keep": (share,) * len(self.layers) if each else share}
         return replace(self, **change)
 
@@ -197,13 +205,12 @@ class PruningPolicy(ABC):
         Raises:
             InputError: how many stay is known only when they are chosen.
         """
-        spend: str = getattr(self, "spend") if "spend" in _names(self) else "prompt"  # noqa: B009
-        return keep_count(self._keep(), tokens, images, spend)
+        return keep_count(self._setting("keep", KEEPS), tokens, images, self.spend)
 
-    def _keep(self) -> Any:
-        expected = "a setting 'keep', or `at` and `kept` of its own"
-        check("keep" in _names(self), type(self).__name__, expected, "none")
-        return self.keep  # type: ignore[attr-defined]
+    def _setting(self, name: str, expected: str) -> Any:
+        there = any(setting.name == name for setting in fields(self))
+        check(there, type(self).__name__, expected, "none")
+        return getattr(self, name)
 
     def __or__(self, other: PruningPolicy) -> PruningPolicy:
         """The union of what both keep, at the same layers."""
@@ -221,10 +228,6 @@ class PruningPolicy(ABC):
 def _joint(one: PruningPolicy, other: PruningPolicy) -> Literal["full", "compact"]:
     """The setting of two policies made one; where they differ, the one that their combination then refuses."""
     return one.earlier_kv if one.earlier_kv == other.earlier_kv else "full"
-
-
-def _names(policy: PruningPolicy) -> list[str]:
-    return [setting.name for setting in fields(policy)]
 
 
 def attention_of(ctx: TokenContext) -> AttentionInputs:

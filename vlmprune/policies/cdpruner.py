@@ -63,12 +63,9 @@ class CDPruner(PruningPolicy):
         known = self.relevance in ("text", "none") or callable(self.relevance)
         check(known, "relevance", "'text', 'none' or a function of the context", repr(self.relevance))
         check_word("positions", self.positions, "pack", "keep")
-        check_word("spend", self.spend, "prompt", "image")
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Before the language model."""
-        return (0,)
+    layers = (0,)
+    """Before the language model."""
 
     def needs(self, layer: int) -> Needs:
         """The projected features, and the text's embeddings unless only diversity counts."""

@@ -14,10 +14,10 @@ BEFORE = " (the score comes from the layer before)"
 
 
 def plain(value: Any) -> Any:
-    """``value`` with Python's own numbers for numpy's, and tuples for lists."""
+    """``value`` with Python's own numbers for numpy's, also inside tuples and lists."""
     if isinstance(value, np.generic):
         return value.item()
-    return tuple(map(plain, value)) if type(value) in (tuple, list) else value
+    return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
 
 
 def check_word(name: str, value: object, *words: str) -> None:
@@ -64,11 +64,11 @@ def check_layer(layer: object, least: int = 0, why: str = "") -> None:
 
 
 def check_layers(layers: object, least: int, why: str = "", two: bool = False) -> None:
-    """``layers`` is a tuple of ints of at least ``least``, ascending: two, or one or more."""
+    """``layers`` are ints of at least ``least``, ascending: two, or one or more."""
     wanted = f"{'two' if two else 'one or more'} layers, ascending"
-    some = isinstance(layers, tuple) and (len(layers) == 2 if two else len(layers) > 0)
+    some = isinstance(layers, tuple | list) and (len(layers) == 2 if two else len(layers) > 0)
     check(some, "layers", wanted, repr(layers))
-    assert isinstance(layers, tuple)
+    assert isinstance(layers, tuple | list)
     for layer in layers:
         check_layer(layer, least, why)
     check(list(layers) == sorted(set(layers)), "layers", wanted, repr(layers))
@@ -78,11 +78,11 @@ def check_schedule(
     tokens: int, keep: object, layers: tuple[int, ...], known: Mapping[int, tuple[int, ...]]
 ) -> None:
     """``tokens`` is a published budget, or ``keep`` has one share or count per layer."""
-    check(isinstance(keep, tuple), "keep", "one entry per layer, in a tuple", repr(keep))
+    check(isinstance(keep, tuple | list), "keep", "one entry per layer, in a tuple", repr(keep))
     named = ", ".join(map(str, known))
     check(bool(keep) or tokens in known, "tokens", f"one of {named}, or an explicit keep", repr(tokens))
     schedule = keep or known[tokens]
-    assert isinstance(schedule, tuple)
+    assert isinstance(schedule, tuple | list)
     check(len(schedule) == len(layers), "keep", f"{len(layers)} counts, one per layer", repr(schedule))
     for entry in schedule:
         check_keep(entry)

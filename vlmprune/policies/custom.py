@@ -59,11 +59,6 @@ class Custom(PruningPolicy):
         if not isinstance(self.select, Checked):
             object.__setattr__(self, "select", Checked(self.select))
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The one stage."""
-        return (self.layer,)
-
     def needs(self, layer: int) -> Needs:
         """Everything: what the function reads is not known. Before layer 0 there is no attention to see."""
         return Needs(hidden=True, attention="previous" if layer > 0 else None)

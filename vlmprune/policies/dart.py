@@ -37,9 +37,6 @@ class DART(PruningPolicy):
         pivots: visual and text pivots per sample.
         count: ``"released"``: every pivot takes ``keep // all pivots``, on top of the visual pivots themselves (128
             becomes 132); ``"exact"``: exactly ``keep``, pivots included, shared out evenly, the first taking the rest.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     summary: ClassVar[str] = "tokens that duplicate a few pivots least, without attention"
@@ -61,15 +58,11 @@ class DART(PruningPolicy):
     def __post_init__(self) -> None:
         check_layer(self.layer, 1, " (the keys come from the layer before)")
         check_keep(self.keep)
-        two = isinstance(self.pivots, tuple) and len(self.pivots) == 2
+        two = isinstance(self.pivots, tuple | list) and len(self.pivots) == 2
         ok = two and all(isinstance(p, int) and p >= 0 for p in self.pivots) and sum(self.pivots) > 0
         check(ok, "pivots", "a number of visual and one of text pivots, not both 0", repr(self.pivots))
+        object.__setattr__(self, "pivots", tuple(self.pivots))
         check_word("count", self.count, "released", "exact")
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The one stage."""
-        return (self.layer,)
 
     def needs(self, layer: int) -> Needs:
         """The visual tokens' hidden states; the previous layer's keys, and which of them are text."""

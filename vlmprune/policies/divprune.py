@@ -29,9 +29,6 @@ class DivPrune(PruningPolicy):
             per image (int; 192, 128, 64 in later papers' tables).
         positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
         spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     summary: ClassVar[str] = "tokens most unlike each other (greedy max-min distance)"
@@ -47,12 +44,9 @@ class DivPrune(PruningPolicy):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_word("positions", self.positions, "pack", "keep")
-        check_word("spend", self.spend, "prompt", "image")
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Before the language model."""
-        return (0,)
+    layers = (0,)
+    """Before the language model."""
 
     def needs(self, layer: int) -> Needs:
         """The projected features."""

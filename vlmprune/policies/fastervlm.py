@@ -25,9 +25,6 @@ class FasterVLM(PruningPolicy):
         vision_layer: vision-tower layer whose attention is read; -2 is the one whose output LLaVA projects.
         positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
         spend: "image": every image keeps its own budget; "prompt": the best patches of all images of a prompt stay.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     summary: ClassVar[str] = "patches most attended by the vision tower's CLS"
@@ -45,12 +42,9 @@ class FasterVLM(PruningPolicy):
         check_keep(self.keep)
         check_whole("vision_layer", self.vision_layer)
         check_word("positions", self.positions, "pack", "keep")
-        check_word("spend", self.spend, "prompt", "image")
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Before the language model."""
-        return (0,)
+    layers = (0,)
+    """Before the language model."""
 
     def needs(self, layer: int) -> Needs:
         """Query and key of the vision layer."""

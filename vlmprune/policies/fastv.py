@@ -26,9 +26,6 @@ class FastV(PruningPolicy):
         keep: share (float) of the visual tokens, or visual tokens per image (int).
         rows: ``"last"`` (released code) or ``"mean"`` over all prompt rows (paper text).
         spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     summary: ClassVar[str] = "most attended tokens of the previous layer"
@@ -48,12 +45,6 @@ class FastV(PruningPolicy):
         check_layer(self.layer, 1, BEFORE)
         check_keep(self.keep)
         check_word("rows", self.rows, "last", "mean")
-        check_word("spend", self.spend, "prompt", "image")
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The one stage."""
-        return (self.layer,)
 
     def needs(self, layer: int) -> Needs:
         """Query and key of the previous layer: the last row, or every prompt row."""

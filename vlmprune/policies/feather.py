@@ -27,9 +27,6 @@ class Feather(PruningPolicy):
         keep: share of the visual tokens, a float in (0, 1]; the paper's 1 - R. The default cuts 64 % of the FLOPs, as
             published; 0.6 cuts 48 %, whose R the paper does not state (inferred).
         stride: rows and columns between two grid tokens.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     summary: ClassVar[str] = "RoPE-free attention with a coarse grid, then a harder cut"
@@ -44,6 +41,7 @@ class Feather(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_layers(self.layers, 1, BEFORE, two=True)
+        object.__setattr__(self, "layers", tuple(self.layers))
         check_keep(self.keep, counts=False)
         check_whole("stride", self.stride, 1)
 

@@ -37,9 +37,6 @@ class PyramidDrop(PruningPolicy):
         layers: the stages, ascending.
         ratio: share kept of the tokens entering each stage, or for each stage the share of the unpruned tokens.
         positions: ``"pack"`` (released code: positions count from 0 again after every stage) or ``"keep"``.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     summary: ClassVar[str] = "a pyramid of stages, by the attention of the stage's own layer"
@@ -55,6 +52,9 @@ class PyramidDrop(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_layers(self.layers, 0)
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.ratio, list):
+            object.__setattr__(self, "ratio", tuple(self.ratio))
         for share in self.ratio if isinstance(self.ratio, tuple) else (self.ratio,):
             check_keep(share, "ratio", counts=False)
         if isinstance(self.ratio, tuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from vlmprune.errors import check
 from vlmprune.policies.base import PruningPolicy, TokenContext
 from vlmprune.policies.by_image import spent
-from vlmprune.policies.checks import check_keep, check_layer, check_word
+from vlmprune.policies.checks import check_keep, check_layer
 from vlmprune.policies.choose import choose_best
 
 SEEDS = 1 << 63
@@ -29,9 +29,6 @@ class Random(PruningPolicy):
         keep: share (float) of the visual tokens, or visual tokens per image (int).
         seed: which draw.
         spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     summary: ClassVar[str] = "a random subset, fixed by a seed"
@@ -52,12 +49,6 @@ class Random(PruningPolicy):
         check_keep(self.keep)
         ok = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < SEEDS
         check(ok, "seed", "a whole number in [0, 2**63)", repr(self.seed))
-        check_word("spend", self.spend, "prompt", "image")
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The one stage."""
-        return (self.layer,)
 
     def select(self, ctx: TokenContext) -> Tensor:
         """The tokens with the highest drawn scores."""

@@ -44,9 +44,6 @@ class SparseVLMPlus(PruningPolicy):
         heads: how many priority heads; a model with fewer uses them all.
         layers: the stages: one more than the layers whose output is thinned.
         keep: an explicit schedule in place of the budget's, per layer tokens per image or shares; () = none.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     summary: ClassVar[str] = "SparseVLM freed from RoPE's decay, by priority heads, positions kept"
@@ -63,6 +60,8 @@ class SparseVLMPlus(PruningPolicy):
         check_whole("heads", self.heads, 1)
         check_layers(self.layers, 1, BEFORE)
         check_schedule(self.tokens, self.keep, self.layers, SCHEDULES)
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "keep", tuple(self.keep))
 
     def needs(self, layer: int) -> Needs:
         """The text rows and keys of the previous layer, and the input embeddings."""

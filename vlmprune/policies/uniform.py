@@ -65,11 +65,6 @@ class Uniform(PruningPolicy):
             object.__setattr__(self, "keep", KEEP if self.keep is None else self.keep)
             check_keep(self.keep)
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The one stage."""
-        return (self.layer,)
-
     def select(self, ctx: TokenContext) -> Tensor:
         """The evenly spaced tokens; with ``stride``, one host read for the width."""
         if self.keep is None:

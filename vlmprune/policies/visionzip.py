@@ -80,10 +80,8 @@ class VisionZip(PruningPolicy):
         check(share <= 1 + 1e-9, "contextual", "shares that add up to 1.0 at most", share)
         check(not self.count_cls, "count_cls", "False with shares", True)
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Before the language model."""
-        return (0,)
+    layers = (0,)
+    """Before the language model."""
 
     def needs(self, layer: int) -> Needs:
         """Query and key of the vision layer, and the rows to merge."""

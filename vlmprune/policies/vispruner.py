@@ -37,9 +37,6 @@ class VisPruner(PruningPolicy):
         important_ratio: share of T chosen by attention, in [0, 1].
         vision_layer: vision-tower layer whose attention is read.
         positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     summary: ClassVar[str] = "important patches by CLS attention, diverse ones by duplicate removal"
@@ -60,10 +57,8 @@ class VisPruner(PruningPolicy):
         check_whole("vision_layer", self.vision_layer)
         check_word("positions", self.positions, "pack", "keep")
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Before the language model."""
-        return (0,)
+    layers = (0,)
+    """Before the language model."""
 
     def needs(self, layer: int) -> Needs:
         """Query and key of the vision layer; the features come with them."""

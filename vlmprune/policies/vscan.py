@@ -51,9 +51,6 @@ class VScan(PruningPolicy):
         shallow_layer: vision-tower layer (first = 0) whose CLS attention ranks within windows.
         vision_layer: vision-tower layer whose CLS attention ranks the global patches.
         positions: ``"pack"`` (released code: positions 0, 1, 2, ... after each stage) or ``"keep"`` their own.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     summary: ClassVar[str] = "global and windowed CLS attention with merging, then text attention mid-way"
