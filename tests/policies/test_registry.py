@@ -326,7 +326,7 @@ def test_numbers_of_numpy():
         (Feather(layers=[np.int64(8), 16]), Feather(layers=(8, 16))),
         (Random(keep=np.float32(0.5)), Random(keep=0.5)),
         (SparseVLM(keep=(np.int32(5), np.float16(0.5), 1)), SparseVLM(keep=(5, 0.5, 1))),
-        (Foreign([np.int64(1)], pair=(np.int8(4), 0.5)), Foreign((1,), pair=(4, 0.5))),
+        (Foreign((np.int64(1),), pair=(np.int8(4), 0.5)), Foreign((1,), pair=(4, 0.5))),
         (FastV().at(np.float32(0.5)), FastV(keep=0.5)),
     ):
         assert policy == same and repr(policy) == repr(same)

@@ -73,7 +73,7 @@ def plan(
         InputError: a policy that has no share to fit, or that cannot meet a budget.
     """
     arms = [fit(text, policy, cut, prompt) for text, policy in methods.items() for cut in budgets or (None,)]
-    cuts = budgets or sorted({round(cut_of(arm, prompt), 6) for arm in arms})
+    cuts = budgets or sorted({round(cut_of(arm, prompt), 6) for arm in arms if baselines})
     first = min((policy.layers[0] for policy in methods.values()), default=2)
     for kind in baselines:
         if not any(isinstance(policy, kind) for policy in methods.values()):

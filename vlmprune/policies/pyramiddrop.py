@@ -9,17 +9,10 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.policies.base import (
-    Needs,
-    Positions,
-    PruningPolicy,
-    Reduction,
-    TokenContext,
-    attention_of,
-    outcome,
-)
+from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext, attention_of, outcome
 from vlmprune.policies.checks import check_keep, check_layers, check_word
 from vlmprune.policies.choose import keep_count, quotas, select_counts
+from vlmprune.policies.needs import Needs
 
 
 @dataclass(frozen=True)

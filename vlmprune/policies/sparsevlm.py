@@ -10,17 +10,10 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import check, require
-from vlmprune.policies.base import (
-    Needs,
-    Positions,
-    PruningPolicy,
-    Reduction,
-    TokenContext,
-    attention_of,
-    outcome,
-)
+from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext, attention_of, outcome
 from vlmprune.policies.checks import BEFORE, check_layers, check_schedule, check_whole, check_word
 from vlmprune.policies.choose import select_counts, thinned
+from vlmprune.policies.needs import Needs
 from vlmprune.policies.raters import rated, rater_weights, row_attention
 from vlmprune.policies.recycle import recycle_counts, recycled
 

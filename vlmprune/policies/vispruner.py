@@ -14,7 +14,6 @@ from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
 from vlmprune.policies.by_image import images_of, patch_attention, rows_at, vision_of
 from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word
-from vlmprune.policies.choose import keep_count
 
 ROUND = 8
 """Duplicates removed per round in the released code."""
@@ -59,6 +58,7 @@ class VisPruner(PruningPolicy):
 
     layers = (0,)
     """Before the language model."""
+    spend = "image"
 
     def needs(self, layer: int) -> Needs:
         """Query and key of the vision layer; the features come with them."""
@@ -78,10 +78,6 @@ class VisPruner(PruningPolicy):
         picked = torch.cat([order[:, :important], diverse], 1).sort(dim=1).values
         index = images.index(picked, [kept] * len(images.tokens), len(ctx.counts))
         return outcome(index, self.positions)
-
-    def kept(self, tokens: int, images: float, layer: int) -> int:
-        """As many of every image."""
-        return keep_count(self.keep, tokens, images, "image")
 
 
 def remove_duplicates(features: Tensor, order: Tensor, keep: int) -> Tensor:

@@ -12,19 +12,12 @@ from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.errors import require
-from vlmprune.policies.base import (
-    Grid,
-    Needs,
-    Positions,
-    PruningPolicy,
-    Reduction,
-    TokenContext,
-    attention_of,
-    outcome,
-)
+from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext, attention_of, outcome
 from vlmprune.policies.by_image import images_of, nearest, patch_attention, rows_at, vision_of
 from vlmprune.policies.checks import check_keep, check_layer, check_share, check_whole, check_word, share_of
 from vlmprune.policies.choose import keep_count, others, select_scores
+from vlmprune.policies.inputs import Grid
+from vlmprune.policies.needs import Needs
 
 
 @dataclass(frozen=True)
