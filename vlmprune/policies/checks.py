@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,13 @@ BEFORE = " (the score comes from the layer before)"
 
 
 def plain(value: Any) -> Any:
-    """``value`` with Python's own numbers for numpy's, also inside tuples and lists."""
+    """``value`` with Python's own numbers for numpy's, also inside tuples and lists; itself if there are none."""
     if isinstance(value, np.generic):
         return value.item()
-    return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
+    if type(value) not in (tuple, list):
+        return value
+    made = type(value)(map(plain, value))
+    return value if all(map(is_, made, value)) else made
 
 
 def check_word(name: str, value: object, *words: str) -> None:
