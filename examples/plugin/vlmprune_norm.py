@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.policies import Needs, PruningPolicy, TokenContext
-from vlmprune.policies.base import check_keep, check_layer, quotas
+from vlmprune.policies import Needs, PruningPolicy, TokenContext, check_keep, check_layer, quotas
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Norm(PruningPolicy):
         """Score, then call vlmprune's selection op directly: per-sample quotas, padding coded as dropped."""
         assert ctx.hidden is not None  # asked for in needs()
         scores = ctx.hidden.float().norm(dim=-1)
-        kept = quotas(ctx, self.keep)
+        kept = quotas(ctx, self)
         quota = torch.tensor(kept).to(scores.device, non_blocking=True)
         code = torch.where(ctx.mask, 0, 2).to(torch.int8)  # 0 competes, 2 is dropped
         return ops.select_topk(scores, quota, code=code)[0][:, : max(kept)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vlmprune import ops
-from vlmprune.policies.sets import marks
+from vlmprune.policies.choose import marks
 
 TOP = 0.25
 """The share of tokens that counts as chosen: FEATHER's table of criteria keeps a quarter."""

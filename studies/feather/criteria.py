@@ -9,17 +9,10 @@ from torch import Tensor
 
 from vlmprune.eval import Arm, Oracle, TypicalPrompt, cut_of, fit_arm, make_arms
 from vlmprune.policies import FastV, Feather, PyramidDrop, Random, Uniform
-from vlmprune.policies.base import (
-    Needs,
-    PruningPolicy,
-    TokenContext,
-    attention_of,
-    check_keep,
-    check_layer,
-    select_scores,
-)
-from vlmprune.policies.grid import check_stride, stride_grid
-from vlmprune.policies.sets import index_of, marks
+from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, attention_of
+from vlmprune.policies.checks import BEFORE, check_keep, check_layer, check_whole
+from vlmprune.policies.choose import index_of, marks, select_scores, union_count
+from vlmprune.policies.grid import grid_count, stride_grid
 
 PAPER_DEPTH, STRIDE = 32, 3
 SWEEP_KEEP = 0.25
@@ -39,10 +32,10 @@ class RopeFree(PruningPolicy):
     stride: int | None = None
 
     def __post_init__(self) -> None:
-        check_layer(self.layer, 1, " (the score comes from the layer before)")
+        check_layer(self.layer, 1, BEFORE)
         check_keep(self.keep)
         if self.stride is not None:
-            check_stride(self.stride)
+            check_whole("stride", self.stride, 1)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -57,6 +50,12 @@ class RopeFree(PruningPolicy):
         if self.stride is None:
             return best
         return index_of(marks(best, ctx.mask.shape[1]) | stride_grid(ctx, self.stride))
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        best = super().kept(tokens, images, layer)
+        if self.stride is None:
+            return best
+        return union_count(best, grid_count(tokens, images, self.stride), tokens)
 
 
 def scaled(layer: int, depth: int) -> int:

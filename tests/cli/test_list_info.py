@@ -26,6 +26,7 @@ def test_list_json_has_every_policy():
         "layer": 2,
         "keep": 0.5,
         "rows": "last",
+        "spend": "prompt",
         "earlier_kv": "full",
     }
     assert "2403.06764" in found["fastv"]["paper"]

@@ -93,9 +93,9 @@ def test_every_batch_and_seed_draws_anew_under_one_key():
     "method, budget, said",
     [
         (
-            "visionzip",
+            "sparsevlm:version=paper",
             0.5,
-            r"^visionzip at budget 0.5: VisionZip: expected a setting 'keep' that takes a share, got none",
+            r"^sparsevlm:version=paper at budget 0.5: keep: expected \(\) for version 'paper'",
         ),
         (
             "fastv:layer=6",

@@ -123,7 +123,7 @@ def test_docs_list_every_preset(tokens):
 
 @pytest.mark.parametrize("name", ["at_64_percent", "at_48_percent"])
 def test_docs_cut_what_they_say(name):
-    """The share of the visual tokens' FLOPs that FEATHER's setting leaves, within what one token less would save."""
+    """The share of the visual tokens' FLOPs that FEATHER's setting saves, within what a few tokens of its union are."""
     shape = DecoderShape(32, 4096, 32, 32, 128, 11008)
     cuts = {}
     for text in listed(name):
@@ -131,7 +131,7 @@ def test_docs_cut_what_they_say(name):
         cuts[text] = 1 - decoder_flops(shape, lengths) / decoder_flops(shape, [576] * 32)
     published = cuts.pop("fastv:layer=3;keep=0.25", None) or cuts.pop("fastv:layer=3;keep=0.5")
     assert published == pytest.approx(0.684 if name == "at_64_percent" else 0.458, abs=0.001)
-    assert list(cuts.values()) == pytest.approx([0.643 if name == "at_64_percent" else 0.479] * 5, abs=0.002)
+    assert list(cuts.values()) == pytest.approx([0.642 if name == "at_64_percent" else 0.478] * 5, abs=0.002)
 
 
 def listed(name):

@@ -16,7 +16,7 @@ import vlmprune
 from helpers.attention import Wants, doubled, draw, layer, logits_of, lower_right
 from helpers.tiny import IMAGE, dropped_from, generate, make_batch, make_model, oracle
 from vlmprune.models.attention.backend import attention
-from vlmprune.policies.attention import AttentionInputs
+from vlmprune.policies.inputs import AttentionInputs
 
 BATCHES = {"one": [["I", 7]], "padded": [["I", 9, "I", 4], [3, "I", 5], [12]]}
 STEPS = 4

@@ -10,10 +10,9 @@ from torch import Tensor
 
 import vlmprune
 from helpers.tiny import IMAGE, TOLERANCE, generate, make_batch, make_model, slow, upstream
-from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, keep_count
+from vlmprune.policies import Needs, PruningPolicy, Reduction, TokenContext, keep_count
 
 STEPS = 4
-
 BATCHES = {
     "one": [[4, "I", 7]],
     "two-images": [[2, "I", 3, "I", 5]],

@@ -11,7 +11,7 @@ import vlmprune
 from helpers.families import CASES, build, prompts
 from helpers.families_oracle import TOLERANCE, Reader, dropped_from, generate, oracle
 from vlmprune.policies.base import TokenContext
-from vlmprune.policies.vision import patch_attention
+from vlmprune.policies.by_image import patch_attention
 
 
 def attention_of(tower, **inputs):

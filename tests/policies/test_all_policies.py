@@ -1,5 +1,7 @@
 """Every policy of the registry, and what is made of several, under the check that authors of other policies use too."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -42,24 +44,33 @@ METHODS = {
         dict(keep=2, pivots=(0, 4), count="exact"),
     ],
     "vscan": [dict(keep=8, then=4, window=2, shallow_layer=1)],
-    "fastervlm": [dict(keep=6), dict(keep=0.5, positions="keep")],
-    "visionzip": [dict(dominant=5, contextual=2), dict(dominant=5, contextual=2, positions="keep")],
+    "fastervlm": [dict(keep=6), dict(keep=0.5, positions="keep"), dict(keep=6, spend="prompt")],
+    "visionzip": [
+        dict(dominant=5, contextual=2),
+        dict(dominant=5, contextual=2, positions="keep"),
+        dict(dominant=0.3, contextual=0.1),
+    ],
     "vispruner": [dict(keep=6), dict(keep=5, positions="keep")],
-    "divprune": [dict(keep=6), dict(positions="keep")],
-    "cdpruner": [dict(keep=6), dict(keep=6, relevance="none", positions="keep")],
+    "divprune": [dict(keep=6), dict(positions="keep"), dict(keep=0.3, spend="image")],
+    "cdpruner": [
+        dict(keep=6),
+        dict(keep=6, relevance="none", positions="keep"),
+        dict(keep=6, spend="prompt"),
+    ],
     "random_deep": [dict(keep=0.2)],
-    "random": [dict(keep=0.4, seed=7), dict(layer=0, keep=3)],
+    "random": [dict(keep=0.4, seed=7), dict(layer=0, keep=3), dict(layer=0, keep=3, spend="image")],
     "uniform": [dict(), dict(keep=5), dict(stride=2)],
 }
-SOME_GO = {"sparsevlm", "sparsevlm_plus"}  # whatever the settings: min(k, n - 1)
 KEEP_ALL = {
     "fastv": [dict(keep=1.0), dict(keep=10_000, rows="mean")],
     "feather": [dict(layers=(2, 3), keep=1.0)],
     "pyramiddrop": [dict(ratio=1.0), dict(ratio=(1.0, 1.0, 1.0), positions="keep")],
+    "sparsevlm": [dict(layers=(3,), keep=(1.0,)), dict(layers=(3,), keep=(1.0,), recycle=False)],
+    "sparsevlm_plus": [dict(layers=(3,), keep=(1.0,))],
     "dart": [dict(keep=1.0, count="exact")],
     "vscan": [dict(keep=1.0, then=1.0, window=2)],
     "fastervlm": [dict(keep=1.0)],
-    "visionzip": [dict(dominant=10_000, contextual=3)],
+    "visionzip": [dict(dominant=10_000, contextual=3), dict(dominant=0.75, contextual=0.25)],
     "vispruner": [dict(keep=1.0)],
     "divprune": [dict(keep=1.0)],
     "cdpruner": [dict(keep=1.0)],
@@ -100,7 +111,7 @@ ALL_STAY = [*made(KEEP_ALL), *COMPOSED_KEEP_ALL]
 
 def test_every_method_is_here():
     assert METHODS.keys() == BUILT_IN.keys()
-    assert KEEP_ALL.keys() == BUILT_IN.keys() - SOME_GO
+    assert KEEP_ALL.keys() == BUILT_IN.keys()
     assert len(set(POLICIES)) == len(POLICIES)
 
 
@@ -162,3 +173,97 @@ def test_a_sample_of_nan_keeps_its_first_tokens(policy):
         assert index[1].tolist() == first
         if policy != stage("fastv", keep=5, rows="mean"):  # more rows see the first tokens
             assert any(row != first for row in sound.tolist())
+
+
+def told(policy, ctx):
+    """What ``kept`` says of every sample."""
+    return [policy.kept(n, m, ctx.layer) for n, m in zip(ctx.counts, ctx.image_counts(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [p for p in POLICIES if not (counts_by_data(p) or isinstance(p, Custom) or p == Uniform(stride=2))],
+    ids=repr,
+)
+def test_a_budget_is_what_a_run_keeps(policy):
+    """At every stage, from what the one before has left."""
+    images, kept = [[(4, 5)], [], [(5, 4), (2, 10)]], None
+    for layer in policy.layers:
+        ctx = make_context(policy.needs(layer), images, layer, kept=kept)
+        assert counts(policy, ctx) == told(policy, ctx)
+        kept = [range(n) for n in told(policy, ctx)]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_share_of_1_is_everything_and_an_int_is_tokens_per_image(name):
+    cls = policies.policy_class(name)
+    whole = cls().at(1.0)
+    assert [whole.kept(1152, 2, layer) for layer in whole.layers] == [1152] * len(whole.layers)
+    if "keep" in cls.__dataclass_fields__ and name not in ("feather", "sparsevlm", "sparsevlm_plus", "dart"):
+        for keep in (1, 5):
+            assert cls(keep=keep).kept(1152, 2, cls().layers[0]) == 2 * keep
+
+
+@pytest.mark.parametrize("name", ["fastv", "random", "random_deep", "fastervlm", "divprune", "cdpruner"])
+@pytest.mark.parametrize("keep", [4, 0.2])
+def test_how_a_budget_is_spent(name, keep):
+    """By image each one keeps its own; by prompt they may win each other's."""
+    by_image, by_prompt = (stage(name, keep=keep, spend=spend) for spend in ("image", "prompt"))
+    (layer,) = by_image.layers
+    ctx = make_context(by_image.needs(layer), [[(4, 5), (5, 4)], [], [(2, 10)]], layer)
+    for policy in (by_image, by_prompt):
+        assert counts(policy, ctx) == told(policy, ctx) == [8, 0, 4]
+    choice = by_image.select(ctx)
+    index = choice.index if isinstance(choice, Reduction) else choice
+    assert ((index >= 0) & (index < 20)).sum(1).tolist() == [4, 0, 4]
+    with pytest.raises(ValueError, match=r"^spend: expected 'prompt' or 'image', got 'all'$"):
+        stage(name, spend="all")
+
+
+def test_by_image_a_choice_is_that_of_each_image_alone():
+    for name in ("fastv", "divprune"):
+        policy = stage(name, keep=4, spend="image", **({} if name == "fastv" else {"positions": "keep"}))
+        ctx = make_context(policy.needs(policy.layers[0]), [[(4, 5), (5, 4)]], policy.layers[0])
+        whole = stage(name, keep=1.0, **({} if name == "fastv" else {"positions": "keep"}))
+        assert whole.select(ctx).shape == (1, 40)
+        if name == "fastv":
+            scores = ctx.attention.received(ctx.attention.last)[0]
+            best = [20 * i + scores[20 * i :][:20].topk(4).indices.sort().values for i in (0, 1)]
+            assert policy.select(ctx)[0].tolist() == torch.cat(best).tolist()
+        else:
+            halves = [stage(name, keep=4, positions="keep").select(part(ctx, i)) + 20 * i for i in (0, 1)]
+            assert policy.select(ctx).tolist() == torch.cat(halves, 1).tolist()
+
+
+def part(ctx, image):
+    """One of two images of 20 tokens."""
+    here = slice(20 * image, 20 * image + 20)
+    return replace(
+        ctx,
+        mask=ctx.mask[:, here],
+        counts=(20,),
+        ordinals=ctx.ordinals[:, here] - 20 * image,
+        hidden=ctx.hidden[:, here],
+        grids=(ctx.grids[0][image : image + 1],),
+    )
+
+
+def test_by_image_needs_whole_images():
+    said = r"^spend: expected 'prompt' after an earlier stage, or in prefill by chunks, got 'image'$"
+    policy = stage("fastv", spend="image")
+    later = make_context(policy.needs(2), [[(4, 5), (5, 4)]], 2, kept=[[0, 7, 30]])
+    chunk = replace(make_context(policy.needs(2), [[(4, 5)]], 2), shares=(0.5,))
+    for ctx in (later, chunk):
+        with pytest.raises(ValueError, match=said):
+            policy.select(ctx)
+
+
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "sparsevlm_plus"])
+def test_a_sample_whose_attention_is_nan_keeps_its_first_tokens(name):
+    policy = stage(name, **METHODS[name][0])
+    layer = policy.layers[0]
+    ctx = make_context(policy.needs(layer), [[(4, 5)], [(5, 4)]], layer)
+    choice = policy.select(broken(ctx, 1, float("nan")))
+    index = choice.index if isinstance(choice, Reduction) else choice
+    assert index[1].tolist() == list(range(index.shape[1]))
+    assert index[0].tolist() != list(range(index.shape[1]))

@@ -7,7 +7,7 @@ import torch
 
 from helpers.contexts import case
 from vlmprune import ops
-from vlmprune.policies import attention
+from vlmprune.policies import inputs
 
 
 def halves(seen):
@@ -27,15 +27,15 @@ def two_ranks(monkeypatch, others):
     group = Group()
 
     def all_reduce(x, op, group):
-        join = torch.maximum if op == attention.dist.ReduceOp.MAX else torch.add
+        join = torch.maximum if op == inputs.dist.ReduceOp.MAX else torch.add
         x.copy_(join(x, others()))
 
     def all_gather(parts, x, group):
         parts[0].copy_(x)
         parts[1].copy_(others())
 
-    monkeypatch.setattr(attention.dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(attention.dist, "all_gather", all_gather)
+    monkeypatch.setattr(inputs.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(inputs.dist, "all_gather", all_gather)
     return group
 
 
@@ -52,7 +52,7 @@ def test_heads_of_two_ranks_give_what_all_heads_give(monkeypatch, head_reduce):
 
 def test_real_collectives_of_one_rank_change_nothing():
     seen = case(["square"]).ctx.attention
-    dist = attention.dist
+    dist = inputs.dist
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         for head_reduce in ("mean", "sum", "max", "none"):

@@ -111,9 +111,12 @@ def test_lists_become_tuples():
         ({"layers": 8}, r"^layers: expected two layers, ascending, got 8$"),
         ({"layers": (8, 8)}, r"^layers: expected two layers, ascending, got \(8, 8\)$"),
         ({"layers": (0, 8)}, r"^layer: expected a whole number >= 1 \(the score .*\), got 0$"),
-        ({"keep": 64}, r"^keep: expected a share in \(0, 1\] as a float, got 64$"),
-        ({"keep": 0.0}, r"^keep: expected a share in \(0, 1\] as a float, got 0\.0$"),
-        ({"keep": float("nan")}, r"^keep: expected a share in \(0, 1\] as a float, got nan$"),
+        ({"keep": 64}, r"^keep: expected a share in \(0, 1\] as a float \(1\.0 is everything\), got 64$"),
+        ({"keep": 0.0}, r"^keep: expected a share in \(0, 1\] as a float \(1\.0 is everything\), got 0\.0$"),
+        (
+            {"keep": float("nan")},
+            r"^keep: expected a share in \(0, 1\] as a float \(1\.0 is everything\), got nan$",
+        ),
         ({"stride": 0}, r"^stride: expected a whole number >= 1, got 0$"),
     ],
 )

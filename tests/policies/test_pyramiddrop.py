@@ -79,14 +79,20 @@ def test_needs_the_own_layer():
         ({"layers": (8, 8)}, r"^layers: expected one or more layers, ascending, got \(8, 8\)$"),
         ({"layers": 8}, r"^layers: expected one or more layers, ascending, got 8$"),
         ({"layers": (-1, 8)}, r"^layer: expected a whole number >= 0, got -1$"),
-        ({"ratio": 0.0}, r"^ratio: expected shares in \(0, 1\] as floats, got 0\.0$"),
-        ({"ratio": 1}, r"^ratio: expected shares in \(0, 1\] as floats, got 1$"),
+        (
+            {"ratio": 0.0},
+            r"^ratio: expected a share in \(0, 1\] as a float \(1\.0 is everything\), got 0\.0$",
+        ),
+        ({"ratio": 1}, r"^ratio: expected a share in \(0, 1\] as a float \(1\.0 is everything\), got 1$"),
         ({"ratio": (0.5, 0.2)}, r"^ratio: expected 3 falling shares of the image, got \(0\.5, 0\.2\)$"),
         (
             {"ratio": (0.2, 0.5, 0.1)},
             r"^ratio: expected 3 falling shares of the image, got \(0\.2, 0\.5, 0\.1\)$",
         ),
-        ({"ratio": (1.5, 0.5, 0.1)}, r"^ratio: expected shares in \(0, 1\] as floats, got \(1\.5, "),
+        (
+            {"ratio": (1.5, 0.5, 0.1)},
+            r"^ratio: expected a share in \(0, 1\] as a float \(1\.0 is everything\), got 1\.5",
+        ),
         ({"positions": "drop"}, r"^positions: expected 'pack' or 'keep', got 'drop'$"),
     ],
 )

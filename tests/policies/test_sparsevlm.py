@@ -293,8 +293,8 @@ def test_defaults_of_the_versions():
         ({"version": "2.0"}, r"^version: expected '1\.5', '1\.0' or 'paper', got '2\.0'$"),
         ({"layers": (0, 7, 16)}, r"^layer: expected a whole number >= 1 \(the score .*\), got 0$"),
         ({"layers": (3, 7)}, r"^keep: expected 2 counts, one per layer, got \(300, 200, 110\)$"),
-        ({"keep": (3, 0, 1)}, r"^keep: expected shares in \(0, 1\] or whole numbers .*, got \(3, 0, 1\)$"),
-        ({"keep": (1.5, 0.5, 0.1)}, r"^keep: expected shares in \(0, 1\] or whole numbers"),
+        ({"keep": (3, 0, 1)}, r"^keep: expected a share in \(0, 1\] or a whole number .*, got 0$"),
+        ({"keep": (1.5, 0.5, 0.1)}, r"^keep: expected a share in \(0, 1\] or a whole number .*, got 1\.5$"),
         ({"scale": 2.0}, r"^scale: expected None, and no bias, for version '1\.5', got 2\.0 and None$"),
         (
             {"version": "paper", "keep": (1, 1, 1)},

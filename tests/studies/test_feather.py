@@ -17,7 +17,7 @@ from vlmprune.eval import Answer, Arm, Question, TypicalPrompt, bootstrap
 from vlmprune.flops import DecoderShape
 from vlmprune.policies import Feather, Random
 from vlmprune.policies.base import Needs
-from vlmprune.policies.schedule import _context
+from vlmprune.testing.context import make_context
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "glyphworld"
 PROMPT = TypicalPrompt(
@@ -120,7 +120,7 @@ def test_quarter_and_recall_by_hand():
 @pytest.mark.parametrize("stride", [None, 3])
 def test_criterion_is_feathers(stride):
     """Alone it is Feather's second stage, with the grid its first."""
-    ctx = _context(2, Needs(attention="previous"), torch.arange(36)[None], 36)
+    ctx = make_context(Needs(attention="previous"), [[(6, 6)]], 2)
     alone = Feather(layers=(1, 2), keep=0.5).select(ctx)
     joined = Feather(layers=(2, 3), keep=0.25, stride=3).select(ctx)
     expected = alone if stride is None else joined

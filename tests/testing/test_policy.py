@@ -6,14 +6,22 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 
 from vlmprune import ops
-from vlmprune.policies import Custom, FastV, Needs, PruningPolicy, Random, Reduction, VisionZip
-from vlmprune.policies.base import quotas, select_scores
+from vlmprune.policies import (
+    Custom,
+    FastV,
+    Needs,
+    PruningPolicy,
+    Random,
+    Reduction,
+    VisionZip,
+    quotas,
+    select_scores,
+)
 from vlmprune.testing import check_policy
 
 ROOT = Path(__file__).parents[2]
@@ -48,13 +56,6 @@ class Mine(PruningPolicy):
 
     def select(self, ctx):
         return self.function(ctx)
-
-
-@dataclass(frozen=True)
-class One(Mine):
-    """Made for one sample at a time, and says so."""
-
-    batched: ClassVar[bool] = False
 
 
 def test_a_right_one():
@@ -198,13 +199,6 @@ def test_what_select_raises_comes_with_its_case():
     with pytest.raises(torch.linalg.LinAlgError) as error:
         check_policy(Mine(rank))
     assert error.value.__notes__[0].startswith("layer 2, nan in everything: ")
-
-
-def test_one_sample_at_a_time():
-    """A policy that takes no batches is held to nothing about them."""
-    ran = check_policy(One(lambda ctx: ops.select_topk(norms(ctx), max(quotas(ctx, 0.3)))[0]))
-    assert "layer 2, one token" in ran and "layer 2, nan in everything" in ran
-    assert not any("batch" in name or "no visual tokens" in name for name in ran)
 
 
 def test_keep_all():

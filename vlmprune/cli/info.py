@@ -47,21 +47,11 @@ def show_policies(as_json: bool, as_markdown: bool = False) -> None:
 
 def markdown_table(found: dict[str, dict[str, Any]]) -> str:
     """The table of methods in the README."""
-    heads: tuple[str, ...] = (
-        "name",
-        "class",
-        "keeps",
-        "acts",
-        "text-aware",
-        "CLS",
-        "FlashAttention",
-        "batch > 1",
-    )
-    heads += ("192 / 128 / 64", "checked", "from")
+    heads = ("name", "class", "keeps", "acts", "text-aware", "CLS", "192 / 128 / 64", "checked", "from")
     rows = [heads, ("---",) * len(heads)]
     for name, policy in found.items():
         presets = " / ".join(f"`{policy['presets'][b]}`" for b in BUDGETS if b in policy["presets"])
-        facts = ("summary", "acts", "text_aware", "cls", "flash_attention", "batched")
+        facts = ("summary", "acts", "text_aware", "cls")
         cells = (WORDS.get(policy[key], policy[key]) for key in facts)
         rows.append(
             (f"`{name}`", f"`{policy['class']}`", *cells, presets, policy["checked"], policy["paper"])
@@ -78,8 +68,6 @@ def describe_policy(cls: type[PruningPolicy]) -> dict[str, Any]:
         "paper": cls.paper,
         "checked": cls.checked,
         "presets": dict(cls.presets),
-        "flash_attention": cls.flash_attention,
-        "batched": cls.batched,
         **_default_facts(cls),
     }
 

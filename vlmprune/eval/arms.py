@@ -84,7 +84,7 @@ def make_arms(
     arms = [
         fit_arm(text, policy, cut, prompt) for text, policy in methods.items() for cut in budgets or (None,)
     ]
-    cuts = budgets or sorted({round(cut_of(arm, prompt), 6) for arm in arms})
+    cuts = budgets or sorted({round(cut_of(arm, prompt), 6) for arm in arms if baselines})
     first = min((policy.layers[0] for policy in methods.values()), default=2)
     for kind in baselines:
         if not any(isinstance(policy, kind) for policy in methods.values()):
@@ -99,10 +99,10 @@ def fit_arm(text: str, policy: PruningPolicy, cut: float | None, prompt: Typical
     if cut is None:
         return Arm(text, None, policy)
     try:
-        keep = keep_for_flops(policy, cut, prompt.shape, prompt.visual, prompt.text)
+        share = keep_for_flops(policy, cut, prompt.shape, prompt.visual, prompt.text)
     except InputError as error:
         raise InputError(f"{text} at budget {cut:g}: {error}") from error
-    return Arm(text, cut, policy.with_share(keep))
+    return Arm(text, cut, policy.at(share))
 
 
 def cut_of(arm: Arm, prompt: TypicalPrompt) -> float:

@@ -13,7 +13,8 @@ from torch import Tensor
 from vlmprune.errors import check
 from vlmprune.eval.questions import Question, Region
 from vlmprune.models import patch_grid
-from vlmprune.policies.base import Grid, PruningPolicy, TokenContext, quotas
+from vlmprune.policies.base import Grid, PruningPolicy, TokenContext
+from vlmprune.policies.choose import quotas
 from vlmprune.policies.lattice import grid_scores
 from vlmprune.policies.uniform import Uniform
 
@@ -62,7 +63,7 @@ class Oracle(PruningPolicy):
         regions = self.regions or (None,) * samples
         check(len(regions) == samples, "regions", f"{samples}, one per sample", len(regions))
         index = Uniform(self.layer, self.keep, order=self.order).select(ctx)
-        kept = quotas(ctx, self.keep)
+        kept = quotas(ctx, self)
         for sample, region in enumerate(regions):
             if region is not None:
                 grids, tokens = ctx.grids[sample], ctx.counts[sample]

@@ -24,8 +24,8 @@ from vlmprune.models.layout import (
 )
 from vlmprune.models.prefill import Decision, Prefill, Rope, Unpruned
 from vlmprune.models.vision_reads import VisionReads
+from vlmprune.policies.answer import check_selection
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
-from vlmprune.policies.checks import check_selection
 
 
 class StageRunner:

@@ -1,6 +1,7 @@
 """Pruning methods: tensors in, kept positions out. One short file each; ``registry`` knows their names.
 
-Every built-in method's class is an attribute of this package (and of ``vlmprune``), imported when first asked for.
+Every built-in method's class is an attribute of this package (and of ``vlmprune``), imported when first asked for; what the
+author of a method needs is here too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,25 @@ from vlmprune.policies.base import (
     Reduction,
     TokenContext,
     VisionAttention,
+    attention_of,
+    outcome,
+)
+from vlmprune.policies.by_image import images_of, spent
+from vlmprune.policies.checks import (
+    check_keep,
+    check_layer,
+    check_layers,
+    check_whole,
+    check_word,
+)
+from vlmprune.policies.choose import (
+    choose_best,
+    index_of,
+    keep_count,
+    marks,
+    quotas,
+    select_counts,
+    select_scores,
 )
 from vlmprune.policies.compose import Intersection, Stages, Union
 from vlmprune.policies.custom import Custom
@@ -73,13 +93,29 @@ __all__ = [
     "VisPruner",
     "VisionAttention",
     "VisionZip",
+    "attention_of",
+    "check_keep",
+    "check_layer",
+    "check_layers",
+    "check_whole",
+    "check_word",
+    "choose_best",
     "fields_of",
+    "images_of",
+    "index_of",
+    "keep_count",
     "keep_for_flops",
     "keep_for_mean_tokens",
     "list_policies",
+    "marks",
+    "outcome",
     "policies",
     "policy_class",
     "policy_from",
+    "quotas",
+    "select_counts",
+    "select_scores",
+    "spent",
 ]
 
 if not TYPE_CHECKING:  # which must see an unknown name as an error

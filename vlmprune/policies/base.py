@@ -3,57 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import wraps
 from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from vlmprune import ops
 from vlmprune.errors import check, require
-from vlmprune.policies.attention import AttentionInputs as AttentionInputs
+from vlmprune.policies.checks import check_word, plain, share_of
+from vlmprune.policies.choose import keep_count
+from vlmprune.policies.inputs import AttentionInputs as AttentionInputs
+from vlmprune.policies.inputs import Grid as Grid
+from vlmprune.policies.inputs import VisionAttention as VisionAttention
 from vlmprune.policies.needs import Needs as Needs
 
-Grid = tuple[int, int]
-"""Rows and columns of visual tokens: those of one image, of a video's frame, or of an image's small view or tiles."""
+Positions = Literal["pack", "keep"]
+"""Where the kept rows stand for RoPE: at 0, 1, 2, ... without gaps, or at the positions they had."""
 
 
 def tokens_in(grids: Iterable[Grid]) -> int:
     """Visual tokens of all these grids."""
     return sum(rows * columns for rows, columns in grids)
-
-
-@dataclass(frozen=True)
-class VisionAttention:
-    """Query and key of one vision-tower layer, for the I images of a call in prompt order.
-
-    Attributes:
-        query, key: ``[I, H, P, D]``, or ``[I, H, 1 + P, D]`` with the CLS row first.
-        scale: softmax scale.
-        cls: whether row 0 is a CLS token.
-        grid: patch rows and columns, where ``side`` is not 1.
-        side: rows and columns of the block of patches that became one visual token.
-        mask: ``[I, P]`` bool, False at patches that are padding (no CLS then); None = none are.
-    """
-
-    query: Tensor
-    key: Tensor
-    scale: float
-    cls: bool
-    grid: Grid | None = None
-    side: int = 1
-    mask: Tensor | None = None
-
-    def per_token(self, patches: Tensor) -> Tensor:
-        """Mean over each visual token's block: ``[I, P, ...]`` to ``[I, P / side^2, ...]``."""
-        if self.side == 1:
-            return patches
-        rows, columns = require(self.grid, "grid", "patch rows and columns")
-        down, across = rows // self.side, columns // self.side
-        blocks = patches.reshape(len(patches), down, self.side, across, self.side, *patches.shape[2:])
-        return blocks.float().mean((2, 4)).flatten(1, 2)
 
 
 @dataclass(frozen=True)
@@ -125,69 +96,33 @@ class Reduction:
 
     index: Tensor
     hidden: Tensor | None = None
-    positions: Literal["keep", "pack"] = "keep"
+    positions: Positions = "keep"
 
 
-def keep_count(keep: float, tokens: int, images: float = 1) -> int:
-    """How many of ``tokens`` survive: a float is a share, an int is a number per image. Never more than there are."""
-    if tokens == 0:
-        return 0
-    if isinstance(keep, int):
-        return min(tokens, max(1, int(keep * images + 1e-6)))
-    return min(tokens, max(1, int(keep * tokens + 1e-6)))
+def outcome(index: Tensor, positions: Positions, hidden: Tensor | None = None) -> Tensor | Reduction:
+    """A bare index where tokens are only dropped and keep their positions, else a Reduction."""
+    return index if hidden is None and positions == "keep" else Reduction(index, hidden, positions)
 
 
-def check_keep(keep: object, name: str = "keep") -> None:
-    """Raise ValueError unless ``keep`` is a float in (0, 1] or an int of at least 1."""
-    ok = isinstance(keep, int | float) and not isinstance(keep, bool)
-    ok = ok and (0.0 < keep <= 1.0 if isinstance(keep, float) else keep >= 1)  # type: ignore[operator]
-    check(ok, name, "a share in (0, 1] or a whole number of tokens per image >= 1", repr(keep))
-
-
-def check_layer(layer: object, least: int = 0, why: str = "") -> None:
-    """Raise ValueError unless ``layer`` is an int of at least ``least``."""
-    ok = isinstance(layer, int) and not isinstance(layer, bool) and layer >= least
-    check(ok, "layer", f"a whole number >= {least}{why}", repr(layer))
-
-
-def quotas(ctx: TokenContext, keep: float) -> list[int]:
-    """How many tokens each sample keeps at this stage, on the host."""
-    return [keep_count(keep, n, images) for n, images in zip(ctx.counts, ctx.image_counts(), strict=True)]
-
-
-def select_scores(scores: Tensor, ctx: TokenContext, keep: float) -> Tensor:
-    """``select_counts`` for a share (float) or a number per image (int)."""
-    return select_counts(scores, ctx, quotas(ctx, keep))
-
-
-def select_counts(scores: Tensor, ctx: TokenContext, kept: Sequence[int]) -> Tensor:
-    """Numbers ``[B, K]`` of the ``kept[b]`` best-scored entering tokens, ascending, -1 on the right; no host sync.
-
-    Ties go to the lower number and NaN ranks below everything, so a sample of broken scores keeps its first tokens.
-
-    Args:
-        scores: ``[B, N]``, the higher survives; padding may hold anything.
-        ctx: the stage's context.
-        kept: one number per sample, at most ``ctx.counts``.
-    """
-    width = max(kept, default=0)
-    if len(set(kept)) == 1 and all(n == ctx.mask.shape[1] for n in ctx.counts):
-        return ops.select_topk(scores, width)[0]
-    quota = torch.tensor(kept, dtype=torch.int64).to(scores.device, non_blocking=True)
-    code = torch.where(ctx.mask, 0, 2).to(torch.int8)
-    return ops.select_topk(scores, quota, code=code)[0][:, :width]
+KEEPS = "a setting 'keep', or `at` and `kept` of its own"
 
 
 @dataclass(frozen=True)
 class PruningPolicy(ABC):
     """Decides which visual tokens survive at its stages. Holds settings only, never tensors or run state.
 
+    A budget is counted per image, as a share of its tokens (a float) or as a number of them (an int), and a prompt of m
+    images has m times as much. A setting ``spend`` says how it is spent: "prompt", the best tokens of all images of the
+    prompt together stay, or "image", every image keeps its own.
+
+    A class checks its settings in ``__post_init__``; before that runs, numpy's numbers have become Python's.
+
     Args:
         earlier_kv: what the layers before the last stage hold in the KV cache once the prompt has run: "full", every
             token they saw, or "compact", only what survived the last stage (the answer then attends to nothing else).
 
     Raises:
-        ValueError: a setting is out of range.
+        InputError: a setting is out of range; so does every method.
     """
 
     summary: ClassVar[str] = ""
@@ -197,29 +132,39 @@ class PruningPolicy(ABC):
     checked: ClassVar[str] = "formula"
     """"formula": compared with an independent implementation of the published formula; "reading": the sources leave
     room, and the docstring says how it was used."""
-    flash_attention: ClassVar[bool] = True
-    """Whether the method works when no attention matrix exists: it does if it scores through ``AttentionInputs``."""
-    batched: ClassVar[bool] = True
-    """Whether it takes padded batches of more than one sample."""
     presets: ClassVar[Mapping[int, str]] = {}
     """Settings, as typed on the command line, for a mean of 192, 128 and 64 visual tokens of 576 over 32 layers."""
 
     earlier_kv: Literal["full", "compact"] = field(default="full", kw_only=True)
+    spend = "prompt"  # a setting of some methods: annotated there
 
-    def __new__(cls, *args: Any, earlier_kv: object = "full", **settings: Any) -> Self:
-        """Check what every policy has, whatever ``__post_init__`` its class brings."""
-        check(earlier_kv in ("full", "compact"), "earlier_kv", "'full' or 'compact'", repr(earlier_kv))
-        names = (setting.name for setting in fields(cls) if not setting.kw_only)
-        for name, value in {**dict(zip(names, args, strict=False)), **settings}.items():
-            for number in value if isinstance(value, tuple | list) else (value,):
-                foreign = isinstance(number, np.generic) and not isinstance(number, float)
-                check(not foreign, name, "Python's own numbers: int(...) or float(...)", repr(number))
-        return super().__new__(cls)
+    def __init_subclass__(cls) -> None:
+        """Let every policy pass through ``__post_init__`` of this class, whatever its own does."""
+        super().__init_subclass__()
+        own = cls.__dict__.get("__post_init__")
+        if own is not None:
+
+            @wraps(own)
+            def both(self: PruningPolicy) -> None:
+                PruningPolicy.__post_init__(self)
+                own(self)
+
+            cls.__post_init__ = both  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            if setting.init:
+                object.__setattr__(self, setting.name, plain(getattr(self, setting.name)))
+        check_word("earlier_kv", self.earlier_kv, "full", "compact")
+        check_word("spend", self.spend, "prompt", "image")
 
     @property
-    @abstractmethod
     def layers(self) -> tuple[int, ...]:
-        """Decoder layers at which tokens are dropped, ascending; layer K and later see the shortened sequence."""
+        """Decoder layers at which tokens are dropped, ascending; layer K and later see the shortened sequence.
+
+        By default the one in the setting ``layer``.
+        """
+        return (self._setting("layer", "a setting 'layer', or `layers` of its own"),)
 
     def needs(self, layer: int) -> Needs:
         """What ``select`` reads from its context at this stage."""
@@ -234,19 +179,15 @@ class PruningPolicy(ABC):
         nothing for the others; ``vlmprune.testing.check_policy`` tries all of this.
         """
 
-    def with_share(self, share: float) -> Self:
+    def at(self, share: float) -> Self:
         """The same policy keeping ``share`` of the tokens that enter each of its stages: how a budget is met.
 
-        Sets ``keep``, for every layer where that is a tuple. A method whose setting has another name overrides this.
+        Sets ``keep``, for every layer where that is a tuple; a method whose budget has other names overrides this.
 
         Raises:
-            InputError: there is no such setting, or the others leave no room for it.
+            InputError: the share is not in (0, 1], or the settings leave no room for it.
         """
-        name = type(self).__name__
-        there = any(setting.name == "keep" for setting in fields(self))
-        other = f"none (instead of {name}, pass lambda keep: {name}(...))"
-        check(there, name, "a setting 'keep' that takes a share", other)
-        each = isinstance(self.keep, tuple)  # type: ignore[attr-defined]
+        share, each = share_of(share), isinstance(self._setting("keep", KEEPS), tuple)
         change: dict[str, Any] = {"keep": (share,) * len(self.layers) if each else share}
         return replace(self, **change)
 
@@ -267,6 +208,27 @@ class PruningPolicy(ABC):
         from vlmprune.policies.recipe import write
 
         return write(self)
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """How many of the ``tokens`` visual tokens of one sample that enter the stage at ``layer`` stay.
+
+        By default what the settings ``keep`` and, if there is one, ``spend`` say. A method that counts otherwise overrides
+        this; ``select`` takes its counts from here (``quotas``), so that a budget is what a run keeps.
+
+        Args:
+            tokens: visual tokens of the sample that enter.
+            images: how many images they belong to; part of one counts for its share.
+            layer: one of ``layers``.
+
+        Raises:
+            InputError: how many stay is known only when they are chosen.
+        """
+        return keep_count(self._setting("keep", KEEPS), tokens, images, self.spend)
+
+    def _setting(self, name: str, expected: str) -> Any:
+        there = any(setting.name == name for setting in fields(self))
+        check(there, type(self).__name__, expected, "none")
+        return getattr(self, name)
 
     def __or__(self, other: PruningPolicy) -> PruningPolicy:
         """The union of what both keep, at the same layers."""

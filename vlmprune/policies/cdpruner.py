@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmprune.errors import check, require
-from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, check_keep, keep_count
-from vlmprune.policies.vision import Positions, check_positions, choose_greedily, images_of, outcome
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
+from vlmprune.policies.by_image import spent
+from vlmprune.policies.checks import check_keep, check_word
+from vlmprune.policies.choose import choose_greedily
 
 LEAST = 1e-6
 """Added to the least relevance in the released code, so that no token has none at all."""
@@ -36,6 +39,7 @@ class CDPruner(PruningPolicy):
         relevance: ``"text"``, ``"none"`` (diversity alone), or a function of the TokenContext (which then has ``hidden`` and
             ``embeds``) that returns ``[B, N]``, higher = more relevant.
         positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
+        spend: "image": every image keeps its own budget; "prompt": all images of a prompt are chosen from together.
 
     Raises:
         ValueError: a setting is out of range; in ``select``, the function returns another shape.
@@ -52,30 +56,27 @@ class CDPruner(PruningPolicy):
     keep: int | float = 64
     relevance: Literal["text", "none"] | Callable[[TokenContext], Tensor] = "text"
     positions: Positions = "pack"
+    spend: Literal["prompt", "image"] = "image"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
         known = self.relevance in ("text", "none") or callable(self.relevance)
         check(known, "relevance", "'text', 'none' or a function of the context", repr(self.relevance))
-        check_positions(self.positions)
+        check_word("positions", self.positions, "pack", "keep")
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Before the language model."""
-        return (0,)
+    layers = (0,)
+    """Before the language model."""
 
     def needs(self, layer: int) -> Needs:
         """The projected features, and the text's embeddings unless only diversity counts."""
         return Needs(hidden=True, embeds=self.relevance != "none")
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The most diverse and relevant tokens of each image."""
-        images = images_of(ctx)
+        """The most diverse and relevant tokens."""
         hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
-        kept = [keep_count(self.keep, tokens) for tokens in images.tokens]
-        parts = [images.split(x) for x in (hidden, ctx.mask, scaled(self._relevance(ctx), ctx.mask))]
-        picked = choose_greedily(parts[0], kept, "dpp", parts[1], parts[2])
-        return outcome(images.index(picked, kept, len(ctx.counts)), self.positions)
+        relevance = scaled(self._relevance(ctx), ctx.mask)
+        index = spent(self.spend, ctx, self, partial(choose_greedily, "dpp"), hidden, relevance)
+        return outcome(index, self.positions)
 
     def _relevance(self, ctx: TokenContext) -> Tensor:
         if self.relevance == "none":

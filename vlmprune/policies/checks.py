@@ -1,105 +1,92 @@
-"""Whether what a policy's ``select`` returned is a choice: each fault named, with a hint at the slip it looks like."""
+"""The checks of settings. Every one raises InputError with the setting's name, what was expected and what came."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Mapping
+from operator import is_
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from vlmprune.errors import check
-from vlmprune.policies.base import Reduction, TokenContext
+
+BEFORE = " (the score comes from the layer before)"
+"""Why a stage cannot be at layer 0."""
 
 
-def check_selection(choice: object, ctx: TokenContext, who: str, like: Tensor | None = None) -> None:
-    """Raise InputError unless ``choice`` is what ``PruningPolicy.select`` may return; one host read.
-
-    A sample with visual tokens keeps at least one, a sample without keeps none, and K is what the fullest keeps.
-
-    Args:
-        choice: what ``select(ctx)`` returned.
-        ctx: the context it was asked with.
-        who: what errors call the policy, for example its repr.
-        like: ``[..., D]`` of the dtype and on the device that new rows must have; None = ``ctx.hidden`` if it is there.
-
-    Raises:
-        InputError: with the policy, the sample and what is wrong there.
-    """
-    who = f"{who}.select(ctx)"
-    index = choice
-    if isinstance(choice, Reduction):
-        index, positions = choice.index, choice.positions
-        check(positions in ("keep", "pack"), f"{who}.positions", "'keep' or 'pack'", repr(positions))
-    used = check_index(index, ctx, who, ascending=not isinstance(choice, Reduction))
-    assert isinstance(index, Tensor)
-    width = index.shape[1]
-    hint = f"{width - used} more that are -1 everywhere (cut them off: index[:, :{used}])"
-    check(width == used, who, f"the {used} columns that the fullest sample uses", hint)
-    if isinstance(choice, Reduction) and choice.hidden is not None:
-        _check_rows(choice.hidden, index, ctx.hidden if like is None else like, f"{who}.hidden")
+def plain(value: Any) -> Any:
+    """``value`` with Python's own numbers for numpy's, also inside tuples and lists; itself if there are none."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) not in (tuple, list):
+        return value
+    made = type(value)(map(plain, value))
+    return value if all(map(is_, made, value)) else made
 
 
-def check_index(index: object, ctx: TokenContext, who: str, ascending: bool = True) -> int:
-    """Return how many columns of ``index`` the fullest sample uses; raise InputError unless it is valid up to there."""
-    batch = len(ctx.counts)
-    check(isinstance(index, Tensor), who, f"an int64 tensor [{batch}, K] or a Reduction", _described(index))
-    assert isinstance(index, Tensor)
-    check(index.dtype == torch.int64, who, "int64", _described(index))
-    shape = list(index.shape)
-    check(len(shape) == 2 and shape[0] == batch, who, f"[{batch}, K]", shape)
-    check(index.device == ctx.mask.device, who, f"a tensor on {ctx.mask.device}", index.device)
-    view = index.untyped_storage().data_ptr() == ctx.positions.untyped_storage().data_ptr()
-    check(not view or index.numel() == 0, who, "numbers among the entering tokens", "ctx.positions")
-    rows = index.tolist()
-    for sample, row in enumerate(rows):
-        _check_row(row, ctx, sample, f"{who}, sample {sample}", ascending)
-    return max((sum(i != -1 for i in row) for row in rows), default=0)
+def check_word(name: str, value: object, *words: str) -> None:
+    """``value`` is one of ``words``."""
+    *most, last = map(repr, words)
+    check(value in words, name, f"{', '.join(most)} or {last}", repr(value))
 
 
-def _check_row(row: list[int], ctx: TokenContext, sample: int, who: str, ascending: bool) -> None:
-    """One sample's numbers."""
-    tokens, kept = ctx.counts[sample], [i for i in row if i != -1]
-    hole = row.index(-1) if -1 in row else len(row)
-    check(hole == len(kept), who, "-1 only on the right", f"-1 before {kept[hole:][:1]}")
-    outside = [i for i in kept if not 0 <= i < tokens]
-    right = f"numbers 0 to {tokens - 1} of its tokens" if tokens else "nothing, as it has no visual tokens"
-    check(not outside, who, right, f"{outside[:1]}{_hint(kept, ctx, sample) if outside else ''}")
-    twice = [i for i, after in pairwise(sorted(kept)) if i == after]
-    check(not twice, who, "each number once", f"{twice[:1]} again")
-    falls = [pair for pair in pairwise(kept) if ascending and pair[0] > pair[1]]
-    check(not falls, who, "ascending numbers (a Reduction may reorder)", falls[:1])
-    check(bool(kept) or tokens == 0, who, f"at least one of its {tokens} tokens", "none")
+def check_whole(name: str, value: object, least: int | None = None, why: str = "") -> None:
+    """``value`` is an int, and of at least ``least`` if that is given."""
+    ok = isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+    check(ok, name, "a whole number" if least is None else f"a whole number >= {least}{why}", repr(value))
 
 
-def _hint(kept: list[int], ctx: TokenContext, sample: int) -> str:
-    """Which other numbering of the tokens these numbers are, if they are one."""
-    for name in ("positions", "ordinals"):
-        if set(kept) <= set(getattr(ctx, name)[sample].tolist()):
-            return f": these are ctx.{name}, not numbers among the entering tokens"
-    return ""
+def check_share(name: str, value: object) -> None:
+    """``value`` is a number in [0, 1]."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    check(ok, name, "a share in [0, 1]", repr(value))
 
 
-def _described(choice: object) -> str:
-    """What came in place of an index, and the slip it looks like."""
-    if choice is None:
-        return "None (is a return missing?)"
-    if isinstance(choice, tuple | list) and choice and isinstance(choice[0], Tensor):
-        return f"a {type(choice).__name__} of {len(choice)} (select_topk returns two: did you forget [0]?)"
-    if not isinstance(choice, Tensor):
-        return type(choice).__name__
-    if choice.dtype == torch.bool:
-        return "a bool mask (give the numbers of the tokens that stay)"
-    return f"{choice.dtype} (scores?)" if choice.is_floating_point() else f"{choice.dtype}"
+def check_keep(keep: object, name: str = "keep", counts: bool = True) -> None:
+    """``keep`` is a share, a float in (0, 1], or where ``counts`` are taken a number of tokens per image, an int."""
+    share = isinstance(keep, float) and 0.0 < keep <= 1.0
+    if counts:
+        whole = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+        check(
+            share or whole, name, "a share in (0, 1] or a whole number of tokens per image >= 1", repr(keep)
+        )
+    else:
+        check(share, name, "a share in (0, 1] as a float (1.0 is everything)", repr(keep))
 
 
-def _check_rows(rows: object, index: Tensor, like: Tensor | None, who: str) -> None:
-    """The new contents of a Reduction's rows."""
-    wanted = f"{list(index.shape)} + [D]" if like is None else f"{[*index.shape, like.shape[-1]]}"
-    check(isinstance(rows, Tensor), who, f"a tensor {wanted}", type(rows).__name__)
-    assert isinstance(rows, Tensor)
-    fits = rows.ndim == 3 and rows.shape[:2] == index.shape
-    fits = fits and (like is None or rows.shape[2] == like.shape[-1])
-    check(fits, who, wanted, list(rows.shape))
-    dtype, device = (rows.dtype, index.device) if like is None else (like.dtype, like.device)
-    check(rows.is_floating_point() and rows.dtype == dtype, who, str(dtype), rows.dtype)
-    check(rows.device == device, who, f"a tensor on {device}", rows.device)
+def share_of(share: object) -> float:
+    """``share`` as Python's float: one in (0, 1]."""
+    share = plain(share)
+    check_keep(share, "share", counts=False)
+    assert isinstance(share, float)
+    return share
+
+
+def check_layer(layer: object, least: int = 0, why: str = "") -> None:
+    """``layer`` is an int of at least ``least``."""
+    check_whole("layer", layer, least, why)
+
+
+def check_layers(layers: object, least: int, why: str = "", two: bool = False) -> None:
+    """``layers`` are ints of at least ``least``, ascending: two, or one or more."""
+    wanted = f"{'two' if two else 'one or more'} layers, ascending"
+    some = isinstance(layers, tuple | list) and (len(layers) == 2 if two else len(layers) > 0)
+    check(some, "layers", wanted, repr(layers))
+    assert isinstance(layers, tuple | list)
+    for layer in layers:
+        check_layer(layer, least, why)
+    check(list(layers) == sorted(set(layers)), "layers", wanted, repr(layers))
+
+
+def check_schedule(
+    tokens: int, keep: object, layers: tuple[int, ...], known: Mapping[int, tuple[int, ...]]
+) -> None:
+    """``tokens`` is a published budget, or ``keep`` has one share or count per layer."""
+    check(isinstance(keep, tuple | list), "keep", "one entry per layer, in a tuple", repr(keep))
+    named = ", ".join(map(str, known))
+    check(bool(keep) or tokens in known, "tokens", f"one of {named}, or an explicit keep", repr(tokens))
+    schedule = keep or known[tokens]
+    assert isinstance(schedule, tuple | list)
+    check(len(schedule) == len(layers), "keep", f"{len(layers)} counts, one per layer", repr(schedule))
+    for entry in schedule:
+        check_keep(entry)

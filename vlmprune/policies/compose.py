@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import InputError, check
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
-from vlmprune.policies.sets import index_of, marks
+from vlmprune.policies.checks import share_of
+from vlmprune.policies.choose import index_of, marks, union_count
 
 
 def check_member(whole: PruningPolicy, member: PruningPolicy, name: str) -> None:
@@ -55,13 +57,21 @@ class Stages(PruningPolicy):
 
     def needs(self, layer: int) -> Needs:
         """What the policy of this layer reads."""
-        return self._at(layer).needs(layer)
+        return self._policy(layer).needs(layer)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         """What the policy of this layer keeps."""
-        return self._at(ctx.layer).select(ctx)
+        return self._policy(ctx.layer).select(ctx)
 
-    def _at(self, layer: int) -> PruningPolicy:
+    def at(self, share: float) -> Self:
+        """Every policy at this share."""
+        return replace(self, policies=tuple(policy.at(share) for policy in self.policies))
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """As the policy of this layer says."""
+        return self._policy(layer).kept(tokens, images, layer)
+
+    def _policy(self, layer: int) -> PruningPolicy:
         check(layer in self.layers, "layer", f"one of {self.layers}", layer)
         return next(policy for policy in self.policies if layer in policy.layers)
 
@@ -114,7 +124,10 @@ class Pair(PruningPolicy):
 
 @dataclass(frozen=True)
 class Union(Pair):
-    """Keeps what either of two policies keeps; ``p | q``. How much that is depends on their overlap."""
+    """Keeps what either of two policies keeps; ``p | q``.
+
+    How much that is depends on their overlap: ``at`` and ``kept`` say what is expected if they know nothing of each other.
+    """
 
     summary: ClassVar[str] = "what either of two policies keeps"
 
@@ -123,12 +136,23 @@ class Union(Pair):
         one, other = self.choices(ctx)
         return index_of(one | other)
 
+    def at(self, share: float) -> Self:
+        """Both at the share whose union is expected to be this one."""
+        each = 1 - math.sqrt(1 - share_of(share))
+        return replace(self, first=self.first.at(each), second=self.second.at(each))
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """The expected number: at least the larger of both, at most their sum."""
+        one, other = (policy.kept(tokens, images, layer) for policy in (self.first, self.second))
+        return union_count(one, other, tokens)
+
 
 @dataclass(frozen=True)
 class Intersection(Pair):
-    """Keeps what both of two policies keep; ``p & q``. How much that is depends on their overlap.
+    """Keeps what both of two policies keep; ``p & q``.
 
     Where they agree on nothing, a sample keeps the first policy's choice: a sample with visual tokens never loses all.
+    How much stays depends on their overlap: ``at`` and ``kept`` say what is expected if they know nothing of each other.
     """
 
     summary: ClassVar[str] = "what both of two policies keep"
@@ -138,3 +162,13 @@ class Intersection(Pair):
         one, other = self.choices(ctx)
         both = one & other
         return index_of(torch.where(both.any(1, keepdim=True), both, one))
+
+    def at(self, share: float) -> Self:
+        """Both at the share whose intersection is expected to be this one."""
+        each = math.sqrt(share_of(share))
+        return replace(self, first=self.first.at(each), second=self.second.at(each))
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """The expected number: at most the smaller of both."""
+        one, other = (policy.kept(tokens, images, layer) for policy in (self.first, self.second))
+        return min(tokens, max(1, one + other - union_count(one, other, tokens)))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NoReturn, Self
 
 from torch import Tensor
 
-from vlmprune.errors import check
-from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, check_layer
-from vlmprune.policies.checks import check_index
+from vlmprune.errors import InputError, check
+from vlmprune.policies.answer import check_index
+from vlmprune.policies.base import Needs, PruningPolicy, TokenContext
+from vlmprune.policies.checks import check_layer
 
 Select = Callable[[TokenContext], Tensor]
 
@@ -58,11 +59,17 @@ class Custom(PruningPolicy):
         if not isinstance(self.select, Checked):
             object.__setattr__(self, "select", Checked(self.select))
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The one stage."""
-        return (self.layer,)
-
     def needs(self, layer: int) -> Needs:
         """Everything: what the function reads is not known. Before layer 0 there is no attention to see."""
         return Needs(hidden=True, attention="previous" if layer > 0 else None)
+
+    def at(self, share: float) -> Self:
+        """Raise InputError: a function has no share to set."""
+        self._unknown("a policy with a share to set")
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """Raise InputError: what a function keeps is known when it has chosen."""
+        self._unknown("a policy that says how many tokens it keeps")
+
+    def _unknown(self, expected: str) -> NoReturn:
+        raise InputError(f"Custom: expected {expected}, got the function {self.select!r}")

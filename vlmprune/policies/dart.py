@@ -13,18 +13,9 @@ from torch.nn.functional import normalize
 from vlmprune import ops
 from vlmprune.errors import check, require
 from vlmprune.ops.reference import unrotate
-from vlmprune.policies.base import (
-    AttentionInputs,
-    Needs,
-    PruningPolicy,
-    TokenContext,
-    attention_of,
-    check_keep,
-    check_layer,
-    quotas,
-    select_counts,
-)
-from vlmprune.policies.sets import marks
+from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, TokenContext, attention_of
+from vlmprune.policies.checks import check_keep, check_layer, check_word
+from vlmprune.policies.choose import keep_count, marks, select_counts
 
 
 @dataclass(frozen=True)
@@ -46,9 +37,6 @@ class DART(PruningPolicy):
         pivots: visual and text pivots per sample.
         count: ``"released"``: every pivot takes ``keep // all pivots``, on top of the visual pivots themselves (128
             becomes 132); ``"exact"``: exactly ``keep``, pivots included, shared out evenly, the first taking the rest.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     summary: ClassVar[str] = "tokens that duplicate a few pivots least, without attention"
@@ -74,12 +62,7 @@ class DART(PruningPolicy):
         ok = two and all(isinstance(p, int) and p >= 0 for p in self.pivots) and sum(self.pivots) > 0
         check(ok, "pivots", "a number of visual and one of text pivots, not both 0", repr(self.pivots))
         object.__setattr__(self, "pivots", tuple(self.pivots))
-        check(self.count in ("released", "exact"), "count", "'released' or 'exact'", repr(self.count))
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The one stage."""
-        return (self.layer,)
+        check_word("count", self.count, "released", "exact")
 
     def needs(self, layer: int) -> Needs:
         """The visual tokens' hidden states; the previous layer's keys, and which of them are text."""
@@ -92,12 +75,12 @@ class DART(PruningPolicy):
         seen = attention_of(ctx).chunk()
         strength = torch.linalg.vector_norm(seen.key, 1, dim=(1, 3), dtype=torch.float32)  # [B, S]
         norms, words = (ops.gather_tokens([strength], at)[0] for at in (seen.columns, seen.rows))
-        plans = [self._plan(k, n) for k, n in zip(quotas(ctx, self.keep), ctx.counts, strict=True)]
-        visual = select_counts(norms, ctx, [first for first, _, _ in plans])
+        shared = [self._shared(n, images) for n, images in zip(ctx.counts, ctx.image_counts(), strict=True)]
+        visual = select_counts(norms, ctx, [first for first, _, _ in shared])
         most = min(self.pivots[1], words.shape[1])
         absent = torch.where(seen.rows >= 0, 0, 2).to(torch.int8)
         text = ops.select_topk(words, most, code=absent)[0][:, :most]
-        shares = torch.tensor([share for _, share, _ in plans]).to(norms.device, non_blocking=True)
+        shares = torch.tensor([share for _, share, _ in shared]).to(norms.device, non_blocking=True)
         shares = torch.cat([shares[:, : visual.shape[1]], shares[:, self.pivots[0] :][:, :most]], 1)
         shares = shares * (torch.cat([visual, text], 1) >= 0)  # a pivot that is not there takes nothing
         cosines = torch.cat([_hidden_cosines(ctx, visual), _key_cosines(seen, text)], 1)
@@ -105,14 +88,18 @@ class DART(PruningPolicy):
         for cosine, share in zip(cosines.unbind(1), shares.unbind(1), strict=True):
             code = torch.where(ctx.mask & ~taken, 0, 2).to(torch.int8)
             taken = taken | marks(ops.select_topk(-cosine, share, code=code)[0], taken.shape[1])
-        total = [kept for _, _, kept in plans]
+        total = [kept for _, _, kept in shared]
         rest = torch.tensor(total).to(norms.device, non_blocking=True) - taken.sum(1)
         code = torch.where(taken, 1, torch.where(ctx.mask, 0, 2)).to(torch.int8)
         return ops.select_topk(norms, rest, code=code)[0][:, : max(total)]
 
-    def _plan(self, keep: int, tokens: int) -> tuple[int, list[int], int]:
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """With "released" up to the visual pivots more than ``keep``, or up to one less for each pivot."""
+        return self._shared(tokens, images)[2] if tokens else 0
+
+    def _shared(self, tokens: int, images: float) -> tuple[int, list[int], int]:
         """Of one sample: how many visual pivots, how many tokens each pivot takes, how many tokens that makes."""
-        pivots = sum(self.pivots)
+        keep, pivots = keep_count(self.keep, tokens, images), sum(self.pivots)
         if self.count == "released":
             first, share = min(self.pivots[0], tokens), keep // pivots
             return first, [share] * pivots, min(tokens, max(1, first + share * pivots))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from vlmprune.errors import require
-from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, check_keep, keep_count
-from vlmprune.policies.vision import Positions, check_positions, choose_greedily, outcome
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
+from vlmprune.policies.by_image import spent
+from vlmprune.policies.checks import check_keep, check_word
+from vlmprune.policies.choose import choose_greedily
 
 
 @dataclass(frozen=True)
@@ -18,16 +21,14 @@ class DivPrune(PruningPolicy):
     """Keeps tokens by greedy max-min cosine distance between projected features, before the language model.
 
     First the token whose nearest neighbour is farthest, then each time the one whose nearest kept token is farthest.
-    All images of a sample are chosen from together, as released for the crops of LLaVA-NeXT. The released code may
+    All images of a prompt are chosen from together, as released for the crops of LLaVA-NeXT. The released code may
     pick a token again where features are equal and so keep fewer; here a kept token is never picked again.
 
     Args:
         keep: share of a sample's tokens (float, rounded to the nearest count as released: 0.098 of 576 is 56) or tokens
             per image (int; 192, 128, 64 in later papers' tables).
         positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
-
-    Raises:
-        ValueError: a setting is out of range.
+        spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget.
     """
 
     summary: ClassVar[str] = "tokens most unlike each other (greedy max-min distance)"
@@ -35,31 +36,31 @@ class DivPrune(PruningPolicy):
         "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (CVPR 2025), arXiv 2503.02175"
     )
     presets: ClassVar[Mapping[int, str]] = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
-    checked: ClassVar[str] = "formula"
 
     keep: int | float = 0.098
     positions: Positions = "pack"
+    spend: Literal["prompt", "image"] = "prompt"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        check_positions(self.positions)
+        check_word("positions", self.positions, "pack", "keep")
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Before the language model."""
-        return (0,)
+    layers = (0,)
+    """Before the language model."""
 
     def needs(self, layer: int) -> Needs:
         """The projected features."""
         return Needs(hidden=True)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The most diverse tokens of each sample."""
+        """The most diverse tokens."""
         hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
-        kept = [self._count(n, images) for n, images in zip(ctx.counts, ctx.image_counts(), strict=True)]
-        return outcome(choose_greedily(hidden, kept, "maxmin", ctx.mask), self.positions)
+        index = spent(self.spend, ctx, self, partial(choose_greedily, "maxmin"), hidden)
+        return outcome(index, self.positions)
 
-    def _count(self, tokens: int, images: float) -> int:
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """A share is rounded to the nearest count."""
         if isinstance(self.keep, int):
-            return keep_count(self.keep, tokens, images)
-        return min(tokens, max(1, round(self.keep * tokens)))
+            return super().kept(tokens, images, layer)
+        budgets = images if self.spend == "image" and tokens else 1
+        return min(tokens, round(budgets * max(1, round(self.keep * tokens / budgets))))

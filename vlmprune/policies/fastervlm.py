@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vlmprune import ops
-from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, check_keep
-from vlmprune.policies.vision import (
-    Positions,
-    check_positions,
-    check_whole,
-    images_of,
-    outcome,
-    patch_attention,
-    quota_of,
-    vision_of,
-)
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
+from vlmprune.policies.by_image import images_of, patch_attention, spent, vision_of
+from vlmprune.policies.checks import check_keep, check_whole, check_word
+from vlmprune.policies.choose import choose_best
 
 
 @dataclass(frozen=True)
@@ -32,9 +24,7 @@ class FasterVLM(PruningPolicy):
         keep: tokens per image (int; published budgets 192, 128, 64) or share (float; the paper's 1 - reduction ratio).
         vision_layer: vision-tower layer whose attention is read; -2 is the one whose output LLaVA projects.
         positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
-
-    Raises:
-        ValueError: a setting is out of range.
+        spend: "image": every image keeps its own budget; "prompt": the best patches of all images of a prompt stay.
     """
 
     summary: ClassVar[str] = "patches most attended by the vision tower's CLS"
@@ -42,33 +32,29 @@ class FasterVLM(PruningPolicy):
         "[CLS] Attention is All You Need for Training-Free Visual Token Pruning, arXiv 2412.01818v1"
     )
     presets: ClassVar[Mapping[int, str]] = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
-    checked: ClassVar[str] = "formula"
 
     keep: int | float = 64
     vision_layer: int = -2
     positions: Positions = "pack"
+    spend: Literal["prompt", "image"] = "image"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_whole("vision_layer", self.vision_layer)
-        check_positions(self.positions)
+        check_word("positions", self.positions, "pack", "keep")
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Before the language model."""
-        return (0,)
+    layers = (0,)
+    """Before the language model."""
 
     def needs(self, layer: int) -> Needs:
         """Query and key of the vision layer."""
         return Needs(vision=(self.vision_layer,))
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The best-scored patches of each image."""
+        """The best-scored patches."""
         images = images_of(ctx)
         if not images.tokens:
             return ctx.ordinals
-        kept = quota_of(images, self.keep)
         scores = patch_attention(vision_of(ctx, self.vision_layer, images))
-        best, _ = ops.select_topk(scores, kept)
-        index = images.index(best, [kept] * len(images.tokens), len(ctx.counts))
-        return outcome(index, self.positions)
+        scores = images.join(scores, images.tokens, len(ctx.counts))
+        return outcome(spent(self.spend, ctx, self, choose_best, scores), self.positions)

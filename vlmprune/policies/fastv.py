@@ -8,16 +8,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vlmprune.errors import check
-from vlmprune.policies.base import (
-    Needs,
-    PruningPolicy,
-    TokenContext,
-    attention_of,
-    check_keep,
-    check_layer,
-    select_scores,
-)
+from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, attention_of
+from vlmprune.policies.by_image import spent
+from vlmprune.policies.checks import BEFORE, check_keep, check_layer, check_word
+from vlmprune.policies.choose import choose_best
 
 
 @dataclass(frozen=True)
@@ -31,9 +25,7 @@ class FastV(PruningPolicy):
         layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones; at least 1.
         keep: share (float) of the visual tokens, or visual tokens per image (int).
         rows: ``"last"`` (released code) or ``"mean"`` over all prompt rows (paper text).
-
-    Raises:
-        ValueError: a setting is out of range.
+        spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget.
     """
 
     summary: ClassVar[str] = "most attended tokens of the previous layer"
@@ -47,16 +39,12 @@ class FastV(PruningPolicy):
     layer: int = 2
     keep: int | float = 0.5
     rows: Literal["last", "mean"] = "last"
+    spend: Literal["prompt", "image"] = "prompt"
 
     def __post_init__(self) -> None:
-        check_layer(self.layer, 1, " (the score comes from the layer before)")
+        check_layer(self.layer, 1, BEFORE)
         check_keep(self.keep)
-        check(self.rows in ("last", "mean"), "rows", "'last' or 'mean'", repr(self.rows))
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The one stage."""
-        return (self.layer,)
+        check_word("rows", self.rows, "last", "mean")
 
     def needs(self, layer: int) -> Needs:
         """Query and key of the previous layer: the last row, or every prompt row."""
@@ -66,4 +54,4 @@ class FastV(PruningPolicy):
         """The best-scored tokens of each sample."""
         seen = attention_of(ctx)
         scores = seen.received(seen.last if self.rows == "last" else seen.rows)
-        return select_scores(scores, ctx, self.keep)
+        return spent(self.spend, ctx, self, choose_best, scores)

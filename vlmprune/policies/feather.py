@@ -8,17 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vlmprune.errors import check
-from vlmprune.policies.base import (
-    Needs,
-    PruningPolicy,
-    TokenContext,
-    attention_of,
-    check_layer,
-    select_scores,
-)
-from vlmprune.policies.grid import check_stride, stride_grid
-from vlmprune.policies.sets import index_of, marks
+from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, attention_of
+from vlmprune.policies.checks import BEFORE, check_keep, check_layers, check_whole
+from vlmprune.policies.choose import index_of, keep_count, marks, select_scores, union_count
+from vlmprune.policies.grid import grid_count, stride_grid
 
 
 @dataclass(frozen=True)
@@ -34,9 +27,6 @@ class Feather(PruningPolicy):
         keep: share of the visual tokens, a float in (0, 1]; the paper's 1 - R. The default cuts 64 % of the FLOPs, as
             published; 0.6 cuts 48 %, whose R the paper does not state (inferred).
         stride: rows and columns between two grid tokens.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     summary: ClassVar[str] = "RoPE-free attention with a coarse grid, then a harder cut"
@@ -50,15 +40,10 @@ class Feather(PruningPolicy):
     stride: int = 3
 
     def __post_init__(self) -> None:
-        two = isinstance(self.layers, tuple | list) and len(self.layers) == 2
-        check(two, "layers", "two layers, ascending", repr(self.layers))
-        for layer in self.layers:
-            check_layer(layer, 1, " (the score comes from the layer before)")
-        check(self.layers[0] < self.layers[1], "layers", "two layers, ascending", repr(self.layers))
+        check_layers(self.layers, 1, BEFORE, two=True)
         object.__setattr__(self, "layers", tuple(self.layers))
-        share = isinstance(self.keep, float) and 0.0 < self.keep <= 1.0
-        check(share, "keep", "a share in (0, 1] as a float", repr(self.keep))
-        check_stride(self.stride)
+        check_keep(self.keep, counts=False)
+        check_whole("stride", self.stride, 1)
 
     def needs(self, layer: int) -> Needs:
         """The last query row and the keys of the previous layer."""
@@ -69,6 +54,12 @@ class Feather(PruningPolicy):
         seen = attention_of(ctx).chunk()
         scores = seen.received(seen.last, normalize="columns", unrotated=True)
         if ctx.layer != self.layers[0]:
-            return select_scores(scores, ctx, self.keep**2)
+            return select_scores(scores, ctx, self)
         best = marks(select_scores(scores, ctx, self.keep), ctx.mask.shape[1])
         return index_of(best | stride_grid(ctx, self.stride))
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """Exact at the second stage; at the first what is expected of a union with the grid of whole, square images."""
+        if layer != self.layers[0]:
+            return keep_count(self.keep**2, tokens)
+        return union_count(keep_count(self.keep, tokens), grid_count(tokens, images, self.stride), tokens)

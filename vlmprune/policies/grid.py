@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from vlmprune.errors import check
 from vlmprune.policies.base import TokenContext
 
 NO_IMAGE = 1 << 62
 """First ordinal of an image that is not there: above every real one."""
-
-
-def check_stride(stride: object) -> None:
-    """Raise ValueError unless ``stride`` is an int of at least 1."""
-    ok = isinstance(stride, int) and not isinstance(stride, bool) and stride >= 1
-    check(ok, "stride", "a whole number >= 1", repr(stride))
 
 
 def stride_grid(ctx: TokenContext, stride: int) -> Tensor:
@@ -37,3 +31,9 @@ def stride_grid(ctx: TokenContext, stride: int) -> Tensor:
     patch = ctx.ordinals - layout[0].gather(1, image)
     across = layout[1].gather(1, image)
     return ctx.mask & (patch // across % stride == 0) & (patch % across % stride == 0)
+
+
+def grid_count(tokens: int, images: float, stride: int) -> int:
+    """How many tokens ``stride_grid`` marks of ``tokens`` of so many whole images, taken to be square."""
+    side = math.sqrt(tokens / images) if images else 0.0
+    return min(tokens, round(images * math.ceil(side / stride) ** 2))

@@ -9,17 +9,10 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.policies.base import (
-    Needs,
-    PruningPolicy,
-    Reduction,
-    TokenContext,
-    attention_of,
-    keep_count,
-    select_counts,
-)
-from vlmprune.policies.quota import check_layers
-from vlmprune.policies.vision import Positions, check_positions, outcome
+from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext, attention_of, outcome
+from vlmprune.policies.checks import check_keep, check_layers, check_word
+from vlmprune.policies.choose import keep_count, quotas, select_counts
+from vlmprune.policies.needs import Needs
 
 
 @dataclass(frozen=True)
@@ -37,9 +30,6 @@ class PyramidDrop(PruningPolicy):
         layers: the stages, ascending.
         ratio: share kept of the tokens entering each stage, or for each stage the share of the unpruned tokens.
         positions: ``"pack"`` (released code: positions count from 0 again after every stage) or ``"keep"``.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     summary: ClassVar[str] = "a pyramid of stages, by the attention of the stage's own layer"
@@ -48,7 +38,6 @@ class PyramidDrop(PruningPolicy):
         "arXiv 2410.17247"
     )
     presets: ClassVar[Mapping[int, str]] = {192: "ratio=0.255"}  # eight full layers alone are a mean of 144
-    checked: ClassVar[str] = "formula"
 
     layers: tuple[int, ...] = (8, 16, 24)
     ratio: float | tuple[float, ...] = 0.5
@@ -59,18 +48,24 @@ class PyramidDrop(PruningPolicy):
         object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.ratio, list):
             object.__setattr__(self, "ratio", tuple(self.ratio))
-        for share in self._shares():
-            ok = isinstance(share, float) and 0.0 < share <= 1.0
-            check(ok, "ratio", "shares in (0, 1] as floats", repr(self.ratio))
+        for share in self.ratio if isinstance(self.ratio, tuple) else (self.ratio,):
+            check_keep(share, "ratio", counts=False)
         if isinstance(self.ratio, tuple):
             falling = sorted(self.ratio, reverse=True) == [*self.ratio]
             right = falling and len(self.ratio) == len(self.layers)
             check(right, "ratio", f"{len(self.layers)} falling shares of the image", repr(self.ratio))
-        check_positions(self.positions)
+        check_word("positions", self.positions, "pack", "keep")
 
-    def with_share(self, share: float) -> Self:
-        """``share`` as the ratio; as each stage's share of the image where they are given one by one."""
-        return replace(self, ratio=(share,) * len(self.layers) if isinstance(self.ratio, tuple) else share)
+    def at(self, share: float) -> Self:
+        """``share`` as the ratio, a float."""
+        return replace(self, ratio=share)
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """Exact for a float. For shares of the unpruned image within one token, and only if nothing else has pruned it."""
+        if not isinstance(self.ratio, tuple):
+            return keep_count(self.ratio, tokens)
+        stage = self.layers.index(layer)
+        return keep_count(self.ratio[stage] / (self.ratio[stage - 1] if stage else 1.0), tokens)
 
     def needs(self, layer: int) -> Needs:
         """The last query row and the keys of the stage's own layer."""
@@ -82,13 +77,10 @@ class PyramidDrop(PruningPolicy):
         scores = seen.received(seen.last)
         return outcome(select_counts(scores, ctx, self._kept(ctx)), self.positions)
 
-    def _shares(self) -> tuple[float, ...]:
-        return self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
-
     def _kept(self, ctx: TokenContext) -> list[int]:
         """How many tokens each sample keeps."""
         if not isinstance(self.ratio, tuple):
-            return [keep_count(self.ratio, n) for n in ctx.counts]
+            return quotas(ctx, self)
         share = self.ratio[self.layers.index(ctx.layer)]
         whole = [sum(images) for images in ctx.images()]
         return [min(n, max(1, int(all_of * share))) for n, all_of in zip(ctx.counts, whole, strict=True)]

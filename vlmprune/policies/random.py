@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.policies.base import PruningPolicy, TokenContext, check_keep, check_layer, select_scores
+from vlmprune.policies.base import PruningPolicy, TokenContext
+from vlmprune.policies.by_image import spent
+from vlmprune.policies.checks import check_keep, check_layer
+from vlmprune.policies.choose import choose_best
 
 SEEDS = 1 << 63
 
@@ -25,9 +28,7 @@ class Random(PruningPolicy):
         layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones.
         keep: share (float) of the visual tokens, or visual tokens per image (int).
         seed: which draw.
-
-    Raises:
-        ValueError: a setting is out of range.
+        spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget.
     """
 
     summary: ClassVar[str] = "a random subset, fixed by a seed"
@@ -41,17 +42,13 @@ class Random(PruningPolicy):
     layer: int = 2
     keep: int | float = 0.5
     seed: int = 0
+    spend: Literal["prompt", "image"] = "prompt"
 
     def __post_init__(self) -> None:
         check_layer(self.layer)
         check_keep(self.keep)
         ok = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < SEEDS
         check(ok, "seed", "a whole number in [0, 2**63)", repr(self.seed))
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The one stage."""
-        return (self.layer,)
 
     def select(self, ctx: TokenContext) -> Tensor:
         """The tokens with the highest drawn scores."""
@@ -61,4 +58,4 @@ class Random(PruningPolicy):
         scores = torch.zeros(ctx.mask.shape, dtype=torch.float32)
         for row, tokens, seed in zip(scores, ctx.counts, seeds, strict=True):
             row[:tokens] = torch.rand(tokens, generator=draw.manual_seed(seed))
-        return select_scores(scores.to(ctx.mask.device, non_blocking=True), ctx, self.keep)
+        return spent(self.spend, ctx, self, choose_best, scores.to(ctx.mask.device, non_blocking=True))

@@ -20,13 +20,7 @@ class RandomDeep(Random):
     or, as a text, ``divprune:keep=0.5 + random_deep:layer=20,keep=0.25``. Where the horizon lies depends on the model
     and the task: deeper for stronger models and for reading text in images. The paper prunes from about layer 20 on.
 
-    Args:
-        layer: layers 0..layer-1 see every token that came this far, ``layer`` and later only the kept ones.
-        keep: share (float) of the visual tokens entering the layer, or visual tokens per image (int).
-        seed: which draw.
-
-    Raises:
-        ValueError: a setting is out of range.
+    Settings as for ``Random``.
     """
 
     summary: ClassVar[str] = "a random subset at a deep layer, after a good early method"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.policies.base import TokenContext
-from vlmprune.policies.sets import marks
+from vlmprune.policies.choose import marks
 
 MOST = 1e15
 """Squares of larger numbers leave the range of float32, and with it the distances between tokens."""
@@ -28,15 +28,15 @@ def recycled(
 
     Samples that keep as many of as many go together: one round for a batch of equal images.
     """
-    plans = [(k, *recycle_counts(n - k)) for k, n in zip(kept, ctx.counts, strict=True)]
-    if len(set(plans)) == 1:
-        return _thin(scores, hidden, ctx.mask, *plans[0], merge)
-    width = max(k + clusters for k, _, clusters in plans)
-    index = torch.full((len(plans), width), -1, dtype=torch.int64, device=hidden.device)
-    rows = hidden.new_zeros(len(plans), width, hidden.shape[2])
-    for plan in sorted(set(plans)):
-        at = [b for b, other in enumerate(plans) if other == plan]
-        some, contents = _thin(scores[at], hidden[at], ctx.mask[at], *plan, merge)
+    sizes = [(k, *recycle_counts(n - k)) for k, n in zip(kept, ctx.counts, strict=True)]
+    if len(set(sizes)) == 1:
+        return _thin(scores, hidden, ctx.mask, *sizes[0], merge)
+    width = max(k + clusters for k, _, clusters in sizes)
+    index = torch.full((len(sizes), width), -1, dtype=torch.int64, device=hidden.device)
+    rows = hidden.new_zeros(len(sizes), width, hidden.shape[2])
+    for size in sorted(set(sizes)):
+        at = [b for b, other in enumerate(sizes) if other == size]
+        some, contents = _thin(scores[at], hidden[at], ctx.mask[at], *size, merge)
         index[at, : some.shape[1]], rows[at, : some.shape[1]] = some, contents
     return index, rows
 

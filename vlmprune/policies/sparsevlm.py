@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import check, require
-from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, attention_of, select_counts
-from vlmprune.policies.quota import check_layers, check_schedule, entries, thinned
+from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext, attention_of, outcome
+from vlmprune.policies.checks import BEFORE, check_layers, check_schedule, check_whole, check_word
+from vlmprune.policies.choose import select_counts, thinned
+from vlmprune.policies.needs import Needs
 from vlmprune.policies.raters import rated, rater_weights, row_attention
-from vlmprune.policies.recycle import recycled
-from vlmprune.policies.vision import Positions, check_positions, check_whole, outcome
+from vlmprune.policies.recycle import recycle_counts, recycled
 
 SCHEDULES: Mapping[int, tuple[int, ...]] = {
     192: (300, 200, 110),
@@ -24,7 +25,6 @@ SCHEDULES: Mapping[int, tuple[int, ...]] = {
 }
 RANKS: Mapping[int, tuple[float, float]] = {192: (13.5, 0.0), 128: (9.0, 6.0), 64: (0.8, 0.0)}
 LAYERS: Mapping[str, tuple[int, ...]] = {"1.5": (3, 7, 16), "paper": (3, 7, 16), "1.0": (3, 7, 16, 20)}
-WHY = " (the score comes from the layer before)"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,6 @@ class SparseVLM(PruningPolicy):
         "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv 2410.04417"
     )
     presets: ClassVar[Mapping[int, str]] = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
-    checked: ClassVar[str] = "formula"
 
     tokens: int = 192
     layers: tuple[int, ...] = ()
@@ -81,12 +80,13 @@ class SparseVLM(PruningPolicy):
     positions: Positions = "pack"
 
     def __post_init__(self) -> None:
-        check(self.version in [*LAYERS], "version", "'1.5', '1.0' or 'paper'", repr(self.version))
-        object.__setattr__(self, "layers", entries(self.layers, "layers") or LAYERS[self.version])
-        check_layers(self.layers, 1, WHY)
-        object.__setattr__(self, "keep", entries(self.keep, "keep"))
-        check(self.merge in ("mean", "sum"), "merge", "'mean' or 'sum'", repr(self.merge))
-        check_positions(self.positions)
+        check_word("version", self.version, "1.5", "1.0", "paper")
+        object.__setattr__(self, "layers", LAYERS[self.version] if self.layers in ((), []) else self.layers)
+        check_layers(self.layers, 1, BEFORE)
+        object.__setattr__(self, "layers", tuple(self.layers))
+        check(isinstance(self.recycle, bool), "recycle", "True or False", repr(self.recycle))
+        check_word("merge", self.merge, "mean", "sum")
+        check_word("positions", self.positions, "pack", "keep")
         check_whole("tokens", self.tokens, 1)
         for name, number in (("scale", self.scale), ("bias", self.bias)):
             check(number is None or isinstance(number, int | float), name, "a number or None", repr(number))
@@ -94,6 +94,7 @@ class SparseVLM(PruningPolicy):
             no_rank = self.scale is None and self.bias is None
             check(no_rank, "scale", "None, and no bias, for version '1.5'", f"{self.scale} and {self.bias}")
             check_schedule(self.tokens, self.keep, self.layers, SCHEDULES)
+            object.__setattr__(self, "keep", tuple(self.keep))
             return
         check(self.keep == (), "keep", f"() for version {self.version!r}, which counts by rank", self.keep)
         scale, bias = (1.0, 0.0) if self.version == "paper" else RANKS.get(self.tokens, (None, 0.0))
@@ -117,11 +118,23 @@ class SparseVLM(PruningPolicy):
         hidden = require(ctx.hidden, "ctx.hidden", "hidden states (declare Needs(hidden=True))")
         return Reduction(*recycled(scores, hidden, ctx, kept, self.merge), self.positions)
 
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """Exact for version "1.5", recycled tokens included. Raises InputError for the others, whose ranks are not known."""
+        fixed = self.version == "1.5"
+        check(fixed, "version", "'1.5' for counts that are known in advance", repr(self.version))
+        best = self._best(tokens, images, layer)
+        return best + (recycle_counts(tokens - best)[1] if self.recycle else 0)
+
+    def _best(self, tokens: int, images: float, layer: int) -> int:
+        """How many stay as they are in version "1.5"."""
+        schedule = self.keep or SCHEDULES[self.tokens]
+        return thinned(schedule[self.layers.index(layer)], tokens, images)
+
     def _kept(self, ctx: TokenContext, weights: Tensor) -> list[int]:
         """How many tokens each sample keeps, before recycling."""
         if self.version == "1.5":
-            schedule = self.keep or SCHEDULES[self.tokens]
-            return thinned(ctx, schedule[self.layers.index(ctx.layer)])
+            each = zip(ctx.counts, ctx.image_counts(), strict=True)
+            return [self._best(tokens, images, ctx.layer) for tokens, images in each]
         assert self.scale is not None and self.bias is not None
         kept: list[int] = []
         for n, rank in zip(ctx.counts, attention_ranks(ctx, weights), strict=True):

@@ -10,17 +10,10 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.policies.base import (
-    AttentionInputs,
-    Needs,
-    PruningPolicy,
-    TokenContext,
-    attention_of,
-    select_counts,
-)
-from vlmprune.policies.quota import check_layers, check_schedule, entries, thinned
+from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, TokenContext, attention_of
+from vlmprune.policies.checks import BEFORE, check_layers, check_schedule, check_whole
+from vlmprune.policies.choose import select_scores, thinned
 from vlmprune.policies.raters import rated, rater_weights, row_attention
-from vlmprune.policies.vision import check_whole
 
 SCHEDULES: Mapping[int, tuple[int, ...]] = {
     192: (300, 200, 118),
@@ -51,15 +44,11 @@ class SparseVLMPlus(PruningPolicy):
         heads: how many priority heads; a model with fewer uses them all.
         layers: the stages: one more than the layers whose output is thinned.
         keep: an explicit schedule in place of the budget's, per layer tokens per image or shares; () = none.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     summary: ClassVar[str] = "SparseVLM freed from RoPE's decay, by priority heads, positions kept"
     paper: ClassVar[str] = "SparseVLM+, the released version 2.0 of SparseVLM, arXiv 2410.04417"
     presets: ClassVar[Mapping[int, str]] = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
-    checked: ClassVar[str] = "formula"
 
     tokens: int = 192
     heads: int = 14
@@ -69,10 +58,10 @@ class SparseVLMPlus(PruningPolicy):
     def __post_init__(self) -> None:
         check_whole("tokens", self.tokens, 1)
         check_whole("heads", self.heads, 1)
-        check_layers(self.layers, 1, " (the score comes from the layer before)")
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "keep", entries(self.keep, "keep"))
+        check_layers(self.layers, 1, BEFORE)
         check_schedule(self.tokens, self.keep, self.layers, SCHEDULES)
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "keep", tuple(self.keep))
 
     def needs(self, layer: int) -> Needs:
         """The text rows and keys of the previous layer, and the input embeddings."""
@@ -86,9 +75,12 @@ class SparseVLMPlus(PruningPolicy):
         per_head = seen.across_ranks(corrected.sum(2), "none")  # [B, H, N]
         first = ops.select_topk(per_head.sum(2), min(self.heads, per_head.shape[1]))[0]
         scores = per_head.gather(1, first[..., None].expand(-1, -1, per_head.shape[2])).sum(1)
+        return select_scores(rated(scores, ctx), ctx, self)
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """By the schedule."""
         schedule = self.keep or SCHEDULES[self.tokens]
-        kept = thinned(ctx, schedule[self.layers.index(ctx.layer)])
-        return select_counts(rated(scores, ctx), ctx, kept)
+        return thinned(schedule[self.layers.index(layer)], tokens, images)
 
 
 def rope_kernel(seen: AttentionInputs) -> Tensor:

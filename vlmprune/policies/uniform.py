@@ -10,17 +10,11 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.policies.base import (
-    PruningPolicy,
-    TokenContext,
-    check_keep,
-    check_layer,
-    quotas,
-    select_counts,
-)
-from vlmprune.policies.grid import check_stride, stride_grid
+from vlmprune.policies.base import PruningPolicy, TokenContext
+from vlmprune.policies.checks import check_keep, check_layer, check_whole, check_word
+from vlmprune.policies.choose import index_of, quotas, select_counts
+from vlmprune.policies.grid import grid_count, stride_grid
 from vlmprune.policies.lattice import lattice_scores
-from vlmprune.policies.sets import index_of
 
 KEEP = 0.25
 
@@ -61,29 +55,30 @@ class Uniform(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_layer(self.layer)
-        check(self.order in ("lattice", "raster"), "order", "'lattice' or 'raster'", repr(self.order))
+        check_word("order", self.order, "lattice", "raster")
         both = self.keep is not None and self.stride is not None
         check(not both, "keep", "either keep or stride", f"keep={self.keep!r} and stride={self.stride!r}")
         if self.stride is not None:
-            check_stride(self.stride)
+            check_whole("stride", self.stride, 1)
             check(self.order == "lattice", "order", "nothing beside a stride", repr(self.order))
         else:
             object.__setattr__(self, "keep", KEEP if self.keep is None else self.keep)
             check_keep(self.keep)
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The one stage."""
-        return (self.layer,)
-
     def select(self, ctx: TokenContext) -> Tensor:
         """The evenly spaced tokens; with ``stride``, one host read for the width."""
         if self.keep is None:
             return self._grid(ctx)
-        counts = quotas(ctx, self.keep)
+        counts = quotas(ctx, self)
         if self.order == "raster":
             return self._spaced(ctx, counts)
         return select_counts(lattice_scores(ctx, counts), ctx, counts)
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """Exact, but for ``stride``: then the grid of whole, square images."""
+        if self.stride is None:
+            return super().kept(tokens, images, layer)
+        return grid_count(tokens, images, self.stride)
 
     def _spaced(self, ctx: TokenContext, counts: list[int]) -> Tensor:
         kept, tokens = torch.tensor(counts)[:, None], torch.tensor(ctx.counts)[:, None]

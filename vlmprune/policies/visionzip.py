@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.errors import check, require
-from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
-from vlmprune.policies.vision import (
-    Positions,
-    check_positions,
-    check_whole,
-    images_of,
-    nearest,
-    others,
-    outcome,
-    patch_attention,
-    take,
-    vision_of,
-)
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
+from vlmprune.policies.by_image import images_of, nearest, patch_attention, rows_at, vision_of
+from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word, share_of
+from vlmprune.policies.choose import keep_count, others
 
 PRESETS = {192: (162, 30), 128: (108, 20), 64: (54, 10), 32: (27, 5)}
 """Published budgets as (dominant, contextual); 32 is the one per crop of LLaVA-NeXT at 160 tokens."""
@@ -39,11 +30,13 @@ class VisionZip(PruningPolicy):
     mean of what went to it, in the tower's features; the projector then sees the result, as in the released code.
 
     Args:
-        dominant: tokens of every image kept as they are; 54 if neither this nor ``tokens`` is given.
-        contextual: merged tokens of every image; 10 if neither this nor ``tokens`` is given.
+        dominant: tokens of every image kept as they are, a number (int) or a share (float); 54 if neither this nor
+            ``tokens`` is given.
+        contextual: merged tokens of every image, a number if ``dominant`` is one and a share if it is one; 10 if neither
+            this nor ``tokens`` is given.
         tokens: instead of the two: a published budget, 192 (162 + 30), 128 (108 + 20), 64 (54 + 10) or 32 (27 + 5).
         count_cls: the authors' settings count CLS among the dominant tokens and feed its row to the language model, which
-            has no place for it here. True keeps the patches they keep: one fewer than ``dominant``.
+            has no place for it here. True keeps the patches they keep: one fewer than ``dominant``, a number.
         vision_layer: vision-tower layer whose attention and keys are read.
         positions: ``"pack"`` (released code: dominant tokens, then contextual ones, at 0, 1, 2, ...) or ``"keep"``: in
             raster order at their own positions, contextual ones at their target's.
@@ -57,8 +50,9 @@ class VisionZip(PruningPolicy):
         "VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025), arXiv 2412.04467"
     )
     presets: ClassVar[Mapping[int, str]] = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
-    dominant: int | None = None
-    contextual: int | None = None
+
+    dominant: int | float | None = None
+    contextual: int | float | None = None
     tokens: int | None = None
     count_cls: bool = False
     vision_layer: int = -2
@@ -74,15 +68,20 @@ class VisionZip(PruningPolicy):
             check(agrees, name, f"{value} with tokens={self.tokens}", repr(given))
             object.__setattr__(self, name, value if given is None else given)
         check(isinstance(self.count_cls, bool), "count_cls", "True or False", repr(self.count_cls))
-        check_whole("dominant", self.dominant, 1 + self.count_cls)
-        check_whole("contextual", self.contextual, 0)
         check_whole("vision_layer", self.vision_layer)
-        check_positions(self.positions)
+        check_word("positions", self.positions, "pack", "keep")
+        if not isinstance(self.dominant, float):
+            check_whole("dominant", self.dominant, 1 + self.count_cls)
+            check_whole("contextual", self.contextual, 0)
+            return
+        check_keep(self.dominant, "dominant")
+        check_share("contextual", self.contextual)
+        share = sum(self._both())
+        check(share <= 1 + 1e-9, "contextual", "shares that add up to 1.0 at most", share)
+        check(not self.count_cls, "count_cls", "False with shares", True)
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Before the language model."""
-        return (0,)
+    layers = (0,)
+    """Before the language model."""
 
     def needs(self, layer: int) -> Needs:
         """Query and key of the vision layer, and the rows to merge."""
@@ -98,22 +97,46 @@ class VisionZip(PruningPolicy):
         project = require(ctx.project, "ctx.project", "the projector (declare a vision layer)")
         seen = vision_of(ctx, self.vision_layer, images)
         P = images.tokens[0]
-        assert self.dominant is not None and self.contextual is not None
-        dominant, _ = ops.select_topk(patch_attention(seen), min(P, self.dominant - self.count_cls))
+        first, contextual = self._counts(P)
+        dominant, _ = ops.select_topk(patch_attention(seen), first)
         targets, merged = merge_rest(
             features,
             seen.per_token(seen.key[:, :, int(seen.cls) :].float().mean(1)),
             others(dominant, P),
-            self.contextual,
+            contextual,
         )
         picked = torch.cat([dominant, targets], 1)
-        rows = torch.cat([take(hidden, dominant), project(merged).to(hidden.dtype)], 1)
+        rows = torch.cat([rows_at(hidden, dominant), project(merged).to(hidden.dtype)], 1)
         if self.positions == "keep":
             picked, order = picked.sort(dim=1)
-            rows = take(rows, order)
+            rows = rows_at(rows, order)
         kept = [picked.shape[1]] * len(images.tokens)
         index = images.index(picked, kept, len(ctx.counts))
         return outcome(index, self.positions, images.join(rows, kept, len(ctx.counts)))
+
+    def at(self, share: float) -> Self:
+        """``share`` as both, in the proportion that they have."""
+        share, (dominant, contextual) = share_of(share), self._both()
+        merged = share * contextual / (dominant + contextual)
+        return replace(self, dominant=share - merged, contextual=merged, tokens=None, count_cls=False)
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """As many of every image."""
+        return round(images * sum(self._counts(round(tokens / images)))) if tokens else 0
+
+    def _counts(self, tokens: int) -> tuple[int, int]:
+        """How many of an image's tokens are dominant, and into how many the others are merged."""
+        dominant, contextual = self._both()
+        if isinstance(dominant, float):
+            both = keep_count(dominant + contextual, tokens)
+            merged = min(int(contextual * tokens + 1e-6), both - 1)
+            return both - merged, merged
+        first = min(tokens, int(dominant) - self.count_cls)
+        return first, min(int(contextual), tokens - first)
+
+    def _both(self) -> tuple[float, float]:
+        assert self.dominant is not None and self.contextual is not None
+        return self.dominant, self.contextual
 
 
 def merge_rest(features: Tensor, keys: Tensor, rest: Tensor, contextual: int) -> tuple[Tensor, Tensor]:
@@ -128,6 +151,6 @@ def merge_rest(features: Tensor, keys: Tensor, rest: Tensor, contextual: int) ->
         rest[:, torch.tensor(at, dtype=torch.int64).to(rest.device, non_blocking=True)]
         for at in (strided, followers)
     )
-    assigned = nearest(take(keys, merging), take(keys, chosen))
-    mean = ops.merge_tokens(take(features, merging), assigned, C, mode="mean")
-    return chosen, take(features, chosen) + mean
+    assigned = nearest(rows_at(keys, merging), rows_at(keys, chosen))
+    mean = ops.merge_tokens(rows_at(features, merging), assigned, C, mode="mean")
+    return chosen, rows_at(features, chosen) + mean

@@ -11,19 +11,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmprune.errors import require
-from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext, check_keep
-from vlmprune.policies.vision import (
-    Positions,
-    check_positions,
-    check_share,
-    check_whole,
-    images_of,
-    outcome,
-    patch_attention,
-    quota_of,
-    take,
-    vision_of,
-)
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
+from vlmprune.policies.by_image import images_of, patch_attention, rows_at, vision_of
+from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word
 
 ROUND = 8
 """Duplicates removed per round in the released code."""
@@ -46,9 +36,6 @@ class VisPruner(PruningPolicy):
         important_ratio: share of T chosen by attention, in [0, 1].
         vision_layer: vision-tower layer whose attention is read.
         positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     summary: ClassVar[str] = "important patches by CLS attention, diverse ones by duplicate removal"
@@ -57,7 +44,6 @@ class VisPruner(PruningPolicy):
         "arXiv 2412.01818"
     )
     presets: ClassVar[Mapping[int, str]] = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
-    checked: ClassVar[str] = "formula"
 
     keep: int | float = 64
     important_ratio: float = 0.5
@@ -68,12 +54,11 @@ class VisPruner(PruningPolicy):
         check_keep(self.keep)
         check_share("important_ratio", self.important_ratio)
         check_whole("vision_layer", self.vision_layer)
-        check_positions(self.positions)
+        check_word("positions", self.positions, "pack", "keep")
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Before the language model."""
-        return (0,)
+    layers = (0,)
+    """Before the language model."""
+    spend = "image"
 
     def needs(self, layer: int) -> Needs:
         """Query and key of the vision layer; the features come with them."""
@@ -84,7 +69,7 @@ class VisPruner(PruningPolicy):
         images = images_of(ctx)
         if not images.tokens:
             return ctx.ordinals
-        kept = quota_of(images, self.keep)
+        kept = self.kept(images.tokens[0], 1, ctx.layer)
         scores = patch_attention(vision_of(ctx, self.vision_layer, images))
         features = require(ctx.features, "ctx.features", "what the projector got (declare Needs(vision=...))")
         order = scores.argsort(dim=1, descending=True, stable=True)
@@ -103,7 +88,7 @@ def remove_duplicates(features: Tensor, order: Tensor, keep: int) -> Tensor:
     while order.shape[1] > keep:
         even, odd = order[:, ::2], order[:, 1::2]
         drop = min(ROUND, order.shape[1] - keep, even.shape[1])
-        likest = (take(unit, even) @ take(unit, odd).transpose(1, 2)).amax(2)
+        likest = (rows_at(unit, even) @ rows_at(unit, odd).transpose(1, 2)).amax(2)
         distinct = likest.argsort(dim=1, descending=True, stable=True)[:, drop:]
         order = torch.cat([even.gather(1, distinct), odd], 1)
     return order

@@ -4,39 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.errors import require
-from vlmprune.policies.base import (
-    Grid,
-    Needs,
-    PruningPolicy,
-    Reduction,
-    TokenContext,
-    attention_of,
-    check_keep,
-    check_layer,
-    select_scores,
-)
-from vlmprune.policies.vision import (
-    Positions,
-    check_positions,
-    check_share,
-    check_whole,
-    images_of,
-    nearest,
-    others,
-    outcome,
-    patch_attention,
-    quota_of,
-    take,
-    vision_of,
-)
+from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext, attention_of, outcome
+from vlmprune.policies.by_image import images_of, nearest, patch_attention, rows_at, vision_of
+from vlmprune.policies.checks import check_keep, check_layer, check_share, check_whole, check_word, share_of
+from vlmprune.policies.choose import keep_count, others, select_scores
+from vlmprune.policies.inputs import Grid
+from vlmprune.policies.needs import Needs
 
 
 @dataclass(frozen=True)
@@ -63,9 +44,6 @@ class VScan(PruningPolicy):
         shallow_layer: vision-tower layer (first = 0) whose CLS attention ranks within windows.
         vision_layer: vision-tower layer whose CLS attention ranks the global patches.
         positions: ``"pack"`` (released code: positions 0, 1, 2, ... after each stage) or ``"keep"`` their own.
-
-    Raises:
-        ValueError: a setting is out of range.
     """
 
     summary: ClassVar[str] = "global and windowed CLS attention with merging, then text attention mid-way"
@@ -78,7 +56,6 @@ class VScan(PruningPolicy):
         128: "keep=192,then=64",
         64: "keep=96,then=32",
     }
-    checked: ClassVar[str] = "formula"
 
     keep: int | float = 96
     then: int | float = 32
@@ -97,7 +74,7 @@ class VScan(PruningPolicy):
         check_whole("window", self.window, 1)
         check_whole("shallow_layer", self.shallow_layer)
         check_whole("vision_layer", self.vision_layer)
-        check_positions(self.positions)
+        check_word("positions", self.positions, "pack", "keep")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -114,12 +91,22 @@ class VScan(PruningPolicy):
         """What the stage keeps."""
         return self._scan(ctx) if ctx.layer == 0 else self._attended(ctx)
 
+    def at(self, share: float) -> Self:
+        """``share`` as both ``keep`` and ``then``."""
+        return replace(self, keep=share_of(share), then=share_of(share))
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """``keep`` of every image, then ``then`` of the prompt."""
+        if layer == 0:
+            return keep_count(self.keep, tokens, images, "image")
+        return keep_count(self.then, tokens, images)
+
     def _scan(self, ctx: TokenContext) -> Tensor | Reduction:
         images = images_of(ctx)
         if not images.tokens:
             return ctx.ordinals
         hidden = images.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
-        kept = quota_of(images, self.keep)
+        kept = self.kept(images.tokens[0], 1, 0)
         shallow, deep = (
             patch_attention(vision_of(ctx, layer, images))
             for layer in (self.shallow_layer, self.vision_layer)
@@ -143,7 +130,7 @@ class VScan(PruningPolicy):
     def _attended(self, ctx: TokenContext) -> Tensor | Reduction:
         seen = attention_of(ctx)
         scores = seen.received(seen.last)
-        return outcome(select_scores(scores, ctx, self.then), self.positions)
+        return outcome(select_scores(scores, ctx, self), self.positions)
 
 
 def windows_of(grid: Grid, window: int) -> list[int]:
@@ -170,5 +157,5 @@ def merge_dropped(hidden: Tensor, picked: Tensor) -> Tensor:
     dropped = others(picked, P)
     own = torch.arange(k, device=picked.device).expand_as(picked)
     assigned = picked.new_zeros(picked.shape[0], P).scatter(1, picked, own)
-    assigned = assigned.scatter(1, dropped, nearest(take(hidden, dropped), take(hidden, picked)))
+    assigned = assigned.scatter(1, dropped, nearest(rows_at(hidden, dropped), rows_at(hidden, picked)))
     return ops.merge_tokens(hidden, assigned, k, mode="mean")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import check
+from vlmprune.policies.answer import check_selection
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
-from vlmprune.policies.checks import check_selection
 from vlmprune.testing.context import make_context
 from vlmprune.testing.context_changes import broken, copied, first_alone, inputs_of
 from vlmprune.testing.policy_cases import FLAT, TALL, WIDE, situations
@@ -21,13 +21,12 @@ def check_policy(policy: PruningPolicy, keep_all: PruningPolicy | None = None) -
     """Ask a policy in every situation that its ``needs`` allow, and check what it chooses.
 
     At each of its layers: one image, one token, none, several images, a padded batch, a cached past, ties, no text
-    after the image, half precision, after an earlier stage. A choice must be valid (``policies.checks``), the same when
+    after the image, half precision, after an earlier stage. A choice must be valid (``policies.answer``), the same when
     asked again, and leave the context as it was. A sample in a batch must get what it gets alone, and what it gets
     beside a sample full of NaN or infinities, which itself must get some valid choice. The settings must be a value.
 
     Args:
-        policy: with settings that fit images of 20 tokens. If its class says ``batched = False``, it is asked about
-            one sample at a time.
+        policy: with settings that fit images of 20 tokens.
         keep_all: the same method with settings by which every token stays, if there are any; checked for that.
 
     Returns:
@@ -54,7 +53,7 @@ def _check_stage(policy: PruningPolicy, layer: int) -> Iterator[str]:
     """Everything that holds at one layer; yields the name of each case."""
     needs = policy.needs(layer)
     check(isinstance(needs, Needs), f"{policy!r}.needs({layer})", "Needs(...)", repr(needs))
-    for name, ctx in situations(needs, layer, policy.batched):
+    for name, ctx in situations(needs, layer):
         case = f"layer {layer}, {name}"
         first, again = _ask(policy, ctx, case), _ask(policy, ctx, case)
         for sample in range(len(ctx.counts)):
@@ -62,13 +61,12 @@ def _check_stage(policy: PruningPolicy, layer: int) -> Iterator[str]:
             _expect_same(again, first, sample, who, "what it was")
         yield case
     yield from _check_broken(policy, needs, layer)
-    if policy.batched:
-        yield from _check_alone(policy, needs, layer)
+    yield from _check_alone(policy, needs, layer)
 
 
 def _check_all_stay(policy: PruningPolicy, layer: int) -> Iterator[str]:
     """No token goes at this layer, whatever the situation."""
-    for name, ctx in situations(policy.needs(layer), layer, policy.batched):
+    for name, ctx in situations(policy.needs(layer), layer):
         case = f"layer {layer}, keep_all, {name}"
         choice = _ask(policy, ctx, case)
         for sample, tokens in enumerate(ctx.counts):
@@ -91,15 +89,14 @@ def _check_broken(policy: PruningPolicy, needs: Needs, layer: int) -> Iterator[s
     """A sample with a token or full of NaN or infinities gets a valid choice, and its neighbours what they had."""
     one = make_context(needs, [[WIDE]], layer)
     three = make_context(needs, [[TALL], [WIDE, FLAT], [FLAT]], layer)
-    sound = _ask(policy, three, f"layer {layer}, three samples") if policy.batched else None
+    sound = _ask(policy, three, f"layer {layer}, three samples")
     for value, where in product((float("nan"), float("inf")), (None, *inputs_of(one))):
         case = f"layer {layer}, {value} in {'everything' if where is None else f'one token of {where}'}"
         _ask(policy, broken(one, 0, value, where), case)
-        if sound is not None:
-            beside = _ask(policy, broken(three, 1, value, where), case)
-            for sample in (0, 2):
-                who = f"{case} of sample 1: {policy!r}.select(ctx), sample {sample}"
-                _expect_same(beside, sound, sample, who, "what it gets beside a sound one")
+        beside = _ask(policy, broken(three, 1, value, where), case)
+        for sample in (0, 2):
+            who = f"{case} of sample 1: {policy!r}.select(ctx), sample {sample}"
+            _expect_same(beside, sound, sample, who, "what it gets beside a sound one")
         yield case
 
 

@@ -61,14 +61,13 @@ CHUNKED: Settings = {
 }
 
 
-def situations(needs: Needs, layer: int, batched: bool) -> Iterator[tuple[str, TokenContext]]:
-    """Name and context of each situation that a stage with these needs can meet; unbatched: of one sample."""
+def situations(needs: Needs, layer: int) -> Iterator[tuple[str, TokenContext]]:
+    """Name and context of each situation that a stage with these needs can meet."""
     whole = needs.vision or needs.embeds or needs.rows == "text"  # what reads those refuses prefill in chunks
     every = SITUATIONS | (WITH_TOWER if needs.vision else WITHOUT_TOWER)
     if layer:
         every |= LATER | ({} if whole else CHUNKED)
     for name, settings in every.items():
-        if batched or len(settings["images"]) == 1:
-            told = {key: value for key, value in settings.items() if key != "then"}
-            ctx = make_context(needs, layer=layer, **told)
-            yield name, settings["then"](ctx) if "then" in settings else ctx
+        told = {key: value for key, value in settings.items() if key != "then"}
+        ctx = make_context(needs, layer=layer, **told)
+        yield name, settings["then"](ctx) if "then" in settings else ctx

@@ -26,7 +26,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vlmprune.policies.base import PruningPolicy, TokenContext, select_scores
+from vlmprune.policies import PruningPolicy, TokenContext, select_scores
 
 IMAGE, PAD, BOS, EOS = 199, 0, 1, 2
 LAYERS, GRID = 6, 4  # 16 visual tokens per image

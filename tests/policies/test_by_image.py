@@ -8,19 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.contexts import case, images_in, patch_scores, sight
 from vlmprune.ops.greedy_select import greedy_select
-from vlmprune.policies.base import Reduction
+from vlmprune.policies.base import Reduction, outcome
+from vlmprune.policies.by_image import images_of, nearest, patch_attention, vision_of
 from vlmprune.policies.cdpruner import CDPruner
+from vlmprune.policies.choose import choose_greedily, others
 from vlmprune.policies.divprune import DivPrune
 from vlmprune.policies.fastervlm import FasterVLM
-from vlmprune.policies.vision import (
-    choose_greedily,
-    images_of,
-    nearest,
-    others,
-    outcome,
-    patch_attention,
-    vision_of,
-)
 from vlmprune.policies.visionzip import VisionZip
 from vlmprune.policies.vispruner import VisPruner
 from vlmprune.policies.vscan import VScan
@@ -81,7 +74,7 @@ def test_choose_greedily_is_each_row_alone(kept):
     g = torch.Generator().manual_seed(0)
     features, mask = torch.randn(3, 9, 4, generator=g), torch.ones(3, 9, dtype=torch.bool)
     mask[2, 5:] = False
-    got = choose_greedily(features, kept, "maxmin", mask)
+    got = choose_greedily("maxmin", kept, mask, features)
     assert got.shape == (3, max(kept))
     for b, k in enumerate(kept):
         alone, _ = greedy_select(features[b : b + 1], k, "maxmin", mask=mask[b : b + 1])

@@ -1,11 +1,10 @@
-"""What the methods before the language model share: the batch seen image by image, vision attention, nearest rows."""
+"""The batch seen image by image: where the images lie, budgets spent by image, vision attention, nearest rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,27 +12,8 @@ from torch.nn.functional import normalize
 
 from vlmprune import ops
 from vlmprune.errors import check, require
-from vlmprune.policies.base import Reduction, TokenContext, VisionAttention, keep_count
-from vlmprune.policies.sets import marks
-
-Positions = Literal["pack", "keep"]
-
-
-def check_positions(positions: object) -> None:
-    """Raise ValueError unless ``positions`` is "pack" or "keep"."""
-    check(positions in ("pack", "keep"), "positions", "'pack' or 'keep'", repr(positions))
-
-
-def check_whole(name: str, value: object, least: int | None = None) -> None:
-    """Raise ValueError unless ``value`` is an int, and of at least ``least`` if that is given."""
-    ok = isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
-    check(ok, name, "a whole number" if least is None else f"a whole number >= {least}", repr(value))
-
-
-def check_share(name: str, value: object) -> None:
-    """Raise ValueError unless ``value`` is a number in [0, 1]."""
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-    check(ok, name, "a share in [0, 1]", repr(value))
+from vlmprune.policies.base import PruningPolicy, TokenContext, VisionAttention
+from vlmprune.policies.choose import padding, quotas
 
 
 @dataclass(frozen=True)
@@ -104,6 +84,34 @@ def images_of(ctx: TokenContext) -> Images:
     return Images(tuple(samples), tuple(firsts), tuple(tokens), ctx.mask.shape[1])
 
 
+def spent(
+    spend: str, ctx: TokenContext, policy: PruningPolicy, choose: Callable[..., Tensor], *tensors: Tensor
+) -> Tensor:
+    """Index ``[B, K]`` of what ``choose`` takes by the policy's counts from every prompt, or from every image of it.
+
+    Args:
+        spend: "prompt" or "image".
+        ctx: the stage's context.
+        policy: whose ``kept`` counts.
+        choose: ``choose_best`` or alike: ``(counts, mask or None, *tensors)`` to places ``[G, k]``, ascending.
+        tensors: ``[B, N, ...]``, what to choose by.
+
+    Raises:
+        InputError: by image, where images are not whole: after an earlier stage, or in prefill by chunks.
+    """
+    if spend == "prompt":
+        return choose(quotas(ctx, policy), padding(ctx.counts, ctx.mask), *tensors)
+    whole = ctx.shares is None and ctx.counts == tuple(map(sum, ctx.images()))
+    check(whole, "spend", "'prompt' after an earlier stage, or in prefill by chunks", repr(spend))
+    images = images_of(ctx)
+    kept = [policy.kept(tokens, 1, ctx.layer) for tokens in images.tokens]
+    if not kept:
+        return ctx.ordinals
+    mask = padding(images.tokens, images.split(ctx.mask))
+    places = choose(kept, mask, *map(images.split, tensors))
+    return images.index(places, kept, len(ctx.counts))
+
+
 def vision_of(ctx: TokenContext, layer: int, images: Images) -> VisionAttention:
     """One vision layer's query and key, or an error that says what the policy forgot to declare."""
     name = f"ctx.vision[{layer}]"
@@ -137,19 +145,7 @@ def patch_attention(seen: VisionAttention) -> Tensor:
     return seen.per_token(received)
 
 
-def quota_of(images: Images, keep: float) -> int:
-    """Tokens kept of every image, which are all of one size: a float is a share, an int a number."""
-    return keep_count(keep, max(images.tokens, default=0))
-
-
-def others(index: Tensor, tokens: int) -> Tensor:
-    """Places ``[I, tokens - k]`` that ``index [I, k]`` (no padding) leaves out, ascending."""
-    code = torch.where(marks(index, tokens), 2, 1).to(torch.int8)
-    unranked = torch.zeros(code.shape, dtype=torch.float32, device=index.device)
-    return ops.select_topk(unranked, 0, code=code)[0][:, : tokens - index.shape[1]]
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index [I, k]`` (no padding) of ``x [I, P, D]``: ``[I, k, D]``."""
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
@@ -158,25 +154,3 @@ def nearest(rows: Tensor, targets: Tensor) -> Tensor:
     """Number ``[I, R]`` of the target ``[I, T, D]`` most cosine-similar to each row ``[I, R, D]``; ties to the first."""
     cosine = normalize(rows.float(), dim=-1) @ normalize(targets.float(), dim=-1).transpose(1, 2)
     return cosine.argmax(-1)
-
-
-def outcome(index: Tensor, positions: Positions, hidden: Tensor | None = None) -> Tensor | Reduction:
-    """A bare index where tokens are only dropped and keep their positions, else a Reduction."""
-    return index if hidden is None and positions == "keep" else Reduction(index, hidden, positions)
-
-
-def choose_greedily(
-    features: Tensor, kept: Sequence[int], rule: str, mask: Tensor, relevance: Tensor | None = None
-) -> Tensor:
-    """``ops.greedy_select`` with its own count ``kept[b]`` for every row: ``[B, K]`` ascending, -1 on the right.
-
-    The first choices do not depend on how many follow, so the rows share one run as long as the longest.
-    """
-    K, N = max(kept, default=0), features.shape[1]
-    index, order = ops.greedy_select(features, K, rule, relevance=relevance, mask=mask)
-    if len(set(kept)) <= 1:
-        return index
-    quota = torch.tensor(kept).to(order.device, non_blocking=True)
-    late = torch.arange(K, device=order.device) >= quota[:, None]
-    index = order.masked_fill(late, N).sort(dim=1).values
-    return index.masked_fill(index == N, -1)

@@ -1,4 +1,4 @@
-"""One decoder layer's query rows and keys, as a policy scores from them: over a past, without RoPE, with heads on many ranks."""
+"""Query and key as a policy scores from them: of a decoder layer (over a past, without RoPE, with heads on many ranks) and of a vision layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from vlmprune import ops
+from vlmprune.errors import require
 from vlmprune.ops.scoring import Reduction
+
+Grid = tuple[int, int]
+"""Rows and columns of visual tokens: those of one image, of a video's frame, or of an image's small view or tiles."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +103,34 @@ class AttentionInputs:
             key_mask=mask,
             lse=None,  # it counts the past's keys too
         )
+
+
+@dataclass(frozen=True)
+class VisionAttention:
+    """Query and key of one vision-tower layer, for the I images of a call in prompt order.
+
+    Attributes:
+        query, key: ``[I, H, P, D]``, or ``[I, H, 1 + P, D]`` with the CLS row first.
+        scale: softmax scale.
+        cls: whether row 0 is a CLS token.
+        grid: patch rows and columns, where ``side`` is not 1.
+        side: rows and columns of the block of patches that became one visual token.
+        mask: ``[I, P]`` bool, False at patches that are padding (no CLS then); None = none are.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    cls: bool
+    grid: Grid | None = None
+    side: int = 1
+    mask: Tensor | None = None
+
+    def per_token(self, patches: Tensor) -> Tensor:
+        """Mean over each visual token's block: ``[I, P, ...]`` to ``[I, P / side^2, ...]``."""
+        if self.side == 1:
+            return patches
+        rows, columns = require(self.grid, "grid", "patch rows and columns")
+        down, across = rows // self.side, columns // self.side
+        blocks = patches.reshape(len(patches), down, self.side, across, self.side, *patches.shape[2:])
+        return blocks.float().mean((2, 4)).flatten(1, 2)

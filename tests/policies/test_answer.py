@@ -8,7 +8,7 @@ import torch
 
 from vlmprune import ops
 from vlmprune.policies import Needs, Reduction
-from vlmprune.policies.checks import check_index, check_selection
+from vlmprune.policies.answer import check_index, check_selection
 from vlmprune.testing.context import make_context
 
 CTX = make_context(Needs(hidden=True), [[(3, 4)], [(2, 2), (2, 1)], []], 2)  # 12, 6 and 0 tokens

@@ -1,0 +1,105 @@
+"""Whether what a policy's ``select`` returned is a choice: each fault named, with a hint at the slip it looks like."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from vlmprune.errors import check
+from vlmprune.policies.base import Reduction, TokenContext
+
+
+def check_selection(choice: object, ctx: TokenContext, who: str, like: Tensor | None = None) -> None:
+    """Raise InputError unless ``choice`` is what ``PruningPolicy.select`` may return; one host read.
+
+    A sample with visual tokens keeps at least one, a sample without keeps none, and K is what the fullest keeps.
+
+    Args:
+        choice: what ``select(ctx)`` returned.
+        ctx: the context it was asked with.
+        who: what errors call the policy, for example its repr.
+        like: ``[..., D]`` of the dtype and on the device that new rows must have; None = ``ctx.hidden`` if it is there.
+
+    Raises:
+        InputError: with the policy, the sample and what is wrong there.
+    """
+    who = f"{who}.select(ctx)"
+    index = choice
+    if isinstance(choice, Reduction):
+        index, positions = choice.index, choice.positions
+        check(positions in ("keep", "pack"), f"{who}.positions", "'keep' or 'pack'", repr(positions))
+    used = check_index(index, ctx, who, ascending=not isinstance(choice, Reduction))
+    assert isinstance(index, Tensor)
+    width = index.shape[1]
+    hint = f"{width - used} more that are -1 everywhere (cut them off: index[:, :{used}])"
+    check(width == used, who, f"the {used} columns that the fullest sample uses", hint)
+    if isinstance(choice, Reduction) and choice.hidden is not None:
+        _check_rows(choice.hidden, index, ctx.hidden if like is None else like, f"{who}.hidden")
+
+
+def check_index(index: object, ctx: TokenContext, who: str, ascending: bool = True) -> int:
+    """Return how many columns of ``index`` the fullest sample uses; raise InputError unless it is valid up to there."""
+    batch = len(ctx.counts)
+    check(isinstance(index, Tensor), who, f"an int64 tensor [{batch}, K] or a Reduction", _described(index))
+    assert isinstance(index, Tensor)
+    check(index.dtype == torch.int64, who, "int64", _described(index))
+    shape = list(index.shape)
+    check(len(shape) == 2 and shape[0] == batch, who, f"[{batch}, K]", shape)
+    check(index.device == ctx.mask.device, who, f"a tensor on {ctx.mask.device}", index.device)
+    view = index.untyped_storage().data_ptr() == ctx.positions.untyped_storage().data_ptr()
+    check(not view or index.numel() == 0, who, "numbers among the entering tokens", "ctx.positions")
+    rows = index.tolist()
+    for sample, row in enumerate(rows):
+        _check_row(row, ctx, sample, f"{who}, sample {sample}", ascending)
+    return max((sum(i != -1 for i in row) for row in rows), default=0)
+
+
+def _check_row(row: list[int], ctx: TokenContext, sample: int, who: str, ascending: bool) -> None:
+    """One sample's numbers."""
+    tokens, kept = ctx.counts[sample], [i for i in row if i != -1]
+    hole = row.index(-1) if -1 in row else len(row)
+    check(hole == len(kept), who, "-1 only on the right", f"-1 before {kept[hole:][:1]}")
+    outside = [i for i in kept if not 0 <= i < tokens]
+    right = f"numbers 0 to {tokens - 1} of its tokens" if tokens else "nothing, as it has no visual tokens"
+    check(not outside, who, right, f"{outside[:1]}{_hint(kept, ctx, sample) if outside else ''}")
+    twice = [i for i, after in pairwise(sorted(kept)) if i == after]
+    check(not twice, who, "each number once", f"{twice[:1]} again")
+    falls = [pair for pair in pairwise(kept) if ascending and pair[0] > pair[1]]
+    check(not falls, who, "ascending numbers (a Reduction may reorder)", falls[:1])
+    check(bool(kept) or tokens == 0, who, f"at least one of its {tokens} tokens", "none")
+
+
+def _hint(kept: list[int], ctx: TokenContext, sample: int) -> str:
+    """Which other numbering of the tokens these numbers are, if they are one."""
+    for name in ("positions", "ordinals"):
+        if set(kept) <= set(getattr(ctx, name)[sample].tolist()):
+            return f": these are ctx.{name}, not numbers among the entering tokens"
+    return ""
+
+
+def _described(choice: object) -> str:
+    """What came in place of an index, and the slip it looks like."""
+    if choice is None:
+        return "None (is a return missing?)"
+    if isinstance(choice, tuple | list) and choice and isinstance(choice[0], Tensor):
+        return f"a {type(choice).__name__} of {len(choice)} (select_topk returns two: did you forget [0]?)"
+    if not isinstance(choice, Tensor):
+        return type(choice).__name__
+    if choice.dtype == torch.bool:
+        return "a bool mask (give the numbers of the tokens that stay)"
+    return f"{choice.dtype} (scores?)" if choice.is_floating_point() else f"{choice.dtype}"
+
+
+def _check_rows(rows: object, index: Tensor, like: Tensor | None, who: str) -> None:
+    """The new contents of a Reduction's rows."""
+    wanted = f"{list(index.shape)} + [D]" if like is None else f"{[*index.shape, like.shape[-1]]}"
+    check(isinstance(rows, Tensor), who, f"a tensor {wanted}", type(rows).__name__)
+    assert isinstance(rows, Tensor)
+    fits = rows.ndim == 3 and rows.shape[:2] == index.shape
+    fits = fits and (like is None or rows.shape[2] == like.shape[-1])
+    check(fits, who, wanted, list(rows.shape))
+    dtype, device = (rows.dtype, index.device) if like is None else (like.dtype, like.device)
+    check(rows.is_floating_point() and rows.dtype == dtype, who, str(dtype), rows.dtype)
+    check(rows.device == device, who, f"a tensor on {device}", rows.device)

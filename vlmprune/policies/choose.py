@@ -1,0 +1,126 @@
+"""How tokens are chosen: how many of a sample's stay, which have the best scores, and a kept set in its two forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vlmprune import ops
+
+if TYPE_CHECKING:
+    from vlmprune.policies.base import PruningPolicy, TokenContext
+
+
+def keep_count(keep: float, tokens: int, images: float = 1, spend: str = "prompt") -> int:
+    """How many of the ``tokens`` of ``images`` images survive: never more than there are, and one at least.
+
+    Args:
+        keep: a share of the tokens (float), or a number per image (int).
+        tokens: tokens of the images together.
+        images: how many they are; part of one counts for its share.
+        spend: "prompt" counts them together, "image" as many times what one of equal images keeps.
+    """
+    if spend == "image" and tokens:
+        return min(tokens, round(images * keep_count(keep, round(tokens / images))))
+    wanted = keep * (images if isinstance(keep, int) else tokens)
+    return min(tokens, max(1, int(wanted + 1e-6)))
+
+
+def thinned(keep: float, tokens: int, images: float) -> int:
+    """The same where one of several has to go: SparseVLM's ``min(k, n - 1)``. A share of 1.0 is everything."""
+    if isinstance(keep, float) and keep == 1.0:
+        return tokens
+    return min(tokens, max(1, min(keep_count(keep, tokens, images), tokens - 1)))
+
+
+def union_count(one: int, other: int, tokens: int) -> int:
+    """How many of ``tokens`` are expected in the union of two choices that know nothing of each other."""
+    return one + other - round(one * other / max(tokens, 1))
+
+
+def quotas(ctx: TokenContext, keep: float | PruningPolicy) -> list[int]:
+    """How many tokens each sample keeps at this stage, on the host: what a policy says, a share or a number per image."""
+    counts = zip(ctx.counts, ctx.image_counts(), strict=True)
+    if isinstance(keep, int | float):
+        return [keep_count(keep, tokens, images) for tokens, images in counts]
+    return [keep.kept(tokens, images, ctx.layer) for tokens, images in counts]
+
+
+def select_scores(scores: Tensor, ctx: TokenContext, keep: float | PruningPolicy) -> Tensor:
+    """``select_counts`` for what a policy says, a share (float) or a number per image (int)."""
+    return select_counts(scores, ctx, quotas(ctx, keep))
+
+
+def select_counts(scores: Tensor, ctx: TokenContext, kept: Sequence[int]) -> Tensor:
+    """Numbers ``[B, K]`` of the ``kept[b]`` best-scored entering tokens, ascending, -1 on the right; no host sync.
+
+    Ties go to the lower number and NaN ranks below everything, so a sample of broken scores keeps its first tokens.
+
+    Args:
+        scores: ``[B, N]``, the higher survives; padding may hold anything.
+        ctx: the stage's context.
+        kept: one number per sample, at most ``ctx.counts``.
+    """
+    return choose_best(kept, padding(ctx.counts, ctx.mask), scores)
+
+
+def padding(tokens: Sequence[int], mask: Tensor) -> Tensor | None:
+    """``mask``, or None where all rows are as full as it is wide."""
+    return None if all(n == mask.shape[1] for n in tokens) else mask
+
+
+def choose_best(kept: Sequence[int], mask: Tensor | None, scores: Tensor) -> Tensor:
+    """``select_counts`` for rows with tokens where ``mask [B, N]`` is True; None = everywhere."""
+    width = max(kept, default=0)
+    if len(set(kept)) == 1 and mask is None:
+        return ops.select_topk(scores, width)[0]
+    quota = torch.tensor(kept, dtype=torch.int64).to(scores.device, non_blocking=True)
+    code = None if mask is None else torch.where(mask, 0, 2).to(torch.int8)
+    return ops.select_topk(scores, quota, code=code)[0][:, :width]
+
+
+def choose_greedily(
+    rule: str, kept: Sequence[int], mask: Tensor | None, features: Tensor, relevance: Tensor | None = None
+) -> Tensor:
+    """``ops.greedy_select`` with its own count ``kept[b]`` for every row: ``[B, K]`` ascending, -1 on the right.
+
+    The first choices do not depend on how many follow, so the rows share one run as long as the longest.
+    """
+    K, N = max(kept, default=0), features.shape[1]
+    index, order = ops.greedy_select(features, K, rule, relevance=relevance, mask=mask)
+    if len(set(kept)) <= 1:
+        return index
+    quota = torch.tensor(kept).to(order.device, non_blocking=True)
+    late = torch.arange(K, device=order.device) >= quota[:, None]
+    index = order.masked_fill(late, N).sort(dim=1).values
+    return index.masked_fill(index == N, -1)
+
+
+def marks(index: Tensor, tokens: int) -> Tensor:
+    """Turn an index ``[B, K]`` int64 (-1 = padding) into bool ``[B, tokens]``, True = kept."""
+    spare = torch.where(index < 0, tokens, index)  # padding lands in a column that is cut off again
+    out = torch.zeros(index.shape[0], tokens + 1, dtype=torch.bool, device=index.device)
+    return out.scatter_(1, spare, True)[:, :tokens]
+
+
+def index_of(kept: Tensor) -> Tensor:
+    """Turn marks ``[B, N]`` bool into an index ``[B, K]`` int64, ascending, -1 on the right.
+
+    K is what the fullest sample keeps, which only the device knows: one host read.
+    """
+    index, count = _marked(kept)
+    return index[:, : int(count.max())]
+
+
+def others(index: Tensor, tokens: int) -> Tensor:
+    """Places ``[I, tokens - k]`` that ``index [I, k]`` (no padding) leaves out, ascending."""
+    return _marked(~marks(index, tokens))[0][:, : tokens - index.shape[1]]
+
+
+def _marked(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Index ``[B, N]`` and count ``[B]`` of what is marked."""
+    unranked = torch.zeros(kept.shape, dtype=torch.float32, device=kept.device)
+    return ops.select_topk(unranked, 0, code=torch.where(kept, 1, 2).to(torch.int8))
