@@ -203,7 +203,7 @@ class PruningPolicy(ABC):
         Example:
             >>> from vlmprune import FastV
             >>> FastV(layer=2, keep=0.5).to_dict()
-            {'policy': 'fastv', 'layer': 2, 'keep': 0.5, 'rows': 'last', 'earlier_kv': 'full'}
+            {'policy': 'fastv', 'layer': 2, 'keep': 0.5, 'rows': 'last', 'spend': 'prompt', 'earlier_kv': 'full'}
         """
         from vlmprune.policies.recipe import write
 
