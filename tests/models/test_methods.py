@@ -11,9 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmprune
 from helpers.tiny import IMAGE, dropped_from, generate, make_batch, make_model, oracle, slow
-from vlmprune.policies import policies
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
-from vlmprune.policies.registry import BUILT_IN
+from vlmprune.policies.registry import BUILT_IN, policies
 
 STEPS = 3
 BATCHES = {

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vlmprune import policies
 from vlmprune.policies import (
     Custom,
     Feather,
@@ -19,7 +18,7 @@ from vlmprune.policies import (
     VisionZip,
     VisPruner,
 )
-from vlmprune.policies.registry import BUILT_IN
+from vlmprune.policies.registry import BUILT_IN, policy_class
 from vlmprune.testing import check_policy
 from vlmprune.testing.context import make_context
 from vlmprune.testing.context_changes import broken, halved
@@ -86,11 +85,11 @@ def every_other(ctx):
 
 
 def made(table):
-    return [policies.policy_class(name)(**row) for name, rows in table.items() for row in rows]
+    return [policy_class(name)(**row) for name, rows in table.items() for row in rows]
 
 
 def stage(name, **settings):
-    return policies.policy_class(name)(**settings)
+    return policy_class(name)(**settings)
 
 
 COMPOSED = [
@@ -196,7 +195,7 @@ def test_a_budget_is_what_a_run_keeps(policy):
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_share_of_1_is_everything_and_an_int_is_tokens_per_image(name):
-    cls = policies.policy_class(name)
+    cls = policy_class(name)
     whole = cls().at(1.0)
     assert [whole.kept(1152, 2, layer) for layer in whole.layers] == [1152] * len(whole.layers)
     if "keep" in cls.__dataclass_fields__ and name not in ("feather", "sparsevlm", "sparsevlm_plus", "dart"):

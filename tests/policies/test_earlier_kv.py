@@ -9,7 +9,8 @@ import pytest
 
 import vlmprune
 from vlmprune import Custom, FastV, Random, Stages
-from vlmprune.policies import policies, policy_from
+from vlmprune.policies import policy_from
+from vlmprune.policies.registry import policies
 
 
 @pytest.mark.parametrize("name", policies())

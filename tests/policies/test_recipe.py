@@ -106,7 +106,14 @@ def test_there_and_back(policy, tmp_path):
 
 
 def test_the_dict():
-    fastv = {"policy": "fastv", "layer": 2, "keep": 0.5, "rows": "last", "spend": "prompt", "earlier_kv": "full"}
+    fastv = {
+        "policy": "fastv",
+        "layer": 2,
+        "keep": 0.5,
+        "rows": "last",
+        "spend": "prompt",
+        "earlier_kv": "full",
+    }
     feather = {"policy": "feather", "layers": [8, 16], "keep": 0.3, "stride": 3, "earlier_kv": "full"}
     assert FastV().to_dict() == fastv and list(FastV().to_dict()) == list(fastv)
     assert Stages([Feather(), FastV()]).to_dict() == {
@@ -256,7 +263,10 @@ A_DICT = r"^policy: expected a dict with a name under 'policy', a text or a YAML
         (FASTV | {"keep": [0.5]}, r"^keep: expected int or float, got \[0\.5\]$"),
         (FASTV | {"keep": 1.5}, r"^keep: expected a share in \(0, 1\] .*, got 1\.5$"),
         (FASTV | {"rows": "all"}, r"^rows: expected 'last' or 'mean', got 'all'$"),
-        ({"policy": "feather", "keep": 1}, r"^keep: expected a share in \(0, 1\] as a float \(1.0 is everything\), got 1$"),
+        (
+            {"policy": "feather", "keep": 1},
+            r"^keep: expected a share in \(0, 1\] as a float \(1.0 is everything\), got 1$",
+        ),
         ({"policy": "feather", "layers": 8}, r"^layers: expected int/int, got 8$"),
         ({"policy": "feather", "layers": [8, None]}, r"^layers: expected int/int, got \[8, None\]$"),
         ({"policy": "feather", "layers": [8, 16, 24]}, r"^layers: expected int/int, got \[8, 16, 24\]$"),

@@ -42,10 +42,7 @@ from vlmprune.policies.recipe import policy_from
 from vlmprune.policies.registry import (
     built_in,
     class_names,
-    fields_of,
     list_policies,
-    policies,
-    policy_class,
 )
 from vlmprune.policies.schedule import keep_for_flops, keep_for_mean_tokens
 
@@ -100,7 +97,6 @@ __all__ = [
     "check_whole",
     "check_word",
     "choose_best",
-    "fields_of",
     "images_of",
     "index_of",
     "keep_count",
@@ -109,8 +105,6 @@ __all__ = [
     "list_policies",
     "marks",
     "outcome",
-    "policies",
-    "policy_class",
     "policy_from",
     "quotas",
     "select_counts",

@@ -100,7 +100,12 @@ class Reduction:
 
 
 def outcome(index: Tensor, positions: Positions, hidden: Tensor | None = None) -> Tensor | Reduction:
-    """A bare index where tokens are only dropped and keep their positions, else a Reduction."""
+    """A bare index where tokens are only dropped and keep their positions, else a Reduction.
+
+    Example:
+        >>> outcome(torch.tensor([[0, 2]]), "keep")
+        tensor([[0, 2]])
+    """
     return index if hidden is None and positions == "keep" else Reduction(index, hidden, positions)
 
 
@@ -249,5 +254,10 @@ def _joint(one: PruningPolicy, other: PruningPolicy) -> Literal["full", "compact
 
 
 def attention_of(ctx: TokenContext) -> AttentionInputs:
-    """The context's attention inputs, or an error that says what the policy forgot to declare."""
+    """The context's attention inputs, or an error that says what the policy forgot to declare.
+
+    Example:
+        >>> attention_of(ctx).received().shape  # of two samples, the fuller one with 8 visual tokens
+        torch.Size([2, 8])
+    """
     return require(ctx.attention, "ctx.attention", "query and key (declare Needs(attention='previous'))")

@@ -70,7 +70,12 @@ def _rows(x: Tensor, at: Tensor, fill: int) -> Tensor:
 
 
 def images_of(ctx: TokenContext) -> Images:
-    """Where the images lie. Raises ValueError if an earlier stage has already dropped some of their tokens."""
+    """Where the images lie. Raises ValueError if an earlier stage has already dropped some of their tokens.
+
+    Example:
+        >>> images_of(ctx).firsts, images_of(ctx).tokens
+        ((0, 0, 4), (4, 4, 4))
+    """
     sizes = ctx.images()
     whole = tuple(map(sum, sizes))
     check(ctx.counts == whole, "ctx.counts", f"{whole}, every token of every image", ctx.counts)
@@ -98,6 +103,12 @@ def spent(
 
     Raises:
         InputError: by image, where images are not whole: after an earlier stage, or in prefill by chunks.
+
+    Example:
+        >>> from vlmprune.policies import Random, choose_best
+        >>> best = torch.arange(8.0).expand(2, 8)
+        >>> spent("image", ctx, Random(keep=1), choose_best, best)[1], spent("prompt", ctx, Random(keep=1), choose_best, best)[1]
+        (tensor([3, 7]), tensor([6, 7]))
     """
     if spend == "prompt":
         return choose(quotas(ctx, policy), padding(ctx.counts, ctx.mask), *tensors)

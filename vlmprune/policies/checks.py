@@ -25,13 +25,24 @@ def plain(value: Any) -> Any:
 
 
 def check_word(name: str, value: object, *words: str) -> None:
-    """``value`` is one of ``words``."""
+    """``value`` is one of ``words``.
+
+    Example:
+        >>> check_word("rows", "last", "last", "mean")
+    """
     *most, last = map(repr, words)
     check(value in words, name, f"{', '.join(most)} or {last}", repr(value))
 
 
 def check_whole(name: str, value: object, least: int | None = None, why: str = "") -> None:
-    """``value`` is an int, and of at least ``least`` if that is given."""
+    """``value`` is an int, and of at least ``least`` if that is given.
+
+    Example:
+        >>> check_whole("stride", 0, least=1)
+        Traceback (most recent call last):
+            ...
+        vlmprune.errors.InputError: stride: expected a whole number >= 1, got 0
+    """
     ok = isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
     check(ok, name, "a whole number" if least is None else f"a whole number >= {least}{why}", repr(value))
 
@@ -43,7 +54,12 @@ def check_share(name: str, value: object) -> None:
 
 
 def check_keep(keep: object, name: str = "keep", counts: bool = True) -> None:
-    """``keep`` is a share, a float in (0, 1], or where ``counts`` are taken a number of tokens per image, an int."""
+    """``keep`` is a share, a float in (0, 1], or where ``counts`` are taken a number of tokens per image, an int.
+
+    Example:
+        >>> check_keep(0.5), check_keep(64)
+        (None, None)
+    """
     share = isinstance(keep, float) and 0.0 < keep <= 1.0
     if counts:
         whole = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
@@ -63,12 +79,20 @@ def share_of(share: object) -> float:
 
 
 def check_layer(layer: object, least: int = 0, why: str = "") -> None:
-    """``layer`` is an int of at least ``least``."""
+    """``layer`` is an int of at least ``least``.
+
+    Example:
+        >>> check_layer(2, least=1)
+    """
     check_whole("layer", layer, least, why)
 
 
 def check_layers(layers: object, least: int, why: str = "", two: bool = False) -> None:
-    """``layers`` are ints of at least ``least``, ascending: two, or one or more."""
+    """``layers`` are ints of at least ``least``, ascending: two, or one or more.
+
+    Example:
+        >>> check_layers((8, 16), least=1)
+    """
     wanted = f"{'two' if two else 'one or more'} layers, ascending"
     some = isinstance(layers, tuple | list) and (len(layers) == 2 if two else len(layers) > 0)
     check(some, "layers", wanted, repr(layers))

@@ -22,6 +22,10 @@ def keep_count(keep: float, tokens: int, images: float = 1, spend: str = "prompt
         tokens: tokens of the images together.
         images: how many they are; part of one counts for its share.
         spend: "prompt" counts them together, "image" as many times what one of equal images keeps.
+
+    Example:
+        >>> keep_count(0.5, 576), keep_count(64, 576), keep_count(64, 1152, images=2)
+        (288, 64, 128)
     """
     if spend == "image" and tokens:
         return min(tokens, round(images * keep_count(keep, round(tokens / images))))
@@ -42,7 +46,12 @@ def union_count(one: int, other: int, tokens: int) -> int:
 
 
 def quotas(ctx: TokenContext, keep: float | PruningPolicy) -> list[int]:
-    """How many tokens each sample keeps at this stage, on the host: what a policy says, a share or a number per image."""
+    """How many tokens each sample keeps at this stage, on the host: what a policy says, a share or a number per image.
+
+    Example:
+        >>> ctx.counts, quotas(ctx, 0.5), quotas(ctx, 3)  # samples of one image and of two
+        ((4, 8), [2, 4], [3, 6])
+    """
     counts = zip(ctx.counts, ctx.image_counts(), strict=True)
     if isinstance(keep, int | float):
         return [keep_count(keep, tokens, images) for tokens, images in counts]
@@ -50,7 +59,13 @@ def quotas(ctx: TokenContext, keep: float | PruningPolicy) -> list[int]:
 
 
 def select_scores(scores: Tensor, ctx: TokenContext, keep: float | PruningPolicy) -> Tensor:
-    """``select_counts`` for what a policy says, a share (float) or a number per image (int)."""
+    """``select_counts`` for what a policy says, a share (float) or a number per image (int).
+
+    Example:
+        >>> select_scores(torch.arange(8.0).expand(2, 8), ctx, 0.5)
+        tensor([[ 2,  3, -1, -1],
+                [ 4,  5,  6,  7]])
+    """
     return select_counts(scores, ctx, quotas(ctx, keep))
 
 
@@ -63,6 +78,11 @@ def select_counts(scores: Tensor, ctx: TokenContext, kept: Sequence[int]) -> Ten
         scores: ``[B, N]``, the higher survives; padding may hold anything.
         ctx: the stage's context.
         kept: one number per sample, at most ``ctx.counts``.
+
+    Example:
+        >>> select_counts(torch.arange(8.0).expand(2, 8), ctx, [1, 2])
+        tensor([[ 3, -1],
+                [ 6,  7]])
     """
     return choose_best(kept, padding(ctx.counts, ctx.mask), scores)
 
@@ -73,7 +93,12 @@ def padding(tokens: Sequence[int], mask: Tensor) -> Tensor | None:
 
 
 def choose_best(kept: Sequence[int], mask: Tensor | None, scores: Tensor) -> Tensor:
-    """``select_counts`` for rows with tokens where ``mask [B, N]`` is True; None = everywhere."""
+    """``select_counts`` for rows with tokens where ``mask [B, N]`` is True; None = everywhere.
+
+    Example:
+        >>> choose_best([2], None, torch.tensor([[0.1, 0.7, 0.2]]))
+        tensor([[1, 2]])
+    """
     width = max(kept, default=0)
     if len(set(kept)) == 1 and mask is None:
         return ops.select_topk(scores, width)[0]
@@ -100,7 +125,12 @@ def choose_greedily(
 
 
 def marks(index: Tensor, tokens: int) -> Tensor:
-    """Turn an index ``[B, K]`` int64 (-1 = padding) into bool ``[B, tokens]``, True = kept."""
+    """Turn an index ``[B, K]`` int64 (-1 = padding) into bool ``[B, tokens]``, True = kept.
+
+    Example:
+        >>> marks(torch.tensor([[0, 2]]), 4)
+        tensor([[ True, False,  True, False]])
+    """
     spare = torch.where(index < 0, tokens, index)  # padding lands in a column that is cut off again
     out = torch.zeros(index.shape[0], tokens + 1, dtype=torch.bool, device=index.device)
     return out.scatter_(1, spare, True)[:, :tokens]
@@ -110,6 +140,11 @@ def index_of(kept: Tensor) -> Tensor:
     """Turn marks ``[B, N]`` bool into an index ``[B, K]`` int64, ascending, -1 on the right.
 
     K is what the fullest sample keeps, which only the device knows: one host read.
+
+    Example:
+        >>> index_of(torch.tensor([[True, False, True], [False, True, False]]))
+        tensor([[ 0,  2],
+                [ 1, -1]])
     """
     index, count = _marked(kept)
     return index[:, : int(count.max())]

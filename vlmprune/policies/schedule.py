@@ -23,6 +23,13 @@ def keep_for_flops(policy: PruningPolicy, cut: float, shape: DecoderShape, visua
 
     Raises:
         InputError: no share in (0, 1] meets the cut, the policy takes none, or a stage lies beyond the decoder.
+
+    Example:
+        >>> from vlmprune import FastV
+        >>> from vlmprune.flops import DecoderShape
+        >>> vicuna = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, intermediate=11008)
+        >>> keep_for_flops(FastV(layer=2), 0.5, vicuna, visual=576, text=60)
+        0.418
     """
     full = decoder_flops(shape, [visual + text] * shape.layers)
     left = _cost(
@@ -45,6 +52,11 @@ def keep_for_mean_tokens(policy: PruningPolicy, mean: float, layers: int, visual
 
     Raises:
         InputError: as for ``keep_for_flops``.
+
+    Example:
+        >>> from vlmprune import FastV
+        >>> keep_for_mean_tokens(FastV(layer=2), 192, layers=32, visual=576)
+        0.289
     """
     left = _cost(policy, layers, visual, mean_tokens)
     least, most = left(LEAST), left(1.0)
