@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmprune.checkpoints import Checkpoint
+from vlmprune.checkpoints import Checkpoint, check_padding
 from vlmprune.errors import ModelError, check
 from vlmprune.eval.arms import Arm, groups_of, make_arms
 from vlmprune.eval.ask import Subject, ask_all, missing, typical_prompt, with_template
@@ -67,7 +67,7 @@ def run(
 ) -> Evaluation:
     """Accuracy of policies at equal FLOPs on a set of questions: what ``vlmprune eval`` does, without printing.
 
-    All that can fail is checked before the weights are loaded. Errors name arguments as the command line does.
+    All that can fail is checked before the weights are loaded.
 
     Args:
         checkpoint: whom to ask.
@@ -94,19 +94,20 @@ def run(
     >>> found = run(Checkpoint("model"), "questions", "results", ["fastv:layer=2"])  # doctest: +SKIP
     """
     questions, out = Path(questions), Path(out)
-    counts = {"--seeds": seeds, "--batch-size": batch_size, "--max-new-tokens": max_new_tokens}
+    counts = {"seeds": seeds, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
     check_matplotlib()
     for name, count in counts.items():
         check(count >= 1, name, "at least 1", count)
     cuts = tuple(dict.fromkeys(budgets))
     fine = all(0 < cut < 1 for cut in cuts)
-    check(fine, "--budgets", "FLOPs cuts between 0 and 1", ",".join(f"{cut:g}" for cut in cuts))
+    check(fine, "budgets", "FLOPs cuts between 0 and 1", ",".join(f"{cut:g}" for cut in cuts))
     asked = read_questions(questions, families)
     methods = {str(some): policy_from(some) if isinstance(some, str) else some for some in policies}
     check_out(out)
     checkpoint.check_depth(methods.values())
     if oracle:
         check_oracle(asked, checkpoint.config, checkpoint.processor)
+    check_padding(checkpoint.processor, min(batch_size, len(asked)))
     asked = with_template(checkpoint.processor, asked)
     prompt = typical_prompt(checkpoint, asked)
     arms = make_arms(methods, cuts, (Uniform, Random) * baselines + (Oracle,) * oracle, seeds, prompt)

@@ -96,7 +96,7 @@ def check_oracle(questions: Sequence[Question], config: Any, processor: Any) -> 
         ModelError: the model's images do not share one grid.
     """
     boxes = [question for question in questions if question.box is not None]
-    check(bool(boxes), "--oracle", "questions with a box", "none")
+    check(bool(boxes), "oracle", "questions with a box", "none")
     patch_grid(config)
     for question in boxes:
         width, height = question.size
@@ -106,7 +106,7 @@ def check_oracle(questions: Sequence[Question], config: Any, processor: Any) -> 
         check(seen, f"question {question.id!r}", inside, question.box)
         expected = "images that the processor shows whole (it crops or pads this one; square ones may do)"
         whole = _shows_whole(processor.image_processor, question.size)
-        check(whole, "--oracle", expected, f"{width} x {height} in question {question.id!r}")
+        check(whole, "oracle", expected, f"{width} x {height} in question {question.id!r}")
 
 
 def patches_in(region: Region, grid: Grid) -> list[int]:

@@ -62,23 +62,23 @@ def read_questions(folder: Path, families: Sequence[str] = ()) -> list[Question]
             read, two questions of one id, or a family no question has.
     """
     path = folder / FILE
-    check(path.is_file(), "--questions", f"a folder with a {FILE}", repr(str(folder)))
+    check(path.is_file(), "questions", f"a folder with a {FILE}", repr(str(folder)))
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8 text, got {error.reason}") from error
     found = [_read(text, n, folder) for n, text in enumerate(lines, 1) if text.strip()]
-    check(bool(found), "--questions", f"at least one line in {path}", "none")
+    check(bool(found), "questions", f"at least one line in {path}", "none")
     first: dict[str, Question] = {}
     for question in found:
         again = question.id in first
-        check(not again, "--questions", "every id once", f"{question.id!r} twice")
+        check(not again, "questions", "every id once", f"{question.id!r} twice")
         first[question.id] = question
     known = sorted({question.family for question in found})
     for family in families:
-        check(family in known, "--family", f"one of {', '.join(known)}", repr(family))
+        check(family in known, "families", f"one of {', '.join(known)}", repr(family))
     found = [question for question in found if not families or question.family in families]
-    sizes = {image: open_rgb(image, "--questions").size for image in {q.image: None for q in found}}
+    sizes = {image: open_rgb(image, "questions").size for image in {q.image: None for q in found}}
     return [replace(question, size=sizes[question.image]) for question in found]
 
 
