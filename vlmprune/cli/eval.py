@@ -35,9 +35,11 @@ def answer_bar() -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
-        yield lambda doing, done, total: bar.update(
-            task, description=doing, completed=done, total=total or None
-        )
+
+        def tell(doing: str, done: int, total: int) -> None:
+            bar.update(task, description=doing, completed=done if total else None, total=total or None)
+
+        yield tell
 
 
 def show(found: Evaluation) -> None:
@@ -47,11 +49,8 @@ def show(found: Evaluation) -> None:
     for heads, cells in ((HEADS, summary_cells), (families, family_cells)):
         rows = (_one_setting_a_line(cells(result)) for result in results)
         console.print(table(heads, rows, show_lines=True))
-    rate = (
-        "nothing left to ask" if found.speed is None else f"{found.speed:.1f} answers/s, everything included"
-    )
-    batches = f"batches of {found.settings['batch_size']}"
-    note = f"{results[0].all.questions} questions, {batches}; {rate}."
+    rate = f"{found.speed:.1f} answers/s, everything included" if found.speed else "nothing left to ask"
+    note = f"{results[0].all.questions} questions, batches of {found.settings['batch_size']}; {rate}."
     console.print(Text(f"{note}\nreport: {found.page}", style="dim"))
 
 

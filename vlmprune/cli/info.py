@@ -166,6 +166,5 @@ def _version(package: str) -> str | None:
 
 def _typed(value: Any) -> str:
     """A default as it is typed in ``--policy``."""
-    if isinstance(value, tuple | list):
-        return "/".join(map(str, value))
-    return "none" if value is None else str(value)
+    entries = value if isinstance(value, tuple | list) else [value]
+    return "/".join("none" if entry is None else str(entry) for entry in entries)

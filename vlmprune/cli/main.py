@@ -44,11 +44,11 @@ class Commands(TyperGroup):
         """Run the command that was typed."""
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:
-            raise
         except (*EXPECTED, OSError) as error:
-            # A full disk or a missing right has a number; an OSError without one was made up by some library.
-            if env.TRACEBACKS or (isinstance(error, OSError) and error.errno is None):
+            # A full disk or a missing right has a number; an OSError without one was made up by some library. A reader
+            # of our output who has gone is no error.
+            ours = isinstance(error, OSError) and (error.errno is None or isinstance(error, BrokenPipeError))
+            if env.TRACEBACKS or ours:
                 raise
             # A BackendError lists one reason a line.
             reasons = isinstance(error, BackendError)
@@ -59,12 +59,7 @@ class Commands(TyperGroup):
             raise typer.Exit(2) from error
 
 
-app = typer.Typer(
-    cls=Commands,
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def main() -> None:

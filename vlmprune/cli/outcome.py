@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from vlmprune.checkpoints import Checkpoint, generate
 from vlmprune.models import Report
+from vlmprune.models.clock import Seconds
 from vlmprune.policies.base import PruningPolicy
 
 
@@ -51,9 +52,6 @@ def run_once(
 
 def median(outcomes: list[Outcome]) -> Outcome:
     """The first of several equal runs, with the median of each duration."""
-    first = outcomes[0]
-    runs = [asdict(outcome.report.seconds) for outcome in outcomes]
-    seconds = replace(
-        first.report.seconds, **{name: statistics.median(r[name] for r in runs) for name in runs[0]}
-    )
-    return replace(first, report=replace(first.report, seconds=seconds))
+    first, runs = outcomes[0].report, [astuple(outcome.report.seconds) for outcome in outcomes]
+    seconds = Seconds(*map(statistics.median, zip(*runs, strict=True)))
+    return replace(outcomes[0], report=replace(first, seconds=seconds))

@@ -48,7 +48,7 @@ class Arm:
     @property
     def key(self) -> str:
         """The policy with all its settings, but for the seed and what an oracle is told."""
-        return UNPRUNED if self.policy is None else repr(_seeded(self.policy, 0))
+        return UNPRUNED if self.policy is None else repr(self.policy)
 
     def for_batch(self, number: int, regions: Sequence[Region | None]) -> PruningPolicy | None:
         """The policy for batch ``number``, whose answers are seen in these regions.

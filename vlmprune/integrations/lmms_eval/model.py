@@ -108,7 +108,11 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
                 answers.update(zip(members, said, strict=True))
                 costs[batch[0].args[4]].add(report, len(batch))
                 bar.update(len(members))
-        self._report(list(answers.values()), costs, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        tokens = sum(answer.token_counts.output_tokens for answer in answers.values())
+        # Into lmms-eval's log and, under ``throughput``, into its results.
+        means = {name: mean for task, cost in costs.items() for name, mean in cost.means(task).items()}
+        log_metrics(seconds, tokens, tokens / seconds, means)
         return [answers[number] for number in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
@@ -150,11 +154,3 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
         messages = chat.to_hf_messages()
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         return text, [read_image(image, task) for image in images]
-
-    def _report(self, answers: list[GenerationResult], costs: dict[str, Cost], seconds: float) -> None:
-        """Put speed and costs into lmms-eval's log and, under ``throughput``, into its results."""
-        tokens = sum(answer.token_counts.output_tokens for answer in answers)
-        costs_by_name = {
-            name: value for task, cost in costs.items() for name, value in cost.means(task).items()
-        }
-        log_metrics(seconds, tokens, tokens / seconds, costs_by_name)
