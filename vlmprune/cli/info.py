@@ -144,8 +144,8 @@ def describe_machine() -> dict[str, Any]:
 def describe_op(op: str, device: str) -> dict[str, Any]:
     """The first backend of ``op`` that runs on ``device`` (None if none does), and the reasons of those that cannot."""
     rows = explain(op, torch.device(device))
-    first, *also = [name for name, why in rows if why is None] or [None]
-    return {"backend": first, "refused": {name: why for name, why in rows if why is not None}, "also": also}
+    usable, refused = [name for name, why in rows if why is None], {name: why for name, why in rows if why}
+    return {"backend": usable[0] if usable else None, "refused": refused, "also": usable[1:]}
 
 
 def _devices() -> list[dict[str, str]]:

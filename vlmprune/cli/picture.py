@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, tensor
 
 from vlmprune.cli.outcome import Outcome
@@ -63,10 +63,7 @@ def panels(image: Image.Image, number: int, grid: Grid, outcome: Outcome) -> lis
 def draw(images: list[Image.Image], grid: Grid, outcomes: list[Outcome]) -> Image.Image:
     """One row per policy and image (or a single unpruned one): a title with the answer, then the panels."""
     factor = max(1, -(-PANEL // images[0].height))
-    large = [
-        image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
-        for image in images
-    ]
+    large = [ImageOps.scale(image, factor, Image.Resampling.LANCZOS) for image in images]
     pruned = [outcome for outcome in outcomes if outcome.policy is not None] or outcomes
     width, height = large[0].size
     rows = [

@@ -59,8 +59,8 @@ def execute(
         "picture": None if save is None else str(save),
     }
     if as_json:
-        runs = [vars(outcome) | {"report": outcome.report.as_dict()} for outcome in outcomes]
-        print(json.dumps(settings | {"runs": runs}))  # noqa: T201
+        told = [vars(outcome) | {"report": outcome.report.as_dict()} for outcome in outcomes]
+        print(json.dumps(settings | {"runs": told}))  # noqa: T201
     else:
         show(settings, outcomes)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from vlmprune.errors import check
 from vlmprune.eval.arms import UNPRUNED
-from vlmprune.eval.summary import Accuracy, Result
+from vlmprune.eval.summary import Result
 
 DPI, COLUMNS = 110, 3
 LINE = {"marker": "o", "markersize": 4, "linewidth": 1, "capsize": 2}
@@ -26,8 +26,8 @@ def check_matplotlib() -> None:
 def draw_pareto(results: Sequence[Result]) -> bytes:
     """Accuracy on all questions against FLOPs and against measured prefill time."""
     figure, (left, right) = _figure(1, 2, 5.2, 4.2)
-    _curves(left, results, lambda result: 1 - result.cut, lambda result: result.all)
-    _curves(right, results, lambda result: result.prefill * 1000, lambda result: result.all)
+    _curves(left, results, lambda result: 1 - result.cut)
+    _curves(right, results, lambda result: result.prefill * 1000)
     left.set_xlabel("decoder prefill FLOPs, share of unpruned")
     right.set_xlabel("measured prefill, ms per question")
     left.set_ylabel("right answers, all questions")
@@ -40,9 +40,7 @@ def draw_families(results: Sequence[Result]) -> bytes:
     names = list(results[0].families)
     figure, axes = _figure(-(-len(names) // COLUMNS), COLUMNS, 3.6, 3.0)
     for panel, name in zip(axes, names, strict=False):
-        _curves(
-            panel, results, lambda result: 1 - result.cut, lambda result, name=name: result.families[name]
-        )
+        _curves(panel, results, lambda result: 1 - result.cut, name)
         panel.set_title(f"{name} ({results[0].families[name].questions})", fontsize=9)
     for panel in axes[len(names) :]:
         panel.set_axis_off()
@@ -72,7 +70,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
 
 
 def _curves(
-    panel: Any, results: Sequence[Result], cost: Callable[[Result], float], cell: Callable[[Result], Accuracy]
+    panel: Any, results: Sequence[Result], cost: Callable[[Result], float], family: str | None = None
 ) -> None:
     """One line per method through its budgets, with the 95 % intervals; the unpruned model as a dashed line."""
     methods: dict[str, list[Result]] = {}
@@ -80,7 +78,7 @@ def _curves(
         methods.setdefault(result.method, []).append(result)
     for method, some in methods.items():
         some = sorted(some, key=cost)
-        points = [cell(result).right for result in some]
+        points = [(r.all if family is None else r.families[family]).right for r in some]
         ends = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
         look = LINE | ({"color": "black"} if method == UNPRUNED else {})
         panel.errorbar([*map(cost, some)], [p.mean for p in points], yerr=ends, label=method, **look)

@@ -77,8 +77,7 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
         self.max_new_tokens = read_count("max_new_tokens", max_new_tokens)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        own = device is None or self._world_size > 1
-        place = str(self.accelerator.device) if own else str(device)
+        place = device if device is not None and self._world_size == 1 else str(self.accelerator.device)
         checkpoint = Checkpoint(
             pretrained, place, dtype, attn_implementation, revision=revision, device_map=device_map
         )
