@@ -1,8 +1,8 @@
-"""A checkpoint and how to load it. All that can fail without the weights fails before they are read."""
+"""A checkpoint: how to load it, ask it and prune it. All that can fail without the weights fails before they are read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,24 +11,23 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from vlmprune.errors import InputError, check, first_line
-from vlmprune.models import check_config, check_layers
+from vlmprune.models import Run, check_config, check_layers, meter, prune
 from vlmprune.policies.base import PruningPolicy
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 class Checkpoint:
     """A model with its processor. Configuration, processor and weights are each read when first asked for, and kept.
 
-    Errors name arguments as the command line does.
-
     Attributes:
         source: the folder or hub id.
-        device: where the model is, "cpu" or "cuda".
+        device: where the model is put, "cpu", "cuda" or one GPU of several.
         attention: its attention function.
 
     >>> checkpoint = Checkpoint("examples/glyphworld/checkpoint", device="cpu")
@@ -37,29 +36,40 @@ class Checkpoint:
     """
 
     def __init__(
-        self, source: str, device: str = "auto", dtype: str = "auto", attention: str = "sdpa"
+        self,
+        source: str,
+        device: str = "auto",
+        dtype: str = "auto",
+        attention: str = "sdpa",
+        *,
+        revision: str = "main",
+        device_map: str | None = None,
     ) -> None:
         """Note what to load.
 
         Args:
             source: a folder or hub id.
-            device: "cpu", "cuda", or "auto", the GPU if there is one.
+            device: "cpu", "cuda", "cuda:1", or "auto", the GPU if there is one.
             dtype: one of ``DTYPES``; "auto" = as stored.
             attention: any attention function that transformers knows.
+            revision: of the checkpoint on the hub.
+            device_map: hand the weights out over devices instead, as transformers does it for this word.
 
         Raises:
             InputError: another dtype, or a GPU or FlashAttention where there is none.
         """
         there = torch.cuda.is_available()
-        check(device != "cuda" or there, "--device", "auto or cpu (torch sees no CUDA device here)", "cuda")
         self.device = device if device != "auto" else "cuda" if there else "cpu"
-        usable = self.device == "cuda" and find_spec("flash_attn") is not None
+        cuda = self.device.startswith("cuda")
+        check(there or not cuda, "device", "auto or cpu (torch sees no CUDA device here)", device)
+        usable = cuda and find_spec("flash_attn") is not None
         expected = (
             "sdpa, eager or vlmprune (flash_attention_2 needs a CUDA device and the flash-attn package)"
         )
-        check(attention != "flash_attention_2" or usable, "--attn", expected, attention)
-        check(dtype in DTYPES, "--dtype", f"one of {', '.join(DTYPES)}", dtype)
+        check(attention != "flash_attention_2" or usable, "attention", expected, attention)
+        check(dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", repr(dtype))
         self.source, self.attention, self._dtype = source, attention, dtype
+        self._revision, self._device_map = revision, device_map
 
     @classmethod
     def of(cls, model: Any, processor: Any) -> Checkpoint:
@@ -81,12 +91,12 @@ class Checkpoint:
         source = self.source
         if Path(source).exists() or source.startswith((".", "/", "~")):
             there = (Path(source) / "config.json").is_file()
-            check(there, "--model", "a checkpoint folder with a config.json, or a hub id", repr(source))
+            check(there, "checkpoint", "a checkpoint folder with a config.json, or a hub id", repr(source))
         try:
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, revision=self._revision)
         except (OSError, ValueError, StrictDataclassError) as error:
             expected = f"a checkpoint folder or a hub id, got {source!r}"
-            raise InputError(f"--model: expected {expected}: {first_line(error)}") from error
+            raise InputError(f"checkpoint: expected {expected}: {first_line(error)}") from error
         check_config(config)
         return config
 
@@ -94,10 +104,10 @@ class Checkpoint:
     def processor(self) -> Any:
         """Tokenizer, image processor, chat template. Raises InputError if one, or a package for it, is missing or broken."""
         try:
-            return AutoProcessor.from_pretrained(self.source)
+            return AutoProcessor.from_pretrained(self.source, revision=self._revision)
         except (ImportError, OSError, ValueError) as error:
             expected = f"a processor and tokenizer in {self.source!r}"
-            raise InputError(f"--model: expected {expected}, got: {first_line(error)}") from error
+            raise InputError(f"checkpoint: expected {expected}, got: {first_line(error)}") from error
 
     @cached_property
     def model(self) -> Any:
@@ -109,21 +119,25 @@ class Checkpoint:
                 config=config,
                 dtype=self._dtype if self._dtype == "auto" else getattr(torch, self._dtype),
                 attn_implementation=self.attention,
+                revision=self._revision,
+                device_map=self._device_map,
                 output_loading_info=True,
             )
         except SafetensorError as error:
-            raise InputError(f"--model: expected whole weight files in {source!r}, got: {error}") from error
+            raise InputError(
+                f"checkpoint: expected whole weight files in {source!r}, got: {error}"
+            ) from error
         except (OSError, ValueError, RuntimeError) as error:  # no weights, or shapes that do not fit
             expected = f"weights that fit the configuration of {source!r}"
-            raise InputError(f"--model: expected {expected}, got: {first_line(error)}") from error
+            raise InputError(f"checkpoint: expected {expected}, got: {first_line(error)}") from error
         # transformers fills what is missing with random numbers and only logs it.
         missing = sorted(notes["missing_keys"])
         got = f"{len(missing)} missing, first {missing[:1]}"
-        check(not missing, "--model", f"every weight in {source!r}", got)
+        check(not missing, "checkpoint", f"every weight in {source!r}", got)
         spare = sorted(key for key in notes["unexpected_keys"] if ".layers." in key)
         expected = "as many layers in the configuration as in the weights"
-        check(not spare, "--model", expected, f"no place for {spare[:1]}")
-        return model.to(self.device).eval()
+        check(not spare, "checkpoint", expected, f"no place for {spare[:1]}")
+        return (model.to(self.device) if self._device_map is None else model).eval()
 
     def check_depth(self, policies: Iterable[PruningPolicy]) -> None:
         """Read the configuration, and raise InputError if a policy has a stage beyond the decoder's last layer."""
@@ -144,15 +158,68 @@ def build_text(processor: Any, prompt: str, images: int) -> str:
     else:
         template = processor.chat_template
         expected = f"a text with {token!r} in it (this checkpoint has no chat template to add it)"
-        check(template is not None, "--prompt", expected, repr(prompt))
+        check(template is not None, "prompt", expected, repr(prompt))
         content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         try:
             text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:  # templates may refuse a message, or be broken
             raise InputError(
-                f"--prompt: expected what the checkpoint's chat template takes, got: {error}"
+                f"prompt: expected what the checkpoint's chat template takes, got: {error}"
             ) from error
     count = text.count(token)
-    check(count == images, "--prompt", f"{images} x {token!r}, one per --image", count)
+    check(count == images, "prompt", f"{images} x {token!r}, one per image", count)
     return text
+
+
+def make_inputs(processor: Any, texts: Sequence[str], images: Sequence[list[Image.Image]], name: str) -> Any:
+    """Token ids, padded on the left, and pixel values of a batch, on the CPU.
+
+    Args:
+        processor: the checkpoint's.
+        texts: full prompts, as ``build_text`` makes them.
+        images: those of each prompt, in its order.
+        name: what errors call the images.
+
+    Raises:
+        InputError: what the processor does not take, or several prompts where nothing can pad them.
+    """
+    check_padding(processor, len(texts))
+    options = {
+        "padding": len(texts) > 1,
+        "padding_side": "left",
+        "add_special_tokens": not has_bos(processor, texts),
+    }
+    given = list(images) if any(images) else None
+    try:
+        return processor(text=list(texts), images=given, return_tensors="pt", **options)
+    except ValueError as error:
+        raise InputError(
+            f"{name}: expected what the checkpoint's processor takes, got: {first_line(error)}"
+        ) from error
+
+
+def check_padding(processor: Any, batch_size: int) -> None:
+    """Raise InputError if so many prompts at once would need padding and the tokenizer has none."""
+    can = batch_size == 1 or processor.tokenizer.pad_token is not None
+    check(can, "batch_size", "1 (the tokenizer has no padding token)", batch_size)
+
+
+def has_bos(processor: Any, texts: Sequence[str]) -> bool:
+    """Whether prompts bring their own first token, as templates may, so that the tokenizer must not add a second one."""
+    bos = processor.tokenizer.bos_token
+    starts = {bos is not None and text.startswith(bos) for text in texts}
+    check(len(starts) == 1, "prompt", f"{bos!r} at the start of every prompt or of none", "both")
+    return starts.pop()
+
+
+@torch.inference_mode()
+def generate(model: Any, inputs: Any, policy: PruningPolicy | None, **settings: Any) -> tuple[Run, Any]:
+    """Pruned by ``policy`` (None = only measured): how the prompts were pruned, and the new tokens ``[B, new]`` int64.
+
+    Greedy unless ``settings``, which are those of transformers' ``generate``, say otherwise.
+    """
+    settings = {"do_sample": False, "num_beams": 1} | settings
+    with meter(model) if policy is None else prune(model, policy) as run:
+        output = model.generate(**inputs, **settings)
+    return run, output[:, inputs["input_ids"].shape[1] :]

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from vlmprune.eval import Arm, Oracle, TypicalPrompt, cut_of, fit_arm, make_arms
+from vlmprune.eval.arms import Arm, PromptSize, cut_of, fit_arm, make_arms
+from vlmprune.eval.oracle import Oracle
 from vlmprune.policies import FastV, Feather, PyramidDrop, Random, Uniform
 from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, attention_of
 from vlmprune.policies.checks import BEFORE, check_keep, check_layer, check_whole
@@ -63,7 +64,7 @@ def scaled(layer: int, depth: int) -> int:
     return max(1, round(layer * depth / PAPER_DEPTH))
 
 
-def budget_arms(prompt: TypicalPrompt, budgets: Sequence[float], draws: int) -> tuple[list[Arm], list[str]]:
+def budget_arms(prompt: PromptSize, budgets: Sequence[float], draws: int) -> tuple[list[Arm], list[str]]:
     """The unpruned model and every method at every budget; and what cannot meet one, with the reason.
 
     FEATHER's stages 8 and 16 and PyramidDrop's 8, 16 and 24 are scaled from 32 layers to the decoder's; all other methods
@@ -100,7 +101,7 @@ def budget_arms(prompt: TypicalPrompt, budgets: Sequence[float], draws: int) -> 
     return arms, refused
 
 
-def sweep_arms(prompt: TypicalPrompt, layers: Sequence[int]) -> list[Arm]:
+def sweep_arms(prompt: PromptSize, layers: Sequence[int]) -> list[Arm]:
     """The criteria in one stage at each of these layers, all at the FLOPs of uniform tokens, a quarter, at that layer."""
     arms = []
     for layer in layers:

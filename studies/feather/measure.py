@@ -6,22 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from vlmprune.eval import (
-    UNPRUNED,
-    Answer,
-    Arm,
-    Estimate,
-    Key,
-    Question,
-    answers_of,
-    bootstrap,
-    groups_of,
-    iou,
-    kept_marks,
-    per_question,
-    proportion,
-    read_box,
-)
+from vlmprune.eval import Answer, Estimate, Question
+from vlmprune.eval.arms import UNPRUNED, Arm, groups_of
+from vlmprune.eval.intervals import bootstrap, proportion
+from vlmprune.eval.scoring import iou, read_box
+from vlmprune.eval.store import Key
+from vlmprune.eval.summary import answers_of, kept_marks, per_question
 from vlmprune.policies.base import Grid
 
 from .heights import kept_heights, row_profile, thirds

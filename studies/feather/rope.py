@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmprune.eval import Question, bootstrap, make_batches, make_inputs, patches_in
+from vlmprune.eval import Question
+from vlmprune.eval.ask import batch_inputs, make_batches
+from vlmprune.eval.intervals import bootstrap
+from vlmprune.eval.oracle import patches_in
 from vlmprune.models import find_parts
 from vlmprune.policies.base import Grid
 
@@ -31,7 +34,7 @@ def question_values(
     values: Values = {BOTTOM: [], CENTRE: [], RECALL: []}
     parts = find_parts(model)
     for batch in make_batches(processor, questions, batch_size):
-        inputs = make_inputs(processor, batch).to(model.device, dtype=model.dtype)
+        inputs = batch_inputs(processor, batch).to(model.device, dtype=model.dtype)
         hidden = model(**inputs, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
         visual = inputs["input_ids"] == parts.config.image_token_id
         columns = visual.nonzero()[:, 1].view(len(batch), -1)

@@ -14,7 +14,8 @@ import torch
 import transformers
 
 from vlmprune import __version__
-from vlmprune.eval import Estimate, write
+from vlmprune.eval import Estimate
+from vlmprune.eval.store import write
 
 
 @dataclass(frozen=True)

@@ -29,22 +29,12 @@ from feather.rope import question_values, rope_rows
 from feather.rows import Row, find, save
 from feather.rows import load as load_rows
 from vlmprune.errors import ModelError
-from vlmprune.eval import (
-    Arm,
-    Checkpoint,
-    Question,
-    Store,
-    Subject,
-    ask_all,
-    check_oracle,
-    check_out,
-    missing,
-    percent,
-    read_questions,
-    typical_prompt,
-    with_template,
-    write,
-)
+from vlmprune.eval import Checkpoint, Question, read_questions
+from vlmprune.eval.arms import Arm
+from vlmprune.eval.ask import Subject, ask_all, missing, typical_prompt, with_template
+from vlmprune.eval.oracle import check_oracle
+from vlmprune.eval.page import percent
+from vlmprune.eval.store import Store, check_out, write
 from vlmprune.models import patch_grid
 
 FAMILIES, BUDGETS = ("box", "cell"), (0.48, 0.64)

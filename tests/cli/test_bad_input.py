@@ -150,7 +150,7 @@ def test_broken_processor(broken, name):
 
 
 def test_a_processor_whose_package_is_missing(broken, monkeypatch):
-    def fail(source):
+    def fail(source, revision):
         raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library\nadvice")
 
     monkeypatch.setattr("vlmprune.checkpoints.AutoProcessor.from_pretrained", fail)
@@ -291,5 +291,5 @@ def test_template_that_forgets_the_image():
         def apply_chat_template(self, messages, **options):
             return messages[0]["content"][-1]["text"]
 
-    with pytest.raises(ValueError, match=r"^--prompt: expected 1 x '<image>', one per --image, got 0$"):
+    with pytest.raises(ValueError, match=r"^prompt: expected 1 x '<image>', one per image, got 0$"):
         build_text(Processor(), "hello", 1)

@@ -149,7 +149,7 @@ def test_a_killed_run_goes_on_without_losing_or_repeating(evaluate, no_pictures,
     assert len(asked) == 18 - 6
     assert answers(out) == answers(whole)
 
-    monkeypatch.setattr("vlmprune.eval.ask._generate", None)  # now there is nothing left to ask
+    monkeypatch.setattr("vlmprune.eval.ask.generate", None)  # now there is nothing left to ask
     done = evaluate(*args)
     assert done.exit_code == 0 and "nothing left to ask" in done.stdout
 
@@ -346,16 +346,8 @@ def test_default_budgets():
     assert read_budgets("0.5, 0.36,0.5", False) == (0.5, 0.36)
 
 
-def test_batches_need_a_padding_token():
-    from vlmprune.eval.ask import make_inputs
-
-    class Bare:
-        pad_token = None
-
-    class Processor:
-        tokenizer = Bare()
-
-    with pytest.raises(
-        ValueError, match=r"^--batch-size: expected 1 \(the tokenizer has no padding token\), got 2$"
-    ):
-        make_inputs(Processor(), [(None, ""), (None, "")])
+def test_batches_need_a_padding_token(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.pad_token", None, raising=False)
+    done = evaluate()
+    assert done.stderr == "error: --batch-size: expected 1 (the tokenizer has no padding token), got 4\n"
+    assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from helpers.command_line import ask
 from vlmprune import policy_from
-from vlmprune.cli.generate import Outcome, median
+from vlmprune.cli.outcome import Outcome, median
 from vlmprune.cli.show import SETTINGS
 from vlmprune.models import Report
 from vlmprune.models.clock import Seconds

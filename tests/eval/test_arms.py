@@ -2,13 +2,13 @@
 
 import pytest
 
-from vlmprune.eval.arms import UNPRUNED, TypicalPrompt, make_arms
+from vlmprune.eval.arms import UNPRUNED, PromptSize, make_arms
 from vlmprune.eval.oracle import Oracle
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
 from vlmprune.policies import FastV, PyramidDrop, Random, Uniform, policy_from
 from vlmprune.policies.schedule import stage_counts
 
-PROMPT = TypicalPrompt(
+PROMPT = PromptSize(
     DecoderShape(layers=8, hidden=64, heads=4, kv_heads=4, head_dim=16, intermediate=96), 196, 12
 )
 

@@ -62,9 +62,9 @@ def test_a_loaded_model_is_asked_and_progress_is_told(checkpoint, questions, tmp
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"budgets": (0.5, 1.5)}, r"^--budgets: expected FLOPs cuts between 0 and 1, got 0.5,1.5$"),
-        ({"seeds": 0}, r"^--seeds: expected at least 1, got 0$"),
-        ({"batch_size": 0}, r"^--batch-size: expected at least 1, got 0$"),
+        ({"budgets": (0.5, 1.5)}, r"^budgets: expected FLOPs cuts between 0 and 1, got 0.5,1.5$"),
+        ({"seeds": 0}, r"^seeds: expected at least 1, got 0$"),
+        ({"batch_size": 0}, r"^batch_size: expected at least 1, got 0$"),
         ({"policies": ["fastv:layer=8"]}, r"^layer: expected at most 7"),
     ],
 )
@@ -78,5 +78,5 @@ def test_bad_input_is_said_before_the_weights_are_loaded(
 
 
 def test_a_dtype_that_is_none():
-    with pytest.raises(ValueError, match=r"^--dtype: expected one of auto, float32, .*, got half$"):
+    with pytest.raises(ValueError, match=r"^dtype: expected one of auto, float32, .*, got 'half'$"):
         Checkpoint("anywhere", dtype="half")

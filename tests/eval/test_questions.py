@@ -36,7 +36,7 @@ def test_reads_in_order(folder):
 def test_families(folder):
     here = folder(GOOD, GOOD | {"id": "2", "family": "color"}, GOOD | {"id": "3", "family": "at"})
     assert [q.id for q in read_questions(here, ["at", "box"])] == ["1", "3"]
-    with pytest.raises(ValueError, match=r"^--family: expected one of at, box, color, got 'boxes'$"):
+    with pytest.raises(ValueError, match=r"^families: expected one of at, box, color, got 'boxes'$"):
         read_questions(here, ["box", "boxes"])
 
 
@@ -53,7 +53,7 @@ def test_families(folder):
             GOOD | {"box": [1, 2, 3]},
             r"line 2: expected four numbers as 'box', got \[1, 2, 3\]$",
         ),
-        (GOOD, r"^--questions: expected every id once, got '1' twice$"),
+        (GOOD, r"^questions: expected every id once, got '1' twice$"),
     ],
 )
 def test_malformed_line(folder, line, said):
@@ -64,7 +64,7 @@ def test_malformed_line(folder, line, said):
 def test_no_image(folder):
     here = folder(GOOD)
     (here / "a.png").write_text("not pixels")
-    said = r"^--questions: expected an image file, got .*a.png', which cannot be read: cannot identify"
+    said = r"^questions: expected an image file, got .*a.png', which cannot be read: cannot identify"
     with pytest.raises(ValueError, match=said):
         read_questions(here)
     other = GOOD | {"id": "2", "family": "color", "image": "b.png"}
@@ -83,9 +83,9 @@ def test_size_is_that_of_the_upright_image(folder):
 
 
 def test_no_questions(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"^--questions: expected a folder with a questions.jsonl, got"):
+    with pytest.raises(ValueError, match=r"^questions: expected a folder with a questions.jsonl, got"):
         read_questions(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"^--questions: expected at least one line in .*, got none$"):
+    with pytest.raises(ValueError, match=r"^questions: expected at least one line in .*, got none$"):
         read_questions(folder())
 
 

@@ -55,16 +55,14 @@ def test_damage_inside_is_told_with_its_line_and_left_alone(tmp_path, line):
 
 def test_other_settings_are_refused(tmp_path):
     Store(tmp_path, SETTINGS)
-    said = r"^--out: expected a new folder, or one made with dtype = 'bfloat16', got one made with 'float32'$"
+    said = r"^out: expected a new folder, or one made with dtype = 'bfloat16', got one made with 'float32'$"
     with pytest.raises(ValueError, match=said):
         Store(tmp_path, SETTINGS | {"dtype": "bfloat16"})
 
 
 def test_answers_without_settings_are_refused(tmp_path):
     (tmp_path / "answers.jsonl").write_text("")
-    with pytest.raises(
-        ValueError, match=r"^--out: expected a folder with settings.json beside answers.jsonl"
-    ):
+    with pytest.raises(ValueError, match=r"^out: expected a folder with settings.json beside answers.jsonl"):
         Store(tmp_path, SETTINGS)
 
 

@@ -13,14 +13,16 @@ from feather import attention, criteria, heights, measure, rope, rows, smollm2, 
 from transformers import LlamaConfig, LlamaModel
 
 from vlmprune import ops
-from vlmprune.eval import Answer, Arm, Question, TypicalPrompt, bootstrap
+from vlmprune.eval import Answer, Question
+from vlmprune.eval.arms import Arm, PromptSize
+from vlmprune.eval.intervals import bootstrap
 from vlmprune.flops import DecoderShape
 from vlmprune.policies import Feather, Random
 from vlmprune.policies.base import Needs
 from vlmprune.testing.context import make_context
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "glyphworld"
-PROMPT = TypicalPrompt(
+PROMPT = PromptSize(
     DecoderShape(layers=8, hidden=64, heads=4, kv_heads=4, head_dim=16, intermediate=96), 196, 12
 )
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import Progress as Bar
 from rich.text import Text
 
-from vlmprune.cli.progress import bar
+from vlmprune.cli.console import table
 from vlmprune.errors import InputError, check
 from vlmprune.eval import BUDGETS, Evaluation
 from vlmprune.eval.evaluation import Progress
@@ -19,27 +19,25 @@ from vlmprune.eval.page import HEADS, NAMES, family_cells, summary_cells
 
 def read_budgets(text: str | None, keep: bool) -> tuple[float, ...]:
     """FLOPs cuts from ``0.48,0.64``; none with ``--keep``. Raises InputError for what is no number."""
-    check(text is None or not keep, "--budgets", "either --budgets or --keep", "both")
+    check(text is None or not keep, "budgets", "either --budgets or --keep", "both")
     if keep or text is None:
         return () if keep else BUDGETS
     try:
         return tuple(dict.fromkeys(float(part) for part in text.split(",")))
     except ValueError as error:
-        raise InputError(f"--budgets: expected numbers separated by commas, got {text!r}") from error
+        raise InputError(f"budgets: expected numbers separated by commas, got {text!r}") from error
 
 
 @contextmanager
 def answer_bar() -> Iterator[Progress]:
-    """Yield what shows how far an evaluation is."""
-    with bar(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    ) as shown:
-        task = shown.add_task("", total=None)
+    """Yield what shows how far an evaluation is: on stderr, only on a terminal, and gone after the block."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
 
         def tell(doing: str, done: int, total: int) -> None:
-            shown.update(task, description=doing)
-            if total:
-                shown.update(task, completed=done, total=total)
+            bar.update(task, description=doing, completed=done if total else None, total=total or None)
 
         yield tell
 
@@ -47,20 +45,15 @@ def answer_bar() -> Iterator[Progress]:
 def show(found: Evaluation) -> None:
     """Print the table, the families below it, and where everything is."""
     console, results = Console(), found.results
-    console.print(_table(HEADS, [summary_cells(result) for result in results]))
-    heads = (*NAMES, *results[0].families)
-    console.print(_table(heads, [family_cells(result) for result in results]))
-    rate = (
-        "nothing left to ask" if found.speed is None else f"{found.speed:.1f} answers/s, everything included"
-    )
-    batches = f"batches of {found.settings['batch_size']}"
-    note = f"{results[0].all.questions} questions, {batches}; {rate}."
+    families = (*NAMES, *results[0].families)
+    for heads, cells in ((HEADS, summary_cells), (families, family_cells)):
+        rows = (_one_setting_a_line(cells(result)) for result in results)
+        console.print(table(heads, rows, show_lines=True))
+    rate = f"{found.speed:.1f} answers/s, everything included" if found.speed else "nothing left to ask"
+    note = f"{results[0].all.questions} questions, batches of {found.settings['batch_size']}; {rate}."
     console.print(Text(f"{note}\nreport: {found.page}", style="dim"))
 
 
-def _table(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:
-    """A table whose first column is the method, one setting a line."""
-    out = Table(*heads, show_lines=True)
-    for method, *rest in cells:
-        out.add_row(*map(Text, (method.replace(":", "\n").replace(",", "\n"), *rest)))
-    return out
+def _one_setting_a_line(cells: Sequence[str]) -> list[str]:
+    method, *rest = cells
+    return [method.replace(":", "\n").replace(",", "\n"), *rest]

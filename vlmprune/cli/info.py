@@ -11,16 +11,21 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from vlmprune.cli.console import table
 from vlmprune.ops._dispatch import TABLES, explain
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.registry import fields_of, load_policies
 
 BUDGETS = (192, 128, 64)
-WORDS = {True: "yes", False: "no"}
 PACKAGES = ("vlmprune", "torch", "triton", "transformers", "numpy", "pillow", "flash-attn")
+FACTS = {
+    "keeps": "summary",
+    "acts": "acts",
+    "text-aware": "text_aware",
+    "CLS": "cls",
+}
+"""Heading in the README's table -> fact."""
 
 
 def show_policies(as_json: bool, as_markdown: bool = False) -> None:
@@ -33,50 +38,50 @@ def show_policies(as_json: bool, as_markdown: bool = False) -> None:
         print(f"left out: {fault}", file=sys.stderr)  # noqa: T201
     found = {name: describe_policy(cls) for name, cls in classes.items()}
     if as_json:
-        return _print_json(found)
-    if as_markdown:
+        print(json.dumps(found, indent=2))  # noqa: T201
+    elif as_markdown:
         print(markdown_table(found))  # noqa: T201
-        return None
-    out = Table("name", "fields and defaults", "keeps", "acts", "paper", show_lines=True)
-    for name, policy in found.items():
-        fields = "\n".join(f"{field}={_typed(value)}" for field, value in policy["fields"].items())
-        facts = f"{policy['acts']}\nreads {policy['reads']}\n{policy['checked']}"
-        out.add_row(name, *map(Text, (fields, policy["summary"], facts, policy["paper"])))
-    Console().print(out)
+    else:
+        heads = ("name", "fields and defaults", "keeps", "acts", "paper")
+        rows = []
+        for name, policy in found.items():
+            fields = "\n".join(f"{field}={_typed(value)}" for field, value in policy["fields"].items())
+            facts = f"{policy['acts']}\nreads {policy['reads']}\n{policy['checked']}"
+            rows.append((name, fields, policy["summary"], facts, policy["paper"]))
+        Console().print(table(heads, rows, show_lines=True))
 
 
 def markdown_table(found: dict[str, dict[str, Any]]) -> str:
     """The table of methods in the README."""
-    heads = ("name", "class", "keeps", "acts", "text-aware", "CLS", "192 / 128 / 64", "checked", "from")
-    rows = [heads, ("---",) * len(heads)]
+    words = {True: "yes", False: "no"}
+    heads = ["name", "class", *FACTS, " / ".join(map(str, BUDGETS)), "checked", "from"]
+    rows = [heads, ["---"] * len(heads)]
     for name, policy in found.items():
         presets = " / ".join(f"`{policy['presets'][b]}`" for b in BUDGETS if b in policy["presets"])
-        facts = ("summary", "acts", "text_aware", "cls")
-        cells = (WORDS.get(policy[key], policy[key]) for key in facts)
+        cells = (words.get(policy[fact], policy[fact]) for fact in FACTS.values())
         rows.append(
-            (f"`{name}`", f"`{policy['class']}`", *cells, presets, policy["checked"], policy["paper"])
+            [f"`{name}`", f"`{policy['class']}`", *cells, presets, policy["checked"], policy["paper"]]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def describe_policy(cls: type[PruningPolicy]) -> dict[str, Any]:
     """Fields with defaults (``"required"`` if there is none), summary, paper, what it reads and where it acts."""
+    fields = dict(fields_of(cls))
+    usual = None if MISSING in fields.values() else cls()
     return {
         "class": cls.__name__,
-        "fields": {k: "required" if v is MISSING else v for k, v in fields_of(cls)},
+        "fields": {k: "required" if v is MISSING else v for k, v in fields.items()},
         "summary": cls.summary,
         "paper": cls.paper,
         "checked": cls.checked,
         "presets": dict(cls.presets),
-        **_default_facts(cls),
+        **(_facts(usual) if usual else dict.fromkeys(("acts", "reads", "text_aware", "cls"), "as set")),
     }
 
 
-def _default_facts(cls: type[PruningPolicy]) -> dict[str, Any]:
-    """Where a policy acts and what it reads, asked of its default settings."""
-    if MISSING in dict(fields_of(cls)).values():
-        return dict.fromkeys(("acts", "reads", "text_aware", "cls"), "as set")
-    policy = cls()
+def _facts(policy: PruningPolicy) -> dict[str, Any]:
+    """Where a policy acts and what it reads."""
     needs = [policy.needs(layer) for layer in policy.layers]
     reads = {
         "decoder attention": any(n.attention for n in needs),
@@ -86,9 +91,8 @@ def _default_facts(cls: type[PruningPolicy]) -> dict[str, Any]:
     }
     before = "before the LM" if policy.layers[0] == 0 else ""
     inside = ", ".join(str(layer) for layer in policy.layers if layer)
-    acts = " and ".join(part for part in (before, f"layer {inside}" if inside else "") if part)
     return {
-        "acts": acts,
+        "acts": " and ".join(part for part in (before, f"layer {inside}" if inside else "") if part),
         "reads": ", ".join(k for k, used in reads.items() if used) or "positions only",
         "text_aware": reads["decoder attention"] or reads["prompt text"],
         "cls": "used if there" if reads["vision attention"] else "no",
@@ -99,27 +103,23 @@ def show_info(as_json: bool) -> None:
     """Print what is installed and what would run."""
     found = describe_machine()
     if as_json:
-        return _print_json(found)
-    console = Console()
-    versions = Table("package", "version", "tested with")
-    for name, number in found["versions"].items():
-        tested = ", ".join(found["tested"].get(name, ()))
-        versions.add_row(name, number or Text("not installed", style="dim"), tested)
-    console.print(versions)
+        return print(json.dumps(found, indent=2))  # noqa: T201
+    show, tested = Console().print, found["tested"]
+    versions = found["versions"].items()
+    rows = [(name, number or "not installed", ", ".join(tested.get(name, ()))) for name, number in versions]
+    show(table(("package", "version", "tested with"), rows))
     for device in found["devices"]:
-        console.print(Text(f"{device['name']}: {device['description']}"))
-    for device, described in found["ops"].items():
-        out = Table("op", "backend", "why not the others", title=f"ops on {device}", title_justify="left")
-        for op, row in described.items():
+        show(f"{device['name']}: {device['description']}", markup=False, highlight=False)
+    for device, ops in found["ops"].items():
+        rows = []
+        for op, row in ops.items():
             reasons = "\n".join(f"{name}: {why}" for name, why in row["refused"].items())
-            out.add_row(op, row["backend"] or "none", Text(reasons or "-"))
-        console.print(out)
-        kernels = Table(
-            "kernel", "why not", title=f'attn_implementation="vlmprune" on {device}', title_justify="left"
-        )
-        for kernel, reason in found["attention"][device].items():
-            kernels.add_row(kernel, Text(reason or "-"))
-        console.print(kernels)
+            rows.append((op, row["backend"] or "none", reasons or "-"))
+        heads, title = ("op", "backend", "why not the others"), f"ops on {device}"
+        show(table(heads, rows, title=title, title_justify="left"))
+        kernels = [(kernel, why or "-") for kernel, why in found["attention"][device].items()]
+        title = f'attn_implementation="vlmprune" on {device}'
+        show(table(("kernel", "why not"), kernels, title=title, title_justify="left"))
 
 
 def describe_machine() -> dict[str, Any]:
@@ -140,8 +140,7 @@ def describe_machine() -> dict[str, Any]:
 def describe_op(op: str, device: str) -> dict[str, Any]:
     """The first backend of ``op`` that runs on ``device`` (None if none does), and the reasons of those that cannot."""
     rows = explain(op, torch.device(device))
-    usable = [name for name, why in rows if why is None]
-    refused = {name: why for name, why in rows if why is not None}
+    usable, refused = [name for name, why in rows if why is None], {name: why for name, why in rows if why}
     return {"backend": usable[0] if usable else None, "refused": refused, "also": usable[1:]}
 
 
@@ -163,10 +162,5 @@ def _version(package: str) -> str | None:
 
 def _typed(value: Any) -> str:
     """A default as it is typed in ``--policy``."""
-    if isinstance(value, tuple | list):
-        return "/".join(map(str, value))
-    return "none" if value is None else str(value)
-
-
-def _print_json(found: Any) -> None:
-    print(json.dumps(found, indent=2))  # noqa: T201
+    entries = value if isinstance(value, tuple | list) else [value]
+    return "/".join("none" if entry is None else str(entry) for entry in entries)

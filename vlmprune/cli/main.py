@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from vlmprune import __version__, env
 from vlmprune.errors import BackendError, InputError, ModelError, NotPrunedError, VersionError, first_line
@@ -17,14 +17,6 @@ if TYPE_CHECKING:
 
 EXPECTED = (InputError, ModelError, NotPrunedError, BackendError, VersionError)
 """What bad input raises. Anything else is our bug and keeps its traceback, unless the operating system refused."""
-
-app = typer.Typer(
-    help="Visual-token pruning for vision-language models.",
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-
 
 Model = Annotated[str, typer.Option(help="Checkpoint folder or hub id of a supported vision-language model.")]
 POLICY = "NAME[:field=value,...], several joined by +, & or |, or a YAML file"
@@ -39,36 +31,50 @@ Attention = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
 
+OPTIONS = {"attention": "attn", "checkpoint": "model", "families": "family"}
+ALIKE = "batch_size|budgets|device|dtype|max_new_tokens|oracle|out|prompt|questions|seeds"
+"""Arguments of the library that are called otherwise on the command line, and those that are not."""
+ARGUMENT = re.compile(rf"\b(?:{'|'.join(OPTIONS)}|{ALIKE})(?=: expected)|(?<=one per )image(?=,)")
+
+
+class Commands(TyperGroup):
+    """All commands, with an expected error of any of them turned into ``error: ...`` on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was typed."""
+        try:
+            return super().invoke(ctx)
+        except (*EXPECTED, OSError) as error:
+            # A full disk or a missing right has a number; an OSError without one was made up by some library. A reader
+            # of our output who has gone is no error.
+            ours = isinstance(error, OSError) and (error.errno is None or isinstance(error, BrokenPipeError))
+            if env.TRACEBACKS or ours:
+                raise
+            # A BackendError lists one reason a line.
+            reasons = isinstance(error, BackendError)
+            text = "; ".join(map(str.strip, str(error).splitlines())) if reasons else first_line(error)
+            if isinstance(error, InputError):
+                text = ARGUMENT.sub(lambda m: "--" + OPTIONS.get(m[0], m[0].replace("_", "-")), text)
+            typer.echo(f"error: {text}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
 
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="vlmprune")
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn an expected error into ``error: ...`` on stderr and exit code 2."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except (*EXPECTED, OSError) as error:
-        # A full disk or a missing right has a number; an OSError without one was made up by some library.
-        if env.TRACEBACKS or (isinstance(error, OSError) and error.errno is None):
-            raise
-        # A BackendError lists one reason a line.
-        reasons = isinstance(error, BackendError)
-        text = "; ".join(map(str.strip, str(error).splitlines())) if reasons else first_line(error)
-        typer.echo(f"error: {text}", err=True)
-        raise typer.Exit(2) from error
-
-
 def open_checkpoint(model: str, device: str, dtype: str, attn: str) -> Checkpoint:
-    """What a command is to load; nothing is read yet. Imports transformers."""
-    from vlmprune.checkpoints import Checkpoint
-    from vlmprune.cli.progress import quiet
+    """What a command is to load; nothing is read yet. Silences transformers, as the command line has its own messages."""
+    from vlmprune.checkpoints import Checkpoint  # first: refuses other versions of transformers
 
-    quiet()
+    from transformers.utils import logging  # isort: skip
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     return Checkpoint(model, device, dtype, attn)
 
 
@@ -109,24 +115,10 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Answer one question with each policy, and show what was kept and what it saved."""
-    with one_line_errors():
-        checkpoint = open_checkpoint(model, device, dtype, attn)
-        from vlmprune.cli.generate import Request
-        from vlmprune.cli.run import execute
+    checkpoint = open_checkpoint(model, device, dtype, attn)
+    from vlmprune.cli.run import execute
 
-        execute(
-            Request(
-                checkpoint=checkpoint,
-                images=tuple(image),
-                prompt=prompt,
-                policies=tuple(policy or ()),
-                max_new_tokens=max_new_tokens,
-                repeat=repeat,
-                compare=compare,
-                save=save,
-                as_json=as_json,
-            )
-        )
+    execute(checkpoint, image, prompt, policy or (), max_new_tokens, repeat, compare, save, as_json)
 
 
 @app.command("eval")
@@ -157,27 +149,26 @@ def eval_command(
     attn: Attention = "sdpa",
 ) -> None:
     """Accuracy of policies at equal FLOPs on a set of questions: table, plots and a report."""
-    with one_line_errors():
-        checkpoint = open_checkpoint(model, device, dtype, attn)
-        from vlmprune.cli.eval import answer_bar, read_budgets, show
-        from vlmprune.eval import run as evaluate
+    checkpoint = open_checkpoint(model, device, dtype, attn)
+    from vlmprune.cli.eval import answer_bar, read_budgets, show
+    from vlmprune.eval import run as evaluate
 
-        with answer_bar() as progress:
-            found = evaluate(
-                checkpoint,
-                questions,
-                out,
-                policy or (),
-                budgets=read_budgets(budgets, keep),
-                families=family or (),
-                baselines=baselines,
-                oracle=oracle,
-                seeds=seeds,
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
-                progress=progress,
-            )
-        show(found)
+    with answer_bar() as progress:
+        found = evaluate(
+            checkpoint,
+            questions,
+            out,
+            policy or (),
+            budgets=read_budgets(budgets, keep),
+            families=family or (),
+            baselines=baselines,
+            oracle=oracle,
+            seeds=seeds,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        )
+    show(found)
 
 
 @app.command("check")
@@ -194,11 +185,10 @@ def check_command(
     as_json: AsJson = False,
 ) -> None:
     """Whether pruned runs give what the masked model gives: on this machine, with these versions. Exit code 1 if not."""
-    with one_line_errors():
-        checkpoint = open_checkpoint(model, device, dtype, attn)
-        from vlmprune.cli.check import execute
+    checkpoint = open_checkpoint(model, device, dtype, attn)
+    from vlmprune.cli.check import execute
 
-        execute(checkpoint, policy, as_json)
+    execute(checkpoint, policy, as_json)
 
 
 @app.command("list")
@@ -207,16 +197,14 @@ def list_command(
     markdown: Annotated[bool, typer.Option("--markdown", help="The README's table.")] = False,
 ) -> None:
     """The pruning policies, their fields with defaults, and where they come from."""
-    with one_line_errors():
-        from vlmprune.cli.info import show_policies
+    from vlmprune.cli.info import show_policies
 
-        show_policies(as_json, markdown)
+    show_policies(as_json, markdown)
 
 
 @app.command()
 def info(as_json: AsJson = False) -> None:
     """Versions, devices, and which backend each op would use here and why the others not."""
-    with one_line_errors():
-        from vlmprune.cli.info import show_info
+    from vlmprune.cli.info import show_info
 
-        show_info(as_json)
+    show_info(as_json)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, tensor
 
-from vlmprune.cli.generate import Outcome
+from vlmprune.cli.outcome import Outcome
 from vlmprune.errors import check
 from vlmprune.policies.base import Grid
 
@@ -44,14 +44,10 @@ def seen_images(pixels: Tensor, image_processor: Any) -> list[Image.Image]:
 def dim_dropped(image: Image.Image, grid: Grid, kept: set[int]) -> Image.Image:
     """``image`` with every patch of ``grid`` dimmed whose number (raster order) is not in ``kept``."""
     rows, columns = grid
-    out = image.copy()
+    seen = Image.new("L", (columns, rows))
+    seen.putdata([255 * (patch in kept) for patch in range(rows * columns)])
     faded = Image.blend(image, Image.new("RGB", image.size, DIMMED), STRENGTH)
-    for patch in set(range(rows * columns)) - kept:
-        row, column = divmod(patch, columns)
-        left, right = ((column + i) * image.width // columns for i in (0, 1))
-        top, bottom = ((row + i) * image.height // rows for i in (0, 1))
-        out.paste(faded.crop((left, top, right, bottom)), (left, top))
-    return out
+    return Image.composite(image, faded, seen.resize(image.size, Image.Resampling.NEAREST))
 
 
 def panels(image: Image.Image, number: int, grid: Grid, outcome: Outcome) -> list[tuple[str, Image.Image]]:
@@ -67,29 +63,23 @@ def panels(image: Image.Image, number: int, grid: Grid, outcome: Outcome) -> lis
 def draw(images: list[Image.Image], grid: Grid, outcomes: list[Outcome]) -> Image.Image:
     """One row per policy and image (or a single unpruned one): a title with the answer, then the panels."""
     factor = max(1, -(-PANEL // images[0].height))
-    large = [
-        image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
-        for image in images
-    ]
+    large = [ImageOps.scale(image, factor, Image.Resampling.LANCZOS) for image in images]
     pruned = [outcome for outcome in outcomes if outcome.policy is not None] or outcomes
+    width, height = large[0].size
     rows = [
         (f"{outcome.label}  ->  {outcome.answer}", panels(image, number, grid, outcome))
         for outcome in pruned
         for number, image in enumerate(large)
     ]
-    width, height = large[0].size
     most = max(len(row) for _, row in rows)
     step = TITLE + CAPTION + height + GAP
     sheet = Image.new("RGB", (GAP + most * (width + GAP), GAP + len(rows) * step), PAPER)
-    for i, (title, row) in enumerate(rows):
-        _draw_row(sheet, GAP + i * step, title, row)
-    return sheet
-
-
-def _draw_row(sheet: Image.Image, top: int, title: str, row: list[tuple[str, Image.Image]]) -> None:
     pen = ImageDraw.Draw(sheet)
-    pen.text((GAP, top), title, fill=INK, font=ImageFont.load_default(15))
-    for i, (caption, picture) in enumerate(row):
-        left = GAP + i * (picture.width + GAP)
-        pen.text((left, top + TITLE), caption, fill=INK, font=ImageFont.load_default(12))
-        sheet.paste(picture, (left, top + TITLE + CAPTION))
+    for i, (title, row) in enumerate(rows):
+        top = GAP + i * step
+        pen.text((GAP, top), title, fill=INK, font=ImageFont.load_default(15))
+        for j, (caption, picture) in enumerate(row):
+            left = GAP + j * (width + GAP)
+            pen.text((left, top + TITLE), caption, fill=INK, font=ImageFont.load_default(12))
+            sheet.paste(picture, (left, top + TITLE + CAPTION))
+    return sheet

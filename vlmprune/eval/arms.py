@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vlmprune.errors import InputError
 from vlmprune.eval.oracle import Oracle
 from vlmprune.eval.questions import Region
-from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
+from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs, mean_tokens
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.compose import Pair, Stages
 from vlmprune.policies.random import Random
@@ -21,8 +21,8 @@ Baseline = Uniform | Random | Oracle
 
 
 @dataclass(frozen=True)
-class TypicalPrompt:
-    """The prompt that budgets are counted for: the decoder's dimensions, visual tokens, mean text tokens."""
+class PromptSize:
+    """What the cost of a prompt depends on: the decoder's dimensions, and its visual and text tokens."""
 
     shape: DecoderShape
     visual: int
@@ -48,7 +48,7 @@ class Arm:
     @property
     def key(self) -> str:
         """The policy with all its settings, but for the seed and what an oracle is told."""
-        return UNPRUNED if self.policy is None else repr(_seeded(self.policy, 0))
+        return UNPRUNED if self.policy is None else repr(self.policy)
 
     def for_batch(self, number: int, regions: Sequence[Region | None]) -> PruningPolicy | None:
         """The policy for batch ``number``, whose answers are seen in these regions.
@@ -73,7 +73,7 @@ def make_arms(
     budgets: Sequence[float],
     baselines: Sequence[type[Baseline]],
     seeds: int,
-    prompt: TypicalPrompt,
+    prompt: PromptSize,
 ) -> list[Arm]:
     """All arms, the unpruned one first. Without budgets the policies are taken as they are, and the baselines are
     fitted to each policy's own cut. A baseline acts at the first layer of any policy; one that is given is not added.
@@ -94,7 +94,7 @@ def make_arms(
     return [Arm(UNPRUNED), *draws]
 
 
-def fit_arm(text: str, policy: PruningPolicy, cut: float | None, prompt: TypicalPrompt) -> Arm:
+def fit_arm(text: str, policy: PruningPolicy, cut: float | None, prompt: PromptSize) -> Arm:
     """The arm of a policy, as it is or fitted to a budget. Raises InputError if it has no share, or cannot meet it."""
     if cut is None:
         return Arm(text, None, policy)
@@ -105,13 +105,18 @@ def fit_arm(text: str, policy: PruningPolicy, cut: float | None, prompt: Typical
     return Arm(text, cut, policy.at(share))
 
 
-def cut_of(arm: Arm, prompt: TypicalPrompt) -> float:
+def cut_of(arm: Arm, prompt: PromptSize) -> float:
     """Share of the prefill's FLOPs that an arm saves on ``prompt``."""
     assert arm.policy is not None
-    depth = prompt.shape.layers
-    lengths = layer_inputs(depth, prompt.visual, stage_counts(arm.policy, prompt.visual))
-    full = decoder_flops(prompt.shape, [prompt.visual + prompt.text] * depth)
-    return 1 - decoder_flops(prompt.shape, [n + prompt.text for n in lengths]) / full
+    return cost(prompt, stage_counts(arm.policy, prompt.visual))[0]
+
+
+def cost(prompt: PromptSize, stages: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """Share of the prefill's FLOPs saved, and mean visual tokens over the layers, where ``stages`` leave ``(layer, tokens)``."""
+    shape = prompt.shape
+    visual = layer_inputs(shape.layers, prompt.visual, stages)
+    full = decoder_flops(shape, [prompt.visual + prompt.text] * shape.layers)
+    return 1 - decoder_flops(shape, [n + prompt.text for n in visual]) / full, mean_tokens(visual)
 
 
 def _draws(arm: Arm) -> bool:

@@ -8,18 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlmprune import __version__
-from vlmprune.checkpoints import Checkpoint, build_text
-from vlmprune.errors import InputError, check, first_line
-from vlmprune.eval.arms import Arm, TypicalPrompt
+from vlmprune.checkpoints import Checkpoint, build_text, generate, has_bos, make_inputs
+from vlmprune.errors import InputError
+from vlmprune.eval.arms import Arm, PromptSize, cost
 from vlmprune.eval.questions import FILE, Question
 from vlmprune.eval.scoring import judge
 from vlmprune.eval.store import Answer, Store
-from vlmprune.flops import decoder_flops, layer_inputs, mean_tokens
 from vlmprune.images import open_rgb
-from vlmprune.models import Run, meter, prune
 from vlmprune.models.host.parts import decoder_shape
 from vlmprune.policies.base import PruningPolicy
 
@@ -92,38 +88,28 @@ def make_batches(processor: Any, questions: Sequence[Question], size: int) -> li
 def text_lengths(processor: Any, questions: Sequence[Question]) -> list[int]:
     """Text tokens of every prompt."""
     texts = [question.prompt for question in questions]
-    ids = processor.tokenizer(texts, add_special_tokens=not _has_bos(processor, texts))["input_ids"]
+    ids = processor.tokenizer(texts, add_special_tokens=not has_bos(processor, texts))["input_ids"]
     return [len(row) - 1 for row in ids]  # but for the image placeholder
 
 
-def typical_prompt(checkpoint: Checkpoint, questions: Sequence[Question]) -> TypicalPrompt:
+def typical_prompt(checkpoint: Checkpoint, questions: Sequence[Question]) -> PromptSize:
     """The prompt that budgets are counted for: the first question's visual tokens, the mean text."""
-    ids = make_inputs(checkpoint.processor, questions[:1])["input_ids"]
+    ids = batch_inputs(checkpoint.processor, questions[:1])["input_ids"]
     lengths = text_lengths(checkpoint.processor, questions)
     visual = int((ids == checkpoint.config.image_token_id).sum())
-    return TypicalPrompt(decoder_shape(checkpoint.config), visual, round(sum(lengths) / len(lengths)))
+    return PromptSize(decoder_shape(checkpoint.config), visual, round(sum(lengths) / len(lengths)))
 
 
-def make_inputs(processor: Any, questions: Sequence[Question]) -> Any:
+def batch_inputs(processor: Any, questions: Sequence[Question]) -> Any:
     """Token ids, padded on the left, and pixel values of a batch, on the CPU.
 
     Raises:
         InputError: an image that cannot be read, or that the processor does not take.
     """
-    padded = len(questions) > 1
-    can = not padded or processor.tokenizer.pad_token is not None
-    check(can, "--batch-size", "1 (the tokenizer has no padding token)", len(questions))
     texts = [question.prompt for question in questions]
-    images = [open_rgb(question.image, "--questions") for question in questions]
-    special = not _has_bos(processor, texts)
-    options = {"padding": padded, "padding_side": "left", "add_special_tokens": special}
-    try:
-        return processor(text=texts, images=images, return_tensors="pt", **options)
-    except ValueError as error:
-        asked = ", ".join(question.id for question in questions)
-        raise InputError(
-            f"questions {asked}: expected what the checkpoint's processor takes, got: {first_line(error)}"
-        ) from error
+    images = [[open_rgb(question.image, "questions")] for question in questions]
+    asked = ", ".join(question.id for question in questions)
+    return make_inputs(processor, texts, images, f"questions {asked}")
 
 
 def missing(questions: Sequence[Question], arms: Sequence[Arm], store: Store) -> int:
@@ -142,11 +128,11 @@ def ask_all(
         open_arms = [arm for arm in arms if missing(batch, [arm], store)]
         if not open_arms:
             continue
-        inputs = make_inputs(processor, batch).to(model.device, dtype=model.dtype)
+        inputs = batch_inputs(processor, batch).to(model.device, dtype=model.dtype)
         for arm in open_arms:
             policy = arm.for_batch(number, [question.region for question in batch])
             if arm.key not in warm:  # kernels and caches are made in the first pass, which is not timed
-                _generate(subject, inputs, policy, 1)
+                generate(model, inputs, policy, max_new_tokens=1)
                 warm.add(arm.key)
             for answer in _answers(subject, batch, inputs, arm, policy):
                 if answer.key not in store.answers:
@@ -154,28 +140,20 @@ def ask_all(
                     yield answer
 
 
-@torch.inference_mode()
-def _generate(
-    subject: Subject, inputs: Any, policy: PruningPolicy | None, limit: int
-) -> tuple[Run, list[str]]:
-    """Greedy answers of a batch, and how it was pruned."""
-    model, processor = subject.checkpoint.model, subject.checkpoint.processor
-    with meter(model) if policy is None else prune(model, policy) as run:
-        output = model.generate(**inputs, max_new_tokens=limit, do_sample=False, num_beams=1)
-    new = output[:, inputs["input_ids"].shape[1] :]
-    return run, processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-
-
 def _answers(
     subject: Subject, batch: Sequence[Question], inputs: Any, arm: Arm, policy: PruningPolicy | None
 ) -> Iterator[Answer]:
-    """The answers of one arm to one batch, scored and with their cost."""
-    run, texts = _generate(subject, inputs, policy, subject.max_new_tokens)
-    prefill = run.report().seconds.prefill / len(batch)
+    """The answers of one arm to one batch, scored and with their cost, padding not counted."""
+    checkpoint = subject.checkpoint
+    run, new = generate(checkpoint.model, inputs, policy, max_new_tokens=subject.max_new_tokens)
+    texts = checkpoint.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    prefill, shape = run.report().seconds.prefill / len(batch), decoder_shape(checkpoint.config)
     lengths = inputs["attention_mask"].sum(1).tolist()
     for sample, (question, said) in enumerate(zip(batch, texts, strict=True)):
         kept = [(stage.layer, run.kept_at(i, sample).tolist()) for i, stage in enumerate(run.stages)]
-        cut, tokens = _cost(subject, len(run.kept_at(-1, sample)), lengths[sample], kept)
+        visual = len(run.kept_at(-1, sample))
+        prompt = PromptSize(shape, visual, lengths[sample] - visual)
+        cut, tokens = cost(prompt, [(layer, len(some)) for layer, some in kept])
         right, exact = judge(said, question.answer)
         yield Answer(
             policy=arm.key,
@@ -189,22 +167,3 @@ def _answers(
             prefill=round(prefill, 7),
             kept=tuple((layer, format(sum(1 << i for i in some), "x")) for layer, some in kept),
         )
-
-
-def _cost(
-    subject: Subject, visual: int, length: int, kept: Sequence[tuple[int, list[int]]]
-) -> tuple[float, float]:
-    """Share of the prefill's FLOPs saved, and mean visual tokens over the layers, of one sample by itself."""
-    shape = decoder_shape(subject.checkpoint.config)
-    lengths = layer_inputs(shape.layers, visual, [(layer, len(some)) for layer, some in kept])
-    full = decoder_flops(shape, [length] * shape.layers)
-    pruned = decoder_flops(shape, [n + length - visual for n in lengths])
-    return 1 - pruned / full, mean_tokens(lengths)
-
-
-def _has_bos(processor: Any, texts: Sequence[str]) -> bool:
-    """Whether the prompts bring their own first token, so that the tokenizer must not add one."""
-    bos = processor.tokenizer.bos_token
-    starts = {bos is not None and text.startswith(bos) for text in texts}
-    check(len(starts) == 1, "prompt", f"{bos!r} at the start of every prompt or of none", "both")
-    return starts.pop()

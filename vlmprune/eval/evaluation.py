@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmprune.checkpoints import Checkpoint
+from vlmprune.checkpoints import Checkpoint, check_padding
 from vlmprune.errors import ModelError, check
 from vlmprune.eval.arms import Arm, groups_of, make_arms
 from vlmprune.eval.ask import Subject, ask_all, missing, typical_prompt, with_template
@@ -67,7 +67,7 @@ def run(
 ) -> Evaluation:
     """Accuracy of policies at equal FLOPs on a set of questions: what ``vlmprune eval`` does, without printing.
 
-    All that can fail is checked before the weights are loaded. Errors name arguments as the command line does.
+    All that can fail is checked before the weights are loaded.
 
     Args:
         checkpoint: whom to ask.
@@ -94,19 +94,19 @@ def run(
     >>> found = run(Checkpoint("model"), "questions", "results", ["fastv:layer=2"])  # doctest: +SKIP
     """
     questions, out = Path(questions), Path(out)
-    counts = {"--seeds": seeds, "--batch-size": batch_size, "--max-new-tokens": max_new_tokens}
     check_matplotlib()
-    for name, count in counts.items():
+    for name, count in (("seeds", seeds), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         check(count >= 1, name, "at least 1", count)
     cuts = tuple(dict.fromkeys(budgets))
     fine = all(0 < cut < 1 for cut in cuts)
-    check(fine, "--budgets", "FLOPs cuts between 0 and 1", ",".join(f"{cut:g}" for cut in cuts))
+    check(fine, "budgets", "FLOPs cuts between 0 and 1", ",".join(f"{cut:g}" for cut in cuts))
     asked = read_questions(questions, families)
     methods = {str(some): policy_from(some) if isinstance(some, str) else some for some in policies}
     check_out(out)
     checkpoint.check_depth(methods.values())
     if oracle:
         check_oracle(asked, checkpoint.config, checkpoint.processor)
+    check_padding(checkpoint.processor, min(batch_size, len(asked)))
     asked = with_template(checkpoint.processor, asked)
     prompt = typical_prompt(checkpoint, asked)
     arms = make_arms(methods, cuts, (Uniform, Random) * baselines + (Oracle,) * oracle, seeds, prompt)
@@ -115,24 +115,16 @@ def run(
     subject = Subject(checkpoint, batch_size, max_new_tokens)
     settings = subject.settings(questions)
     store = Store(out, settings)
-    speed = _ask(subject, asked, arms, store, progress)
+    total, start = missing(asked, arms, store), time.perf_counter()
+    progress("answers", 0, total)
+    for done, _ in enumerate(ask_all(subject, asked, arms, store), 1):
+        progress("answers", done, total)
+    speed = total / (time.perf_counter() - start) if total else None
     progress("drawing", 0, 0)
     results = summarize(asked, arms, store.answers)
     settings |= {"text_tokens": prompt.text, "visual_tokens": prompt.visual}
     page = _write_all(out, settings, results, _heat(checkpoint.config, arms, asked, store.answers))
     return Evaluation(settings, results, store.answers, speed, page)
-
-
-def _ask(
-    subject: Subject, questions: Sequence[Question], arms: Sequence[Arm], store: Store, progress: Progress
-) -> float | None:
-    """Fill the store; answers per second, or None if there was nothing left to ask."""
-    total = missing(questions, arms, store)
-    start = time.perf_counter()
-    progress("answers", 0, total)
-    for done, _ in enumerate(ask_all(subject, questions, arms, store), 1):
-        progress("answers", done, total)
-    return total / (time.perf_counter() - start) if total else None
 
 
 def _heat(
@@ -157,16 +149,15 @@ def _write_all(
 ) -> Path:
     """Write results.json, the pictures and the page, whose path is returned."""
     pictures = {
-        "pareto": ("Accuracy against cost", draw_pareto(results)),
-        "families": ("Accuracy by family", draw_families(results)),
+        "Accuracy against cost": draw_pareto(results),
+        "Accuracy by family": draw_families(results),
     }
     if heat:
-        title = "Where tokens are kept: share of the answers that keep each patch"
-        pictures["heat"] = (title, draw_heat(heat))
-    for name, (_, png) in pictures.items():
+        pictures["Where tokens are kept: share of the answers that keep each patch"] = draw_heat(heat)
+    for name, png in zip(("pareto", "families", "heat"), pictures.values(), strict=False):
         write(folder / f"{name}.png", png)
     plain = {"settings": settings, "rows": [result.as_dict() for result in results]}
     write(folder / "results.json", json.dumps(plain, indent=1).encode())
     page = folder / "report.html"
-    write(page, make_page(settings, results, dict(pictures.values())).encode())
+    write(page, make_page(settings, results, pictures).encode())
     return page

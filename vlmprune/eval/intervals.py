@@ -27,8 +27,12 @@ def proportion(values: Sequence[float]) -> Estimate:
     >>> [round(value, 3) for value in proportion([1.0] * 7 + [0.0] * 13)]
     [0.35, 0.181, 0.567]
     """
-    check(len(values) > 0, "values", "at least one", "none")
-    return _wilson(values) if {*values} <= {0.0, 1.0} else bootstrap(values)
+    if len(values) == 0 or not {*values} <= {0.0, 1.0}:
+        return bootstrap(values)
+    n = len(values)
+    p, z = sum(values) / n, Z * Z / n
+    middle, half = (p + z / 2) / (1 + z), (z * (p * (1 - p) + z / 4)) ** 0.5 / (1 + z)
+    return Estimate(p, max(0.0, min(middle - half, p)), min(1.0, max(middle + half, p)))
 
 
 def bootstrap(values: Sequence[float]) -> Estimate:
@@ -42,10 +46,3 @@ def bootstrap(values: Sequence[float]) -> Estimate:
     drawn = np.random.default_rng(SEED).multinomial(n, counts / n, size=DRAWS) @ distinct / n
     low, high = np.percentile(drawn, [2.5, 97.5])
     return Estimate(float(counts @ distinct / n), float(low), float(high))
-
-
-def _wilson(values: Sequence[float]) -> Estimate:
-    n = len(values)
-    p, z = sum(values) / n, Z * Z / n
-    middle, half = (p + z / 2) / (1 + z), (z * (p * (1 - p) + z / 4)) ** 0.5 / (1 + z)
-    return Estimate(p, max(0.0, min(middle - half, p)), min(1.0, max(middle + half, p)))

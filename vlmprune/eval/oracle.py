@@ -18,6 +18,8 @@ from vlmprune.policies.choose import quotas
 from vlmprune.policies.lattice import grid_scores
 from vlmprune.policies.uniform import Uniform
 
+ROUNDING = 1e-6
+"""How far a region may reach into a patch, in patches, without touching it."""
 PIXEL = 0.999
 """The least width and height of a box in pixels, less what rounding takes."""
 
@@ -97,7 +99,7 @@ def check_oracle(questions: Sequence[Question], config: Any, processor: Any) -> 
         ModelError: the model's images do not share one grid.
     """
     boxes = [question for question in questions if question.box is not None]
-    check(bool(boxes), "--oracle", "questions with a box", "none")
+    check(bool(boxes), "oracle", "questions with a box", "none")
     patch_grid(config)
     for question in boxes:
         width, height = question.size
@@ -107,7 +109,7 @@ def check_oracle(questions: Sequence[Question], config: Any, processor: Any) -> 
         check(seen, f"question {question.id!r}", inside, question.box)
         expected = "images that the processor shows whole (it crops or pads this one; square ones may do)"
         whole = _shows_whole(processor.image_processor, question.size)
-        check(whole, "--oracle", expected, f"{width} x {height} in question {question.id!r}")
+        check(whole, "oracle", expected, f"{width} x {height} in question {question.id!r}")
 
 
 def patches_in(region: Region, grid: Grid) -> list[int]:
@@ -118,8 +120,8 @@ def patches_in(region: Region, grid: Grid) -> list[int]:
     """
     rows, columns = grid
     left, top, right, bottom = region
-    down = range(_floor(top * rows), _ceil(bottom * rows))
-    across = range(_floor(left * columns), _ceil(right * columns))
+    down = range(math.floor(top * rows + ROUNDING), math.ceil(bottom * rows - ROUNDING))
+    across = range(math.floor(left * columns + ROUNDING), math.ceil(right * columns - ROUNDING))
     return [row * columns + column for row in down for column in across]
 
 
@@ -133,11 +135,3 @@ def _shows_whole(image_processor: Any, size: tuple[int, int]) -> bool:
     if "shortest_edge" in resized:
         return size[0] == size[1] and crop["height"] == crop["width"] == resized["shortest_edge"]
     return (crop["height"], crop["width"]) == (resized["height"], resized["width"])
-
-
-def _floor(x: float) -> int:
-    return math.floor(x + 1e-6)
-
-
-def _ceil(x: float) -> int:
-    return math.ceil(x - 1e-6)

@@ -34,14 +34,15 @@ def make_page(settings: Mapping[str, Any], results: Sequence[Result], pictures: 
         f"<style>{STYLE}</style><h1>vlmprune eval</h1>",
         _table(("setting", "value"), settings.items()),
         f"<h2>Accuracy at equal cost</h2><p>{NOTES}</p>",
-        _table(HEADS, (summary_cells(result) for result in results)),
+        _table(HEADS, map(summary_cells, results)),
         "<h2>Right answers by family</h2>",
         _table((*NAMES, *families), (family_cells(result, True) for result in results)),
-        *(f"<h2>{escape(title)}</h2><img src='{_inline(png)}' alt=''>" for title, png in pictures.items()),
-        "<h2>Policies as they ran</h2>",
-        _table(
-            SETTINGS, ((*_name(r), _share(r.budget), f"{r.tokens:.1f}", r.seeds, r.policy) for r in results)
+        *(
+            f"<h2>{escape(title)}</h2><img src='data:image/png;base64,{base64.b64encode(png).decode()}' alt=''>"
+            for title, png in pictures.items()
         ),
+        "<h2>Policies as they ran</h2>",
+        _table(SETTINGS, map(settings_cells, results)),
         "</html>",
     ]
     return "\n".join(parts)
@@ -49,8 +50,6 @@ def make_page(settings: Mapping[str, Any], results: Sequence[Result], pictures: 
 
 NAMES = ("method", "FLOPs cut")
 HEADS = (*NAMES, "prefill ms", "right", "to unpruned", "to uniform")
-
-
 SETTINGS = (*NAMES, "budget", "tokens, mean over layers", "draws", "policy")
 
 
@@ -59,6 +58,12 @@ def summary_cells(result: Result) -> tuple[str, ...]:
     cell = result.all
     differences = (points(cell.to_unpruned), points(cell.to_uniform))
     return (*_name(result), f"{result.prefill * 1000:.2f}", percent(cell.right), *differences)
+
+
+def settings_cells(result: Result) -> tuple[object, ...]:
+    """One row of the table of policies, under ``SETTINGS``."""
+    budget = "-" if result.budget is None else f"{result.budget:.1%}"
+    return (*_name(result), budget, f"{result.tokens:.1f}", result.seeds, result.policy)
 
 
 def family_cells(result: Result, intervals: bool = False) -> tuple[str, ...]:
@@ -83,10 +88,6 @@ def _name(result: Result) -> tuple[str, str]:
     return result.method, f"{result.cut:.1%}"
 
 
-def _share(budget: float | None) -> str:
-    return "-" if budget is None else f"{budget:.1%}"
-
-
 def _family_cell(cell: Accuracy, intervals: bool) -> str:
     right = percent(cell.right) if intervals else f"{cell.right.mean * 100:.1f}"
     same = abs(cell.exact - cell.right.mean) < 1e-9
@@ -98,7 +99,3 @@ def _table(heads: Sequence[object], rows: Any) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
     return "<table>" + line("th", heads) + "".join(line("td", row) for row in rows) + "</table>"
-
-
-def _inline(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -11,11 +11,10 @@ import numpy as np
 
 from vlmprune.errors import check
 from vlmprune.eval.arms import UNPRUNED
-from vlmprune.eval.summary import Accuracy, Result
+from vlmprune.eval.summary import Result
 
 DPI, COLUMNS = 110, 3
-Share = Mapping[int, np.ndarray[Any, Any]]
-"""Layer of each stage -> [rows, columns] share of the answers that kept each patch."""
+LINE = {"marker": "o", "markersize": 4, "linewidth": 1, "capsize": 2}
 
 
 def check_matplotlib() -> None:
@@ -27,8 +26,8 @@ def check_matplotlib() -> None:
 def draw_pareto(results: Sequence[Result]) -> bytes:
     """Accuracy on all questions against FLOPs and against measured prefill time."""
     figure, (left, right) = _figure(1, 2, 5.2, 4.2)
-    _curves(left, results, lambda result: 1 - result.cut, lambda result: result.all)
-    _curves(right, results, lambda result: result.prefill * 1000, lambda result: result.all)
+    _curves(left, results, lambda result: 1 - result.cut)
+    _curves(right, results, lambda result: result.prefill * 1000)
     left.set_xlabel("decoder prefill FLOPs, share of unpruned")
     right.set_xlabel("measured prefill, ms per question")
     left.set_ylabel("right answers, all questions")
@@ -41,7 +40,7 @@ def draw_families(results: Sequence[Result]) -> bytes:
     names = list(results[0].families)
     figure, axes = _figure(-(-len(names) // COLUMNS), COLUMNS, 3.6, 3.0)
     for panel, name in zip(axes, names, strict=False):
-        _curves(panel, results, lambda result: 1 - result.cut, _cell_of(name))
+        _curves(panel, results, lambda result: 1 - result.cut, name)
         panel.set_title(f"{name} ({results[0].families[name].questions})", fontsize=9)
     for panel in axes[len(names) :]:
         panel.set_axis_off()
@@ -49,25 +48,16 @@ def draw_families(results: Sequence[Result]) -> bytes:
     return _png(figure)
 
 
-def draw_heat(shares: Mapping[str, Share]) -> bytes:
-    """Per method one line: after each stage a map of the patches, and the share kept in each row of the image."""
+def draw_heat(shares: Mapping[str, Mapping[int, np.ndarray[Any, Any]]]) -> bytes:
+    """One line per method: after each stage's layer a map of the patches, the share of the answers that kept each."""
     stages = max((len(share) for share in shares.values()), default=1)
-    figure, axes = _figure(max(len(shares), 1), stages * 2, 2.5, 2.7)
-    panels = iter(axes)
-    for title, share in shares.items():
-        for _, (layer, grid) in zip(range(stages), share.items(), strict=False):
-            image, bars = next(panels), next(panels)
-            image.imshow(grid, vmin=0, vmax=1, cmap="magma")
-            image.set_title(f"{title}\nfrom layer {layer}: {grid.sum():.0f} of {grid.size}", fontsize=6)
-            image.set_xticks([])
-            image.set_yticks([])
-            bars.barh(range(len(grid)), grid.mean(axis=1), color="0.45")
-            bars.set_xlim(0, 1)
-            bars.invert_yaxis()
-            bars.set_title("share kept per row", fontsize=6)
-            bars.tick_params(labelsize=6)
-        for _ in range(2 * (stages - len(share))):
-            next(panels).set_axis_off()
+    figure, axes = _figure(max(len(shares), 1), stages, 2.5, 2.7)
+    for panel in axes:
+        panel.set_axis_off()
+    for line, (title, share) in enumerate(shares.items()):
+        for panel, (layer, grid) in zip(axes[line * stages :], share.items(), strict=False):
+            panel.imshow(grid, vmin=0, vmax=1, cmap="magma")
+            panel.set_title(f"{title}\nfrom layer {layer}: {grid.sum():.0f} of {grid.size}", fontsize=6)
     return _png(figure)
 
 
@@ -80,7 +70,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
 
 
 def _curves(
-    panel: Any, results: Sequence[Result], cost: Callable[[Result], float], cell: Callable[[Result], Accuracy]
+    panel: Any, results: Sequence[Result], cost: Callable[[Result], float], family: str | None = None
 ) -> None:
     """One line per method through its budgets, with the 95 % intervals; the unpruned model as a dashed line."""
     methods: dict[str, list[Result]] = {}
@@ -88,28 +78,14 @@ def _curves(
         methods.setdefault(result.method, []).append(result)
     for method, some in methods.items():
         some = sorted(some, key=cost)
-        points = [cell(result).right for result in some]
+        points = [(r.all if family is None else r.families[family]).right for r in some]
         ends = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
-        style = {"color": "black"} if method == UNPRUNED else {}
-        panel.errorbar(
-            [*map(cost, some)],
-            [p.mean for p in points],
-            yerr=ends,
-            marker="o",
-            markersize=4,
-            linewidth=1,
-            capsize=2,
-            label=method,
-            **style,
-        )
+        look = LINE | ({"color": "black"} if method == UNPRUNED else {})
+        panel.errorbar([*map(cost, some)], [p.mean for p in points], yerr=ends, label=method, **look)
         if method == UNPRUNED:
             panel.axhline(points[0].mean, color="black", linestyle="--", linewidth=0.6)
     panel.set_ylim(-0.02, 1.02)
     panel.grid(alpha=0.3)
-
-
-def _cell_of(family: str) -> Callable[[Result], Accuracy]:
-    return lambda result: result.families[family]
 
 
 def _png(figure: Any) -> bytes:

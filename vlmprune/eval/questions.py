@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,23 +63,20 @@ def read_questions(folder: Path, families: Sequence[str] = ()) -> list[Question]
             read, two questions of one id, or a family no question has.
     """
     path = folder / FILE
-    check(path.is_file(), "--questions", f"a folder with a {FILE}", repr(str(folder)))
+    check(path.is_file(), "questions", f"a folder with a {FILE}", repr(str(folder)))
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8 text, got {error.reason}") from error
     found = [_read(text, n, folder) for n, text in enumerate(lines, 1) if text.strip()]
-    check(bool(found), "--questions", f"at least one line in {path}", "none")
-    first: dict[str, Question] = {}
-    for question in found:
-        again = question.id in first
-        check(not again, "--questions", "every id once", f"{question.id!r} twice")
-        first[question.id] = question
+    check(bool(found), "questions", f"at least one line in {path}", "none")
+    again = [name for name, times in Counter(question.id for question in found).items() if times > 1]
+    check(not again, "questions", "every id once", " and ".join(map(repr, again)) + " twice")
     known = sorted({question.family for question in found})
     for family in families:
-        check(family in known, "--family", f"one of {', '.join(known)}", repr(family))
+        check(family in known, "families", f"one of {', '.join(known)}", repr(family))
     found = [question for question in found if not families or question.family in families]
-    sizes = {image: open_rgb(image, "--questions").size for image in {q.image: None for q in found}}
+    sizes = {image: open_rgb(image, "questions").size for image in {q.image: None for q in found}}
     return [replace(question, size=sizes[question.image]) for question in found]
 
 

@@ -51,8 +51,8 @@ class Answer:
 
 def check_out(folder: Path) -> None:
     """Raise InputError unless results can be written there; asked before anything slow."""
-    check(not folder.exists() or folder.is_dir(), "--out", "a folder, or a new name", repr(str(folder)))
-    check(folder.parent.is_dir(), "--out", "a folder inside an existing one", repr(str(folder)))
+    check(not folder.exists() or folder.is_dir(), "out", "a folder, or a new name", repr(str(folder)))
+    check(folder.parent.is_dir(), "out", "a folder inside an existing one", repr(str(folder)))
 
 
 class Store:
@@ -73,10 +73,10 @@ class Store:
             old = _read_settings(path)
             for name, value in settings.items():
                 expected = f"a new folder, or one made with {name} = {value!r}"
-                check(old.get(name) == value, "--out", expected, f"one made with {old.get(name)!r}")
+                check(old.get(name) == value, "out", expected, f"one made with {old.get(name)!r}")
         else:
             lost = (folder / ANSWERS).exists()
-            check(not lost, "--out", f"a folder with {SETTINGS} beside {ANSWERS}", repr(str(folder)))
+            check(not lost, "out", f"a folder with {SETTINGS} beside {ANSWERS}", repr(str(folder)))
         self.path = folder / ANSWERS
         self.answers = _read(self.path)
         if not path.exists():

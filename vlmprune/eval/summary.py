@@ -80,18 +80,32 @@ def summarize(
     """One result per method and budget, in the order of the arms; every question must be answered."""
     groups = groups_of(arms)
     found = {group: answers_of(some, questions, answers) for group, some in groups.items()}
-    rights = {group: per_question(some, _right) for group, some in found.items()}
+    rights = {group: per_question(some, lambda answer: answer.right) for group, some in found.items()}
     cuts = {group: statistics.fmean(a.cut for a in some) for group, some in found.items()}
     uniform = [group for group, some in groups.items() if isinstance(some[0].policy, Uniform)]
+    families: dict[str, list[str]] = {}
+    for question in questions:
+        families.setdefault(question.family, []).append(question.id)
     results = []
     for group, some in groups.items():
-        near = min(uniform, key=lambda other: abs(cuts[other] - cuts[group]), default=None)
-        same = near is not None and near != group and abs(cuts[near] - cuts[group]) <= NEAR
-        bases = (
-            rights[UNPRUNED, None] if group != (UNPRUNED, None) else None,
-            rights[near] if same and near is not None else None,
+        exact = per_question(found[group], lambda answer: answer.exact)
+        near = min(uniform, key=lambda other: abs(cuts[other] - cuts[group]), default=group)
+        close = near != group and abs(cuts[near] - cuts[group]) <= NEAR
+        unpruned = None if group == (UNPRUNED, None) else rights[UNPRUNED, None]
+        told = (rights[group], exact, unpruned, rights[near] if close else None)
+        results.append(
+            Result(
+                method=group[0],
+                budget=group[1],
+                policy=some[0].key,
+                seeds=len(some),
+                cut=cuts[group],
+                tokens=statistics.fmean(a.tokens for a in found[group]),
+                prefill=statistics.median(a.prefill for a in found[group]),
+                all=_accuracy([question.id for question in questions], *told),
+                families={name: _accuracy(ids, *told) for name, ids in sorted(families.items())},
+            )
         )
-        results.append(_result(group, some, found[group], questions, cuts[group], bases))
     return results
 
 
@@ -126,45 +140,13 @@ def kept_marks(bits: str, size: int) -> np.ndarray[Any, Any]:
     return np.unpackbits(packed, bitorder="little")[:size]
 
 
-def _result(
-    group: tuple[str, float | None],
-    arms: Sequence[Arm],
-    answers: Sequence[Answer],
-    questions: Sequence[Question],
-    cut: float,
-    bases: tuple[PerQuestion | None, PerQuestion | None],
-) -> Result:
-    right, exact = per_question(answers, _right), per_question(answers, lambda answer: answer.exact)
-    families: dict[str, list[str]] = {}
-    for question in questions:
-        families.setdefault(question.family, []).append(question.id)
-    return Result(
-        method=group[0],
-        budget=group[1],
-        policy=arms[0].key,
-        seeds=len(arms),
-        cut=cut,
-        tokens=statistics.fmean(a.tokens for a in answers),
-        prefill=statistics.median(a.prefill for a in answers),
-        all=_accuracy([q.id for q in questions], right, exact, bases),
-        families={name: _accuracy(ids, right, exact, bases) for name, ids in sorted(families.items())},
-    )
-
-
 def _accuracy(
-    ids: Sequence[str],
-    right: PerQuestion,
-    exact: PerQuestion,
-    bases: tuple[PerQuestion | None, PerQuestion | None],
+    ids: Sequence[str], right: PerQuestion, exact: PerQuestion, *bases: PerQuestion | None
 ) -> Accuracy:
+    """Accuracy on some questions, and the difference to each base."""
     differences = (base if base is None else bootstrap([right[i] - base[i] for i in ids]) for base in bases)
-    return Accuracy(
-        len(ids), proportion([right[i] for i in ids]), statistics.fmean(exact[i] for i in ids), *differences
-    )
-
-
-def _right(answer: Answer) -> bool:
-    return answer.right
+    estimate = proportion([right[i] for i in ids])
+    return Accuracy(len(ids), estimate, statistics.fmean(exact[i] for i in ids), *differences)
 
 
 def _plain(accuracy: Accuracy) -> dict[str, Any]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-MODEL = "vlmprune.integrations.lmms_eval.model.VLMPrune"
-
 
 def manifest() -> Any:
     """What lmms-eval registers: the model's name and where its class is. Called by every run of lmms-eval, so light."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id="vlmprune", chat_class_path=MODEL)
+    return ModelManifest(model_id="vlmprune", chat_class_path=f"{__name__}.model.VLMPrune")

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
@@ -18,8 +17,8 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from loguru import logger
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from vlmprune.checkpoints import Checkpoint, check_padding, generate, make_inputs
 from vlmprune.errors import check
 from vlmprune.integrations.lmms_eval.cost import Cost
 from vlmprune.integrations.lmms_eval.requests import (
@@ -30,9 +29,7 @@ from vlmprune.integrations.lmms_eval.requests import (
     read_image,
     read_policy,
 )
-from vlmprune.models import check_config, check_layers, meter, prune
-
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+from vlmprune.models import Report
 
 
 class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
@@ -54,7 +51,7 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
         system_prompt: a text, or a file of one, in front of every prompt.
 
     Raises:
-        InputError: an argument that does not fit, before the weights are loaded.
+        InputError: an argument that does not fit, before the weights are loaded; or weights that are not all there.
         ModelError: the checkpoint cannot be pruned.
     """
 
@@ -69,7 +66,7 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
         dtype: str = "auto",
         device: str | None = None,
         device_map: str | None = None,
-        attn_implementation: str | None = None,
+        attn_implementation: str = "sdpa",
         batch_size: int | str = 1,
         max_new_tokens: int = 1024,
         system_prompt: str | None = None,
@@ -78,24 +75,18 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
         self.policy = read_policy(policy)
         self.batch_size = read_count("batch_size", batch_size)
         self.max_new_tokens = read_count("max_new_tokens", max_new_tokens)
-        check(dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", repr(dtype))
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        config = AutoConfig.from_pretrained(pretrained, revision=revision)
-        check_config(config)
-        if self.policy is not None:
-            check_layers(self.policy, config)
-        self.processor = _load_processor(processor or pretrained, revision, self.batch_size)
-        self.model = _load_model(
-            pretrained,
-            revision=revision,
-            config=config,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            device_map=device_map,
-            attn_implementation=attn_implementation,
+        place = device if device is not None and self._world_size == 1 else str(self.accelerator.device)
+        checkpoint = Checkpoint(
+            pretrained, place, dtype, attn_implementation, revision=revision, device_map=device_map
         )
-        if device_map is None:
-            self.model.to(self.accelerator.device if device is None or self._world_size > 1 else device)
+        checkpoint.check_depth([] if self.policy is None else [self.policy])
+        self.processor = Checkpoint(processor or pretrained, revision=revision).processor
+        templated = self.processor.chat_template is not None
+        check(templated, "processor", "one with a chat template", repr(processor or pretrained))
+        check_padding(self.processor, self.batch_size)
+        self.model = checkpoint.model
         self.device = self.model.device
         self.system_prompt = self._resolve_system_prompt(system_prompt)
 
@@ -109,14 +100,18 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
         answers: dict[int, GenerationResult] = {}
         costs: dict[str, Cost] = defaultdict(Cost)
         start = time.perf_counter()
-        scope = meter(self.model) if self.policy is None else prune(self.model, self.policy)
-        with scope as run, tqdm(total=len(requests), desc="answers", disable=self.rank != 0) as bar:
+        with tqdm(total=len(requests), desc="answers", disable=self.rank != 0) as bar:
             for members in make_batches(requests, self.batch_size):
                 batch = [requests[number] for number in members]
-                answers.update(zip(members, self._answer(batch), strict=True))
-                costs[batch[0].args[4]].add(run.report(), len(batch))
+                report, said = self._answer(batch)
+                answers.update(zip(members, said, strict=True))
+                costs[batch[0].args[4]].add(report, len(batch))
                 bar.update(len(members))
-        self._report(list(answers.values()), costs, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        tokens = sum(answer.token_counts.output_tokens for answer in answers.values())
+        # Into lmms-eval's log and, under ``throughput``, into its results.
+        means = {name: mean for task, cost in costs.items() for name, mean in cost.means(task).items()}
+        log_metrics(seconds, tokens, tokens / seconds, means)
         return [answers[number] for number in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
@@ -127,19 +122,17 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
         """Not offered."""
         raise NotImplementedError("task: expected one question a request, got several rounds")
 
-    @torch.inference_mode()
-    def _answer(self, batch: Sequence[Instance]) -> list[GenerationResult]:
-        """The answers to one batch."""
+    def _answer(self, batch: Sequence[Instance]) -> tuple[Report, list[GenerationResult]]:
+        """What one batch cost, and the answers to it."""
         settings = batch[0].args[2]
         inputs = self._make_inputs(batch)
         tokenizer = self.processor.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         asked = read_generation(settings, self.max_new_tokens)
-        output = self.model.generate(**inputs, **asked, pad_token_id=pad)
-        new = output[:, inputs["input_ids"].shape[1] :]
+        run, new = generate(self.model, inputs, self.policy, **asked, pad_token_id=pad)
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
         read, written = inputs["attention_mask"].sum(1).tolist(), (new != pad).sum(1).tolist()
-        return [
+        return run.report(), [
             GenerationResult(cut(text, settings.get("until")), TokenCounts(*counts))
             for text, *counts in zip(texts, read, written, strict=True)
         ]
@@ -148,16 +141,7 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
         """Token ids, padded on the left, and pixel values of a batch, on the device."""
         texts, images = zip(*map(self._read, batch), strict=True)
         logger.debug("a prompt of {}: {!r}", batch[0].args[4], texts[0])
-        bos = self.processor.tokenizer.bos_token
-        twice = bos is not None and texts[0].startswith(bos)  # the template writes it: no second one
-        inputs = self.processor(
-            text=list(texts),
-            images=list(images) if any(images) else None,
-            return_tensors="pt",
-            padding=len(batch) > 1,
-            add_special_tokens=not twice,
-        )
-        return inputs.to(self.device, self.model.dtype)
+        return make_inputs(self.processor, texts, images, batch[0].args[4]).to(self.device, self.model.dtype)
 
     def _read(self, request: Instance) -> tuple[str, list[Any]]:
         """The prompt of a request, and its images in order."""
@@ -169,30 +153,3 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
         messages = chat.to_hf_messages()
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         return text, [read_image(image, task) for image in images]
-
-    def _report(self, answers: list[GenerationResult], costs: dict[str, Cost], seconds: float) -> None:
-        """Put speed and costs into lmms-eval's log and, under ``throughput``, into its results."""
-        tokens = sum(answer.token_counts.output_tokens for answer in answers)
-        costs_by_name = {
-            name: value for task, cost in costs.items() for name, value in cost.means(task).items()
-        }
-        log_metrics(seconds, tokens, tokens / seconds, costs_by_name)
-
-
-def _load_processor(source: str, revision: str, batch_size: int) -> Any:
-    """Tokenizer (padding on the left), image processor and chat template. Raises InputError if one is missing."""
-    processor = AutoProcessor.from_pretrained(source, revision=revision)
-    template = processor.chat_template
-    check(template is not None, "processor", "one with a chat template", repr(source))
-    pads = processor.tokenizer.pad_token is not None
-    check(batch_size == 1 or pads, "batch_size", "1 (the tokenizer has no padding token)", batch_size)
-    processor.tokenizer.padding_side = "left"
-    return processor
-
-
-def _load_model(source: str, **settings: Any) -> Any:
-    """The model with all its weights. Raises InputError if the checkpoint lacks some, which would be random numbers."""
-    model, notes = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True, **settings)
-    missing = sorted(notes["missing_keys"])
-    check(not missing, "pretrained", f"every weight in {source!r}", f"{len(missing)} missing: {missing[:1]}")
-    return model.eval()
