@@ -231,8 +231,8 @@ def test_batches_answer_like_single_questions(evaluate, no_pictures, tmp_path):
             "fastv:layer=6 at budget 0.5: cut: expected a share",
         ),
         (
-            ("--policy", "visionzip"),
-            "visionzip at budget 0.48: VisionZip: expected a setting 'keep' that takes a share",
+            ("--policy", "uniform:stride=2"),
+            "uniform:stride=2 at budget 0.48: keep: expected either keep or stride",
         ),
         (("--questions", "/none"), "--questions: expected a folder with a questions.jsonl, got '/none'"),
         (("--oracle", "--family", "exist"), "--oracle: expected questions with a box, got none"),
