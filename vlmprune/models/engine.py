@@ -23,7 +23,7 @@ from vlmprune.models.decoder_reads import read_attention
 from vlmprune.models.host.cache_layers import PrunedLayer
 from vlmprune.models.host.cache_view import is_started, pruned_layer, resident_bytes
 from vlmprune.models.host.names import check_same_cache, missing
-from vlmprune.models.host.parts import Parts, check_layers
+from vlmprune.models.host.parts import Parts, check_stages
 from vlmprune.models.layer_inputs import chunk_mask, decode_step, shifted
 from vlmprune.models.prefill import Prefill, Wants, scatter_back
 from vlmprune.models.prompt import Prompts
@@ -47,7 +47,7 @@ class Engine:
         self.clock, self.prompts = Clock(next(parts.text.parameters()).device), Prompts()
         self.run = Run(parts, policy, self.prompts)
         if policy is not None:
-            check_layers(policy, parts.config)
+            check_stages(policy, parts.config)
         needs = {} if policy is None else {layer: policy.needs(layer) for layer in policy.layers}
         self.wants = Wants.of(needs, parts.layers)
         self.vision = VisionReads(parts, sorted({layer for need in needs.values() for layer in need.vision}))

@@ -30,7 +30,7 @@ from vlmprune.integrations.lmms_eval.requests import (
     read_image,
     read_policy,
 )
-from vlmprune.models import check_config, check_layers, meter, prune
+from vlmprune.models import check_config, check_stages, meter, prune
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -84,7 +84,7 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
         config = AutoConfig.from_pretrained(pretrained, revision=revision)
         check_config(config)
         if self.policy is not None:
-            check_layers(self.policy, config)
+            check_stages(self.policy, config)
         self.processor = _load_processor(processor or pretrained, revision, self.batch_size)
         self.model = _load_model(
             pretrained,

@@ -102,7 +102,7 @@ def _check_attention(text: Any) -> None:
         )
 
 
-def check_layers(policy: PruningPolicy, config: Any) -> None:
+def check_stages(policy: PruningPolicy, config: Any) -> None:
     """Raise ValueError if a stage lies beyond the last decoder layer, or before the first at which it can be."""
     depth, first = config.text_config.num_hidden_layers, FAMILIES[config.model_type].first(config)
     for layer in policy.layers:
