@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmprune.models.choice import settle
-from vlmprune.models.layout import open_layout, positions_of, shorten, take
-from vlmprune.models.prefill import scatter_back
+from vlmprune.models.layout import open_layout, positions_of, scatter_back, shorten, take
 from vlmprune.policies import Reduction
 
 PAD, TEXT, VISUAL = "p", "t", "v"

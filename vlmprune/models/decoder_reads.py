@@ -65,7 +65,7 @@ def read_own_attention(
 ) -> AttentionInputs:
     """What decoder layer ``layer`` will see of the rows that enter it: its norm and projections, run ahead of it."""
     attn, hidden, cache = layer.self_attn, layer.input_layernorm(hidden), prefill.cache
-    rope, layout = (rope[0].to(hidden.device), rope[1].to(hidden.device)), moved(layout, hidden.device)
+    rope, layout = moved(rope, hidden.device), moved(layout, hidden.device)
     past = entries(cache, attn.layer_idx, prefill.call.past)
     key = _with_past(cache, attn, past, _project_keys(attn, hidden, rope))
     mask = _mask(prefill, attn, past, layout)

@@ -25,7 +25,8 @@ from vlmprune.models.host.cache_view import is_started, pruned_layer, resident_b
 from vlmprune.models.host.names import check_same_cache, missing
 from vlmprune.models.host.parts import Parts, check_stages
 from vlmprune.models.layer_inputs import chunk_mask, decode_step, shifted
-from vlmprune.models.prefill import Prefill, Wants, scatter_back
+from vlmprune.models.layout import scatter_back
+from vlmprune.models.prefill import Prefill, Wants
 from vlmprune.models.prompt import Prompts
 from vlmprune.models.report import Run
 from vlmprune.models.stage import StageRunner

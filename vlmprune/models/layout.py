@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -57,13 +57,14 @@ T = TypeVar("T")
 
 
 def moved(record: T, device: torch.device) -> T:
-    """A dataclass with its tensors on a device: a model's layers may be spread over several."""
-    own = {f.name: getattr(record, f.name) for f in fields(record)}  # type: ignore[arg-type]
-    away = {name: x for name, x in own.items() if isinstance(x, Tensor) and x.device != device}
-    pairs = {name: x for name, x in own.items() if isinstance(x, tuple) and x and isinstance(x[0], Tensor)}
-    new: dict[str, Any] = {name: x.to(device) for name, x in away.items()}
-    new |= {name: tuple(t.to(device) for t in x) for name, x in pairs.items() if x[0].device != device}
-    return replace(record, **new) if new else record  # type: ignore[type-var]
+    """A dataclass, or a tuple, with its tensors on a device: a model's layers may be spread over several."""
+    if isinstance(record, Tensor):
+        return record.to(device)
+    if isinstance(record, tuple):
+        return tuple(moved(x, device) for x in record)  # type: ignore[return-value]
+    if not is_dataclass(record):
+        return record
+    return replace(record, **{f.name: moved(getattr(record, f.name), device) for f in fields(record)})  # type: ignore[type-var]
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
@@ -71,6 +72,25 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     if values.shape[1] == 0:
         return torch.full_like(index, -1)
     return torch.where(index >= 0, values.gather(1, index.clamp(min=0)), -1)
+
+
+def put(into: Tensor, rows: Tensor, contents: Tensor) -> Tensor:
+    """``into [B, n, ...]`` with ``contents [B, K, ...]`` in its rows ``rows [B, K]``; -1 = padding."""
+    batch, n, *width = into.shape
+    at = torch.where(rows >= 0, rows, n).view(*rows.shape, *(1 for _ in width)).expand_as(contents)
+    spare = into.new_zeros(batch, 1, *width)  # takes what belongs to padding, and is cut off
+    return torch.cat([into, spare], 1).scatter(1, at, contents.to(into))[:, :n]
+
+
+def scatter_back(short: Tensor, origin: Tensor, q: int) -> Tensor:
+    """Put rows ``[B, n, D]`` back where they came from in ``[B, q, D]``; pruned and padding rows are zeros."""
+    return put(short.new_zeros(len(short), q, short.shape[2]), origin.to(short.device), short)
+
+
+def places(rows: Tensor, length: int) -> Tensor:
+    """``[B, length]`` where in ``rows [B, n]`` each of ``length`` earlier rows (or positions) stands, -1 = nowhere."""
+    order = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+    return put(rows.new_full((len(rows), length), -1), rows, order)
 
 
 def positions_of(marked: Tensor, width: int) -> Tensor:
@@ -151,10 +171,7 @@ def ascending(index: Tensor) -> Tensor:
 
 def rearrange(layout: Layout, after: Layout, survivors: Tensor, index: Tensor) -> tuple[Layout, Tensor]:
     """``shorten``'s result with the visual rows in the order of ``index [B, K]`` instead of ascending."""
-    n = survivors.shape[1]
-    at = torch.where(after.visual >= 0, after.visual, n)
-    spare = survivors.new_full((len(survivors), 1), -1)  # takes what belongs to padding, and is cut off
-    survivors = torch.cat([survivors, spare], 1).scatter(1, at, take(layout.visual, index))[:, :n]
+    survivors = put(survivors, after.visual, take(layout.visual, index))
     origin = survivors if layout.origin is None else take(layout.origin, survivors)
     return replace(after, origin=origin, ordinals=take(layout.ordinals, index), ordered=False), survivors
 
@@ -168,14 +185,6 @@ def packed_rows(first: Layout, after: Layout) -> Tensor:
     if after.valid is not None:
         order = torch.where(after.valid, after.valid.cumsum(1) - 1, -1)
     return order if first.valid is None else take(positions_of(first.valid, max(first.real)), order)
-
-
-def put_rows(short: Tensor, rows: Tensor, contents: Tensor) -> Tensor:
-    """``short [B, n, D]`` with ``contents [B, K, D]`` in its rows ``rows [B, K]``; -1 = padding."""
-    n, width = short.shape[1:]
-    at = torch.where(rows >= 0, rows, n)[..., None].expand(-1, -1, width)
-    spare = torch.cat([short, torch.zeros_like(short[:, :1])], 1)
-    return spare.scatter(1, at, contents.to(short))[:, :n]
 
 
 def last_rows(layout: Layout) -> Tensor:
@@ -193,50 +202,24 @@ def shorten(layout: Layout, index: Tensor, kept: tuple[int, ...]) -> tuple[Layou
     Samples that keep fewer rows than others are padded on the LEFT (-1), so that the last row stays the newest token.
     """
     real = tuple(r - c + k for r, c, k in zip(layout.real, layout.counts, kept, strict=True))
-    length = max(real)
-    visual = take(layout.visual, index)
-    survivors = positions_of(_surviving(layout, visual), length)
+    length, visual = max(real), take(layout.visual, index)
+    stay = layout.valid  # text stays, and of the visual tokens those kept; padding goes
+    if stay is None:
+        stay = torch.ones(len(real), layout.length, dtype=torch.bool, device=index.device)
+    stay = put(put(stay, layout.visual, torch.zeros_like(layout.visual)), visual, torch.ones_like(visual))
+    survivors = positions_of(stay, length)
     if min(real) < length:
-        survivors = _align_right(survivors, torch.tensor(real).to(index.device, non_blocking=True))
-    origin = survivors if layout.origin is None else take(layout.origin, survivors)
+        blanks = length - torch.tensor(real).to(index.device, non_blocking=True)[:, None]
+        survivors = take(survivors, (torch.arange(length, device=index.device) - blanks).clamp(min=-1))
     new = Layout(
         length=length,
-        visual=_renumber(survivors, visual, layout.length),
+        visual=take(places(survivors, layout.length), visual),
         ordinals=take(layout.ordinals, index),
         counts=kept,
         real=real,
         valid=None if min(real) == length else survivors >= 0,
-        origin=origin,
+        origin=survivors if layout.origin is None else take(layout.origin, survivors),
         ordered=layout.ordered,
         end=layout.end,
     )
     return new, survivors
-
-
-def _surviving(layout: Layout, kept: Tensor) -> Tensor:
-    """``[B, n]`` True for rows that stay: text, and the rows ``kept [B, K]`` of visual tokens; padding goes."""
-    batch, n = layout.visual.shape[0], layout.length
-    stay = torch.ones(
-        batch, n + 1, dtype=torch.bool, device=layout.visual.device
-    )  # row n takes the -1 entries
-    if layout.valid is not None:
-        stay[:, :n] = layout.valid
-    stay.scatter_(1, torch.where(layout.visual >= 0, layout.visual, n), False)
-    stay.scatter_(1, torch.where(kept >= 0, kept, n), True)
-    return stay[:, :n]
-
-
-def _align_right(rows: Tensor, count: Tensor) -> Tensor:
-    """Move the -1 padding of ``rows [B, n]`` from the right to the left."""
-    n = rows.shape[1]
-    source = torch.arange(n, device=rows.device) - (n - count)[:, None]
-    return take(rows, source.clamp(min=-1))
-
-
-def _renumber(survivors: Tensor, rows: Tensor, length: int) -> Tensor:
-    """Where ``rows [B, K]`` of ``length`` ones stand once the survivors are gathered."""
-    batch, n = survivors.shape
-    where = torch.full((batch, length + 1), -1, dtype=torch.int64, device=survivors.device)
-    order = torch.arange(n, device=survivors.device).expand(batch, -1)
-    where.scatter_(1, torch.where(survivors >= 0, survivors, length), order)
-    return take(where[:, :length], rows)

@@ -179,11 +179,3 @@ def _part(call: Call, layout: Layout, before: tuple[int, ...], wants: Wants) -> 
     start = torch.tensor(before).to(layout.ordinals.device, non_blocking=True)[:, None]
     ordinals = torch.where(layout.ordinals >= 0, layout.ordinals + start, -1)
     return Unpruned(replace(layout, ordinals=ordinals), images, shares)
-
-
-def scatter_back(short: Tensor, origin: Tensor, q: int) -> Tensor:
-    """Put rows ``[B, n, D]`` back where they came from in ``[B, q, D]``; pruned and padding rows are zeros."""
-    batch, _, width = short.shape
-    origin = origin.to(short.device)
-    at = torch.where(origin >= 0, origin, q)[..., None].expand(-1, -1, width)
-    return short.new_zeros(batch, q + 1, width).scatter(1, at, short)[:, :q]

@@ -17,7 +17,7 @@ from vlmprune.models.layout import (
     ascending,
     moved,
     packed_rows,
-    put_rows,
+    put,
     rearrange,
     shorten,
     text_rows,
@@ -49,8 +49,8 @@ class StageRunner:
             made = prefill.decisions[i]
             return hidden if made is None else _apply(made, hidden)
         before, layout = prefill.decision(i), moved(prefill.layout(i), hidden.device)
-        rope = _on(hidden.device, rope)
-        tables = rope if before is None else _on(hidden.device, before.rope)
+        rope = moved(rope, hidden.device)
+        tables = rope if before is None else moved(before.rope, hidden.device)
         with torch.no_grad():
             context = self._context(prefill, i, hidden, tables, layout)
             choice = self.policy.select(context)
@@ -143,10 +143,6 @@ def _check_end(prefill: Prefill, first: Layout) -> None:
         )
 
 
-def _on(device: torch.device, rope: Rope) -> Rope:
-    return rope[0].to(device), rope[1].to(device)
-
-
 def _gather(tables: Rope, rows: Tensor) -> Rope:
     cos, sin = ops.gather_tokens(list(tables), rows)
     return cos, sin
@@ -161,4 +157,4 @@ def _pack(rope: Rope, first: Layout, after: Layout) -> tuple[Rope, tuple[int, ..
 def _apply(made: Decision, hidden: Tensor) -> Tensor:
     """The rows that survive, with new contents where the policy made some."""
     short = ops.gather_tokens([hidden], made.survivors)[0]
-    return short if made.contents is None else put_rows(short, made.layout.visual, made.contents)
+    return short if made.contents is None else put(short, made.layout.visual, made.contents)
