@@ -88,8 +88,6 @@ class Prompt:
 
     def extend(self, call: Call) -> None:
         """A chunk starts, perhaps the first one."""
-        if self.length:
-            self.marks.extend()
         self.before, self.length = self.length, self.length + call.length
         if call.visual is not None:
             self.visual.append(call.visual)
@@ -143,7 +141,7 @@ class Prompts:
         known = None if cache is None else self.filling.get(cache)
         if not whole and known is not None and known.goes_on(call):
             prompt = known
-            clock.resume(known.marks)
+            clock.go_on(known.marks)
         elif visuals is not None or (call.past == 0 and (call.length > 1 or cache is not None)):
             self.latest = prompt = Prompt(call.batch, call.past, marks=clock.begin())
             if cache is not None:

@@ -122,6 +122,6 @@ class Run:
                 vision=vision_flops(self._parts, prompt.crops) if full else 0,
             ),
             seconds=seconds if full else dataclasses.replace(seconds, vision=0.0),
-            decode_steps=max(prompt.marks.count - 1, 0),
+            decode_steps=prompt.marks.steps,
             kv_bytes=prompt.kv_bytes or 0,
         )
