@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -87,14 +87,7 @@ class Call:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def read_call(parts: Parts, given: Arguments, asked: Asked, vision: VisionReads, prunes: bool) -> Call:
-    """Read a call that is no decode step.
-
-    Args:
-        parts: the model.
-        given: the base model's arguments, with ids or embeddings.
-        asked: what the outer model was asked for.
-        vision: knows the images and videos that ``given`` brings.
-        prunes: whether the call will be pruned, and not only measured.
+    """Read a call that is no decode step; ``prunes``: it will be pruned, and not only measured.
 
     Raises:
         ModelError: a cache or samples in a form that cannot be pruned.
@@ -108,24 +101,20 @@ def read_call(parts: Parts, given: Arguments, asked: Asked, vision: VisionReads,
     if length > 1 or visuals is not None:
         static = cache is not None and cache.is_compileable
         valid = padding_mask(given.mask, entries(cache, 0, past) + length if static else None)
+    call = Call(batch, length, past, cache, valid, asked.logits)
     if visuals is None:
-        expected = (
-            "inputs_embeds: expected input_ids or images with it, got neither: no way to find visual tokens"
-        )
         if ids is None and past == 0 and prunes:
-            raise NotPrunedError(expected)
-        return Call(batch, length, past, cache, valid, asked.logits)
+            raise NotPrunedError(
+                "inputs_embeds: expected input_ids or images with it, got neither: no way to find visual tokens"
+            )
+        return call
     if prunes:
         check_cache(cache)
         check_unpacked(given, "flash" in parts.text.config._attn_implementation)
-    visual = visuals.mask(ids, embeds)
-    return Call(
-        *(batch, length, past, cache, valid, asked.logits),
-        predicting=_predicting(asked.predicting, visual),
-        visuals=visuals,
-        visual=visual,
-        videos=visuals.mask(ids, embeds, "video") if len(visuals.kinds) > 1 else None,
-    )
+    visual = visuals.mask(ids, embeds, *visuals.kinds)
+    videos = visuals.mask(ids, embeds, "video") if len(visuals.kinds) > 1 else None
+    predicting = _predicting(asked.predicting, visual)
+    return replace(call, predicting=predicting, visuals=visuals, visual=visual, videos=videos)
 
 
 def _predicting(asked: Tensor | bool | None, visual: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlmprune.models.layout import Layout, ascending, last_rows, take
+from vlmprune.models.layout import Layout, ascending, last_rows, positions_of, put, take
 from vlmprune.policies.base import Reduction
 
 
@@ -24,7 +24,7 @@ def settle(
         layout: the rows that enter the stage.
         choice: the policy's.
         hidden: ``[B, n, D]`` the rows.
-        predicting: ``[B, q]`` True at prompt rows from which a label is predicted, or None.
+        predicting: ``[B, q]`` True at positions from which a label is predicted, or None.
     """
     index = choice.index if isinstance(choice, Reduction) else choice
     if predicting is None:
@@ -60,20 +60,19 @@ def _with_newest(layout: Layout, index: Tensor) -> tuple[Tensor, Tensor | None]:
 def _with_predicting(layout: Layout, index: Tensor, predicting: Tensor) -> Tensor:
     """The tokens from which a label is predicted in the places of the last ones kept; more places where there are too few.
 
-    Host work: this is training.
+    Host reads: this is training.
     """
-    places = layout.positions()
-    must = (places >= 0) & predicting.gather(1, places.clamp(min=0))
-    rows = index.tolist()
-    for row, needed in zip(rows, must.tolist(), strict=True):
-        needed = {i for i, it in enumerate(needed) if it}
-        for token in sorted(needed - {*row}):
-            spare = [i for i in row if i not in needed]
-            if spare and max(spare) >= 0:
-                row[row.index(max(spare))] = token
-            elif spare:
-                row[row.index(-1)] = token
-            else:
-                row.append(token)
-    width = max(map(len, rows), default=0)
-    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=index.device).long()
+    at = layout.positions()
+    needed = (at >= 0) & predicting.gather(1, at.clamp(min=0))
+    missing = needed & ~put(torch.zeros_like(needed), index, torch.ones_like(index))
+    most = int(missing.sum(1).max())
+    if most == 0:
+        return index
+    index = pad(index, (0, most), value=-1)
+    others = torch.where(index < 0, -1, torch.where(needed.gather(1, index.clamp(min=0)), -2, index))
+    spare = others.argsort(dim=1, descending=True, stable=True)[
+        :, :most
+    ]  # the last others, then empty places
+    tokens = positions_of(missing, most)
+    new = index.scatter(1, spare, torch.where(tokens >= 0, tokens, index.gather(1, spare)))
+    return new[:, : int((new >= 0).sum(1).max())]

@@ -33,13 +33,6 @@ def read_attention(attn: Any, hidden: Tensor, rope: Rope, prefill: Prefill, cloc
     """Read what the stage after a decoder layer will score from, when its self-attention has run: ``prefill.attention``.
 
     Keys come from the cache the layer has just filled; without a cache they are projected once more.
-
-    Args:
-        attn: the self-attention module.
-        hidden: ``[B, n, D]`` the rows that entered it.
-        rope: their cos and sin.
-        prefill: the running call.
-        clock: this is selection work.
     """
     i, call, cache = attn.layer_idx, prefill.call, prefill.cache
     with clock.selection():
@@ -94,10 +87,9 @@ def _read(
             )
     else:
         if needs.rows == "text":
-            text = prefill.text()
-            assert text is not None
-            wanted = tuple(t[:, max(0, n - text.reach) :] for t in wanted)
-            rows = text_rows(layout, text)
+            assert prefill.unpruned is not None and prefill.unpruned.text is not None
+            wanted = tuple(t[:, max(0, n - prefill.unpruned.text.reach) :] for t in wanted)
+            rows = text_rows(layout, prefill.unpruned.text)
         else:
             order = torch.arange(n, device=hidden.device).expand(batch, -1)
             rows = order if prompt is None else torch.where(prompt, order, -1)

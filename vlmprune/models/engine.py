@@ -22,7 +22,7 @@ from vlmprune.models.compaction import compact_earlier
 from vlmprune.models.decoder_reads import read_attention
 from vlmprune.models.host.cache_layers import PrunedLayer
 from vlmprune.models.host.cache_view import is_started, pruned_layer, resident_bytes
-from vlmprune.models.host.names import check_same_cache, missing
+from vlmprune.models.host.names import missing
 from vlmprune.models.host.parts import Parts, check_stages
 from vlmprune.models.layer_inputs import chunk_mask, decode_step, shifted
 from vlmprune.models.layout import scatter_back
@@ -136,10 +136,10 @@ class Engine:
             raise NotPrunedError("decoder layers were called without going through the vision-language model")
         if not args:
             missing("the positional arguments of a decoder layer", "hidden_states")
-        prefill.cache = self.host.layer_cache(kwargs)
-        if prefill.cache is None and prefill.call.cache is not None:
-            checkpointing = module.training and bool(module.gradient_checkpointing)
-            check_same_cache(prefill.call.cache, prefill.cache, checkpointing)
+        prefill.cache = self.host.told(kwargs, self.host.cache)
+        lost = prefill.cache is None and prefill.call.cache is not None  # it would be read as "no past"
+        if lost and not (module.training and module.gradient_checkpointing):  # that takes it away on purpose
+            raise ModelError("cache: expected the call's KV cache at its decoder layers, got None there")
         layer = pruned_layer(prefill.cache, i)
         if prefill.call.decodes:
             step = None if layer is None else decode_step(self.parts, prefill, layer, args[0], kwargs)

@@ -57,11 +57,13 @@ T = TypeVar("T")
 
 
 def moved(record: T, device: torch.device) -> T:
-    """A dataclass, or a tuple, with its tensors on a device: a model's layers may be spread over several."""
+    """A record, tuple or dict with its tensors on a device: a model's layers may be spread over several."""
     if isinstance(record, Tensor):
         return record.to(device)
     if isinstance(record, tuple):
         return tuple(moved(x, device) for x in record)  # type: ignore[return-value]
+    if isinstance(record, dict):
+        return {name: moved(x, device) for name, x in record.items()}  # type: ignore[return-value]
     if not is_dataclass(record):
         return record
     return replace(record, **{f.name: moved(getattr(record, f.name), device) for f in fields(record)})  # type: ignore[type-var]

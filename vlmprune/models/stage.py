@@ -22,9 +22,9 @@ from vlmprune.models.layout import (
     shorten,
     text_rows,
 )
-from vlmprune.models.prefill import Decision, Prefill, Rope, Unpruned
+from vlmprune.models.prefill import Decision, Prefill, Rope
 from vlmprune.models.vision_reads import VisionReads
-from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.base import PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.checks import check_selection
 
 
@@ -94,15 +94,16 @@ class StageRunner:
 
     def _context(self, prefill: Prefill, i: int, hidden: Tensor, rope: Rope, layout: Layout) -> TokenContext:
         """Everything the policy asked for, and where the visual tokens are; all of it where ``hidden`` is."""
-        needs, device, unpruned = prefill.wants.needs[i], hidden.device, prefill.unpruned
+        needs, unpruned = prefill.wants.needs[i], prefill.unpruned
         assert unpruned is not None
-        first = moved(unpruned.layout, device)
-        embeds = unpruned.embeds if needs.embeds else None
         attention = prefill.attention.pop(i, None)  # of the layer before, read when it ran
         if needs.attention == "own":
-            read = read_own_attention(self.parts.layers[i], hidden, rope, layout, prefill, needs)
-            attention = moved(read, device)
-        return TokenContext(
+            attention = read_own_attention(self.parts.layers[i], hidden, rope, layout, prefill, needs)
+        vision: dict[str, Any] = {}
+        if needs.vision:
+            assert prefill.call.visuals is not None
+            vision = self.vision.fields(needs.vision, prefill.call.visuals, [*map(len, unpruned.images)])
+        context = TokenContext(
             layer=i,
             mask=layout.visual >= 0,
             counts=layout.counts,
@@ -113,25 +114,12 @@ class StageRunner:
             shares=unpruned.shares,
             hidden=ops.gather_tokens([hidden], layout.visual)[0] if needs.hidden else None,
             attention=attention,
-            embeds=None if embeds is None else embeds.to(device),
-            image=first.visual if needs.embeds else None,
-            text=None if unpruned.text is None else text_rows(first, unpruned.text),
-            **self._vision(prefill, unpruned, needs, device),
+            embeds=unpruned.embeds if needs.embeds else None,
+            image=unpruned.layout.visual if needs.embeds else None,
+            text=None if unpruned.text is None else text_rows(unpruned.layout, unpruned.text),
+            **vision,
         )
-
-    def _vision(
-        self, prefill: Prefill, unpruned: Unpruned, needs: Needs, device: torch.device
-    ) -> dict[str, Any]:
-        """The fields of a context that come from the vision tower."""
-        if not needs.vision:
-            return {}
-        visuals, images = prefill.call.visuals, [len(sample) for sample in unpruned.images]
-        assert visuals is not None
-        return {
-            "vision": {at: moved(self.vision.attention(at, visuals, images), device) for at in needs.vision},
-            "features": self.vision.features(visuals, images).to(device),
-            "project": self.parts.projector.forward,  # not a call: no hook should see it
-        }
+        return moved(context, hidden.device)
 
 
 def _check_end(prefill: Prefill, first: Layout) -> None:

@@ -76,21 +76,22 @@ class VisionReads:
         self.mine.runs, self.mine.crops = None, ()
         return crops
 
-    def attention(self, layer: int, visuals: Visuals, images: Sequence[int]) -> VisionAttention:
-        """Query and key of a vision layer for the running call, whose samples have these numbers of images."""
-        attn, note = self.attn[layer], self._note(visuals, images)
-        rows = _crops_of(note, images)
-        query, key = (_rows_at(heads(note.taken[layer, name], attn.head_dim), rows) for name in ("q", "k"))
-        side = self.parts.family.side(self.parts.config)
-        grid = crop_grid(self.parts.config, note)
-        mask = None if note.mask is None else _rows_at(note.mask, rows)
-        return VisionAttention(query, key, attn.scale, self.parts.tower.cls, grid, side, mask)
+    def fields(self, layers: Iterable[int], visuals: Visuals, images: Sequence[int]) -> dict[str, Any]:
+        """The fields of a context that come from the tower, for samples with these numbers of images."""
+        parts, note = self.parts, self._note(visuals, images)
+        crops, grid = _crops_of(note, images), crop_grid(parts.config, note)
 
-    def features(self, visuals: Visuals, images: Sequence[int]) -> Tensor:
-        """``[I, P, Dv]`` what the projector got."""
-        note = self._note(visuals, images)
+        def mine(x: Tensor) -> Tensor:
+            return x if crops is None else x[crops]
+
+        mask, seen = None if note.mask is None else mine(note.mask), {}
+        for layer in layers:
+            attn, side = self.attn[layer], parts.family.side(parts.config)
+            query, key = (mine(heads(note.taken[layer, name], attn.head_dim)) for name in ("q", "k"))
+            seen[layer] = VisionAttention(query, key, attn.scale, parts.tower.cls, grid, side, mask)
         assert note.features is not None
-        return _rows_at(note.features, _crops_of(note, images))
+        # project is no call of the module: no hook should see it
+        return {"vision": seen, "features": mine(note.features), "project": parts.projector.forward}
 
     def _note(self, visuals: Visuals, images: Sequence[int]) -> Encoded:
         """The note on this call's images: features cut up, or encoded outside the scope, come without."""
@@ -150,7 +151,3 @@ def _crops_of(note: Encoded, images: Sequence[int]) -> list[int] | None:
         rows += range(first, first + count)
         first += count if (b + 1) % copies == 0 else 0
     return rows
-
-
-def _rows_at(x: Tensor, rows: list[int] | None) -> Tensor:
-    return x if rows is None else x[rows]

@@ -31,6 +31,12 @@ class AttentionCall:
         return self.mask is not None and self.mask.ndim == 1
 
     @property
+    def alike(self) -> bool:
+        """Whether query, key and value are of one dtype and head dim."""
+        q, k, v = self.query, self.key, self.value
+        return q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1]
+
+    @property
     def trains(self) -> bool:
         """Whether gradients will be asked for."""
         return torch.is_grad_enabled() and any(x.requires_grad for x in (self.query, self.key, self.value))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import isqrt
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -159,45 +160,12 @@ def merged_frames(base: Any, features: Sequence[Tensor], encoded: Encoded) -> li
 
     Beam search repeats the features of a sample; the tower was told of each image once.
     """
-    side = base.config.vision_config.spatial_merge_size
+    side = FAMILIES[base.config.model_type].side(base.config)
     grids = [((h // side, w // side),) * t for t, h, w in encoded.thw or []]
     number: dict[int, int] = {}
     for f in features:
         number.setdefault(id(f), len(number))
     return [grids[number[id(f)]] for f in features]
-
-
-# Functions with names, as an attached model can be saved and lambdas cannot.
-
-
-def one_patch(config: Any) -> int:
-    """The side of a block where every patch becomes a row."""
-    return 1
-
-
-def scale_factor(config: Any) -> int:
-    """The side of Idefics3's blocks."""
-    return int(config.scale_factor)
-
-
-def merge_size(config: Any) -> int:
-    """The side of Qwen-VL's blocks."""
-    return int(config.vision_config.spatial_merge_size)
-
-
-def shuffled(config: Any) -> int:
-    """The side of InternVL's blocks."""
-    return round(1 / config.downsample_ratio)
-
-
-def no_layer(config: Any) -> int:
-    """The first layer that can be a stage, where any can."""
-    return 0
-
-
-def deepstack(config: Any) -> int:
-    """The first layer behind those after which Qwen3-VL adds the tower's intermediate features to the full sequence."""
-    return len(config.vision_config.deepstack_visual_indexes)
 
 
 @dataclass(frozen=True)
@@ -208,11 +176,11 @@ class Family:
         text, vision, projector: where the parts are below the base model.
         towers, decoders: model types of vision tower and decoder that are known to work.
         images, videos: which grids the features of the images and videos are.
-        side: patches along each side of the block that the projector turns into one row.
+        block: setting for the side of the block of patches that the projector turns into one row; None = one patch.
         selects: whether the configuration has a strategy for which rows of the tower are features.
         tapped: whether each visual token is such a block, so that the tower's attention says something about it.
         packs: whether positions can be packed (not with the three-dimensional positions of Qwen-VL).
-        first: first decoder layer that can be a stage.
+        deepstack: whether the first decoder layers add intermediate features of the tower to the full sequence (Qwen3-VL).
     """
 
     text: str = "language_model"
@@ -222,16 +190,27 @@ class Family:
     decoders: tuple[str, ...] = LANGUAGE
     images: Adapter = square
     videos: Adapter | None = None
-    side: Callable[[Any], int] = one_patch
+    block: str | None = None
     selects: bool = True
     tapped: bool = True
     packs: bool = True
-    first: Callable[[Any], int] = no_layer
+    deepstack: bool = False
 
     @property
     def square(self) -> bool:
         """Whether the configuration alone says which grid an image becomes."""
         return self.images is square
+
+    def side(self, config: Any) -> int:
+        """Patches along each side of such a block."""
+        told = 1 if self.block is None else attrgetter(self.block)(config)
+        return (
+            told if isinstance(told, int) else round(1 / told)
+        )  # InternVL tells the share of the side that is left
+
+    def first(self, config: Any) -> int:
+        """The first decoder layer that can be a stage."""
+        return len(config.vision_config.deepstack_visual_indexes) if self.deepstack else 0
 
 
 def idefics(name: str) -> Family:
@@ -241,12 +220,12 @@ def idefics(name: str) -> Family:
         vision="vision_model",
         projector="connector.modality_projection",
         towers=(f"{name}_vision",),
-        side=scale_factor,
+        block="scale_factor",
         selects=False,
     )
 
 
-def qwen(name: str, first: Callable[[Any], int] = no_layer) -> Family:
+def qwen(name: str, deepstack: bool = False) -> Family:
     """The Qwen-VL line: fused vision projections over packed frames, three-dimensional positions."""
     return Family(
         vision="visual",
@@ -255,11 +234,11 @@ def qwen(name: str, first: Callable[[Any], int] = no_layer) -> Family:
         decoders=(f"{name}_text",),
         images=merged_frames,
         videos=merged_frames,
-        side=merge_size,
+        block="vision_config.spatial_merge_size",
         selects=False,
         tapped=False,
         packs=False,
-        first=first,
+        deepstack=deepstack,
     )
 
 
@@ -267,12 +246,12 @@ FAMILIES = {
     "llava": Family(),
     "llava_next": Family(images=anyres, tapped=False),
     "llava_onevision": Family(images=anyres, videos=pooled_frames, tapped=False),
-    "internvl": Family(towers=("internvl_vision",), side=shuffled),
+    "internvl": Family(towers=("internvl_vision",), block="downsample_ratio"),
     "idefics3": idefics("idefics3"),
     "smolvlm": idefics("smolvlm"),
     "qwen2_vl": qwen("qwen2_vl"),
     "qwen2_5_vl": qwen("qwen2_5_vl"),
-    "qwen3_vl": qwen("qwen3_vl", first=deepstack),
+    "qwen3_vl": qwen("qwen3_vl", deepstack=True),
 }
 """By ``config.model_type``."""
 

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from vlmprune.errors import ModelError, VersionError
+from vlmprune.errors import VersionError
 from vlmprune.models.host.versions import release
 
 CACHE = ("cache", "past_key_values")
@@ -143,10 +143,6 @@ class Host:
             packed=any(name in given and given[name] is not None for name in PACKED),
         )
 
-    def layer_cache(self, kwargs: Mapping[str, Any]) -> Any:
-        """The cache a decoder layer or its attention was called with."""
-        return self.told(kwargs, self.cache)
-
     def told(self, kwargs: Mapping[str, Any], name: str) -> Any:
         """An argument that the text model gives every decoder layer by keyword."""
         if name not in kwargs:
@@ -157,12 +153,3 @@ class Host:
         """The cache in the text model's output."""
         cache: Cache | None = attribute(output, self.cache)
         return cache
-
-
-def check_same_cache(given: object, got: object, checkpointing: bool) -> None:
-    """Raise ModelError if a call brought a cache but its decoder layers were given none: it would be read as "no past".
-
-    Gradient checkpointing takes the cache away on purpose.
-    """
-    if given is not None and got is None and not checkpointing:
-        raise ModelError("cache: expected the call's KV cache at its decoder layers, got None there")

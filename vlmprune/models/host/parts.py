@@ -16,7 +16,6 @@ from vlmprune.models.host.families import (
     FAMILIES,
     REFUSED,
     TOWERS,
-    Decoder,
     Family,
     Tower,
     token_grid,
@@ -35,7 +34,7 @@ class Parts:
         text: the language model; ``layers`` are its decoder layers.
         vision, projector: vision tower and multi-modal projector.
         host: what this transformers calls the arguments of their forwards.
-        family, tower, decoder: their rows in the tables.
+        family, tower: their rows in the tables.
         token_ids: id of the placeholder token of an "image" and, if the model knows videos, of a "video".
     """
 
@@ -49,7 +48,6 @@ class Parts:
     host: Host
     family: Family
     tower: Tower
-    decoder: Decoder
     token_ids: dict[str, int]
 
 
@@ -144,7 +142,6 @@ def find_parts(model: Any) -> Parts:
         host=Host(model, base, layers, {kind: PIXELS[kind] for kind in kinds}),
         family=family,
         tower=TOWERS[config.vision_config.model_type],
-        decoder=DECODERS[config.text_config.model_type],
         token_ids={kind: attribute(config, f"{kind}_token_id") for kind in kinds},
     )
 
