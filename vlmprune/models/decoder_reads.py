@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache
 
 from vlmprune.errors import ModelError
 from vlmprune.models.clock import Clock
-from vlmprune.models.host.cache_view import entries, extend_validity, held_keys, is_quantized, past_validity
+from vlmprune.models.host.cache_layers import QUANTIZED
+from vlmprune.models.host.cache_view import entries, extend_validity, held_keys, past_validity
 from vlmprune.models.host.families import DECODERS
 from vlmprune.models.host.names import attribute
 from vlmprune.models.host.parts import heads
@@ -38,7 +39,7 @@ def read_attention(attn: Any, hidden: Tensor, rope: Rope, prefill: Prefill, cloc
     with clock.selection():
         layout = moved(prefill.layout(i), hidden.device)
         past = 0 if cache is None else entries(cache, i, call.past + call.length) - layout.length
-        if cache is None or is_quantized(cache.layers[i]):
+        if cache is None or isinstance(cache.layers[i], QUANTIZED):
             key = _keys(attn, hidden, rope, cache, past)
         else:
             key = held_keys(cache.layers[i], past + layout.length, hidden.device)

@@ -1,9 +1,4 @@
-"""The hooks that prune one model instance while it runs; docs/prefill.md draws the way of one prefill through them.
-
-Base-model pre-hook (what the call brings) -> self-attention hook of the layer before a stage (query and keys) ->
-decoder-layer pre-hook at the stage (the policy selects, rows are gathered) -> pre-hooks of the layers after it (rotary
-tables and masks of the shortened sequence) -> text-model hook (rows scattered back).
-"""
+"""The hooks that prune one model instance while it runs; docs/prefill.md draws the way of one prefill through them."""
 
 from __future__ import annotations
 

@@ -36,13 +36,9 @@ class StageRunner:
         self.checked: set[int] = set()
 
     def __call__(self, prefill: Prefill, i: int, hidden: Tensor, rope: Rope) -> Tensor:
-        """Decide once which rows survive into layer ``i``, and apply it (again, if the layer is replayed).
+        """Decide once which rows of ``hidden [B, n, D]`` survive into layer ``i``; apply it, again if that is replayed.
 
-        Args:
-            prefill: the running call, open.
-            i: the stage's layer.
-            hidden: ``[B, n, D]`` rows entering it.
-            rope: cos and sin of the unpruned chunk.
+        ``rope`` has the tables of the unpruned chunk.
         """
         assert prefill.prompt is not None and prefill.unpruned is not None
         if i in prefill.decisions:
@@ -67,12 +63,13 @@ class StageRunner:
         shift = None if before is None else before.shift
         if isinstance(choice, Reduction):
             after, survivors = rearrange(layout, after, survivors, choice.index)
+            rows = survivors
             if choice.positions == "pack":
-                first = moved(prefill.unpruned.layout, hidden.device)
-                tables, shift = _pack(rope, first, after)
-            else:
-                tables = _gather(tables, survivors)
-            prefill.decisions[i] = made = Decision(after, survivors, tables, shift, choice.hidden)
+                tables, first = rope, moved(prefill.unpruned.layout, hidden.device)
+                rows = packed_rows(first, after)
+                shift = tuple(a - b for a, b in zip(first.real, after.real, strict=True))
+            cos, sin = ops.gather_tokens([*tables], rows)
+            prefill.decisions[i] = made = Decision(after, survivors, (cos, sin), shift, choice.hidden)
             return _apply(made, hidden)
         short, cos, sin = ops.gather_tokens([hidden, *tables], survivors)  # one launch
         # detached: else checkpointed layers would share a graph through them
@@ -129,17 +126,6 @@ def _check_end(prefill: Prefill, first: Layout) -> None:
             "attention_mask: expected padding on the left, as generation goes on from the last row "
             "(tokenizer.padding_side = 'left'), got a sample that ends in padding"
         )
-
-
-def _gather(tables: Rope, rows: Tensor) -> Rope:
-    cos, sin = ops.gather_tokens(list(tables), rows)
-    return cos, sin
-
-
-def _pack(rope: Rope, first: Layout, after: Layout) -> tuple[Rope, tuple[int, ...]]:
-    """Tables of rows whose positions are packed to 0, 1, 2, ..., and by how much those after the prompt move down."""
-    shift = tuple(a - b for a, b in zip(first.real, after.real, strict=True))
-    return _gather(rope, packed_rows(first, after)), shift
 
 
 def _apply(made: Decision, hidden: Tensor) -> Tensor:

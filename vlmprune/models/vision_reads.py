@@ -32,9 +32,7 @@ class VisionReads:
         )
         self.notes = Notes()
         self.mine = PerThread(note=None, runs=None, crops=())
-        self.attn: dict[int, Any] = {}
-        for layer in layers:
-            self.attn[layer] = self._attention_of(layer)
+        self.attn = {layer: self._attention_of(layer) for layer in layers}
 
     def _attention_of(self, layer: int) -> Any:
         """A block's attention. Raises ModelError where the tower's attention says nothing about visual tokens."""
