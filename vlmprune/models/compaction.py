@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from vlmprune.models.host.cache_view import entries, extend_validity, make_prunable, past_validity
-from vlmprune.models.layout import moved, places, take
+from vlmprune.models.layout import inverse, moved, take
 from vlmprune.models.prefill import Prefill
 
 
@@ -30,13 +30,13 @@ def compact_earlier(cache: Cache, prefill: Prefill, depth: int) -> None:
         old = past_validity(cache, i, call.valid, past)
         valid = extend_validity(old, past, final.valid, final.length)
         rows = (
-            final.origin if layout.origin is None else take(places(layout.origin, call.length), final.origin)
+            final.origin if layout.origin is None else take(inverse(layout.origin, call.length), final.origin)
         )
         before = torch.arange(past, device=rows.device).expand(len(rows), -1)
-        index = torch.cat([before, torch.where(rows >= 0, rows + past, -1)], dim=1)
+        at = torch.cat([before, torch.where(rows >= 0, rows + past, -1)], dim=1)
         if cache.offloading:  # an offloaded layer comes back for this
             cache.prefetch_stream.synchronize()
             cache.layers[i].prefetch()
-        make_prunable(cache, i).keep_entries(index, valid, stored)
+        make_prunable(cache, i).keep_entries(at, valid, stored)
         if cache.offloading:
             cache.layers[i].offload()

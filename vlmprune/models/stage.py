@@ -52,14 +52,14 @@ class StageRunner:
             choice = self.policy.select(context)
             self._check(choice, context, hidden)
             choice, kept = settle(layout, choice, hidden, prefill.call.predicting)
-            index = ascending(choice.index) if isinstance(choice, Reduction) else choice
+            numbers = ascending(choice.index) if isinstance(choice, Reduction) else choice
             if kept == layout.counts and not isinstance(choice, Reduction):
                 prefill.decisions[i] = None
-                prefill.prompt.record(i, layout, index, layout)
+                prefill.prompt.record(i, layout, numbers, layout)
                 return hidden
             _check_end(prefill, prefill.unpruned.layout)
-            after, survivors = shorten(layout, index, kept)
-            prefill.prompt.record(i, layout, index, after)
+            after, survivors = shorten(layout, numbers, kept)
+            prefill.prompt.record(i, layout, numbers, after)
         shift = None if before is None else before.shift
         if isinstance(choice, Reduction):
             after, survivors = rearrange(layout, after, survivors, choice.index)

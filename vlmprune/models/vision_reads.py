@@ -70,12 +70,12 @@ class VisionReads:
 
     def done(self, visuals: Visuals) -> tuple[int, ...]:
         """The call is over. Returns the patches of every crop encoded for these images, as far as it is known."""
-        crops = self.mine.crops if visuals.cut else visuals.crops()
+        crops = self.mine.crops if visuals.cut else sum((note.crops for note in visuals.seen()), ())
         self.mine.runs, self.mine.crops = None, ()
         return crops
 
     def fields(self, layers: Iterable[int], visuals: Visuals, images: Sequence[int]) -> dict[str, Any]:
-        """The fields of a context that come from the tower, for samples with these numbers of images."""
+        """The fields of a context that come from the tower, for samples with so many images each."""
         parts, note = self.parts, self._note(visuals, images)
         crops, grid = _crops_of(note, images), crop_grid(parts.config, note)
 
@@ -93,12 +93,11 @@ class VisionReads:
 
     def _note(self, visuals: Visuals, images: Sequence[int]) -> Encoded:
         """The note on this call's images: features cut up, or encoded outside the scope, come without."""
-        notes = [self.notes.of(output) for output in visuals.outputs]
-        note = notes[0] if len(notes) == 1 else None
+        note, *more = visuals.seen()
+        taken = not more and {(layer, "k") for layer in self.attn} <= {*note.taken}
         wanted = sum(images)
-        ok = note is not None and {(layer, "k") for layer in self.attn} <= {*note.taken}
-        if not ok or note is None or not note.crops or wanted % len(note.crops):
-            got = "none" if not ok or note is None else f"those of {len(note.crops)}"
+        if not taken or not note.crops or wanted % len(note.crops):
+            got = f"those of {len(note.crops)}" if taken else "none"
             raise ModelError(
                 f"vision: expected query and key of the {wanted} images of this call, got {got} "
                 "(images must be encoded whole, by this model, inside the scope)"
@@ -109,7 +108,7 @@ class VisionReads:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _start(self, module: nn.Module, args: Any) -> None:
-        self.mine.note = Encoded(())
+        self.mine.note = Encoded()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -118,8 +117,8 @@ class VisionReads:
             note.thw = given[tower.grids].tolist()  # as the tower itself reads it
             note.crops = tuple(h * w for t, h, w in note.thw for _ in range(t))
         else:
-            crops, rows = output.last_hidden_state.shape[:2]
-            note.crops = (rows - tower.cls,) * crops
+            crops, states = output.last_hidden_state.shape[:2]
+            note.crops = (states - tower.cls,) * crops
             mask = None if tower.padding is None else given[tower.padding]
             note.mask = None if mask is None else mask.flatten(1)
         self.notes.add(output, note)
@@ -143,9 +142,9 @@ def _crops_of(note: Encoded, images: Sequence[int]) -> list[int] | None:
     copies = sum(images) // len(note.crops)
     if copies == 1:
         return None
-    rows: list[int] = []
+    crops: list[int] = []
     first = 0
     for b, count in enumerate(images):
-        rows += range(first, first + count)
+        crops += range(first, first + count)
         first += count if (b + 1) % copies == 0 else 0
-    return rows
+    return crops

@@ -20,26 +20,26 @@ from vlmprune.policies.base import tokens_in
 
 
 class Notes:
-    """What was noted of the vision tower's runs, by the rows they gave: forgotten with them.
+    """What was noted of the vision tower's runs, by the states they gave: forgotten with them.
 
-    Not on transformers' output objects, which accelerate, beam search and chunked prefill make anew; the rows themselves
+    Not on transformers' output objects, which accelerate, beam search and chunked prefill make anew; the states themselves
     go on as they are, or as a copy on another device.
     """
 
     def __init__(self) -> None:
-        self._by_rows = WeakTensorKeyDictionary()
+        self._by_states = WeakTensorKeyDictionary()
 
     def add(self, output: Any, note: Encoded) -> None:
         """Remember what the run that gave this output saw."""
-        self._by_rows[output.last_hidden_state] = note
+        self._by_states[output.last_hidden_state] = note
 
     def of(self, output: Any) -> Encoded | None:
         """What was noted when the vision tower gave this output; None if it was made elsewhere, or cut out of one."""
-        rows = attribute(output, "last_hidden_state")
-        if rows is None or rows in self._by_rows:
-            return None if rows is None else self._by_rows[rows]
-        away = [x for x in self._by_rows if x.device != rows.device and x.shape == rows.shape]
-        return next((self._by_rows[x] for x in away if torch.equal(x.to(rows.device), rows)), None)
+        states = attribute(output, "last_hidden_state")
+        if states is None or states in self._by_states:
+            return None if states is None else self._by_states[states]
+        away = [x for x in self._by_states if x.device != states.device and x.shape == states.shape]
+        return next((self._by_states[x] for x in away if torch.equal(x.to(states.device), states)), None)
 
     def __reduce__(self) -> Any:
         return Notes, ()
@@ -82,13 +82,12 @@ class Visuals:
 
     @property
     def cut(self) -> bool:
-        """Whether the features are rows cut out of the tower's output: chunked prefill hands them over so."""
+        """Whether the features are cut out of the tower's output: chunked prefill hands them over so."""
         return any(attribute(out, "last_hidden_state") is None for out in self.outputs)
 
-    def crops(self) -> tuple[int, ...]:
-        """Patches of every crop that was encoded inside the scope."""
-        notes = [self.notes.of(output) for output in self.outputs]
-        return tuple(patches for note in notes if note is not None for patches in note.crops)
+    def seen(self) -> list[Encoded]:
+        """What was noted of these runs, of each kind; nothing of one outside the scope."""
+        return [self.notes.of(output) or Encoded() for output in self.outputs]
 
     def tokens(self) -> int:
         """How many visual tokens there are in all, known on the host."""
@@ -115,7 +114,7 @@ class Visuals:
                 f"{self.parts.config.model_type!r} differ in shape), got others"
             )
         features = [f for f in output.pooler_output if len(f)]  # Idefics3: none, for a sample without images
-        return adapter(self.parts.base, features, note or Encoded(())) if features else []
+        return adapter(self.parts.base, features, note or Encoded()) if features else []
 
     def by_sample(
         self, counts: Sequence[int], videos: Sequence[Sequence[int]] | None

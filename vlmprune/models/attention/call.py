@@ -51,7 +51,7 @@ def bounds(valid: Tensor) -> Tensor:
     """Bounds ``[3 B + 1]`` int32 of the sequences in a padded batch: padding before, tokens, padding after, per sample.
 
     Args:
-        valid: bool ``[B, S]``, in every row one run of True (or none).
+        valid: bool ``[B, S]``, in every sample one run of True (or none).
     """
     batch, length = valid.shape
     first = valid.int().argmax(1)

@@ -2,7 +2,7 @@
 
 flash-attn's three generations and torch's own flash kernels, under one call. No flash-attn can be asked what it takes, so
 the limits here were read in its sources (August 2026); what another release refuses all the same goes to the next kernel.
-Padding needs no unpacking: the padded batch is read as one long row of sequences, each sample's padding being one.
+Padding needs no unpacking: the padded batch is read as one long list of sequences, each sample's padding being one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The model families that can be pruned: one row each, and the short adapters that say which grids an image becomes.
+"""The model families that can be pruned: one entry each, and the short adapters that say which grids an image becomes.
 
 A visual token that is no patch (the newline tokens of LLaVA-NeXT and LLaVA-OneVision) still has a place in a grid: the
-last column of the tiles' grid, or a grid of its own. So the products of an image's grids add up to its tokens.
+end of a line of the tiles' grid, or a grid of its own. So the products of an image's grids add up to its tokens.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Tower:
     Attributes:
         layers: where its blocks are.
         attention: a block's attention module.
-        cls: whether its first row is a CLS token.
+        cls: whether its first state is that of a CLS token.
         normed: whether its attention has norms behind the projections of query and key.
-        grids: argument that tells it frames, patch rows and patch columns of each image.
+        grids: argument that tells it frames, height and width in patches of each image.
         padding: argument that tells it which patches are no padding.
-        width, depth: settings for the width of its rows and the number of its blocks.
+        width, depth: settings for the width of its states and for how many blocks it has.
         windows: setting that lists the blocks which see all of an image, where the others see a window.
         mergers: further projectors inside it.
     """
@@ -80,7 +80,7 @@ class Decoder:
     Attributes:
         window: setting that tells of layers which do not see everything: a size, or the kind of each layer.
         normed: whether its attention has norms behind the projections of query and key.
-        head_dim: whether it has a setting for the width of a head, rather than an equal share of the rows.
+        head_dim: whether it has a setting for the width of a head, rather than an equal share of the hidden size.
     """
 
     window: str | None = None
@@ -106,13 +106,13 @@ class Encoded:
 
     Attributes:
         crops: patches of each crop (or video frame) that the tower saw.
-        thw: frames, patch rows and patch columns of each image, where the tower was told them.
+        thw: frames, height and width in patches of each image, where the tower was told them.
         mask: ``[T, P]`` False at patches that are padding; None = none are.
         taken: query and key projections, by vision layer and name.
         features: ``[T, P', Dv]`` what the projector got.
     """
 
-    crops: tuple[int, ...]
+    crops: tuple[int, ...] = ()
     thw: list[list[int]] | None = None
     mask: Tensor | None = None
     taken: dict[tuple[int, str], Tensor] = field(default_factory=dict)
@@ -131,10 +131,10 @@ def square(base: Any, features: Sequence[Tensor], encoded: Encoded) -> list[Imag
 
 
 def anyres(base: Any, features: Sequence[Tensor], encoded: Encoded) -> list[ImageGrids]:
-    """The whole image in small, then its unpadded tiles with a newline token after every row.
+    """The whole image in small, then its unpadded tiles with a newline token after every line.
 
     How wide the tiles are is read off the first newline: the sizes of the images do not reach the model's forward.
-    One host read for all images. Of a very wide image no row of the tiles is left, of a very tall one the newlines only.
+    One host read for all images. Of a very wide image no line of the tiles is left, of a very tall one the newlines only.
     """
     grid = crop_grid(base.config)
     small = grid[0] * grid[1]
@@ -150,8 +150,8 @@ def anyres(base: Any, features: Sequence[Tensor], encoded: Encoded) -> list[Imag
 
 def pooled_frames(base: Any, features: Sequence[Tensor], encoded: Encoded) -> list[ImageGrids]:
     """LLaVA-OneVision's video: every frame at half the side, one newline token at the end."""
-    rows, columns = crop_grid(base.config)
-    frame = ((rows + 1) // 2, (columns + 1) // 2)
+    height, width = crop_grid(base.config)
+    frame = ((height + 1) // 2, (width + 1) // 2)
     return [(frame,) * (len(f) // tokens_in([frame])) + ((1, 1),) for f in features]
 
 
@@ -162,22 +162,22 @@ def merged_frames(base: Any, features: Sequence[Tensor], encoded: Encoded) -> li
     """
     side = FAMILIES[base.config.model_type].side(base.config)
     grids = [((h // side, w // side),) * t for t, h, w in encoded.thw or []]
-    number: dict[int, int] = {}
+    image: dict[int, int] = {}
     for f in features:
-        number.setdefault(id(f), len(number))
-    return [grids[number[id(f)]] for f in features]
+        image.setdefault(id(f), len(image))
+    return [grids[image[id(f)]] for f in features]
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table.
+    """One entry of the table.
 
     Attributes:
         text, vision, projector: where the parts are below the base model.
         towers, decoders: model types of vision tower and decoder that are known to work.
         images, videos: which grids the features of the images and videos are.
-        block: setting for the side of the block of patches that the projector turns into one row; None = one patch.
-        selects: whether the configuration has a strategy for which rows of the tower are features.
+        block: setting for the side of the block of patches that the projector turns into one visual token; None = one patch.
+        selects: whether the configuration has a strategy for which states of the tower are features.
         tapped: whether each visual token is such a block, so that the tower's attention says something about it.
         packs: whether positions can be packed (not with the three-dimensional positions of Qwen-VL).
         deepstack: whether the first decoder layers add intermediate features of the tower to the full sequence (Qwen3-VL).
@@ -257,14 +257,14 @@ FAMILIES = {
 
 
 def token_grid(config: Any, encoded: Encoded | None = None) -> Grid:
-    """Rows and columns of visual tokens that one crop becomes."""
+    """Height and width of one crop in visual tokens."""
     side = FAMILIES[config.model_type].side(config)
-    rows, columns = crop_grid(config, encoded)
-    return rows // side, columns // side
+    height, width = crop_grid(config, encoded)
+    return height // side, width // side
 
 
 def crop_grid(config: Any, encoded: Encoded | None = None) -> Grid:
-    """Patch rows and columns of one crop: the configuration's, or a square of as many as the tower saw (Idefics3)."""
+    """Height and width of one crop in patches: the configuration's, or a square of as many as the tower saw (Idefics3)."""
     if encoded is not None and encoded.crops and encoded.crops[0] != tokens_in([crop_grid(config)]):
         return isqrt(encoded.crops[0]), isqrt(encoded.crops[0])
     vision = config.vision_config

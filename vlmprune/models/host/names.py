@@ -76,7 +76,7 @@ class Arguments:
 
     Attributes:
         ids, embeds: ``[B, q]`` token ids, ``[B, q, D]`` embeddings; one of them is None.
-        mask, positions: as the caller gave them.
+        mask, position_ids: as the caller gave them.
         cache: the KV cache the caller gave, or None.
         encoded: features that generate() has encoded ahead, by "image" and "video".
         pixels: the kinds of pixels the call brings.
@@ -86,7 +86,7 @@ class Arguments:
     ids: Tensor | None
     embeds: Tensor | None
     mask: Any
-    positions: Tensor | None
+    position_ids: Tensor | None
     cache: Any
     encoded: dict[str, Any]
     pixels: tuple[str, ...]
@@ -129,12 +129,12 @@ class Host:
         caches = [given[name] for name in CACHE if name in given]
         encoded = (given[ENCODED] if self.ahead else None) or {}
         pixels = {kind: given[name] for kind, name in self.pixels.items()}
-        ids, embeds, mask, positions = (given[name] for name in BASE)
+        ids, embeds, mask, position_ids = (given[name] for name in BASE)
         return Arguments(
             ids=ids,
             embeds=embeds,
             mask=mask,
-            positions=positions,
+            position_ids=position_ids,
             cache=next((cache for cache in caches if cache is not None), None),
             encoded={
                 kind: encoded[kind] for kind in self.pixels if kind in encoded and encoded[kind] is not None
