@@ -70,9 +70,8 @@ def _with_predicting(layout: Layout, chosen: Tensor, predicting: Tensor) -> Tens
         return chosen
     chosen = pad(chosen, (0, most), value=-1)
     others = torch.where(chosen < 0, -1, torch.where(needed.gather(1, chosen.clamp(min=0)), -2, chosen))
-    spare = others.argsort(dim=1, descending=True, stable=True)[
-        :, :most
-    ]  # the last others, then empty places
+    # The last others, then empty places.
+    spare = others.argsort(dim=1, descending=True, stable=True)[:, :most]
     tokens = where_true(missing, most)
     new = chosen.scatter(1, spare, torch.where(tokens >= 0, tokens, chosen.gather(1, spare)))
     return new[:, : int((new >= 0).sum(1).max())]

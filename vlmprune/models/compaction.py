@@ -29,9 +29,9 @@ def compact_earlier(cache: Cache, prefill: Prefill, depth: int) -> None:
         past = stored - layout.length
         old = past_validity(cache, i, call.valid, past)
         valid = extend_validity(old, past, final.valid, final.length)
-        rows = (
-            final.origin if layout.origin is None else take(inverse(layout.origin, call.length), final.origin)
-        )
+        rows = final.origin
+        if layout.origin is not None:
+            rows = take(inverse(layout.origin, call.length), rows)
         before = torch.arange(past, device=rows.device).expand(len(rows), -1)
         at = torch.cat([before, torch.where(rows >= 0, rows + past, -1)], dim=1)
         if cache.offloading:  # an offloaded layer comes back for this

@@ -90,7 +90,7 @@ def scatter_back(short: Tensor, origin: Tensor, q: int) -> Tensor:
 
 
 def inverse(rows: Tensor, length: int) -> Tensor:
-    """``[B, length]`` which entry of ``rows [B, n]`` (or positions) each of 0 ... length - 1 is, -1 = none."""
+    """``[B, length]`` which entry of ``rows [B, n]`` (or of positions) each of 0 ... length - 1 is, -1 = none."""
     order = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
     return put(rows.new_full((len(rows), length), -1), rows, order)
 

@@ -65,9 +65,8 @@ def attention(
     causal = causal and rows > 1
     if attention_mask is not None and attention_mask.ndim == 1:  # only a causal mask becomes sequence bounds
         causal = True
-    if (
-        attention_mask is None and causal
-    ):  # from position 0 on: a preallocated cache may hold nothing behind them yet
+    # From position 0 on: behind these rows a preallocated cache may hold keys that are not there yet.
+    if attention_mask is None and causal:
         keys, values = key[:, :, :rows], value[:, :, :rows]
     call = kernels.AttentionCall(query, keys, values, attention_mask, causal, scaling, dropout)
     done = None if special else kernels.attend(call, want_lse)

@@ -206,7 +206,7 @@ class Family:
         told = 1 if self.block is None else attrgetter(self.block)(config)
         return (
             told if isinstance(told, int) else round(1 / told)
-        )  # InternVL tells the share of the side that is left
+        )  # InternVL: the share of the side that is left
 
     def first(self, config: Any) -> int:
         """The first decoder layer that can be a stage."""
