@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from vlmprune.errors import InputError, check, first_line
-from vlmprune.models import Run, check_config, check_layers, meter, prune
+from vlmprune.models import Run, check_config, check_stages, meter, prune
 from vlmprune.policies.base import PruningPolicy
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -143,7 +143,7 @@ class Checkpoint:
         """Read the configuration, and raise InputError if a policy has a stage beyond the decoder's last layer."""
         config = self.config
         for policy in policies:
-            check_layers(policy, config)
+            check_stages(policy, config)
 
 
 def build_text(processor: Any, prompt: str, images: int) -> str:

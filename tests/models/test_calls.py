@@ -75,7 +75,7 @@ def test_a_note_is_found_by_the_rows_it_belongs_to():
     assert notes.of(Output(last_hidden_state=rows, pooler_output=rows)) is note
     assert notes.of(Output(last_hidden_state=rows.clone())) is None
     assert notes.of(Output(pooler_output=rows)) is None
-    held = notes._by_rows
+    held = notes._by_states
     assert len(held) == 1
     del rows
     assert len(held) == 0

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmprune.models.choice import settle
-from vlmprune.models.layout import open_layout, positions_of, shorten, take
-from vlmprune.models.prefill import scatter_back
+from vlmprune.models.layout import open_layout, scatter_back, shorten, take, where_true
 from vlmprune.policies import Reduction
 
 PAD, TEXT, VISUAL = "p", "t", "v"
@@ -115,7 +114,7 @@ def test_rows_that_predict_a_label_stay():
 
 
 def test_small_pieces():
-    assert positions_of(torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]]).bool(), 2).tolist() == [[1, 2], [0, -1]]
+    assert where_true(torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]]).bool(), 2).tolist() == [[1, 2], [0, -1]]
     assert take(torch.tensor([[7, 8, 9]]), torch.tensor([[2, -1, 0]])).tolist() == [[9, -1, 7]]
     assert take(torch.empty(1, 0, dtype=torch.long), torch.tensor([[-1]])).tolist() == [[-1]]
     back = scatter_back(torch.ones(1, 3, 2), torch.tensor([[-1, 0, 3]]), 5)

@@ -6,7 +6,7 @@ from vlmprune.models.host.versions import SUPPORTED, TESTED, dotted
 
 # isort: on
 from vlmprune.models.attention.backend import explain
-from vlmprune.models.host.parts import check_config, check_layers, find_parts, patch_grid
+from vlmprune.models.host.parts import check_config, check_stages, find_parts, patch_grid
 from vlmprune.models.prompt import StageRecord
 from vlmprune.models.report import Report, Run
 from vlmprune.models.scope import Scope, attach, detach, meter, prune
@@ -20,7 +20,7 @@ __all__ = [
     "StageRecord",
     "attach",
     "check_config",
-    "check_layers",
+    "check_stages",
     "detach",
     "dotted",
     "explain",

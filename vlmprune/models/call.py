@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ class Asked(NamedTuple):
 
     Attributes:
         logits: of how many of the last rows; 0 = of all.
-        predicting: ``[B, q]`` True at rows from which a label is predicted; True = from every row before text; None =
+        predicting: ``[B, q]`` True at positions from which a label is predicted; True = from all before text; None =
             this is no training.
     """
 
@@ -53,7 +53,7 @@ class Call:
         cache: the cache it came with, or None.
         valid: ``[B, past + q]`` False at padding (the 2-D attention mask), or None.
         logits: of how many of the last rows logits are asked for, as generate() does; 0 = of all.
-        predicting: ``[B, q]`` True at rows from which a label is predicted; None outside training.
+        predicting: ``[B, q]`` True at positions from which a label is predicted; None outside training.
         visuals: the images and videos it brings; None without any.
         visual: ``[B, q]`` True at visual tokens, or None without any.
         videos: ``[B, q]`` True at visual tokens of a video, where it brings both kinds (one host read more).
@@ -87,14 +87,7 @@ class Call:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def read_call(parts: Parts, given: Arguments, asked: Asked, vision: VisionReads, prunes: bool) -> Call:
-    """Read a call that is no decode step.
-
-    Args:
-        parts: the model.
-        given: the base model's arguments, with ids or embeddings.
-        asked: what the outer model was asked for.
-        vision: knows the images and videos that ``given`` brings.
-        prunes: whether the call will be pruned, and not only measured.
+    """Read a call that is no decode step; ``prunes``: it will be pruned, and not only measured.
 
     Raises:
         ModelError: a cache or samples in a form that cannot be pruned.
@@ -108,28 +101,24 @@ def read_call(parts: Parts, given: Arguments, asked: Asked, vision: VisionReads,
     if length > 1 or visuals is not None:
         static = cache is not None and cache.is_compileable
         valid = padding_mask(given.mask, entries(cache, 0, past) + length if static else None)
+    call = Call(batch, length, past, cache, valid, asked.logits)
     if visuals is None:
-        expected = (
-            "inputs_embeds: expected input_ids or images with it, got neither: no way to find visual tokens"
-        )
         if ids is None and past == 0 and prunes:
-            raise NotPrunedError(expected)
-        return Call(batch, length, past, cache, valid, asked.logits)
+            raise NotPrunedError(
+                "inputs_embeds: expected input_ids or images with it, got neither: no way to find visual tokens"
+            )
+        return call
     if prunes:
         check_cache(cache)
         check_unpacked(given, "flash" in parts.text.config._attn_implementation)
-    visual = visuals.mask(ids, embeds)
-    return Call(
-        *(batch, length, past, cache, valid, asked.logits),
-        predicting=_predicting(asked.predicting, visual),
-        visuals=visuals,
-        visual=visual,
-        videos=visuals.mask(ids, embeds, "video") if len(visuals.kinds) > 1 else None,
-    )
+    visual = visuals.mask(ids, embeds, *visuals.kinds)
+    videos = visuals.mask(ids, embeds, "video") if len(visuals.kinds) > 1 else None
+    predicting = _predicting(asked.predicting, visual)
+    return replace(call, predicting=predicting, visuals=visuals, visual=visual, videos=videos)
 
 
 def _predicting(asked: Tensor | bool | None, visual: Tensor) -> Tensor | None:
-    """``[B, q]`` True at rows from which a label is predicted."""
+    """``[B, q]`` True at positions from which a label is predicted."""
     if isinstance(asked, Tensor):
         shape = tuple(visual.shape)
         check(asked.shape == shape, "labels", f"{shape} as the tokens", tuple(asked.shape))
@@ -140,7 +129,7 @@ def _predicting(asked: Tensor | bool | None, visual: Tensor) -> Tensor | None:
 def padding_mask(attention_mask: object, fixed: int | None = None) -> Tensor | None:
     """The 2-D attention mask as bool ``[B, S]``; None if there is none. Raises InputError for a ready-made 4-D mask.
 
-    For a cache of fixed size generate() makes the 4-D mask ahead; its last row then shows all that is no padding among
+    For a cache of fixed size generate() makes the 4-D mask ahead; what its last query sees is then all that is no padding among
     the ``fixed`` entries there are.
     """
     if isinstance(attention_mask, dict):  # by kind of layer
@@ -150,8 +139,8 @@ def padding_mask(attention_mask: object, fixed: int | None = None) -> Tensor | N
     if attention_mask is None:
         return None
     if fixed is not None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
-        row = attention_mask[:, 0, -1, :fixed]
-        return row if row.dtype == torch.bool else row == 0
+        seen = attention_mask[:, 0, -1, :fixed]
+        return seen if seen.dtype == torch.bool else seen == 0
     ok = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
     got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
     check(ok, "attention_mask", "2-D [B, S] (a ready-made mask cannot be shortened)", got)
@@ -160,12 +149,12 @@ def padding_mask(attention_mask: object, fixed: int | None = None) -> Tensor | N
 
 
 def check_unpacked(given: Arguments, flash: bool) -> None:
-    """Raise ModelError for samples packed one behind the other in a row: after a stage they would see each other.
+    """Raise ModelError for samples packed one behind the other as one: after a stage they would see each other.
 
     transformers tells them by bounds, or by positions that start again where there is neither mask nor cache (with
     FlashAttention: in a batch of one), and so it is told here. One host read, which transformers makes too.
     """
-    positions = given.positions
+    positions = given.position_ids
     if positions is not None and positions.ndim == 3:  # Qwen-VL: those of the text come first, if at all
         positions = positions[0] if len(positions) == 4 else None
     alike = given.mask is None or (flash and isinstance(given.mask, Tensor) and bool(given.mask.all()))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlmprune.models.layout import Layout, ascending, last_rows, take
+from vlmprune.models.layout import Layout, ascending, last_rows, put, take, where_true
 from vlmprune.policies.base import Reduction
 
 
@@ -24,56 +24,54 @@ def settle(
         layout: the rows that enter the stage.
         choice: the policy's.
         hidden: ``[B, n, D]`` the rows.
-        predicting: ``[B, q]`` True at prompt rows from which a label is predicted, or None.
+        predicting: ``[B, q]`` True at positions from which a label is predicted, or None.
     """
-    index = choice.index if isinstance(choice, Reduction) else choice
+    chosen = choice.index if isinstance(choice, Reduction) else choice
     if predicting is None:
-        new, last = _with_newest(layout, index)
+        new, last = _with_newest(layout, chosen)
     else:
-        new, last = _with_predicting(layout, index, predicting.to(index.device)), None
+        new, last = _with_predicting(layout, chosen, predicting.to(chosen.device)), None
     kept = (new.shape[1],) if new.shape[0] == 1 else tuple((new >= 0).sum(1).tolist())
     if not isinstance(choice, Reduction):
         return new if predicting is None else ascending(new), kept
-    rows = choice.hidden
-    if rows is not None:
-        wider = new.shape[1] - index.shape[1]
-        own = (new != pad(index, (0, wider), value=-1))[..., None]
+    contents = choice.hidden
+    if contents is not None:
+        wider = new.shape[1] - chosen.shape[1]
+        own = (new != pad(chosen, (0, wider), value=-1))[..., None]
         at = take(layout.visual, new).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[2])
-        rows = torch.where(own, hidden.gather(1, at).to(rows), pad(rows, (0, 0, 0, wider)))
+        contents = torch.where(own, hidden.gather(1, at).to(contents), pad(contents, (0, 0, 0, wider)))
     if last is not None:  # the row generation goes on from sees all others
         order = (last + 2 * (new < 0)).argsort(dim=1, stable=True)
         new = new.gather(1, order)
-        rows = None if rows is None else rows.gather(1, order[..., None].expand_as(rows))
-    return replace(choice, index=new, hidden=rows), kept
+        contents = None if contents is None else contents.gather(1, order[..., None].expand_as(contents))
+    return replace(choice, index=new, hidden=contents), kept
 
 
-def _with_newest(layout: Layout, index: Tensor) -> tuple[Tensor, Tensor | None]:
+def _with_newest(layout: Layout, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
     """The visual token that ends a prompt in the place of the last one kept, and where it is ``[B, K]``. No host read."""
-    if index.shape[1] == 0:
-        return index, None
+    if chosen.shape[1] == 0:
+        return chosen, None
     newest = (layout.visual >= 0).sum(1, keepdim=True) - 1
     ends = (newest >= 0) & (take(layout.visual, newest) == last_rows(layout))
-    new = torch.where(ends & (index == index.amax(1, keepdim=True)), newest, index)
+    new = torch.where(ends & (chosen == chosen.amax(1, keepdim=True)), newest, chosen)
     return new, ends & (new == newest)
 
 
-def _with_predicting(layout: Layout, index: Tensor, predicting: Tensor) -> Tensor:
+def _with_predicting(layout: Layout, chosen: Tensor, predicting: Tensor) -> Tensor:
     """The tokens from which a label is predicted in the places of the last ones kept; more places where there are too few.
 
-    Host work: this is training.
+    Host reads: this is training.
     """
-    places = layout.positions()
-    must = (places >= 0) & predicting.gather(1, places.clamp(min=0))
-    rows = index.tolist()
-    for row, needed in zip(rows, must.tolist(), strict=True):
-        needed = {i for i, it in enumerate(needed) if it}
-        for token in sorted(needed - {*row}):
-            spare = [i for i in row if i not in needed]
-            if spare and max(spare) >= 0:
-                row[row.index(max(spare))] = token
-            elif spare:
-                row[row.index(-1)] = token
-            else:
-                row.append(token)
-    width = max(map(len, rows), default=0)
-    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=index.device).long()
+    at = layout.positions()
+    needed = (at >= 0) & predicting.gather(1, at.clamp(min=0))
+    missing = needed & ~put(torch.zeros_like(needed), chosen, torch.ones_like(chosen))
+    most = int(missing.sum(1).max())
+    if most == 0:
+        return chosen
+    chosen = pad(chosen, (0, most), value=-1)
+    others = torch.where(chosen < 0, -1, torch.where(needed.gather(1, chosen.clamp(min=0)), -2, chosen))
+    # The last others, then empty places.
+    spare = others.argsort(dim=1, descending=True, stable=True)[:, :most]
+    tokens = where_true(missing, most)
+    new = chosen.scatter(1, spare, torch.where(tokens >= 0, tokens, chosen.gather(1, spare)))
+    return new[:, : int((new >= 0).sum(1).max())]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
@@ -35,78 +34,57 @@ class Seconds:
     decode: float
 
 
-def untraced(hook: Callable[..., None]) -> Callable[..., None]:
-    """The hook, but not in compiled code: a compiled step is one graph, and a clock is no part of it."""
-
-    @wraps(hook)
-    def outside(*args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            hook(*args)
-
-    return outside
-
-
 class Marks:
     """When the parts of one prefill, and of the decoding after it, began and ended.
 
     Read out only when asked, so timing never makes the host wait. ``vision`` may have begun before the prefill.
     """
 
-    def __init__(self, vision: list[Mark] | None = None) -> None:
-        self.vision: list[Mark] = [] if vision is None else vision
-        self.steps: list[list[Mark]] = []
-        self.count, self.more = 0, False
+    def __init__(self, vision: Sequence[Mark] = ()) -> None:
+        self.vision = vision
+        self.prefill: list[Mark] = []
+        self.decode: list[Mark] = []
         self.chosen: list[list[Mark]] = []
-
-    def extend(self) -> None:
-        """The coming step is another chunk of the latest one."""
-        self.more = bool(self.steps)
+        self.latest, self.steps, self.more = self.prefill, 0, False
 
     def step_starts(self, mark: Mark) -> None:
-        """The decoder begins a prompt chunk or a decode step."""
-        if self.more:
-            self.more = False
-            return
-        self.count += 1
-        if len(self.steps) == 3:  # prefill, first decode step, latest decode step are all that is ever read
-            self.steps.pop()
-        self.steps.append([mark])
+        """The decoder begins a prompt chunk (the first one, or ``more`` of the prompt) or a decode step."""
+        if self.prefill and not self.more:
+            self.latest, self.steps = self.decode, self.steps + 1
+        self.more = False
+        if not self.latest:
+            self.latest.append(mark)
 
     def step_ends(self, mark: Mark) -> None:
         """It is done; the text model says so first, then the language-modeling head."""
-        if self.steps:
-            self.steps[-1] = [self.steps[-1][0], mark]
+        if self.latest:
+            self.latest[1:] = [mark]
 
     def seconds(self) -> Seconds:
         """Read the marks out; on a GPU this waits for the work they mark."""
-        decode = [self.steps[1][0], self.steps[-1][-1]] if len(self.steps) > 1 else []
-        return Seconds(
-            vision=_length(self.vision),
-            prefill=_length(self.steps[0]) if self.steps else 0.0,
-            selection=sum(_length(span) for span in self.chosen),
-            decode=_length(decode),
-        )
+        selection = sum(map(_length, self.chosen))
+        return Seconds(_length(self.vision), _length(self.prefill), selection, _length(self.decode))
 
 
 class Clock:
     """Makes the marks, from hooks. Every thread times the prompt it runs.
 
-    Hooks are methods and no closures: a copied model's hooks must belong to the copy.
+    Hooks are methods and no closures: a copied model's hooks must belong to the copy. In compiled code they do nothing: a
+    compiled step is one graph, and a clock is no part of it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.mine = PerThread(vision=None, marks=None)
+        self.mine = PerThread(vision=(), marks=None)
 
     def begin(self) -> Marks:
         """This thread starts a prompt: the marks to come are its own."""
-        self.mine.marks = Marks(self.mine.vision)
-        marks: Marks = self.mine.marks
+        self.mine.marks = marks = Marks(self.mine.vision)
         return marks
 
-    def resume(self, marks: Marks) -> None:
-        """This thread goes on with a prompt."""
-        self.mine.marks = marks
+    def go_on(self, marks: Marks) -> None:
+        """This thread's coming step is another chunk of a prompt."""
+        self.mine.marks, marks.more = marks, True
 
     def now(self) -> Mark:
         """A mark in the stream of work, or the time."""
@@ -129,37 +107,35 @@ class Clock:
     @contextmanager
     def selection(self) -> Iterator[None]:
         """Time a piece of selection work."""
-        span = [self.now()]
+        start = self.now()
         try:
             yield
         finally:
-            self.mine.marks.chosen.append([*span, self.now()])
+            self.mine.marks.chosen.append([start, self.now()])
 
-    @untraced
     def _vision_starts(self, *_: Any) -> None:
-        self.mine.vision = [self.now()]
-        if (
-            self.mine.marks is not None and not self.mine.marks.steps
-        ):  # the call that brings the images encodes them
-            self.mine.marks.vision = self.mine.vision
+        if not torch.compiler.is_compiling():
+            self._see([self.now()])
 
-    @untraced
     def _vision_ends(self, *_: Any) -> None:
-        if self.mine.vision:
-            self.mine.vision[1:] = [self.now()]
+        if not torch.compiler.is_compiling() and self.mine.vision:
+            self._see([self.mine.vision[0], self.now()])
 
-    @untraced
+    def _see(self, span: list[Mark]) -> None:
+        self.mine.vision, marks = span, self.mine.marks
+        if marks is not None and not marks.prefill:  # the call that brings the images encodes them
+            marks.vision = span
+
     def _step_starts(self, *_: Any) -> None:
-        if self.mine.marks is not None:
+        if not torch.compiler.is_compiling() and self.mine.marks is not None:
             self.mine.marks.step_starts(self.now())
 
-    @untraced
     def _step_ends(self, *_: Any) -> None:
-        if self.mine.marks is not None:
+        if not torch.compiler.is_compiling() and self.mine.marks is not None:
             self.mine.marks.step_ends(self.now())
 
 
-def _length(span: list[Mark]) -> float:
+def _length(span: Sequence[Mark]) -> float:
     if len(span) < 2:
         return 0.0
     first, last = span[0], span[-1]

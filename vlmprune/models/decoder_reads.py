@@ -11,17 +11,18 @@ from transformers.cache_utils import Cache
 
 from vlmprune.errors import ModelError
 from vlmprune.models.clock import Clock
-from vlmprune.models.host.cache_view import entries, extend_validity, held_keys, is_quantized, past_validity
+from vlmprune.models.host.cache_layers import QUANTIZED
+from vlmprune.models.host.cache_view import entries, extend_validity, held_keys, past_validity
 from vlmprune.models.host.families import DECODERS
 from vlmprune.models.host.names import attribute
 from vlmprune.models.host.parts import heads
-from vlmprune.models.layout import Layout, TextSpan, last_rows, moved, text_rows
+from vlmprune.models.layout import Layout, last_rows, moved, text_rows
 from vlmprune.models.prefill import Prefill, Rope
 from vlmprune.policies.base import AttentionInputs, Needs
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half RoPE on ``x [B, H, S, D]`` with tables ``[B, S, D]`` (Su et al. 2021, as Llama applies it)."""
+    """Rotate-half RoPE on ``x [B, H, S, D]`` with tables ``[B or 1, S, D]`` (Su et al. 2021, as Llama applies it)."""
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
     return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
@@ -33,43 +34,28 @@ def read_attention(attn: Any, hidden: Tensor, rope: Rope, prefill: Prefill, cloc
     """Read what the stage after a decoder layer will score from, when its self-attention has run: ``prefill.attention``.
 
     Keys come from the cache the layer has just filled; without a cache they are projected once more.
-
-    Args:
-        attn: the self-attention module.
-        hidden: ``[B, n, D]`` the rows that entered it.
-        rope: their cos and sin.
-        prefill: the running call.
-        clock: this is selection work.
     """
     i, call, cache = attn.layer_idx, prefill.call, prefill.cache
     with clock.selection():
         layout = moved(prefill.layout(i), hidden.device)
-        total = 0 if cache is None else entries(cache, i, call.past + call.length)
-        if cache is None or is_quantized(cache.layers[i]):
-            key = _with_past(cache, attn, max(0, total - layout.length), _project_keys(attn, hidden, rope))
+        past = 0 if cache is None else entries(cache, i, call.past + call.length) - layout.length
+        if cache is None or isinstance(cache.layers[i], QUANTIZED):
+            key = _keys(attn, hidden, rope, cache, past)
         else:
-            key = held_keys(cache.layers[i], total, hidden.device)
-        mask = _mask(prefill, attn, key.shape[2] - layout.length, layout)
+            key = held_keys(cache.layers[i], past + layout.length, hidden.device)
         needs, lse = prefill.wants.needs[i + 1], prefill.lse.pop(i, None)
-        read = _read(attn, hidden, rope, key, mask, layout, prefill.text(), needs, lse)
-        prefill.attention[i + 1] = read
+        prefill.attention[i + 1] = _read(attn, hidden, rope, key, layout, prefill, needs, lse)
 
 
 def read_own_attention(
-    layer: Any,
-    hidden: Tensor,
-    rope: Rope,
-    layout: Layout,
-    prefill: Prefill,
-    needs: Needs,
+    layer: Any, hidden: Tensor, rope: Rope, layout: Layout, prefill: Prefill, needs: Needs
 ) -> AttentionInputs:
     """What decoder layer ``layer`` will see of the rows that enter it: its norm and projections, run ahead of it."""
-    attn, hidden, cache = layer.self_attn, layer.input_layernorm(hidden), prefill.cache
-    rope, layout = (rope[0].to(hidden.device), rope[1].to(hidden.device)), moved(layout, hidden.device)
-    past = entries(cache, attn.layer_idx, prefill.call.past)
-    key = _with_past(cache, attn, past, _project_keys(attn, hidden, rope))
-    mask = _mask(prefill, attn, past, layout)
-    return _read(attn, hidden, rope, key, mask, layout, prefill.text(), needs)
+    attn, hidden = layer.self_attn, layer.input_layernorm(hidden)
+    rope, layout = moved(rope, hidden.device), moved(layout, hidden.device)
+    past = entries(prefill.cache, attn.layer_idx, prefill.call.past)
+    key = _keys(attn, hidden, rope, prefill.cache, past)
+    return _read(attn, hidden, rope, key, layout, prefill, needs)
 
 
 def _read(
@@ -77,9 +63,8 @@ def _read(
     hidden: Tensor,
     rope: Rope,
     key: Tensor,
-    key_mask: Tensor | None,
     layout: Layout,
-    text: TextSpan | None,
+    prefill: Prefill,
     needs: Needs,
     lse: Tensor | None = None,
 ) -> AttentionInputs:
@@ -90,22 +75,22 @@ def _read(
     wanted: tuple[Tensor, ...] = (hidden, cos, sin)
     if lse is not None:
         wanted += (lse.transpose(1, 2),)
-    last, prompt = last_rows(layout), layout.prompt()
-    if layout.end is not None:  # no prompt row sees the candidates behind it
-        key_mask = extend_validity(None if key_mask is None else key_mask[:, :past], past, prompt, n)
+    last, prompt = last_rows(layout), layout.prompt()  # no prompt row sees the candidates behind it
+    old = past_validity(prefill.cache, attn.layer_idx, prefill.call.valid, past)
+    key_mask = extend_validity(old, past, prompt, n)
     if needs.rows == "last":
         wanted = tuple(_pick(t, last) for t in wanted)
-        # This one query stands for the last position: whatever lies between it and the end is no prompt, and masked.
+        # This one query stands for the last key position: what lies between it and the end is no prompt, and masked.
         rows = last = torch.full_like(last, key.shape[2] - 1)
-        if prompt is not None:  # nor is the last position's rotation this query's
+        if prompt is not None:  # nor is the last key position's rotation this query's
             cos, sin = (
                 torch.cat([t[:, :-1], own], 1) for t, own in zip((cos, sin), wanted[1:3], strict=True)
             )
     else:
         if needs.rows == "text":
-            assert text is not None
-            wanted = tuple(t[:, max(0, n - text.reach) :] for t in wanted)
-            rows = text_rows(layout, text)
+            assert prefill.unpruned is not None and prefill.unpruned.text is not None
+            wanted = tuple(t[:, max(0, n - prefill.unpruned.text.reach) :] for t in wanted)
+            rows = text_rows(layout, prefill.unpruned.text)
         else:
             order = torch.arange(n, device=hidden.device).expand(batch, -1)
             rows = order if prompt is None else torch.where(prompt, order, -1)
@@ -117,7 +102,7 @@ def _read(
         last=last,
         rows=rows,
         columns=torch.where(layout.visual >= 0, layout.visual + past, -1),
-        key_mask=key_mask,
+        key_mask=None if key_mask is None else key_mask.to(hidden.device),
         rope=(cos, sin),
         scale=attn.scaling,
         lse=None if lse is None else wanted[3].transpose(1, 2),
@@ -142,20 +127,6 @@ def _ranks(attn: Any, have: int) -> Any:
     )
 
 
-def _with_past(cache: Cache | None, attn: Any, past: int, key: Tensor) -> Tensor:
-    """Keys of a chunk behind the ``past`` ones its layer holds."""
-    if cache is None or past == 0:
-        return key
-    return torch.cat([held_keys(cache.layers[attn.layer_idx], past, key.device), key], dim=2)
-
-
-def _mask(prefill: Prefill, attn: Any, past: int, layout: Layout) -> Tensor | None:
-    """Validity of ``past`` keys and this chunk's, or None."""
-    old = past_validity(prefill.cache, attn.layer_idx, prefill.call.valid, past)
-    mask = extend_validity(old, past, layout.valid, layout.length)
-    return None if mask is None else mask.to(layout.visual.device)
-
-
 def _project(attn: Any, name: str, hidden: Tensor) -> Tensor:
     """Query ("q") or key ("k") heads of rows entering a layer's attention, unrotated, behind its norm on them (Qwen3)."""
     x = heads(attribute(attn, f"{name}_proj")(hidden), attn.head_dim)
@@ -163,10 +134,12 @@ def _project(attn: Any, name: str, hidden: Tensor) -> Tensor:
     return attribute(attn, f"{name}_norm")(x) if normed else x
 
 
-def _project_keys(attn: Any, hidden: Tensor, rope: Rope) -> Tensor:
-    """Rotated keys ``[B, Hkv, n, D]`` of the rows entering a layer's attention."""
-    cos, sin = (t.expand(hidden.shape[0], -1, -1) for t in rope)
-    return rotate(_project(attn, "k", hidden), cos, sin)
+def _keys(attn: Any, hidden: Tensor, rope: Rope, cache: Cache | None, past: int) -> Tensor:
+    """Rotated keys of the rows entering a layer's attention, behind the ``past`` ones that its cache layer holds."""
+    key = rotate(_project(attn, "k", hidden), *rope)
+    if cache is None or past == 0:
+        return key
+    return torch.cat([held_keys(cache.layers[attn.layer_idx], past, key.device), key], dim=2)
 
 
 def _pick(x: Tensor, at: Tensor) -> Tensor:

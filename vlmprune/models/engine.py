@@ -1,9 +1,4 @@
-"""The hooks that prune one model instance while it runs; docs/prefill.md draws the way of one prefill through them.
-
-Base-model pre-hook (what the call brings) -> self-attention hook of the layer before a stage (query and keys) ->
-decoder-layer pre-hook at the stage (the policy selects, rows are gathered) -> pre-hooks of the layers after it (rotary
-tables and masks of the shortened sequence) -> text-model hook (rows scattered back).
-"""
+"""The hooks that prune one model instance while it runs; docs/prefill.md draws the way of one prefill through them."""
 
 from __future__ import annotations
 
@@ -22,10 +17,11 @@ from vlmprune.models.compaction import compact_earlier
 from vlmprune.models.decoder_reads import read_attention
 from vlmprune.models.host.cache_layers import PrunedLayer
 from vlmprune.models.host.cache_view import is_started, pruned_layer, resident_bytes
-from vlmprune.models.host.names import check_same_cache, missing
-from vlmprune.models.host.parts import Parts, check_layers
+from vlmprune.models.host.names import missing
+from vlmprune.models.host.parts import Parts, check_stages
 from vlmprune.models.layer_inputs import chunk_mask, decode_step, shifted
-from vlmprune.models.prefill import Prefill, Wants, scatter_back
+from vlmprune.models.layout import scatter_back
+from vlmprune.models.prefill import Prefill, Wants
 from vlmprune.models.prompt import Prompts
 from vlmprune.models.report import Run
 from vlmprune.models.stage import StageRunner
@@ -47,7 +43,7 @@ class Engine:
         self.clock, self.prompts = Clock(next(parts.text.parameters()).device), Prompts()
         self.run = Run(parts, policy, self.prompts)
         if policy is not None:
-            check_layers(policy, parts.config)
+            check_stages(policy, parts.config)
         needs = {} if policy is None else {layer: policy.needs(layer) for layer in policy.layers}
         self.wants = Wants.of(needs, parts.layers)
         self.vision = VisionReads(parts, sorted({layer for need in needs.values() for layer in need.vision}))
@@ -135,10 +131,10 @@ class Engine:
             raise NotPrunedError("decoder layers were called without going through the vision-language model")
         if not args:
             missing("the positional arguments of a decoder layer", "hidden_states")
-        prefill.cache = self.host.layer_cache(kwargs)
-        if prefill.cache is None and prefill.call.cache is not None:
-            checkpointing = module.training and bool(module.gradient_checkpointing)
-            check_same_cache(prefill.call.cache, prefill.cache, checkpointing)
+        prefill.cache = self.host.told(kwargs, self.host.cache)
+        lost = prefill.cache is None and prefill.call.cache is not None  # it would be read as "no past"
+        if lost and not (module.training and module.gradient_checkpointing):  # that takes it away on purpose
+            raise ModelError("cache: expected the call's KV cache at its decoder layers, got None there")
         layer = pruned_layer(prefill.cache, i)
         if prefill.call.decodes:
             step = None if layer is None else decode_step(self.parts, prefill, layer, args[0], kwargs)

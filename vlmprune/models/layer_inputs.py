@@ -54,25 +54,16 @@ def decode_step(
     if layer.shift is not None:
         rope = shifted(parts.text, prefill, hidden, told(kwargs, "position_ids"), layer.shift)
     layer.admit()
-    mask = _step_mask(parts.text.config, prefill, layer, hidden)
+    mask, stored = None, layer.stored()
+    if layer.static:  # its step is compiled, and there is no Python number to tell its masks apart by
+        mask = pruned_mask(parts.text.config, hidden, layer.valid, stored, layer)
+    elif layer.valid is not None:  # layers that need the same mask share it
+        key = (stored, id(layer.valid))
+        if key not in prefill.masks:
+            prefill.masks[key] = pruned_mask(parts.text.config, hidden, layer.valid, stored, layer)
+        mask = prefill.masks[key]
     # position_ids: FlashAttention reads gaps in them as packed sequences
     return {**kwargs, "position_embeddings": rope, "position_ids": None, "attention_mask": mask}
-
-
-def _step_mask(config: Any, prefill: Prefill, layer: PrunedLayer, hidden: Tensor) -> Any:
-    """The mask of one new token; layers that need the same share it, but for a static cache's.
-
-    Its step is compiled, and there is no Python number to tell its masks apart by.
-    """
-    stored = layer.stored()
-    if layer.static:
-        return pruned_mask(config, hidden, layer.valid, stored, layer)
-    if layer.valid is None:
-        return None
-    key = (stored, id(layer.valid))
-    if key not in prefill.masks:
-        prefill.masks[key] = pruned_mask(config, hidden, layer.valid, stored, layer)
-    return prefill.masks[key]
 
 
 def shifted(text: Any, prefill: Prefill, hidden: Tensor, position_ids: Tensor, shift: Tensor) -> Rope:

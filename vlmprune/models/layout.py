@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ class Layout:
     """The rows of hidden states present at some depth, and which of them are visual tokens.
 
     Attributes:
-        length: number of rows n (physical sequence length) per sample.
+        length: rows n of each sample, padding included.
         visual: ``[B, N]`` rows of the visual tokens, ascending, -1 = padding on the right.
-        ordinals: ``[B, N]`` each visual token's number in the prompt before any pruning, -1 = padding.
+        ordinals: ``[B, N]`` of the visual tokens, -1 = padding.
         counts: visual tokens per sample, on the host.
         real: rows per sample that are no padding, on the host.
         valid: ``[B, n]`` False = padding row; None = no padding.
@@ -57,24 +57,46 @@ T = TypeVar("T")
 
 
 def moved(record: T, device: torch.device) -> T:
-    """A dataclass with its tensors on a device: a model's layers may be spread over several."""
-    own = {f.name: getattr(record, f.name) for f in fields(record)}  # type: ignore[arg-type]
-    away = {name: x for name, x in own.items() if isinstance(x, Tensor) and x.device != device}
-    pairs = {name: x for name, x in own.items() if isinstance(x, tuple) and x and isinstance(x[0], Tensor)}
-    new: dict[str, Any] = {name: x.to(device) for name, x in away.items()}
-    new |= {name: tuple(t.to(device) for t in x) for name, x in pairs.items() if x[0].device != device}
-    return replace(record, **new) if new else record  # type: ignore[type-var]
+    """A record, tuple or dict with its tensors on a device: a model's layers may be spread over several."""
+    if isinstance(record, Tensor):
+        return record.to(device)  # type: ignore[return-value]
+    if isinstance(record, tuple):
+        return tuple(moved(x, device) for x in record)  # type: ignore[return-value]
+    if isinstance(record, dict):
+        return {name: moved(x, device) for name, x in record.items()}  # type: ignore[return-value]
+    if not is_dataclass(record):
+        return record
+    return replace(record, **{f.name: moved(getattr(record, f.name), device) for f in fields(record)})  # type: ignore[type-var]
 
 
-def take(values: Tensor, index: Tensor) -> Tensor:
-    """``values[b, index[b, j]]``, and -1 where the index is -1."""
+def take(values: Tensor, at: Tensor) -> Tensor:
+    """``values[b, at[b, j]]``, and -1 where that is -1."""
     if values.shape[1] == 0:
-        return torch.full_like(index, -1)
-    return torch.where(index >= 0, values.gather(1, index.clamp(min=0)), -1)
+        return torch.full_like(at, -1)
+    return torch.where(at >= 0, values.gather(1, at.clamp(min=0)), -1)
 
 
-def positions_of(marked: Tensor, width: int) -> Tensor:
-    """Positions ``[B, width]`` of the True entries of ``marked [B, n]``, ascending, -1 on the right; no host sync."""
+def put(into: Tensor, rows: Tensor, contents: Tensor) -> Tensor:
+    """``into [B, n, ...]`` with ``contents [B, K, ...]`` in its rows ``rows [B, K]``; -1 = padding."""
+    batch, n, *width = into.shape
+    at = torch.where(rows >= 0, rows, n).view(*rows.shape, *(1 for _ in width)).expand_as(contents)
+    spare = into.new_zeros(batch, 1, *width)  # takes what belongs to padding, and is cut off
+    return torch.cat([into, spare], 1).scatter(1, at, contents.to(into))[:, :n]
+
+
+def scatter_back(short: Tensor, origin: Tensor, q: int) -> Tensor:
+    """Put rows ``[B, n, D]`` back where they came from in ``[B, q, D]``; pruned and padding rows are zeros."""
+    return put(short.new_zeros(len(short), q, short.shape[2]), origin.to(short.device), short)
+
+
+def inverse(rows: Tensor, length: int) -> Tensor:
+    """``[B, length]`` which entry of ``rows [B, n]`` (or of positions) each of 0 ... length - 1 is, -1 = none."""
+    order = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+    return put(rows.new_full((len(rows), length), -1), rows, order)
+
+
+def where_true(marked: Tensor, width: int) -> Tensor:
+    """Where ``marked [B, n]`` is True, ``[B, width]`` ascending, -1 on the right; no host sync."""
     code = torch.where(marked, 1, 2).to(torch.int8)
     blank = torch.zeros(marked.shape, dtype=torch.float32, device=marked.device)
     return ops.select_topk(blank, 0, code=code)[0][:, :width]
@@ -86,7 +108,7 @@ def open_layout(visual: Tensor, padding: Tensor | None, known: int | None, tail:
     Args:
         visual: ``[B, q]`` True at visual tokens.
         padding: ``[B, q]`` False at padding, or None if there is none.
-        known: number of visual tokens of a batch of one, when it is known without asking the device.
+        known: visual tokens of a batch of one, when it is known without asking the device.
         tail: candidates behind the prompt; what precedes the last visual token is the prompt in any case.
     """
     batch, q = visual.shape
@@ -97,7 +119,7 @@ def open_layout(visual: Tensor, padding: Tensor | None, known: int | None, tail:
         # the one host read of a padded prefill
         per_sample = torch.stack([visual.sum(1), valid.sum(1), valid[:, -1] | ~valid.any(1)])
         counts, real, ends = map(tuple, per_sample.tolist())
-    rows = positions_of(visual, max(counts))
+    rows = where_true(visual, max(counts))
     order = torch.arange(rows.shape[1], device=rows.device)
     return Layout(
         length=q,
@@ -135,28 +157,25 @@ def find_text(visual: Tensor, prompt: Tensor | None) -> TextSpan:
 
 
 def text_rows(layout: Layout, text: TextSpan) -> Tensor:
-    """``[B, T]`` row numbers of the text after the last image in a layout, -1 = padding."""
+    """``[B, T]`` the rows of the text after the last image in a layout, -1 = padding."""
     mask = text.mask.to(layout.visual.device)
     if layout.origin is not None:
         mask = (layout.origin >= 0) & mask.gather(1, layout.origin.clamp(min=0))
-    return positions_of(mask, text.width)
+    return where_true(mask, text.width)
 
 
-def ascending(index: Tensor) -> Tensor:
-    """``index [B, K]`` sorted, its -1 padding still on the right."""
-    last = torch.iinfo(index.dtype).max
-    index = torch.where(index >= 0, index, last).sort(dim=1).values
-    return torch.where(index < last, index, -1)
+def ascending(numbers: Tensor) -> Tensor:
+    """``numbers [B, K]`` (or positions, or ordinals) sorted, the -1 padding still on the right."""
+    last = torch.iinfo(numbers.dtype).max
+    numbers = torch.where(numbers >= 0, numbers, last).sort(dim=1).values
+    return torch.where(numbers < last, numbers, -1)
 
 
-def rearrange(layout: Layout, after: Layout, survivors: Tensor, index: Tensor) -> tuple[Layout, Tensor]:
-    """``shorten``'s result with the visual rows in the order of ``index [B, K]`` instead of ascending."""
-    n = survivors.shape[1]
-    at = torch.where(after.visual >= 0, after.visual, n)
-    spare = survivors.new_full((len(survivors), 1), -1)  # takes what belongs to padding, and is cut off
-    survivors = torch.cat([survivors, spare], 1).scatter(1, at, take(layout.visual, index))[:, :n]
+def rearrange(layout: Layout, after: Layout, survivors: Tensor, numbers: Tensor) -> tuple[Layout, Tensor]:
+    """``shorten``'s result with the visual rows in the order of the ``numbers [B, K]`` instead of ascending."""
+    survivors = put(survivors, after.visual, take(layout.visual, numbers))
     origin = survivors if layout.origin is None else take(layout.origin, survivors)
-    return replace(after, origin=origin, ordinals=take(layout.ordinals, index), ordered=False), survivors
+    return replace(after, origin=origin, ordinals=take(layout.ordinals, numbers), ordered=False), survivors
 
 
 def packed_rows(first: Layout, after: Layout) -> Tensor:
@@ -167,19 +186,11 @@ def packed_rows(first: Layout, after: Layout) -> Tensor:
     order = torch.arange(after.length, device=after.visual.device).expand(len(after.counts), -1)
     if after.valid is not None:
         order = torch.where(after.valid, after.valid.cumsum(1) - 1, -1)
-    return order if first.valid is None else take(positions_of(first.valid, max(first.real)), order)
-
-
-def put_rows(short: Tensor, rows: Tensor, contents: Tensor) -> Tensor:
-    """``short [B, n, D]`` with ``contents [B, K, D]`` in its rows ``rows [B, K]``; -1 = padding."""
-    n, width = short.shape[1:]
-    at = torch.where(rows >= 0, rows, n)[..., None].expand(-1, -1, width)
-    spare = torch.cat([short, torch.zeros_like(short[:, :1])], 1)
-    return spare.scatter(1, at, contents.to(short))[:, :n]
+    return order if first.valid is None else take(where_true(first.valid, max(first.real)), order)
 
 
 def last_rows(layout: Layout) -> Tensor:
-    """``[B, 1]`` row number of each prompt's newest token; padding may stand on either side of it."""
+    """``[B, 1]`` the row of each prompt's newest token; padding may stand on either side of it."""
     prompt = layout.prompt()
     if prompt is None:
         return torch.full((layout.visual.shape[0], 1), layout.length - 1, device=layout.visual.device)
@@ -187,56 +198,30 @@ def last_rows(layout: Layout) -> Tensor:
     return torch.where(prompt, order, -1).amax(1, keepdim=True)
 
 
-def shorten(layout: Layout, index: Tensor, kept: tuple[int, ...]) -> tuple[Layout, Tensor]:
-    """The layout after a stage that keeps visual tokens ``index [B, K]``, and the rows ``[B, n']`` that survive.
+def shorten(layout: Layout, numbers: Tensor, kept: tuple[int, ...]) -> tuple[Layout, Tensor]:
+    """The layout after a stage that keeps the visual tokens of these ``numbers [B, K]``, and the rows ``[B, n']`` that survive.
 
     Samples that keep fewer rows than others are padded on the LEFT (-1), so that the last row stays the newest token.
     """
     real = tuple(r - c + k for r, c, k in zip(layout.real, layout.counts, kept, strict=True))
-    length = max(real)
-    visual = take(layout.visual, index)
-    survivors = positions_of(_surviving(layout, visual), length)
+    length, visual = max(real), take(layout.visual, numbers)
+    stay = layout.valid  # text stays, and of the visual tokens those kept; padding goes
+    if stay is None:
+        stay = torch.ones(len(real), layout.length, dtype=torch.bool, device=numbers.device)
+    stay = put(put(stay, layout.visual, torch.zeros_like(layout.visual)), visual, torch.ones_like(visual))
+    survivors = where_true(stay, length)
     if min(real) < length:
-        survivors = _align_right(survivors, torch.tensor(real).to(index.device, non_blocking=True))
-    origin = survivors if layout.origin is None else take(layout.origin, survivors)
+        blanks = length - torch.tensor(real).to(numbers.device, non_blocking=True)[:, None]
+        survivors = take(survivors, (torch.arange(length, device=numbers.device) - blanks).clamp(min=-1))
     new = Layout(
         length=length,
-        visual=_renumber(survivors, visual, layout.length),
-        ordinals=take(layout.ordinals, index),
+        visual=take(inverse(survivors, layout.length), visual),
+        ordinals=take(layout.ordinals, numbers),
         counts=kept,
         real=real,
         valid=None if min(real) == length else survivors >= 0,
-        origin=origin,
+        origin=survivors if layout.origin is None else take(layout.origin, survivors),
         ordered=layout.ordered,
         end=layout.end,
     )
     return new, survivors
-
-
-def _surviving(layout: Layout, kept: Tensor) -> Tensor:
-    """``[B, n]`` True for rows that stay: text, and the rows ``kept [B, K]`` of visual tokens; padding goes."""
-    batch, n = layout.visual.shape[0], layout.length
-    stay = torch.ones(
-        batch, n + 1, dtype=torch.bool, device=layout.visual.device
-    )  # row n takes the -1 entries
-    if layout.valid is not None:
-        stay[:, :n] = layout.valid
-    stay.scatter_(1, torch.where(layout.visual >= 0, layout.visual, n), False)
-    stay.scatter_(1, torch.where(kept >= 0, kept, n), True)
-    return stay[:, :n]
-
-
-def _align_right(rows: Tensor, count: Tensor) -> Tensor:
-    """Move the -1 padding of ``rows [B, n]`` from the right to the left."""
-    n = rows.shape[1]
-    source = torch.arange(n, device=rows.device) - (n - count)[:, None]
-    return take(rows, source.clamp(min=-1))
-
-
-def _renumber(survivors: Tensor, rows: Tensor, length: int) -> Tensor:
-    """Where ``rows [B, K]`` of ``length`` ones stand once the survivors are gathered."""
-    batch, n = survivors.shape
-    where = torch.full((batch, length + 1), -1, dtype=torch.int64, device=survivors.device)
-    order = torch.arange(n, device=survivors.device).expand(batch, -1)
-    where.scatter_(1, torch.where(survivors >= 0, survivors, length), order)
-    return take(where[:, :length], rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 
@@ -18,8 +19,4 @@ class PerThread(threading.local):
         self._start = start
 
     def __reduce__(self) -> Any:
-        return _again, (self._start,)
-
-
-def _again(start: dict[str, Any]) -> PerThread:
-    return PerThread(**start)
+        return partial(PerThread, **self._start), ()

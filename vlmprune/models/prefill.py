@@ -126,13 +126,13 @@ class Prefill:
         here = self.call.visual is not None and module in self.wants.scored
         return here and module.layer_idx + 1 not in self.decisions
 
-    def open(self, attention_mask: object, hidden: Tensor) -> Unpruned:
+    def open(self, attention_mask: object, hidden: Tensor) -> None:
         """The chunk before any stage, described when its first layer runs on rows ``hidden [B, q, D]``.
 
         A mask of None there means that transformers found no padding: nothing to ask the device for.
         """
         if self.unpruned is not None:
-            return self.unpruned
+            return
         if attention_mask is None:
             self.call = replace(self.call, valid=None)
         call, prompt, wants = self.call, self.prompt, self.wants
@@ -146,7 +146,6 @@ class Prefill:
             images = call.visuals.by_sample(layout.counts, videos)
             text = find_text(call.visual, layout.prompt()) if wants.text else None
             self.unpruned = Unpruned(layout, images, None, text, hidden if wants.embeds else None)
-        return self.unpruned
 
     def decision(self, i: int) -> Decision | None:
         """What layer ``i`` runs under: the latest decision made at it or before it."""
@@ -160,10 +159,6 @@ class Prefill:
             return decided.layout
         assert self.unpruned is not None
         return self.unpruned.layout
-
-    def text(self) -> TextSpan | None:
-        """Where the text after the last image is, if a stage asks for it."""
-        return None if self.unpruned is None else self.unpruned.text
 
 
 def _part(call: Call, layout: Layout, before: tuple[int, ...], wants: Wants) -> Unpruned:
@@ -179,11 +174,3 @@ def _part(call: Call, layout: Layout, before: tuple[int, ...], wants: Wants) -> 
     start = torch.tensor(before).to(layout.ordinals.device, non_blocking=True)[:, None]
     ordinals = torch.where(layout.ordinals >= 0, layout.ordinals + start, -1)
     return Unpruned(replace(layout, ordinals=ordinals), images, shares)
-
-
-def scatter_back(short: Tensor, origin: Tensor, q: int) -> Tensor:
-    """Put rows ``[B, n, D]`` back where they came from in ``[B, q, D]``; pruned and padding rows are zeros."""
-    batch, _, width = short.shape
-    origin = origin.to(short.device)
-    at = torch.where(origin >= 0, origin, q)[..., None].expand(-1, -1, width)
-    return short.new_zeros(batch, q + 1, width).scatter(1, at, short)[:, :q]

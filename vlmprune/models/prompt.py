@@ -24,7 +24,7 @@ class StageRecord:
     Attributes:
         layer: the first decoder layer that saw the shortened sequence.
         index: ``[B, tokens_kept]`` int64 positions in the prompt of the survivors, ascending, -1 = padding.
-        ordinals: ``[B, tokens_kept]`` int64, the same as numbers among the prompt's visual tokens.
+        ordinals: ``[B, tokens_kept]`` int64, the same tokens' ordinals among the prompt's visual tokens.
         entered, kept: visual tokens of each sample that entered and survived.
     """
 
@@ -82,14 +82,8 @@ class Prompt:
     crops: tuple[int, ...] = ()
     kv_bytes: int | None = None
 
-    def goes_on(self, call: Call) -> bool:
-        """Whether a call with this prompt's cache brings its next chunk."""
-        return (call.batch, call.past) == (self.batch, self.start + self.length)
-
     def extend(self, call: Call) -> None:
         """A chunk starts, perhaps the first one."""
-        if self.length:
-            self.marks.extend()
         self.before, self.length = self.length, self.length + call.length
         if call.visual is not None:
             self.visual.append(call.visual)
@@ -106,10 +100,10 @@ class Prompt:
         chunks = [x.sum(1).tolist() if isinstance(x, Tensor) else x for x in self.visual]
         return tuple(map(sum, zip(*chunks, strict=True))) if chunks else (0,) * self.batch
 
-    def record(self, layer: int, layout: Layout, index: Tensor, after: Layout) -> None:
-        """A stage has chosen ``index``; ``layout`` became ``after``."""
-        index = index[:, : max(after.counts)]
-        positions, ordinals = take(layout.positions(), index), take(layout.ordinals, index)
+    def record(self, layer: int, layout: Layout, numbers: Tensor, after: Layout) -> None:
+        """A stage has chosen the tokens of these ``numbers``; ``layout`` became ``after``."""
+        numbers = numbers[:, : max(after.counts)]
+        positions, ordinals = take(layout.positions(), numbers), take(layout.ordinals, numbers)
         if not layout.ordered:
             positions, ordinals = ascending(positions), ascending(ordinals)
         if self.before:
@@ -141,9 +135,10 @@ class Prompts:
         visuals, cache = call.visuals, call.cache
         whole = call.logits > 1 or (visuals is not None and not visuals.cut)
         known = None if cache is None else self.filling.get(cache)
-        if not whole and known is not None and known.goes_on(call):
+        follows = known is not None and (call.batch, call.past) == (known.batch, known.start + known.length)
+        if known is not None and follows and not whole:
             prompt = known
-            clock.resume(known.marks)
+            clock.go_on(known.marks)
         elif visuals is not None or (call.past == 0 and (call.length > 1 or cache is not None)):
             self.latest = prompt = Prompt(call.batch, call.past, marks=clock.begin())
             if cache is not None:

@@ -13,7 +13,7 @@ from vlmprune.errors import check
 from vlmprune.flops import decoder_flops, layer_inputs
 from vlmprune.models.clock import Seconds
 from vlmprune.models.host.parts import Parts, decoder_shape, vision_flops
-from vlmprune.models.prompt import Prompt, Prompts, StageRecord
+from vlmprune.models.prompt import Prompts, StageRecord
 from vlmprune.policies.base import PruningPolicy
 
 
@@ -79,31 +79,27 @@ class Run:
         self.policy, self._parts, self._prompts = policy, parts, prompts
 
     @property
-    def _prompt(self) -> Prompt:
-        return self._prompts.latest
-
-    @property
     def stages(self) -> list[StageRecord]:
         """The stages that have chosen, in the order of their layers."""
-        return list(self._prompt.stages.values())
+        return list(self._prompts.latest.stages.values())
 
     def kept(self, sample: int = 0) -> Tensor:
-        """Numbers (prompt order, 0-based) of one sample's visual tokens that survive the last stage, 1-D int64."""
+        """Ordinals (prompt order, 0-based) of one sample's visual tokens that survive the last stage, 1-D int64."""
         return self.kept_at(len(self.stages) - 1, sample)
 
     def kept_at(self, stage: int, sample: int = 0) -> Tensor:
-        """The same after stage number ``stage`` (0-based; -1 = before any, all of them)."""
-        prompt = self._prompt
+        """The same after ``stages[stage]``; -1 = before any, all of them."""
+        prompt = self._prompts.latest
         check(0 <= sample < max(prompt.batch, 1), "sample", f"0..{max(prompt.batch, 1) - 1}", sample)
         check(-1 <= stage < len(self.stages), "stage", f"-1..{len(self.stages) - 1}", stage)
         if stage >= 0:
-            row = self.stages[stage].ordinals[sample]
-            return row[row >= 0]
+            kept = self.stages[stage].ordinals[sample]
+            return kept[kept >= 0]
         return torch.arange(prompt.visual_counts()[sample] if prompt.batch else 0)
 
     def report(self) -> Report:
         """Tokens, FLOPs and seconds of the latest prefill and what followed. Waits for the device."""
-        prompt, depth = self._prompt, len(self._parts.layers)
+        prompt, depth = self._prompts.latest, len(self._parts.layers)
         full = max(sum(prompt.visual_counts()) / max(prompt.batch, 1), 0.0)
         after = [(stage.layer, sum(stage.kept) / len(stage.kept)) for stage in self.stages]
         visual = layer_inputs(depth, full, after)
@@ -122,6 +118,6 @@ class Run:
                 vision=vision_flops(self._parts, prompt.crops) if full else 0,
             ),
             seconds=seconds if full else dataclasses.replace(seconds, vision=0.0),
-            decode_steps=max(prompt.marks.count - 1, 0),
+            decode_steps=prompt.marks.steps,
             kv_bytes=prompt.kv_bytes or 0,
         )

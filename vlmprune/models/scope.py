@@ -22,11 +22,6 @@ def find_engine(parts: Parts) -> Engine | None:
     return None
 
 
-def _checked(policy: PruningPolicy) -> PruningPolicy:
-    check(isinstance(policy, PruningPolicy), "policy", "a PruningPolicy, e.g. FastV(layer=2)", repr(policy))
-    return policy
-
-
 class Scope(AbstractContextManager[Run], ContextDecorator):
     """A block in which a model runs with hooks; may be entered again once it was left."""
 
@@ -89,7 +84,8 @@ def prune(model: nn.Module, policy: PruningPolicy) -> Scope:
         >>> run.report().tokens.after_last_stage
         8.0
     """
-    return Scope(model, _checked(policy))
+    check(isinstance(policy, PruningPolicy), "policy", "a PruningPolicy, e.g. FastV(layer=2)", repr(policy))
+    return Scope(model, policy)
 
 
 def meter(model: nn.Module) -> Scope:
@@ -116,7 +112,7 @@ def attach(model: nn.Module, policy: PruningPolicy) -> Run:
         >>> len(run.kept())
         4
     """
-    return Scope(model, _checked(policy)).__enter__()
+    return prune(model, policy).__enter__()
 
 
 def detach(model: nn.Module) -> None:

@@ -17,15 +17,15 @@ from vlmprune.models.layout import (
     ascending,
     moved,
     packed_rows,
-    put_rows,
+    put,
     rearrange,
     shorten,
     text_rows,
 )
-from vlmprune.models.prefill import Decision, Prefill, Rope, Unpruned
+from vlmprune.models.prefill import Decision, Prefill, Rope
 from vlmprune.models.vision_reads import VisionReads
 from vlmprune.policies.answer import check_selection
-from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.base import PruningPolicy, Reduction, TokenContext
 
 
 class StageRunner:
@@ -36,43 +36,40 @@ class StageRunner:
         self.checked: set[int] = set()
 
     def __call__(self, prefill: Prefill, i: int, hidden: Tensor, rope: Rope) -> Tensor:
-        """Decide once which rows survive into layer ``i``, and apply it (again, if the layer is replayed).
+        """Decide once which rows of ``hidden [B, n, D]`` survive into layer ``i``; apply it, again if that is replayed.
 
-        Args:
-            prefill: the running call, open.
-            i: the stage's layer.
-            hidden: ``[B, n, D]`` rows entering it.
-            rope: cos and sin of the unpruned chunk.
+        ``rope`` has the tables of the unpruned chunk.
         """
         assert prefill.prompt is not None and prefill.unpruned is not None
         if i in prefill.decisions:
             made = prefill.decisions[i]
             return hidden if made is None else _apply(made, hidden)
         before, layout = prefill.decision(i), moved(prefill.layout(i), hidden.device)
-        rope = _on(hidden.device, rope)
-        tables = rope if before is None else _on(hidden.device, before.rope)
+        rope = moved(rope, hidden.device)
+        tables = rope if before is None else moved(before.rope, hidden.device)
         with torch.no_grad():
             context = self._context(prefill, i, hidden, tables, layout)
             choice = self.policy.select(context)
             self._check(choice, context, hidden)
             choice, kept = settle(layout, choice, hidden, prefill.call.predicting)
-            index = ascending(choice.index) if isinstance(choice, Reduction) else choice
+            numbers = ascending(choice.index) if isinstance(choice, Reduction) else choice
             if kept == layout.counts and not isinstance(choice, Reduction):
                 prefill.decisions[i] = None
-                prefill.prompt.record(i, layout, index, layout)
+                prefill.prompt.record(i, layout, numbers, layout)
                 return hidden
             _check_end(prefill, prefill.unpruned.layout)
-            after, survivors = shorten(layout, index, kept)
-            prefill.prompt.record(i, layout, index, after)
+            after, survivors = shorten(layout, numbers, kept)
+            prefill.prompt.record(i, layout, numbers, after)
         shift = None if before is None else before.shift
         if isinstance(choice, Reduction):
             after, survivors = rearrange(layout, after, survivors, choice.index)
+            rows = survivors
             if choice.positions == "pack":
-                first = moved(prefill.unpruned.layout, hidden.device)
-                tables, shift = _pack(rope, first, after)
-            else:
-                tables = _gather(tables, survivors)
-            prefill.decisions[i] = made = Decision(after, survivors, tables, shift, choice.hidden)
+                tables, first = rope, moved(prefill.unpruned.layout, hidden.device)
+                rows = packed_rows(first, after)
+                shift = tuple(a - b for a, b in zip(first.real, after.real, strict=True))
+            cos, sin = ops.gather_tokens([*tables], rows)
+            prefill.decisions[i] = made = Decision(after, survivors, (cos, sin), shift, choice.hidden)
             return _apply(made, hidden)
         short, cos, sin = ops.gather_tokens([hidden, *tables], survivors)  # one launch
         # detached: else checkpointed layers would share a graph through them
@@ -94,15 +91,16 @@ class StageRunner:
 
     def _context(self, prefill: Prefill, i: int, hidden: Tensor, rope: Rope, layout: Layout) -> TokenContext:
         """Everything the policy asked for, and where the visual tokens are; all of it where ``hidden`` is."""
-        needs, device, unpruned = prefill.wants.needs[i], hidden.device, prefill.unpruned
+        needs, unpruned = prefill.wants.needs[i], prefill.unpruned
         assert unpruned is not None
-        first = moved(unpruned.layout, device)
-        embeds = unpruned.embeds if needs.embeds else None
         attention = prefill.attention.pop(i, None)  # of the layer before, read when it ran
         if needs.attention == "own":
-            read = read_own_attention(self.parts.layers[i], hidden, rope, layout, prefill, needs)
-            attention = moved(read, device)
-        return TokenContext(
+            attention = read_own_attention(self.parts.layers[i], hidden, rope, layout, prefill, needs)
+        vision: dict[str, Any] = {}
+        if needs.vision:
+            assert prefill.call.visuals is not None
+            vision = self.vision.fields(needs.vision, prefill.call.visuals, [*map(len, unpruned.images)])
+        context = TokenContext(
             layer=i,
             mask=layout.visual >= 0,
             counts=layout.counts,
@@ -113,25 +111,12 @@ class StageRunner:
             shares=unpruned.shares,
             hidden=ops.gather_tokens([hidden], layout.visual)[0] if needs.hidden else None,
             attention=attention,
-            embeds=None if embeds is None else embeds.to(device),
-            image=first.visual if needs.embeds else None,
-            text=None if unpruned.text is None else text_rows(first, unpruned.text),
-            **self._vision(prefill, unpruned, needs, device),
+            embeds=unpruned.embeds if needs.embeds else None,
+            image=unpruned.layout.visual if needs.embeds else None,
+            text=None if unpruned.text is None else text_rows(unpruned.layout, unpruned.text),
+            **vision,
         )
-
-    def _vision(
-        self, prefill: Prefill, unpruned: Unpruned, needs: Needs, device: torch.device
-    ) -> dict[str, Any]:
-        """The fields of a context that come from the vision tower."""
-        if not needs.vision:
-            return {}
-        visuals, images = prefill.call.visuals, [len(sample) for sample in unpruned.images]
-        assert visuals is not None
-        return {
-            "vision": {at: moved(self.vision.attention(at, visuals, images), device) for at in needs.vision},
-            "features": self.vision.features(visuals, images).to(device),
-            "project": self.parts.projector.forward,  # not a call: no hook should see it
-        }
+        return moved(context, hidden.device)
 
 
 def _check_end(prefill: Prefill, first: Layout) -> None:
@@ -143,22 +128,7 @@ def _check_end(prefill: Prefill, first: Layout) -> None:
         )
 
 
-def _on(device: torch.device, rope: Rope) -> Rope:
-    return rope[0].to(device), rope[1].to(device)
-
-
-def _gather(tables: Rope, rows: Tensor) -> Rope:
-    cos, sin = ops.gather_tokens(list(tables), rows)
-    return cos, sin
-
-
-def _pack(rope: Rope, first: Layout, after: Layout) -> tuple[Rope, tuple[int, ...]]:
-    """Tables of rows whose positions are packed to 0, 1, 2, ..., and by how much those after the prompt move down."""
-    shift = tuple(a - b for a, b in zip(first.real, after.real, strict=True))
-    return _gather(rope, packed_rows(first, after)), shift
-
-
 def _apply(made: Decision, hidden: Tensor) -> Tensor:
     """The rows that survive, with new contents where the policy made some."""
     short = ops.gather_tokens([hidden], made.survivors)[0]
-    return short if made.contents is None else put_rows(short, made.layout.visual, made.contents)
+    return short if made.contents is None else put(short, made.layout.visual, made.contents)

@@ -32,9 +32,7 @@ class VisionReads:
         )
         self.notes = Notes()
         self.mine = PerThread(note=None, runs=None, crops=())
-        self.attn: dict[int, Any] = {}
-        for layer in layers:
-            self.attn[layer] = self._attention_of(layer)
+        self.attn = {layer: self._attention_of(layer) for layer in layers}
 
     def _attention_of(self, layer: int) -> Any:
         """A block's attention. Raises ModelError where the tower's attention says nothing about visual tokens."""
@@ -72,34 +70,34 @@ class VisionReads:
 
     def done(self, visuals: Visuals) -> tuple[int, ...]:
         """The call is over. Returns the patches of every crop encoded for these images, as far as it is known."""
-        crops = self.mine.crops if visuals.cut else visuals.crops()
+        crops = self.mine.crops if visuals.cut else sum((note.crops for note in visuals.seen()), ())
         self.mine.runs, self.mine.crops = None, ()
         return crops
 
-    def attention(self, layer: int, visuals: Visuals, images: Sequence[int]) -> VisionAttention:
-        """Query and key of a vision layer for the running call, whose samples have these numbers of images."""
-        attn, note = self.attn[layer], self._note(visuals, images)
-        rows = _crops_of(note, images)
-        query, key = (_rows_at(heads(note.taken[layer, name], attn.head_dim), rows) for name in ("q", "k"))
-        side = self.parts.family.side(self.parts.config)
-        grid = crop_grid(self.parts.config, note)
-        mask = None if note.mask is None else _rows_at(note.mask, rows)
-        return VisionAttention(query, key, attn.scale, self.parts.tower.cls, grid, side, mask)
+    def fields(self, layers: Iterable[int], visuals: Visuals, images: Sequence[int]) -> dict[str, Any]:
+        """The fields of a context that come from the tower, for samples with so many images each."""
+        parts, note = self.parts, self._note(visuals, images)
+        crops, grid = _crops_of(note, images), crop_grid(parts.config, note)
 
-    def features(self, visuals: Visuals, images: Sequence[int]) -> Tensor:
-        """``[I, P, Dv]`` what the projector got."""
-        note = self._note(visuals, images)
+        def mine(x: Tensor) -> Tensor:
+            return x if crops is None else x[crops]
+
+        mask, seen = None if note.mask is None else mine(note.mask), {}
+        for layer in layers:
+            attn, side = self.attn[layer], parts.family.side(parts.config)
+            query, key = (mine(heads(note.taken[layer, name], attn.head_dim)) for name in ("q", "k"))
+            seen[layer] = VisionAttention(query, key, attn.scale, parts.tower.cls, grid, side, mask)
         assert note.features is not None
-        return _rows_at(note.features, _crops_of(note, images))
+        # project is no call of the module: no hook should see it
+        return {"vision": seen, "features": mine(note.features), "project": parts.projector.forward}
 
     def _note(self, visuals: Visuals, images: Sequence[int]) -> Encoded:
         """The note on this call's images: features cut up, or encoded outside the scope, come without."""
-        notes = [self.notes.of(output) for output in visuals.outputs]
-        note = notes[0] if len(notes) == 1 else None
+        note, *more = visuals.seen()
+        taken = not more and {(layer, "k") for layer in self.attn} <= {*note.taken}
         wanted = sum(images)
-        ok = note is not None and {(layer, "k") for layer in self.attn} <= {*note.taken}
-        if not ok or note is None or not note.crops or wanted % len(note.crops):
-            got = "none" if not ok or note is None else f"those of {len(note.crops)}"
+        if not taken or not note.crops or wanted % len(note.crops):
+            got = f"those of {len(note.crops)}" if taken else "none"
             raise ModelError(
                 f"vision: expected query and key of the {wanted} images of this call, got {got} "
                 "(images must be encoded whole, by this model, inside the scope)"
@@ -110,7 +108,7 @@ class VisionReads:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _start(self, module: nn.Module, args: Any) -> None:
-        self.mine.note = Encoded(())
+        self.mine.note = Encoded()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -119,8 +117,8 @@ class VisionReads:
             note.thw = given[tower.grids].tolist()  # as the tower itself reads it
             note.crops = tuple(h * w for t, h, w in note.thw for _ in range(t))
         else:
-            crops, rows = output.last_hidden_state.shape[:2]
-            note.crops = (rows - tower.cls,) * crops
+            crops, states = output.last_hidden_state.shape[:2]
+            note.crops = (states - tower.cls,) * crops
             mask = None if tower.padding is None else given[tower.padding]
             note.mask = None if mask is None else mask.flatten(1)
         self.notes.add(output, note)
@@ -144,13 +142,9 @@ def _crops_of(note: Encoded, images: Sequence[int]) -> list[int] | None:
     copies = sum(images) // len(note.crops)
     if copies == 1:
         return None
-    rows: list[int] = []
+    crops: list[int] = []
     first = 0
     for b, count in enumerate(images):
-        rows += range(first, first + count)
+        crops += range(first, first + count)
         first += count if (b + 1) % copies == 0 else 0
-    return rows
-
-
-def _rows_at(x: Tensor, rows: list[int] | None) -> Tensor:
-    return x if rows is None else x[rows]
+    return crops

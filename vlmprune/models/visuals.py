@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -19,32 +20,26 @@ from vlmprune.policies.base import tokens_in
 
 
 class Notes:
-    """What was noted of the vision tower's runs, by the rows they gave: forgotten with them.
+    """What was noted of the vision tower's runs, by the states they gave: forgotten with them.
 
-    Not on transformers' output objects, which accelerate, beam search and chunked prefill make anew; the rows themselves
+    Not on transformers' output objects, which accelerate, beam search and chunked prefill make anew; the states themselves
     go on as they are, or as a copy on another device.
     """
 
     def __init__(self) -> None:
-        self._by_rows = WeakTensorKeyDictionary()
+        self._by_states = WeakTensorKeyDictionary()
 
     def add(self, output: Any, note: Encoded) -> None:
         """Remember what the run that gave this output saw."""
-        self._by_rows[output.last_hidden_state] = note
+        self._by_states[output.last_hidden_state] = note
 
     def of(self, output: Any) -> Encoded | None:
         """What was noted when the vision tower gave this output; None if it was made elsewhere, or cut out of one."""
-        rows = attribute(output, "last_hidden_state")
-        if rows is None or rows in self._by_rows:
-            return None if rows is None else self._by_rows[rows]
-        for other, note in list(self._by_rows.items()):  # type: ignore[no-untyped-call]
-            if (
-                other.device != rows.device
-                and other.shape == rows.shape
-                and torch.equal(other.to(rows.device), rows)
-            ):
-                return note
-        return None
+        states = attribute(output, "last_hidden_state")
+        if states is None or states in self._by_states:
+            return None if states is None else self._by_states[states]
+        away = [x for x in self._by_states if x.device != states.device and x.shape == states.shape]
+        return next((self._by_states[x] for x in away if torch.equal(x.to(states.device), states)), None)
 
     def __reduce__(self) -> Any:
         return Notes, ()
@@ -74,20 +69,25 @@ class Visuals:
         """The output object of each kind."""
         return self.runs[-len(self.kinds) :]
 
-    def mask(self, ids: Tensor | None, embeds: Tensor | None, kind: str | None = None) -> Tensor:
-        """``[B, q]`` True at visual tokens (of one kind); found as the base model finds them, by id or by embedding."""
-        marks = [_marks(self.parts, k, ids, embeds) for k in self.kinds if kind in (None, k)]
-        return marks[0] if len(marks) == 1 else marks[0] | marks[1]
+    def mask(self, ids: Tensor | None, embeds: Tensor | None, *kinds: str) -> Tensor:
+        """``[B, q]`` True at visual tokens of these kinds, found as the base model finds them: by id or by embedding."""
+        tokens = [self.parts.token_ids[kind] for kind in kinds]
+        if ids is not None:
+            marks = [ids == token for token in tokens]
+        else:
+            assert embeds is not None
+            table = self.parts.model.get_input_embeddings()
+            marks = [(embeds == table(torch.tensor(t, device=embeds.device))).all(-1) for t in tokens]
+        return reduce(or_, marks)
 
     @property
     def cut(self) -> bool:
-        """Whether the features are rows cut out of the tower's output: chunked prefill hands them over so."""
+        """Whether the features are cut out of the tower's output: chunked prefill hands them over so."""
         return any(attribute(out, "last_hidden_state") is None for out in self.outputs)
 
-    def crops(self) -> tuple[int, ...]:
-        """Patches of every crop that was encoded inside the scope."""
-        notes = [self.notes.of(output) for output in self.outputs]
-        return tuple(patches for note in notes if note is not None for patches in note.crops)
+    def seen(self) -> list[Encoded]:
+        """What was noted of these runs, of each kind; nothing of one outside the scope."""
+        return [self.notes.of(output) or Encoded() for output in self.outputs]
 
     def tokens(self) -> int:
         """How many visual tokens there are in all, known on the host."""
@@ -114,7 +114,7 @@ class Visuals:
                 f"{self.parts.config.model_type!r} differ in shape), got others"
             )
         features = [f for f in output.pooler_output if len(f)]  # Idefics3: none, for a sample without images
-        return adapter(self.parts.base, features, note or Encoded(())) if features else []
+        return adapter(self.parts.base, features, note or Encoded()) if features else []
 
     def by_sample(
         self, counts: Sequence[int], videos: Sequence[Sequence[int]] | None
@@ -126,22 +126,20 @@ class Visuals:
             videos: for each sample 1 at a visual token that is a video's, else 0; None if the call brings one kind.
         """
         queues = [list(images) for images in self.images]
-        samples = []
+        samples: list[list[ImageGrids]] = [[] for _ in counts]
         for b, count in enumerate(counts):
-            mine: list[ImageGrids] = []
-            at = 0
-            while at < count:
-                queue = queues[videos[b][at] if videos else 0]
+            left = count
+            while left:
+                queue = queues[videos[b][count - left] if videos else 0]
                 size = tokens_in(queue[0]) if queue else 0
-                if not 0 < size <= count - at:
+                if not 0 < size <= left:
                     raise ModelError(
-                        f"prompt: expected whole images in every sample, got {count - at} visual tokens where an "
+                        f"prompt: expected whole images in every sample, got {left} visual tokens where an "
                         f"image has {size}"
                     )
-                mine.append(queue.pop(0))
-                at += size
-            samples.append(tuple(mine))
-        return tuple(samples)
+                samples[b].append(queue.pop(0))
+                left -= size
+        return tuple(map(tuple, samples))
 
     def in_chunks(self, ends: Sequence[int]) -> tuple[tuple[ImageGrids, ...], ...]:
         """The images that the first ``ends[b]`` visual tokens of each prompt are of, the last one perhaps in part.
@@ -155,12 +153,3 @@ class Visuals:
             )
         grid = patch_grid(self.parts.config)
         return tuple((((grid,),) * -(-end // tokens_in([grid]))) for end in ends)
-
-
-def _marks(parts: Parts, kind: str, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-    number = parts.token_ids[kind]
-    if ids is not None:
-        return ids == number
-    assert embeds is not None
-    token = torch.tensor(number, device=embeds.device)
-    return (embeds == parts.model.get_input_embeddings()(token)).all(-1)

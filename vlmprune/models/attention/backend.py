@@ -59,11 +59,16 @@ def attention(
         check(setting is None, name, f"None with attn_implementation={NAME!r}", "a value")
     want_lse = vlmprune is not None and vlmprune.scores_from(module)
     special = any(name in kwargs and kwargs[name] is not None for name in SPECIAL)
-    if is_causal is None:  # as transformers' own functions have it: modules that say nothing are causal
+    causal, rows, keys, values = is_causal, query.shape[2], key, value
+    if causal is None:  # as transformers' own functions have it: modules that say nothing are causal
         causal = bool(module.is_causal) if hasattr(module, "is_causal") else True
-    else:
-        causal = is_causal
-    call = as_call(query, key, value, attention_mask, causal, scaling, dropout)
+    causal = causal and rows > 1
+    if attention_mask is not None and attention_mask.ndim == 1:  # only a causal mask becomes sequence bounds
+        causal = True
+    # From position 0 on: behind these rows a preallocated cache may hold keys that are not there yet.
+    if attention_mask is None and causal:
+        keys, values = key[:, :, :rows], value[:, :, :rows]
+    call = kernels.AttentionCall(query, keys, values, attention_mask, causal, scaling, dropout)
     done = None if special else kernels.attend(call, want_lse)
     if done is None:
         dense = kernels.bounds_mask(call) if call.packed else attention_mask
@@ -72,31 +77,6 @@ def attention(
     if want_lse and lse is not None:
         vlmprune.lse[module.layer_idx] = lse.detach()
     return out.contiguous(), None
-
-
-def as_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float | None,
-    dropout: float,
-) -> kernels.AttentionCall:
-    """What transformers' arguments mean to a kernel.
-
-    Without a mask one query sees everything, and several of a causal layer start at position 0: behind them a
-    preallocated cache may hold keys that are not there yet.
-    """
-    rows = query.shape[2]
-    if mask is not None and mask.ndim == 1:
-        return kernels.AttentionCall(
-            query, key, value, mask, True, scale, dropout
-        )  # only a causal mask becomes sequence bounds
-    causal = causal and rows > 1
-    if mask is None and causal and key.shape[2] > rows:
-        key, value = key[:, :, :rows], value[:, :, :rows]
-    return kernels.AttentionCall(query, key, value, mask, causal, scale, dropout)
 
 
 def mask(
@@ -128,9 +108,8 @@ def mask(
             if left_padded:  # nothing to ask the device for
                 return kernels.bounds(valid)
             starts = valid[:, 0].int() + (valid[:, 1:] & ~valid[:, :-1]).sum(1)
-            full, in_one_run = torch.stack(
-                [valid.all(), (starts <= 1).all()]
-            ).tolist()  # one read, as SDPA's mask
+            # one read, as SDPA's mask
+            full, in_one_run = torch.stack([valid.all(), (starts <= 1).all()]).tolist()
             if full or in_one_run:
                 return None if full else kernels.bounds(valid)
     return sdpa_mask(

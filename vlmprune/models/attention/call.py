@@ -31,6 +31,12 @@ class AttentionCall:
         return self.mask is not None and self.mask.ndim == 1
 
     @property
+    def alike(self) -> bool:
+        """Whether query, key and value are of one dtype and head dim."""
+        q, k, v = self.query, self.key, self.value
+        return q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1]
+
+    @property
     def trains(self) -> bool:
         """Whether gradients will be asked for."""
         return torch.is_grad_enabled() and any(x.requires_grad for x in (self.query, self.key, self.value))
@@ -45,7 +51,7 @@ def bounds(valid: Tensor) -> Tensor:
     """Bounds ``[3 B + 1]`` int32 of the sequences in a padded batch: padding before, tokens, padding after, per sample.
 
     Args:
-        valid: bool ``[B, S]``, in every row one run of True (or none).
+        valid: bool ``[B, S]``, in every sample one run of True (or none).
     """
     batch, length = valid.shape
     first = valid.int().argmax(1)

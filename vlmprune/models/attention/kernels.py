@@ -2,7 +2,7 @@
 
 flash-attn's three generations and torch's own flash kernels, under one call. No flash-attn can be asked what it takes, so
 the limits here were read in its sources (August 2026); what another release refuses all the same goes to the next kernel.
-Padding needs no unpacking: the padded batch is read as one long row of sequences, each sample's padding being one.
+Padding needs no unpacking: the padded batch is read as one long list of sequences, each sample's padding being one.
 """
 
 from __future__ import annotations
@@ -128,11 +128,7 @@ EVERY, SMALL = range(8, 257, 8), range(8, 129, 8)
 
 
 def flash_attn(
-    name: str,
-    module: str,
-    sizes: dict[int, Container[int]],
-    dropout: bool = False,
-    trains: bool = True,
+    name: str, module: str, sizes: dict[int, Container[int]], dropout: bool = False, trains: bool = True
 ) -> Kernel:
     """The kernel of one generation of the flash-attn package.
 
@@ -155,15 +151,12 @@ def flash_attn(
         wanted: dict[str, Any] = {"causal": call.causal, "softmax_scale": call.scale}
         if dropout:
             wanted["dropout_p"] = call.dropout
-        if not call.packed:
-            q, k, v = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
-            return _ask(load(module).flash_attn_func, want_lse)(q, k, v, **wanted)
-        length = call.query.shape[2]
-        ends: dict[str, Any] = {"cu_seqlens_q": call.mask, "cu_seqlens_k": call.mask}
-        ends |= {"max_seqlen_q": length, "max_seqlen_k": length}
-        return _unpacked(
-            call, *_ask(load(module).flash_attn_varlen_func, want_lse)(*_packed(call), **ends, **wanted)
-        )
+        function = load(module).flash_attn_func
+        if call.packed:
+            function, length = load(module).flash_attn_varlen_func, call.query.shape[2]
+            wanted |= {"cu_seqlens_q": call.mask, "cu_seqlens_k": call.mask}
+            wanted |= {"max_seqlen_q": length, "max_seqlen_k": length}
+        return _result(call, *_ask(function, want_lse, *_inputs(call), **wanted))
 
     return Kernel(name, why_not, takes, run)
 
@@ -172,37 +165,34 @@ UNSUPPORTED = re.compile("only supports|not support")
 """How the second and third generation say it, in a RuntimeError, which a full memory is too; the fourth asserts."""
 
 
-def _ask(function: Callable[..., Any], want_lse: bool) -> Callable[..., Result]:
-    """The function, asked for its log-sum-exp by the name its generation has for that; raises Refused."""
+def _ask(function: Callable[..., Any], want_lse: bool, *args: Any, **wanted: Any) -> Result:
+    """Call it, asked for its log-sum-exp by the name its generation has for that; raises Refused."""
     names = inspect.signature(function).parameters
-    flag = {name: want_lse for name in ("return_attn_probs", "return_lse") if name in names}
-
-    def call(*args: Any, **kwargs: Any) -> Result:
-        try:
-            result = function(*args, **flag, **kwargs)
-        except (AssertionError, RuntimeError) as error:
-            if isinstance(error, AssertionError) or UNSUPPORTED.search(str(error)):
-                raise Refused(str(error).partition("\n")[0] or "an assertion without words") from error
-            raise
-        return result[:2] if isinstance(result, tuple) else (result, None)
-
-    return call
+    wanted |= {name: want_lse for name in ("return_attn_probs", "return_lse") if name in names}
+    try:
+        result = function(*args, **wanted)
+    except (AssertionError, RuntimeError) as error:
+        if isinstance(error, AssertionError) or UNSUPPORTED.search(str(error)):
+            raise Refused(str(error).partition("\n")[0] or "an assertion without words") from error
+        raise
+    return result[:2] if isinstance(result, tuple) else (result, None)
 
 
 def takes_half(call: AttentionCall) -> bool:
     """What all flash kernels on a GPU ask for."""
-    q, k, v = call.query, call.key, call.value
-    alike = q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1]
-    fits = q.dtype in HALVES and q.shape[-1] in EVERY
-    return alike and fits and (call.mask is None or call.packed)
+    fits = call.query.dtype in HALVES and call.query.shape[-1] in EVERY
+    return call.alike and fits and (call.mask is None or call.packed)
 
 
-def _packed(call: AttentionCall) -> list[Tensor]:
-    """Query, key and value ``[B * S, H, D]``."""
-    return [x.transpose(1, 2).flatten(0, 1) for x in (call.query, call.key, call.value)]
+def _inputs(call: AttentionCall) -> list[Tensor]:
+    """Query, key and value ``[B, S, H, D]``; packed ``[B * S, H, D]``."""
+    qkv = [x.transpose(1, 2) for x in (call.query, call.key, call.value)]
+    return [x.flatten(0, 1) for x in qkv] if call.packed else qkv
 
 
-def _unpacked(call: AttentionCall, out: Tensor, lse: Tensor | None) -> Result:
+def _result(call: AttentionCall, out: Tensor, lse: Tensor | None) -> Result:
+    if not call.packed:
+        return out, lse
     batch, heads, length, _ = call.query.shape
     if lse is not None:  # [H, B * S]; older versions lay it out by sequence, which is of no use here
         fits = tuple(lse.shape) == (heads, batch * length)
@@ -228,15 +218,9 @@ def _takes_torch_gpu(call: AttentionCall) -> bool:
 
 def _run_torch_gpu(call: AttentionCall, want_lse: bool) -> Result:
     forward = torch.ops.aten._flash_attention_forward
-    sizes: tuple[Any, ...]
-    if not call.packed:
-        q, k, v = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
-        sizes = (None, None, q.shape[1], k.shape[1])
-    else:
-        q, k, v = _packed(call)
-        sizes = (call.mask, call.mask, call.query.shape[2], call.query.shape[2])
-    out, lse, *_ = forward(q, k, v, *sizes, call.dropout, call.causal, False, scale=call.scale)
-    return _unpacked(call, out, lse) if call.packed else (out, lse)
+    sizes = call.mask, call.mask, call.query.shape[2], call.key.shape[2]
+    out, lse, *_ = forward(*_inputs(call), *sizes, call.dropout, call.causal, False, scale=call.scale)
+    return _result(call, out, lse)
 
 
 def _why_not_torch_cpu(device: torch.device) -> str | None:
@@ -245,9 +229,7 @@ def _why_not_torch_cpu(device: torch.device) -> str | None:
 
 
 def _takes_torch_cpu(call: AttentionCall) -> bool:
-    q, k, v = call.query, call.key, call.value
-    alike = q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1]
-    return alike and call.dropout == 0 and not call.packed
+    return call.alike and call.dropout == 0 and not call.packed
 
 
 def _run_torch_cpu(call: AttentionCall, want_lse: bool) -> Result:
@@ -266,9 +248,8 @@ KERNELS: tuple[Kernel, ...] = (
     # flash_attn/cute/interface.py, _validate_head_dims. On 12.x it checks nothing; more does not fit the shared memory.
     flash_attn("flash-attn 4", "flash_attn.cute", {9: EVERY, 10: BLACKWELL, 11: BLACKWELL, 12: SMALL}),
     flash_attn("flash-attn 2", "flash_attn", dict.fromkeys((8, 9, 10, 11, 12), EVERY), dropout=True),
-    flash_attn(
-        "flash-attn 4 on 8.x", "flash_attn.cute", {8: SMALL}, trains=False
-    ),  # untuned: the second generation first
+    # untuned: the second generation first
+    flash_attn("flash-attn 4 on 8.x", "flash_attn.cute", {8: SMALL}, trains=False),
     Kernel("torch flash", _why_not_torch_gpu, _takes_torch_gpu, _run_torch_gpu, spare=True),
     Kernel("torch flash for CPU", _why_not_torch_cpu, _takes_torch_cpu, _run_torch_cpu, spare=True),
 )

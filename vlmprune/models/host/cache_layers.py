@@ -99,10 +99,10 @@ class PrunedLayer(Plain):  # type: ignore[misc]
         """Which keys the rows ``hidden [B, n, D]`` to come may see at all: bool ``[B, past + n]``, None = all."""
         return None if valid is None else lengthen(valid, int(past) + hidden.shape[1])
 
-    def keep_entries(self, index: Tensor, valid: Tensor | None, stored: int) -> None:
-        """Hold only the entries ``index [B, n]`` (-1 = padding) of the ``stored`` ones; ``valid [B, n]`` or None."""
-        self.keys, self.values = ops.gather_tokens([self.keys, self.values], index.to(self.keys.device))
-        self.valid, self.dropped = valid, self.dropped + stored - index.shape[1]
+    def keep_entries(self, at: Tensor, valid: Tensor | None, stored: int) -> None:
+        """Hold only the entries at key positions ``at [B, n]`` (-1 = padding) of the ``stored`` ones; ``valid [B, n]`` or None."""
+        self.keys, self.values = ops.gather_tokens([self.keys, self.values], at.to(self.keys.device))
+        self.valid, self.dropped = valid, self.dropped + stored - at.shape[1]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens, which must lie behind the pruned ones: not down to a length, as a positive one means."""
@@ -172,11 +172,11 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):  # type: ignore[misc]  # unty
         written = (order < past + hidden.shape[1]).expand(hidden.shape[0], -1)
         return written if valid is None else written & lengthen(valid, self.max_cache_len)
 
-    def keep_entries(self, index: Tensor, valid: Tensor | None, stored: int) -> None:
+    def keep_entries(self, at: Tensor, valid: Tensor | None, stored: int) -> None:
         """The same in place: the allocation stays, the freed entries are written next."""
-        n = index.shape[1]
+        n = at.shape[1]
         for whole, kept in zip(
-            (self.keys, self.values), ops.gather_tokens([self.keys, self.values], index), strict=True
+            (self.keys, self.values), ops.gather_tokens([self.keys, self.values], at), strict=True
         ):
             whole[:, :, :n].copy_(kept)
         self.cumulative_length.fill_(n)
@@ -187,7 +187,7 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):  # type: ignore[misc]  # unty
 class PrunedQuantizedLayer(PrunedLayer):
     """Quantized kinds: stored entries cannot be taken apart again."""
 
-    def keep_entries(self, index: Tensor, valid: Tensor | None, stored: int) -> None:
+    def keep_entries(self, at: Tensor, valid: Tensor | None, stored: int) -> None:
         """Not possible."""
         raise ModelError(
             "earlier_kv: expected 'full' with a quantized cache (its entries cannot be removed), got 'compact'"
@@ -202,7 +202,7 @@ class PrunedHQQLayer(PrunedQuantizedLayer, HQQQuantizedLayer):  # type: ignore[m
     """Quantized by HQQ."""
 
 
-QUANTIZED: tuple[type, ...] = (cache_utils.QuantizedLayer,)
+QUANTIZED: tuple[Any, ...] = (cache_utils.QuantizedLayer,)
 """Kinds whose keys are only approximately those that attention saw."""
 
 KINDS: list[type] = [PrunedDynamicLayer, PrunedStaticLayer, PrunedQuantoLayer, PrunedHQQLayer]

@@ -56,7 +56,7 @@ def entries(cache: Cache | None, i: int, seen: int) -> int:
 def held_keys(layer: Any, count: int, device: torch.device) -> Tensor:
     """The first ``count`` keys ``[B, Hkv, count, D]`` of a cache layer of any kind, wherever and however it keeps them."""
     keys = layer.keys
-    if is_quantized(layer):
+    if isinstance(layer, QUANTIZED):
         parts = [layer._dequantize(layer._quantized_keys), *([keys] if keys.numel() else [])]
         keys = torch.cat(parts, dim=2)
     return keys[:, :, :count].to(device)
@@ -64,13 +64,12 @@ def held_keys(layer: Any, count: int, device: torch.device) -> Tensor:
 
 def resident_bytes(cache: Cache | None) -> int:
     """Bytes of all storage the layers of a cache hold, allocated but unwritten entries included."""
-    layers = [] if cache is None else cache.layers
-    held: list[Any] = [
-        x for layer in layers if isinstance(layer, CacheLayerMixin) for x in (layer.keys, layer.values)
-    ]
-    held += [
-        x for layer in filter(is_quantized, layers) for x in (layer._quantized_keys, layer._quantized_values)
-    ]
+    held: list[Any] = []
+    for layer in () if cache is None else cache.layers:
+        if isinstance(layer, CacheLayerMixin):
+            held += [layer.keys, layer.values]
+        if isinstance(layer, QUANTIZED):
+            held += [layer._quantized_keys, layer._quantized_values]
     return sum(map(_bytes, held))
 
 
@@ -81,11 +80,6 @@ def _bytes(held: Any) -> int:
         return held.untyped_storage().nbytes()
     parts = held.values() if isinstance(held, dict) else held if isinstance(held, tuple | list) else ()
     return sum(map(_bytes, parts))
-
-
-def is_quantized(layer: Any) -> bool:
-    """Whether a layer's keys are only approximately those that attention saw."""
-    return isinstance(layer, QUANTIZED)
 
 
 def past_validity(cache: Cache | None, i: int, seen: Tensor | None, count: int) -> Tensor | None:

@@ -1,7 +1,7 @@
-"""The model families that can be pruned: one row each, and the short adapters that say which grids an image becomes.
+"""The model families that can be pruned: one entry each, and the short adapters that say which grids an image becomes.
 
 A visual token that is no patch (the newline tokens of LLaVA-NeXT and LLaVA-OneVision) still has a place in a grid: the
-last column of the tiles' grid, or a grid of its own. So the products of an image's grids add up to its tokens.
+end of a line of the tiles' grid, or a grid of its own. So the products of an image's grids add up to its tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import isqrt
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -37,11 +38,11 @@ class Tower:
     Attributes:
         layers: where its blocks are.
         attention: a block's attention module.
-        cls: whether its first row is a CLS token.
+        cls: whether its first state is that of a CLS token.
         normed: whether its attention has norms behind the projections of query and key.
-        grids: argument that tells it frames, patch rows and patch columns of each image.
+        grids: argument that tells it frames, height and width in patches of each image.
         padding: argument that tells it which patches are no padding.
-        width, depth: settings for the width of its rows and the number of its blocks.
+        width, depth: settings for the width of its states and for how many blocks it has.
         windows: setting that lists the blocks which see all of an image, where the others see a window.
         mergers: further projectors inside it.
     """
@@ -79,7 +80,7 @@ class Decoder:
     Attributes:
         window: setting that tells of layers which do not see everything: a size, or the kind of each layer.
         normed: whether its attention has norms behind the projections of query and key.
-        head_dim: whether it has a setting for the width of a head, rather than an equal share of the rows.
+        head_dim: whether it has a setting for the width of a head, rather than an equal share of the hidden size.
     """
 
     window: str | None = None
@@ -105,13 +106,13 @@ class Encoded:
 
     Attributes:
         crops: patches of each crop (or video frame) that the tower saw.
-        thw: frames, patch rows and patch columns of each image, where the tower was told them.
+        thw: frames, height and width in patches of each image, where the tower was told them.
         mask: ``[T, P]`` False at patches that are padding; None = none are.
         taken: query and key projections, by vision layer and name.
         features: ``[T, P', Dv]`` what the projector got.
     """
 
-    crops: tuple[int, ...]
+    crops: tuple[int, ...] = ()
     thw: list[list[int]] | None = None
     mask: Tensor | None = None
     taken: dict[tuple[int, str], Tensor] = field(default_factory=dict)
@@ -130,10 +131,10 @@ def square(base: Any, features: Sequence[Tensor], encoded: Encoded) -> list[Imag
 
 
 def anyres(base: Any, features: Sequence[Tensor], encoded: Encoded) -> list[ImageGrids]:
-    """The whole image in small, then its unpadded tiles with a newline token after every row.
+    """The whole image in small, then its unpadded tiles with a newline token after every line.
 
     How wide the tiles are is read off the first newline: the sizes of the images do not reach the model's forward.
-    One host read for all images. Of a very wide image no row of the tiles is left, of a very tall one the newlines only.
+    One host read for all images. Of a very wide image no line of the tiles is left, of a very tall one the newlines only.
     """
     grid = crop_grid(base.config)
     small = grid[0] * grid[1]
@@ -149,8 +150,8 @@ def anyres(base: Any, features: Sequence[Tensor], encoded: Encoded) -> list[Imag
 
 def pooled_frames(base: Any, features: Sequence[Tensor], encoded: Encoded) -> list[ImageGrids]:
     """LLaVA-OneVision's video: every frame at half the side, one newline token at the end."""
-    rows, columns = crop_grid(base.config)
-    frame = ((rows + 1) // 2, (columns + 1) // 2)
+    height, width = crop_grid(base.config)
+    frame = ((height + 1) // 2, (width + 1) // 2)
     return [(frame,) * (len(f) // tokens_in([frame])) + ((1, 1),) for f in features]
 
 
@@ -159,60 +160,27 @@ def merged_frames(base: Any, features: Sequence[Tensor], encoded: Encoded) -> li
 
     Beam search repeats the features of a sample; the tower was told of each image once.
     """
-    side = base.config.vision_config.spatial_merge_size
+    side = FAMILIES[base.config.model_type].side(base.config)
     grids = [((h // side, w // side),) * t for t, h, w in encoded.thw or []]
-    number: dict[int, int] = {}
+    image: dict[int, int] = {}
     for f in features:
-        number.setdefault(id(f), len(number))
-    return [grids[number[id(f)]] for f in features]
-
-
-# Functions with names, as an attached model can be saved and lambdas cannot.
-
-
-def one_patch(config: Any) -> int:
-    """The side of a block where every patch becomes a row."""
-    return 1
-
-
-def scale_factor(config: Any) -> int:
-    """The side of Idefics3's blocks."""
-    return int(config.scale_factor)
-
-
-def merge_size(config: Any) -> int:
-    """The side of Qwen-VL's blocks."""
-    return int(config.vision_config.spatial_merge_size)
-
-
-def shuffled(config: Any) -> int:
-    """The side of InternVL's blocks."""
-    return round(1 / config.downsample_ratio)
-
-
-def no_layer(config: Any) -> int:
-    """The first layer that can be a stage, where any can."""
-    return 0
-
-
-def deepstack(config: Any) -> int:
-    """The first layer behind those after which Qwen3-VL adds the tower's intermediate features to the full sequence."""
-    return len(config.vision_config.deepstack_visual_indexes)
+        image.setdefault(id(f), len(image))
+    return [grids[image[id(f)]] for f in features]
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table.
+    """One entry of the table.
 
     Attributes:
         text, vision, projector: where the parts are below the base model.
         towers, decoders: model types of vision tower and decoder that are known to work.
         images, videos: which grids the features of the images and videos are.
-        side: patches along each side of the block that the projector turns into one row.
-        selects: whether the configuration has a strategy for which rows of the tower are features.
+        block: setting for the side of the block of patches that the projector turns into one visual token; None = one patch.
+        selects: whether the configuration has a strategy for which states of the tower are features.
         tapped: whether each visual token is such a block, so that the tower's attention says something about it.
         packs: whether positions can be packed (not with the three-dimensional positions of Qwen-VL).
-        first: first decoder layer that can be a stage.
+        deepstack: whether the first decoder layers add intermediate features of the tower to the full sequence (Qwen3-VL).
     """
 
     text: str = "language_model"
@@ -222,16 +190,27 @@ class Family:
     decoders: tuple[str, ...] = LANGUAGE
     images: Adapter = square
     videos: Adapter | None = None
-    side: Callable[[Any], int] = one_patch
+    block: str | None = None
     selects: bool = True
     tapped: bool = True
     packs: bool = True
-    first: Callable[[Any], int] = no_layer
+    deepstack: bool = False
 
     @property
     def square(self) -> bool:
         """Whether the configuration alone says which grid an image becomes."""
         return self.images is square
+
+    def side(self, config: Any) -> int:
+        """Patches along each side of such a block."""
+        told = 1 if self.block is None else attrgetter(self.block)(config)
+        return (
+            told if isinstance(told, int) else round(1 / told)
+        )  # InternVL: the share of the side that is left
+
+    def first(self, config: Any) -> int:
+        """The first decoder layer that can be a stage."""
+        return len(config.vision_config.deepstack_visual_indexes) if self.deepstack else 0
 
 
 def idefics(name: str) -> Family:
@@ -241,12 +220,12 @@ def idefics(name: str) -> Family:
         vision="vision_model",
         projector="connector.modality_projection",
         towers=(f"{name}_vision",),
-        side=scale_factor,
+        block="scale_factor",
         selects=False,
     )
 
 
-def qwen(name: str, first: Callable[[Any], int] = no_layer) -> Family:
+def qwen(name: str, deepstack: bool = False) -> Family:
     """The Qwen-VL line: fused vision projections over packed frames, three-dimensional positions."""
     return Family(
         vision="visual",
@@ -255,11 +234,11 @@ def qwen(name: str, first: Callable[[Any], int] = no_layer) -> Family:
         decoders=(f"{name}_text",),
         images=merged_frames,
         videos=merged_frames,
-        side=merge_size,
+        block="vision_config.spatial_merge_size",
         selects=False,
         tapped=False,
         packs=False,
-        first=first,
+        deepstack=deepstack,
     )
 
 
@@ -267,25 +246,25 @@ FAMILIES = {
     "llava": Family(),
     "llava_next": Family(images=anyres, tapped=False),
     "llava_onevision": Family(images=anyres, videos=pooled_frames, tapped=False),
-    "internvl": Family(towers=("internvl_vision",), side=shuffled),
+    "internvl": Family(towers=("internvl_vision",), block="downsample_ratio"),
     "idefics3": idefics("idefics3"),
     "smolvlm": idefics("smolvlm"),
     "qwen2_vl": qwen("qwen2_vl"),
     "qwen2_5_vl": qwen("qwen2_5_vl"),
-    "qwen3_vl": qwen("qwen3_vl", first=deepstack),
+    "qwen3_vl": qwen("qwen3_vl", deepstack=True),
 }
 """By ``config.model_type``."""
 
 
 def token_grid(config: Any, encoded: Encoded | None = None) -> Grid:
-    """Rows and columns of visual tokens that one crop becomes."""
+    """Height and width of one crop in visual tokens."""
     side = FAMILIES[config.model_type].side(config)
-    rows, columns = crop_grid(config, encoded)
-    return rows // side, columns // side
+    height, width = crop_grid(config, encoded)
+    return height // side, width // side
 
 
 def crop_grid(config: Any, encoded: Encoded | None = None) -> Grid:
-    """Patch rows and columns of one crop: the configuration's, or a square of as many as the tower saw (Idefics3)."""
+    """Height and width of one crop in patches: the configuration's, or a square of as many as the tower saw (Idefics3)."""
     if encoded is not None and encoded.crops and encoded.crops[0] != tokens_in([crop_grid(config)]):
         return isqrt(encoded.crops[0]), isqrt(encoded.crops[0])
     vision = config.vision_config

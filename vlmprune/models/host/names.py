@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from vlmprune.errors import ModelError, VersionError
+from vlmprune.errors import VersionError
 from vlmprune.models.host.versions import release
 
 CACHE = ("cache", "past_key_values")
@@ -76,7 +76,7 @@ class Arguments:
 
     Attributes:
         ids, embeds: ``[B, q]`` token ids, ``[B, q, D]`` embeddings; one of them is None.
-        mask, positions: as the caller gave them.
+        mask, position_ids: as the caller gave them.
         cache: the KV cache the caller gave, or None.
         encoded: features that generate() has encoded ahead, by "image" and "video".
         pixels: the kinds of pixels the call brings.
@@ -86,7 +86,7 @@ class Arguments:
     ids: Tensor | None
     embeds: Tensor | None
     mask: Any
-    positions: Tensor | None
+    position_ids: Tensor | None
     cache: Any
     encoded: dict[str, Any]
     pixels: tuple[str, ...]
@@ -129,12 +129,12 @@ class Host:
         caches = [given[name] for name in CACHE if name in given]
         encoded = (given[ENCODED] if self.ahead else None) or {}
         pixels = {kind: given[name] for kind, name in self.pixels.items()}
-        ids, embeds, mask, positions = (given[name] for name in BASE)
+        ids, embeds, mask, position_ids = (given[name] for name in BASE)
         return Arguments(
             ids=ids,
             embeds=embeds,
             mask=mask,
-            positions=positions,
+            position_ids=position_ids,
             cache=next((cache for cache in caches if cache is not None), None),
             encoded={
                 kind: encoded[kind] for kind in self.pixels if kind in encoded and encoded[kind] is not None
@@ -142,10 +142,6 @@ class Host:
             pixels=tuple(kind for kind, x in pixels.items() if x is not None and len(x)),
             packed=any(name in given and given[name] is not None for name in PACKED),
         )
-
-    def layer_cache(self, kwargs: Mapping[str, Any]) -> Any:
-        """The cache a decoder layer or its attention was called with."""
-        return self.told(kwargs, self.cache)
 
     def told(self, kwargs: Mapping[str, Any], name: str) -> Any:
         """An argument that the text model gives every decoder layer by keyword."""
@@ -157,12 +153,3 @@ class Host:
         """The cache in the text model's output."""
         cache: Cache | None = attribute(output, self.cache)
         return cache
-
-
-def check_same_cache(given: object, got: object, checkpointing: bool) -> None:
-    """Raise ModelError if a call brought a cache but its decoder layers were given none: it would be read as "no past".
-
-    Gradient checkpointing takes the cache away on purpose.
-    """
-    if given is not None and got is None and not checkpointing:
-        raise ModelError("cache: expected the call's KV cache at its decoder layers, got None there")

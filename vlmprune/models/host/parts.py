@@ -16,7 +16,6 @@ from vlmprune.models.host.families import (
     FAMILIES,
     REFUSED,
     TOWERS,
-    Decoder,
     Family,
     Tower,
     token_grid,
@@ -35,7 +34,7 @@ class Parts:
         text: the language model; ``layers`` are its decoder layers.
         vision, projector: vision tower and multi-modal projector.
         host: what this transformers calls the arguments of their forwards.
-        family, tower, decoder: their rows in the tables.
+        family, tower: their entries in the tables.
         token_ids: id of the placeholder token of an "image" and, if the model knows videos, of a "video".
     """
 
@@ -49,7 +48,6 @@ class Parts:
     host: Host
     family: Family
     tower: Tower
-    decoder: Decoder
     token_ids: dict[str, int]
 
 
@@ -102,7 +100,7 @@ def _check_attention(text: Any) -> None:
         )
 
 
-def check_layers(policy: PruningPolicy, config: Any) -> None:
+def check_stages(policy: PruningPolicy, config: Any) -> None:
     """Raise ValueError if a stage lies beyond the last decoder layer, or before the first at which it can be."""
     depth, first = config.text_config.num_hidden_layers, FAMILIES[config.model_type].first(config)
     for layer in policy.layers:
@@ -112,7 +110,7 @@ def check_layers(policy: PruningPolicy, config: Any) -> None:
 
 
 def patch_grid(config: Any) -> Grid:
-    """Rows and columns of visual tokens that one image becomes. Raises ModelError where images differ."""
+    """Height and width of one image in visual tokens. Raises ModelError where images differ."""
     family = FAMILIES[config.model_type]
     if not family.square:
         raise ModelError(f"model: expected a family whose images share one grid, got {config.model_type!r}")
@@ -144,7 +142,6 @@ def find_parts(model: Any) -> Parts:
         host=Host(model, base, layers, {kind: PIXELS[kind] for kind in kinds}),
         family=family,
         tower=TOWERS[config.vision_config.model_type],
-        decoder=DECODERS[config.text_config.model_type],
         token_ids={kind: attribute(config, f"{kind}_token_id") for kind in kinds},
     )
 
@@ -175,7 +172,7 @@ def decoder_shape(config: Any) -> DecoderShape:
 
 
 def vision_flops(parts: Parts, crops: Sequence[int]) -> int:
-    """FLOPs of the vision tower and projector on ``crops`` of so many patches: 2 x the weights a row meets, and attention.
+    """FLOPs of the vision tower and projector on ``crops`` of so many patches: 2 x the weights a state meets, and attention.
 
     Windowed layers (Qwen2.5-VL) are counted as if every window were full.
     """
@@ -185,21 +182,21 @@ def vision_flops(parts: Parts, crops: Sequence[int]) -> int:
     stem = sum(m.weight.numel() for m in parts.vision.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
     total = 0
     for patches in crops:
-        rows = patches + tower.cls
-        total += 2 * (stem * patches + weights * rows)
-        total += sum(4 * rows * span * width for span in _spans(parts, rows))
+        states = patches + tower.cls
+        total += 2 * (stem * patches + weights * states)
+        total += sum(4 * states * span * width for span in _spans(parts, states))
     side = parts.family.side(parts.config)
     return total + sum(2 * linear_weights(m) for m in mergers) * sum(crops) // side**2
 
 
-def _spans(parts: Parts, rows: int) -> list[int]:
-    """How many rows each row attends to, layer by layer."""
+def _spans(parts: Parts, states: int) -> list[int]:
+    """How many states each state attends to, layer by layer."""
     vision, tower = parts.config.vision_config, parts.tower
     depth = attribute(vision, tower.depth)
     if tower.windows is None:
-        return [rows] * depth
+        return [states] * depth
     window, full = (vision.window_size // vision.patch_size) ** 2, attribute(vision, tower.windows)
-    return [rows if i in full else min(rows, window) for i in range(depth)]
+    return [states if i in full else min(states, window) for i in range(depth)]
 
 
 def linear_weights(module: nn.Module) -> int:

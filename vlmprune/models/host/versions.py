@@ -34,11 +34,11 @@ def check_versions() -> None:
             got = version(name)
         except PackageNotFoundError:
             continue  # importing it says so better
-        number = release(got)
-        if number < oldest or (end is not None and number >= end):
+        have = release(got)
+        if have < oldest or (end is not None and have >= end):
             below = "" if end is None else f",<{dotted(end)}"
             raise VersionError(f"{name}: expected {name}>={dotted(oldest)}{below}, got {got}")
-        if number > TESTED[name][-1]:
+        if have > TESTED[name][-1]:
             newest = dotted(TESTED[name][-1])
             warnings.warn(
                 f"vlmprune was tested with {name} up to {newest}, this is {got}: run `vlmprune check MODEL` first",
@@ -47,14 +47,14 @@ def check_versions() -> None:
 
 
 def release(got: str) -> Release:
-    """Major and minor number of a version."""
+    """Major and minor part of a version."""
     major, minor = map(int, re.findall(r"\d+", got)[:2])
     return major, minor
 
 
-def dotted(number: Release) -> str:
+def dotted(got: Release) -> str:
     """The way a version is written."""
-    return ".".join(map(str, number))
+    return ".".join(map(str, got))
 
 
 check_versions()  # on import: vlmprune.models imports this before it imports transformers
