@@ -93,6 +93,12 @@ def span(cu_seqlens_ptr, b, S, longest):
 
 
 @triton.jit
+def row_products(x, y):
+    """x y^T of two tiles of rows, to the precision of float32 where they are float32."""
+    return tl.dot(x, tl.trans(y), input_precision="ieee" if tl.target_info.is_hip() else "tf32x3")
+
+
+@triton.jit
 def load_rows(
     x_ptr,
     x_offs,  # [BLOCK] int64, where each row starts

@@ -17,6 +17,7 @@ from vlmprune.triton_kernels._device import (
     layout,
     load_rows,
     padded_head_dim,
+    row_products,
     span,
     tiles,
 )
@@ -122,24 +123,18 @@ def _row_lse_kernel(
     keys_per_split = tl.cdiv(tl.cdiv(n_keys, SPLITS), BLOCK_N) * BLOCK_N
     start = pid_split * keys_per_split
     for first in range(start, tl.minimum(start + keys_per_split, n_keys), BLOCK_N):
-        at, ok_n = _key_positions(
-            columns_ptr, key_mask_ptr, first + tl.arange(0, BLOCK_N), n_keys, length
-        )  # [BLOCK_N]
-        k = load_rows(
-            key_ptr, at * key_strides[2], cos_ptr, sin_ptr, at * rope_strides[1], ok_n, D, BLOCK_D, DTYPE
-        )
-
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee" if tl.target_info.is_hip() else "tf32x3") * (
-            scale * LOG2E
-        )  # [BLOCK_M, BLOCK_N]
+        n = first + tl.arange(0, BLOCK_N)
+        at, ok_n = _key_positions(columns_ptr, key_mask_ptr, n, n_keys, length)  # [BLOCK_N]
+        k_offs, rope_offs = at * key_strides[2], at * rope_strides[1]
+        k = load_rows(key_ptr, k_offs, cos_ptr, sin_ptr, rope_offs, ok_n, D, BLOCK_D, DTYPE)
+        logits = row_products(q, k) * (scale * LOG2E)  # [BLOCK_M, BLOCK_N]
         ok = real[:, None] & ok_n[None, :]
         if CAUSAL:
             ok = ok & (row[:, None] >= at[None, :])
         logits = tl.where(ok, logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
-        base = tl.where(
-            new_top == float("-inf"), 0.0, new_top
-        )  # a row that saw nothing yet must not become NaN
+        # a row that saw nothing yet must not become NaN
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp2(top - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
         top = new_top
 

@@ -12,24 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._device import (
-    as_bytes,
-    dot_dtype,
-    layout,
-    padded_head_dim,
-    span,
-    tiles,
-)
+from vlmprune.triton_kernels._device import as_bytes, dot_dtype, layout, padded_head_dim, span, tiles
 from vlmprune.triton_kernels._launch import launch
 from vlmprune.triton_kernels._score import score_part
 from vlmprune.triton_kernels._scoring import Selection, head_splits, registers, row_statistics
-from vlmprune.triton_kernels._survivors import (
-    code_positions,
-    enter_columns,
-    join_parts,
-    select_sample,
-)
-from vlmprune.triton_kernels.select_topk import MIN_CHUNK
+from vlmprune.triton_kernels._survivors import code_positions, enter_columns, join_parts, place_of_sample
+from vlmprune.triton_kernels.select_topk import MIN_CHUNK, _select_row
 
 JOIN_CHUNK = tl.constexpr(512)
 MAX_CHUNK = (
@@ -93,57 +81,30 @@ def _score_select_kernel(
     start_k, length = span(cu_seqlens_ptr, b, S, max_seqlen)
     start_q, length_q = span(cu_seqlens_q_ptr, b, Sq, max_seqlen)
     part_ptr += b * PARTS * N
-    mask_ptr = key_mask_ptr
     if key_mask_ptr is not None:
-        mask_ptr = key_mask_ptr + b * S
-    lse_b_ptr = lse_ptr
+        key_mask_ptr += b * S
     if lse_ptr is not None:
-        lse_b_ptr = lse_ptr + b * lse_strides[0]
+        lse_ptr += b * lse_strides[0]
         if LSE_BY_POSITION:
-            lse_b_ptr += start_q * lse_strides[2]
-    weight_b_ptr = weight_ptr
+            lse_ptr += start_q * lse_strides[2]
     if weight_ptr is not None:
-        weight_b_ptr = weight_ptr + b * R
-    cos_b_ptr = cos_ptr
-    sin_b_ptr = sin_ptr
+        weight_ptr += b * R
     if cos_ptr is not None:
-        cos_b_ptr = cos_ptr + b * rope_strides[0] + start_k * rope_strides[1]
-        sin_b_ptr = sin_ptr + b * rope_strides[0] + start_k * rope_strides[1]
+        cos_ptr += b * rope_strides[0] + start_k * rope_strides[1]
+        sin_ptr += b * rope_strides[0] + start_k * rope_strides[1]
+    key_ptr += b * key_strides[0] + start_k * key_strides[2]
     score_part(
         query_ptr + b * query_strides[0] + start_q * query_strides[2],
-        key_ptr + b * key_strides[0] + start_k * key_strides[2],
-        cos_b_ptr,
-        sin_b_ptr,
-        rows_ptr + b * R,
-        columns_ptr + b * N,
-        mask_ptr,
-        lse_b_ptr,
-        weight_b_ptr,
+        lse_ptr,
         part_ptr,
-        scale,
-        R,
-        N,
-        length - length_q,
-        length,
-        query_strides[1],
-        query_strides[2],
-        key_strides[1],
-        key_strides[2],
-        lse_strides[1],
-        lse_strides[2],
-        rope_strides[1],
+        (key_ptr, cos_ptr, sin_ptr, rows_ptr + b * R, columns_ptr + b * N, key_mask_ptr, weight_ptr),
+        (scale, R, N, length - length_q, length),
+        (query_strides, key_strides, lse_strides, rope_strides),
         HEADS_KV,
         G,
-        D,
         PER_HEAD,
         HEAD_REDUCE,
-        ROW_REDUCE,
-        CAUSAL,
-        LSE_BY_POSITION,
-        DTYPE,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_D,
+        (D, ROW_REDUCE, CAUSAL, LSE_BY_POSITION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_D),
     )
     if scores_ptr is not None:
         tl.debug_barrier()  # Triton 3.6 puts none between the stores of all warps and the release by one thread
@@ -153,7 +114,7 @@ def _score_select_kernel(
             if spread_ptr is not None:
                 spread_ptr += b * max_seqlen
                 code_ptr += b * max_seqlen
-                code_positions(mask_ptr, spread_ptr, code_ptr, length, max_seqlen, CHUNK)
+                code_positions(key_mask_ptr, spread_ptr, code_ptr, length, max_seqlen, CHUNK)
                 tl.debug_barrier()  # the columns hit addresses that another thread has just written
             for start in range(0, N, JOIN_CHUNK):
                 offs = start + tl.arange(0, JOIN_CHUNK)
@@ -163,26 +124,18 @@ def _score_select_kernel(
                 tl.store(scores_ptr + b * N + offs, score, mask=offs < N)
                 if spread_ptr is not None:
                     column = tl.load(columns_ptr + b * N + offs, mask=offs < N, other=-1)
-                    enter_columns(score, column, mask_ptr, spread_ptr, code_ptr, length, JOIN_CHUNK)
+                    enter_columns(score, column, key_mask_ptr, spread_ptr, code_ptr, length, JOIN_CHUNK)
             if index_ptr is not None:
                 tl.debug_barrier()
-                select_sample(
-                    spread_ptr,
-                    code_ptr,
-                    columns_ptr,
-                    keep,
-                    index_ptr,
-                    count_ptr,
-                    cu_seqlens_out_ptr,
-                    b,
-                    start_k,
-                    length,
-                    N,
-                    width,
-                    KEEP_ON_DEVICE,
-                    CHUNK,
-                    ONE_CHUNK,
-                )
+                quota = tl.zeros((), tl.int64) + (tl.load(keep + b) if KEEP_ON_DEVICE else keep)
+                out_ptr, slots = index_ptr + b * width, width
+                if cu_seqlens_out_ptr is not None:
+                    ends = (columns_ptr, keep, b, start_k, length, N, width, cu_seqlens_out_ptr)
+                    first, slots = place_of_sample(*ends, KEEP_ON_DEVICE, CHUNK)
+                    out_ptr = index_ptr + first
+                row = (spread_ptr, code_ptr, 1, length, None)
+                count = _select_row(row, quota, out_ptr, start_k, slots, CHUNK, ONE_CHUNK)
+                tl.store(count_ptr + b, count.to(tl.int64))
 
 
 def score(s, selection=None):
