@@ -94,7 +94,6 @@ def score_part(
     strides,
     HEADS_KV: tl.constexpr,  # KV heads of this split
     G: tl.constexpr,
-    PER_HEAD: tl.constexpr,
     HEAD_REDUCE: tl.constexpr,
     tile,  # the constants of head_scores, in its order
 ):
@@ -124,11 +123,11 @@ def score_part(
                 head_lse_ptr = lse_ptr + h * strides[2][1]
             head_ptr = query_ptr + h * strides[0][1]
             reduced = head_scores(k, column, ok_n, head_ptr, head_lse_ptr, sample, sizes, strides, *tile)
-            if PER_HEAD:
+            if HEAD_REDUCE == "none":
                 tl.store(part_ptr + h * N + offs_n, reduced, mask=offs_n < N)
             elif HEAD_REDUCE == "max":
                 joined = max_with_nan(joined, reduced)
             else:
                 joined += reduced
-    if not PER_HEAD:
+    if HEAD_REDUCE != "none":
         tl.store(part_ptr + split * N + offs_n, joined, mask=offs_n < N)

@@ -12,18 +12,20 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._device import as_bytes, dot_dtype, layout, padded_head_dim, span, tiles
+from vlmprune.triton_kernels._device import dot_dtype, laid_out, padded_head_dim, span, tiles
 from vlmprune.triton_kernels._launch import launch
 from vlmprune.triton_kernels._score import score_part
-from vlmprune.triton_kernels._scoring import Selection, head_splits, registers, row_statistics
 from vlmprune.triton_kernels._survivors import code_positions, enter_columns, join_parts, place_of_sample
+from vlmprune.triton_kernels.row_lse import row_lse
 from vlmprune.triton_kernels.select_topk import MIN_CHUNK, _select_row
 
 JOIN_CHUNK = tl.constexpr(512)
-MAX_CHUNK = (
-    2048  # positions at once; more would cost every score program registers that only the last one uses
-)
+# positions at once; more would cost every score program registers that only the last one uses
+MAX_CHUNK = 2048
 FEW_KEYS = 1024  # up to here 4 warps select
+
+# about one program for each multiprocessor of a large GPU; fixed, so that sums keep their order
+TARGET_PROGRAMS = 128
 
 
 @triton.jit(do_not_specialize=["keep", "R", "Sq", "S", "width"])
@@ -64,7 +66,6 @@ def _score_select_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
-    PER_HEAD: tl.constexpr,
     HEAD_REDUCE: tl.constexpr,
     ROW_REDUCE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -102,7 +103,6 @@ def _score_select_kernel(
         (query_strides, key_strides, lse_strides, rope_strides),
         HEADS_KV,
         G,
-        PER_HEAD,
         HEAD_REDUCE,
         (D, ROW_REDUCE, CAUSAL, LSE_BY_POSITION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_D),
     )
@@ -138,41 +138,67 @@ def _score_select_kernel(
                 tl.store(count_ptr + b, count.to(tl.int64))
 
 
-def score(s, selection=None):
-    """Launch the row statistics if needed and the score kernel; [B, H, N] for head_reduce "none", else [B, N]."""
+def head_splits(B, Hkv, tiles_n):
+    """How many programs share the heads of a column tile; from shapes only, so results repeat bit for bit."""
+    wanted = triton.cdiv(TARGET_PROGRAMS, B * tiles_n)
+    return next(n for n in range(1, Hkv + 1) if Hkv % n == 0 and (n >= wanted or n == Hkv))
+
+
+def registers(s, R, num_warps):
+    """How many registers a thread may take: said aloud, as ptxas would rather spill a word than pass 128.
+
+    Few rows are memory bound: two programs shall share a multiprocessor, as those of 4 warps do with any number. No lower
+    limit for these: ptxas fills it with loads ahead of their use, and spills. AMD knows no such option.
+    """
+    if torch.version.hip:
+        return {}
+    few_rows = R <= 16 and s.cos is None and s.query.element_size() == 2
+    return {"maxnreg": 128 if few_rows and num_warps == 8 else 255}
+
+
+def row_statistics(s):
+    """The log-sum-exp of the rows, [B, H, Sq] if it was given, else [B, H, R]; None for plain logits."""
+    if s.normalize == "none" or s.lse is not None:
+        return s.lse
+    return row_lse(s)
+
+
+def score(s, keep=None, spread=None, code=None, index=None, count=None, ends=None):
+    """Launch the row statistics if needed and the score kernel; [B, H, N] for head_reduce "none", else [B, N].
+
+    The others are what the kernel chooses by, and where its choice goes; without ``index`` that is left to select_topk.
+    """
     (H, Sq, D), (Hkv, S), (B, R), N = s.query.shape[1:], s.key.shape[1:3], s.rows.shape, s.columns.shape[1]
-    at, lse, config = layout(s), row_statistics(s), tiles(s.query, R, s.cos is not None)
+    s, query_strides, key_strides, rope_strides = laid_out(s)
+    lse, config = row_statistics(s), tiles(s.query, R, s.cos is not None)
     tiles_n = max(1, triton.cdiv(N, config["BLOCK_N"]))
     splits, joins = head_splits(B, Hkv, tiles_n), s.head_reduce != "none"
     part = s.query.new_empty((B, splits if joins else H, N), dtype=torch.float32)
     scores = s.query.new_empty((B, N), dtype=torch.float32) if joins else None
     counter = s.query.new_zeros(B, dtype=torch.int32) if joins else None
-    chunk = min(max(triton.next_power_of_2(at.longest), MIN_CHUNK), MAX_CHUNK)
-    if selection is not None and chunk > FEW_KEYS:
+    chunk = min(max(triton.next_power_of_2(s.max_seqlen), MIN_CHUNK), MAX_CHUNK)
+    if spread is not None and chunk > FEW_KEYS:
         config["num_warps"] = 8
-    c = selection or Selection()
-    lists = (s.rows.contiguous(), s.columns.contiguous(), as_bytes(s.key_mask))
-    weight = None if s.row_weight is None else s.row_weight.contiguous()
-    sizes = (s.scale, R, N, Sq, S, at.longest, 0 if c.index is None else c.index.shape[1])
+    sizes = (s.scale, R, N, Sq, S, s.max_seqlen, 0 if index is None else index.shape[1])
     launch(
         _score_select_kernel,
         (tiles_n, splits, B),
-        *(s.query, s.key, at.cos, at.sin, *lists, lse, weight, at.cu_seqlens, at.cu_seqlens_q),
-        *(c.keep, counter, part, scores, c.spread, c.code, c.index, c.count, c.cu_seqlens_out, *sizes),
-        *(at.query_strides, at.key_strides, _lse_strides(s, lse), at.rope_strides),
+        *(s.query, s.key, s.cos, s.sin, s.rows, s.columns, s.key_mask),
+        *(lse, s.row_weight, s.cu_seqlens, s.cu_seqlens_q),
+        *(keep, counter, part, scores, spread, code, index, count, ends, *sizes),
+        *(query_strides, key_strides, _lse_strides(s, lse), rope_strides),
         PARTS=part.shape[1],
         HEADS_KV=Hkv // splits,
         H=H,
         G=H // Hkv,
         D=D,
-        PER_HEAD=not joins,
         HEAD_REDUCE=s.head_reduce,
         ROW_REDUCE=s.row_reduce,
         CAUSAL=s.causal,
         LSE_BY_POSITION=s.lse is not None,
-        KEEP_ON_DEVICE=isinstance(c.keep, torch.Tensor),
+        KEEP_ON_DEVICE=isinstance(keep, torch.Tensor),
         CHUNK=chunk,
-        ONE_CHUNK=at.longest <= chunk,
+        ONE_CHUNK=s.max_seqlen <= chunk,
         **registers(s, R, config["num_warps"]),
         DTYPE=dot_dtype(s.query),
         BLOCK_D=padded_head_dim(D),

@@ -95,7 +95,10 @@ def check_choice(arg: str, got: str, choices: tuple[str, ...]) -> None:
     check(got in choices, arg, f"one of {', '.join(choices)}", repr(got))
 
 
-def check_count(arg: str, got: object, most: int) -> None:
-    """A whole number in 0..most."""
+def check_count(arg: str, got: object, most: int | None = None) -> None:
+    """A whole number in 0..most, or not negative."""
     ok = isinstance(got, int | torch.SymInt) and not isinstance(got, bool)
+    if most is None:
+        check(ok and got >= 0, arg, "a whole number >= 0", repr(got))  # type: ignore[operator]
+        return
     check(ok and 0 <= got <= most, arg, f"a whole number in 0..{most}", repr(got))  # type: ignore[operator]

@@ -5,21 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlmprune.errors import check
 from vlmprune.ops import reference_sets
-from vlmprune.ops._checks import FLOATS, check_choice, check_features, check_tensor
+from vlmprune.ops._checks import FLOATS, check_choice, check_count, check_features, check_tensor
 from vlmprune.ops._operator import operator
 
 MODES = ("mean", "sum")
 
 
 def merge_tokens(
-    features: Tensor,
-    assignment: Tensor,
-    clusters: int,
-    *,
-    mode: str = "mean",
-    weights: Tensor | None = None,
+    features: Tensor, assignment: Tensor, clusters: int, *, mode: str = "mean", weights: Tensor | None = None
 ) -> Tensor:
     """Merge the tokens of each cluster (SparseVLM, VisionZip, VScan, PruMerge). Never waits for the device.
 
@@ -48,8 +42,7 @@ def merge_tokens(
     check_features(features)
     B, N, _ = features.shape
     check_tensor("assignment", assignment, [torch.int64], (B, N), features)
-    whole = isinstance(clusters, int | torch.SymInt) and not isinstance(clusters, bool)
-    check(whole and clusters >= 0, "clusters", "a whole number >= 0", repr(clusters))
+    check_count("clusters", clusters)
     check_choice("mode", mode, MODES)
     check_tensor("weights", weights, FLOATS, (B, N), features)
     return _merge_tokens(features, assignment, clusters, mode, weights)

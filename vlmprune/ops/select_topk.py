@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.errors import InputError, check
+from vlmprune.errors import check
 from vlmprune.ops import reference
 from vlmprune.ops._checks import FLOATS, check_count, check_dtype, check_tensor
 from vlmprune.ops._operator import operator
@@ -83,18 +83,13 @@ def _in_segments(
     fits = sum(segments) == N and all(length >= 0 for length in segments)
     check(fits, "segments", f"lengths >= 0 that add up to {N}", list(segments))
     check(not isinstance(keep, Tensor), "keep", "an int, or one a segment", "a tensor")
-    wanted = [_whole(n) for n in keep] if isinstance(keep, Sequence) else [_whole(keep)] * len(segments)
+    wanted: list[Any] = list(keep) if isinstance(keep, Sequence) else [keep] * len(segments)
+    for quota in wanted:
+        check_count("keep", quota)
     check(len(wanted) == len(segments), "keep", f"one int for each of {len(segments)} segments", len(wanted))
     quotas = [min(number, length) for number, length in zip(wanted, segments, strict=True)]
     count = torch.full((B,), sum(quotas), dtype=torch.int64, device=scores.device)
     return _select_segments(scores, list(segments), quotas), count
-
-
-def _whole(quota: object) -> int:
-    """A quota of a segment, checked."""
-    if not isinstance(quota, int) or isinstance(quota, bool) or quota < 0:
-        raise InputError(f"keep: expected a whole number >= 0, got {quota!r}")
-    return quota
 
 
 def _call(
