@@ -9,7 +9,6 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 
 from vlmprune.ops._dispatch import choose, register
 from vlmprune.ops.scoring import Scoring
@@ -23,7 +22,7 @@ def operator(
     *,
     cuda: bool = False,
     mutates_args: tuple[str, ...] = (),
-) -> Callable[[Function], CustomOpDef]:
+) -> Callable[[Function], Any]:
     """Decorates ``_name``, which returns outputs that are not filled (the fake), and makes it the op ``vlmprune::name``.
 
     Args:
@@ -33,7 +32,7 @@ def operator(
         mutates_args: the arguments that the op writes to.
     """
 
-    def made(fake: Function) -> CustomOpDef:
+    def made(fake: Function) -> Any:
         name = fake.__name__.removeprefix("_")
         register(name, reference, cuda=cuda)
 

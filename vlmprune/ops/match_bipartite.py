@@ -85,7 +85,7 @@ def _call(
     N = features.shape[1]
     if destinations is not None and destinations.device.type == "cpu":
         _check_positions(destinations, N)
-    return run(features, r, destinations, mask, _width(N, r, destinations, mask))  # type: ignore[no-any-return]
+    return run(features, r, destinations, mask, _width(N, r, destinations, mask))
 
 
 @operator(reference_sets.match_bipartite, _call)

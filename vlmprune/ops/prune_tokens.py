@@ -102,8 +102,8 @@ def checked(
     **scoring: Unpack[ScoringKeywords],
 ) -> tuple[Scoring, list[Tensor], int | Tensor, int]:
     """Check the arguments of ``prune_tokens``: (scoring, tensors, keep, width) with defaults filled in."""
+    check_choice("head_reduce", scoring.get("head_reduce", "mean"), HEAD_REDUCES)
     s = Scoring.checked(query, key, **scoring)
-    check_choice("head_reduce", s.head_reduce, HEAD_REDUCES)
     (B, N), S = s.columns.shape, key.shape[2]
     check_tensors(tensors, key.shape[0], key.device, S)
     check(N <= S, "columns", f"at most the {S} positions of key", N)

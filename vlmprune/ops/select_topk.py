@@ -102,7 +102,7 @@ def _call(
     thresholds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     width, least = _width(scores, keep, quota, code), threshold if thresholds is None else thresholds
-    return run(scores, keep if quota is None else quota, code, width, least)  # type: ignore[no-any-return]
+    return run(scores, keep if quota is None else quota, code, width, least)
 
 
 @operator(reference.select_topk, _call, cuda=True)
