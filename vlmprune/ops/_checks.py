@@ -98,7 +98,5 @@ def check_choice(arg: str, got: str, choices: tuple[str, ...]) -> None:
 def check_count(arg: str, got: object, most: int | None = None) -> None:
     """A whole number in 0..most, or not negative."""
     ok = isinstance(got, int | torch.SymInt) and not isinstance(got, bool)
-    if most is None:
-        check(ok and got >= 0, arg, "a whole number >= 0", repr(got))  # type: ignore[operator]
-        return
-    check(ok and 0 <= got <= most, arg, f"a whole number in 0..{most}", repr(got))  # type: ignore[operator]
+    expected = "a whole number >= 0" if most is None else f"a whole number in 0..{most}"
+    check(ok and got >= 0 and (most is None or got <= most), arg, expected, repr(got))  # type: ignore[operator]

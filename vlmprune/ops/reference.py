@@ -54,8 +54,8 @@ def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _row_logits(s: Scoring) -> Tensor:
     """Scaled logits ``[B, H, R, S]`` in float32 of the listed query rows (key positions) against all keys."""
     (B, H, Sq, D), S, query, key = s.query.shape, s.key.shape[2], s.query, s.key
-    if s.rope is not None:
-        cos, sin = (t.expand(B, -1, -1) for t in s.rope)
+    if s.cos is not None and s.sin is not None:
+        cos, sin = (t.expand(B, -1, -1) for t in (s.cos, s.sin))
         query, key = unrotate(query, cos[:, S - Sq :], sin[:, S - Sq :]), unrotate(key, cos, sin)
     at = torch.where(s.rows >= 0, s.rows - (S - Sq), 0)[:, None, :, None].expand(-1, H, -1, D)
     q = query.gather(2, at).float()

@@ -97,11 +97,6 @@ class Scoring(NamedTuple):
         check_choice("normalize", s.normalize, NORMALIZES)
         return s
 
-    @property
-    def rope(self) -> Rope | None:
-        """The tables of the rotation to undo."""
-        return None if self.cos is None or self.sin is None else (self.cos, self.sin)
-
     def check_values(self) -> None:
         """Positions and bounds of CPU tensors lie where they may. A kernel masks what does not: looking would wait for it."""
         if self.rows.device.type != "cpu":
