@@ -6,20 +6,11 @@ namespace vlmprune {
 namespace {
 
 void compact(Tensors caches, Tensor index) {
-  check_index(index);
-  check_rows(caches, "caches", index, false, false);
-  const int64_t B = index.size(0), K = index.size(1);
+  check_rows(caches, "caches", index, false);
   for (const Tensor& x : caches)
-    check(K <= x.size(x.dim() - 2), "index", "no more columns than a cache has rows", index);
-  const int32_t device = index.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  index = torch::stable::contiguous(index);
-
-  std::vector<TensorRows> rows;
-  for (const Tensor& x : caches) rows.push_back(rows_of(x, B));
-  const CompactKvArgs args = {rows.data(), int(rows.size()), static_cast<const int64_t*>(index.data_ptr()), B,
-                              K};
-  check_launch(launch_compact_kv(args, current_stream(device)), "compact_kv");
+    check(index.size(1) <= x.size(x.dim() - 2), "index", "no more columns than a cache has rows", index);
+  const torch::stable::accelerator::DeviceGuard guard(index.get_device_index());
+  launch_rows(launch_compact_kv, "compact_kv", caches, {}, index);
 }
 
 }  // namespace

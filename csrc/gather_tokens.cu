@@ -15,24 +15,11 @@ Tensor empty_output(const Tensor& x, int64_t B, int64_t K) {
 }
 
 Tensors gather(Tensors tensors, Tensor index) {
-  check_index(index);
-  check_rows(tensors, "tensors", index, true, true);
-  const int64_t B = index.size(0), K = index.size(1);
-  const int32_t device = index.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  index = torch::stable::contiguous(index);
-
+  check_rows(tensors, "tensors", index, true);
+  const torch::stable::accelerator::DeviceGuard guard(index.get_device_index());
   Tensors outs;
-  std::vector<TensorRows> sources;
-  std::vector<char*> pointers;
-  for (const Tensor& x : tensors) {
-    outs.push_back(empty_output(x, B, K));
-    sources.push_back(rows_of(x, B));
-    pointers.push_back(static_cast<char*>(outs.back().data_ptr()));
-  }
-  const GatherTokensArgs args = {
-      sources.data(), pointers.data(), int(outs.size()), static_cast<const int64_t*>(index.data_ptr()), B, K};
-  check_launch(launch_gather_tokens(args, current_stream(device)), "gather_tokens");
+  for (const Tensor& x : tensors) outs.push_back(empty_output(x, index.size(0), index.size(1)));
+  launch_rows(launch_gather_tokens, "gather_tokens", tensors, outs, index);
   return outs;
 }
 

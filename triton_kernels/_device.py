@@ -1,7 +1,5 @@
 """Pieces used by two or more kernels: tile sizes, operand types, and reading rows of query or key."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -44,26 +42,16 @@ def as_bytes(mask):
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-class Layout(NamedTuple):
-    """How query, key and tables lie: strides by batch, head, position, and in a packed batch where the samples are."""
-
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
-    cu_seqlens: torch.Tensor | None
-    cu_seqlens_q: torch.Tensor | None
-    longest: int
-    query_strides: tuple
-    key_strides: tuple
-    rope_strides: tuple
-
-
 def longest(s):
     """Positions of the longest sample of a Scoring, as far as the host knows."""
     return s.key.shape[2] if s.max_seqlen is None else s.max_seqlen
 
 
-def layout(s):
-    """The Layout of a Scoring. Stride 0 takes a table to every sample; in a packed batch the bounds tell, not strides."""
+def laid_out(s):
+    """(s as kernels read it: lists contiguous, the mask as bytes, max_seqlen known; strides of query, key and tables).
+
+    Strides are by batch, head, position. Stride 0 takes a table to every sample; in a packed batch the bounds tell.
+    """
     cos, sin, cu_seqlens, cu_seqlens_q = s.cos, s.sin, s.cu_seqlens, s.cu_seqlens_q
     batch_q, *query_strides = s.query.stride()[:3]
     batch_k, *key_strides = s.key.stride()[:3]
@@ -76,8 +64,18 @@ def layout(s):
         batch_q = batch_k = batch_c = 0
         cu_seqlens_q = (cu_seqlens if cu_seqlens_q is None else cu_seqlens_q).contiguous()
         cu_seqlens = cu_seqlens.contiguous()
-    strides = (batch_q, *query_strides), (batch_k, *key_strides), (batch_c, stride_c)
-    return Layout(cos, sin, cu_seqlens, cu_seqlens_q, longest(s), *strides)
+    s = s._replace(
+        rows=s.rows.contiguous(),
+        columns=s.columns.contiguous(),
+        key_mask=as_bytes(s.key_mask),
+        row_weight=None if s.row_weight is None else s.row_weight.contiguous(),
+        cos=cos,
+        sin=sin,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen=longest(s),
+    )
+    return s, (batch_q, *query_strides), (batch_k, *key_strides), (batch_c, stride_c)
 
 
 @triton.jit
@@ -90,6 +88,12 @@ def span(cu_seqlens_ptr, b, S, longest):
         stop = tl.minimum(tl.load(cu_seqlens_ptr + b + 1).to(tl.int64), start + longest)
         length = (tl.maximum(tl.minimum(stop, S), start) - start).to(tl.int32)
     return start, length
+
+
+@triton.jit
+def row_products(x, y):
+    """x y^T of two tiles of rows, to the precision of float32 where they are float32."""
+    return tl.dot(x, tl.trans(y), input_precision="ieee" if tl.target_info.is_hip() else "tf32x3")
 
 
 @triton.jit

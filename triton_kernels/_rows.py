@@ -28,39 +28,26 @@ def _layout(x):
     return 1, x.shape[2] if x.ndim == 3 else 1, x.shape[1], (batch, 0, x.stride(1))
 
 
-def grouped(items, block_bytes):
-    """Arguments of a launch that works on ``items``, tuples of tensors of which the first has the layout of interest.
-
-    A unit is one block of columns, at most ``block_bytes`` wide, of one head of one item.
-
-    Returns:
-        (pointers, strides, lengths, first_units, meta): pointers[i] holds per group a tuple of the i-th tensors;
-        strides and lengths one entry a group; first_units the first unit of each group and one past the last;
-        meta per group how many tensors, heads, columns, and columns in a block.
-    """
-    groups = {}
-    for item in items:
-        groups.setdefault((item[0].dtype, *_layout(item[0])), []).append([_plain(x) for x in item])
-    pointers, shapes, first_units = [], [], [0]
-    for (dtype, heads, D, _, _), members in groups.items():
-        block = min(triton.next_power_of_2(D), block_bytes // dtype.itemsize)
-        pointers.append(tuple(zip(*members, strict=True)))
-        shapes.append((len(members), heads, D, block))
-        first_units.append(first_units[-1] + len(members) * heads * triton.cdiv(D, block))
-    _, _, _, lengths, strides = zip(*groups, strict=True)
-    meta = dict(zip(("COUNTS", "HEADS", "WIDTHS", "BLOCKS"), zip(*shapes, strict=True), strict=True))
-    return tuple(zip(*pointers, strict=True)), strides, lengths, tuple(first_units), meta
-
-
 def launch_grouped(kernel, items, index, block_bytes, block_k, *tiles_of_k):
-    """``kernel`` on ``items``, see ``grouped``, MAX_TENSORS of them in a launch. Grid: (units, *tiles_of_k, B)."""
+    """``kernel`` on ``items``, tuples of tensors of which the first has the layout of interest, MAX_TENSORS in a launch.
+
+    A unit is one block of columns, at most ``block_bytes`` wide, of one head of one item. Grid: (units, *tiles_of_k, B).
+    """
     (B, K), index = index.shape, index.contiguous()
-    for first in range(0, len(items), MAX_TENSORS):
-        pointers, strides, lengths, first_units, meta = grouped(
-            items[first : first + MAX_TENSORS], block_bytes
-        )
-        grid, args = (first_units[-1], *tiles_of_k, B), (*pointers, strides, lengths, first_units, index, K)
-        launch(kernel, grid, *args, **meta, BLOCK_K=block_k, num_warps=4)
+    for start in range(0, len(items), MAX_TENSORS):
+        groups = {}
+        for item in items[start : start + MAX_TENSORS]:
+            groups.setdefault((item[0].dtype, *_layout(item[0])), []).append([_plain(x) for x in item])
+        pointers, shapes, first_units = [], [], [0]
+        for (dtype, heads, D, _, _), members in groups.items():
+            block = min(triton.next_power_of_2(D), block_bytes // dtype.itemsize)
+            pointers.append(tuple(zip(*members, strict=True)))
+            shapes.append((len(members), heads, D, block))
+            first_units.append(first_units[-1] + len(members) * heads * triton.cdiv(D, block))
+        _, _, _, lengths, strides = zip(*groups, strict=True)
+        args = (*zip(*pointers, strict=True), strides, lengths, tuple(first_units), index, K)
+        meta = dict(zip(("COUNTS", "HEADS", "WIDTHS", "BLOCKS"), zip(*shapes, strict=True), strict=True))
+        launch(kernel, (first_units[-1], *tiles_of_k, B), *args, **meta, BLOCK_K=block_k, num_warps=4)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._device import LOG2E, load_rows
+from vlmprune.triton_kernels._device import LOG2E, load_rows, row_products
 
 
 @triton.jit
@@ -19,24 +19,21 @@ def max_over_rows(x, NAN: tl.constexpr):
     return tl.where(has_nan, NAN, tl.max(tl.where(x != x, float("-inf"), x), 0))
 
 
+# A sample is the tuple (key_ptr, cos_ptr, sin_ptr, rows_ptr, columns_ptr, key_mask_ptr, weight_ptr), each None or as the
+# score kernel has it, at the sample's first key or entry; sizes are (scale, R, N, position of the first query, length);
+# strides are those of query, key, lse and tables, as the kernel has them.
+
+
 @triton.jit
 def head_scores(
     k,  # [BLOCK_N, BLOCK_D] in DTYPE
     column,  # [BLOCK_N] int64, their positions
     ok_n,  # [BLOCK_N] bool
     query_ptr,  # first query of this head, at key position first_row
-    stride_qs,
-    cos_ptr,  # table of the first key, or None
-    sin_ptr,
-    stride_cs,
-    rows_ptr,  # [R] int64, this sample's
-    weight_ptr,  # [R] or None
     lse_ptr,  # this head's, of the first query or of rows[0]; None = plain logits
-    stride_ls,
-    scale,
-    R,
-    first_row,
-    length,
+    sample,
+    sizes,
+    strides,
     D: tl.constexpr,
     ROW_REDUCE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -47,6 +44,8 @@ def head_scores(
     BLOCK_D: tl.constexpr,
 ):
     """Reduce one head over the rows: [BLOCK_N] float32."""
+    _, cos_ptr, sin_ptr, rows_ptr, _, _, weight_ptr = sample
+    scale, R, _, first_row, length = sizes
     NAN: tl.constexpr = float("nan")
     reduced = tl.full((BLOCK_N,), float("-inf") if ROW_REDUCE == "max" else 0.0, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -57,15 +56,12 @@ def head_scores(
         real = (row >= tl.maximum(first_row, 0)) & (row < length)
         row = tl.where(real, row, first_row)
         q_row = row - first_row
-        q = load_rows(
-            query_ptr, q_row * stride_qs, cos_ptr, sin_ptr, row * stride_cs, real, D, BLOCK_D, DTYPE
-        )
-        p = (
-            tl.dot(q, tl.trans(k), input_precision="ieee" if tl.target_info.is_hip() else "tf32x3") * scale
-        )  # [BLOCK_M, BLOCK_N]
+        q_offs, rope_offs = q_row * strides[0][2], row * strides[3][1]
+        q = load_rows(query_ptr, q_offs, cos_ptr, sin_ptr, rope_offs, real, D, BLOCK_D, DTYPE)
+        p = row_products(q, k) * scale  # [BLOCK_M, BLOCK_N]
         if lse_ptr is not None:
             at = q_row if LSE_BY_POSITION else offs_m
-            lse = tl.load(lse_ptr + at * stride_ls, mask=real, other=0.0)
+            lse = tl.load(lse_ptr + at * strides[2][2], mask=real, other=0.0)
             p = tl.exp2((p - lse[:, None]) * LOG2E)
         weight = real.to(tl.float32)
         if weight_ptr is not None:
@@ -90,42 +86,24 @@ def head_scores(
 
 @triton.jit
 def score_part(
-    query_ptr,
-    key_ptr,
-    cos_ptr,
-    sin_ptr,
-    rows_ptr,
-    columns_ptr,
-    key_mask_ptr,
-    lse_ptr,
-    weight_ptr,
-    part_ptr,
-    scale,
-    R,
-    N,
-    first_row,
-    length,
-    stride_qh,
-    stride_qs,
-    stride_kh,
-    stride_ks,
-    stride_lh,
-    stride_ls,
-    stride_cs,
+    query_ptr,  # this sample's first query
+    lse_ptr,  # of its first query or row, or None
+    part_ptr,  # its part 0
+    sample,
+    sizes,
+    strides,
     HEADS_KV: tl.constexpr,  # KV heads of this split
     G: tl.constexpr,
-    D: tl.constexpr,
-    PER_HEAD: tl.constexpr,
     HEAD_REDUCE: tl.constexpr,
-    ROW_REDUCE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    LSE_BY_POSITION: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    tile,  # the constants of head_scores, in its order
 ):
-    """One tile of columns in the heads of one split; pointers are those of this sample, part_ptr's of its part 0."""
+    """One tile of columns in the heads of one split."""
+    key_ptr, cos_ptr, sin_ptr, _, columns_ptr, key_mask_ptr, _ = sample
+    N, length = sizes[2], sizes[4]
+    D: tl.constexpr = tile[0]
+    DTYPE: tl.constexpr = tile[4]
+    BLOCK_N: tl.constexpr = tile[6]
+    BLOCK_D: tl.constexpr = tile[7]
     split = tl.program_id(1).to(tl.int64)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.load(columns_ptr + offs_n, mask=offs_n < N, other=-1)  # [BLOCK_N]
@@ -136,44 +114,20 @@ def score_part(
     joined = tl.full((BLOCK_N,), float("-inf") if HEAD_REDUCE == "max" else 0.0, tl.float32)
     for i in range(HEADS_KV):
         h_kv = split * HEADS_KV + i
-        k_offs = h_kv * stride_kh + column * stride_ks
-        k = load_rows(key_ptr, k_offs, cos_ptr, sin_ptr, column * stride_cs, ok_n, D, BLOCK_D, DTYPE)
+        k_offs = h_kv * strides[1][1] + column * strides[1][2]
+        k = load_rows(key_ptr, k_offs, cos_ptr, sin_ptr, column * strides[3][1], ok_n, D, BLOCK_D, DTYPE)
         for g in range(G):
             h = h_kv * G + g
             head_lse_ptr = lse_ptr
             if lse_ptr is not None:
-                head_lse_ptr = lse_ptr + h * stride_lh
-            reduced = head_scores(
-                k,
-                column,
-                ok_n,
-                query_ptr + h * stride_qh,
-                stride_qs,
-                cos_ptr,
-                sin_ptr,
-                stride_cs,
-                rows_ptr,
-                weight_ptr,
-                head_lse_ptr,
-                stride_ls,
-                scale,
-                R,
-                first_row,
-                length,
-                D,
-                ROW_REDUCE,
-                CAUSAL,
-                LSE_BY_POSITION,
-                DTYPE,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-            )
-            if PER_HEAD:
+                head_lse_ptr = lse_ptr + h * strides[2][1]
+            head_ptr = query_ptr + h * strides[0][1]
+            reduced = head_scores(k, column, ok_n, head_ptr, head_lse_ptr, sample, sizes, strides, *tile)
+            if HEAD_REDUCE == "none":
                 tl.store(part_ptr + h * N + offs_n, reduced, mask=offs_n < N)
             elif HEAD_REDUCE == "max":
                 joined = max_with_nan(joined, reduced)
             else:
                 joined += reduced
-    if not PER_HEAD:
+    if HEAD_REDUCE != "none":
         tl.store(part_ptr + split * N + offs_n, joined, mask=offs_n < N)

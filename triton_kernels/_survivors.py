@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from vlmprune.triton_kernels._score import max_over_rows, max_with_nan
-from vlmprune.triton_kernels.select_topk import _select_row
 
 PARTS_AT_ONCE = tl.constexpr(8)  # loads in flight while parts are joined
 
@@ -69,38 +68,25 @@ def _dropped_before(columns_ptr, keep, samples, N, KEEP_ON_DEVICE: tl.constexpr,
 
 
 @triton.jit
-def select_sample(
-    spread_ptr,
-    code_ptr,
+def place_of_sample(
     columns_ptr,
     keep,
-    index_ptr,
-    count_ptr,
-    cu_seqlens_out_ptr,
     b,
     start_k,
     length,
     N,
     width,
+    cu_seqlens_out_ptr,
     KEEP_ON_DEVICE: tl.constexpr,
     CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
 ):
-    """Write the survivors of sample b; in a packed batch behind those of the samples before it."""
-    quota = tl.zeros((), tl.int64) + (tl.load(keep + b) if KEEP_ON_DEVICE else keep)
-    if cu_seqlens_out_ptr is None:
-        index_ptr += b * width
-    else:
-        first = (start_k - _dropped_before(columns_ptr, keep, b, N, KEEP_ON_DEVICE, CHUNK)).to(tl.int32)
-        last = start_k + length - _dropped_before(columns_ptr, keep, b + 1, N, KEEP_ON_DEVICE, CHUNK)
-        end = tl.zeros((), tl.int32) + width
-        if b < tl.num_programs(2) - 1:  # the last sample fills up what is left
-            end = tl.minimum(last.to(tl.int32), end)
-        width = tl.maximum(end - first, 0)
-        index_ptr += first
-        tl.store(cu_seqlens_out_ptr + b + 1, last)
-        if b == 0:
-            tl.store(cu_seqlens_out_ptr, 0)
-    row = (spread_ptr, code_ptr, 1, length, None)
-    count = _select_row(row, quota, index_ptr, start_k, width, CHUNK, ONE_CHUNK)
-    tl.store(count_ptr + b, count.to(tl.int64))
+    """(first slot, slots) of sample b of a packed batch, behind those before it; writes where it ends."""
+    first = (start_k - _dropped_before(columns_ptr, keep, b, N, KEEP_ON_DEVICE, CHUNK)).to(tl.int32)
+    last = start_k + length - _dropped_before(columns_ptr, keep, b + 1, N, KEEP_ON_DEVICE, CHUNK)
+    end = tl.zeros((), tl.int32) + width
+    if b < tl.num_programs(2) - 1:  # the last sample fills up what is left
+        end = tl.minimum(last.to(tl.int32), end)
+    tl.store(cu_seqlens_out_ptr + b + 1, last)
+    if b == 0:
+        tl.store(cu_seqlens_out_ptr, 0)
+    return first, tl.maximum(end - first, 0)

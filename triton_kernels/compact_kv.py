@@ -17,35 +17,6 @@ BLOCK_BYTES = 128  # of columns: whole cache lines, and enough chains where head
 BLOCK_K = 64
 
 
-@triton.jit
-def _walk_chain(
-    unit,
-    caches,
-    strides,
-    S,
-    index_ptr,  # [K] of this sample
-    b,
-    K,
-    COUNT: tl.constexpr,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Move what a sample keeps of one unit: (tensor of the group, head, block of columns)."""
-    tensor, h, offs_d = place_of(unit, HEADS, D, BLOCK_D)
-    x_ptr = pick(caches, tensor, COUNT) + b * strides[0] + h * strides[1]
-    for first in range(0, K, BLOCK_K):
-        offs_k = first + tl.arange(0, BLOCK_K).to(tl.int64)
-        row = tl.load(index_ptr + offs_k, mask=offs_k < K, other=-1)  # [BLOCK_K]
-        moves = (row > offs_k) & (row < S)
-        mask = moves[:, None] & (offs_d < D)[None, :]
-        from_offs = tl.where(moves, row, 0) * strides[2]
-        x = tl.load(x_ptr + from_offs[:, None] + offs_d[None, :], mask=mask)  # [BLOCK_K, BLOCK_D]
-        tl.debug_barrier()  # a row of this tile may be both read and written, by different threads
-        tl.store(x_ptr + (offs_k * strides[2])[:, None] + offs_d[None, :], x, mask=mask)
-
-
 @triton.jit(do_not_specialize=["lengths", "K"])
 def _compact_kv_kernel(
     caches,  # per group, a tuple of pointers to x [B, heads, S, D]
@@ -63,21 +34,17 @@ def _compact_kv_kernel(
     pid, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     for i in tl.static_range(len(COUNTS)):
         if (pid >= first_units[i]) & (pid < first_units[i + 1]):
-            unit, at = pid - first_units[i], index_ptr + b * K
-            _walk_chain(
-                unit,
-                caches[i],
-                strides[i],
-                lengths[i],
-                at,
-                b,
-                K,
-                COUNTS[i],
-                HEADS[i],
-                WIDTHS[i],
-                BLOCKS[i],
-                BLOCK_K,
-            )
+            tensor, h, offs_d = place_of(pid - first_units[i], HEADS[i], WIDTHS[i], BLOCKS[i])
+            x_ptr = pick(caches[i], tensor, COUNTS[i]) + b * strides[i][0] + h * strides[i][1]
+            for first in range(0, K, BLOCK_K):
+                offs_k = first + tl.arange(0, BLOCK_K).to(tl.int64)
+                row = tl.load(index_ptr + b * K + offs_k, mask=offs_k < K, other=-1)  # [BLOCK_K]
+                moves = (row > offs_k) & (row < lengths[i])
+                mask = moves[:, None] & (offs_d < WIDTHS[i])[None, :]
+                from_offs = tl.where(moves, row, 0) * strides[i][2]
+                x = tl.load(x_ptr + from_offs[:, None] + offs_d[None, :], mask=mask)  # [BLOCK_K, BLOCK_D]
+                tl.debug_barrier()  # a row of this tile may be both read and written, by different threads
+                tl.store(x_ptr + (offs_k * strides[i][2])[:, None] + offs_d[None, :], x, mask=mask)
 
 
 def compact_kv(caches, index):

@@ -14,33 +14,6 @@ BLOCK_BYTES = 512  # of columns: a warp's 32 pieces of 16 bytes
 BLOCK_K = 16
 
 
-@triton.jit
-def _copy_unit(
-    unit,
-    sources,
-    outs,
-    strides,
-    S,
-    row,
-    offs_k,
-    b,
-    K,
-    COUNT: tl.constexpr,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Copy the rows ``row [BLOCK_K]`` of one unit: (tensor of the group, head, block of columns)."""
-    tensor, h, offs_d = place_of(unit, HEADS, D, BLOCK_D)
-    source, out = pick(sources, tensor, COUNT), pick(outs, tensor, COUNT)
-    is_row = (row >= 0) & (row < S)
-    x_offs = b * strides[0] + h * strides[1] + tl.where(is_row, row, 0) * strides[2]
-    mask = (offs_k < K)[:, None] & (offs_d < D)[None, :]
-    x = tl.load(source + x_offs[:, None] + offs_d[None, :], mask=mask & is_row[:, None], other=0)
-    out_offs = ((b * HEADS + h) * K + offs_k) * D
-    tl.store(out + out_offs[:, None] + offs_d[None, :], x, mask=mask)  # [BLOCK_K, BLOCK_D]
-
-
 @triton.jit(do_not_specialize=["lengths", "K"])
 def _gather_tokens_kernel(
     sources,  # per group, a tuple of pointers to x [B or 1, heads, S, D]
@@ -61,21 +34,15 @@ def _gather_tokens_kernel(
     row = tl.load(index_ptr + b * K + offs_k, mask=offs_k < K, other=-1)  # [BLOCK_K]
     for i in tl.static_range(len(COUNTS)):
         if (pid >= first_units[i]) & (pid < first_units[i + 1]):
-            _copy_unit(
-                pid - first_units[i],
-                sources[i],
-                outs[i],
-                strides[i],
-                lengths[i],
-                row,
-                offs_k,
-                b,
-                K,
-                COUNTS[i],
-                HEADS[i],
-                WIDTHS[i],
-                BLOCKS[i],
-            )
+            D: tl.constexpr = WIDTHS[i]
+            tensor, h, offs_d = place_of(pid - first_units[i], HEADS[i], D, BLOCKS[i])
+            source, out = pick(sources[i], tensor, COUNTS[i]), pick(outs[i], tensor, COUNTS[i])
+            is_row = (row >= 0) & (row < lengths[i])
+            x_offs = b * strides[i][0] + h * strides[i][1] + tl.where(is_row, row, 0) * strides[i][2]
+            mask = (offs_k < K)[:, None] & (offs_d < D)[None, :]
+            x = tl.load(source + x_offs[:, None] + offs_d[None, :], mask=mask & is_row[:, None], other=0)
+            out_offs = ((b * HEADS[i] + h) * K + offs_k) * D
+            tl.store(out + out_offs[:, None] + offs_d[None, :], x, mask=mask)  # [BLOCK_K, BLOCK_D]
 
 
 def gather_tokens(tensors, index):

@@ -99,43 +99,6 @@ def _join_matches(best_ptr, match_ptr, role_ptr, code_ptr, N, splits, CHUNK: tl.
 
 
 @triton.jit
-def _number_survivors(
-    row,
-    match_ptr,
-    role_ptr,
-    assignment_ptr,
-    index_ptr,
-    r,
-    width,
-    CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-):
-    """Write the survivors' slots, and -2 - destination for the sources that merge; fill the index."""
-    N = row[3]
-    keys = _load_keys(row, tl.arange(0, CHUNK))
-    threshold, ties, _merges = _last_kept(row, keys, tl.zeros((), tl.int64) + r, CHUNK, ONE_CHUNK)
-    n_above = tl.zeros((), tl.int32)
-    n_equal = tl.zeros((), tl.int32)
-    count = tl.zeros((), tl.int32)
-    for start in range(0, N, CHUNK):
-        offs = start + tl.arange(0, CHUNK)
-        if not ONE_CHUNK:
-            keys = _load_keys(row, offs)
-        merged, _, n_above, n_equal = _kept_before(keys, threshold, ties, n_above, n_equal)
-        role = _role(role_ptr, offs, N)
-        stays = tl.where(merged, 0, (role < 2).to(tl.int32))
-        slot = count + tl.cumsum(stays, 0) - stays
-        match = tl.load(match_ptr + offs, mask=merged, other=-1)
-        assigned = tl.where(stays > 0, slot, tl.where(merged, -2 - match, -1))
-        tl.store(assignment_ptr + offs, assigned.to(tl.int64), mask=offs < N)
-        tl.store(index_ptr + slot, offs.to(tl.int64), mask=(stays > 0) & (slot < width))
-        count += tl.sum(stays, 0)
-    for start in range(0, width, CHUNK):
-        offs = start + tl.arange(0, CHUNK)
-        tl.store(index_ptr + offs, tl.full((CHUNK,), -1, tl.int64), mask=(offs >= count) & (offs < width))
-
-
-@triton.jit
 def _number_kernel(
     best_ptr,  # [B, splits, N] float32, contiguous, of each source
     match_ptr,  # [B, splits, N] int32, contiguous
@@ -161,7 +124,27 @@ def _number_kernel(
     tl.debug_barrier()  # other threads than wrote them read the scores, the codes and the matches
     index_ptr += b * width
     row = (best_ptr, code_ptr, 1, N, None)
-    _number_survivors(row, match_ptr, role_ptr, assignment_ptr, index_ptr, r, width, CHUNK, ONE_CHUNK)
+    keys = _load_keys(row, tl.arange(0, CHUNK))
+    threshold, ties, _merges = _last_kept(row, keys, tl.zeros((), tl.int64) + r, CHUNK, ONE_CHUNK)
+    n_above = tl.zeros((), tl.int32)
+    n_equal = tl.zeros((), tl.int32)
+    count = tl.zeros((), tl.int32)
+    for start in range(0, N, CHUNK):
+        offs = start + tl.arange(0, CHUNK)
+        if not ONE_CHUNK:
+            keys = _load_keys(row, offs)
+        merged, _, n_above, n_equal = _kept_before(keys, threshold, ties, n_above, n_equal)
+        role = _role(role_ptr, offs, N)
+        stays = tl.where(merged, 0, (role < 2).to(tl.int32))
+        slot = count + tl.cumsum(stays, 0) - stays
+        match = tl.load(match_ptr + offs, mask=merged, other=-1)
+        assigned = tl.where(stays > 0, slot, tl.where(merged, -2 - match, -1))  # -2 - destination: it merges
+        tl.store(assignment_ptr + offs, assigned.to(tl.int64), mask=offs < N)
+        tl.store(index_ptr + slot, offs.to(tl.int64), mask=(stays > 0) & (slot < width))
+        count += tl.sum(stays, 0)
+    for start in range(0, width, CHUNK):
+        offs = start + tl.arange(0, CHUNK)
+        tl.store(index_ptr + offs, tl.full((CHUNK,), -1, tl.int64), mask=(offs >= count) & (offs < width))
     tl.debug_barrier()  # and the slots of the destinations, which never merge
     for start in range(0, N, CHUNK):
         offs = start + tl.arange(0, CHUNK)

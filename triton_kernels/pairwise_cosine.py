@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._device import dot_dtype
+from vlmprune.triton_kernels._device import dot_dtype, row_products
 
 BLOCK = 64
 ROW_BYTES = 128  # of an operand tile
@@ -31,17 +31,13 @@ def cosine_tile(
     for start in range(0, D, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
-        m = tl.load(
-            row_m[:, None] + offs_d[None, :], mask=(inverse_m > 0)[:, None] & mask_d[None, :], other=0.0
+        mask_m, mask_n = (
+            (inverse_m > 0)[:, None] & mask_d[None, :],
+            (inverse_n > 0)[:, None] & mask_d[None, :],
         )
-        n = tl.load(
-            row_n[:, None] + offs_d[None, :], mask=(inverse_n > 0)[:, None] & mask_d[None, :], other=0.0
-        )
-        dots += tl.dot(
-            m.to(DTYPE),
-            tl.trans(n.to(DTYPE)),
-            input_precision="ieee" if tl.target_info.is_hip() else "tf32x3",
-        )
+        m = tl.load(row_m[:, None] + offs_d[None, :], mask=mask_m, other=0.0)
+        n = tl.load(row_n[:, None] + offs_d[None, :], mask=mask_n, other=0.0)
+        dots += row_products(m.to(DTYPE), n.to(DTYPE))
     cos = dots * (inverse_m[:, None] * inverse_n[None, :])
     return tl.minimum(tl.maximum(cos, -1.0), 1.0)
 

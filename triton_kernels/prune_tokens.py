@@ -8,7 +8,6 @@ import torch
 
 from vlmprune.triton_kernels._device import longest
 from vlmprune.triton_kernels._launch import Program, recording
-from vlmprune.triton_kernels._scoring import Selection
 from vlmprune.triton_kernels.gather_tokens import gather_tokens
 from vlmprune.triton_kernels.score_select import score
 from vlmprune.triton_kernels.select_topk import MAX_CHUNK, select_topk
@@ -21,7 +20,7 @@ def prune_tokens(s, tensors, keep, width):
     spread = s.query.new_empty((B, S), dtype=torch.float32)
     code = s.query.new_empty((B, S), dtype=torch.int8)
     if S > MAX_CHUNK and not packed:
-        scores = score(s, Selection(keep, spread, code))
+        scores = score(s, keep, spread, code)
         index, count = select_topk(spread, keep, code, width)
         return gather_tokens(tensors, index), index, count, scores, None
     index = s.query.new_empty((1 if packed else B, width), dtype=torch.int64)
@@ -31,7 +30,7 @@ def prune_tokens(s, tensors, keep, width):
         scores = s.query.new_empty(s.columns.shape, dtype=torch.float32)
         index, ends = index.fill_(-1), ends if ends is None else ends.zero_()
     else:
-        scores = score(s, Selection(keep, spread, code, index, count, ends))
+        scores = score(s, keep, spread, code, index, count, ends)
     return gather_tokens(tensors, index), index, count, scores, ends
 
 

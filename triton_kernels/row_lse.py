@@ -12,11 +12,11 @@ import triton.language as tl
 
 from vlmprune.triton_kernels._device import (
     LOG2E,
-    as_bytes,
     dot_dtype,
-    layout,
+    laid_out,
     load_rows,
     padded_head_dim,
+    row_products,
     span,
     tiles,
 )
@@ -122,24 +122,18 @@ def _row_lse_kernel(
     keys_per_split = tl.cdiv(tl.cdiv(n_keys, SPLITS), BLOCK_N) * BLOCK_N
     start = pid_split * keys_per_split
     for first in range(start, tl.minimum(start + keys_per_split, n_keys), BLOCK_N):
-        at, ok_n = _key_positions(
-            columns_ptr, key_mask_ptr, first + tl.arange(0, BLOCK_N), n_keys, length
-        )  # [BLOCK_N]
-        k = load_rows(
-            key_ptr, at * key_strides[2], cos_ptr, sin_ptr, at * rope_strides[1], ok_n, D, BLOCK_D, DTYPE
-        )
-
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee" if tl.target_info.is_hip() else "tf32x3") * (
-            scale * LOG2E
-        )  # [BLOCK_M, BLOCK_N]
+        n = first + tl.arange(0, BLOCK_N)
+        at, ok_n = _key_positions(columns_ptr, key_mask_ptr, n, n_keys, length)  # [BLOCK_N]
+        k_offs, rope_offs = at * key_strides[2], at * rope_strides[1]
+        k = load_rows(key_ptr, k_offs, cos_ptr, sin_ptr, rope_offs, ok_n, D, BLOCK_D, DTYPE)
+        logits = row_products(q, k) * (scale * LOG2E)  # [BLOCK_M, BLOCK_N]
         ok = real[:, None] & ok_n[None, :]
         if CAUSAL:
             ok = ok & (row[:, None] >= at[None, :])
         logits = tl.where(ok, logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
-        base = tl.where(
-            new_top == float("-inf"), 0.0, new_top
-        )  # a row that saw nothing yet must not become NaN
+        # a row that saw nothing yet must not become NaN
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp2(top - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
         top = new_top
 
@@ -167,25 +161,23 @@ def count_splits(n_keys, programs):
 def row_lse(s):
     """Allocate, cut the keys, launch. Sums over all keys, or the columns if it is they that s normalizes over."""
     (H, Sq, D), (Hkv, S), (B, R) = s.query.shape[1:], s.key.shape[1:3], s.rows.shape
-    at = layout(s)
-    columns = s.columns.contiguous() if s.normalize == "columns" else None
-    n_keys = at.longest if columns is None else columns.shape[1]
+    s, query_strides, key_strides, rope_strides = laid_out(s)
+    columns = s.columns if s.normalize == "columns" else None
+    n_keys = s.max_seqlen if columns is None else columns.shape[1]
     if B * R == 0 or n_keys == 0:
         return s.query.new_full((B, H, R), float("-inf"), dtype=torch.float32)
-    config = tiles(s.query, H // Hkv * R, at.cos is not None)
+    config = tiles(s.query, H // Hkv * R, s.cos is not None)
     row_tiles = triton.cdiv(H // Hkv * R, config["BLOCK_M"])
     splits = count_splits(n_keys, B * Hkv * row_tiles)
     part = s.query.new_empty((splits, B, H, R), dtype=torch.float32)
     out = part[0] if splits == 1 else torch.empty_like(part[0])
     counter = None if splits == 1 else s.query.new_zeros(B * Hkv * row_tiles, dtype=torch.int32)
-    inputs = (s.query, s.key, at.cos, at.sin, s.rows.contiguous(), columns, as_bytes(s.key_mask))
-    sizes = (s.scale, B, Hkv, R, Sq, S, 0 if columns is None else n_keys, at.longest)
+    sizes = (s.scale, B, Hkv, R, Sq, S, 0 if columns is None else n_keys, s.max_seqlen)
     launch(
         _row_lse_kernel,
         (B * Hkv, row_tiles, splits),
-        *(*inputs, at.cu_seqlens, at.cu_seqlens_q),
-        *(counter, part, out, *sizes),
-        *(at.query_strides, at.key_strides, at.rope_strides),
+        *(s.query, s.key, s.cos, s.sin, s.rows, columns, s.key_mask, s.cu_seqlens, s.cu_seqlens_q),
+        *(counter, part, out, *sizes, query_strides, key_strides, rope_strides),
         G=H // Hkv,
         D=D,
         CAUSAL=s.causal,

@@ -12,30 +12,20 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._device import (
-    as_bytes,
-    dot_dtype,
-    layout,
-    padded_head_dim,
-    span,
-    tiles,
-)
+from vlmprune.triton_kernels._device import dot_dtype, laid_out, padded_head_dim, span, tiles
 from vlmprune.triton_kernels._launch import launch
 from vlmprune.triton_kernels._score import score_part
-from vlmprune.triton_kernels._scoring import Selection, head_splits, registers, row_statistics
-from vlmprune.triton_kernels._survivors import (
-    code_positions,
-    enter_columns,
-    join_parts,
-    select_sample,
-)
-from vlmprune.triton_kernels.select_topk import MIN_CHUNK
+from vlmprune.triton_kernels._survivors import code_positions, enter_columns, join_parts, place_of_sample
+from vlmprune.triton_kernels.row_lse import row_lse
+from vlmprune.triton_kernels.select_topk import MIN_CHUNK, _select_row
 
 JOIN_CHUNK = tl.constexpr(512)
-MAX_CHUNK = (
-    2048  # positions at once; more would cost every score program registers that only the last one uses
-)
+# positions at once; more would cost every score program registers that only the last one uses
+MAX_CHUNK = 2048
 FEW_KEYS = 1024  # up to here 4 warps select
+
+# about one program for each multiprocessor of a large GPU; fixed, so that sums keep their order
+TARGET_PROGRAMS = 128
 
 
 @triton.jit(do_not_specialize=["keep", "R", "Sq", "S", "width"])
@@ -76,7 +66,6 @@ def _score_select_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
-    PER_HEAD: tl.constexpr,
     HEAD_REDUCE: tl.constexpr,
     ROW_REDUCE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -93,57 +82,29 @@ def _score_select_kernel(
     start_k, length = span(cu_seqlens_ptr, b, S, max_seqlen)
     start_q, length_q = span(cu_seqlens_q_ptr, b, Sq, max_seqlen)
     part_ptr += b * PARTS * N
-    mask_ptr = key_mask_ptr
     if key_mask_ptr is not None:
-        mask_ptr = key_mask_ptr + b * S
-    lse_b_ptr = lse_ptr
+        key_mask_ptr += b * S
     if lse_ptr is not None:
-        lse_b_ptr = lse_ptr + b * lse_strides[0]
+        lse_ptr += b * lse_strides[0]
         if LSE_BY_POSITION:
-            lse_b_ptr += start_q * lse_strides[2]
-    weight_b_ptr = weight_ptr
+            lse_ptr += start_q * lse_strides[2]
     if weight_ptr is not None:
-        weight_b_ptr = weight_ptr + b * R
-    cos_b_ptr = cos_ptr
-    sin_b_ptr = sin_ptr
+        weight_ptr += b * R
     if cos_ptr is not None:
-        cos_b_ptr = cos_ptr + b * rope_strides[0] + start_k * rope_strides[1]
-        sin_b_ptr = sin_ptr + b * rope_strides[0] + start_k * rope_strides[1]
+        cos_ptr += b * rope_strides[0] + start_k * rope_strides[1]
+        sin_ptr += b * rope_strides[0] + start_k * rope_strides[1]
+    key_ptr += b * key_strides[0] + start_k * key_strides[2]
     score_part(
         query_ptr + b * query_strides[0] + start_q * query_strides[2],
-        key_ptr + b * key_strides[0] + start_k * key_strides[2],
-        cos_b_ptr,
-        sin_b_ptr,
-        rows_ptr + b * R,
-        columns_ptr + b * N,
-        mask_ptr,
-        lse_b_ptr,
-        weight_b_ptr,
+        lse_ptr,
         part_ptr,
-        scale,
-        R,
-        N,
-        length - length_q,
-        length,
-        query_strides[1],
-        query_strides[2],
-        key_strides[1],
-        key_strides[2],
-        lse_strides[1],
-        lse_strides[2],
-        rope_strides[1],
+        (key_ptr, cos_ptr, sin_ptr, rows_ptr + b * R, columns_ptr + b * N, key_mask_ptr, weight_ptr),
+        (scale, R, N, length - length_q, length),
+        (query_strides, key_strides, lse_strides, rope_strides),
         HEADS_KV,
         G,
-        D,
-        PER_HEAD,
         HEAD_REDUCE,
-        ROW_REDUCE,
-        CAUSAL,
-        LSE_BY_POSITION,
-        DTYPE,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_D,
+        (D, ROW_REDUCE, CAUSAL, LSE_BY_POSITION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_D),
     )
     if scores_ptr is not None:
         tl.debug_barrier()  # Triton 3.6 puts none between the stores of all warps and the release by one thread
@@ -153,7 +114,7 @@ def _score_select_kernel(
             if spread_ptr is not None:
                 spread_ptr += b * max_seqlen
                 code_ptr += b * max_seqlen
-                code_positions(mask_ptr, spread_ptr, code_ptr, length, max_seqlen, CHUNK)
+                code_positions(key_mask_ptr, spread_ptr, code_ptr, length, max_seqlen, CHUNK)
                 tl.debug_barrier()  # the columns hit addresses that another thread has just written
             for start in range(0, N, JOIN_CHUNK):
                 offs = start + tl.arange(0, JOIN_CHUNK)
@@ -163,63 +124,81 @@ def _score_select_kernel(
                 tl.store(scores_ptr + b * N + offs, score, mask=offs < N)
                 if spread_ptr is not None:
                     column = tl.load(columns_ptr + b * N + offs, mask=offs < N, other=-1)
-                    enter_columns(score, column, mask_ptr, spread_ptr, code_ptr, length, JOIN_CHUNK)
+                    enter_columns(score, column, key_mask_ptr, spread_ptr, code_ptr, length, JOIN_CHUNK)
             if index_ptr is not None:
                 tl.debug_barrier()
-                select_sample(
-                    spread_ptr,
-                    code_ptr,
-                    columns_ptr,
-                    keep,
-                    index_ptr,
-                    count_ptr,
-                    cu_seqlens_out_ptr,
-                    b,
-                    start_k,
-                    length,
-                    N,
-                    width,
-                    KEEP_ON_DEVICE,
-                    CHUNK,
-                    ONE_CHUNK,
-                )
+                quota = tl.zeros((), tl.int64) + (tl.load(keep + b) if KEEP_ON_DEVICE else keep)
+                out_ptr, slots = index_ptr + b * width, width
+                if cu_seqlens_out_ptr is not None:
+                    ends = (columns_ptr, keep, b, start_k, length, N, width, cu_seqlens_out_ptr)
+                    first, slots = place_of_sample(*ends, KEEP_ON_DEVICE, CHUNK)
+                    out_ptr = index_ptr + first
+                row = (spread_ptr, code_ptr, 1, length, None)
+                count = _select_row(row, quota, out_ptr, start_k, slots, CHUNK, ONE_CHUNK)
+                tl.store(count_ptr + b, count.to(tl.int64))
 
 
-def score(s, selection=None):
-    """Launch the row statistics if needed and the score kernel; [B, H, N] for head_reduce "none", else [B, N]."""
+def head_splits(B, Hkv, tiles_n):
+    """How many programs share the heads of a column tile; from shapes only, so results repeat bit for bit."""
+    wanted = triton.cdiv(TARGET_PROGRAMS, B * tiles_n)
+    return next(n for n in range(1, Hkv + 1) if Hkv % n == 0 and (n >= wanted or n == Hkv))
+
+
+def registers(s, R, num_warps):
+    """How many registers a thread may take: said aloud, as ptxas would rather spill a word than pass 128.
+
+    Few rows are memory bound: two programs shall share a multiprocessor, as those of 4 warps do with any number. No lower
+    limit for these: ptxas fills it with loads ahead of their use, and spills. AMD knows no such option.
+    """
+    if torch.version.hip:
+        return {}
+    few_rows = R <= 16 and s.cos is None and s.query.element_size() == 2
+    return {"maxnreg": 128 if few_rows and num_warps == 8 else 255}
+
+
+def row_statistics(s):
+    """The log-sum-exp of the rows, [B, H, Sq] if it was given, else [B, H, R]; None for plain logits."""
+    if s.normalize == "none" or s.lse is not None:
+        return s.lse
+    return row_lse(s)
+
+
+def score(s, keep=None, spread=None, code=None, index=None, count=None, ends=None):
+    """Launch the row statistics if needed and the score kernel; [B, H, N] for head_reduce "none", else [B, N].
+
+    The others are what the kernel chooses by, and where its choice goes; without ``index`` that is left to select_topk.
+    """
     (H, Sq, D), (Hkv, S), (B, R), N = s.query.shape[1:], s.key.shape[1:3], s.rows.shape, s.columns.shape[1]
-    at, lse, config = layout(s), row_statistics(s), tiles(s.query, R, s.cos is not None)
+    s, query_strides, key_strides, rope_strides = laid_out(s)
+    lse, config = row_statistics(s), tiles(s.query, R, s.cos is not None)
     tiles_n = max(1, triton.cdiv(N, config["BLOCK_N"]))
     splits, joins = head_splits(B, Hkv, tiles_n), s.head_reduce != "none"
     part = s.query.new_empty((B, splits if joins else H, N), dtype=torch.float32)
     scores = s.query.new_empty((B, N), dtype=torch.float32) if joins else None
     counter = s.query.new_zeros(B, dtype=torch.int32) if joins else None
-    chunk = min(max(triton.next_power_of_2(at.longest), MIN_CHUNK), MAX_CHUNK)
-    if selection is not None and chunk > FEW_KEYS:
+    chunk = min(max(triton.next_power_of_2(s.max_seqlen), MIN_CHUNK), MAX_CHUNK)
+    if spread is not None and chunk > FEW_KEYS:
         config["num_warps"] = 8
-    c = selection or Selection()
-    lists = (s.rows.contiguous(), s.columns.contiguous(), as_bytes(s.key_mask))
-    weight = None if s.row_weight is None else s.row_weight.contiguous()
-    sizes = (s.scale, R, N, Sq, S, at.longest, 0 if c.index is None else c.index.shape[1])
+    sizes = (s.scale, R, N, Sq, S, s.max_seqlen, 0 if index is None else index.shape[1])
     launch(
         _score_select_kernel,
         (tiles_n, splits, B),
-        *(s.query, s.key, at.cos, at.sin, *lists, lse, weight, at.cu_seqlens, at.cu_seqlens_q),
-        *(c.keep, counter, part, scores, c.spread, c.code, c.index, c.count, c.cu_seqlens_out, *sizes),
-        *(at.query_strides, at.key_strides, _lse_strides(s, lse), at.rope_strides),
+        *(s.query, s.key, s.cos, s.sin, s.rows, s.columns, s.key_mask),
+        *(lse, s.row_weight, s.cu_seqlens, s.cu_seqlens_q),
+        *(keep, counter, part, scores, spread, code, index, count, ends, *sizes),
+        *(query_strides, key_strides, _lse_strides(s, lse), rope_strides),
         PARTS=part.shape[1],
         HEADS_KV=Hkv // splits,
         H=H,
         G=H // Hkv,
         D=D,
-        PER_HEAD=not joins,
         HEAD_REDUCE=s.head_reduce,
         ROW_REDUCE=s.row_reduce,
         CAUSAL=s.causal,
         LSE_BY_POSITION=s.lse is not None,
-        KEEP_ON_DEVICE=isinstance(c.keep, torch.Tensor),
+        KEEP_ON_DEVICE=isinstance(keep, torch.Tensor),
         CHUNK=chunk,
-        ONE_CHUNK=at.longest <= chunk,
+        ONE_CHUNK=s.max_seqlen <= chunk,
         **registers(s, R, config["num_warps"]),
         DTYPE=dot_dtype(s.query),
         BLOCK_D=padded_head_dim(D),

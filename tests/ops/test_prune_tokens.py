@@ -277,6 +277,7 @@ ERRORS = [
         r"^lse: expected None unless normalize is 'row', got a tensor with normalize='none'$",
     ),
     (dict(row_weight=lambda a: torch.ones(5)), r"^row_weight: expected \[2, 5\], got \(5,\)$"),
+    (dict(head_reduce=lambda a: "median"), r"^head_reduce: expected one of mean, max, sum, got 'median'$"),
     (dict(head_reduce=lambda a: "none"), r"^head_reduce: expected one of mean, max, sum, got 'none'$"),
     (dict(row_reduce=lambda a: "all"), r"^row_reduce: expected one of mean, max, sum, got 'all'$"),
     (dict(normalize=lambda a: "all"), r"^normalize: expected one of row, columns, none, got 'all'$"),

@@ -18,11 +18,11 @@ def run(backend, query, key, **kwargs):
 @pytest.mark.parametrize("programs, heads", [(1, 6), (4, 3), (10, 1)])
 @pytest.mark.parametrize("head_reduce", HEADS)
 def test_a_program_may_take_several_heads(programs, heads, head_reduce, device, monkeypatch):
-    from vlmprune.triton_kernels import _scoring
+    from vlmprune.triton_kernels import score_select
 
     query, key, rows, columns = slow.inputs(H=12, Hkv=6, device=device)
-    monkeypatch.setattr(_scoring, "TARGET_PROGRAMS", programs)
-    assert 6 // _scoring.head_splits(B=2, Hkv=6, tiles_n=1) == heads
+    monkeypatch.setattr(score_select, "TARGET_PROGRAMS", programs)
+    assert 6 // score_select.head_splits(B=2, Hkv=6, tiles_n=1) == heads
     kwargs = dict(rows=rows, columns=columns, head_reduce=head_reduce)
     out, expected = run("triton", query, key, **kwargs), run("reference", query, key, **kwargs)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)

@@ -6,7 +6,7 @@ from torch.library import opcheck
 
 from helpers import slow
 from vlmprune import ops
-from vlmprune.ops import reference
+from vlmprune.ops import reference, scoring
 from vlmprune.ops.scoring import Scoring
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -204,3 +204,14 @@ ERRORS = [
 def test_error_text(changes, message):
     with pytest.raises(ValueError, match=message):
         ops.row_lse(**bad(**changes))
+
+
+def test_the_rows_are_looked_at_once(monkeypatch):
+    """They stand in for the columns, which nobody reads."""
+    query, key, rows, _ = slow.inputs()
+    looked, check_range = [], scoring.check_range
+    monkeypatch.setattr(
+        scoring, "check_range", lambda arg, *args: (looked.append(arg), check_range(arg, *args))
+    )
+    ops.row_lse(query, key, rows)
+    assert looked == ["rows"]

@@ -20,24 +20,38 @@ def check_last_dim(arg: str, x: Tensor) -> None:
 def check_features(features: Tensor) -> None:
     """Floats ``[B, N, D]`` whose rows lie side by side."""
     check(features.ndim == 3, "features", "rank 3 [B, N, D]", tuple(features.shape))
-    check(features.dtype in FLOATS, "features", "float32, float16 or bfloat16", features.dtype)
+    check_dtype("features", features, *FLOATS)
     check_last_dim("features", features)
 
 
-def check_mask(arg: str, x: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
-    """A bool mask of this shape, or None."""
+def check_tensor(
+    arg: str, x: Tensor | None, dtypes: Sequence[torch.dtype], shape: Sequence[int | str], like: Tensor
+) -> None:
+    """A tensor of one of these dtypes, of this shape and on the device of ``like``; or None."""
     if x is not None:
-        check(x.dtype == torch.bool, arg, "bool", x.dtype)
+        check_dtype(arg, x, *dtypes)
         check_shape(arg, x, shape)
-        check(x.device == device, arg, f"the device {device}", x.device)
+        check_device(arg, x, like.device)
 
 
-def check_floats(arg: str, x: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
-    """Floats of this shape, or None."""
-    if x is not None:
-        check(x.dtype in FLOATS, arg, "float32, float16 or bfloat16", x.dtype)
-        check_shape(arg, x, shape)
-        check(x.device == device, arg, f"the device {device}", x.device)
+def check_dtype(arg: str, x: Tensor, *dtypes: torch.dtype) -> None:
+    """One of these dtypes."""
+    if x.dtype not in dtypes:
+        *names, last = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        check(False, arg, f"{', '.join(names)} or {last}" if names else last, x.dtype)
+
+
+def check_shape(arg: str, x: Tensor, shape: Sequence[int | str]) -> None:
+    """This shape; where it has a letter, any number."""
+    same = [isinstance(n, str) or n == m for n, m in zip(shape, x.shape, strict=False)]
+    if x.ndim != len(shape) or not all(same):
+        expected = ", ".join([f"{n}" for n in shape])  # torch.compile cannot trace str() of a list
+        check(False, arg, f"[{expected}]", tuple(x.shape))
+
+
+def check_device(arg: str, x: Tensor, device: torch.device) -> None:
+    """This device."""
+    check(x.device == device, arg, f"the device {device}", x.device)
 
 
 def check_range(arg: str, x: Tensor, first: Tensor, end: Tensor) -> None:
@@ -68,7 +82,7 @@ def check_tensors(tensors: Sequence[Tensor], B: int, device: torch.device, S: in
         check(S is None or seq_len(x) == S, arg, f"{S} positions", tuple(x.shape))
         if x.ndim > 2:
             check_last_dim(arg, x)
-        check(x.device == device, arg, f"the device {device}", x.device)
+        check_device(arg, x, device)
 
 
 def seq_len(x: Tensor) -> int:
@@ -76,25 +90,13 @@ def seq_len(x: Tensor) -> int:
     return x.shape[2] if x.ndim == 4 else x.shape[1]
 
 
-def check_shape(arg: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    """Exactly this shape."""
-    expected = ", ".join([f"{n}" for n in shape])  # torch.compile cannot trace str() of a list
-    check(tuple(x.shape) == shape, arg, f"[{expected}]", tuple(x.shape))
-
-
 def check_choice(arg: str, got: str, choices: tuple[str, ...]) -> None:
     """One of a few words."""
     check(got in choices, arg, f"one of {', '.join(choices)}", repr(got))
 
 
-def check_count(arg: str, got: object, most: int) -> None:
-    """A whole number in 0..most."""
+def check_count(arg: str, got: object, most: int | None = None) -> None:
+    """A whole number in 0..most, or not negative."""
     ok = isinstance(got, int | torch.SymInt) and not isinstance(got, bool)
-    check(ok and 0 <= got <= most, arg, f"a whole number in 0..{most}", repr(got))  # type: ignore[operator]
-
-
-def check_per_sample(arg: str, x: Tensor, B: int, dtype: torch.dtype, device: torch.device) -> None:
-    """One number a sample, ``[B]``."""
-    check(x.dtype == dtype, arg, str(dtype).removeprefix("torch."), x.dtype)
-    check_shape(arg, x, (B,))
-    check(x.device == device, arg, f"the device {device}", x.device)
+    expected = "a whole number >= 0" if most is None else f"a whole number in 0..{most}"
+    check(ok and got >= 0 and (most is None or got <= most), arg, expected, repr(got))  # type: ignore[operator]

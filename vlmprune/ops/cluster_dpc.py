@@ -7,8 +7,8 @@ from torch import Tensor
 
 from vlmprune.errors import check
 from vlmprune.ops import reference_sets
-from vlmprune.ops._checks import check_count, check_features, check_mask
-from vlmprune.ops._dispatch import choose, register
+from vlmprune.ops._checks import check_count, check_features, check_tensor
+from vlmprune.ops._operator import operator
 
 
 def cluster_dpc(
@@ -50,21 +50,13 @@ def cluster_dpc(
     if neighbors is not None:
         check_count("neighbors", neighbors, N)
         check(neighbors >= 1, "neighbors", "at least 1", neighbors)
-    check_mask("mask", mask, (B, N), features.device)
+    check_tensor("mask", mask, [torch.bool], (B, N), features)
     return _cluster_dpc(features, clusters, clusters if neighbors is None else neighbors, mask)
 
 
-@torch.library.custom_op("vlmprune::cluster_dpc", mutates_args=())
+@operator(reference_sets.cluster_dpc)
 def _cluster_dpc(
     features: Tensor, clusters: int, neighbors: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return choose("cluster_dpc", features)(features, clusters, neighbors, mask)
-
-
-@_cluster_dpc.register_fake
-def _(features: Tensor, clusters: int, neighbors: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     (B, N, _), int64 = features.shape, torch.int64
     return features.new_empty(B, N, dtype=int64), features.new_empty(B, clusters, dtype=int64)
-
-
-register("cluster_dpc", reference_sets.cluster_dpc)

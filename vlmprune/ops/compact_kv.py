@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import check
 from vlmprune.ops import reference
-from vlmprune.ops._checks import check_last_dim, check_reach, seq_len
-from vlmprune.ops._dispatch import choose, register
+from vlmprune.ops._checks import check_device, check_dtype, check_last_dim, check_reach, seq_len
+from vlmprune.ops._operator import operator
 
 
 def compact_kv(caches: Sequence[Tensor], index: Tensor) -> None:
@@ -38,7 +39,7 @@ def compact_kv(caches: Sequence[Tensor], index: Tensor) -> None:
         >>> cache.flatten()  # the first two rows count
         tensor([1., 3., 2., 3., 4.])
     """
-    check(index.dtype == torch.int64, "index", "int64", index.dtype)
+    check_dtype("index", index, torch.int64)
     check(index.ndim == 2, "index", "rank 2 [B, K]", tuple(index.shape))
     check(isinstance(caches, list | tuple), "caches", "a list or tuple of tensors", type(caches).__name__)
     for i, x in enumerate(caches):
@@ -57,24 +58,22 @@ def _check_cache(arg: str, x: Tensor, index: Tensor) -> None:
     spread = all(stride > 0 or n <= 1 for n, stride in zip(x.shape, x.stride(), strict=True))
     check(spread, arg, "memory of its own for every element", f"strides {tuple(x.stride())}")
     check(not x.requires_grad, arg, "no gradient (it is changed in place)", "requires_grad=True")
-    check(x.device == index.device, arg, f"the device {index.device}", x.device)
-    check(
-        seq_len(x) >= index.shape[1], arg, f"at least the {index.shape[1]} positions of index", tuple(x.shape)
-    )
+    check_device(arg, x, index.device)
+    K = index.shape[1]
+    check(seq_len(x) >= K, arg, f"at least the {K} positions of index", tuple(x.shape))
 
 
-@torch.library.custom_op("vlmprune::compact_kv", mutates_args=("caches",))
-def _compact_kv(caches: list[Tensor], index: Tensor) -> None:
+def _call(run: Callable[..., Any], caches: list[Tensor], index: Tensor) -> None:
     starts = {x.data_ptr() for x in caches if x.numel()}
     check(len(starts) == sum(x.numel() > 0 for x in caches), "caches", "no memory twice", "one tensor twice")
     if index.device.type == "cpu":
         _check_ascends(index)
     check_reach(index, caches)
-    choose("compact_kv", index)(caches, index)
+    run(caches, index)
 
 
-@_compact_kv.register_fake
-def _(caches: list[Tensor], index: Tensor) -> None:
+@operator(reference.compact_kv, _call, cuda=True, mutates_args=("caches",))
+def _compact_kv(caches: list[Tensor], index: Tensor) -> None:
     return None
 
 
@@ -85,6 +84,3 @@ def _check_ascends(index: Tensor) -> None:
     if not bool(ok.all()):
         b = int(ok.logical_not().nonzero()[0])
         check(False, "index", "positions that ascend, then -1 only", f"sample {b} with {index[b].tolist()}")
-
-
-register("compact_kv", reference.compact_kv, cuda=True)

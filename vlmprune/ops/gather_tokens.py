@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vlmprune.errors import check
 from vlmprune.ops import reference
-from vlmprune.ops._checks import check_reach, check_tensors
-from vlmprune.ops._dispatch import choose, register
+from vlmprune.ops._checks import check_dtype, check_reach, check_tensors
+from vlmprune.ops._operator import operator
 
 
 def gather_tokens(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
@@ -36,20 +36,19 @@ def gather_tokens(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
         >>> rows.shape, kept
         (torch.Size([1, 2, 2]), tensor([[0, 3]]))
     """
-    check(index.dtype == torch.int64, "index", "int64", index.dtype)
+    check_dtype("index", index, torch.int64)
     check(index.ndim == 2, "index", "rank 2 [B, K]", tuple(index.shape))
     check_tensors(tensors, index.shape[0], index.device)
     return _gather_tokens(list(tensors), index) if tensors else []
 
 
-@torch.library.custom_op("vlmprune::gather_tokens", mutates_args=())
-def _gather_tokens(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
+def _call(run: Callable[..., Any], tensors: list[Tensor], index: Tensor) -> list[Tensor]:
     check_reach(index, tensors)
-    return choose("gather_tokens", index)(tensors, index)
+    return run(tensors, index)
 
 
-@_gather_tokens.register_fake
-def _(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
+@operator(reference.gather_tokens, _call, cuda=True)
+def _gather_tokens(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
     return empty_outputs(tensors, *index.shape)
 
 
@@ -71,19 +70,20 @@ def scatter_rows(grad: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
     return full if shape[0] == grad.shape[0] else full.sum(0, keepdim=True)
 
 
-def _save(ctx: Any, inputs: tuple[list[Tensor], Tensor], output: list[Tensor]) -> None:
-    tensors, index = inputs
+def save_rows(ctx: Any, tensors: Sequence[Tensor], index: Tensor) -> None:
+    """Note what ``scatter_grads`` needs of an op whose first argument is tensors of which it gathers rows."""
     ctx.save_for_backward(index)
     ctx.shapes = [tuple(x.shape) for x in tensors]
 
 
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor | None], None]:
+def scatter_grads(ctx: Any, grads: Sequence[Tensor | None], *_: Tensor | None) -> tuple[Any, ...]:
+    """Gradients of all arguments: of the tensors what was gathered of them, of the others none."""
     (index,) = ctx.saved_tensors
     wanted = zip(grads, ctx.shapes, ctx.needs_input_grad[0], strict=True)
-    return [scatter_rows(g, index, s) if need and g is not None else None for g, s, need in wanted], None
+    back = [scatter_rows(g, index, s) if need and g is not None else None for g, s, need in wanted]
+    return back, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
-_gather_tokens.register_autograd(_backward, setup_context=_save)
-
-
-register("gather_tokens", reference.gather_tokens, cuda=True)
+_gather_tokens.register_autograd(
+    scatter_grads, setup_context=lambda ctx, inputs, output: save_rows(ctx, *inputs)
+)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from vlmprune.errors import check, require
 from vlmprune.ops import reference_sets
-from vlmprune.ops._checks import check_choice, check_count, check_features, check_floats, check_mask
-from vlmprune.ops._dispatch import choose, register
+from vlmprune.ops._checks import FLOATS, check_choice, check_count, check_features, check_tensor
+from vlmprune.ops._operator import operator
 
 RULES = tuple(reference_sets.RULES)
 NEED_RELEVANCE = ("dpp", "nms")
@@ -67,7 +67,7 @@ def greedy_select(
     check_count("keep", keep, N)
     check_choice("rule", rule, RULES)
     _check_rule_inputs(features, rule, relevance, threshold)
-    check_mask("mask", mask, (B, N), features.device)
+    check_tensor("mask", mask, [torch.bool], (B, N), features)
     return _greedy_select(features, keep, rule, relevance, 0.0 if threshold is None else threshold, mask)
 
 
@@ -80,7 +80,7 @@ def _check_rule_inputs(
         require(relevance, "relevance", f"[{B}, {N}] with rule {rule!r}")
     if relevance is not None:
         check(rule != "maxmin", "relevance", "None with rule 'maxmin'", "a tensor")
-        check_floats("relevance", relevance, (B, N), features.device)
+        check_tensor("relevance", relevance, FLOATS, (B, N), features)
     if rule == "nms":
         number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
         check(number and threshold == threshold, "threshold", "a number with rule 'nms'", repr(threshold))
@@ -88,19 +88,9 @@ def _check_rule_inputs(
         check(threshold is None, "threshold", f"None with rule {rule!r}", repr(threshold))
 
 
-@torch.library.custom_op("vlmprune::greedy_select", mutates_args=())
+@operator(reference_sets.greedy_select)
 def _greedy_select(
-    features: Tensor, keep: int, rule: str, relevance: Tensor | None, threshold: float, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return choose("greedy_select", features)(features, keep, rule, relevance, threshold, mask)
-
-
-@_greedy_select.register_fake
-def _(
     features: Tensor, keep: int, rule: str, relevance: Tensor | None, threshold: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     shape, int64 = (features.shape[0], keep), torch.int64
     return features.new_empty(shape, dtype=int64), features.new_empty(shape, dtype=int64)
-
-
-register("greedy_select", reference_sets.greedy_select)

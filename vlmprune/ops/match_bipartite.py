@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vlmprune.errors import check
 from vlmprune.ops import reference_sets
-from vlmprune.ops._checks import check_count, check_features, check_mask
-from vlmprune.ops._dispatch import choose, register
+from vlmprune.ops._checks import check_count, check_device, check_dtype, check_features, check_tensor
+from vlmprune.ops._operator import operator
 
 
 def match_bipartite(
@@ -45,17 +48,15 @@ def match_bipartite(
     check_features(features)
     B, N, _ = features.shape
     if destinations is not None:
-        check(destinations.dtype == torch.int64, "destinations", "int64", destinations.dtype)
+        check_dtype("destinations", destinations, torch.int64)
         fits = destinations.ndim in (1, 2) and (destinations.ndim == 1 or destinations.shape[0] == B)
         check(fits, "destinations", f"[M] or [{B}, M]", tuple(destinations.shape))
-        check(
-            destinations.shape[-1] <= N, "destinations", f"at most {N} positions", tuple(destinations.shape)
-        )
-        same = destinations.device == features.device
-        check(same, "destinations", f"the device {features.device}", destinations.device)
+        few = destinations.shape[-1] <= N
+        check(few, "destinations", f"at most {N} positions", tuple(destinations.shape))
+        check_device("destinations", destinations, features.device)
     M = _destinations(N, destinations)
     check_count("r", r, N - M if M else 0)
-    check_mask("mask", mask, (B, N), features.device)
+    check_tensor("mask", mask, [torch.bool], (B, N), features)
     return _match_bipartite(features, r, destinations, mask)
 
 
@@ -78,22 +79,19 @@ def _check_positions(destinations: Tensor, N: int) -> None:
     check(distinct, "destinations", "distinct positions", destinations.tolist())
 
 
-@torch.library.custom_op("vlmprune::match_bipartite", mutates_args=())
-def _match_bipartite(
-    features: Tensor, r: int, destinations: Tensor | None, mask: Tensor | None
+def _call(
+    run: Callable[..., Any], features: Tensor, r: int, destinations: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     N = features.shape[1]
     if destinations is not None and destinations.device.type == "cpu":
         _check_positions(destinations, N)
-    width = _width(N, r, destinations, mask)
-    return choose("match_bipartite", features)(features, r, destinations, mask, width)
+    return run(features, r, destinations, mask, _width(N, r, destinations, mask))
 
 
-@_match_bipartite.register_fake
-def _(features: Tensor, r: int, destinations: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+@operator(reference_sets.match_bipartite, _call)
+def _match_bipartite(
+    features: Tensor, r: int, destinations: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     (B, N, _), int64 = features.shape, torch.int64
     width = _width(N, r, destinations, mask)
     return features.new_empty(B, N, dtype=int64), features.new_empty(B, width, dtype=int64)
-
-
-register("match_bipartite", reference_sets.match_bipartite)

@@ -5,21 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlmprune.errors import check
 from vlmprune.ops import reference_sets
-from vlmprune.ops._checks import check_choice, check_features, check_floats
-from vlmprune.ops._dispatch import choose, register
+from vlmprune.ops._checks import FLOATS, check_choice, check_count, check_features, check_tensor
+from vlmprune.ops._operator import operator
 
 MODES = ("mean", "sum")
 
 
 def merge_tokens(
-    features: Tensor,
-    assignment: Tensor,
-    clusters: int,
-    *,
-    mode: str = "mean",
-    weights: Tensor | None = None,
+    features: Tensor, assignment: Tensor, clusters: int, *, mode: str = "mean", weights: Tensor | None = None
 ) -> Tensor:
     """Merge the tokens of each cluster (SparseVLM, VisionZip, VScan, PruMerge). Never waits for the device.
 
@@ -47,28 +41,15 @@ def merge_tokens(
     """
     check_features(features)
     B, N, _ = features.shape
-    check(assignment.dtype == torch.int64, "assignment", "int64", assignment.dtype)
-    check(tuple(assignment.shape) == (B, N), "assignment", f"[{B}, {N}]", tuple(assignment.shape))
-    check(
-        assignment.device == features.device, "assignment", f"the device {features.device}", assignment.device
-    )
-    whole = isinstance(clusters, int | torch.SymInt) and not isinstance(clusters, bool)
-    check(whole and clusters >= 0, "clusters", "a whole number >= 0", repr(clusters))
+    check_tensor("assignment", assignment, [torch.int64], (B, N), features)
+    check_count("clusters", clusters)
     check_choice("mode", mode, MODES)
-    check_floats("weights", weights, (B, N), features.device)
+    check_tensor("weights", weights, FLOATS, (B, N), features)
     return _merge_tokens(features, assignment, clusters, mode, weights)
 
 
-@torch.library.custom_op("vlmprune::merge_tokens", mutates_args=())
+@operator(reference_sets.merge_tokens)
 def _merge_tokens(
     features: Tensor, assignment: Tensor, clusters: int, mode: str, weights: Tensor | None
 ) -> Tensor:
-    return choose("merge_tokens", features)(features, assignment, clusters, mode, weights)
-
-
-@_merge_tokens.register_fake
-def _(features: Tensor, assignment: Tensor, clusters: int, mode: str, weights: Tensor | None) -> Tensor:
     return features.new_empty(features.shape[0], clusters, features.shape[2])
-
-
-register("merge_tokens", reference_sets.merge_tokens)

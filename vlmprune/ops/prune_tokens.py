@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from vlmprune.errors import check
 from vlmprune.ops import reference
-from vlmprune.ops._checks import check_choice, check_count, check_per_sample, check_tensors
-from vlmprune.ops._dispatch import choose, register
-from vlmprune.ops.gather_tokens import empty_outputs, scatter_rows
-from vlmprune.ops.scoring import Scoring, ScoringKeywords, flattened
+from vlmprune.ops._checks import check_choice, check_count, check_tensor, check_tensors
+from vlmprune.ops._operator import operator
+from vlmprune.ops.gather_tokens import empty_outputs, save_rows, scatter_grads
+from vlmprune.ops.scoring import Scoring, ScoringKeywords
 
 HEAD_REDUCES = ("mean", "max", "sum")
 
@@ -102,13 +102,13 @@ def checked(
     **scoring: Unpack[ScoringKeywords],
 ) -> tuple[Scoring, list[Tensor], int | Tensor, int]:
     """Check the arguments of ``prune_tokens``: (scoring, tensors, keep, width) with defaults filled in."""
+    check_choice("head_reduce", scoring.get("head_reduce", "mean"), HEAD_REDUCES)
     s = Scoring.checked(query, key, **scoring)
-    check_choice("head_reduce", s.head_reduce, HEAD_REDUCES)
     (B, N), S = s.columns.shape, key.shape[2]
     check_tensors(tensors, key.shape[0], key.device, S)
     check(N <= S, "columns", f"at most the {S} positions of key", N)
     if isinstance(keep, Tensor):
-        check_per_sample("keep", keep, B, torch.int64, key.device)
+        check_tensor("keep", keep, [torch.int64], (B,), key)
     else:
         check_count("keep", keep, N)
     if width is not None:
@@ -120,20 +120,20 @@ def checked(
     return s, list(tensors), keep, width
 
 
-@torch.library.custom_op("vlmprune::prune_tokens", mutates_args=())
-@flattened
-def _prune_tokens(
-    tensors: list[Tensor], keep: int, quota: Tensor | None, width: int, scoring: Scoring
+def _call(
+    run: Callable[..., Any],
+    tensors: list[Tensor],
+    keep: int,
+    quota: Tensor | None,
+    width: int,
+    scoring: Scoring,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
-    scoring.check_values()
-    run = choose("prune_tokens", scoring.query)
     *out, ends = run(scoring, tensors, keep if quota is None else quota, width)
     return (*out, scoring.rows.new_empty(0) if ends is None else ends)  # an op cannot return None
 
 
-@_prune_tokens.register_fake
-@flattened
-def _(
+@operator(reference.prune_tokens, _call)
+def _prune_tokens(
     tensors: list[Tensor], keep: int, quota: Tensor | None, width: int, scoring: Scoring
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     columns, cu_seqlens = scoring.columns, scoring.cu_seqlens
@@ -148,20 +148,9 @@ def _(
     )
 
 
-def _save(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]
-) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.mark_non_differentiable(output[3])
-    ctx.save_for_backward(output[1])
-    ctx.shapes = [tuple(x.shape) for x in inputs[0]]
+    save_rows(ctx, inputs[0], output[1])
 
 
-def _backward(ctx: Any, grads: list[Tensor | None], *no_grads: Tensor | None) -> tuple[Any, ...]:
-    (index,) = ctx.saved_tensors
-    wanted = zip(grads, ctx.shapes, ctx.needs_input_grad[0], strict=True)
-    back = [scatter_rows(g, index, s) if need and g is not None else None for g, s, need in wanted]
-    return back, *[None] * (len(ctx.needs_input_grad) - 1)
-
-
-_prune_tokens.register_autograd(_backward, setup_context=_save)
-register("prune_tokens", reference.prune_tokens)
+_prune_tokens.register_autograd(scatter_grads, setup_context=_save)

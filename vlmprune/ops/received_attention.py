@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vlmprune.ops import reference
-from vlmprune.ops._dispatch import choose, register
-from vlmprune.ops.scoring import Scoring, ScoringKeywords, flattened
+from vlmprune.ops._operator import operator
+from vlmprune.ops.scoring import Scoring, ScoringKeywords
 
 
 def received_attention(query: Tensor, key: Tensor, **scoring: Unpack[ScoringKeywords]) -> Tensor:
@@ -65,19 +65,8 @@ def received_attention(query: Tensor, key: Tensor, **scoring: Unpack[ScoringKeyw
     return _received_attention(*Scoring.checked(query, key, **scoring))
 
 
-@torch.library.custom_op("vlmprune::received_attention", mutates_args=())
-@flattened
+@operator(reference.received_attention)
 def _received_attention(scoring: Scoring) -> Tensor:
-    scoring.check_values()
-    return choose("received_attention", scoring.query)(scoring)
-
-
-@_received_attention.register_fake
-@flattened
-def _(scoring: Scoring) -> Tensor:
     (B, N), H = scoring.columns.shape, scoring.query.shape[1]
     shape = (B, H, N) if scoring.head_reduce == "none" else (B, N)
     return scoring.query.new_empty(shape, dtype=torch.float32)
-
-
-register("received_attention", reference.received_attention)

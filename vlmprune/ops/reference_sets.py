@@ -22,6 +22,11 @@ Rule = Generator[Tensor, Tensor, None]
 """Yields the value ``[B, N]`` of choosing each token next, and is sent the choice ``[B]``."""
 
 
+def _real(features: Tensor, mask: Tensor | None) -> Tensor:
+    """``mask``, or that all tokens are real ``[B, N]``."""
+    return torch.ones(features.shape[:2], dtype=torch.bool, device=features.device) if mask is None else mask
+
+
 def cosine(features: Tensor, mask: Tensor | None) -> Tensor:
     """Cosines ``[B, N, N]`` float32 in [-1, 1], 1 on the diagonal; 0 for padding and tokens of no direction."""
     x = features.float()
@@ -104,16 +109,10 @@ RULES: dict[str, Callable[[Tensor, Tensor, Tensor | None, float], Rule]] = {
 
 
 def greedy_select(
-    features: Tensor,
-    keep: int,
-    rule: str,
-    relevance: Tensor | None,
-    threshold: float,
-    mask: Tensor | None,
+    features: Tensor, keep: int, rule: str, relevance: Tensor | None, threshold: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Chosen positions ascending, and in the order of choice: both ``[B, keep]``, -1 on the right."""
-    B, N, _ = features.shape
-    real = torch.ones(B, N, dtype=torch.bool, device=features.device) if mask is None else mask
+    (B, N, _), real = features.shape, _real(features, mask)
     order = torch.full((B, keep), -1, dtype=torch.int64, device=features.device)
     if keep == 0:
         return order.clone(), order
@@ -133,11 +132,10 @@ def cluster_dpc(
 ) -> tuple[Tensor, Tensor]:
     """Cluster number of each token ``[B, N]``, -1 = padding; centres ``[B, clusters]`` best first, -1 = none."""
     B, N, D = features.shape
-    real = torch.ones(B, N, dtype=torch.bool, device=features.device) if mask is None else mask
+    real = _real(features, mask)
     if B * N * clusters == 0:
-        return torch.full_like(real, -1, dtype=torch.int64), real.new_full(
-            (B, clusters), -1, dtype=torch.int64
-        )
+        none = torch.full_like(real, -1, dtype=torch.int64)
+        return none, none.new_full((B, clusters), -1)
     pair = real[:, :, None] & real[:, None, :]
     x = features.float()
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / D**0.5
@@ -161,9 +159,8 @@ def cluster_dpc(
     to_center = distance.gather(2, centers.clamp(min=0)[:, None, :].expand(-1, N, -1))
     to_center = to_center.masked_fill((centers < 0)[:, None, :], float("inf"))
     own = centers[:, None, :] == at[None, :, None]  # a centre belongs to itself, even beside its double
-    return first_best((-to_center.masked_fill(own, -1.0)).flatten(0, 1)).view(B, N).masked_fill(
-        ~real, -1
-    ), centers
+    nearest = first_best((-to_center.masked_fill(own, -1.0)).flatten(0, 1)).view(B, N)
+    return nearest.masked_fill(~real, -1), centers
 
 
 def match_bipartite(
@@ -174,7 +171,7 @@ def match_bipartite(
     here = torch.arange(N, device=device)
     at = here[1::2] if destinations is None else destinations
     at = torch.where((at >= 0) & (at < N), at, N).expand(B, -1)
-    real = torch.ones(B, N, dtype=torch.bool, device=device) if mask is None else mask
+    real = _real(features, mask)
     takes = _marks(at, N) & real
     gives = real & ~takes & takes.any(1, keepdim=True)
     if N == 0:
@@ -205,9 +202,8 @@ def merge_tokens(
     """
     B, N, D = features.shape
     ok = (assignment >= 0) & (assignment < clusters)
-    first = torch.arange(B, device=features.device)[:, None] * (
-        clusters + 1
-    )  # one extra cluster takes the ignored
+    # one extra cluster takes the ignored
+    first = torch.arange(B, device=features.device)[:, None] * (clusters + 1)
     at = (first + torch.where(ok, assignment, clusters)).flatten()
     w = torch.ones(B, N, 1, device=features.device) if weights is None else weights.float()[..., None]
     rows = torch.cat([features.float() * w, w], dim=2).flatten(0, 1)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from vlmprune.ops import reference
-from vlmprune.ops._dispatch import choose, register
-from vlmprune.ops.scoring import Rope, Scoring, flattened
+from vlmprune.ops._operator import operator
+from vlmprune.ops.scoring import Rope, Scoring
 
 
 def row_lse(
@@ -63,18 +63,7 @@ def row_lse(
     return _row_lse(*scoring)
 
 
-@torch.library.custom_op("vlmprune::row_lse", mutates_args=())
-@flattened
+@operator(reference.row_lse)
 def _row_lse(scoring: Scoring) -> Tensor:
-    scoring.check_values()
-    return choose("row_lse", scoring.query)(scoring)
-
-
-@_row_lse.register_fake
-@flattened
-def _(scoring: Scoring) -> Tensor:
     (B, R), H = scoring.rows.shape, scoring.query.shape[1]
     return scoring.query.new_empty(B, H, R, dtype=torch.float32)
-
-
-register("row_lse", reference.row_lse)

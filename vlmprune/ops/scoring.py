@@ -5,10 +5,7 @@ A new argument of scoring is a key of ``ScoringKeywords``, a field of ``Scoring`
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, NamedTuple, Required, TypedDict, TypeVar, Unpack, get_type_hints
+from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -18,11 +15,11 @@ from vlmprune.ops._checks import (
     FLOATS,
     check_choice,
     check_count,
-    check_floats,
+    check_device,
+    check_dtype,
     check_last_dim,
-    check_mask,
     check_range,
-    check_shape,
+    check_tensor,
 )
 
 MAX_HEAD_DIM = 256
@@ -30,7 +27,6 @@ HEAD_REDUCES = ("mean", "max", "sum", "none")
 ROW_REDUCES = ("mean", "max", "sum")
 NORMALIZES = ("row", "columns", "none")
 Rope = tuple[Tensor, Tensor]
-T = TypeVar("T")
 
 
 class Reduction(TypedDict, total=False):
@@ -58,7 +54,7 @@ class ScoringKeywords(Reduction, total=False):
 
 
 class Scoring(NamedTuple):
-    """Query, key and the keywords, defaults filled in. A custom op takes it as ``*scoring`` (``flattened``)."""
+    """Query, key and the keywords, defaults filled in. A custom op takes it as ``*scoring``."""
 
     query: Tensor
     key: Tensor
@@ -90,20 +86,16 @@ class Scoring(NamedTuple):
             fields["scale"] = query.shape[-1] ** -0.5
         s = cls(query, key, **fields, cos=cos, sin=sin)
         _check_packed(s)
-        _check_list("rows", s.rows, s, "R")
-        _check_list("columns", s.columns, s, "N")
-        check_mask("key_mask", s.key_mask, (key.shape[0], key.shape[2]), key.device)
+        B = query.shape[0] if s.cu_seqlens is None else s.cu_seqlens.shape[0] - 1
+        check_tensor("rows", s.rows, [torch.int64], (B, "R"), query)
+        check_tensor("columns", s.columns, [torch.int64], (B, "N"), query)
+        check_tensor("key_mask", s.key_mask, [torch.bool], (key.shape[0], key.shape[2]), key)
         _check_lse(s)
-        check_floats("row_weight", s.row_weight, tuple(s.rows.shape), s.rows.device)
+        check_tensor("row_weight", s.row_weight, FLOATS, s.rows.shape, query)
         check_choice("head_reduce", s.head_reduce, HEAD_REDUCES)
         check_choice("row_reduce", s.row_reduce, ROW_REDUCES)
         check_choice("normalize", s.normalize, NORMALIZES)
         return s
-
-    @property
-    def rope(self) -> Rope | None:
-        """The tables of the rotation to undo."""
-        return None if self.cos is None or self.sin is None else (self.cos, self.sin)
 
     def check_values(self) -> None:
         """Positions and bounds of CPU tensors lie where they may. A kernel masks what does not: looking would wait for it."""
@@ -117,34 +109,14 @@ class Scoring(NamedTuple):
             fits = self.max_seqlen is None or longest <= self.max_seqlen
             check(fits, "max_seqlen", f"at least {longest}", self.max_seqlen)
         check_range("rows", self.rows, first, end)
-        check_range("columns", self.columns, torch.zeros_like(end), end)
-
-
-def flattened(run: Callable[..., T]) -> Callable[..., T]:
-    """``run``, one of whose arguments is a Scoring, as a function that takes Scoring's fields one by one, behind the others.
-
-    That is what a custom op can take; PyTorch reads the op's schema off the signature made here.
-    """
-    signature = inspect.signature(run, eval_str=True)
-    own = [p for p in signature.parameters.values() if p.annotation is not Scoring]
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    fields = [inspect.Parameter(x, kind, annotation=hint) for x, hint in get_type_hints(Scoring).items()]
-    flat = signature.replace(parameters=[*own, *fields])
-
-    @wraps(run)
-    def from_fields(*args: Any) -> T:
-        named = dict(zip(flat.parameters, args, strict=True))
-        scoring = Scoring(*[named.pop(name) for name in Scoring._fields])
-        return run(*named.values(), scoring)
-
-    from_fields.__signature__ = flat  # type: ignore[attr-defined]
-    return from_fields
+        if self.columns is not self.rows:  # as in row_lse
+            check_range("columns", self.columns, torch.zeros_like(end), end)
 
 
 def _check_query_key(query: Tensor, key: Tensor) -> None:
     """``query [B, H, Sq, D]`` and ``key [B, Hkv, S, D]``: one dtype and device, H a multiple of Hkv, Sq <= S."""
     check(query.ndim == 4, "query", "rank 4 [B, H, Sq, D]", tuple(query.shape))
-    check(query.dtype in FLOATS, "query", "float32, float16 or bfloat16", query.dtype)
+    check_dtype("query", query, *FLOATS)
     B, H, Sq, D = query.shape
     check(1 <= D <= MAX_HEAD_DIM, "query", f"a head dim of 1 to {MAX_HEAD_DIM}", D)
     check_last_dim("query", query)
@@ -158,14 +130,6 @@ def _check_query_key(query: Tensor, key: Tensor) -> None:
     check_last_dim("key", key)
 
 
-def _check_list(arg: str, x: Tensor, s: Scoring, letter: str) -> None:
-    """An int64 list ``[B, n]``, one row a sample."""
-    B = s.query.shape[0] if s.cu_seqlens is None else s.cu_seqlens.shape[0] - 1
-    check(x.dtype == torch.int64, arg, "int64", x.dtype)
-    check(x.ndim == 2 and x.shape[0] == B, arg, f"[{B}, {letter}]", tuple(x.shape))
-    check(x.device == s.query.device, arg, f"the device {s.query.device}", x.device)
-
-
 def _check_packed(s: Scoring) -> None:
     """The bounds of a packed batch, or None for all three."""
     if s.cu_seqlens is None:
@@ -174,11 +138,11 @@ def _check_packed(s: Scoring) -> None:
         return
     for arg, x in (("cu_seqlens", s.cu_seqlens), ("cu_seqlens_q", s.cu_seqlens_q)):
         if x is not None:
-            check(x.dtype in (torch.int32, torch.int64), arg, "int32 or int64", x.dtype)
+            check_dtype(arg, x, torch.int32, torch.int64)
             fits = x.ndim == 1 and x.shape[0] >= 1 and x.shape == s.cu_seqlens.shape
             expected = "[B + 1]" if x is s.cu_seqlens else str(list(s.cu_seqlens.shape))
             check(fits, arg, expected, tuple(x.shape))
-            check(x.device == s.query.device, arg, f"the device {s.query.device}", x.device)
+            check_device(arg, x, s.query.device)
     check(s.query.shape[0] == 1, "query", "a first dim of 1 with cu_seqlens", tuple(s.query.shape))
     check(s.key_mask is None, "key_mask", "None with cu_seqlens (a packed batch has no padding)", "a tensor")
     Sq, S = s.query.shape[2], s.key.shape[2]
@@ -209,9 +173,7 @@ def _check_lse(s: Scoring) -> None:
     if s.lse is None:
         return
     lse = s.lse[None] if s.cu_seqlens is not None and s.lse.ndim == 2 else s.lse
-    check(lse.dtype == torch.float32, "lse", "float32", lse.dtype)
-    check_shape("lse", lse, tuple(s.query.shape[:3]))
-    check(lse.device == s.query.device, "lse", f"the device {s.query.device}", lse.device)
+    check_tensor("lse", lse, [torch.float32], s.query.shape[:3], s.query)
     got = f"a tensor with normalize={s.normalize!r}"
     check(s.normalize == "row", "lse", "None unless normalize is 'row'", got)
     check(s.cos is None, "lse", "None with rope (it belongs to the rotated scores)", "a tensor")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmprune.errors import InputError, check
+from vlmprune.errors import check
 from vlmprune.ops import reference
-from vlmprune.ops._checks import FLOATS, check_count, check_per_sample, check_shape
-from vlmprune.ops._dispatch import choose, register
+from vlmprune.ops._checks import FLOATS, check_count, check_dtype, check_tensor
+from vlmprune.ops._operator import operator
 
 
 def select_topk(
@@ -51,7 +52,7 @@ def select_topk(
         tensor([[1, 3]])
     """
     check(scores.ndim == 2, "scores", "rank 2 [B, N]", tuple(scores.shape))
-    check(scores.dtype in FLOATS, "scores", "float32, float16 or bfloat16", scores.dtype)
+    check_dtype("scores", scores, *FLOATS)
     if segments is not None:
         check(code is None, "code", "None with segments", "a tensor")
         check(threshold is None, "threshold", "None with segments", threshold)
@@ -60,15 +61,12 @@ def select_topk(
     if keep is None and threshold is not None:
         keep = N
     if isinstance(keep, Tensor):
-        check_per_sample("keep", keep, B, torch.int64, scores.device)
+        check_tensor("keep", keep, [torch.int64], (B,), scores)
     else:
         check_count("keep", keep, N)
-    if code is not None:
-        check(code.dtype == torch.int8, "code", "int8", code.dtype)
-        check_shape("code", code, tuple(scores.shape))
-        check(code.device == scores.device, "code", f"the device {scores.device}", code.device)
+    check_tensor("code", code, [torch.int8], (B, N), scores)
     if isinstance(threshold, Tensor):
-        check_per_sample("threshold", threshold, B, torch.float32, scores.device)
+        check_tensor("threshold", threshold, [torch.float32], (B,), scores)
     elif threshold is not None:
         number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
         check(number and threshold == threshold, "threshold", "a number", repr(threshold))
@@ -85,21 +83,29 @@ def _in_segments(
     fits = sum(segments) == N and all(length >= 0 for length in segments)
     check(fits, "segments", f"lengths >= 0 that add up to {N}", list(segments))
     check(not isinstance(keep, Tensor), "keep", "an int, or one a segment", "a tensor")
-    wanted = [_whole(n) for n in keep] if isinstance(keep, Sequence) else [_whole(keep)] * len(segments)
+    wanted: list[Any] = list(keep) if isinstance(keep, Sequence) else [keep] * len(segments)
+    for quota in wanted:
+        check_count("keep", quota)
     check(len(wanted) == len(segments), "keep", f"one int for each of {len(segments)} segments", len(wanted))
     quotas = [min(number, length) for number, length in zip(wanted, segments, strict=True)]
     count = torch.full((B,), sum(quotas), dtype=torch.int64, device=scores.device)
     return _select_segments(scores, list(segments), quotas), count
 
 
-def _whole(quota: object) -> int:
-    """A quota of a segment, checked."""
-    if not isinstance(quota, int) or isinstance(quota, bool) or quota < 0:
-        raise InputError(f"keep: expected a whole number >= 0, got {quota!r}")
-    return quota
+def _call(
+    run: Callable[..., Any],
+    scores: Tensor,
+    keep: int,
+    quota: Tensor | None,
+    code: Tensor | None,
+    threshold: float | None = None,
+    thresholds: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    width, least = _width(scores, keep, quota, code), threshold if thresholds is None else thresholds
+    return run(scores, keep if quota is None else quota, code, width, least)
 
 
-@torch.library.custom_op("vlmprune::select_topk", mutates_args=())
+@operator(reference.select_topk, _call, cuda=True)
 def _select_topk(
     scores: Tensor,
     keep: int,
@@ -108,40 +114,15 @@ def _select_topk(
     threshold: float | None = None,
     thresholds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    width = _width(scores.shape[1], keep, quota, code)
-    run = choose("select_topk", scores)
-    return run(
-        scores, keep if quota is None else quota, code, width, threshold if thresholds is None else thresholds
-    )
+    B, width = scores.shape[0], _width(scores, keep, quota, code)
+    return scores.new_empty(B, width, dtype=torch.int64), scores.new_empty(B, dtype=torch.int64)
 
 
-@_select_topk.register_fake
-def _(
-    scores: Tensor,
-    keep: int,
-    quota: Tensor | None,
-    code: Tensor | None,
-    threshold: float | None = None,
-    thresholds: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    (B, N), int64 = scores.shape, torch.int64
-    return scores.new_empty(B, _width(N, keep, quota, code), dtype=int64), scores.new_empty(B, dtype=int64)
-
-
-def _width(N: int, keep: int, quota: Tensor | None, code: Tensor | None) -> int:
+def _width(scores: Tensor, keep: int, quota: Tensor | None, code: Tensor | None) -> int:
     """Columns of the index: known on the host."""
-    return keep if quota is None and code is None else N
+    return keep if quota is None and code is None else scores.shape[1]
 
 
-@torch.library.custom_op("vlmprune::select_segments", mutates_args=())
+@operator(reference.select_segments, cuda=True)
 def _select_segments(scores: Tensor, segments: Sequence[int], quotas: Sequence[int]) -> Tensor:
-    return choose("select_segments", scores)(scores, segments, quotas)
-
-
-@_select_segments.register_fake
-def _(scores: Tensor, segments: Sequence[int], quotas: Sequence[int]) -> Tensor:
     return scores.new_empty(scores.shape[0], sum(quotas), dtype=torch.int64)
-
-
-register("select_topk", reference.select_topk, cuda=True)
-register("select_segments", reference.select_segments, cuda=True)

@@ -10,19 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import isfinite, nan
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vlmprune.errors import BackendError, ModelError, NotPrunedError, check
 from vlmprune.models import Run, find_parts, prune
-from vlmprune.policies.base import PruningPolicy
+from vlmprune.models.host.families import FAMILIES
+from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.compose import Stages
+from vlmprune.policies.fastv import FastV
+from vlmprune.policies.random import Random
 from vlmprune.policies.uniform import Uniform
 from vlmprune.testing.masked import Answer, Recorded, as_reduction, masked_logits
-from vlmprune.testing.model_policies import default_policies
 from vlmprune.testing.model_report import ModelReport, Row, versions
 from vlmprune.testing.pictures import Samples, make_inputs, samples_of
 
@@ -48,7 +51,8 @@ def check_model(
 
     Args:
         model: a vision-language model as for ``vlmprune.prune``, with no policy attached.
-        policy: what to check; None = those of ``vlmprune.testing.model_policies``.
+        policy: what to check; None = those of ``default_policies``: random choices, so that
+            no selection can hide what the wiring does.
         strict: raise unless the report is ok.
         samples: what stands in the prompts of each batch, by the batch's name, the last thing in each being words;
             None = ``samples_of`` in ``vlmprune.testing.pictures``.
@@ -91,6 +95,44 @@ def check_model(
     if strict and not report.ok:
         raise AssertionError(str(report))
     return report
+
+
+@dataclass(frozen=True)
+class Rewritten(PruningPolicy):
+    """A random half, backwards, each row half way to the first visual token, without gaps in the positions."""
+
+    summary: ClassVar[str] = "everything that a policy may change"
+
+    layer: int = 2
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The one stage."""
+        return (self.layer,)
+
+    def needs(self, layer: int) -> Needs:
+        """The rows."""
+        return Needs(hidden=True)
+
+    def select(self, ctx: TokenContext) -> Reduction:
+        """The rows in their new order."""
+        index = Random(self.layer).select(ctx).sort(1, descending=True).values
+        assert ctx.hidden is not None
+        rows = ctx.hidden.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, ctx.hidden.shape[2]))
+        return Reduction(index, rows.lerp(ctx.hidden[:, :1], 0.5), "pack")
+
+
+def default_policies(config: Any) -> list[PruningPolicy]:
+    """One that drops, one with two stages, one that changes all it may: at layers that are legal for the family."""
+    family, depth = FAMILIES[config.model_type], config.text_config.num_hidden_layers
+    early = family.first(config)
+    late = (early + depth) // 2
+    found: list[PruningPolicy] = [Random(late, keep=0.3)]
+    if early < late:
+        found.append(Stages([Random(early, keep=0.6, seed=1), FastV(late)]))
+    if family.packs:
+        found.append(Rewritten(late))
+    return found
 
 
 class _Batch:

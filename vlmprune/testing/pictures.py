@@ -52,10 +52,7 @@ class Picture:
 def samples_of(config: Any) -> dict[str, Samples]:
     """One prompt, and a padded batch: two pictures, one (a video where the family knows them), none."""
     other = "tall" if FAMILIES[config.model_type].videos is None else "video"
-    return {
-        "prompt": ((3, "wide", 5),),
-        "batch": ((2, "wide", 4, "tall", 3), (3, other, 6), (9,)),
-    }
+    return {"prompt": ((3, "wide", 5),), "batch": ((2, "wide", 4, "tall", 3), (3, other, 6), (9,))}
 
 
 def make_inputs(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import FrozenInstanceError, fields, replace
 from itertools import product
 
 import torch
@@ -14,7 +17,6 @@ from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
 from vlmprune.testing.context import make_context
 from vlmprune.testing.context_changes import broken, copied, first_alone, inputs_of
 from vlmprune.testing.policy_cases import FLAT, TALL, WIDE, situations
-from vlmprune.testing.policy_value import check_layers, check_value, noted
 
 
 def check_policy(policy: PruningPolicy, keep_all: PruningPolicy | None = None) -> list[str]:
@@ -41,11 +43,11 @@ def check_policy(policy: PruningPolicy, keep_all: PruningPolicy | None = None) -
         'layer 2, one image'
     """
     check(isinstance(policy, PruningPolicy), "policy", "a PruningPolicy", repr(policy))
-    ran = [name for layer in check_layers(policy) for name in _check_stage(policy, layer)]
+    ran = [name for layer in _layers(policy) for name in _check_stage(policy, layer)]
     if keep_all is not None:
         check(isinstance(keep_all, PruningPolicy), "keep_all", "a PruningPolicy or None", repr(keep_all))
-        ran += [name for layer in check_layers(keep_all) for name in _check_all_stay(keep_all, layer)]
-    check_value(policy)
+        ran += [name for layer in _layers(keep_all) for name in _check_all_stay(keep_all, layer)]
+    _check_value(policy)
     return [*ran, "settings are a value"]
 
 
@@ -104,7 +106,7 @@ def _ask(policy: PruningPolicy, ctx: TokenContext, case: str) -> Reduction:
     """A valid choice. Raises InputError for another one, and if the policy writes into its context."""
     own = copied(ctx)
     declared = policy.needs(ctx.layer)
-    with noted(f"{case}: {policy!r}.select(ctx) with {declared}; what is not declared is None"):
+    with _noted(f"{case}: {policy!r}.select(ctx) with {declared}; what is not declared is None"):
         choice = policy.select(own)
     before = _tensors(ctx)
     for name, x in _tensors(own).items():
@@ -132,3 +134,65 @@ def _expect_same(choice: Reduction, other: Reduction, sample: int, who: str, exp
         rows, right = (x[sample, : len(kept)].float() for x in (choice.hidden, other.hidden))
         close = torch.allclose(rows, right, rtol=1e-4, atol=1e-5, equal_nan=True)
         check(close, who, f"{expected}, with the same rows", "other rows")
+
+
+@contextmanager
+def _noted(note: str) -> Iterator[None]:
+    """Adds a note to whatever is raised in its block."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(note)
+        raise
+
+
+def _layers(policy: PruningPolicy) -> tuple[int, ...]:
+    """The policy's layers. Raises InputError unless they are whole numbers from 0, ascending, one or more."""
+    layers = policy.layers
+    ok = isinstance(layers, tuple) and len(layers) > 0 and all(type(layer) is int for layer in layers)
+    ok = ok and list(layers) == sorted(set(layers)) and layers[0] >= 0
+    check(ok, f"{policy!r}.layers", "a tuple of one or more layers, ascending, each once", repr(layers))
+    return layers
+
+
+def _check_value(policy: PruningPolicy) -> None:
+    """Raise InputError unless the policy is a value; one that holds a function need not pickle or be read back."""
+    who, names = f"{policy!r}", [f.name for f in fields(policy)]
+    more = sorted(vars(policy).keys() - set(names))
+    check(not more, who, "attributes that are fields of a dataclass", more)
+    frozen = _is_frozen(policy, names[0])
+    check(frozen, who, "a class under @dataclass(frozen=True)", "one that can change")
+    with _noted(f"hash({who}): settings must be hashable, for example tuples in place of lists"):
+        hash(policy)
+    with _noted(f"dataclasses.replace({who}) must make the same policy: a field is an argument of that name"):
+        same = replace(policy)
+    check(same == policy, who, "an equal copy from dataclasses.replace", repr(same))
+    parts = list(_parts(policy))
+    if any(callable(part) for part in parts):
+        return
+    with _noted(f"{who} must survive pickle: its class stands at the top of a module"):
+        copy = pickle.loads(pickle.dumps(policy))
+    equal = copy == policy and hash(copy) == hash(policy)
+    check(equal, who, "an equal copy from pickle", repr(copy))
+    with _noted(f"repr {who} must spell a call that makes the policy"):
+        read = eval(who, {type(p).__name__: type(p) for p in parts})
+    check(read == policy, f"repr of {who}", "a spelling of the same policy", repr(read))
+
+
+def _is_frozen(policy: PruningPolicy, name: str) -> bool:
+    """Whether writing to a field is refused. What is written is what is there."""
+    try:
+        setattr(policy, name, getattr(policy, name))
+    except FrozenInstanceError:
+        return True
+    return False
+
+
+def _parts(value: object) -> Iterator[object]:
+    """A setting and everything it is made of."""
+    yield value
+    if isinstance(value, PruningPolicy):
+        value = tuple(getattr(value, f.name) for f in fields(value))
+    if isinstance(value, tuple | list):
+        for part in value:
+            yield from _parts(part)

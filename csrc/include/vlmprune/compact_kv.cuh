@@ -12,13 +12,6 @@
 
 namespace vlmprune {
 
-struct CompactKvArgs {
-  const TensorRows* caches;  // [count], on the host
-  int count;
-  const int64_t* index;  // [B, K], contiguous, ascending in each row
-  int64_t B, K;
-};
-
 namespace compact_kv {
 
 constexpr int kThreads = 256;
@@ -73,18 +66,16 @@ __global__ void __launch_bounds__(kThreads) compact_kv_kernel(const __grid_const
 
 }  // namespace compact_kv
 
-// Launch on `stream` of the current device. A row has less than 2^31 bytes.
-inline cudaError_t launch_compact_kv(const CompactKvArgs& args, cudaStream_t stream) {
+// Launch on `stream` of the current device. The index ascends in each row; a row has less than 2^31 bytes.
+inline cudaError_t launch_compact_kv(const RowsArgs& args, cudaStream_t stream) {
   using namespace compact_kv;
   if (args.K == 0) return cudaSuccess;
-  const auto describe = [&](int i, compact_kv::Tensor& tensor) {
-    const TensorRows& rows = args.caches[i];
-    tensor.rows = rows;
-    tensor.slices = uint32_t((rows.row_bytes + kSliceBytes - 1) / kSliceBytes);
-    tensor.word = word_bytes(rows, nullptr);
-    return args.B * rows.heads * tensor.slices;
+  const auto describe = [](int, compact_kv::Tensor& tensor) {
+    tensor.slices = uint32_t((tensor.rows.row_bytes + kSliceBytes - 1) / kSliceBytes);
+    tensor.word = word_bytes(tensor.rows, nullptr);
+    return int64_t(tensor.slices);
   };
-  return launch_batches(compact_kv_kernel, args.index, args.K, args.count, describe, kThreads, stream);
+  return launch_batches(compact_kv_kernel, args, describe, kThreads, stream);
 }
 
 }  // namespace vlmprune

@@ -12,14 +12,6 @@
 
 namespace vlmprune {
 
-struct GatherTokensArgs {
-  const TensorRows* sources;  // [count], on the host
-  char* const* outs;          // [count], on the host; each [B, heads, K, row_bytes], contiguous
-  int count;
-  const int64_t* index;  // [B, K], contiguous
-  int64_t B, K;
-};
-
 namespace gather_tokens {
 
 constexpr int kThreads = 256;
@@ -74,18 +66,16 @@ __global__ void __launch_bounds__(kThreads) gather_tokens_kernel(const __grid_co
 }  // namespace gather_tokens
 
 // Launch on `stream` of the current device. A row has less than 2^31 bytes.
-inline cudaError_t launch_gather_tokens(const GatherTokensArgs& args, cudaStream_t stream) {
+inline cudaError_t launch_gather_tokens(const RowsArgs& args, cudaStream_t stream) {
   using namespace gather_tokens;
   const auto describe = [&](int i, gather_tokens::Tensor& tensor) {
-    const TensorRows& rows = args.sources[i];
-    tensor.rows = rows;
     tensor.out = args.outs[i];
-    tensor.word = word_bytes(rows, tensor.out);
-    const int64_t words = args.K * (rows.row_bytes / tensor.word);
+    tensor.word = word_bytes(tensor.rows, tensor.out);
+    const int64_t words = args.K * (tensor.rows.row_bytes / tensor.word);
     tensor.tiles = uint32_t((words + kTileWords - 1) / kTileWords);
-    return args.B * rows.heads * tensor.tiles;
+    return int64_t(tensor.tiles);
   };
-  return launch_batches(gather_tokens_kernel, args.index, args.K, args.count, describe, kThreads, stream);
+  return launch_batches(gather_tokens_kernel, args, describe, kThreads, stream);
 }
 
 }  // namespace vlmprune

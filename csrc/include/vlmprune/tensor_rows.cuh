@@ -23,6 +23,15 @@ struct TensorRows {
   int heads;
 };
 
+// What an op is told: the rows of every tensor, where they go, and which.
+struct RowsArgs {
+  const TensorRows* tensors;  // [count], on the host
+  char* const* outs;          // [count], on the host; each [B, heads, K, row_bytes], contiguous; or none
+  int count;
+  const int64_t* index;  // [B, K], contiguous
+  int64_t B, K;
+};
+
 // Number of the descriptor that owns `unit`: the last one that starts at or below it.
 template <class Tensor>
 __device__ int find_tensor(const Tensor* tensors, int count, uint32_t unit) {
@@ -66,19 +75,21 @@ struct Batch {
   int count;
 };
 
-// Launch `kernel`, one block of `threads` a unit, for every kMaxTensors of the `total` tensors. `describe(i,
-// tensor)` fills in tensor number i but for its first unit, and returns how many units it has.
+// Launch `kernel`, one block of `threads` a unit, for every kMaxTensors of the tensors. `describe(i, tensor)`
+// fills in tensor number i but for its rows and first unit, and returns how many units a head of it has.
 template <class Tensor, class Describe>
-cudaError_t launch_batches(void (*kernel)(Batch<Tensor>), const int64_t* index, int64_t K, int total,
-                           Describe describe, int threads, cudaStream_t stream) {
+cudaError_t launch_batches(void (*kernel)(Batch<Tensor>), const RowsArgs& args, Describe describe, int threads,
+                           cudaStream_t stream) {
   static_assert(sizeof(Batch<Tensor>) <= kMaxParameterBytes);
   cudaError_t error = cudaSuccess;
-  for (int first = 0; first < total && error == cudaSuccess; first += kMaxTensors) {
-    Batch<Tensor> batch = {{}, index, K, total - first < kMaxTensors ? total - first : kMaxTensors};
+  for (int first = 0; first < args.count && error == cudaSuccess; first += kMaxTensors) {
+    const int left = args.count - first;
+    Batch<Tensor> batch = {{}, args.index, args.K, left < kMaxTensors ? left : kMaxTensors};
     int64_t units = 0;
     for (int i = 0; i < batch.count; ++i) {
+      const TensorRows& rows = batch.tensors[i].rows = args.tensors[first + i];
       batch.tensors[i].first_unit = uint32_t(units);
-      units += describe(first + i, batch.tensors[i]);
+      units += args.B * rows.heads * describe(first + i, batch.tensors[i]);
     }
     if (units == 0) continue;
     if (units > kMaxUnits) return cudaErrorInvalidValue;

@@ -1,0 +1,67 @@
+"""Make a custom op of one function: its signature is the schema, its body the fake, its name finds the backends."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+from vlmprune.ops._dispatch import choose, register
+from vlmprune.ops.scoring import Scoring
+
+Function = Callable[..., Any]
+
+
+def operator(
+    reference: Function,
+    call: Function = lambda run, *args: run(*args),
+    *,
+    cuda: bool = False,
+    mutates_args: tuple[str, ...] = (),
+) -> Callable[[Function], Any]:
+    """Decorates ``_name``, which returns outputs that are not filled (the fake), and makes it the op ``vlmprune::name``.
+
+    Args:
+        reference, cuda: the backends beside the launcher, as for ``register``.
+        call: ``(backend, *arguments)`` to the outputs, where a backend takes other arguments than the op, or where entries
+            of tensors on the CPU must be looked at first. Those of a Scoring always are.
+        mutates_args: the arguments that the op writes to.
+    """
+
+    def made(fake: Function) -> Any:
+        name = fake.__name__.removeprefix("_")
+        register(name, reference, cuda=cuda)
+
+        @wraps(fake)
+        def run(*args: Any) -> Any:
+            scoring = args[-1]
+            if not isinstance(scoring, Scoring):
+                return call(choose(name, next(x for x in args if isinstance(x, Tensor))), *args)
+            scoring.check_values()
+            return call(choose(name, scoring.query), *args)
+
+        op = torch.library.custom_op(f"vlmprune::{name}", _flattened(run), mutates_args=mutates_args)
+        op.register_fake(_flattened(fake))
+        return op
+
+    return made
+
+
+def _flattened(run: Function) -> Function:
+    """``run`` as a custom op can take it: a last argument that is a Scoring becomes Scoring's fields, one by one."""
+    signature = inspect.signature(run, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.annotation is not Scoring]
+    kind, n = inspect.Parameter.POSITIONAL_OR_KEYWORD, len(own)
+    if n < len(signature.parameters):
+        own += [inspect.Parameter(x, kind, annotation=hint) for x, hint in get_type_hints(Scoring).items()]
+
+    @wraps(run)
+    def from_fields(*args: Any) -> Any:
+        return run(*args[:n], Scoring(*args[n:])) if n < len(own) else run(*args)
+
+    from_fields.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    return from_fields
