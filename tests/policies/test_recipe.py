@@ -130,6 +130,21 @@ def test_the_dict():
     assert type(FastV(keep=np.float64(0.5)).to_dict()["keep"]) is float
 
 
+@pytest.mark.parametrize(
+    "settings, policy",
+    [
+        ({"layer": np.int64(3), "keep": np.int32(1)}, FastV(3, 1)),
+        ({"keep": np.float32(0.5), "rows": np.str_("mean")}, FastV(keep=0.5, rows="mean")),
+        ({"policy": "feather", "layers": [np.int64(3), 5]}, Feather((3, 5))),
+        ({"policy": "feather", "layers": np.array([3, 5])}, Feather((3, 5))),
+        ({"policy": "visionzip", "count_cls": np.bool_(True)}, VisionZip(count_cls=True)),
+    ],
+)
+def test_a_dict_may_hold_numbers_of_numpy(settings, policy):
+    made = policy_from({"policy": "fastv"} | settings)
+    assert made == policy and repr(made) == repr(policy)
+
+
 def test_what_is_left_out_has_its_default():
     assert policy_from({"policy": "fastv", "layer": 3}) == FastV(layer=3)
     both = {"policy": "stages", "policies": [{"policy": "divprune"}, "random_deep:layer=20,keep=0.25"]}

@@ -120,7 +120,8 @@ class PruningPolicy(ABC):
     images has m times as much. A setting ``spend`` says how it is spent: "prompt", the best tokens of all images of the
     prompt together stay, or "image", every image keeps its own.
 
-    A class checks its settings in ``__post_init__``; before that runs, numpy's numbers have become Python's.
+    A class checks its settings in ``__post_init__``; before that runs, numpy's numbers have become Python's, and lists and
+    arrays tuples.
 
     Args:
         earlier_kv: what the layers before the last stage hold in the KV cache once the prompt has run: "full", every

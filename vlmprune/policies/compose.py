@@ -39,7 +39,7 @@ class Stages(PruningPolicy):
     policies: Sequence[PruningPolicy]
 
     def __post_init__(self) -> None:
-        check(isinstance(self.policies, tuple | list), "policies", "a list of policies", repr(self.policies))
+        check(isinstance(self.policies, tuple), "policies", "a list of policies", repr(self.policies))
         check(len(self.policies) > 0, "policies", "at least one policy", "none")
         for policy in self.policies:
             check(isinstance(policy, PruningPolicy), "policies", "policies only", repr(policy))

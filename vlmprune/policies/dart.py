@@ -58,10 +58,9 @@ class DART(PruningPolicy):
     def __post_init__(self) -> None:
         check_layer(self.layer, 1, " (the keys come from the layer before)")
         check_keep(self.keep)
-        two = isinstance(self.pivots, tuple | list) and len(self.pivots) == 2
+        two = isinstance(self.pivots, tuple) and len(self.pivots) == 2
         ok = two and all(isinstance(p, int) and p >= 0 for p in self.pivots) and sum(self.pivots) > 0
         check(ok, "pivots", "a number of visual and one of text pivots, not both 0", repr(self.pivots))
-        object.__setattr__(self, "pivots", tuple(self.pivots))
         check_word("count", self.count, "released", "exact")
 
     def needs(self, layer: int) -> Needs:

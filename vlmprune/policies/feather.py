@@ -41,7 +41,6 @@ class Feather(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_layers(self.layers, 1, BEFORE, two=True)
-        object.__setattr__(self, "layers", tuple(self.layers))
         check_keep(self.keep, counts=False)
         check_whole("stride", self.stride, 1)
 

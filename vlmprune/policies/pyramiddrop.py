@@ -45,9 +45,6 @@ class PyramidDrop(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_layers(self.layers, 0)
-        object.__setattr__(self, "layers", tuple(self.layers))
-        if isinstance(self.ratio, list):
-            object.__setattr__(self, "ratio", tuple(self.ratio))
         for share in self.ratio if isinstance(self.ratio, tuple) else (self.ratio,):
             check_keep(share, "ratio", counts=False)
         if isinstance(self.ratio, tuple):

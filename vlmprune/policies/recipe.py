@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 from vlmprune.errors import InputError, check, first_line
@@ -122,6 +123,8 @@ def spell_type(hint: Any) -> str:
 
 def _fits(value: Any, hint: Any, name: str) -> list[Any]:
     """``value`` as ``hint``, alone in a list; nothing if it does not fit."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
     typed, origin, args = isinstance(value, Word), typing.get_origin(hint), typing.get_args(hint)
     if origin in UNIONS:
         return next(filter(None, (_fits(value, member, name) for member in args)), [])

@@ -81,9 +81,9 @@ class SparseVLM(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_word("version", self.version, "1.5", "1.0", "paper")
-        object.__setattr__(self, "layers", LAYERS[self.version] if self.layers in ((), []) else self.layers)
+        if self.layers == ():
+            object.__setattr__(self, "layers", LAYERS[self.version])
         check_layers(self.layers, 1, BEFORE)
-        object.__setattr__(self, "layers", tuple(self.layers))
         check(isinstance(self.recycle, bool), "recycle", "True or False", repr(self.recycle))
         check_word("merge", self.merge, "mean", "sum")
         check_word("positions", self.positions, "pack", "keep")
@@ -94,7 +94,6 @@ class SparseVLM(PruningPolicy):
             no_rank = self.scale is None and self.bias is None
             check(no_rank, "scale", "None, and no bias, for version '1.5'", f"{self.scale} and {self.bias}")
             check_schedule(self.tokens, self.keep, self.layers, SCHEDULES)
-            object.__setattr__(self, "keep", tuple(self.keep))
             return
         check(self.keep == (), "keep", f"() for version {self.version!r}, which counts by rank", self.keep)
         scale, bias = (1.0, 0.0) if self.version == "paper" else RANKS.get(self.tokens, (None, 0.0))

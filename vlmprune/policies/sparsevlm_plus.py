@@ -60,8 +60,6 @@ class SparseVLMPlus(PruningPolicy):
         check_whole("heads", self.heads, 1)
         check_layers(self.layers, 1, BEFORE)
         check_schedule(self.tokens, self.keep, self.layers, SCHEDULES)
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "keep", tuple(self.keep))
 
     def needs(self, layer: int) -> Needs:
         """The text rows and keys of the previous layer, and the input embeddings."""
