@@ -32,7 +32,7 @@ from vlmprune.policies import (
     VisionZip,
     registry,
 )
-from vlmprune.policies.registry import BUILT_IN, built_in
+from vlmprune.policies.registry import BUILT_IN
 from vlmprune.testing.policy import check_policy
 
 
@@ -74,7 +74,7 @@ def announced(monkeypatch):
 
 
 POLICIES = [
-    *(built_in(name)() for name in BUILT_IN),
+    *(policy() for policy in BUILT_IN.values()),
     FastV(3, 64, "mean", earlier_kv="compact"),
     FastV(keep=1),
     FastV(keep=1.0),

@@ -63,7 +63,7 @@ def describe_policy(cls: type[PruningPolicy]) -> dict[str, Any]:
     """Fields with defaults (``"required"`` if there is none), summary, paper, what it reads and where it acts."""
     return {
         "class": cls.__name__,
-        "fields": {k: "required" if v is MISSING else v for k, v in fields_of(cls)},
+        "fields": {k: "required" if v is MISSING else v for k, v in fields_of(cls).items()},
         "summary": cls.summary,
         "paper": cls.paper,
         "checked": cls.checked,
@@ -74,7 +74,7 @@ def describe_policy(cls: type[PruningPolicy]) -> dict[str, Any]:
 
 def _default_facts(cls: type[PruningPolicy]) -> dict[str, Any]:
     """Where a policy acts and what it reads, asked of its default settings."""
-    if MISSING in dict(fields_of(cls)).values():
+    if MISSING in fields_of(cls).values():
         return dict.fromkeys(("acts", "reads", "text_aware", "cls"), "as set")
     policy = cls()
     needs = [policy.needs(layer) for layer in policy.layers]

@@ -15,8 +15,8 @@ from vlmprune.policies.checks import check_word, plain, share_of
 from vlmprune.policies.choose import keep_count
 from vlmprune.policies.inputs import AttentionInputs as AttentionInputs
 from vlmprune.policies.inputs import Grid as Grid
+from vlmprune.policies.inputs import Needs as Needs
 from vlmprune.policies.inputs import VisionAttention as VisionAttention
-from vlmprune.policies.needs import Needs as Needs
 
 Positions = Literal["pack", "keep"]
 """Where the kept rows stand for RoPE: at 0, 1, 2, ... without gaps, or at the positions they had."""

@@ -24,18 +24,20 @@ class Images:
         samples: which sample each image belongs to, ascending.
         firsts: each image's first place among its sample's tokens.
         tokens: how many tokens each image has.
+        batch: B, how many samples there are.
         width: N, the places a sample has in the batch.
     """
 
     samples: tuple[int, ...]
     firsts: tuple[int, ...]
     tokens: tuple[int, ...]
+    batch: int
     width: int
 
     def split(self, x: Tensor) -> Tensor:
         """Cut ``x [B, N, ...]`` into images ``[I, P, ...]``; P is the largest image's tokens, padding is zeros."""
         P = max(self.tokens, default=0)
-        if set(self.tokens) == {P} and sum(self.tokens) == x.shape[0] * self.width:
+        if set(self.tokens) == {P} and sum(self.tokens) == self.batch * self.width:
             return x.reshape(len(self.tokens), P, *x.shape[2:])
         samples, firsts, tokens = torch.tensor(
             [self.samples, self.firsts, self.tokens], dtype=torch.int64
@@ -44,19 +46,20 @@ class Images:
         at = torch.where(inside < tokens, samples * self.width + firsts + inside, -1)
         return _rows(x, at, 0)
 
-    def join(self, x: Tensor, kept: Sequence[int], samples: int, fill: int = 0) -> Tensor:
-        """Line up the first ``kept[i]`` rows of every image of ``x [I, k, ...]``: ``[samples, K, ...]``, then ``fill``."""
-        lines: list[list[int]] = [[] for _ in range(samples)]
-        for image, (sample, count) in enumerate(zip(self.samples, kept, strict=True)):
-            lines[sample] += range(image * x.shape[1], image * x.shape[1] + count)
+    def join(self, x: Tensor, kept: Sequence[int] | None = None, fill: int = 0) -> Tensor:
+        """Line up the first ``kept[i]`` rows of every image of ``x [I, k, ...]``, None = all: ``[B, K, ...]``, then ``fill``."""
+        lines: list[list[int]] = [[] for _ in range(self.batch)]
+        for image, sample in enumerate(self.samples):
+            first = image * x.shape[1]
+            lines[sample] += range(first, first + (x.shape[1] if kept is None else kept[image]))
         K = max(map(len, lines), default=0)
         at = torch.tensor([line + [-1] * (K - len(line)) for line in lines], dtype=torch.int64)
-        return _rows(x, at.view(samples, K), fill)
+        return _rows(x, at.view(self.batch, K), fill)
 
-    def index(self, picked: Tensor, kept: Sequence[int], samples: int) -> Tensor:
-        """Turn places within each image ``[I, k]`` into places within the sample ``[samples, K]``, -1 on the right."""
+    def index(self, picked: Tensor, kept: Sequence[int] | None = None) -> Tensor:
+        """Turn places within each image ``[I, k]`` into places within the sample ``[B, K]``, -1 on the right."""
         first = torch.tensor(self.firsts, dtype=torch.int64).to(picked.device, non_blocking=True)
-        return self.join(picked + first[:, None], kept, samples, fill=-1)
+        return self.join(picked + first[:, None], kept, fill=-1)
 
 
 def _rows(x: Tensor, at: Tensor, fill: int) -> Tensor:
@@ -86,7 +89,7 @@ def images_of(ctx: TokenContext) -> Images:
         samples += [sample] * len(own)
         firsts += accumulate((0, *own[:-1]) if own else ())
         tokens += own
-    return Images(tuple(samples), tuple(firsts), tuple(tokens), ctx.mask.shape[1])
+    return Images(tuple(samples), tuple(firsts), tuple(tokens), *ctx.mask.shape)
 
 
 def spent(
@@ -120,7 +123,7 @@ def spent(
         return ctx.ordinals
     mask = padding(images.tokens, images.split(ctx.mask))
     places = choose(kept, mask, *map(images.split, tensors))
-    return images.index(places, kept, len(ctx.counts))
+    return images.index(places, kept)
 
 
 def vision_of(ctx: TokenContext, layer: int, images: Images) -> VisionAttention:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Stages(PruningPolicy):
             ``earlier_kv="compact"`` where the whole has not (its own setting counts).
     """
 
-    summary: ClassVar[str] = "several policies, each at its own layers"
+    summary = "several policies, each at its own layers"
 
     policies: Sequence[PruningPolicy]
 
@@ -129,7 +129,7 @@ class Union(Pair):
     How much that is depends on their overlap: ``at`` and ``kept`` say what is expected if they know nothing of each other.
     """
 
-    summary: ClassVar[str] = "what either of two policies keeps"
+    summary = "what either of two policies keeps"
 
     def select(self, ctx: TokenContext) -> Tensor:
         """The union of both choices. Its width is known only on the device: one host read."""
@@ -155,7 +155,7 @@ class Intersection(Pair):
     How much stays depends on their overlap: ``at`` and ``kept`` say what is expected if they know nothing of each other.
     """
 
-    summary: ClassVar[str] = "what both of two policies keep"
+    summary = "what both of two policies keep"
 
     def select(self, ctx: TokenContext) -> Tensor:
         """The intersection of both choices. Its width is known only on the device: one host read."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,16 +38,14 @@ class DART(PruningPolicy):
             becomes 132); ``"exact"``: exactly ``keep``, pivots included, shared out evenly, the first taking the rest.
     """
 
-    summary: ClassVar[str] = "tokens that duplicate a few pivots least, without attention"
-    paper: ClassVar[str] = (
-        'Stop Looking for "Important Tokens" in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494'
-    )
-    presets: ClassVar[Mapping[int, str]] = {
+    summary = "tokens that duplicate a few pivots least, without attention"
+    paper = 'Stop Looking for "Important Tokens" in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494'
+    presets = {
         192: "layer=2,keep=166,count=exact",
         128: "layer=2,keep=98,count=exact",
         64: "layer=2,keep=30,count=exact",
     }
-    checked: ClassVar[str] = "reading"
+    checked = "reading"
 
     layer: int = 2
     keep: int | float = 128

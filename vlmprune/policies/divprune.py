@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -31,11 +30,9 @@ class DivPrune(PruningPolicy):
         spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget.
     """
 
-    summary: ClassVar[str] = "tokens most unlike each other (greedy max-min distance)"
-    paper: ClassVar[str] = (
-        "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (CVPR 2025), arXiv 2503.02175"
-    )
-    presets: ClassVar[Mapping[int, str]] = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
+    summary = "tokens most unlike each other (greedy max-min distance)"
+    paper = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (CVPR 2025), arXiv 2503.02175"
+    presets = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
 
     keep: int | float = 0.098
     positions: Positions = "pack"
@@ -45,8 +42,7 @@ class DivPrune(PruningPolicy):
         check_keep(self.keep)
         check_word("positions", self.positions, "pack", "keep")
 
-    layers = (0,)
-    """Before the language model."""
+    layers = (0,)  # before the language model
 
     def needs(self, layer: int) -> Needs:
         """The projected features."""

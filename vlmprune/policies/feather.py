@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -29,11 +27,9 @@ class Feather(PruningPolicy):
         stride: rows and columns between two grid tokens.
     """
 
-    summary: ClassVar[str] = "RoPE-free attention with a coarse grid, then a harder cut"
-    paper: ClassVar[str] = (
-        "Feather the Throttle: Revisiting Visual Token Pruning for Vision-Language Model Acceleration, arXiv 2412.13180"
-    )
-    presets: ClassVar[Mapping[int, str]] = {192: "keep=0.22"}  # eight full layers alone are a mean of 144
+    summary = "RoPE-free attention with a coarse grid, then a harder cut"
+    paper = "Feather the Throttle: Revisiting Visual Token Pruning for Vision-Language Model Acceleration, arXiv 2412.13180"
+    presets = {192: "keep=0.22"}  # eight full layers alone are a mean of 144
 
     layers: tuple[int, int] = (8, 16)
     keep: float = 0.3

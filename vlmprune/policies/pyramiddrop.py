@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext, attention_of, outcome
+from vlmprune.policies.base import (
+    Needs,
+    Positions,
+    PruningPolicy,
+    Reduction,
+    TokenContext,
+    attention_of,
+    outcome,
+)
 from vlmprune.policies.checks import check_keep, check_layers, check_word
 from vlmprune.policies.choose import keep_count, quotas, select_counts
-from vlmprune.policies.needs import Needs
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,12 @@ class PyramidDrop(PruningPolicy):
         positions: ``"pack"`` (released code: positions count from 0 again after every stage) or ``"keep"``.
     """
 
-    summary: ClassVar[str] = "a pyramid of stages, by the attention of the stage's own layer"
-    paper: ClassVar[str] = (
+    summary = "a pyramid of stages, by the attention of the stage's own layer"
+    paper = (
         "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction, "
         "arXiv 2410.17247"
     )
-    presets: ClassVar[Mapping[int, str]] = {192: "ratio=0.255"}  # eight full layers alone are a mean of 144
+    presets = {192: "ratio=0.255"}  # eight full layers alone are a mean of 144
 
     layers: tuple[int, ...] = (8, 16, 24)
     ratio: float | tuple[float, ...] = 0.5

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,13 +30,9 @@ class Random(PruningPolicy):
         spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget.
     """
 
-    summary: ClassVar[str] = "a random subset, fixed by a seed"
-    paper: ClassVar[str] = "baseline; random tokens of FastV (K = 0), arXiv 2403.06764"
-    presets: ClassVar[Mapping[int, str]] = {
-        192: "layer=0,keep=192",
-        128: "layer=0,keep=128",
-        64: "layer=0,keep=64",
-    }
+    summary = "a random subset, fixed by a seed"
+    paper = "baseline; random tokens of FastV (K = 0), arXiv 2403.06764"
+    presets = {192: "layer=0,keep=192", 128: "layer=0,keep=128", 64: "layer=0,keep=64"}
 
     layer: int = 2
     keep: int | float = 0.5

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import check, require
-from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext, attention_of, outcome
+from vlmprune.policies.base import (
+    Needs,
+    Positions,
+    PruningPolicy,
+    Reduction,
+    TokenContext,
+    attention_of,
+    outcome,
+)
 from vlmprune.policies.checks import BEFORE, check_layers, check_schedule, check_whole, check_word
 from vlmprune.policies.choose import select_counts, thinned
-from vlmprune.policies.needs import Needs
 from vlmprune.policies.raters import rated, rater_weights, row_attention
 from vlmprune.policies.recycle import recycle_counts, recycled
 
@@ -63,11 +70,9 @@ class SparseVLM(PruningPolicy):
         ValueError: a setting is out of range, or does not belong to the version.
     """
 
-    summary: ClassVar[str] = "rated by the question's words; pruned tokens recycled as cluster means"
-    paper: ClassVar[str] = (
-        "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv 2410.04417"
-    )
-    presets: ClassVar[Mapping[int, str]] = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
+    summary = "rated by the question's words; pruned tokens recycled as cluster means"
+    paper = "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv 2410.04417"
+    presets = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
 
     tokens: int = 192
     layers: tuple[int, ...] = ()

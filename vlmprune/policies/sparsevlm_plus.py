@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,9 +45,9 @@ class SparseVLMPlus(PruningPolicy):
         keep: an explicit schedule in place of the budget's, per layer tokens per image or shares; () = none.
     """
 
-    summary: ClassVar[str] = "SparseVLM freed from RoPE's decay, by priority heads, positions kept"
-    paper: ClassVar[str] = "SparseVLM+, the released version 2.0 of SparseVLM, arXiv 2410.04417"
-    presets: ClassVar[Mapping[int, str]] = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
+    summary = "SparseVLM freed from RoPE's decay, by priority heads, positions kept"
+    paper = "SparseVLM+, the released version 2.0 of SparseVLM, arXiv 2410.04417"
+    presets = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
 
     tokens: int = 192
     heads: int = 14
