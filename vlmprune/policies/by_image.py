@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -82,25 +82,19 @@ def images_of(ctx: TokenContext) -> Images:
     sizes = ctx.images()
     whole = tuple(map(sum, sizes))
     check(ctx.counts == whole, "ctx.counts", f"{whole}, every token of every image", ctx.counts)
-    samples: list[int] = []
-    firsts: list[int] = []
-    tokens: list[int] = []
-    for sample, own in enumerate(sizes):
-        samples += [sample] * len(own)
-        firsts += accumulate((0, *own[:-1]) if own else ())
-        tokens += own
-    return Images(tuple(samples), tuple(firsts), tuple(tokens), *ctx.mask.shape)
+    samples = tuple(sample for sample, own in enumerate(sizes) for _ in own)
+    firsts = tuple(first for own in sizes for first in [*accumulate(own, initial=0)][:-1])
+    return Images(samples, firsts, tuple(chain(*sizes)), *ctx.mask.shape)
 
 
 def spent(
-    spend: str, ctx: TokenContext, policy: PruningPolicy, choose: Callable[..., Tensor], *tensors: Tensor
+    ctx: TokenContext, policy: PruningPolicy, choose: Callable[..., Tensor], *tensors: Tensor
 ) -> Tensor:
     """Index ``[B, K]`` of what ``choose`` takes by the policy's counts from every prompt, or from every image of it.
 
     Args:
-        spend: "prompt" or "image".
         ctx: the stage's context.
-        policy: whose ``kept`` counts.
+        policy: whose ``kept`` counts, and whose ``spend`` says of what.
         choose: ``choose_best`` or alike: ``(counts, mask or None, *tensors)`` to places ``[G, k]``, ascending.
         tensors: ``[B, N, ...]``, what to choose by.
 
@@ -110,13 +104,13 @@ def spent(
     Example:
         >>> from vlmprune.policies import Random, choose_best
         >>> best = torch.arange(8.0).expand(2, 8)
-        >>> spent("image", ctx, Random(keep=1), choose_best, best)[1], spent("prompt", ctx, Random(keep=1), choose_best, best)[1]
-        (tensor([3, 7]), tensor([6, 7]))
+        >>> [spent(ctx, Random(keep=1, spend=by), choose_best, best)[1] for by in ("image", "prompt")]
+        [tensor([3, 7]), tensor([6, 7])]
     """
-    if spend == "prompt":
+    if policy.spend == "prompt":
         return choose(quotas(ctx, policy), padding(ctx.counts, ctx.mask), *tensors)
     whole = ctx.shares is None and ctx.counts == tuple(map(sum, ctx.images()))
-    check(whole, "spend", "'prompt' after an earlier stage, or in prefill by chunks", repr(spend))
+    check(whole, "spend", "'prompt' after an earlier stage, or in prefill by chunks", repr(policy.spend))
     images = images_of(ctx)
     kept = [policy.kept(tokens, 1, ctx.layer) for tokens in images.tokens]
     if not kept:

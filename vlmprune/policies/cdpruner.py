@@ -71,10 +71,9 @@ class CDPruner(PruningPolicy):
         return Needs(hidden=True, embeds=self.relevance != "none")
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The most diverse and relevant tokens."""
         hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
         relevance = scaled(self._relevance(ctx), ctx.mask)
-        index = spent(self.spend, ctx, self, partial(choose_greedily, "dpp"), hidden, relevance)
+        index = spent(ctx, self, partial(choose_greedily, "dpp"), hidden, relevance)
         return outcome(index, self.positions)
 
     def _relevance(self, ctx: TokenContext) -> Tensor:

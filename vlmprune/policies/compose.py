@@ -52,23 +52,18 @@ class Stages(PruningPolicy):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Every policy's layers."""
         return tuple(sorted(layer for policy in self.policies for layer in policy.layers))
 
     def needs(self, layer: int) -> Needs:
-        """What the policy of this layer reads."""
         return self._policy(layer).needs(layer)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """What the policy of this layer keeps."""
         return self._policy(ctx.layer).select(ctx)
 
     def at(self, share: float) -> Self:
-        """Every policy at this share."""
         return replace(self, policies=tuple(policy.at(share) for policy in self.policies))
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
-        """As the policy of this layer says."""
         return self._policy(layer).kept(tokens, images, layer)
 
     def _policy(self, layer: int) -> PruningPolicy:
@@ -101,11 +96,9 @@ class Pair(PruningPolicy):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers of both."""
         return self.first.layers
 
     def needs(self, layer: int) -> Needs:
-        """What either policy reads."""
         return self.first.needs(layer) | self.second.needs(layer)
 
     def choices(self, ctx: TokenContext) -> tuple[Tensor, Tensor]:

@@ -45,13 +45,11 @@ class DivPrune(PruningPolicy):
     layers = (0,)  # before the language model
 
     def needs(self, layer: int) -> Needs:
-        """The projected features."""
         return Needs(hidden=True)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The most diverse tokens."""
         hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
-        index = spent(self.spend, ctx, self, partial(choose_greedily, "maxmin"), hidden)
+        index = spent(ctx, self, partial(choose_greedily, "maxmin"), hidden)
         return outcome(index, self.positions)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:

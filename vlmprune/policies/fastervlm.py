@@ -43,13 +43,11 @@ class FasterVLM(PruningPolicy):
     layers = (0,)  # before the language model
 
     def needs(self, layer: int) -> Needs:
-        """Query and key of the vision layer."""
         return Needs(vision=(self.vision_layer,))
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The best-scored patches."""
         images = images_of(ctx)
         if not images.tokens:
             return ctx.ordinals
         scores = patch_attention(vision_of(ctx, self.vision_layer, images))
-        return outcome(spent(self.spend, ctx, self, choose_best, images.join(scores)), self.positions)
+        return outcome(spent(ctx, self, choose_best, images.join(scores)), self.positions)

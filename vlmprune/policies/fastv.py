@@ -42,11 +42,9 @@ class FastV(PruningPolicy):
         check_word("rows", self.rows, "last", "mean")
 
     def needs(self, layer: int) -> Needs:
-        """Query and key of the previous layer: the last row, or every prompt row."""
         return Needs(attention="previous", rows="last" if self.rows == "last" else "all")
 
     def select(self, ctx: TokenContext) -> Tensor:
-        """The best-scored tokens of each sample."""
         seen = attention_of(ctx)
         scores = seen.received(seen.last if self.rows == "last" else seen.rows)
-        return spent(self.spend, ctx, self, choose_best, scores)
+        return spent(ctx, self, choose_best, scores)

@@ -9,7 +9,7 @@ from torch import Tensor
 from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, attention_of
 from vlmprune.policies.checks import BEFORE, check_keep, check_layers, check_whole
 from vlmprune.policies.choose import index_of, keep_count, marks, select_scores, union_count
-from vlmprune.policies.grid import grid_count, stride_grid
+from vlmprune.policies.lattice import grid_count, stride_grid
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ class Feather(PruningPolicy):
         check_whole("stride", self.stride, 1)
 
     def needs(self, layer: int) -> Needs:
-        """The last query row and the keys of the previous layer."""
         return Needs(attention="previous")
 
     def select(self, ctx: TokenContext) -> Tensor:

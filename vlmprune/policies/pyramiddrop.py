@@ -60,7 +60,6 @@ class PyramidDrop(PruningPolicy):
         check_word("positions", self.positions, "pack", "keep")
 
     def at(self, share: float) -> Self:
-        """``share`` as the ratio, a float."""
         return replace(self, ratio=share)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
@@ -71,17 +70,14 @@ class PyramidDrop(PruningPolicy):
         return keep_count(self.ratio[stage] / (self.ratio[stage - 1] if stage else 1.0), tokens)
 
     def needs(self, layer: int) -> Needs:
-        """The last query row and the keys of the stage's own layer."""
         return Needs(attention="own")
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The best-scored tokens of each sample."""
         seen = attention_of(ctx)
         scores = seen.received(seen.last)
         return outcome(select_counts(scores, ctx, self._kept(ctx)), self.positions)
 
     def _kept(self, ctx: TokenContext) -> list[int]:
-        """How many tokens each sample keeps."""
         if not isinstance(self.ratio, tuple):
             return quotas(ctx, self)
         share = self.ratio[self.layers.index(ctx.layer)]

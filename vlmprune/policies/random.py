@@ -46,11 +46,10 @@ class Random(PruningPolicy):
         check(ok, "seed", "a whole number in [0, 2**63)", repr(self.seed))
 
     def select(self, ctx: TokenContext) -> Tensor:
-        """The tokens with the highest drawn scores."""
         # On the CPU whatever the device: generators of different devices draw different numbers.
         draw = torch.Generator().manual_seed(self.seed)
         seeds = torch.randint(SEEDS - 1, (len(ctx.counts),), generator=draw).tolist()
         scores = torch.zeros(ctx.mask.shape, dtype=torch.float32)
         for row, tokens, seed in zip(scores, ctx.counts, seeds, strict=True):
             row[:tokens] = torch.rand(tokens, generator=draw.manual_seed(seed))
-        return spent(self.spend, ctx, self, choose_best, scores.to(ctx.mask.device, non_blocking=True))
+        return spent(ctx, self, choose_best, scores.to(ctx.mask.device, non_blocking=True))

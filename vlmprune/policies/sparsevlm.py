@@ -109,11 +109,9 @@ class SparseVLM(PruningPolicy):
         object.__setattr__(self, "bias", bias if self.bias is None else float(self.bias))
 
     def needs(self, layer: int) -> Needs:
-        """The text rows and keys of the previous layer, the input embeddings, and what is to be merged."""
         return Needs(hidden=self.recycle, attention="previous", rows="text", embeds=True)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The best-rated tokens of each sample, then what is recycled of the others."""
         seen, weights = attention_of(ctx), rater_weights(ctx)
         scores = rated(seen.received(row_weight=weights), ctx)
         kept = self._kept(ctx, weights)

@@ -61,11 +61,9 @@ class SparseVLMPlus(PruningPolicy):
         check_schedule(self.tokens, self.keep, self.layers, SCHEDULES)
 
     def needs(self, layer: int) -> Needs:
-        """The text rows and keys of the previous layer, and the input embeddings."""
         return Needs(attention="previous", rows="text", embeds=True)
 
     def select(self, ctx: TokenContext) -> Tensor:
-        """The best-rated tokens of each sample."""
         seen, weights = attention_of(ctx), rater_weights(ctx)
         # Row by row: R differs for every pair, so no reduction over rows can come before it.
         corrected = row_attention(seen) / rope_kernel(seen)[:, None] * weights[:, None, :, None]
@@ -75,7 +73,6 @@ class SparseVLMPlus(PruningPolicy):
         return select_scores(rated(scores, ctx), ctx, self)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
-        """By the schedule."""
         schedule = self.keep or SCHEDULES[self.tokens]
         return thinned(schedule[self.layers.index(layer)], tokens, images)
 

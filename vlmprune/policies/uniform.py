@@ -12,8 +12,7 @@ from vlmprune.errors import check
 from vlmprune.policies.base import PruningPolicy, TokenContext
 from vlmprune.policies.checks import check_keep, check_layer, check_whole, check_word
 from vlmprune.policies.choose import index_of, quotas, select_counts
-from vlmprune.policies.grid import grid_count, stride_grid
-from vlmprune.policies.lattice import lattice_scores
+from vlmprune.policies.lattice import grid_count, lattice_scores, stride_grid
 
 KEEP = 0.25
 

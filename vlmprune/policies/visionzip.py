@@ -80,11 +80,9 @@ class VisionZip(PruningPolicy):
     layers = (0,)  # before the language model
 
     def needs(self, layer: int) -> Needs:
-        """Query and key of the vision layer, and the rows to merge."""
         return Needs(hidden=True, vision=(self.vision_layer,))
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The dominant and the merged tokens of each image."""
         images = images_of(ctx)
         if not images.tokens:
             return ctx.ordinals
@@ -115,7 +113,6 @@ class VisionZip(PruningPolicy):
         return replace(self, dominant=share - merged, contextual=merged, tokens=None, count_cls=False)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
-        """As many of every image."""
         return round(images * sum(self._counts(round(tokens / images)))) if tokens else 0
 
     def _counts(self, tokens: int) -> tuple[int, int]:

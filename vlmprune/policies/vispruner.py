@@ -62,7 +62,6 @@ class VisPruner(PruningPolicy):
         return Needs(vision=(self.vision_layer,))
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The important and the diverse patches of each image, ascending."""
         images = images_of(ctx)
         if not images.tokens:
             return ctx.ordinals

@@ -80,7 +80,6 @@ class VScan(PruningPolicy):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Before the language model, and in its middle."""
         return (0, self.layer)
 
     def needs(self, layer: int) -> Needs:
@@ -90,15 +89,12 @@ class VScan(PruningPolicy):
         return Needs(attention="own")
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """What the stage keeps."""
         return self._scan(ctx) if ctx.layer == 0 else self._attended(ctx)
 
     def at(self, share: float) -> Self:
-        """``share`` as both ``keep`` and ``then``."""
         return replace(self, keep=share_of(share), then=share_of(share))
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
-        """``keep`` of every image, then ``then`` of the prompt."""
         if layer == 0:
             return keep_count(self.keep, tokens, images, "image")
         return keep_count(self.then, tokens, images)
