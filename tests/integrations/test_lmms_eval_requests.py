@@ -29,7 +29,7 @@ from vlmprune.integrations.lmms_eval.requests import (
 )
 from vlmprune.models.clock import Seconds
 from vlmprune.models.report import FlopCounts, Report, TokenCounts
-from vlmprune.policies.registry import BUILT_IN, built_in
+from vlmprune.policies.registry import BUILT_IN
 from vlmprune.policies.schedule import stage_counts
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +116,7 @@ def test_bad_count(given):
 @pytest.mark.parametrize("tokens", [192, 128, 64])
 def test_docs_list_every_preset(tokens):
     found = [
-        f"{name}:{built_in(name).presets[tokens]}" for name in BUILT_IN if tokens in built_in(name).presets
+        f"{name}:{policy.presets[tokens]}" for name, policy in BUILT_IN.items() if tokens in policy.presets
     ]
     assert listed(f"at_{tokens}") == {text.replace(",", ";") for text in found}
 

@@ -34,7 +34,7 @@ def test_split_and_join(images):
     split = found.split(ctx.hidden)
     kept = [(n + 1) // 2 for n in found.tokens]
     picked = torch.arange(max(kept, default=0)).expand(len(kept), -1)
-    index, rows = found.index(picked, kept, len(images)), found.join(split, kept, len(images))
+    index, rows = found.index(picked, kept), found.join(split, kept)
     assert index.shape[1] == max((index >= 0).sum(1).tolist(), default=0)
     for sample, here in enumerate(images_in(ctx)):
         expected = []

@@ -32,7 +32,7 @@ from vlmprune.policies import (
     VisionZip,
     registry,
 )
-from vlmprune.policies.registry import BUILT_IN, built_in
+from vlmprune.policies.registry import BUILT_IN
 from vlmprune.testing.policy import check_policy
 
 
@@ -74,7 +74,7 @@ def announced(monkeypatch):
 
 
 POLICIES = [
-    *(built_in(name)() for name in BUILT_IN),
+    *(policy() for policy in BUILT_IN.values()),
     FastV(3, 64, "mean", earlier_kv="compact"),
     FastV(keep=1),
     FastV(keep=1.0),
@@ -128,6 +128,21 @@ def test_the_dict():
     made = {"policy": "custom", "layer": 2, "select": path, "earlier_kv": "full"}
     assert Custom(2, Methods.keep_all).to_dict() == made
     assert type(FastV(keep=np.float64(0.5)).to_dict()["keep"]) is float
+
+
+@pytest.mark.parametrize(
+    "settings, policy",
+    [
+        ({"layer": np.int64(3), "keep": np.int32(1)}, FastV(3, 1)),
+        ({"keep": np.float32(0.5), "rows": np.str_("mean")}, FastV(keep=0.5, rows="mean")),
+        ({"policy": "feather", "layers": [np.int64(3), 5]}, Feather((3, 5))),
+        ({"policy": "feather", "layers": np.array([3, 5])}, Feather((3, 5))),
+        ({"policy": "visionzip", "count_cls": np.bool_(True)}, VisionZip(count_cls=True)),
+    ],
+)
+def test_a_dict_may_hold_numbers_of_numpy(settings, policy):
+    made = policy_from({"policy": "fastv"} | settings)
+    assert made == policy and repr(made) == repr(policy)
 
 
 def test_what_is_left_out_has_its_default():

@@ -18,14 +18,14 @@ from vlmprune.policies import (
     PyramidDrop,
     Random,
     SparseVLM,
+    Stages,
     Uniform,
-    fields_of,
     list_policies,
-    policies,
     policy_from,
     registry,
 )
 from vlmprune.policies.recipe import read_setting, spell_type
+from vlmprune.policies.registry import fields_of, policies
 from vlmprune.policies.schedule import stage_counts
 from vlmprune.policies.syntax import Word
 
@@ -134,12 +134,30 @@ def test_presets_meet_their_budget(name):
 
 def test_fields_of():
     every = ("earlier_kv", "full")
-    assert fields_of(FastV) == [("layer", 2), ("keep", 0.5), ("rows", "last"), ("spend", "prompt"), every]
-    assert fields_of(Feather) == [("layers", (8, 16)), ("keep", 0.3), ("stride", 3), every]
-    assert fields_of(Random) == [("layer", 2), ("keep", 0.5), ("seed", 0), ("spend", "prompt"), every]
-    assert fields_of(Uniform) == [("layer", 2), ("keep", 0.25), ("stride", None), ("order", "lattice"), every]
-    assert fields_of(Foreign)[0] == ("places", dataclasses.MISSING)
-    assert fields_of(Foreign)[-2] == ("sizes", ())
+    assert [*fields_of(FastV).items()] == [
+        ("layer", 2),
+        ("keep", 0.5),
+        ("rows", "last"),
+        ("spend", "prompt"),
+        every,
+    ]
+    assert [*fields_of(Feather).items()] == [("layers", (8, 16)), ("keep", 0.3), ("stride", 3), every]
+    assert [*fields_of(Random).items()] == [
+        ("layer", 2),
+        ("keep", 0.5),
+        ("seed", 0),
+        ("spend", "prompt"),
+        every,
+    ]
+    assert [*fields_of(Uniform).items()] == [
+        ("layer", 2),
+        ("keep", 0.25),
+        ("stride", None),
+        ("order", "lattice"),
+        every,
+    ]
+    assert next(iter(fields_of(Foreign).items())) == ("places", dataclasses.MISSING)
+    assert [*fields_of(Foreign).items()][-2] == ("sizes", ())
 
 
 @pytest.mark.parametrize(
@@ -153,6 +171,8 @@ def test_fields_of():
         ("fastv:keep=1", FastV(keep=1)),
         ("sparsevlm:keep=1/1/1", SparseVLM(keep=(1, 1, 1))),
         ("pyramiddrop:ratio=1e0", PyramidDrop(ratio=1.0)),
+        ("pyramiddrop:ratio=1e+0", PyramidDrop(ratio=1.0)),
+        ("fastv:keep=1.E+0+random:layer=5", Stages([FastV(keep=1.0), Random(layer=5)])),
         ("random:seed=12,keep=5e-1", Random(seed=12)),
         ("uniform", Uniform()),
         ("uniform:keep=0.5", Uniform(keep=0.5)),
@@ -311,12 +331,13 @@ ODD = (
     [[1]],
 )
 ODD += (np.int64(2), np.float32(0.5), np.bool_(True), (np.int64(3), 7, 16), torch.ones(2), {}, len)
+ODD += (np.array(2), np.array([1, 2]), np.array(["last"]), np.array([]), (np.ones(2), 1), [np.array(8), 16])
 
 
 @pytest.mark.parametrize("name", registry.BUILT_IN)
 def test_a_setting_is_taken_or_refused_by_name(name):
     """Never another error than ours, and it says which setting."""
-    cls, known = registry.built_in(name), dict(fields_of(registry.built_in(name)))
+    cls, known = registry.BUILT_IN[name], fields_of(registry.BUILT_IN[name])
     for field in known:
         for value in ODD:
             try:
@@ -324,7 +345,8 @@ def test_a_setting_is_taken_or_refused_by_name(name):
             except InputError as error:
                 assert str(error).startswith((*known, "layer:")) and ": expected " in str(error)
             else:
-                assert "np." not in repr(made)
+                assert "np." not in repr(made) and "array" not in repr(made)
+                hash(made)
 
 
 def test_numbers_of_numpy():
@@ -337,6 +359,9 @@ def test_numbers_of_numpy():
         (SparseVLM(keep=(np.int32(5), np.float16(0.5), 1)), SparseVLM(keep=(5, 0.5, 1))),
         (Foreign((np.int64(1),), pair=(np.int8(4), 0.5)), Foreign((1,), pair=(4, 0.5))),
         (FastV().at(np.float32(0.5)), FastV(keep=0.5)),
+        (FastV(keep=np.array(0.5), layer=np.array(3)), FastV(layer=3, keep=0.5)),
+        (Feather(layers=np.array([2, 5])), Feather(layers=(2, 5))),
+        (Foreign([1, [2]]), Foreign((1, (2,)))),
     ):
         assert policy == same and repr(policy) == repr(same)
     with pytest.raises(InputError, match=r"^keep: expected a share .*, got True$"):

@@ -211,7 +211,7 @@ def test_keep_all():
 
 @dataclass(frozen=True)
 class Lists(Mine):
-    numbers: list = field(default_factory=list)
+    numbers: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ class Soft(Deaf):
             Deaf(layers=()),
             r"^Deaf\(.*\)\.layers: expected a tuple of one or more layers, ascending, each once, got \(\)$",
         ),
-        (Deaf(layers=[2]), r"\.layers: expected a tuple .*, got \[2\]$"),
+        (Deaf(layers={2}), r"\.layers: expected a tuple .*, got \{2\}$"),
         (Deaf(layers=(3, 2)), r"\.layers: expected .*ascending.*, got \(3, 2\)$"),
         (Deaf(layers=(-1,)), r"\.layers: expected .*, got \(-1,\)$"),
         (Mine(reads=None), r"\.needs\(2\): expected Needs\(\.\.\.\), got None$"),

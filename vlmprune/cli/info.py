@@ -67,7 +67,7 @@ def markdown_table(found: dict[str, dict[str, Any]]) -> str:
 
 def describe_policy(cls: type[PruningPolicy]) -> dict[str, Any]:
     """Fields with defaults (``"required"`` if there is none), summary, paper, what it reads and where it acts."""
-    fields = dict(fields_of(cls))
+    fields = fields_of(cls)
     usual = None if MISSING in fields.values() else cls()
     return {
         "class": cls.__name__,

@@ -1,122 +1,56 @@
 """Pruning methods: tensors in, kept positions out. One short file each; ``registry`` knows their names.
 
-Every built-in method's class is an attribute of this package (and of ``vlmprune``), imported when first asked for; what the
-author of a method needs is here too.
+Every built-in method's class is an attribute of this package (and of ``vlmprune``); what the author of a method needs is
+here too.
 """
 
-from __future__ import annotations
+import inspect
 
-from typing import TYPE_CHECKING, Any
+from vlmprune.policies.base import AttentionInputs as AttentionInputs
+from vlmprune.policies.base import Grid as Grid
+from vlmprune.policies.base import Needs as Needs
+from vlmprune.policies.base import PruningPolicy as PruningPolicy
+from vlmprune.policies.base import Reduction as Reduction
+from vlmprune.policies.base import TokenContext as TokenContext
+from vlmprune.policies.base import VisionAttention as VisionAttention
+from vlmprune.policies.base import attention_of as attention_of
+from vlmprune.policies.base import outcome as outcome
+from vlmprune.policies.by_image import images_of as images_of
+from vlmprune.policies.by_image import spent as spent
+from vlmprune.policies.cdpruner import CDPruner as CDPruner
+from vlmprune.policies.checks import check_keep as check_keep
+from vlmprune.policies.checks import check_layer as check_layer
+from vlmprune.policies.checks import check_layers as check_layers
+from vlmprune.policies.checks import check_whole as check_whole
+from vlmprune.policies.checks import check_word as check_word
+from vlmprune.policies.choose import choose_best as choose_best
+from vlmprune.policies.choose import index_of as index_of
+from vlmprune.policies.choose import keep_count as keep_count
+from vlmprune.policies.choose import marks as marks
+from vlmprune.policies.choose import quotas as quotas
+from vlmprune.policies.choose import select_counts as select_counts
+from vlmprune.policies.choose import select_scores as select_scores
+from vlmprune.policies.compose import Intersection as Intersection
+from vlmprune.policies.compose import Stages as Stages
+from vlmprune.policies.compose import Union as Union
+from vlmprune.policies.custom import Custom as Custom
+from vlmprune.policies.dart import DART as DART
+from vlmprune.policies.divprune import DivPrune as DivPrune
+from vlmprune.policies.fastervlm import FasterVLM as FasterVLM
+from vlmprune.policies.fastv import FastV as FastV
+from vlmprune.policies.feather import Feather as Feather
+from vlmprune.policies.pyramiddrop import PyramidDrop as PyramidDrop
+from vlmprune.policies.random import Random as Random
+from vlmprune.policies.random_deep import RandomDeep as RandomDeep
+from vlmprune.policies.recipe import policy_from as policy_from
+from vlmprune.policies.registry import list_policies as list_policies
+from vlmprune.policies.schedule import keep_for_flops as keep_for_flops
+from vlmprune.policies.schedule import keep_for_mean_tokens as keep_for_mean_tokens
+from vlmprune.policies.sparsevlm import SparseVLM as SparseVLM
+from vlmprune.policies.sparsevlm_plus import SparseVLMPlus as SparseVLMPlus
+from vlmprune.policies.uniform import Uniform as Uniform
+from vlmprune.policies.visionzip import VisionZip as VisionZip
+from vlmprune.policies.vispruner import VisPruner as VisPruner
+from vlmprune.policies.vscan import VScan as VScan
 
-from vlmprune.policies.base import (
-    AttentionInputs,
-    Grid,
-    Needs,
-    PruningPolicy,
-    Reduction,
-    TokenContext,
-    VisionAttention,
-    attention_of,
-    outcome,
-)
-from vlmprune.policies.by_image import images_of, spent
-from vlmprune.policies.checks import (
-    check_keep,
-    check_layer,
-    check_layers,
-    check_whole,
-    check_word,
-)
-from vlmprune.policies.choose import (
-    choose_best,
-    index_of,
-    keep_count,
-    marks,
-    quotas,
-    select_counts,
-    select_scores,
-)
-from vlmprune.policies.compose import Intersection, Stages, Union
-from vlmprune.policies.custom import Custom
-from vlmprune.policies.recipe import policy_from
-from vlmprune.policies.registry import (
-    built_in,
-    class_names,
-    list_policies,
-)
-from vlmprune.policies.schedule import keep_for_flops, keep_for_mean_tokens
-
-if TYPE_CHECKING:
-    from vlmprune.policies.cdpruner import CDPruner
-    from vlmprune.policies.dart import DART
-    from vlmprune.policies.divprune import DivPrune
-    from vlmprune.policies.fastervlm import FasterVLM
-    from vlmprune.policies.fastv import FastV
-    from vlmprune.policies.feather import Feather
-    from vlmprune.policies.pyramiddrop import PyramidDrop
-    from vlmprune.policies.random import Random
-    from vlmprune.policies.random_deep import RandomDeep
-    from vlmprune.policies.sparsevlm import SparseVLM
-    from vlmprune.policies.sparsevlm_plus import SparseVLMPlus
-    from vlmprune.policies.uniform import Uniform
-    from vlmprune.policies.visionzip import VisionZip
-    from vlmprune.policies.vispruner import VisPruner
-    from vlmprune.policies.vscan import VScan
-
-__all__ = [
-    "DART",
-    "AttentionInputs",
-    "CDPruner",
-    "Custom",
-    "DivPrune",
-    "FastV",
-    "FasterVLM",
-    "Feather",
-    "Grid",
-    "Intersection",
-    "Needs",
-    "PruningPolicy",
-    "PyramidDrop",
-    "Random",
-    "RandomDeep",
-    "Reduction",
-    "SparseVLM",
-    "SparseVLMPlus",
-    "Stages",
-    "TokenContext",
-    "Uniform",
-    "Union",
-    "VScan",
-    "VisPruner",
-    "VisionAttention",
-    "VisionZip",
-    "attention_of",
-    "check_keep",
-    "check_layer",
-    "check_layers",
-    "check_whole",
-    "check_word",
-    "choose_best",
-    "images_of",
-    "index_of",
-    "keep_count",
-    "keep_for_flops",
-    "keep_for_mean_tokens",
-    "list_policies",
-    "marks",
-    "outcome",
-    "policy_from",
-    "quotas",
-    "select_counts",
-    "select_scores",
-    "spent",
-]
-
-if not TYPE_CHECKING:  # which must see an unknown name as an error
-
-    def __getattr__(name: str) -> Any:
-        """The class of a built-in method, by its name."""
-        known = class_names()
-        if name in known:
-            return built_in(known[name])
-        raise AttributeError(f"module 'vlmprune.policies' has no attribute {name!r}")
+__all__ = sorted(name for name, found in globals().items() if name[0] != "_" and not inspect.ismodule(found))

@@ -15,8 +15,8 @@ from vlmprune.policies.checks import check_word, plain, share_of
 from vlmprune.policies.choose import keep_count
 from vlmprune.policies.inputs import AttentionInputs as AttentionInputs
 from vlmprune.policies.inputs import Grid as Grid
+from vlmprune.policies.inputs import Needs as Needs
 from vlmprune.policies.inputs import VisionAttention as VisionAttention
-from vlmprune.policies.needs import Needs as Needs
 
 Positions = Literal["pack", "keep"]
 """Where the kept rows stand for RoPE: at 0, 1, 2, ... without gaps, or at the positions they had."""
@@ -120,7 +120,8 @@ class PruningPolicy(ABC):
     images has m times as much. A setting ``spend`` says how it is spent: "prompt", the best tokens of all images of the
     prompt together stay, or "image", every image keeps its own.
 
-    A class checks its settings in ``__post_init__``; before that runs, numpy's numbers have become Python's.
+    A class checks its settings in ``__post_init__``; before that runs, numpy's numbers have become Python's, and lists and
+    arrays tuples.
 
     Args:
         earlier_kv: what the layers before the last stage hold in the KV cache once the prompt has run: "full", every

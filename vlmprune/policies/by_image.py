@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -24,18 +24,20 @@ class Images:
         samples: which sample each image belongs to, ascending.
         firsts: each image's first place among its sample's tokens.
         tokens: how many tokens each image has.
+        batch: B, how many samples there are.
         width: N, the places a sample has in the batch.
     """
 
     samples: tuple[int, ...]
     firsts: tuple[int, ...]
     tokens: tuple[int, ...]
+    batch: int
     width: int
 
     def split(self, x: Tensor) -> Tensor:
         """Cut ``x [B, N, ...]`` into images ``[I, P, ...]``; P is the largest image's tokens, padding is zeros."""
         P = max(self.tokens, default=0)
-        if set(self.tokens) == {P} and sum(self.tokens) == x.shape[0] * self.width:
+        if set(self.tokens) == {P} and sum(self.tokens) == self.batch * self.width:
             return x.reshape(len(self.tokens), P, *x.shape[2:])
         samples, firsts, tokens = torch.tensor(
             [self.samples, self.firsts, self.tokens], dtype=torch.int64
@@ -44,19 +46,20 @@ class Images:
         at = torch.where(inside < tokens, samples * self.width + firsts + inside, -1)
         return _rows(x, at, 0)
 
-    def join(self, x: Tensor, kept: Sequence[int], samples: int, fill: int = 0) -> Tensor:
-        """Line up the first ``kept[i]`` rows of every image of ``x [I, k, ...]``: ``[samples, K, ...]``, then ``fill``."""
-        lines: list[list[int]] = [[] for _ in range(samples)]
-        for image, (sample, count) in enumerate(zip(self.samples, kept, strict=True)):
-            lines[sample] += range(image * x.shape[1], image * x.shape[1] + count)
+    def join(self, x: Tensor, kept: Sequence[int] | None = None, fill: int = 0) -> Tensor:
+        """Line up the first ``kept[i]`` rows of every image of ``x [I, k, ...]``, None = all: ``[B, K, ...]``, then ``fill``."""
+        lines: list[list[int]] = [[] for _ in range(self.batch)]
+        for image, sample in enumerate(self.samples):
+            first = image * x.shape[1]
+            lines[sample] += range(first, first + (x.shape[1] if kept is None else kept[image]))
         K = max(map(len, lines), default=0)
         at = torch.tensor([line + [-1] * (K - len(line)) for line in lines], dtype=torch.int64)
-        return _rows(x, at.view(samples, K), fill)
+        return _rows(x, at.view(self.batch, K), fill)
 
-    def index(self, picked: Tensor, kept: Sequence[int], samples: int) -> Tensor:
-        """Turn places within each image ``[I, k]`` into places within the sample ``[samples, K]``, -1 on the right."""
+    def index(self, picked: Tensor, kept: Sequence[int] | None = None) -> Tensor:
+        """Turn places within each image ``[I, k]`` into places within the sample ``[B, K]``, -1 on the right."""
         first = torch.tensor(self.firsts, dtype=torch.int64).to(picked.device, non_blocking=True)
-        return self.join(picked + first[:, None], kept, samples, fill=-1)
+        return self.join(picked + first[:, None], kept, fill=-1)
 
 
 def _rows(x: Tensor, at: Tensor, fill: int) -> Tensor:
@@ -79,25 +82,19 @@ def images_of(ctx: TokenContext) -> Images:
     sizes = ctx.images()
     whole = tuple(map(sum, sizes))
     check(ctx.counts == whole, "ctx.counts", f"{whole}, every token of every image", ctx.counts)
-    samples: list[int] = []
-    firsts: list[int] = []
-    tokens: list[int] = []
-    for sample, own in enumerate(sizes):
-        samples += [sample] * len(own)
-        firsts += accumulate((0, *own[:-1]) if own else ())
-        tokens += own
-    return Images(tuple(samples), tuple(firsts), tuple(tokens), ctx.mask.shape[1])
+    samples = tuple(sample for sample, own in enumerate(sizes) for _ in own)
+    firsts = tuple(first for own in sizes for first in [*accumulate(own, initial=0)][:-1])
+    return Images(samples, firsts, tuple(chain(*sizes)), *ctx.mask.shape)
 
 
 def spent(
-    spend: str, ctx: TokenContext, policy: PruningPolicy, choose: Callable[..., Tensor], *tensors: Tensor
+    ctx: TokenContext, policy: PruningPolicy, choose: Callable[..., Tensor], *tensors: Tensor
 ) -> Tensor:
     """Index ``[B, K]`` of what ``choose`` takes by the policy's counts from every prompt, or from every image of it.
 
     Args:
-        spend: "prompt" or "image".
         ctx: the stage's context.
-        policy: whose ``kept`` counts.
+        policy: whose ``kept`` counts, and whose ``spend`` says of what.
         choose: ``choose_best`` or alike: ``(counts, mask or None, *tensors)`` to places ``[G, k]``, ascending.
         tensors: ``[B, N, ...]``, what to choose by.
 
@@ -107,20 +104,20 @@ def spent(
     Example:
         >>> from vlmprune.policies import Random, choose_best
         >>> best = torch.arange(8.0).expand(2, 8)
-        >>> spent("image", ctx, Random(keep=1), choose_best, best)[1], spent("prompt", ctx, Random(keep=1), choose_best, best)[1]
-        (tensor([3, 7]), tensor([6, 7]))
+        >>> [spent(ctx, Random(keep=1, spend=by), choose_best, best)[1] for by in ("image", "prompt")]
+        [tensor([3, 7]), tensor([6, 7])]
     """
-    if spend == "prompt":
+    if policy.spend == "prompt":
         return choose(quotas(ctx, policy), padding(ctx.counts, ctx.mask), *tensors)
     whole = ctx.shares is None and ctx.counts == tuple(map(sum, ctx.images()))
-    check(whole, "spend", "'prompt' after an earlier stage, or in prefill by chunks", repr(spend))
+    check(whole, "spend", "'prompt' after an earlier stage, or in prefill by chunks", repr(policy.spend))
     images = images_of(ctx)
     kept = [policy.kept(tokens, 1, ctx.layer) for tokens in images.tokens]
     if not kept:
         return ctx.ordinals
     mask = padding(images.tokens, images.split(ctx.mask))
     places = choose(kept, mask, *map(images.split, tensors))
-    return images.index(places, kept, len(ctx.counts))
+    return images.index(places, kept)
 
 
 def vision_of(ctx: TokenContext, layer: int, images: Images) -> VisionAttention:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -45,13 +45,13 @@ class CDPruner(PruningPolicy):
         ValueError: a setting is out of range; in ``select``, the function returns another shape.
     """
 
-    summary: ClassVar[str] = "tokens unlike each other and relevant to the text (DPP)"
-    paper: ClassVar[str] = (
+    summary = "tokens unlike each other and relevant to the text (DPP)"
+    paper = (
         "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (NeurIPS 2025), "
         "arXiv 2506.10967"
     )
-    presets: ClassVar[Mapping[int, str]] = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
-    checked: ClassVar[str] = "reading"
+    presets = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
+    checked = "reading"
 
     keep: int | float = 64
     relevance: Literal["text", "none"] | Callable[[TokenContext], Tensor] = "text"
@@ -64,18 +64,16 @@ class CDPruner(PruningPolicy):
         check(known, "relevance", "'text', 'none' or a function of the context", repr(self.relevance))
         check_word("positions", self.positions, "pack", "keep")
 
-    layers = (0,)
-    """Before the language model."""
+    layers = (0,)  # before the language model
 
     def needs(self, layer: int) -> Needs:
         """The projected features, and the text's embeddings unless only diversity counts."""
         return Needs(hidden=True, embeds=self.relevance != "none")
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The most diverse and relevant tokens."""
         hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
         relevance = scaled(self._relevance(ctx), ctx.mask)
-        index = spent(self.spend, ctx, self, partial(choose_greedily, "dpp"), hidden, relevance)
+        index = spent(ctx, self, partial(choose_greedily, "dpp"), hidden, relevance)
         return outcome(index, self.positions)
 
     def _relevance(self, ctx: TokenContext) -> Tensor:

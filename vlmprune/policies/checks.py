@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import is_
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,10 @@ BEFORE = " (the score comes from the layer before)"
 
 
 def plain(value: Any) -> Any:
-    """``value`` with Python's own numbers for numpy's, also inside tuples and lists; itself if there are none."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if type(value) not in (tuple, list):
-        return value
-    made = type(value)(map(plain, value))
-    return value if all(map(is_, made, value)) else made
+    """``value`` with Python's own numbers for numpy's, and a tuple for every list and array."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    return tuple(map(plain, value)) if type(value) in (tuple, list) else value
 
 
 def check_word(name: str, value: object, *words: str) -> None:
@@ -94,9 +90,9 @@ def check_layers(layers: object, least: int, why: str = "", two: bool = False) -
         >>> check_layers((8, 16), least=1)
     """
     wanted = f"{'two' if two else 'one or more'} layers, ascending"
-    some = isinstance(layers, tuple | list) and (len(layers) == 2 if two else len(layers) > 0)
+    some = isinstance(layers, tuple) and (len(layers) == 2 if two else len(layers) > 0)
     check(some, "layers", wanted, repr(layers))
-    assert isinstance(layers, tuple | list)
+    assert isinstance(layers, tuple)
     for layer in layers:
         check_layer(layer, least, why)
     check(list(layers) == sorted(set(layers)), "layers", wanted, repr(layers))
@@ -106,11 +102,11 @@ def check_schedule(
     tokens: int, keep: object, layers: tuple[int, ...], known: Mapping[int, tuple[int, ...]]
 ) -> None:
     """``tokens`` is a published budget, or ``keep`` has one share or count per layer."""
-    check(isinstance(keep, tuple | list), "keep", "one entry per layer, in a tuple", repr(keep))
+    check(isinstance(keep, tuple), "keep", "one entry per layer, in a tuple", repr(keep))
     named = ", ".join(map(str, known))
     check(bool(keep) or tokens in known, "tokens", f"one of {named}, or an explicit keep", repr(tokens))
     schedule = keep or known[tokens]
-    assert isinstance(schedule, tuple | list)
+    assert isinstance(schedule, tuple)
     check(len(schedule) == len(layers), "keep", f"{len(layers)} counts, one per layer", repr(schedule))
     for entry in schedule:
         check_keep(entry)

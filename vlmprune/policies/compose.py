@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -34,12 +34,12 @@ class Stages(PruningPolicy):
             ``earlier_kv="compact"`` where the whole has not (its own setting counts).
     """
 
-    summary: ClassVar[str] = "several policies, each at its own layers"
+    summary = "several policies, each at its own layers"
 
     policies: Sequence[PruningPolicy]
 
     def __post_init__(self) -> None:
-        check(isinstance(self.policies, tuple | list), "policies", "a list of policies", repr(self.policies))
+        check(isinstance(self.policies, tuple), "policies", "a list of policies", repr(self.policies))
         check(len(self.policies) > 0, "policies", "at least one policy", "none")
         for policy in self.policies:
             check(isinstance(policy, PruningPolicy), "policies", "policies only", repr(policy))
@@ -52,23 +52,18 @@ class Stages(PruningPolicy):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Every policy's layers."""
         return tuple(sorted(layer for policy in self.policies for layer in policy.layers))
 
     def needs(self, layer: int) -> Needs:
-        """What the policy of this layer reads."""
         return self._policy(layer).needs(layer)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """What the policy of this layer keeps."""
         return self._policy(ctx.layer).select(ctx)
 
     def at(self, share: float) -> Self:
-        """Every policy at this share."""
         return replace(self, policies=tuple(policy.at(share) for policy in self.policies))
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
-        """As the policy of this layer says."""
         return self._policy(layer).kept(tokens, images, layer)
 
     def _policy(self, layer: int) -> PruningPolicy:
@@ -101,11 +96,9 @@ class Pair(PruningPolicy):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers of both."""
         return self.first.layers
 
     def needs(self, layer: int) -> Needs:
-        """What either policy reads."""
         return self.first.needs(layer) | self.second.needs(layer)
 
     def choices(self, ctx: TokenContext) -> tuple[Tensor, Tensor]:
@@ -129,7 +122,7 @@ class Union(Pair):
     How much that is depends on their overlap: ``at`` and ``kept`` say what is expected if they know nothing of each other.
     """
 
-    summary: ClassVar[str] = "what either of two policies keeps"
+    summary = "what either of two policies keeps"
 
     def select(self, ctx: TokenContext) -> Tensor:
         """The union of both choices. Its width is known only on the device: one host read."""
@@ -155,7 +148,7 @@ class Intersection(Pair):
     How much stays depends on their overlap: ``at`` and ``kept`` say what is expected if they know nothing of each other.
     """
 
-    summary: ClassVar[str] = "what both of two policies keep"
+    summary = "what both of two policies keep"
 
     def select(self, ctx: TokenContext) -> Tensor:
         """The intersection of both choices. Its width is known only on the device: one host read."""

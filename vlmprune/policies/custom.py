@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn, Self
+from typing import NoReturn, Self
 
 from torch import Tensor
 
@@ -47,7 +47,7 @@ class Custom(PruningPolicy):
         InputError: ``layer`` is out of range, ``select`` is no callable or what it returned is not as above.
     """
 
-    summary: ClassVar[str] = "a function of yours"
+    summary = "a function of yours"
 
     layer: int
     # The field is the method: every policy is asked by ``select(ctx)``, and this one's comes with the instance.

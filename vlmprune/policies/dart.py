@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,16 +38,14 @@ class DART(PruningPolicy):
             becomes 132); ``"exact"``: exactly ``keep``, pivots included, shared out evenly, the first taking the rest.
     """
 
-    summary: ClassVar[str] = "tokens that duplicate a few pivots least, without attention"
-    paper: ClassVar[str] = (
-        'Stop Looking for "Important Tokens" in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494'
-    )
-    presets: ClassVar[Mapping[int, str]] = {
+    summary = "tokens that duplicate a few pivots least, without attention"
+    paper = 'Stop Looking for "Important Tokens" in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494'
+    presets = {
         192: "layer=2,keep=166,count=exact",
         128: "layer=2,keep=98,count=exact",
         64: "layer=2,keep=30,count=exact",
     }
-    checked: ClassVar[str] = "reading"
+    checked = "reading"
 
     layer: int = 2
     keep: int | float = 128
@@ -58,10 +55,9 @@ class DART(PruningPolicy):
     def __post_init__(self) -> None:
         check_layer(self.layer, 1, " (the keys come from the layer before)")
         check_keep(self.keep)
-        two = isinstance(self.pivots, tuple | list) and len(self.pivots) == 2
+        two = isinstance(self.pivots, tuple) and len(self.pivots) == 2
         ok = two and all(isinstance(p, int) and p >= 0 for p in self.pivots) and sum(self.pivots) > 0
         check(ok, "pivots", "a number of visual and one of text pivots, not both 0", repr(self.pivots))
-        object.__setattr__(self, "pivots", tuple(self.pivots))
         check_word("count", self.count, "released", "exact")
 
     def needs(self, layer: int) -> Needs:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -31,11 +30,9 @@ class DivPrune(PruningPolicy):
         spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget.
     """
 
-    summary: ClassVar[str] = "tokens most unlike each other (greedy max-min distance)"
-    paper: ClassVar[str] = (
-        "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (CVPR 2025), arXiv 2503.02175"
-    )
-    presets: ClassVar[Mapping[int, str]] = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
+    summary = "tokens most unlike each other (greedy max-min distance)"
+    paper = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (CVPR 2025), arXiv 2503.02175"
+    presets = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
 
     keep: int | float = 0.098
     positions: Positions = "pack"
@@ -45,17 +42,14 @@ class DivPrune(PruningPolicy):
         check_keep(self.keep)
         check_word("positions", self.positions, "pack", "keep")
 
-    layers = (0,)
-    """Before the language model."""
+    layers = (0,)  # before the language model
 
     def needs(self, layer: int) -> Needs:
-        """The projected features."""
         return Needs(hidden=True)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The most diverse tokens."""
         hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
-        index = spent(self.spend, ctx, self, partial(choose_greedily, "maxmin"), hidden)
+        index = spent(ctx, self, partial(choose_greedily, "maxmin"), hidden)
         return outcome(index, self.positions)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -27,11 +26,9 @@ class FasterVLM(PruningPolicy):
         spend: "image": every image keeps its own budget; "prompt": the best patches of all images of a prompt stay.
     """
 
-    summary: ClassVar[str] = "patches most attended by the vision tower's CLS"
-    paper: ClassVar[str] = (
-        "[CLS] Attention is All You Need for Training-Free Visual Token Pruning, arXiv 2412.01818v1"
-    )
-    presets: ClassVar[Mapping[int, str]] = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
+    summary = "patches most attended by the vision tower's CLS"
+    paper = "[CLS] Attention is All You Need for Training-Free Visual Token Pruning, arXiv 2412.01818v1"
+    presets = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
 
     keep: int | float = 64
     vision_layer: int = -2
@@ -43,18 +40,14 @@ class FasterVLM(PruningPolicy):
         check_whole("vision_layer", self.vision_layer)
         check_word("positions", self.positions, "pack", "keep")
 
-    layers = (0,)
-    """Before the language model."""
+    layers = (0,)  # before the language model
 
     def needs(self, layer: int) -> Needs:
-        """Query and key of the vision layer."""
         return Needs(vision=(self.vision_layer,))
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The best-scored patches."""
         images = images_of(ctx)
         if not images.tokens:
             return ctx.ordinals
         scores = patch_attention(vision_of(ctx, self.vision_layer, images))
-        scores = images.join(scores, images.tokens, len(ctx.counts))
-        return outcome(spent(self.spend, ctx, self, choose_best, scores), self.positions)
+        return outcome(spent(ctx, self, choose_best, images.join(scores)), self.positions)

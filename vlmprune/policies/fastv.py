@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -28,13 +27,9 @@ class FastV(PruningPolicy):
         spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget.
     """
 
-    summary: ClassVar[str] = "most attended tokens of the previous layer"
-    paper: ClassVar[str] = "An Image is Worth 1/2 Tokens After Layer 2 (ECCV 2024), arXiv 2403.06764"
-    presets: ClassVar[Mapping[int, str]] = {
-        192: "layer=2,keep=166",
-        128: "layer=2,keep=98",
-        64: "layer=2,keep=30",
-    }
+    summary = "most attended tokens of the previous layer"
+    paper = "An Image is Worth 1/2 Tokens After Layer 2 (ECCV 2024), arXiv 2403.06764"
+    presets = {192: "layer=2,keep=166", 128: "layer=2,keep=98", 64: "layer=2,keep=30"}
 
     layer: int = 2
     keep: int | float = 0.5
@@ -47,11 +42,9 @@ class FastV(PruningPolicy):
         check_word("rows", self.rows, "last", "mean")
 
     def needs(self, layer: int) -> Needs:
-        """Query and key of the previous layer: the last row, or every prompt row."""
         return Needs(attention="previous", rows="last" if self.rows == "last" else "all")
 
     def select(self, ctx: TokenContext) -> Tensor:
-        """The best-scored tokens of each sample."""
         seen = attention_of(ctx)
         scores = seen.received(seen.last if self.rows == "last" else seen.rows)
-        return spent(self.spend, ctx, self, choose_best, scores)
+        return spent(ctx, self, choose_best, scores)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, attention_of
 from vlmprune.policies.checks import BEFORE, check_keep, check_layers, check_whole
 from vlmprune.policies.choose import index_of, keep_count, marks, select_scores, union_count
-from vlmprune.policies.grid import grid_count, stride_grid
+from vlmprune.policies.lattice import grid_count, stride_grid
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,9 @@ class Feather(PruningPolicy):
         stride: rows and columns between two grid tokens.
     """
 
-    summary: ClassVar[str] = "RoPE-free attention with a coarse grid, then a harder cut"
-    paper: ClassVar[str] = (
-        "Feather the Throttle: Revisiting Visual Token Pruning for Vision-Language Model Acceleration, arXiv 2412.13180"
-    )
-    presets: ClassVar[Mapping[int, str]] = {192: "keep=0.22"}  # eight full layers alone are a mean of 144
+    summary = "RoPE-free attention with a coarse grid, then a harder cut"
+    paper = "Feather the Throttle: Revisiting Visual Token Pruning for Vision-Language Model Acceleration, arXiv 2412.13180"
+    presets = {192: "keep=0.22"}  # eight full layers alone are a mean of 144
 
     layers: tuple[int, int] = (8, 16)
     keep: float = 0.3
@@ -41,12 +37,10 @@ class Feather(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_layers(self.layers, 1, BEFORE, two=True)
-        object.__setattr__(self, "layers", tuple(self.layers))
         check_keep(self.keep, counts=False)
         check_whole("stride", self.stride, 1)
 
     def needs(self, layer: int) -> Needs:
-        """The last query row and the keys of the previous layer."""
         return Needs(attention="previous")
 
     def select(self, ctx: TokenContext) -> Tensor:

@@ -1,4 +1,4 @@
-"""Spreads k tokens evenly over images in two dimensions: exactly k of every whole image, and sensibly of what is left."""
+"""Tokens spread evenly over images in two dimensions: exactly k of every whole image, or its raster ``[::stride, ::stride]``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ ACROSS, DOWN = 0.5698402909980532, 0.7548776662466927
 
 SHIFTS = 64
 """How many shifts between rows are tried."""
+
+NO_IMAGE = 1 << 62
+"""First ordinal of an image that is not there: above every real one."""
 
 
 @lru_cache(maxsize=512)
@@ -103,3 +106,28 @@ def lattice_scores(ctx: TokenContext, kept: Sequence[int]) -> Tensor:
         tables.append(torch.cat([torch.zeros(1), *scores]))  # in front, what padding points to
     table = pad_sequence(tables, batch_first=True).to(ctx.ordinals.device, non_blocking=True)
     return table.gather(1, ctx.ordinals + 1)
+
+
+def stride_grid(ctx: TokenContext, stride: int) -> Tensor:
+    """Mark the tokens whose patch row and patch column are both multiples of ``stride``: bool ``[B, N]``.
+
+    Rows and columns come from the ordinals, so a stage that follows another one finds the same grid, as far as it
+    is still there. Never waits for the device.
+    """
+    width = max(1, *(len(grids) for grids in ctx.grids))
+    firsts, columns = [], []
+    for grids in ctx.grids:
+        ends = list(accumulate((r * c for r, c in grids), initial=0))
+        firsts.append(ends[:-1] + [NO_IMAGE] * (width - len(grids)))
+        columns.append([c for _, c in grids] + [1] * (width - len(grids)))
+    layout = torch.tensor([firsts, columns], dtype=torch.int64).to(ctx.ordinals.device, non_blocking=True)
+    image = (torch.searchsorted(layout[0], ctx.ordinals.contiguous(), right=True) - 1).clamp(min=0)
+    patch = ctx.ordinals - layout[0].gather(1, image)
+    across = layout[1].gather(1, image)
+    return ctx.mask & (patch // across % stride == 0) & (patch % across % stride == 0)
+
+
+def grid_count(tokens: int, images: float, stride: int) -> int:
+    """How many tokens ``stride_grid`` marks of ``tokens`` of so many whole images, taken to be square."""
+    side = math.sqrt(tokens / images) if images else 0.0
+    return min(tokens, round(images * math.ceil(side / stride) ** 2))

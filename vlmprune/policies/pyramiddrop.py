@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext, attention_of, outcome
+from vlmprune.policies.base import (
+    Needs,
+    Positions,
+    PruningPolicy,
+    Reduction,
+    TokenContext,
+    attention_of,
+    outcome,
+)
 from vlmprune.policies.checks import check_keep, check_layers, check_word
 from vlmprune.policies.choose import keep_count, quotas, select_counts
-from vlmprune.policies.needs import Needs
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,12 @@ class PyramidDrop(PruningPolicy):
         positions: ``"pack"`` (released code: positions count from 0 again after every stage) or ``"keep"``.
     """
 
-    summary: ClassVar[str] = "a pyramid of stages, by the attention of the stage's own layer"
-    paper: ClassVar[str] = (
+    summary = "a pyramid of stages, by the attention of the stage's own layer"
+    paper = (
         "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction, "
         "arXiv 2410.17247"
     )
-    presets: ClassVar[Mapping[int, str]] = {192: "ratio=0.255"}  # eight full layers alone are a mean of 144
+    presets = {192: "ratio=0.255"}  # eight full layers alone are a mean of 144
 
     layers: tuple[int, ...] = (8, 16, 24)
     ratio: float | tuple[float, ...] = 0.5
@@ -45,9 +51,6 @@ class PyramidDrop(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_layers(self.layers, 0)
-        object.__setattr__(self, "layers", tuple(self.layers))
-        if isinstance(self.ratio, list):
-            object.__setattr__(self, "ratio", tuple(self.ratio))
         for share in self.ratio if isinstance(self.ratio, tuple) else (self.ratio,):
             check_keep(share, "ratio", counts=False)
         if isinstance(self.ratio, tuple):
@@ -57,7 +60,6 @@ class PyramidDrop(PruningPolicy):
         check_word("positions", self.positions, "pack", "keep")
 
     def at(self, share: float) -> Self:
-        """``share`` as the ratio, a float."""
         return replace(self, ratio=share)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
@@ -68,17 +70,14 @@ class PyramidDrop(PruningPolicy):
         return keep_count(self.ratio[stage] / (self.ratio[stage - 1] if stage else 1.0), tokens)
 
     def needs(self, layer: int) -> Needs:
-        """The last query row and the keys of the stage's own layer."""
         return Needs(attention="own")
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The best-scored tokens of each sample."""
         seen = attention_of(ctx)
         scores = seen.received(seen.last)
         return outcome(select_counts(scores, ctx, self._kept(ctx)), self.positions)
 
     def _kept(self, ctx: TokenContext) -> list[int]:
-        """How many tokens each sample keeps."""
         if not isinstance(self.ratio, tuple):
             return quotas(ctx, self)
         share = self.ratio[self.layers.index(ctx.layer)]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,13 +30,9 @@ class Random(PruningPolicy):
         spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget.
     """
 
-    summary: ClassVar[str] = "a random subset, fixed by a seed"
-    paper: ClassVar[str] = "baseline; random tokens of FastV (K = 0), arXiv 2403.06764"
-    presets: ClassVar[Mapping[int, str]] = {
-        192: "layer=0,keep=192",
-        128: "layer=0,keep=128",
-        64: "layer=0,keep=64",
-    }
+    summary = "a random subset, fixed by a seed"
+    paper = "baseline; random tokens of FastV (K = 0), arXiv 2403.06764"
+    presets = {192: "layer=0,keep=192", 128: "layer=0,keep=128", 64: "layer=0,keep=64"}
 
     layer: int = 2
     keep: int | float = 0.5
@@ -51,11 +46,10 @@ class Random(PruningPolicy):
         check(ok, "seed", "a whole number in [0, 2**63)", repr(self.seed))
 
     def select(self, ctx: TokenContext) -> Tensor:
-        """The tokens with the highest drawn scores."""
         # On the CPU whatever the device: generators of different devices draw different numbers.
         draw = torch.Generator().manual_seed(self.seed)
         seeds = torch.randint(SEEDS - 1, (len(ctx.counts),), generator=draw).tolist()
         scores = torch.zeros(ctx.mask.shape, dtype=torch.float32)
         for row, tokens, seed in zip(scores, ctx.counts, seeds, strict=True):
             row[:tokens] = torch.rand(tokens, generator=draw.manual_seed(seed))
-        return spent(self.spend, ctx, self, choose_best, scores.to(ctx.mask.device, non_blocking=True))
+        return spent(ctx, self, choose_best, scores.to(ctx.mask.device, non_blocking=True))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from vlmprune.policies.random import Random
 
@@ -23,11 +21,9 @@ class RandomDeep(Random):
     Settings as for ``Random``.
     """
 
-    summary: ClassVar[str] = "a random subset at a deep layer, after a good early method"
-    paper: ClassVar[str] = (
-        "When Token Pruning is Worse than Random: Understanding Visual Token Information in VLLMs, arXiv 2512.07580"
-    )
-    checked: ClassVar[str] = "reading"
-    presets: ClassVar[Mapping[int, str]] = {}  # it acts after another method, whose budget it is
+    summary = "a random subset at a deep layer, after a good early method"
+    paper = "When Token Pruning is Worse than Random: Understanding Visual Token Information in VLLMs, arXiv 2512.07580"
+    checked = "reading"
+    presets = {}  # it acts after another method, whose budget it is
 
     layer: int = 20

@@ -11,12 +11,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 from vlmprune.errors import InputError, check, first_line
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.custom import Checked
-from vlmprune.policies.registry import FAULTS, fields_of, name_of, policy_class, settings_of
+from vlmprune.policies.registry import FAULTS, fields_of, name_of, policy_class
 from vlmprune.policies.syntax import Word, parse
 
 UNIONS = (typing.Union, types.UnionType)
@@ -61,7 +62,7 @@ def policy_from(source: Mapping[str, Any] | str | Path) -> PruningPolicy:
     assert isinstance(data, Mapping)
     name = data["policy"]
     made = policy_class(name)
-    known = dict(fields_of(made))
+    known = fields_of(made)
     hints = typing.get_type_hints(made)
     settings: dict[str, Any] = {}
     for field, value in data.items():
@@ -80,10 +81,9 @@ def policy_from(source: Mapping[str, Any] | str | Path) -> PruningPolicy:
 
 def write(policy: PruningPolicy) -> dict[str, Any]:
     """The dict of a policy, its name and all its settings. Raises InputError for what has no name to be found by."""
-    settings = {
-        field.name: _plain(getattr(policy, field.name), field.name) for field in settings_of(type(policy))
-    }
-    return {"policy": name_of(type(policy)), **settings}
+    name = name_of(type(policy))
+    settings = {field: _plain(getattr(policy, field), field) for field in fields_of(type(policy))}
+    return {"policy": name, **settings}
 
 
 def read_setting(value: Any, hint: Any, name: str) -> Any:
@@ -122,6 +122,8 @@ def spell_type(hint: Any) -> str:
 
 def _fits(value: Any, hint: Any, name: str) -> list[Any]:
     """``value`` as ``hint``, alone in a list; nothing if it does not fit."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
     typed, origin, args = isinstance(value, Word), typing.get_origin(hint), typing.get_args(hint)
     if origin in UNIONS:
         return next(filter(None, (_fits(value, member, name) for member in args)), [])

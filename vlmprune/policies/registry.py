@@ -3,69 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields
-from functools import cache
-from importlib import import_module, metadata
-from typing import Any
+from dataclasses import MISSING, fields
+from importlib import metadata
 
 from vlmprune.errors import InputError, check, first_line
 from vlmprune.policies.base import PruningPolicy
+from vlmprune.policies.cdpruner import CDPruner
+from vlmprune.policies.compose import Intersection, Stages, Union
+from vlmprune.policies.custom import Custom
+from vlmprune.policies.dart import DART
+from vlmprune.policies.divprune import DivPrune
+from vlmprune.policies.fastervlm import FasterVLM
+from vlmprune.policies.fastv import FastV
+from vlmprune.policies.feather import Feather
+from vlmprune.policies.pyramiddrop import PyramidDrop
+from vlmprune.policies.random import Random
+from vlmprune.policies.random_deep import RandomDeep
+from vlmprune.policies.sparsevlm import SparseVLM
+from vlmprune.policies.sparsevlm_plus import SparseVLMPlus
+from vlmprune.policies.uniform import Uniform
+from vlmprune.policies.visionzip import VisionZip
+from vlmprune.policies.vispruner import VisPruner
+from vlmprune.policies.vscan import VScan
 
 GROUP = "vlmprune.policies"
 """Entry-point group: ``name = "package.module:PolicyClass"``."""
 
-BUILT_IN: Mapping[str, str] = {
-    "fastv": "fastv.FastV",
-    "feather": "feather.Feather",
-    "pyramiddrop": "pyramiddrop.PyramidDrop",
-    "sparsevlm": "sparsevlm.SparseVLM",
-    "sparsevlm_plus": "sparsevlm_plus.SparseVLMPlus",
-    "dart": "dart.DART",
-    "vscan": "vscan.VScan",
-    "fastervlm": "fastervlm.FasterVLM",
-    "visionzip": "visionzip.VisionZip",
-    "vispruner": "vispruner.VisPruner",
-    "divprune": "divprune.DivPrune",
-    "cdpruner": "cdpruner.CDPruner",
-    "random_deep": "random_deep.RandomDeep",
-    "random": "random.Random",
-    "uniform": "uniform.Uniform",
+BUILT_IN: Mapping[str, type[PruningPolicy]] = {
+    "fastv": FastV,
+    "feather": Feather,
+    "pyramiddrop": PyramidDrop,
+    "sparsevlm": SparseVLM,
+    "sparsevlm_plus": SparseVLMPlus,
+    "dart": DART,
+    "vscan": VScan,
+    "fastervlm": FasterVLM,
+    "visionzip": VisionZip,
+    "vispruner": VisPruner,
+    "divprune": DivPrune,
+    "cdpruner": CDPruner,
+    "random_deep": RandomDeep,
+    "random": Random,
+    "uniform": Uniform,
 }
-"""Name -> file and class in ``vlmprune/policies``. A new method is one file and one row here."""
+"""A new method is one file and one row here."""
 
-COMPOSED: Mapping[str, str] = {
-    "stages": "compose.Stages",
-    "union": "compose.Union",
-    "intersection": "compose.Intersection",
-    "custom": "custom.Custom",
+OURS: Mapping[str, type[PruningPolicy]] = {
+    **BUILT_IN,
+    "stages": Stages,
+    "union": Union,
+    "intersection": Intersection,
+    "custom": Custom,
 }
-"""Likewise, for what is made of policies or of a function: no methods of their own, so they are not listed."""
+"""With what is made of policies or of a function: no methods of their own, so they are not listed."""
 
-OURS: Mapping[str, str] = {**BUILT_IN, **COMPOSED}
-
-FAULTS: tuple[type[Exception], ...] = (
-    ImportError,
-    SyntaxError,
-    NameError,
-    AttributeError,
-    TypeError,
-    ValueError,
-)
-FAULTS += (LookupError, OSError, ArithmeticError, AssertionError, RuntimeError)
+FAULTS: tuple[type[Exception], ...] = (ImportError, SyntaxError, NameError, AttributeError, TypeError)
+FAULTS += (ValueError, LookupError, OSError, ArithmeticError, AssertionError, RuntimeError)
 """What importing another package, or making its policy with default settings, may raise if it is broken."""
-
-
-@cache
-def built_in(name: str) -> type[PruningPolicy]:
-    """The class behind one of our own names; its file is imported when first asked for."""
-    module, _, cls = OURS[name].partition(".")
-    found: type[PruningPolicy] = getattr(import_module(f"vlmprune.policies.{module}"), cls)
-    return found
-
-
-def class_names() -> dict[str, str]:
-    """Class name -> policy name, for the built-in policies."""
-    return {path.partition(".")[2]: name for name, path in BUILT_IN.items()}
 
 
 def list_policies() -> list[str]:
@@ -85,7 +79,7 @@ def policies() -> dict[str, type[PruningPolicy]]:
 
 def load_policies() -> tuple[dict[str, type[PruningPolicy]], list[str]]:
     """Every policy class by name, and what is wrong with each entry point that cannot be used."""
-    found, faults = {name: built_in(name) for name in BUILT_IN}, []
+    found, faults = dict(BUILT_IN), []
     for name, entries in _announced().items():
         try:
             own = f"a name of its own for {_values(entries)}"
@@ -103,7 +97,7 @@ def policy_class(name: str) -> type[PruningPolicy]:
         InputError: a name that nobody announced, or two packages did, or whose class cannot be loaded or made.
     """
     if name in OURS:
-        return built_in(name)
+        return OURS[name]
     announced = _announced()
     check(name in announced, "policy", f"one of {', '.join(list_policies())}", repr(name))
     entries = announced[name]
@@ -118,29 +112,21 @@ def policy_class(name: str) -> type[PruningPolicy]:
 
 def name_of(policy: type[PruningPolicy]) -> str:
     """The name of a class. Raises InputError for one that nobody announced; to look, it imports who announces some."""
-    path = f"{policy.__module__}.{policy.__qualname__}"
-    ours = (name for name, ours in OURS.items() if path == f"vlmprune.policies.{ours}")
-    names = [*ours] or [name for name, found in policies().items() if found is policy]
+    known = OURS if policy in OURS.values() else policies()
+    names = [name for name, found in known.items() if found is policy]
     check(bool(names), "policy", f"a class with an entry point in {GROUP!r}", policy.__qualname__)
     return names[0]
 
 
-def settings_of(policy: type[PruningPolicy]) -> list[Field[Any]]:
-    """The fields that a policy is made with, its own before those of all policies."""
-    return sorted((field for field in fields(policy) if field.init), key=lambda field: field.kw_only is True)
-
-
-def fields_of(policy: type[PruningPolicy]) -> list[tuple[str, object]]:
-    """A policy's settings as (name, default), in the order of ``settings_of``; ``dataclasses.MISSING`` = no default."""
-    defaults = {field.name: _default(field) for field in settings_of(policy)}
-    if MISSING in defaults.values():
-        return list(defaults.items())
+def fields_of(policy: type[PruningPolicy]) -> dict[str, object]:
+    """A policy's settings and their defaults, its own before those of all policies; MISSING = it must be given."""
+    settings = sorted(
+        (field for field in fields(policy) if field.init), key=lambda field: field.kw_only is True
+    )
+    if any(field.default is field.default_factory is MISSING for field in settings):
+        return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in settings}
     made = policy()  # rather than the bare defaults: a policy may fill one in when it is made
-    return [(name, getattr(made, name)) for name in defaults]
-
-
-def _default(setting: Field[Any]) -> object:
-    return setting.default if setting.default_factory is MISSING else setting.default_factory()
+    return {field.name: getattr(made, field.name) for field in settings}
 
 
 def _announced() -> dict[str, list[metadata.EntryPoint]]:
@@ -160,7 +146,7 @@ def _load(entry: metadata.EntryPoint) -> type[PruningPolicy]:
     found = entry.load()
     if not (isinstance(found, type) and issubclass(found, PruningPolicy)):
         raise TypeError(f"{found!r} is no PruningPolicy class")
-    known = dict(fields_of(found))
+    known = fields_of(found)
     if "policy" in known:
         raise TypeError("a setting called 'policy', where a dict has the policy's name")
     if MISSING not in known.values():

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import check, require
-from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext, attention_of, outcome
+from vlmprune.policies.base import (
+    Needs,
+    Positions,
+    PruningPolicy,
+    Reduction,
+    TokenContext,
+    attention_of,
+    outcome,
+)
 from vlmprune.policies.checks import BEFORE, check_layers, check_schedule, check_whole, check_word
 from vlmprune.policies.choose import select_counts, thinned
-from vlmprune.policies.needs import Needs
 from vlmprune.policies.raters import rated, rater_weights, row_attention
 from vlmprune.policies.recycle import recycle_counts, recycled
 
@@ -63,11 +70,9 @@ class SparseVLM(PruningPolicy):
         ValueError: a setting is out of range, or does not belong to the version.
     """
 
-    summary: ClassVar[str] = "rated by the question's words; pruned tokens recycled as cluster means"
-    paper: ClassVar[str] = (
-        "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv 2410.04417"
-    )
-    presets: ClassVar[Mapping[int, str]] = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
+    summary = "rated by the question's words; pruned tokens recycled as cluster means"
+    paper = "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv 2410.04417"
+    presets = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
 
     tokens: int = 192
     layers: tuple[int, ...] = ()
@@ -81,9 +86,9 @@ class SparseVLM(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_word("version", self.version, "1.5", "1.0", "paper")
-        object.__setattr__(self, "layers", LAYERS[self.version] if self.layers in ((), []) else self.layers)
+        if self.layers == ():
+            object.__setattr__(self, "layers", LAYERS[self.version])
         check_layers(self.layers, 1, BEFORE)
-        object.__setattr__(self, "layers", tuple(self.layers))
         check(isinstance(self.recycle, bool), "recycle", "True or False", repr(self.recycle))
         check_word("merge", self.merge, "mean", "sum")
         check_word("positions", self.positions, "pack", "keep")
@@ -94,7 +99,6 @@ class SparseVLM(PruningPolicy):
             no_rank = self.scale is None and self.bias is None
             check(no_rank, "scale", "None, and no bias, for version '1.5'", f"{self.scale} and {self.bias}")
             check_schedule(self.tokens, self.keep, self.layers, SCHEDULES)
-            object.__setattr__(self, "keep", tuple(self.keep))
             return
         check(self.keep == (), "keep", f"() for version {self.version!r}, which counts by rank", self.keep)
         scale, bias = (1.0, 0.0) if self.version == "paper" else RANKS.get(self.tokens, (None, 0.0))
@@ -105,11 +109,9 @@ class SparseVLM(PruningPolicy):
         object.__setattr__(self, "bias", bias if self.bias is None else float(self.bias))
 
     def needs(self, layer: int) -> Needs:
-        """The text rows and keys of the previous layer, the input embeddings, and what is to be merged."""
         return Needs(hidden=self.recycle, attention="previous", rows="text", embeds=True)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The best-rated tokens of each sample, then what is recycled of the others."""
         seen, weights = attention_of(ctx), rater_weights(ctx)
         scores = rated(seen.received(row_weight=weights), ctx)
         kept = self._kept(ctx, weights)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,9 +45,9 @@ class SparseVLMPlus(PruningPolicy):
         keep: an explicit schedule in place of the budget's, per layer tokens per image or shares; () = none.
     """
 
-    summary: ClassVar[str] = "SparseVLM freed from RoPE's decay, by priority heads, positions kept"
-    paper: ClassVar[str] = "SparseVLM+, the released version 2.0 of SparseVLM, arXiv 2410.04417"
-    presets: ClassVar[Mapping[int, str]] = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
+    summary = "SparseVLM freed from RoPE's decay, by priority heads, positions kept"
+    paper = "SparseVLM+, the released version 2.0 of SparseVLM, arXiv 2410.04417"
+    presets = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
 
     tokens: int = 192
     heads: int = 14
@@ -60,15 +59,11 @@ class SparseVLMPlus(PruningPolicy):
         check_whole("heads", self.heads, 1)
         check_layers(self.layers, 1, BEFORE)
         check_schedule(self.tokens, self.keep, self.layers, SCHEDULES)
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "keep", tuple(self.keep))
 
     def needs(self, layer: int) -> Needs:
-        """The text rows and keys of the previous layer, and the input embeddings."""
         return Needs(attention="previous", rows="text", embeds=True)
 
     def select(self, ctx: TokenContext) -> Tensor:
-        """The best-rated tokens of each sample."""
         seen, weights = attention_of(ctx), rater_weights(ctx)
         # Row by row: R differs for every pair, so no reduction over rows can come before it.
         corrected = row_attention(seen) / rope_kernel(seen)[:, None] * weights[:, None, :, None]
@@ -78,7 +73,6 @@ class SparseVLMPlus(PruningPolicy):
         return select_scores(rated(scores, ctx), ctx, self)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
-        """By the schedule."""
         schedule = self.keep or SCHEDULES[self.tokens]
         return thinned(schedule[self.layers.index(layer)], tokens, images)
 

@@ -11,6 +11,9 @@ from vlmprune.errors import check
 OPERATORS = (("|", "union"), ("&", "intersection"), ("+", "stages"))
 """What joins two policies, and the policy that it makes; as in Python, ``+`` binds tightest and ``|`` least."""
 
+SIGNS = re.compile(r"([()&|]|(?<![\d.][eE])\+|\+(?!\d))")
+"""Operators and parentheses; the plus of ``1e+2`` is none."""
+
 
 class Word(str):
     """A setting's value as typed; of which type it is, the field says."""
@@ -24,7 +27,7 @@ def parse(text: str) -> dict[str, Any]:
     Raises:
         InputError: a field without a value or given twice, or parentheses and operators that do not match.
     """
-    tokens = [token.strip() for token in re.findall(r"[()+&|]|[^()+&|]+", text) if token.strip()]
+    tokens = [token.strip() for token in SIGNS.split(text) if token.strip()]
     found = _joined(tokens, 0)
     check(not tokens, "policy", "+, & or | between two policies", f"{' '.join(tokens[:1])!r} in {text!r}")
     return found

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +12,7 @@ from vlmprune.errors import check
 from vlmprune.policies.base import PruningPolicy, TokenContext
 from vlmprune.policies.checks import check_keep, check_layer, check_whole, check_word
 from vlmprune.policies.choose import index_of, quotas, select_counts
-from vlmprune.policies.grid import grid_count, stride_grid
-from vlmprune.policies.lattice import lattice_scores
+from vlmprune.policies.lattice import grid_count, lattice_scores, stride_grid
 
 KEEP = 0.25
 
@@ -40,13 +38,9 @@ class Uniform(PruningPolicy):
         InputError: a setting is out of range, or both ``keep`` and ``stride`` are given.
     """
 
-    summary: ClassVar[str] = "evenly spaced tokens, or a coarse grid"
-    paper: ClassVar[str] = "baseline; the uniform criterion of FEATHER, arXiv 2412.13180"
-    presets: ClassVar[Mapping[int, str]] = {
-        192: "layer=0,keep=192",
-        128: "layer=0,keep=128",
-        64: "layer=0,keep=64",
-    }
+    summary = "evenly spaced tokens, or a coarse grid"
+    paper = "baseline; the uniform criterion of FEATHER, arXiv 2412.13180"
+    presets = {192: "layer=0,keep=192", 128: "layer=0,keep=128", 64: "layer=0,keep=64"}
 
     layer: int = 2
     keep: int | float | None = None

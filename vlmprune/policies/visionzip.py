@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -45,11 +44,9 @@ class VisionZip(PruningPolicy):
         ValueError: a setting is out of range, or ``tokens`` contradicts the other two.
     """
 
-    summary: ClassVar[str] = "patches most attended by CLS, the rest merged into contextual tokens"
-    paper: ClassVar[str] = (
-        "VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025), arXiv 2412.04467"
-    )
-    presets: ClassVar[Mapping[int, str]] = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
+    summary = "patches most attended by CLS, the rest merged into contextual tokens"
+    paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025), arXiv 2412.04467"
+    presets = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
 
     dominant: int | float | None = None
     contextual: int | float | None = None
@@ -80,15 +77,12 @@ class VisionZip(PruningPolicy):
         check(share <= 1 + 1e-9, "contextual", "shares that add up to 1.0 at most", share)
         check(not self.count_cls, "count_cls", "False with shares", True)
 
-    layers = (0,)
-    """Before the language model."""
+    layers = (0,)  # before the language model
 
     def needs(self, layer: int) -> Needs:
-        """Query and key of the vision layer, and the rows to merge."""
         return Needs(hidden=True, vision=(self.vision_layer,))
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The dominant and the merged tokens of each image."""
         images = images_of(ctx)
         if not images.tokens:
             return ctx.ordinals
@@ -110,9 +104,7 @@ class VisionZip(PruningPolicy):
         if self.positions == "keep":
             picked, order = picked.sort(dim=1)
             rows = rows_at(rows, order)
-        kept = [picked.shape[1]] * len(images.tokens)
-        index = images.index(picked, kept, len(ctx.counts))
-        return outcome(index, self.positions, images.join(rows, kept, len(ctx.counts)))
+        return outcome(images.index(picked), self.positions, images.join(rows))
 
     def at(self, share: float) -> Self:
         """``share`` as both, in the proportion that they have."""
@@ -121,7 +113,6 @@ class VisionZip(PruningPolicy):
         return replace(self, dominant=share - merged, contextual=merged, tokens=None, count_cls=False)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
-        """As many of every image."""
         return round(images * sum(self._counts(round(tokens / images)))) if tokens else 0
 
     def _counts(self, tokens: int) -> tuple[int, int]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,12 +36,12 @@ class VisPruner(PruningPolicy):
         positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
     """
 
-    summary: ClassVar[str] = "important patches by CLS attention, diverse ones by duplicate removal"
-    paper: ClassVar[str] = (
+    summary = "important patches by CLS attention, diverse ones by duplicate removal"
+    paper = (
         "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs (ICCV 2025), "
         "arXiv 2412.01818"
     )
-    presets: ClassVar[Mapping[int, str]] = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
+    presets = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
 
     keep: int | float = 64
     important_ratio: float = 0.5
@@ -56,8 +54,7 @@ class VisPruner(PruningPolicy):
         check_whole("vision_layer", self.vision_layer)
         check_word("positions", self.positions, "pack", "keep")
 
-    layers = (0,)
-    """Before the language model."""
+    layers = (0,)  # before the language model
     spend = "image"
 
     def needs(self, layer: int) -> Needs:
@@ -65,7 +62,6 @@ class VisPruner(PruningPolicy):
         return Needs(vision=(self.vision_layer,))
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The important and the diverse patches of each image, ascending."""
         images = images_of(ctx)
         if not images.tokens:
             return ctx.ordinals
@@ -76,8 +72,7 @@ class VisPruner(PruningPolicy):
         important = int(kept * self.important_ratio)
         diverse = remove_duplicates(features, order[:, important:], kept - important)
         picked = torch.cat([order[:, :important], diverse], 1).sort(dim=1).values
-        index = images.index(picked, [kept] * len(images.tokens), len(ctx.counts))
-        return outcome(index, self.positions)
+        return outcome(images.index(picked), self.positions)
 
 
 def remove_duplicates(features: Tensor, order: Tensor, keep: int) -> Tensor:

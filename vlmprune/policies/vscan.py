@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.errors import require
-from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext, attention_of, outcome
+from vlmprune.policies.base import (
+    Grid,
+    Needs,
+    Positions,
+    PruningPolicy,
+    Reduction,
+    TokenContext,
+    attention_of,
+    outcome,
+)
 from vlmprune.policies.by_image import images_of, nearest, patch_attention, rows_at, vision_of
 from vlmprune.policies.checks import check_keep, check_layer, check_share, check_whole, check_word, share_of
 from vlmprune.policies.choose import keep_count, others, select_scores
-from vlmprune.policies.inputs import Grid
-from vlmprune.policies.needs import Needs
 
 
 @dataclass(frozen=True)
@@ -46,16 +52,12 @@ class VScan(PruningPolicy):
         positions: ``"pack"`` (released code: positions 0, 1, 2, ... after each stage) or ``"keep"`` their own.
     """
 
-    summary: ClassVar[str] = "global and windowed CLS attention with merging, then text attention mid-way"
-    paper: ClassVar[str] = (
+    summary = "global and windowed CLS attention with merging, then text attention mid-way"
+    paper = (
         "VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models (TMLR 2026), "
         "arXiv 2505.22654"
     )
-    presets: ClassVar[Mapping[int, str]] = {
-        192: "keep=288,then=96",
-        128: "keep=192,then=64",
-        64: "keep=96,then=32",
-    }
+    presets = {192: "keep=288,then=96", 128: "keep=192,then=64", 64: "keep=96,then=32"}
 
     keep: int | float = 96
     then: int | float = 32
@@ -78,7 +80,6 @@ class VScan(PruningPolicy):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Before the language model, and in its middle."""
         return (0, self.layer)
 
     def needs(self, layer: int) -> Needs:
@@ -88,15 +89,12 @@ class VScan(PruningPolicy):
         return Needs(attention="own")
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        """What the stage keeps."""
         return self._scan(ctx) if ctx.layer == 0 else self._attended(ctx)
 
     def at(self, share: float) -> Self:
-        """``share`` as both ``keep`` and ``then``."""
         return replace(self, keep=share_of(share), then=share_of(share))
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
-        """``keep`` of every image, then ``then`` of the prompt."""
         if layer == 0:
             return keep_count(self.keep, tokens, images, "image")
         return keep_count(self.then, tokens, images)
@@ -114,9 +112,8 @@ class VScan(PruningPolicy):
         local, sizes = self._local(shallow, ctx, int(kept * self.local_ratio))
         quota = torch.tensor([kept - size for size in sizes]).to(deep.device, non_blocking=True)
         picked = ops.select_topk(deep, quota, code=local.to(torch.int8))[0][:, :kept]
-        counts = [kept] * len(images.tokens)
-        rows = images.join(merge_dropped(hidden, picked), counts, len(ctx.counts))
-        return outcome(images.index(picked, counts, len(ctx.counts)), self.positions, rows)
+        rows = images.join(merge_dropped(hidden, picked))
+        return outcome(images.index(picked), self.positions, rows)
 
     def _local(self, scores: Tensor, ctx: TokenContext, share: int) -> tuple[Tensor, list[int]]:
         """Marks ``[I, P]`` of each window's best patches, ``share`` divided by the windows, and how many an image has."""
