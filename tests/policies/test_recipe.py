@@ -94,7 +94,7 @@ POLICIES = [
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
 def test_there_and_back(policy, tmp_path):
     data = policy.to_dict()
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
