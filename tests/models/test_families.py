@@ -36,7 +36,7 @@ def test_pruned_runs_are_masked_runs(case, model):
 def test_contexts_describe_the_pictures(case, model):
     inputs, pictures = prompts(case, case.padded)
     contexts: list[TokenContext] = []
-    with torch.no_grad(), vlmprune.prune(model, Reader((contexts,), Needs())):
+    with torch.no_grad(), vlmprune.prune(model, Reader(contexts.append, Needs())):
         model(**inputs)
     assert contexts[0].grids == tuple(tuple(g for p in sample for g in p.grids) for sample in pictures)
     assert contexts[0].images() == tuple(tuple(p.tokens for p in sample) for sample in pictures)
@@ -62,7 +62,9 @@ def test_methods_see_real_grids_and_count_images(case, model):
 def test_beams_see_their_own_samples_images(case, model):
     inputs, pictures = prompts(case, case.padded)
     seen: list[TokenContext] = []
-    with vlmprune.prune(model, vlmprune.Stages([Reader((seen,), Needs(), at=2), vlmprune.FastV(layer=3)])):
+    with vlmprune.prune(
+        model, vlmprune.Stages([Reader(seen.append, Needs(), at=2), vlmprune.FastV(layer=3)])
+    ):
         generate(model, inputs, num_beams=2)
     grids = [tuple(g for p in sample for g in p.grids) for sample in pictures]
     assert seen[0].grids == tuple(grid for grid in grids for _ in range(2))
@@ -95,7 +97,7 @@ def test_scores_are_the_decoders_own_attention(case, model, source):
     """Query and key with the family's norms and rotations, against the weights its eager attention returns."""
     inputs, pictures = prompts(case, case.padded)
     contexts: list[TokenContext] = []
-    with torch.no_grad(), vlmprune.prune(model, Reader((contexts,), Needs(attention=source))):
+    with torch.no_grad(), vlmprune.prune(model, Reader(contexts.append, Needs(attention=source))):
         model(**inputs)
     model.set_attn_implementation("eager")
     with torch.no_grad():

@@ -29,7 +29,7 @@ def test_vision_attention_is_the_towers_own(name):
     model = build(case)
     inputs, pictures = prompts(case, case.padded)
     contexts: list[TokenContext] = []
-    with vlmprune.prune(model, Reader((contexts,))):
+    with vlmprune.prune(model, Reader(contexts.append)):
         generate(model, inputs)
     seen, pixels = contexts[0].vision[-2], torch.cat([p.inputs["pixel_values"] for s in pictures for p in s])
     tower = model.model.vision_model if case.by_sample else model.model.vision_tower
@@ -60,7 +60,7 @@ def test_padded_patches_of_a_tower_neither_attend_nor_count():
     inputs["pixel_attention_mask"] = torch.ones(1, 1, 16, 16).long()
     inputs["pixel_attention_mask"][..., 8:] = 0
     contexts: list[TokenContext] = []
-    with vlmprune.prune(model, Reader((contexts,))):
+    with vlmprune.prune(model, Reader(contexts.append)):
         generate(model, inputs)
     seen = contexts[0].vision[-2]
     real = torch.tensor([[True, True, False, False]] * 4)
@@ -80,10 +80,10 @@ def test_images_encoded_ahead_are_not_mixed_up(name):
     first, _ = prompts(case, case.padded, seed=1)
     other, _ = prompts(case, case.padded, seed=2)
     calm: list[TokenContext] = []
-    with vlmprune.prune(model, Reader((calm,))):
+    with vlmprune.prune(model, Reader(calm.append)):
         generate(model, first)
     busy: list[TokenContext] = []
-    with torch.no_grad(), vlmprune.prune(model, Reader((busy,))):
+    with torch.no_grad(), vlmprune.prune(model, Reader(busy.append)):
         handle = model.model.register_forward_pre_hook(
             lambda *_: model.get_image_features(other["pixel_values"]) and None
         )

@@ -20,8 +20,8 @@ from vlmprune.policies import (
     Uniform,
     VisionZip,
     VScan,
-    policies,
 )
+from vlmprune.policies.registry import policies
 from vlmprune.policies.schedule import keep_for_flops, keep_for_mean_tokens, stage_counts
 
 VICUNA = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, intermediate=11008)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +69,7 @@ def dropped_from(run, inputs):
 class Reader(PruningPolicy):
     """Reads what it is told to, and keeps every token."""
 
-    seen: tuple = ()
+    see: Callable[[TokenContext], None]
     wants: Needs = LAST_BUT_ONE
     at: int = 3
 
@@ -80,5 +81,5 @@ class Reader(PruningPolicy):
         return self.wants
 
     def select(self, ctx: TokenContext) -> Tensor:
-        self.seen[0].append(ctx)
+        self.see(ctx)
         return ctx.ordinals
