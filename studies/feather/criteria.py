@@ -12,7 +12,8 @@ from vlmprune.eval.oracle import Oracle
 from vlmprune.policies import FastV, Feather, PyramidDrop, Random, Uniform
 from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, attention_of
 from vlmprune.policies.checks import BEFORE, check_keep, check_layer, check_whole
-from vlmprune.policies.choose import index_of, marks, select_scores, union_count
+from vlmprune.policies.choose import index_of, marks, select_scores
+from vlmprune.policies.counts import union_count
 from vlmprune.policies.lattice import grid_count, stride_grid
 
 PAPER_DEPTH, STRIDE = 32, 3

@@ -29,7 +29,7 @@ NORMALIZES = ("row", "columns", "none")
 Rope = tuple[Tensor, Tensor]
 
 
-class Reduction(TypedDict, total=False):
+class ReductionKeywords(TypedDict, total=False):
     """How logits become one score a column: see ``received_attention``."""
 
     row_weight: Tensor | None
@@ -38,7 +38,7 @@ class Reduction(TypedDict, total=False):
     normalize: str
 
 
-class ScoringKeywords(Reduction, total=False):
+class ScoringKeywords(ReductionKeywords, total=False):
     """The keywords of every op that scores: see ``received_attention``, which describes them."""
 
     rows: Required[Tensor]

@@ -25,7 +25,6 @@ from vlmprune.policies.checks import check_whole as check_whole
 from vlmprune.policies.checks import check_word as check_word
 from vlmprune.policies.choose import choose_best as choose_best
 from vlmprune.policies.choose import index_of as index_of
-from vlmprune.policies.choose import keep_count as keep_count
 from vlmprune.policies.choose import marks as marks
 from vlmprune.policies.choose import quotas as quotas
 from vlmprune.policies.choose import select_counts as select_counts
@@ -33,6 +32,7 @@ from vlmprune.policies.choose import select_scores as select_scores
 from vlmprune.policies.compose import Intersection as Intersection
 from vlmprune.policies.compose import Stages as Stages
 from vlmprune.policies.compose import Union as Union
+from vlmprune.policies.counts import keep_count as keep_count
 from vlmprune.policies.custom import Custom as Custom
 from vlmprune.policies.dart import DART as DART
 from vlmprune.policies.divprune import DivPrune as DivPrune

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmprune.errors import check, require
 from vlmprune.policies.checks import check_word, plain, share_of
-from vlmprune.policies.choose import keep_count
+from vlmprune.policies.counts import keep_count
 from vlmprune.policies.inputs import AttentionInputs as AttentionInputs
 from vlmprune.policies.inputs import Grid as Grid
 from vlmprune.policies.inputs import Needs as Needs

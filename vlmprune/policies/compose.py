@@ -13,7 +13,8 @@ from torch import Tensor
 from vlmprune.errors import InputError, check
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.checks import share_of
-from vlmprune.policies.choose import index_of, marks, union_count
+from vlmprune.policies.choose import index_of, marks
+from vlmprune.policies.counts import union_count
 
 
 def check_member(whole: PruningPolicy, member: PruningPolicy, name: str) -> None:

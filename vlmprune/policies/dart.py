@@ -14,7 +14,8 @@ from vlmprune.errors import check, require
 from vlmprune.ops.reference import unrotate
 from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, TokenContext, attention_of
 from vlmprune.policies.checks import check_keep, check_layer, check_word
-from vlmprune.policies.choose import keep_count, marks, select_counts
+from vlmprune.policies.choose import marks, select_counts
+from vlmprune.policies.counts import keep_count
 
 
 @dataclass(frozen=True)

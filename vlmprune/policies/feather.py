@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, attention_of
 from vlmprune.policies.checks import BEFORE, check_keep, check_layers, check_whole
-from vlmprune.policies.choose import index_of, keep_count, marks, select_scores, union_count
+from vlmprune.policies.choose import index_of, marks, select_scores
+from vlmprune.policies.counts import keep_count, union_count
 from vlmprune.policies.lattice import grid_count, stride_grid
 
 

@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from vlmprune import ops
 from vlmprune.errors import check, require
-from vlmprune.ops.scoring import Reduction
+from vlmprune.ops.scoring import ReductionKeywords
 
 Grid = tuple[int, int]
 """Rows and columns of visual tokens: those of one image, of a video's frame, or of an image's small view or tiles."""
@@ -88,7 +88,7 @@ class AttentionInputs:
     group: Any = None
 
     def received(
-        self, rows: Tensor | None = None, *, unrotated: bool = False, **reduction: Unpack[Reduction]
+        self, rows: Tensor | None = None, *, unrotated: bool = False, **reduction: Unpack[ReductionKeywords]
     ) -> Tensor:
         """Attention that the visual columns receive: ``ops.received_attention`` over the heads of all ranks.
 

@@ -18,7 +18,8 @@ from vlmprune.policies.base import (
     outcome,
 )
 from vlmprune.policies.checks import check_keep, check_layers, check_word
-from vlmprune.policies.choose import keep_count, quotas, select_counts
+from vlmprune.policies.choose import quotas, select_counts
+from vlmprune.policies.counts import keep_count
 
 
 @dataclass(frozen=True)

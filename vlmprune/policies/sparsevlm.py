@@ -20,7 +20,8 @@ from vlmprune.policies.base import (
     outcome,
 )
 from vlmprune.policies.checks import BEFORE, check_layers, check_schedule, check_whole, check_word
-from vlmprune.policies.choose import select_counts, thinned
+from vlmprune.policies.choose import select_counts
+from vlmprune.policies.counts import thinned
 from vlmprune.policies.raters import rated, rater_weights, row_attention
 from vlmprune.policies.recycle import recycle_counts, recycled
 

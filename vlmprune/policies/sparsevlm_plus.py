@@ -11,7 +11,8 @@ from torch import Tensor
 from vlmprune import ops
 from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, TokenContext, attention_of
 from vlmprune.policies.checks import BEFORE, check_layers, check_schedule, check_whole
-from vlmprune.policies.choose import select_scores, thinned
+from vlmprune.policies.choose import select_scores
+from vlmprune.policies.counts import thinned
 from vlmprune.policies.raters import rated, rater_weights, row_attention
 
 SCHEDULES: Mapping[int, tuple[int, ...]] = {

@@ -13,7 +13,8 @@ from vlmprune.errors import check, require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
 from vlmprune.policies.by_image import images_of, nearest, patch_attention, rows_at, vision_of
 from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word, share_of
-from vlmprune.policies.choose import keep_count, others
+from vlmprune.policies.choose import others
+from vlmprune.policies.counts import keep_count
 
 PRESETS = {192: (162, 30), 128: (108, 20), 64: (54, 10), 32: (27, 5)}
 """Published budgets as (dominant, contextual); 32 is the one per crop of LLaVA-NeXT at 160 tokens."""

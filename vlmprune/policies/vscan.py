@@ -23,7 +23,8 @@ from vlmprune.policies.base import (
 )
 from vlmprune.policies.by_image import images_of, nearest, patch_attention, rows_at, vision_of
 from vlmprune.policies.checks import check_keep, check_layer, check_share, check_whole, check_word, share_of
-from vlmprune.policies.choose import keep_count, others, select_scores
+from vlmprune.policies.choose import others, select_scores
+from vlmprune.policies.counts import keep_count
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.models.attention.call import AttentionCall as AttentionCall
-from vlmprune.models.attention.call import bounds as bounds
-from vlmprune.models.attention.call import bounds_mask as bounds_mask
+from vlmprune.models.attention.flash_call import AttentionCall as AttentionCall
+from vlmprune.models.attention.flash_call import bounds as bounds
+from vlmprune.models.attention.flash_call import bounds_mask as bounds_mask
 
 GPU = "cuda"
 HALVES = (torch.float16, torch.bfloat16)

@@ -1,0 +1,34 @@
+"""How many tokens stay: what a share or a number per image comes to."""
+
+from __future__ import annotations
+
+
+def keep_count(keep: float, tokens: int, images: float = 1, spend: str = "prompt") -> int:
+    """How many of the ``tokens`` of ``images`` images survive: never more than there are, and one at least.
+
+    Args:
+        keep: a share of the tokens (float), or a number per image (int).
+        tokens: tokens of the images together.
+        images: how many they are; part of one counts for its share.
+        spend: "prompt" counts them together, "image" as many times what one of equal images keeps.
+
+    Example:
+        >>> keep_count(0.5, 576), keep_count(64, 576), keep_count(64, 1152, images=2)
+        (288, 64, 128)
+    """
+    if spend == "image" and tokens:
+        return min(tokens, round(images * keep_count(keep, round(tokens / images))))
+    wanted = keep * (images if isinstance(keep, int) else tokens)
+    return min(tokens, max(1, int(wanted + 1e-6)))
+
+
+def thinned(keep: float, tokens: int, images: float) -> int:
+    """The same where one of several has to go: SparseVLM's ``min(k, n - 1)``. A share of 1.0 is everything."""
+    if isinstance(keep, float) and keep == 1.0:
+        return tokens
+    return min(tokens, max(1, min(keep_count(keep, tokens, images), tokens - 1)))
+
+
+def union_count(one: int, other: int, tokens: int) -> int:
+    """How many of ``tokens`` are expected in the union of two choices that know nothing of each other."""
+    return one + other - round(one * other / max(tokens, 1))
