@@ -156,13 +156,6 @@ def registers(s, R, num_warps):
     return {"maxnreg": 128 if few_rows and num_warps == 8 else 255}
 
 
-def row_statistics(s):
-    """The log-sum-exp of the rows, [B, H, Sq] if it was given, else [B, H, R]; None for plain logits."""
-    if s.normalize == "none" or s.lse is not None:
-        return s.lse
-    return row_lse(s)
-
-
 def score(s, keep=None, spread=None, code=None, index=None, count=None, ends=None):
     """Launch the row statistics if needed and the score kernel; [B, H, N] for head_reduce "none", else [B, N].
 
@@ -170,7 +163,9 @@ def score(s, keep=None, spread=None, code=None, index=None, count=None, ends=Non
     """
     (H, Sq, D), (Hkv, S), (B, R), N = s.query.shape[1:], s.key.shape[1:3], s.rows.shape, s.columns.shape[1]
     s, query_strides, key_strides, rope_strides = laid_out(s)
-    lse, config = row_statistics(s), tiles(s.query, R, s.cos is not None)
+    # [B, H, Sq] if it was given, else [B, H, R]; None for plain logits
+    lse = s.lse if s.normalize == "none" or s.lse is not None else row_lse(s)
+    config = tiles(s.query, R, s.cos is not None)
     tiles_n = max(1, triton.cdiv(N, config["BLOCK_N"]))
     splits, joins = head_splits(B, Hkv, tiles_n), s.head_reduce != "none"
     part = s.query.new_empty((B, splits if joins else H, N), dtype=torch.float32)
