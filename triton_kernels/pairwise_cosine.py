@@ -31,12 +31,12 @@ def cosine_tile(
     for start in range(0, D, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
-        mask_m, mask_n = (
-            (inverse_m > 0)[:, None] & mask_d[None, :],
-            (inverse_n > 0)[:, None] & mask_d[None, :],
+        m = tl.load(
+            row_m[:, None] + offs_d[None, :], mask=(inverse_m > 0)[:, None] & mask_d[None, :], other=0.0
         )
-        m = tl.load(row_m[:, None] + offs_d[None, :], mask=mask_m, other=0.0)
-        n = tl.load(row_n[:, None] + offs_d[None, :], mask=mask_n, other=0.0)
+        n = tl.load(
+            row_n[:, None] + offs_d[None, :], mask=(inverse_n > 0)[:, None] & mask_d[None, :], other=0.0
+        )
         dots += row_products(m.to(DTYPE), n.to(DTYPE))
     cos = dots * (inverse_m[:, None] * inverse_n[None, :])
     return tl.minimum(tl.maximum(cos, -1.0), 1.0)

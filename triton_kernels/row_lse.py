@@ -16,7 +16,6 @@ from vlmprune.triton_kernels._device import (
     laid_out,
     load_rows,
     padded_head_dim,
-    row_products,
     span,
     tiles,
 )
@@ -126,7 +125,9 @@ def _row_lse_kernel(
         at, ok_n = _key_positions(columns_ptr, key_mask_ptr, n, n_keys, length)  # [BLOCK_N]
         k_offs, rope_offs = at * key_strides[2], at * rope_strides[1]
         k = load_rows(key_ptr, k_offs, cos_ptr, sin_ptr, rope_offs, ok_n, D, BLOCK_D, DTYPE)
-        logits = row_products(q, k) * (scale * LOG2E)  # [BLOCK_M, BLOCK_N]
+        # not row_products: in a function of its own the product is scheduled otherwise
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee" if tl.target_info.is_hip() else "tf32x3")
+        logits *= scale * LOG2E  # [BLOCK_M, BLOCK_N]
         ok = real[:, None] & ok_n[None, :]
         if CAUSAL:
             ok = ok & (row[:, None] >= at[None, :])

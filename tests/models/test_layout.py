@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmprune.models.choice import settle
-from vlmprune.models.layout import open_layout, scatter_back, shorten, take, where_true
+from vlmprune.models.layout import open_layout, shorten, spread, take, where_true
 from vlmprune.policies import Reduction
 
 PAD, TEXT, VISUAL = "p", "t", "v"
@@ -117,7 +117,7 @@ def test_small_pieces():
     assert where_true(torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]]).bool(), 2).tolist() == [[1, 2], [0, -1]]
     assert take(torch.tensor([[7, 8, 9]]), torch.tensor([[2, -1, 0]])).tolist() == [[9, -1, 7]]
     assert take(torch.empty(1, 0, dtype=torch.long), torch.tensor([[-1]])).tolist() == [[-1]]
-    back = scatter_back(torch.ones(1, 3, 2), torch.tensor([[-1, 0, 3]]), 5)
+    back = spread(torch.tensor([[-1, 0, 3]]), torch.ones(1, 3, 2), 5)
     assert back[0, :, 0].tolist() == [1, 0, 0, 1, 0]
 
 

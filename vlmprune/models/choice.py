@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlmprune.models.layout import Layout, ascending, last_rows, put, take, where_true
+from vlmprune.models.layout import Layout, ascending, last_rows, spread, take, where_true
 from vlmprune.policies.base import Reduction
 
 
@@ -64,7 +64,7 @@ def _with_predicting(layout: Layout, chosen: Tensor, predicting: Tensor) -> Tens
     """
     at = layout.positions()
     needed = (at >= 0) & predicting.gather(1, at.clamp(min=0))
-    missing = needed & ~put(torch.zeros_like(needed), chosen, torch.ones_like(chosen))
+    missing = needed & ~spread(chosen, torch.ones_like(chosen, dtype=torch.bool), needed.shape[1])
     most = int(missing.sum(1).max())
     if most == 0:
         return chosen

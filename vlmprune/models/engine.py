@@ -20,7 +20,7 @@ from vlmprune.models.host.cache_view import is_started, pruned_layer, resident_b
 from vlmprune.models.host.names import missing
 from vlmprune.models.host.parts import Parts, check_stages
 from vlmprune.models.layer_inputs import chunk_mask, decode_step, shifted
-from vlmprune.models.layout import scatter_back
+from vlmprune.models.layout import spread
 from vlmprune.models.prefill import Prefill, Wants
 from vlmprune.models.prompt import Prompts
 from vlmprune.models.report import Run
@@ -195,7 +195,7 @@ class Engine:
                 compact_earlier(cache, prefill, depth)
             assert decided.layout.origin is not None
             short, q = output.last_hidden_state, prefill.call.length
-            output.last_hidden_state = scatter_back(short, decided.layout.origin, q)
+            output.last_hidden_state = spread(decided.layout.origin.to(short.device), short, q)
 
     def _running(self, kwargs: Kwargs) -> Prefill | None:
         """The running call; None if it did not come through this engine's ``before_base``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass, replace
+from operator import is_
 from typing import TypeVar
 
 import torch
@@ -61,12 +62,15 @@ def moved(record: T, device: torch.device) -> T:
     if isinstance(record, Tensor):
         return record.to(device)  # type: ignore[return-value]
     if isinstance(record, tuple):
-        return tuple(moved(x, device) for x in record)  # type: ignore[return-value]
+        new = tuple(moved(x, device) for x in record)
+        return record if all(map(is_, new, record)) else new  # type: ignore[return-value]
     if isinstance(record, dict):
         return {name: moved(x, device) for name, x in record.items()}  # type: ignore[return-value]
     if not is_dataclass(record):
         return record
-    return replace(record, **{f.name: moved(getattr(record, f.name), device) for f in fields(record)})  # type: ignore[type-var]
+    own = {f.name: getattr(record, f.name) for f in fields(record)}
+    away = {name: x for name, old in own.items() if (x := moved(old, device)) is not old}
+    return replace(record, **away) if away else record  # type: ignore[type-var]
 
 
 def take(values: Tensor, at: Tensor) -> Tensor:
@@ -78,21 +82,26 @@ def take(values: Tensor, at: Tensor) -> Tensor:
 
 def put(into: Tensor, rows: Tensor, contents: Tensor) -> Tensor:
     """``into [B, n, ...]`` with ``contents [B, K, ...]`` in its rows ``rows [B, K]``; -1 = padding."""
-    batch, n, *width = into.shape
-    at = torch.where(rows >= 0, rows, n).view(*rows.shape, *(1 for _ in width)).expand_as(contents)
-    spare = into.new_zeros(batch, 1, *width)  # takes what belongs to padding, and is cut off
-    return torch.cat([into, spare], 1).scatter(1, at, contents.to(into))[:, :n]
+    spare = into.new_zeros(len(into), 1, *into.shape[2:])  # takes what belongs to padding, and is cut off
+    return _scattered(torch.cat([into, spare], 1), rows, contents.to(into))
 
 
-def scatter_back(short: Tensor, origin: Tensor, q: int) -> Tensor:
-    """Put rows ``[B, n, D]`` back where they came from in ``[B, q, D]``; pruned and padding rows are zeros."""
-    return put(short.new_zeros(len(short), q, short.shape[2]), origin.to(short.device), short)
+def spread(rows: Tensor, contents: Tensor, length: int, fill: int = 0) -> Tensor:
+    """``[B, length, ...]`` of ``fill`` with ``contents [B, K, ...]`` in its rows ``rows [B, K]``; -1 = padding."""
+    return _scattered(contents.new_full((len(rows), length + 1, *contents.shape[2:]), fill), rows, contents)
+
+
+def _scattered(into: Tensor, rows: Tensor, contents: Tensor) -> Tensor:
+    """Write ``contents`` into rows of ``into``, a fresh tensor with one row more than is returned."""
+    n, width = into.shape[1] - 1, contents.ndim - 2
+    at = torch.where(rows >= 0, rows, n).view(*rows.shape, *(1,) * width).expand_as(contents)
+    return into.scatter_(1, at, contents)[:, :n]
 
 
 def inverse(rows: Tensor, length: int) -> Tensor:
     """``[B, length]`` which entry of ``rows [B, n]`` (or of positions) each of 0 ... length - 1 is, -1 = none."""
     order = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
-    return put(rows.new_full((len(rows), length), -1), rows, order)
+    return spread(rows, order, length, fill=-1)
 
 
 def where_true(marked: Tensor, width: int) -> Tensor:
@@ -205,11 +214,16 @@ def shorten(layout: Layout, numbers: Tensor, kept: tuple[int, ...]) -> tuple[Lay
     """
     real = tuple(r - c + k for r, c, k in zip(layout.real, layout.counts, kept, strict=True))
     length, visual = max(real), take(layout.visual, numbers)
-    stay = layout.valid  # text stays, and of the visual tokens those kept; padding goes
-    if stay is None:
-        stay = torch.ones(len(real), layout.length, dtype=torch.bool, device=numbers.device)
-    stay = put(put(stay, layout.visual, torch.zeros_like(layout.visual)), visual, torch.ones_like(visual))
-    survivors = where_true(stay, length)
+    n = layout.length  # one row more takes the -1 entries
+    stay = torch.ones(len(real), n + 1, dtype=torch.bool, device=numbers.device)
+    if layout.valid is not None:
+        stay[:, :n] = layout.valid
+    for rows, stays in (
+        (layout.visual, False),
+        (visual, True),
+    ):  # text stays, and visual tokens that are kept
+        stay.scatter_(1, torch.where(rows >= 0, rows, n), stays)
+    survivors = where_true(stay[:, :n], length)
     if min(real) < length:
         blanks = length - torch.tensor(real).to(numbers.device, non_blocking=True)[:, None]
         survivors = take(survivors, (torch.arange(length, device=numbers.device) - blanks).clamp(min=-1))

@@ -48,10 +48,13 @@ class Images:
 
     def join(self, x: Tensor, kept: Sequence[int] | None = None, fill: int = 0) -> Tensor:
         """Line up the first ``kept[i]`` rows of every image of ``x [I, k, ...]``, None = all: ``[B, K, ...]``, then ``fill``."""
+        counts = kept if kept is not None else [x.shape[1]] * len(self.samples)
         lines: list[list[int]] = [[] for _ in range(self.batch)]
-        for image, sample in enumerate(self.samples):
-            first = image * x.shape[1]
-            lines[sample] += range(first, first + (x.shape[1] if kept is None else kept[image]))
+        for image, (sample, count) in enumerate(zip(self.samples, counts, strict=True)):
+            lines[sample] += range(image * x.shape[1], image * x.shape[1] + count)
+        if lines and all(len(line) * self.batch == x.shape[0] * x.shape[1] for line in lines):
+            # Nothing to leave out or to fill.
+            return x.reshape(self.batch, -1, *x.shape[2:])
         K = max(map(len, lines), default=0)
         at = torch.tensor([line + [-1] * (K - len(line)) for line in lines], dtype=torch.int64)
         return _rows(x, at.view(self.batch, K), fill)

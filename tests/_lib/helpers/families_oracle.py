@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from helpers import tiny
 from helpers.families import IMAGE, STEPS, VIDEO
 from helpers.tiny import masked
 from vlmprune.policies.base import Needs, PruningPolicy, TokenContext
@@ -55,14 +56,7 @@ def oracle(model, inputs, dropped):
 
 
 def dropped_from(run, inputs):
-    visual = (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
-    hidden = {}
-    for stage in run.stages:
-        kept = torch.zeros_like(visual)
-        for sample, row in enumerate(stage.index):
-            kept[sample, row[row >= 0]] = True
-        hidden[stage.layer] = visual & ~kept
-    return hidden
+    return tiny.dropped_from(run, inputs, (IMAGE, VIDEO))
 
 
 @dataclass(frozen=True)

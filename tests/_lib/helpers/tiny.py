@@ -194,9 +194,11 @@ def generate(model: Any, batch: dict[str, Tensor], steps: int, **kwargs: Any) ->
     return out.sequences[:, -steps:], torch.stack(out.logits, 1), out
 
 
-def dropped_from(run: Any, batch: dict[str, Tensor]) -> dict[int, Tensor]:
+def dropped_from(
+    run: Any, batch: dict[str, Tensor], placeholders: tuple[int, ...] = (IMAGE,)
+) -> dict[int, Tensor]:
     """Columns to hide so that the oracle sees exactly what each recorded stage kept."""
-    visual = batch["input_ids"] == IMAGE
+    visual = torch.isin(batch["input_ids"], torch.tensor(placeholders))
     hidden = {}
     for stage in run.stages:
         kept = torch.zeros_like(visual)
