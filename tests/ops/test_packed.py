@@ -6,6 +6,7 @@ from torch.library import opcheck
 
 from vlmprune import ops
 from vlmprune.ops.scoring import Scoring
+from vlmprune.ops.selection import Selection
 
 BACKENDS = ["reference", "triton"]
 
@@ -199,7 +200,10 @@ def test_schemas_and_fakes_agree(device):
     scoring = Scoring.checked(batch.query, batch.key, **lists, **batch.seqs, max_seqlen=21)
     for op in (torch.ops.vlmprune.received_attention.default, torch.ops.vlmprune.row_lse.default):
         opcheck(op, tuple(scoring))
-    opcheck(torch.ops.vlmprune.prune_tokens.default, ([batch.key], 3, None, 20, *scoring))
+    selection = Selection.checked(
+        batch.query, *batch.columns.shape, batch.key.shape[2], True, keep=3, width=20
+    )
+    opcheck(torch.ops.vlmprune.prune_tokens.default, ([batch.key], *selection, *scoring))
 
 
 ERRORS = [

@@ -9,6 +9,7 @@ from torch.library import opcheck
 from helpers import slow
 from vlmprune import ops
 from vlmprune.ops.scoring import Scoring
+from vlmprune.ops.selection import Selection
 
 BACKENDS = ["reference", "triton"]
 
@@ -215,7 +216,8 @@ def test_schema_and_fake_agree(rotated, device):
     rope = slow.rope(device=device) if rotated else None
     tensors[0].requires_grad_()
     scoring = Scoring.checked(query, key, rows=rows, columns=columns, key_mask=mask, scale=0.2, rope=rope)
-    opcheck(torch.ops.vlmprune.prune_tokens.default, (tensors, 3, None, 18, *scoring))
+    selection = Selection.checked(query, 2, 9, 21, keep=3, width=18)
+    opcheck(torch.ops.vlmprune.prune_tokens.default, (tensors, *selection, *scoring))
 
 
 def test_compiles_without_graph_breaks(device):

@@ -8,7 +8,7 @@ from vlmprune.ops.greedy_select import greedy_select
 from vlmprune.ops.match_bipartite import match_bipartite
 from vlmprune.ops.merge_tokens import merge_tokens
 from vlmprune.ops.plan import PrunePlan
-from vlmprune.ops.prune_tokens import Pruned, prune_tokens
+from vlmprune.ops.prune_tokens import Pruned, prune_scored, prune_tokens
 from vlmprune.ops.received_attention import received_attention
 from vlmprune.ops.row_lse import row_lse
 from vlmprune.ops.select_topk import select_topk
@@ -22,6 +22,7 @@ __all__ = [
     "greedy_select",
     "match_bipartite",
     "merge_tokens",
+    "prune_scored",
     "prune_tokens",
     "received_attention",
     "row_lse",

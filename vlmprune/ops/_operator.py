@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
+from itertools import islice
 from typing import Any, get_type_hints
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from vlmprune.ops._dispatch import choose, register
 from vlmprune.ops.scoring import Scoring
+from vlmprune.ops.selection import Selection
 
 Function = Callable[..., Any]
+RECORDS = (Scoring, Selection)
 
 
 def operator(
@@ -52,16 +55,22 @@ def operator(
 
 
 def _flattened(run: Function) -> Function:
-    """``run`` as a custom op can take it: a last argument that is a Scoring becomes Scoring's fields, one by one."""
+    """``run`` as a custom op can take it: of an argument that is a record (Scoring, Selection) its fields, one by one."""
     signature = inspect.signature(run, eval_str=True)
-    own = [p for p in signature.parameters.values() if p.annotation is not Scoring]
-    kind, n = inspect.Parameter.POSITIONAL_OR_KEYWORD, len(own)
-    if n < len(signature.parameters):
-        own += [inspect.Parameter(x, kind, annotation=hint) for x, hint in get_type_hints(Scoring).items()]
+    kind, flat, sizes = inspect.Parameter.POSITIONAL_OR_KEYWORD, [], []
+    for p in signature.parameters.values():
+        hints = get_type_hints(p.annotation) if p.annotation in RECORDS else {}
+        fields = [inspect.Parameter(x, kind, annotation=hint) for x, hint in hints.items()] or [p]
+        flat += fields
+        sizes.append((p.annotation if hints else None, len(fields)))
 
     @wraps(run)
     def from_fields(*args: Any) -> Any:
-        return run(*args[:n], Scoring(*args[n:])) if n < len(own) else run(*args)
+        given, whole = iter(args), []
+        for record, n in sizes:
+            own = tuple(islice(given, n))
+            whole.append(own[0] if record is None else record(*own))
+        return run(*whole)
 
-    from_fields.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    from_fields.__signature__ = signature.replace(parameters=flat)  # type: ignore[attr-defined]
     return from_fields

@@ -1,0 +1,101 @@
+"""How survivors are chosen once scores are there: one object, as ``Scoring`` is for the scores."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Required, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from vlmprune.errors import check
+from vlmprune.ops._checks import check_choice, check_count, check_tensor
+
+PADDINGS = ("right", "left")
+CODES = 4
+"""A column's code is 0 (competes), 1 (stays, beyond ``keep``), 2 (goes) or 3 (competes, and stays in any case)."""
+
+
+class SelectionKeywords(TypedDict, total=False):
+    """The keywords of every op that drops tokens: see ``prune_tokens``, which describes them."""
+
+    keep: Required[int | Tensor]
+    width: int | None
+    most: int | None
+    code: Tensor | None
+    segments: Tensor | None
+    newest: bool
+    padding: Literal["right", "left"]
+
+
+class Selection(NamedTuple):
+    """The keywords, defaults filled in. A custom op takes it as ``*selection``."""
+
+    keep: int  # of every segment; nothing where there is a quota
+    width: int
+    most: int
+    quota: Tensor | None = None
+    code: Tensor | None = None
+    segments: Tensor | None = None
+    newest: bool = False
+    left: bool = False
+
+    @classmethod
+    def checked(
+        cls,
+        like: Tensor,
+        B: int,
+        N: int,
+        rows: int,
+        packed: bool = False,
+        **given: Unpack[SelectionKeywords],
+    ) -> Selection:
+        """Check the keywords for ``N`` columns of ``B`` samples, all but the entries of tensors (``check_values``).
+
+        Args:
+            like: a tensor on the device of the call.
+            rows: positions of the tensors that are shortened.
+            packed: whether the samples lie end to end.
+        """
+        keep, code, segments = given["keep"], given.get("code"), given.get("segments")
+        G = None if segments is None else segments.shape[-1]
+        if isinstance(keep, Tensor):
+            check_tensor("keep", keep, [torch.int64], (B,) if G is None else (B, G), like)
+        else:
+            check_count("keep", keep, N if G is None else None)
+        check_tensor("code", code, [torch.int8], (B, N), like)
+        check(code is None or not packed, "code", "None with cu_seqlens", "a tensor")
+        check_tensor("segments", segments, [torch.int64], (B, "G"), like)
+        padding, newest = given.get("padding", "right"), given.get("newest", False)
+        check_choice("padding", padding, PADDINGS)
+        check(padding == "right" or not packed, "padding", "'right' with cu_seqlens", repr(padding))
+        check(isinstance(newest, bool), "newest", "True or False", repr(newest))
+        plain = isinstance(keep, int) and code is None and segments is None
+        width, most = given.get("width"), given.get("most")
+        for name, number, bound in (("width", width, rows), ("most", most, N)):
+            if number is not None:
+                check_count(name, number, bound)
+        if width is None:
+            width = rows - N + keep if plain and B == 1 and not packed else rows  # type: ignore[operator]
+        if most is None:
+            most = keep if plain else N  # type: ignore[assignment]
+        cap, quota = (0, keep) if isinstance(keep, Tensor) else (keep, None)
+        return cls(cap, width, most, quota, code, segments, newest, padding == "left")  # type: ignore[arg-type]
+
+    def check_values(self, columns: Tensor) -> None:
+        """Codes and segments of CPU tensors are what they may be, and columns ascend. Looking would wait for a GPU."""
+        if columns.device.type != "cpu":
+            return
+        real = columns >= 0
+        rises = (columns[:, 1:] > columns[:, :-1]) | ~real[:, 1:]
+        fits = bool((rises & (real[:, :-1] | ~real[:, 1:])).all())
+        check(fits, "columns", "positions that ascend, then -1 only", "others")
+        if self.code is not None:
+            check(bool(((self.code >= 0) & (self.code < CODES)).all()), "code", "0, 1, 2 or 3", "others")
+        if self.segments is not None:
+            fits = bool((self.segments >= 0).all() and (self.segments.sum(1) <= columns.shape[1]).all())
+            check(
+                fits,
+                "segments",
+                f"lengths >= 0 of at most {columns.shape[1]} columns",
+                self.segments.tolist(),
+            )
