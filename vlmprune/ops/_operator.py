@@ -69,7 +69,7 @@ def _flattened(run: Function) -> Function:
         given, whole = iter(args), []
         for record, n in sizes:
             own = tuple(islice(given, n))
-            whole.append(own[0] if record is None else record(*own))
+            whole += own if record is None else [record(*own)]  # nothing for an argument left at its default
         return run(*whole)
 
     from_fields.__signature__ = signature.replace(parameters=flat)  # type: ignore[attr-defined]
