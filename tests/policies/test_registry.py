@@ -264,7 +264,7 @@ def test_foreign_policy_errors(foreign):
             "AttributeError: module 'vlmprune.policies.fastv' has no attribute 'Slow'",
         ),
         ("elsewhere:BROKEN", "TypeError: 'not a class' is no PruningPolicy class"),
-        ("elsewhere:Abstract", "TypeError: Can't instantiate abstract class Abstract"),
+        ("elsewhere:Abstract", "InputError: Abstract: expected `rank` or `select` of its own, got neither"),
         ("elsewhere:Namesake", "TypeError: a setting called 'policy'"),
         ("elsewhere:Confused", "KeyError: 'attention'"),
     ],

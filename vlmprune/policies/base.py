@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from torch import Tensor
 
 from vlmprune.errors import check, require
@@ -17,6 +17,7 @@ from vlmprune.policies.inputs import AttentionInputs as AttentionInputs
 from vlmprune.policies.inputs import Grid as Grid
 from vlmprune.policies.inputs import Needs as Needs
 from vlmprune.policies.inputs import VisionAttention as VisionAttention
+from vlmprune.policies.ranking import Ranking as Ranking
 
 Positions = Literal["pack", "keep"]
 """Where the kept rows stand for RoPE: at 0, 1, 2, ... without gaps, or at the positions they had."""
@@ -53,6 +54,7 @@ class TokenContext:
         sizes: per sample, the visual tokens of each image or video; None where every grid is an image.
         shares: how many images each sample's visual tokens are, where chunked prefill has cut them up; else None. Then
             ordinals count from the prompt's first visual token and ``grids`` are those of all its images so far.
+        words: how many tokens ``text`` has in each sample, host ints; None = not known.
     """
 
     layer: int
@@ -71,6 +73,17 @@ class TokenContext:
     project: Callable[[Tensor], Tensor] | None = None
     sizes: tuple[tuple[int, ...], ...] | None = None
     shares: tuple[float, ...] | None = None
+    words: tuple[int, ...] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether every token of every image enters: nothing has been dropped, and no image was cut up."""
+        return self.shares is None and self.counts == tuple(map(sum, self.images()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the lists are."""
+        return self.mask.device
 
     def image_counts(self) -> tuple[float, ...]:
         """Per sample, how many images and videos its visual tokens are; part of an image counts for its share."""
@@ -113,7 +126,7 @@ KEEPS = "a setting 'keep', or `at` and `kept` of its own"
 
 
 @dataclass(frozen=True)
-class PruningPolicy(ABC):
+class PruningPolicy:
     """Decides which visual tokens survive at its stages. Holds settings only, never tensors or run state.
 
     A budget is counted per image, as a share of its tokens (a float) or as a number of them (an int), and a prompt of m
@@ -145,8 +158,10 @@ class PruningPolicy(ABC):
     spend = "prompt"  # a setting of some methods: annotated there
 
     def __init_subclass__(cls) -> None:
-        """Let every policy pass through ``__post_init__`` of this class, whatever its own does."""
+        """Let every policy pass through ``__post_init__`` of this class; what selects anew no longer ranks as its parent."""
         super().__init_subclass__()
+        if "select" in cls.__dict__ and "rank" not in cls.__dict__:
+            cls.rank = PruningPolicy.rank  # type: ignore[method-assign]
         own = cls.__dict__.get("__post_init__")
         if own is not None:
 
@@ -158,6 +173,8 @@ class PruningPolicy(ABC):
             cls.__post_init__ = both  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
+        kind, own = type(self), (PruningPolicy.rank, PruningPolicy.select)
+        check((kind.rank, kind.select) != own, kind.__name__, "`rank` or `select` of its own", "neither")
         for setting in fields(self):
             if setting.init:
                 object.__setattr__(self, setting.name, plain(getattr(self, setting.name)))
@@ -176,14 +193,23 @@ class PruningPolicy(ABC):
         """What ``select`` reads from its context at this stage."""
         return Needs()
 
-    @abstractmethod
+    def rank(self, ctx: TokenContext) -> Ranking | None:
+        """The choice as data, for a method that scores tokens and keeps the best ones: it runs as one fused pass.
+
+        A sample with tokens keeps at least one. None = ``select`` chooses at this stage.
+        """
+        return None
+
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         """Which of the visual tokens entering the stage stay: ``[B, K]`` int64 in 0..N-1, ascending, -1 on the right.
 
-        K is what the fullest sample keeps; a sample with tokens keeps at least one. A method that merges tokens,
-        reorders them or packs their positions returns a ``Reduction``. One broken sample (NaN, infinities) must change
-        nothing for the others; ``vlmprune.testing.check_policy`` tries all of this.
+        By default what ``rank`` says; a method that is no ranking overrides this. K is what the fullest sample keeps; a
+        sample with tokens keeps at least one. A method that merges tokens, reorders them or packs their positions returns
+        a ``Reduction``. One broken sample (NaN, infinities) must change nothing for the others;
+        ``vlmprune.testing.check_policy`` tries all of this.
         """
+        ranking = require(self.rank(ctx), type(self).__name__, "`rank` or `select` of its own")
+        return outcome(ranking.index(ctx), ranking.positions)
 
     def at(self, share: float) -> Self:
         """The same policy keeping ``share`` of the tokens that enter each of its stages: how a budget is met.

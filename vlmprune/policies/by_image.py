@@ -12,8 +12,9 @@ from torch.nn.functional import normalize
 
 from vlmprune import ops
 from vlmprune.errors import check, require
-from vlmprune.policies.base import PruningPolicy, TokenContext, VisionAttention
+from vlmprune.policies.base import Positions, PruningPolicy, Ranking, TokenContext, VisionAttention
 from vlmprune.policies.choose import padding, quotas
+from vlmprune.policies.inputs import Rating
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,7 @@ def spent(
     """
     if policy.spend == "prompt":
         return choose(quotas(ctx, policy), padding(ctx.counts, ctx.mask), *tensors)
-    whole = ctx.shares is None and ctx.counts == tuple(map(sum, ctx.images()))
-    check(whole, "spend", "'prompt' after an earlier stage, or in prefill by chunks", repr(policy.spend))
+    _whole_images(ctx)
     images = images_of(ctx)
     kept = [policy.kept(tokens, 1, ctx.layer) for tokens in images.tokens]
     if not kept:
@@ -121,6 +121,32 @@ def spent(
     mask = padding(images.tokens, images.split(ctx.mask))
     places = choose(kept, mask, *map(images.split, tensors))
     return images.index(places, kept)
+
+
+def ranked(
+    ctx: TokenContext, policy: PruningPolicy, scores: Tensor | Rating, positions: Positions = "keep"
+) -> Ranking:
+    """The best by the policy's counts from every prompt or, where it spends by image, from every image of it.
+
+    Raises:
+        InputError: by image, where images are not whole: after an earlier stage, or in prefill by chunks.
+
+    Example:
+        >>> from vlmprune.policies import Random
+        >>> best = torch.arange(8.0).expand(2, 8)
+        >>> [ranked(ctx, Random(keep=1, spend=by), best).index(ctx)[1] for by in ("image", "prompt")]
+        [tensor([3, 7]), tensor([6, 7])]
+    """
+    if policy.spend == "prompt":
+        return Ranking(scores, tuple(quotas(ctx, policy)), positions=positions)
+    images = _whole_images(ctx)
+    keep = tuple(tuple(policy.kept(tokens, 1, ctx.layer) for tokens in own) for own in images)
+    return Ranking(scores, keep, images, positions=positions)
+
+
+def _whole_images(ctx: TokenContext) -> tuple[tuple[int, ...], ...]:
+    check(ctx.whole, "spend", "'prompt' after an earlier stage, or in prefill by chunks", repr("image"))
+    return ctx.images()
 
 
 def vision_of(ctx: TokenContext, layer: int, images: Images) -> VisionAttention:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
-from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
-from vlmprune.policies.by_image import images_of, patch_attention, spent, vision_of
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
+from vlmprune.policies.by_image import images_of, patch_attention, ranked, vision_of
 from vlmprune.policies.checks import check_keep, check_whole, check_word
-from vlmprune.policies.choose import choose_best
 
 
 @dataclass(frozen=True)
@@ -45,9 +42,9 @@ class FasterVLM(PruningPolicy):
     def needs(self, layer: int) -> Needs:
         return Needs(vision=(self.vision_layer,))
 
-    def select(self, ctx: TokenContext) -> Tensor | Reduction:
+    def rank(self, ctx: TokenContext) -> Ranking:
         images = images_of(ctx)
         if not images.tokens:
-            return ctx.ordinals
+            return Ranking(ctx.mask.float(), ctx.counts)
         scores = patch_attention(vision_of(ctx, self.vision_layer, images))
-        return outcome(spent(ctx, self, choose_best, images.join(scores)), self.positions)
+        return ranked(ctx, self, images.join(scores), positions=self.positions)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
-from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, attention_of
-from vlmprune.policies.by_image import spent
+from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext, attention_of
+from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import BEFORE, check_keep, check_layer, check_word
-from vlmprune.policies.choose import choose_best
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,6 @@ class FastV(PruningPolicy):
     def needs(self, layer: int) -> Needs:
         return Needs(attention="previous", rows="last" if self.rows == "last" else "all")
 
-    def select(self, ctx: TokenContext) -> Tensor:
+    def rank(self, ctx: TokenContext) -> Ranking:
         seen = attention_of(ctx)
-        scores = seen.received(seen.last if self.rows == "last" else seen.rows)
-        return spent(ctx, self, choose_best, scores)
+        return ranked(ctx, self, seen.rating(seen.last if self.rows == "last" else seen.rows))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, attention_of
+from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext, attention_of
+from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import BEFORE, check_keep, check_layers, check_whole
-from vlmprune.policies.choose import index_of, marks, select_scores
+from vlmprune.policies.choose import quotas
 from vlmprune.policies.counts import keep_count, union_count
-from vlmprune.policies.lattice import grid_count, stride_grid
+from vlmprune.policies.lattice import grid_count, stride_code
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,14 @@ class Feather(PruningPolicy):
     def needs(self, layer: int) -> Needs:
         return Needs(attention="previous")
 
-    def select(self, ctx: TokenContext) -> Tensor:
-        """Top-k and grid at the first stage (one host read for the width), top-k alone at the second."""
+    def rank(self, ctx: TokenContext) -> Ranking:
+        """Top-k and grid at the first stage (their union: one host read for the width), top-k alone at the second."""
         seen = attention_of(ctx).chunk()
-        scores = seen.received(seen.last, normalize="columns", unrotated=True)
+        rating = seen.rating(seen.last, normalize="columns", unrotated=True)
         if ctx.layer != self.layers[0]:
-            return select_scores(scores, ctx, self)
-        best = marks(select_scores(scores, ctx, self.keep), ctx.mask.shape[1])
-        return index_of(best | stride_grid(ctx, self.stride))
+            return ranked(ctx, self, rating)
+        grid, sizes = stride_code(ctx, self.stride)
+        return Ranking(rating, tuple(quotas(ctx, self.keep)), code=grid, extra=sizes)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         """Exact at the second stage; at the first what is expected of a union with the grid of whole, square images."""

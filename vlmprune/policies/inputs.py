@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from vlmprune import ops
 from vlmprune.errors import check, require
-from vlmprune.ops.scoring import ReductionKeywords
+from vlmprune.ops.scoring import ReductionKeywords, ScoringKeywords
 
 Grid = tuple[int, int]
 """Rows and columns of visual tokens: those of one image, of a video's frame, or of an image's small view or tiles."""
@@ -87,32 +87,40 @@ class AttentionInputs:
     lse: Tensor | None = None
     group: Any = None
 
+    def rating(
+        self, rows: Tensor | None = None, *, unrotated: bool = False, **reduction: Unpack[ReductionKeywords]
+    ) -> Rating:
+        """The attention that the visual columns receive, not computed yet: what a ``Ranking`` goes by.
+
+        Args:
+            rows: key positions ``[B, R]`` to read, -1 = padding; None = ``self.rows``.
+            unrotated: score without RoPE; only without a cached past (``chunk``), whose tables are not here.
+            reduction: ``row_weight``, ``head_reduce``, ``row_reduce``, ``normalize``, as in ``ops.received_attention``.
+        """
+        rotated_shares = reduction.get("normalize", "row") == "row" and not unrotated
+        keywords: ScoringKeywords = {
+            "rows": self.rows if rows is None else rows,
+            "columns": self.columns,
+            "key_mask": self.key_mask,
+            "lse": self.lse if rotated_shares else None,
+            "scale": self.scale,
+            "rope": self.rope if unrotated else None,
+            **reduction,  # type: ignore[typeddict-item]
+        }
+        return Rating(self, keywords)
+
     def received(
         self, rows: Tensor | None = None, *, unrotated: bool = False, **reduction: Unpack[ReductionKeywords]
     ) -> Tensor:
         """Attention that the visual columns receive: ``ops.received_attention`` over the heads of all ranks.
 
         Args:
-            rows: key positions ``[B, R]`` to read, -1 = padding; None = ``self.rows``.
-            unrotated: score without RoPE; only without a cached past (``chunk``), whose tables are not here.
-            reduction: ``row_weight``, ``head_reduce``, ``row_reduce``, ``normalize``, as in the op.
+            rows, unrotated, reduction: as for ``rating``.
 
         Returns:
             ``[B, N]`` float32, or ``[B, H, N]`` for head_reduce "none"; H then counts the heads of all ranks.
         """
-        rotated_shares = reduction.get("normalize", "row") == "row" and not unrotated
-        scores = ops.received_attention(
-            self.query,
-            self.key,
-            rows=self.rows if rows is None else rows,
-            columns=self.columns,
-            key_mask=self.key_mask,
-            lse=self.lse if rotated_shares else None,
-            scale=self.scale,
-            rope=self.rope if unrotated else None,
-            **reduction,
-        )
-        return self.across_ranks(scores, reduction.get("head_reduce", "mean"))
+        return self.rating(rows, unrotated=unrotated, **reduction).scores()
 
     def across_ranks(self, x: Tensor, head_reduce: str) -> Tensor:
         """Join what each rank made of its own heads, ``[B, ...]``, or ``[B, H, ...]`` for head_reduce "none"."""
@@ -144,6 +152,19 @@ class AttentionInputs:
             key_mask=mask,
             lse=None,  # it counts the past's keys too
         )
+
+
+@dataclass(frozen=True)
+class Rating:
+    """Which attention rates the visual columns: ``ops.received_attention(seen.query, seen.key, **keywords)`` of all ranks."""
+
+    seen: AttentionInputs
+    keywords: ScoringKeywords
+
+    def scores(self) -> Tensor:
+        """``[B, N]`` float32, or ``[B, H, N]`` for head_reduce "none"."""
+        scores = ops.received_attention(self.seen.query, self.seen.key, **self.keywords)
+        return self.seen.across_ranks(scores, self.keywords.get("head_reduce", "mean"))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from vlmprune.constants import remembered
 from vlmprune.policies.base import Grid, TokenContext, tokens_in
 
 ACROSS, DOWN = 0.5698402909980532, 0.7548776662466927
@@ -98,14 +99,22 @@ def lattice_scores(ctx: TokenContext, kept: Sequence[int]) -> Tensor:
     Every image gets its part by its size. Where tokens have been dropped before, the lattice is that of the whole images
     with as large a share of their tokens as ``kept[b]`` is of those that are left. Never waits for the device.
     """
+    table = _lattice_table(ctx.grids, ctx.counts, tuple(kept), ctx.device)
+    return table[:, 1:] if ctx.whole else table.gather(1, ctx.ordinals + 1)
+
+
+@remembered()
+def _lattice_table(
+    grids: tuple[tuple[Grid, ...], ...], counts: tuple[int, ...], kept: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """The scores of every sample's whole images, behind a 0, which is what padding points to."""
     tables = []
-    for grids, tokens, count in zip(ctx.grids, ctx.counts, kept, strict=True):
-        ends = accumulate((tokens_in([grid]) for grid in grids), initial=0)
+    for own, tokens, count in zip(grids, counts, kept, strict=True):
+        ends = accumulate((tokens_in([grid]) for grid in own), initial=0)
         parts = pairwise(end * count // max(tokens, 1) for end in ends)
-        scores = (grid_scores(grid, b - a) for grid, (a, b) in zip(grids, parts, strict=True))
-        tables.append(torch.cat([torch.zeros(1), *scores]))  # in front, what padding points to
-    table = pad_sequence(tables, batch_first=True).to(ctx.ordinals.device, non_blocking=True)
-    return table.gather(1, ctx.ordinals + 1)
+        scores = (grid_scores(grid, b - a) for grid, (a, b) in zip(own, parts, strict=True))
+        tables.append(torch.cat([torch.zeros(1), *scores]))
+    return pad_sequence(tables, batch_first=True).to(device)
 
 
 def stride_grid(ctx: TokenContext, stride: int) -> Tensor:
@@ -125,6 +134,31 @@ def stride_grid(ctx: TokenContext, stride: int) -> Tensor:
     patch = ctx.ordinals - layout[0].gather(1, image)
     across = layout[1].gather(1, image)
     return ctx.mask & (patch // across % stride == 0) & (patch % across % stride == 0)
+
+
+def stride_code(ctx: TokenContext, stride: int) -> tuple[Tensor, tuple[int, ...]]:
+    """int8 ``[B, N]``: 3 (stays in any case) at the tokens of ``stride_grid``, else 0; and at most how many each sample has.
+
+    Exactly so many where whole images enter, and then nothing is asked of the device, nor built anew.
+    """
+    rows = [[len(range(0, r, stride)) * len(range(0, c, stride)) for r, c in grids] for grids in ctx.grids]
+    sizes = tuple(min(n, sum(own)) for n, own in zip(ctx.counts, rows, strict=True))
+    if ctx.whole:
+        return _whole_code(ctx.grids, stride, ctx.device), sizes
+    return torch.where(stride_grid(ctx, stride), 3, 0).to(torch.int8), sizes
+
+
+@remembered()
+def _whole_code(grids: tuple[tuple[Grid, ...], ...], stride: int, device: torch.device) -> Tensor:
+    codes = []
+    for own in grids:
+        marks = [torch.zeros(0, dtype=torch.int8)]
+        for grid in own:
+            mark = torch.zeros(grid, dtype=torch.int8)
+            mark[::stride, ::stride] = 3
+            marks.append(mark.flatten())
+        codes.append(torch.cat(marks))
+    return pad_sequence(codes, batch_first=True).to(device)
 
 
 def grid_count(tokens: int, images: float, stride: int) -> int:

@@ -5,20 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-from torch import Tensor
-
 from vlmprune.errors import check
-from vlmprune.policies.base import (
-    Needs,
-    Positions,
-    PruningPolicy,
-    Reduction,
-    TokenContext,
-    attention_of,
-    outcome,
-)
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext, attention_of
 from vlmprune.policies.checks import check_keep, check_layers, check_word
-from vlmprune.policies.choose import quotas, select_counts
+from vlmprune.policies.choose import quotas
 from vlmprune.policies.counts import keep_count
 
 
@@ -73,14 +63,13 @@ class PyramidDrop(PruningPolicy):
     def needs(self, layer: int) -> Needs:
         return Needs(attention="own")
 
-    def select(self, ctx: TokenContext) -> Tensor | Reduction:
+    def rank(self, ctx: TokenContext) -> Ranking:
         seen = attention_of(ctx)
-        scores = seen.received(seen.last)
-        return outcome(select_counts(scores, ctx, self._kept(ctx)), self.positions)
+        return Ranking(seen.rating(seen.last), self._kept(ctx), positions=self.positions)
 
-    def _kept(self, ctx: TokenContext) -> list[int]:
+    def _kept(self, ctx: TokenContext) -> tuple[int, ...]:
         if not isinstance(self.ratio, tuple):
-            return quotas(ctx, self)
+            return tuple(quotas(ctx, self))
         share = self.ratio[self.layers.index(ctx.layer)]
-        whole = [sum(images) for images in ctx.images()]
-        return [min(n, max(1, int(all_of * share))) for n, all_of in zip(ctx.counts, whole, strict=True)]
+        whole = map(sum, ctx.images())
+        return tuple(min(n, max(1, int(all_of * share))) for n, all_of in zip(ctx.counts, whole, strict=True))

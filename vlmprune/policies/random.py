@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlmprune.constants import remembered
 from vlmprune.errors import check
-from vlmprune.policies.base import PruningPolicy, TokenContext
-from vlmprune.policies.by_image import spent
+from vlmprune.policies.base import PruningPolicy, Ranking, TokenContext
+from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import check_keep, check_layer
-from vlmprune.policies.choose import choose_best
 
 SEEDS = 1 << 63
 
@@ -45,11 +45,17 @@ class Random(PruningPolicy):
         ok = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < SEEDS
         check(ok, "seed", "a whole number in [0, 2**63)", repr(self.seed))
 
-    def select(self, ctx: TokenContext) -> Tensor:
-        # On the CPU whatever the device: generators of different devices draw different numbers.
-        draw = torch.Generator().manual_seed(self.seed)
-        seeds = torch.randint(SEEDS - 1, (len(ctx.counts),), generator=draw).tolist()
-        scores = torch.zeros(ctx.mask.shape, dtype=torch.float32)
-        for row, tokens, seed in zip(scores, ctx.counts, seeds, strict=True):
-            row[:tokens] = torch.rand(tokens, generator=draw.manual_seed(seed))
-        return spent(ctx, self, choose_best, scores.to(ctx.mask.device, non_blocking=True))
+    def rank(self, ctx: TokenContext) -> Ranking:
+        return ranked(ctx, self, drawn(self.seed, ctx.counts, ctx.device))
+
+
+@remembered()
+def drawn(seed: int, counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Random numbers ``[B, N]`` for samples of so many tokens, zeros at padding."""
+    # On the CPU whatever the device: generators of different devices draw different numbers.
+    draw = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(SEEDS - 1, (len(counts),), generator=draw).tolist()
+    scores = torch.zeros(len(counts), max(counts, default=0))
+    for row, tokens, own in zip(scores, counts, seeds, strict=True):
+        row[:tokens] = torch.rand(tokens, generator=draw.manual_seed(own))
+    return scores.to(device)

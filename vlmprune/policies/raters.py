@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.errors import require
 from vlmprune.policies.base import AttentionInputs, TokenContext
+from vlmprune.policies.inputs import Rating
+
+Rated = TypeVar("Rated", Tensor, Rating)
 
 GOLDEN = (5**0.5 - 1) / 2
 """Of its multiples modulo 1 the largest k lie spread evenly, for every k: the gaps between them have three lengths at most."""
@@ -31,8 +36,11 @@ def rater_weights(ctx: TokenContext) -> Tensor:
     return torch.where(above.any(1, keepdim=True), above, real).float()
 
 
-def rated(scores: Tensor, ctx: TokenContext) -> Tensor:
+def rated(scores: Rated, ctx: TokenContext) -> Rated | Tensor:
     """``scores [B, N]``, but in samples without text after the image an order whose best k, for any k, are spread evenly."""
+    if ctx.words is not None and all(ctx.words):
+        return scores
+    scores = scores.scores() if isinstance(scores, Rating) else scores
     text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(embeds=True))")
     even = torch.arange(scores.shape[1], dtype=torch.float64, device=scores.device) * GOLDEN % 1
     return torch.where((text >= 0).any(1, keepdim=True), scores, even.float())

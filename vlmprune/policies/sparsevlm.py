@@ -14,14 +14,14 @@ from vlmprune.policies.base import (
     Needs,
     Positions,
     PruningPolicy,
+    Ranking,
     Reduction,
     TokenContext,
     attention_of,
-    outcome,
 )
 from vlmprune.policies.checks import BEFORE, check_layers, check_schedule, check_whole, check_word
-from vlmprune.policies.choose import select_counts
 from vlmprune.policies.counts import thinned
+from vlmprune.policies.inputs import Rating
 from vlmprune.policies.raters import rated, rater_weights, row_attention
 from vlmprune.policies.recycle import recycle_counts, recycled
 
@@ -112,12 +112,19 @@ class SparseVLM(PruningPolicy):
     def needs(self, layer: int) -> Needs:
         return Needs(hidden=self.recycle, attention="previous", rows="text", embeds=True)
 
+    def rank(self, ctx: TokenContext) -> Ranking | None:
+        """The choice without recycling."""
+        return None if self.recycle else Ranking(*self._rated(ctx), positions=self.positions)
+
+    def _rated(self, ctx: TokenContext) -> tuple[Tensor | Rating, tuple[int, ...]]:
+        weights = rater_weights(ctx)
+        return rated(attention_of(ctx).rating(row_weight=weights), ctx), tuple(self._kept(ctx, weights))
+
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        seen, weights = attention_of(ctx), rater_weights(ctx)
-        scores = rated(seen.received(row_weight=weights), ctx)
-        kept = self._kept(ctx, weights)
         if not self.recycle:
-            return outcome(select_counts(scores, ctx, kept), self.positions)
+            return super().select(ctx)
+        scores, kept = self._rated(ctx)
+        scores = scores.scores() if isinstance(scores, Rating) else scores
         hidden = require(ctx.hidden, "ctx.hidden", "hidden states (declare Needs(hidden=True))")
         return Reduction(*recycled(scores, hidden, ctx, kept, self.merge), self.positions)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, TokenContext, attention_of
+from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, Ranking, TokenContext, attention_of
+from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import BEFORE, check_layers, check_schedule, check_whole
-from vlmprune.policies.choose import select_scores
 from vlmprune.policies.counts import thinned
 from vlmprune.policies.raters import rated, rater_weights, row_attention
 
@@ -64,14 +64,14 @@ class SparseVLMPlus(PruningPolicy):
     def needs(self, layer: int) -> Needs:
         return Needs(attention="previous", rows="text", embeds=True)
 
-    def select(self, ctx: TokenContext) -> Tensor:
+    def rank(self, ctx: TokenContext) -> Ranking:
         seen, weights = attention_of(ctx), rater_weights(ctx)
         # Row by row: R differs for every pair, so no reduction over rows can come before it.
         corrected = row_attention(seen) / rope_kernel(seen)[:, None] * weights[:, None, :, None]
         per_head = seen.across_ranks(corrected.sum(2), "none")  # [B, H, N]
         first = ops.select_topk(per_head.sum(2), min(self.heads, per_head.shape[1]))[0]
         scores = per_head.gather(1, first[..., None].expand(-1, -1, per_head.shape[2])).sum(1)
-        return select_scores(rated(scores, ctx), ctx, self)
+        return ranked(ctx, self, rated(scores, ctx))
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         schedule = self.keep or SCHEDULES[self.tokens]

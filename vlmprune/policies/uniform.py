@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlmprune.constants import remembered
 from vlmprune.errors import check
-from vlmprune.policies.base import PruningPolicy, TokenContext
+from vlmprune.policies.base import PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.checks import check_keep, check_layer, check_whole, check_word
-from vlmprune.policies.choose import index_of, quotas, select_counts
-from vlmprune.policies.lattice import grid_count, lattice_scores, stride_grid
+from vlmprune.policies.choose import quotas
+from vlmprune.policies.lattice import grid_count, lattice_scores, stride_code
 
 KEEP = 0.25
 
@@ -59,14 +60,14 @@ class Uniform(PruningPolicy):
             object.__setattr__(self, "keep", KEEP if self.keep is None else self.keep)
             check_keep(self.keep)
 
-    def select(self, ctx: TokenContext) -> Tensor:
-        """The evenly spaced tokens; with ``stride``, one host read for the width."""
-        if self.keep is None:
+    def rank(self, ctx: TokenContext) -> Ranking:
+        """The evenly spaced tokens; with ``stride`` after an earlier stage, one host read for the width."""
+        if self.stride is not None:
             return self._grid(ctx)
-        counts = quotas(ctx, self)
+        counts = tuple(quotas(ctx, self))
         if self.order == "raster":
-            return self._spaced(ctx, counts)
-        return select_counts(lattice_scores(ctx, counts), ctx, counts)
+            return Ranking(spaced(ctx.counts, counts, ctx.device), counts)
+        return Ranking(lattice_scores(ctx, counts), counts)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         """Exact, but for ``stride``: then the grid of whole, square images."""
@@ -74,16 +75,19 @@ class Uniform(PruningPolicy):
             return super().kept(tokens, images, layer)
         return grid_count(tokens, images, self.stride)
 
-    def _spaced(self, ctx: TokenContext, counts: list[int]) -> Tensor:
-        kept, tokens = torch.tensor(counts)[:, None], torch.tensor(ctx.counts)[:, None]
-        i = torch.arange(max(counts))
-        index = (2 * i + 1) * tokens // (2 * kept).clamp(min=1)  # floor((i + 0.5) * N / k) in whole numbers
-        return torch.where(i < kept, index, -1).to(ctx.mask.device, non_blocking=True)
-
-    def _grid(self, ctx: TokenContext) -> Tensor:
+    def _grid(self, ctx: TokenContext) -> Ranking:
+        """The grid scores 1; an earlier stage may have dropped all of it, and a sample with tokens keeps its first one."""
         assert self.stride is not None
-        kept = stride_grid(ctx, self.stride)
-        # An earlier stage may have dropped the whole grid; a sample with tokens still keeps its first one.
-        first = torch.zeros_like(kept)
-        first[:, :1] = ctx.mask[:, :1] & ~kept.any(1, keepdim=True)
-        return index_of(kept | first)
+        code, sizes = stride_code(ctx, self.stride)
+        if ctx.whole:
+            return Ranking(code.float(), sizes)
+        return Ranking(code.float(), tuple(min(1, n) for n in ctx.counts), code=code, extra=sizes)
+
+
+@remembered()
+def spaced(tokens: tuple[int, ...], kept: tuple[int, ...], device: torch.device) -> Tensor:
+    """float32 ``[B, N]``: 1 at ``floor((i + 0.5) * N / k)``, for samples of so many tokens, elsewhere 0."""
+    scores = torch.zeros(len(tokens), max(tokens, default=0))
+    for row, n, k in zip(scores, tokens, kept, strict=True):
+        row[[(2 * i + 1) * n // (2 * k) for i in range(k)]] = 1  # in whole numbers
+    return scores.to(device)

@@ -16,14 +16,15 @@ from vlmprune.policies.base import (
     Needs,
     Positions,
     PruningPolicy,
+    Ranking,
     Reduction,
     TokenContext,
     attention_of,
     outcome,
 )
-from vlmprune.policies.by_image import images_of, nearest, patch_attention, rows_at, vision_of
+from vlmprune.policies.by_image import images_of, nearest, patch_attention, ranked, rows_at, vision_of
 from vlmprune.policies.checks import check_keep, check_layer, check_share, check_whole, check_word, share_of
-from vlmprune.policies.choose import others, select_scores
+from vlmprune.policies.choose import others
 from vlmprune.policies.counts import keep_count
 
 
@@ -90,7 +91,14 @@ class VScan(PruningPolicy):
         return Needs(attention="own")
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        return self._scan(ctx) if ctx.layer == 0 else self._attended(ctx)
+        return self._scan(ctx) if ctx.layer == 0 else super().select(ctx)
+
+    def rank(self, ctx: TokenContext) -> Ranking | None:
+        """Stage 2; stage 1 merges."""
+        if ctx.layer == 0:
+            return None
+        seen = attention_of(ctx)
+        return ranked(ctx, self, seen.rating(seen.last), positions=self.positions)
 
     def at(self, share: float) -> Self:
         return replace(self, keep=share_of(share), then=share_of(share))
@@ -124,11 +132,6 @@ class VScan(PruningPolicy):
         sizes = [sum(min(n, most) for n in of.values()) for of, most in zip(patches, each, strict=True)]
         layout, quota = (torch.tensor(x).to(scores.device, non_blocking=True) for x in (windows, each))
         return rank_within(scores, layout) < quota[:, None], sizes
-
-    def _attended(self, ctx: TokenContext) -> Tensor | Reduction:
-        seen = attention_of(ctx)
-        scores = seen.received(seen.last)
-        return outcome(select_scores(scores, ctx, self), self.positions)
 
 
 def windows_of(grid: Grid, window: int) -> list[int]:

@@ -1,0 +1,73 @@
+"""Small tensors that depend on host numbers alone (counts, grids, last rows): made once, so that a prefill builds none."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import wraps
+from threading import Lock
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Make = TypeVar("Make", bound=Callable[..., Tensor])
+
+
+def remembered(most: int = 256) -> Callable[[Make], Make]:
+    """Decorates a function of hashable arguments that returns a tensor nobody writes to: the latest ``most`` are kept.
+
+    A function that copies to a device must wait for the copy (no ``non_blocking``): other streams may read what is kept.
+    Fake tensors and other subclasses, which belong to a mode, are not kept.
+    """
+
+    def decorate(make: Make) -> Make:
+        kept: OrderedDict[Any, Tensor] = OrderedDict()
+        lock = Lock()
+
+        @wraps(make)
+        def known(*args: Any) -> Tensor:
+            with lock:
+                if args in kept:
+                    kept.move_to_end(args)
+                    return kept[args]
+            with torch.inference_mode(False):  # an inference tensor could not take part in training later
+                new = make(*args)
+            if type(new) is Tensor:
+                with lock:
+                    kept[args] = new
+                    if len(kept) > most:
+                        kept.popitem(last=False)
+            return new
+
+        return known  # type: ignore[return-value]
+
+    return decorate
+
+
+@remembered()
+def whole_numbers(values: tuple[Any, ...], device: torch.device) -> Tensor:
+    """int64, of numbers or of tuples of numbers, which are filled up with 0.
+
+    Example:
+        >>> whole_numbers(((1, 2), (3,)), torch.device("cpu"))
+        tensor([[1, 2],
+                [3, 0]])
+    """
+    if values and isinstance(values[0], tuple):
+        width = max(map(len, values))
+        values = tuple((*row, *[0] * (width - len(row))) for row in values)
+        return torch.tensor(values, dtype=torch.int64).view(len(values), width).to(device)
+    return torch.tensor(values, dtype=torch.int64).to(device)
+
+
+@remembered()
+def filled(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor full of one value."""
+    return torch.full(shape, value, dtype=dtype, device=device)
+
+
+@remembered()
+def counting(batch: int, n: int, device: torch.device) -> Tensor:
+    """0, 1, 2, ... for every sample: ``[batch, n]`` int64."""
+    return torch.arange(n, device=device).repeat(batch, 1)

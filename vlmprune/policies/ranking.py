@@ -1,0 +1,80 @@
+"""A choice said as data: scores, how many of the best stay, and which tokens stay or go whatever their score.
+
+``PruningPolicy.rank`` returns it. The runner hands it to one fused op together with everything that gets shorter;
+``Ranking.index`` is the same choice alone, for ``select``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from vlmprune import ops
+from vlmprune.constants import whole_numbers
+from vlmprune.policies.inputs import Rating
+
+if TYPE_CHECKING:
+    from vlmprune.policies.base import TokenContext
+
+Counts = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The best of the entering tokens.
+
+    Attributes:
+        scores: ``[B, N]`` float, the higher survives, ties go to the lower number and NaN ranks below everything; or a
+            ``Rating``, the attention that they are to be made of.
+        keep: how many tokens of each sample stay, at most as many as it has; with ``images`` of each image.
+        images: per sample, the tokens of each of its images, where every image keeps its own; None = all together.
+        code: ``[B, N]`` int8: 0 = competes, 1 = stays beyond ``keep``, 2 = goes, 3 = competes and stays in any case; None =
+            all compete.
+        extra: how many tokens of each sample can stay beyond ``keep`` because of their code, at most; None = none.
+        positions: "keep" their rotary positions, or "pack" all rows to 0, 1, 2, ... without gaps.
+    """
+
+    scores: Tensor | Rating
+    keep: Counts | tuple[Counts, ...]
+    images: tuple[Counts, ...] | None = None
+    code: Tensor | None = None
+    extra: Counts | None = None
+    positions: Literal["keep", "pack"] = "keep"
+
+    @property
+    def least(self) -> Counts:
+        """Per sample, how many tokens stay by their score."""
+        return self.keep if self.images is None else tuple(map(sum, self.keep))  # type: ignore[arg-type, return-value]
+
+    def most(self, counts: Sequence[int]) -> Counts:
+        """Per sample of so many tokens, how many can stay: exactly so many do, where there is no ``extra``."""
+        extra = self.extra or (0,) * len(counts)
+        return tuple(min(n, k + more) for n, k, more in zip(counts, self.least, extra, strict=True))
+
+    def keywords(self, counts: Sequence[int], device: torch.device) -> dict[str, Any]:
+        """``keep``, ``segments``, ``most`` and ``code`` for the ops, for samples of so many tokens."""
+        most, keep = max(self.most(counts), default=0), self.keep
+        how: dict[str, Any] = {"most": most}
+        if self.code is not None:
+            how["code"] = self.code
+        if self.images is not None and any(len(sizes) > 1 for sizes in self.images):
+            how["segments"] = whole_numbers(self.images, device)
+        elif self.images is not None:
+            keep = self.least
+        same = "segments" not in how and len(set(keep)) == 1
+        return how | {"keep": keep[0] if same else whole_numbers(keep, device)}
+
+    def scored(self) -> Tensor:
+        """The scores ``[B, N]`` float32."""
+        return self.scores.scores() if isinstance(self.scores, Rating) else self.scores.float()
+
+    def index(self, ctx: TokenContext) -> Tensor:
+        """Numbers ``[B, K]`` of the tokens that stay, ascending, -1 on the right; with ``extra`` one host read."""
+        counts, scores = ctx.counts, self.scored()
+        mask = None if all(n == scores.shape[1] for n in counts) else ctx.mask
+        out = ops.prune_scored(scores, [], key_mask=mask, **self.keywords(counts, scores.device))
+        return out.kept if self.extra is None else out.kept[:, : int(out.count.max())]
