@@ -59,7 +59,7 @@ def test_three_stages_equal_lists(case):
         assert survivors.shape == layout.origin.shape
         assert layout.length == width
         positions = padded([[i for i, c in sample if c == VISUAL] for sample in lists])
-        assert layout.positions().tolist() == positions.tolist()
+        assert layout.positions.tolist() == positions.tolist()
         if layout.valid is None:
             assert all(len(sample) == width for sample in lists)
         else:

@@ -230,7 +230,7 @@ def test_the_guard_can_fail(model):
     with torch.no_grad():
         with NoHostReads() as plain:
             model(**batch)
-        with NoHostReads() as pruned, vlmprune.prune(model, vlmprune.Uniform(layer=2, stride=2)):
+        with NoHostReads() as pruned, vlmprune.prune(model, vlmprune.Feather(layers=(1, 2))):
             model(**batch)
     assert len(pruned.seen) > len(plain.seen)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class Call:
         batch, length: samples, and tokens of each (q).
         past: tokens the cache had seen before it, on the host.
         cache: the cache it came with, or None.
-        valid: ``[B, past + q]`` False at padding (the 2-D attention mask), or None.
+        mask: ``[B, past + q]`` the 2-D attention mask, or None.
         logits: of how many of the last rows logits are asked for, as generate() does; 0 = of all.
         predicting: ``[B, q]`` True at positions from which a label is predicted; None outside training.
         visuals: the images and videos it brings; None without any.
@@ -63,12 +64,17 @@ class Call:
     length: int
     past: int = 0
     cache: Any = None
-    valid: Tensor | None = None
+    mask: Tensor | None = None
     logits: int = 0
     predicting: Tensor | None = None
     visuals: Visuals | None = None
     visual: Tensor | None = None
     videos: Tensor | None = None
+
+    @cached_property
+    def valid(self) -> Tensor | None:
+        """``[B, past + q]`` bool, False at padding; None where there is no mask."""
+        return None if self.mask is None else self.mask.bool()
 
     @property
     def decodes(self) -> bool:
@@ -97,11 +103,11 @@ def read_call(parts: Parts, given: Arguments, asked: Asked, vision: VisionReads,
     assert given.shape is not None
     (batch, length), cache, ids, embeds = given.shape, given.cache, given.ids, given.embeds
     past = 0 if cache is None else int(cache.get_seq_length())
-    visuals, valid = vision.visuals(given), None
+    visuals, mask = vision.visuals(given), None
     if length > 1 or visuals is not None:
         static = cache is not None and cache.is_compileable
-        valid = padding_mask(given.mask, entries(cache, 0, past) + length if static else None)
-    call = Call(batch, length, past, cache, valid, asked.logits)
+        mask = padding_mask(given.mask, entries(cache, 0, past) + length if static else None)
+    call = Call(batch, length, past, cache, mask, asked.logits)
     if visuals is None:
         if ids is None and past == 0 and prunes:
             raise NotPrunedError(
@@ -127,7 +133,7 @@ def _predicting(asked: Tensor | bool | None, visual: Tensor) -> Tensor | None:
 
 
 def padding_mask(attention_mask: object, fixed: int | None = None) -> Tensor | None:
-    """The 2-D attention mask as bool ``[B, S]``; None if there is none. Raises InputError for a ready-made 4-D mask.
+    """The 2-D attention mask ``[B, S]``; None if there is none. Raises InputError for a ready-made 4-D mask.
 
     For a cache of fixed size generate() makes the 4-D mask ahead; what its last query sees is then all that is no padding among
     the ``fixed`` entries there are.
@@ -145,7 +151,7 @@ def padding_mask(attention_mask: object, fixed: int | None = None) -> Tensor | N
     got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
     check(ok, "attention_mask", "2-D [B, S] (a ready-made mask cannot be shortened)", got)
     assert isinstance(attention_mask, Tensor)
-    return attention_mask.bool()
+    return attention_mask
 
 
 def check_unpacked(given: Arguments, flash: bool) -> None:

@@ -1,4 +1,4 @@
-"""A policy's choice made good: the rows whose logits are needed stay, whatever was chosen."""
+"""A policy's choice carried out; the rows whose logits are needed stay, whatever was chosen."""
 
 from __future__ import annotations
 
@@ -8,8 +8,50 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlmprune.models.layout import Layout, ascending, last_rows, spread, take, where_true
+from vlmprune import ops
+from vlmprune.models.layout import (
+    Layout,
+    ascending,
+    last_rows,
+    put,
+    rearrange,
+    shorten,
+    spread,
+    take,
+    where_true,
+)
+from vlmprune.models.prefill import Decision, Entering
 from vlmprune.policies.base import Reduction
+
+
+def carry_out(choice: Tensor | Reduction, entering: Entering) -> tuple[Tensor, Tensor, Decision | None]:
+    """The rows ``[B, n, D]`` that a choice leaves, the numbers of its tokens, and the decision; None = everything stays."""
+    layout, hidden, shift = entering.layout, entering.hidden, entering.shift
+    with torch.no_grad():
+        choice, kept = settle(layout, choice, hidden, entering.predicting)
+        merges = isinstance(choice, Reduction)
+        numbers = ascending(choice.index) if isinstance(choice, Reduction) else choice
+        if kept == layout.counts and not merges:
+            return hidden, numbers, None
+        after, survivors = shorten(layout, numbers, kept)
+    if not isinstance(choice, Reduction):
+        short, cos, sin = ops.gather_tokens([hidden, *entering.rope], survivors)  # one launch
+        # detached: else checkpointed layers would share a graph through them
+        return short, numbers, Decision(after, survivors, (cos.detach(), sin.detach()), shift)
+    after, survivors = rearrange(layout, after, survivors, choice.index)
+    if choice.positions == "pack":
+        rope, shift = entering.packed(after)
+    else:
+        cos, sin = ops.gather_tokens([*entering.rope], survivors)
+        rope = cos, sin
+    made = Decision(after, survivors, rope, shift, choice.hidden)
+    return apply(made, hidden), numbers, made
+
+
+def apply(made: Decision, hidden: Tensor) -> Tensor:
+    """The rows that survive, with new contents where the policy made some."""
+    short = ops.gather_tokens([hidden], made.survivors)[0]
+    return short if made.contents is None else put(short, made.layout.visual, made.contents)
 
 
 def settle(
@@ -62,7 +104,7 @@ def _with_predicting(layout: Layout, chosen: Tensor, predicting: Tensor) -> Tens
 
     Host reads: this is training.
     """
-    at = layout.positions()
+    at = layout.positions
     needed = (at >= 0) & predicting.gather(1, at.clamp(min=0))
     missing = needed & ~spread(chosen, torch.ones_like(chosen, dtype=torch.bool), needed.shape[1])
     most = int(missing.sum(1).max())

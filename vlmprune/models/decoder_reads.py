@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 
+from vlmprune.constants import counting, filled
 from vlmprune.errors import ModelError
 from vlmprune.models.clock import Clock
 from vlmprune.models.host.cache_layers import QUANTIZED
@@ -75,39 +76,46 @@ def _read(
     wanted: tuple[Tensor, ...] = (hidden, cos, sin)
     if lse is not None:
         wanted += (lse.transpose(1, 2),)
-    last, prompt = last_rows(layout), layout.prompt()  # no prompt row sees the candidates behind it
+    prompt = layout.prompt()  # no prompt row sees the candidates behind it
+    newest = filled((batch, 1), key.shape[2] - 1, torch.int64, key.device)
+    last = newest if prompt is None else last_rows(layout) + past
     old = past_validity(prefill.cache, attn.layer_idx, prefill.call.valid, past)
     key_mask = extend_validity(old, past, prompt, n)
-    if needs.rows == "last":
-        wanted = tuple(_pick(t, last) for t in wanted)
+    if needs.rows == "last" and prompt is None:
+        wanted, rows = tuple(t[:, -1:] for t in wanted), newest
+    elif needs.rows == "last":
+        wanted = tuple(_pick(t, last - past) for t in wanted)
         # This one query stands for the last key position: what lies between it and the end is no prompt, and masked.
-        rows = last = torch.full_like(last, key.shape[2] - 1)
-        if prompt is not None:  # nor is the last key position's rotation this query's
-            cos, sin = (
-                torch.cat([t[:, :-1], own], 1) for t, own in zip((cos, sin), wanted[1:3], strict=True)
-            )
+        rows = last = newest
+        # nor is the last key position's rotation this query's
+        cos, sin = (torch.cat([t[:, :-1], own], 1) for t, own in zip((cos, sin), wanted[1:3], strict=True))
     else:
         if needs.rows == "text":
             assert prefill.unpruned is not None and prefill.unpruned.text is not None
             wanted = tuple(t[:, max(0, n - prefill.unpruned.text.reach) :] for t in wanted)
             rows = text_rows(layout, prefill.unpruned.text)
         else:
-            order = torch.arange(n, device=hidden.device).expand(batch, -1)
+            order = counting(batch, n, hidden.device)
             rows = order if prompt is None else torch.where(prompt, order, -1)
-        rows, last = torch.where(rows >= 0, rows + past, -1), last + past
+        rows = _behind(past, rows)
     query = rotate(_project(attn, "q", wanted[0]), *wanted[1:3])
     return AttentionInputs(
         query=query,
         key=key,
         last=last,
         rows=rows,
-        columns=torch.where(layout.visual >= 0, layout.visual + past, -1),
+        columns=_behind(past, layout.visual),
         key_mask=None if key_mask is None else key_mask.to(hidden.device),
         rope=(cos, sin),
         scale=attn.scaling,
         lse=None if lse is None else wanted[3].transpose(1, 2),
         group=_ranks(attn, query.shape[1]),
     )
+
+
+def _behind(past: int, rows: Tensor) -> Tensor:
+    """Key positions of rows ``[B, N]`` (-1 = padding) that stand behind so many entries of the cache."""
+    return rows if past == 0 else torch.where(rows >= 0, rows + past, -1)
 
 
 def _ranks(attn: Any, have: int) -> Any:

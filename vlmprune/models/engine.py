@@ -193,9 +193,10 @@ class Engine:
         if decided is not None:
             if self.policy is not None and self.policy.earlier_kv == "compact" and cache is not None:
                 compact_earlier(cache, prefill, depth)
-            assert decided.layout.origin is not None
-            short, q = output.last_hidden_state, prefill.call.length
-            output.last_hidden_state = spread(decided.layout.origin.to(short.device), short, q)
+            layout, short = decided.layout, output.last_hidden_state
+            assert layout.origin is not None
+            origin, padded = layout.origin.to(short.device), layout.valid is not None
+            output.last_hidden_state = spread(origin, short, prefill.call.length, padded=padded)
 
     def _running(self, kwargs: Kwargs) -> Prefill | None:
         """The running call; None if it did not come through this engine's ``before_base``."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmprune.constants import whole_numbers
 from vlmprune.models.host.cache_layers import PrunedLayer
 from vlmprune.models.host.cache_view import entries, extend_validity, make_prunable, past_validity
 from vlmprune.models.host.masks import pruned_mask
@@ -80,5 +81,5 @@ def _add_shift(old: Tensor | None, more: tuple[int, ...] | None, device: torch.d
     """By how much positions lie below the number of tokens seen, ``[B, 1]``, when a chunk packs some more."""
     if more is None or not any(more):
         return old
-    new = torch.tensor(more).to(device, non_blocking=True)[:, None]
+    new = whole_numbers(more, device)[:, None]
     return new if old is None else old + new

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from operator import is_
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
+from vlmprune.constants import filled, whole_numbers
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,12 @@ class Layout:
     Attributes:
         length: rows n of each sample, padding included.
         visual: ``[B, N]`` rows of the visual tokens, ascending, -1 = padding on the right.
-        ordinals: ``[B, N]`` of the visual tokens, -1 = padding.
         counts: visual tokens per sample, on the host.
         real: rows per sample that are no padding, on the host.
         valid: ``[B, n]`` False = padding row; None = no padding.
         origin: ``[B, n]`` position of each row in the prompt before any pruning, -1 = padding; None = unpruned.
+        before: the layout that a stage has shortened and the numbers ``[B, N]`` of the tokens it kept; None = unpruned.
+        first: ``[B, 1]`` ordinal of the first visual token, in a later chunk of a prompt; None = 0.
         ordered: False if an earlier stage rearranged the visual tokens, so that ordinals no longer ascend.
         trailing: whether some sample's tokens are followed by padding.
         end: ``[B, 1]`` position (unpruned) at which the prompt ends and candidates of assisted decoding begin; None =
@@ -32,11 +35,12 @@ class Layout:
 
     length: int
     visual: Tensor
-    ordinals: Tensor
     counts: tuple[int, ...]
     real: tuple[int, ...]
     valid: Tensor | None
     origin: Tensor | None
+    before: tuple[Layout, Tensor] | None = None
+    first: Tensor | None = None
     ordered: bool = True
     trailing: bool = False
     end: Tensor | None = None
@@ -49,9 +53,28 @@ class Layout:
         inside = (order >= 0) & (order < self.end)
         return inside if self.valid is None else inside & self.valid
 
+    # Made when somebody looks: most methods and reports never do.
+
+    @cached_property
     def positions(self) -> Tensor:
         """``[B, N]`` position of each visual token in the unpruned prompt, -1 = padding."""
         return self.visual if self.origin is None else take(self.origin, self.visual)
+
+    @cached_property
+    def ordinals(self) -> Tensor:
+        """``[B, N]`` of the visual tokens, -1 = padding."""
+        if self.before is not None:
+            layout, numbers = self.before
+            return take(layout.ordinals, numbers)
+        order = torch.arange(self.visual.shape[1], device=self.visual.device)
+        return torch.where(self.visual >= 0, order if self.first is None else order + self.first, -1)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """``[B, N]`` False at the padding of ``visual``."""
+        if all(n == self.visual.shape[1] for n in self.counts):
+            return filled(tuple(self.visual.shape), True, torch.bool, self.visual.device)
+        return self.visual >= 0
 
 
 T = TypeVar("T")
@@ -86,8 +109,11 @@ def put(into: Tensor, rows: Tensor, contents: Tensor) -> Tensor:
     return _scattered(torch.cat([into, spare], 1), rows, contents.to(into))
 
 
-def spread(rows: Tensor, contents: Tensor, length: int, fill: int = 0) -> Tensor:
-    """``[B, length, ...]`` of ``fill`` with ``contents [B, K, ...]`` in its rows ``rows [B, K]``; -1 = padding."""
+def spread(rows: Tensor, contents: Tensor, length: int, fill: int = 0, padded: bool = True) -> Tensor:
+    """``[B, length, ...]`` of ``fill`` with ``contents [B, K, ...]`` in its rows ``rows [B, K]``; -1 = padding, if there is any."""
+    if not padded:
+        at = rows.view(*rows.shape, *(1,) * (contents.ndim - 2)).expand_as(contents)
+        return contents.new_full((len(rows), length, *contents.shape[2:]), fill).scatter_(1, at, contents)
     return _scattered(contents.new_full((len(rows), length + 1, *contents.shape[2:]), fill), rows, contents)
 
 
@@ -106,9 +132,9 @@ def inverse(rows: Tensor, length: int) -> Tensor:
 
 def where_true(marked: Tensor, width: int) -> Tensor:
     """Where ``marked [B, n]`` is True, ``[B, width]`` ascending, -1 on the right; no host sync."""
-    code = torch.where(marked, 1, 2).to(torch.int8)
-    blank = torch.zeros(marked.shape, dtype=torch.float32, device=marked.device)
-    return ops.select_topk(blank, 0, code=code)[0][:, :width]
+    blank = filled((1, 1), 0.0, torch.float32, marked.device).expand(marked.shape)
+    # as codes: True stays, False competes for none
+    return ops.select_topk(blank, 0, code=marked.view(torch.int8))[0][:, :width]
 
 
 def open_layout(visual: Tensor, padding: Tensor | None, known: int | None, tail: int = 0) -> Layout:
@@ -129,11 +155,9 @@ def open_layout(visual: Tensor, padding: Tensor | None, known: int | None, tail:
         per_sample = torch.stack([visual.sum(1), valid.sum(1), valid[:, -1] | ~valid.any(1)])
         counts, real, ends = map(tuple, per_sample.tolist())
     rows = where_true(visual, max(counts))
-    order = torch.arange(rows.shape[1], device=rows.device)
     return Layout(
         length=q,
         visual=rows,
-        ordinals=torch.where(rows >= 0, order, -1),
         counts=counts,
         real=real,
         valid=None if all(n == q for n in real) else padding,
@@ -145,11 +169,11 @@ def open_layout(visual: Tensor, padding: Tensor | None, known: int | None, tail:
 
 @dataclass(frozen=True)
 class TextSpan:
-    """The text after the last image: ``mask [B, q]`` in the unpruned prompt, the most of any sample, and how far from
-    the prompt's end the farthest of it lies."""
+    """The text after the last image: ``mask [B, q]`` in the unpruned prompt, how many tokens it has in each sample, and how
+    far from the prompt's end the farthest of it lies."""
 
     mask: Tensor
-    width: int
+    words: tuple[int, ...]
     reach: int
 
 
@@ -161,8 +185,8 @@ def find_text(visual: Tensor, prompt: Tensor | None) -> TextSpan:
     mask = (order > last_visual) & (last_visual >= 0)
     if prompt is not None:
         mask = mask & prompt
-    width, reach = torch.stack([mask.sum(1).max(), torch.where(mask, q - order, 0).max()]).tolist()
-    return TextSpan(mask, width, reach)
+    words, reach = torch.stack([mask.sum(1), torch.where(mask, q - order, 0).amax(1)]).tolist()
+    return TextSpan(mask, tuple(words), max(reach))
 
 
 def text_rows(layout: Layout, text: TextSpan) -> Tensor:
@@ -170,7 +194,7 @@ def text_rows(layout: Layout, text: TextSpan) -> Tensor:
     mask = text.mask.to(layout.visual.device)
     if layout.origin is not None:
         mask = (layout.origin >= 0) & mask.gather(1, layout.origin.clamp(min=0))
-    return where_true(mask, text.width)
+    return where_true(mask, max(text.words))
 
 
 def ascending(numbers: Tensor) -> Tensor:
@@ -184,7 +208,7 @@ def rearrange(layout: Layout, after: Layout, survivors: Tensor, numbers: Tensor)
     """``shorten``'s result with the visual rows in the order of the ``numbers [B, K]`` instead of ascending."""
     survivors = put(survivors, after.visual, take(layout.visual, numbers))
     origin = survivors if layout.origin is None else take(layout.origin, survivors)
-    return replace(after, origin=origin, ordinals=take(layout.ordinals, numbers), ordered=False), survivors
+    return replace(after, origin=origin, before=(layout, numbers), ordered=False), survivors
 
 
 def packed_rows(first: Layout, after: Layout) -> Tensor:
@@ -225,12 +249,12 @@ def shorten(layout: Layout, numbers: Tensor, kept: tuple[int, ...]) -> tuple[Lay
         stay.scatter_(1, torch.where(rows >= 0, rows, n), stays)
     survivors = where_true(stay[:, :n], length)
     if min(real) < length:
-        blanks = length - torch.tensor(real).to(numbers.device, non_blocking=True)[:, None]
+        blanks = length - whole_numbers(real, numbers.device)[:, None]
         survivors = take(survivors, (torch.arange(length, device=numbers.device) - blanks).clamp(min=-1))
     new = Layout(
         length=length,
         visual=take(inverse(survivors, layout.length), visual),
-        ordinals=take(layout.ordinals, numbers),
+        before=(layout, numbers),
         counts=kept,
         real=real,
         valid=None if min(real) == length else survivors >= 0,

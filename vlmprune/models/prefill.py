@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from vlmprune import ops
+from vlmprune.constants import whole_numbers
 from vlmprune.errors import ModelError
 from vlmprune.models.call import Call
 from vlmprune.models.host.families import ImageGrids
-from vlmprune.models.layout import Layout, TextSpan, find_text, open_layout, take
+from vlmprune.models.layout import Layout, TextSpan, find_text, moved, open_layout, packed_rows, take
 from vlmprune.models.prompt import Prompt
 from vlmprune.policies.base import AttentionInputs, Needs, tokens_in
 
@@ -93,6 +94,37 @@ class Decision:
     contents: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Entering:
+    """What enters a stage, all on the device of its rows.
+
+    Attributes:
+        layer: the stage's.
+        layout, hidden, rope: the rows ``[B, n, D]``, and their cos and sin.
+        first, first_rope: layout, cos and sin of the unpruned chunk, to which packed positions go back.
+        shift: of the latest decision.
+        predicting: ``[B, q]`` True at positions from which a label is predicted, or None.
+    """
+
+    layer: int
+    layout: Layout
+    hidden: Tensor
+    rope: Rope
+    first: Layout
+    first_rope: Rope
+    shift: tuple[int, ...] | None
+    predicting: Tensor | None
+
+    def packed(self, after: Layout) -> tuple[Rope, tuple[int, ...]]:
+        """cos and sin of the rows ``after`` the stage at 0, 1, 2, ... without gaps; by how much later positions move down."""
+        shift = tuple(a - b for a, b in zip(self.first.real, after.real, strict=True))
+        if self.first.valid is None and after.valid is None:
+            cos, sin = (t[:, : after.length] for t in self.first_rope)
+        else:
+            cos, sin = ops.gather_tokens([*self.first_rope], packed_rows(self.first, after))
+        return (cos, sin), shift
+
+
 @dataclass
 class Prefill:
     """A running call. (A decode step is one of a single row, in which nothing is decided.)
@@ -134,7 +166,7 @@ class Prefill:
         if self.unpruned is not None:
             return
         if attention_mask is None:
-            self.call = replace(self.call, valid=None)
+            self.call = replace(self.call, mask=None)
         call, prompt, wants = self.call, self.prompt, self.wants
         assert call.visual is not None and call.visuals is not None and prompt is not None
         layout = open_layout(call.visual, call.padding(), call.visuals.tokens(), call.tail)
@@ -151,6 +183,15 @@ class Prefill:
         """What layer ``i`` runs under: the latest decision made at it or before it."""
         made = [layer for layer, decided in self.decisions.items() if layer <= i and decided is not None]
         return self.decisions[max(made)] if made else None
+
+    def entering(self, i: int, hidden: Tensor, rope: Rope) -> Entering:
+        """What enters the stage at layer ``i``; ``rope`` has the tables of the unpruned chunk."""
+        assert self.unpruned is not None
+        before, device = self.decision(i), hidden.device
+        layout, first, tables = moved((self.layout(i), self.unpruned.layout, rope), device)
+        own = tables if before is None else moved(before.rope, device)
+        shift = None if before is None else before.shift
+        return Entering(i, layout, hidden, own, first, tables, shift, self.call.predicting)
 
     def layout(self, i: int) -> Layout:
         """The rows in layer ``i``."""
@@ -171,6 +212,5 @@ def _part(call: Call, layout: Layout, before: tuple[int, ...], wants: Wants) -> 
     images = call.visuals.in_chunks([a + b for a, b in zip(before, layout.counts, strict=True)])
     grids = [tokens_in(sample[0]) if sample else 1 for sample in images]
     shares = tuple(n / size for n, size in zip(layout.counts, grids, strict=True))
-    start = torch.tensor(before).to(layout.ordinals.device, non_blocking=True)[:, None]
-    ordinals = torch.where(layout.ordinals >= 0, layout.ordinals + start, -1)
-    return Unpruned(replace(layout, ordinals=ordinals), images, shares)
+    start = whole_numbers(before, layout.visual.device)[:, None]
+    return Unpruned(replace(layout, first=start), images, shares)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,22 +18,41 @@ Counts = tuple[int, ...]
 """Visual tokens of each sample, on the host."""
 
 
+class Chosen(NamedTuple):
+    """Which tokens a stage kept of one chunk of a prompt.
+
+    Attributes:
+        layout: the rows that entered.
+        numbers: ``[B, K]`` of the tokens that stayed, -1 = padding; None = all.
+        start: position of the chunk in the prompt.
+    """
+
+    layout: Layout
+    numbers: Tensor | None
+    start: int
+
+    def of(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """Entries of ``tokens [B, N]`` (positions, ordinals) that stayed, ascending, counted from ``start``."""
+        some = tokens if self.numbers is None else take(tokens, self.numbers)
+        some = some if self.layout.ordered else ascending(some)
+        return torch.where(some >= 0, some + start, -1) if start else some
+
+
 @dataclass(frozen=True)
 class StageRecord:
-    """One stage of the latest prefill.
+    """One stage of the latest prefill. Its lists are made when somebody looks.
 
     Attributes:
         layer: the first decoder layer that saw the shortened sequence.
-        index: ``[B, tokens_kept]`` int64 positions in the prompt of the survivors, ascending, -1 = padding.
-        ordinals: ``[B, tokens_kept]`` int64, the same tokens' ordinals among the prompt's visual tokens.
         entered, kept: visual tokens of each sample that entered and survived.
+        path: how it ran: as one fused pass and on which kernels, or why not.
     """
 
     layer: int
-    index: Tensor
-    ordinals: Tensor
     entered: Counts
     kept: Counts
+    path: str
+    chunks: tuple[Chosen, ...] = field(repr=False)
 
     @property
     def tokens_in(self) -> int:
@@ -44,15 +64,26 @@ class StageRecord:
         """Visual tokens surviving, of the sample with the most."""
         return max(self.kept)
 
+    @cached_property
+    def index(self) -> Tensor:
+        """``[B, tokens_kept]`` int64 positions in the prompt of the survivors, ascending, -1 = padding."""
+        return self._joined([chosen.of(chosen.layout.positions, chosen.start) for chosen in self.chunks])
+
+    @cached_property
+    def ordinals(self) -> Tensor:
+        """``[B, tokens_kept]`` int64, the same tokens' ordinals among the prompt's visual tokens."""
+        return self._joined([chosen.of(chosen.layout.ordinals) for chosen in self.chunks])
+
+    def _joined(self, lists: list[Tensor]) -> Tensor:
+        return (lists[0] if len(lists) == 1 else ascending(torch.cat(lists, 1)))[:, : self.tokens_kept]
+
     def after(self, earlier: StageRecord) -> StageRecord:
         """This chunk's stage together with the same stage of the chunks before it."""
         entered, kept = (
             tuple(map(sum, zip(a, b, strict=True)))
             for a, b in ((earlier.entered, self.entered), (earlier.kept, self.kept))
         )
-        both = zip((earlier.index, earlier.ordinals), (self.index, self.ordinals), strict=True)
-        index, ordinals = (ascending(torch.cat(pair, 1))[:, : max(kept)] for pair in both)
-        return StageRecord(self.layer, index, ordinals, entered, kept)
+        return StageRecord(self.layer, entered, kept, self.path, earlier.chunks + self.chunks)
 
 
 @dataclass
@@ -100,17 +131,11 @@ class Prompt:
         chunks = [x.sum(1).tolist() if isinstance(x, Tensor) else x for x in self.visual]
         return tuple(map(sum, zip(*chunks, strict=True))) if chunks else (0,) * self.batch
 
-    def record(self, layer: int, layout: Layout, numbers: Tensor, after: Layout) -> None:
-        """A stage has chosen the tokens of these ``numbers``; ``layout`` became ``after``."""
-        numbers = numbers[:, : max(after.counts)]
-        positions, ordinals = take(layout.positions(), numbers), take(layout.ordinals, numbers)
-        if not layout.ordered:
-            positions, ordinals = ascending(positions), ascending(ordinals)
-        if self.before:
-            positions = torch.where(positions >= 0, positions + self.before, -1)
-        now, earlier = StageRecord(layer, positions, ordinals, layout.counts, after.counts), None
-        if self.before:
-            earlier = self.stages.pop(layer, None)
+    def record(self, layer: int, layout: Layout, numbers: Tensor | None, after: Layout, path: str) -> None:
+        """A stage has chosen the tokens of these ``numbers``, None = all; ``layout`` became ``after``."""
+        chosen = Chosen(layout, numbers, self.before)
+        now = StageRecord(layer, layout.counts, after.counts, path, (chosen,))
+        earlier = self.stages.pop(layer, None) if self.before else None
         self.stages[layer] = now if earlier is None else now.after(earlier)
         self.rows[layer] = self.rows.get(layer, self.before) + after.length
 

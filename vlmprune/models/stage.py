@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -9,23 +12,31 @@ from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.errors import ModelError
-from vlmprune.models.choice import settle
+from vlmprune.models.choice import apply, carry_out
 from vlmprune.models.decoder_reads import read_own_attention
+from vlmprune.models.fused import one_pass, why_not
 from vlmprune.models.host.parts import Parts
-from vlmprune.models.layout import (
-    Layout,
-    ascending,
-    moved,
-    packed_rows,
-    put,
-    rearrange,
-    shorten,
-    text_rows,
-)
-from vlmprune.models.prefill import Decision, Prefill, Rope
+from vlmprune.models.layout import Layout, moved, text_rows
+from vlmprune.models.prefill import Decision, Entering, Prefill, Rope
 from vlmprune.models.vision_reads import VisionReads
 from vlmprune.policies.answer import check_selection
-from vlmprune.policies.base import PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext, ranking_of
+
+
+class StageContext(TokenContext):
+    """A context whose lists are made when a policy looks at them: most need none of them."""
+
+    def __init__(
+        self, later: Mapping[str, Callable[[], Tensor]] = MappingProxyType({}), **fields: Any
+    ) -> None:
+        self.__dict__.update(fields, _later=later)
+
+    def __getattr__(self, name: str) -> Any:
+        later = self.__dict__.get("_later", {})
+        if name not in later:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.__dict__[name] = made = later[name]()
+        return made
 
 
 class StageRunner:
@@ -40,41 +51,36 @@ class StageRunner:
 
         ``rope`` has the tables of the unpruned chunk.
         """
-        assert prefill.prompt is not None and prefill.unpruned is not None
+        assert prefill.prompt is not None
         if i in prefill.decisions:
             made = prefill.decisions[i]
-            return hidden if made is None else _apply(made, hidden)
-        before, layout = prefill.decision(i), moved(prefill.layout(i), hidden.device)
-        rope = moved(rope, hidden.device)
-        tables = rope if before is None else moved(before.rope, hidden.device)
+            return hidden if made is None else apply(made, hidden)
+        entering = prefill.entering(i, hidden, rope)
         with torch.no_grad():
-            context = self._context(prefill, i, hidden, tables, layout)
-            choice = self.policy.select(context)
-            self._check(choice, context, hidden)
-            choice, kept = settle(layout, choice, hidden, prefill.call.predicting)
-            numbers = ascending(choice.index) if isinstance(choice, Reduction) else choice
-            if kept == layout.counts and not isinstance(choice, Reduction):
-                prefill.decisions[i] = None
-                prefill.prompt.record(i, layout, numbers, layout)
-                return hidden
-            _check_end(prefill, prefill.unpruned.layout)
-            after, survivors = shorten(layout, numbers, kept)
-            prefill.prompt.record(i, layout, numbers, after)
-        shift = None if before is None else before.shift
-        if isinstance(choice, Reduction):
-            after, survivors = rearrange(layout, after, survivors, choice.index)
-            rows = survivors
-            if choice.positions == "pack":
-                tables, first = rope, moved(prefill.unpruned.layout, hidden.device)
-                rows = packed_rows(first, after)
-                shift = tuple(a - b for a, b in zip(first.real, after.real, strict=True))
-            cos, sin = ops.gather_tokens([*tables], rows)
-            prefill.decisions[i] = made = Decision(after, survivors, (cos, sin), shift, choice.hidden)
-            return _apply(made, hidden)
-        short, cos, sin = ops.gather_tokens([hidden, *tables], survivors)  # one launch
-        # detached: else checkpointed layers would share a graph through them
-        prefill.decisions[i] = Decision(after, survivors, (cos.detach(), sin.detach()), shift)
+            context = self._context(prefill, entering)
+            ranking = ranking_of(self.policy, context)
+        path, layout = why_not(ranking, entering, self.policy), entering.layout
+        if path is None and ranking is not None:
+            path = f"one pass ({ops.backend_of('prune_tokens', hidden)})"
+            self._check_positions(ranking.positions)
+            if ranking.keeps_all(layout.counts):
+                short, numbers, made = hidden, None, None
+            else:
+                short, numbers, made = one_pass(ranking, entering)
+        else:
+            short, numbers, made = self._choose(context, entering)
+        if made is not None:
+            _check_end(prefill, entering.first)
+        prefill.prompt.record(i, layout, numbers, layout if made is None else made.layout, str(path))
+        prefill.decisions[i] = made
         return short
+
+    def _choose(self, context: TokenContext, entering: Entering) -> tuple[Tensor, Tensor, Decision | None]:
+        """Ask the policy for its choice, and carry it out."""
+        with torch.no_grad():
+            choice = self.policy.select(context)
+            self._check(choice, context, entering.hidden)
+        return carry_out(choice, entering)
 
     def _check(self, choice: Tensor | Reduction, context: TokenContext, hidden: Tensor) -> None:
         """Refuse a choice that means nothing. The first one at each layer is read in full: one host read."""
@@ -82,41 +88,46 @@ class StageRunner:
         if layer not in self.checked and not hidden.is_meta:  # tensors without values have none to check
             check_selection(choice, context, repr(self.policy), hidden)
             self.checked.add(layer)
-        packed = isinstance(choice, Reduction) and choice.positions == "pack"
-        if packed and not self.parts.family.packs:
+        if isinstance(choice, Reduction):
+            self._check_positions(choice.positions)
+
+    def _check_positions(self, positions: Positions) -> None:
+        if positions == "pack" and not self.parts.family.packs:
             raise ModelError(
                 f"positions: expected 'keep' with {self.parts.config.model_type!r} (its positions have three "
                 f"dimensions and cannot be packed), got 'pack' from {self.policy!r}"
             )
 
-    def _context(self, prefill: Prefill, i: int, hidden: Tensor, rope: Rope, layout: Layout) -> TokenContext:
-        """Everything the policy asked for, and where the visual tokens are; all of it where ``hidden`` is."""
-        needs, unpruned = prefill.wants.needs[i], prefill.unpruned
+    def _context(self, prefill: Prefill, entering: Entering) -> TokenContext:
+        """Everything the policy asked for, and where the visual tokens are; all of it where the rows are."""
+        i, layout, hidden, unpruned = entering.layer, entering.layout, entering.hidden, prefill.unpruned
         assert unpruned is not None
+        needs, text = prefill.wants.needs[i], unpruned.text
         attention = prefill.attention.pop(i, None)  # of the layer before, read when it ran
         if needs.attention == "own":
-            attention = read_own_attention(self.parts.layers[i], hidden, rope, layout, prefill, needs)
-        vision: dict[str, Any] = {}
+            layer = self.parts.layers[i]
+            attention = read_own_attention(layer, hidden, entering.rope, layout, prefill, needs)
+        seen: dict[str, Any] = {"attention": attention, "vision": {}}
         if needs.vision:
             assert prefill.call.visuals is not None
-            vision = self.vision.fields(needs.vision, prefill.call.visuals, [*map(len, unpruned.images)])
-        context = TokenContext(
+            seen |= self.vision.fields(needs.vision, prefill.call.visuals, [*map(len, unpruned.images)])
+        if needs.hidden:
+            seen["hidden"] = ops.gather_tokens([hidden], layout.visual)[0]
+        if needs.embeds:
+            seen |= {"embeds": unpruned.embeds, "image": unpruned.layout.visual}
+        if text is not None:
+            seen |= {"text": text_rows(unpruned.layout, text), "words": text.words}
+        return StageContext(
+            later={name: partial(getattr, layout, name) for name in ("mask", "ordinals", "positions")},
             layer=i,
-            mask=layout.visual >= 0,
             counts=layout.counts,
-            ordinals=layout.ordinals,
-            positions=layout.positions(),
             grids=tuple(tuple(grid for image in sample for grid in image) for sample in unpruned.images),
             sizes=unpruned.sizes(),
             shares=unpruned.shares,
-            hidden=ops.gather_tokens([hidden], layout.visual)[0] if needs.hidden else None,
-            attention=attention,
-            embeds=unpruned.embeds if needs.embeds else None,
-            image=unpruned.layout.visual if needs.embeds else None,
-            text=None if unpruned.text is None else text_rows(unpruned.layout, unpruned.text),
-            **vision,
+            ordered=layout.ordered,
+            device=hidden.device,
+            **moved(seen, hidden.device),
         )
-        return moved(context, hidden.device)
 
 
 def _check_end(prefill: Prefill, first: Layout) -> None:
@@ -126,9 +137,3 @@ def _check_end(prefill: Prefill, first: Layout) -> None:
             "attention_mask: expected padding on the left, as generation goes on from the last row "
             "(tokenizer.padding_side = 'left'), got a sample that ends in padding"
         )
-
-
-def _apply(made: Decision, hidden: Tensor) -> Tensor:
-    """The rows that survive, with new contents where the policy made some."""
-    short = ops.gather_tokens([hidden], made.survivors)[0]
-    return short if made.contents is None else put(short, made.layout.visual, made.contents)

@@ -1,6 +1,6 @@
 """The only door to kernels: checked ops with a reference, a fake and a table of backends."""
 
-from vlmprune.ops._dispatch import use_backend
+from vlmprune.ops._dispatch import backend_of, use_backend
 from vlmprune.ops.cluster_dpc import cluster_dpc
 from vlmprune.ops.compact_kv import compact_kv
 from vlmprune.ops.gather_tokens import gather_tokens
@@ -16,6 +16,7 @@ from vlmprune.ops.select_topk import select_topk
 __all__ = [
     "PrunePlan",
     "Pruned",
+    "backend_of",
     "cluster_dpc",
     "compact_kv",
     "gather_tokens",

@@ -128,6 +128,22 @@ def _on_device_of(x: torch.Tensor, run: Callable[..., Any]) -> Callable[..., Any
     return guarded
 
 
+def backend_of(op: str, x: torch.Tensor) -> str:
+    """The backend that ``choose`` takes, with the reasons against those before it: "reference (triton: ...)".
+
+    Example:
+        >>> backend_of("gather_tokens", torch.zeros(1)).split(" ")[0]
+        'reference'
+    """
+    forced, tried = _forced.get(), []
+    for backend in TABLES[op]:
+        reason = backend.why_not(x.device, forced is not None)
+        if reason is None and forced in (None, backend.name):
+            return f"{backend.name} ({'; '.join(tried)})" if tried else backend.name
+        tried.append(f"{backend.name}: {reason or f'{forced} is forced'}")
+    raise BackendError(f"no backend can run {op} on {x.device}: {'; '.join(tried)}")
+
+
 def explain(op: str, device: torch.device) -> list[tuple[str, str | None]]:
     """List (backend, reason it cannot run on ``device`` or None), in preference order."""
     return [(b.name, b.why_not(device, False)) for b in TABLES[op]]

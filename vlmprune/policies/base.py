@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -55,6 +55,7 @@ class TokenContext:
         shares: how many images each sample's visual tokens are, where chunked prefill has cut them up; else None. Then
             ordinals count from the prompt's first visual token and ``grids`` are those of all its images so far.
         words: how many tokens ``text`` has in each sample, host ints; None = not known.
+        ordered: False if an earlier stage has rearranged the tokens.
     """
 
     layer: int
@@ -74,13 +75,14 @@ class TokenContext:
     sizes: tuple[tuple[int, ...], ...] | None = None
     shares: tuple[float, ...] | None = None
     words: tuple[int, ...] | None = None
+    ordered: bool = True
 
     @property
     def whole(self) -> bool:
-        """Whether every token of every image enters: nothing has been dropped, and no image was cut up."""
-        return self.shares is None and self.counts == tuple(map(sum, self.images()))
+        """Whether every token of every image enters in its order: no stage acted before, and no image was cut up."""
+        return self.ordered and self.shares is None and self.counts == tuple(map(sum, self.images()))
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where the lists are."""
         return self.mask.device
@@ -156,12 +158,13 @@ class PruningPolicy:
 
     earlier_kv: Literal["full", "compact"] = field(default="full", kw_only=True)
     spend = "prompt"  # a setting of some methods: annotated there
+    _ranks: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
-        """Let every policy pass through ``__post_init__`` of this class; what selects anew no longer ranks as its parent."""
+        """Let every policy pass through ``__post_init__`` of this class; one whose ``select`` is its own no longer ranks."""
         super().__init_subclass__()
-        if "select" in cls.__dict__ and "rank" not in cls.__dict__:
-            cls.rank = PruningPolicy.rank  # type: ignore[method-assign]
+        if not {"rank", "select"}.isdisjoint(cls.__dict__):
+            cls._ranks = "rank" in cls.__dict__
         own = cls.__dict__.get("__post_init__")
         if own is not None:
 
@@ -273,6 +276,17 @@ class PruningPolicy:
         from vlmprune.policies.compose import Intersection
 
         return Intersection(self, other, earlier_kv=_joint(self, other))
+
+
+def ranking_of(policy: PruningPolicy, ctx: TokenContext) -> Ranking | None:
+    """What ``policy.rank`` says; None if the policy, or a subclass that overrides ``select`` alone, selects by itself.
+
+    Example:
+        >>> from vlmprune import DivPrune, Random
+        >>> ranking_of(Random(keep=3), ctx).keep, ranking_of(DivPrune(), ctx)
+        ((3, 6), None)
+    """
+    return policy.rank(ctx) if policy._ranks else None
 
 
 def _joint(one: PruningPolicy, other: PruningPolicy) -> Literal["full", "compact"]:

@@ -55,6 +55,10 @@ class Ranking:
         extra = self.extra or (0,) * len(counts)
         return tuple(min(n, k + more) for n, k, more in zip(counts, self.least, extra, strict=True))
 
+    def keeps_all(self, counts: Counts) -> bool:
+        """Whether all of so many tokens stay, and where they are."""
+        return self.positions == "keep" and self.least == counts
+
     def keywords(self, counts: Sequence[int], device: torch.device) -> dict[str, Any]:
         """``keep``, ``segments``, ``most`` and ``code`` for the ops, for samples of so many tokens."""
         most, keep = max(self.most(counts), default=0), self.keep
