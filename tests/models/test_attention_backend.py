@@ -147,13 +147,13 @@ def next_turn(batch, first, more):
 @pytest.mark.parametrize("rows", ["last", "mean"])
 def test_lse_reaches_the_stage_is_used_and_does_not_stay(rows, monkeypatch):
     batch, found = make_batch(BATCHES["padded"]), []
-    received = AttentionInputs.received
+    rating, received = AttentionInputs.rating, AttentionInputs.received
 
     def spy(self, *args, **kwargs):
         found.append(self)
-        return received(self, *args, **kwargs)
+        return rating(self, *args, **kwargs)
 
-    monkeypatch.setattr(AttentionInputs, "received", spy)
+    monkeypatch.setattr(AttentionInputs, "rating", spy)
     model, forwards = make_model(attn="vlmprune"), []
     handle = model.model.language_model.layers[-1].register_forward_pre_hook(
         lambda m, a, kw: forwards.append(kw["vlmprune"]), with_kwargs=True
@@ -162,6 +162,7 @@ def test_lse_reaches_the_stage_is_used_and_does_not_stay(rows, monkeypatch):
         model(**batch)
     handle.remove()
     (seen,) = found
+    monkeypatch.undo()
     assert seen.lse.shape == seen.query.shape[:3]
     assert forwards[0].lse == {}
     again = AttentionInputs(**{**vars(seen), "lse": None})
