@@ -7,7 +7,7 @@ from vlmprune.ops.gather_tokens import gather_tokens
 from vlmprune.ops.greedy_select import greedy_select
 from vlmprune.ops.match_bipartite import match_bipartite
 from vlmprune.ops.merge_tokens import merge_tokens
-from vlmprune.ops.plan import PrunePlan
+from vlmprune.ops.plan import PrunePlan, ScoredPlan
 from vlmprune.ops.prune_tokens import Pruned, prune_scored, prune_tokens
 from vlmprune.ops.received_attention import received_attention
 from vlmprune.ops.row_lse import row_lse
@@ -16,6 +16,7 @@ from vlmprune.ops.select_topk import select_topk
 __all__ = [
     "PrunePlan",
     "Pruned",
+    "ScoredPlan",
     "cluster_dpc",
     "compact_kv",
     "gather_tokens",
