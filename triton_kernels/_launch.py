@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from operator import itemgetter
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -139,12 +140,13 @@ class Program:
         slots = {x.data_ptr(): i for i, x in enumerate(exchanged) if x.numel()}
         self._device = exchanged[0].device.index
         self._replays = [Replay(one, slots) for one in recorded]
+        self._lock = Lock()  # the launches of two threads share a workspace
         self.used = set().union(*(replay.used for replay in self._replays))
 
     def bind(self, tensors, pointers):
         """A function without arguments that launches everything on ``tensors``, which it keeps alive."""
         if INTERPRETED:
-            return lambda: [replay.interpret(tensors) for replay in self._replays]
+            return lambda: self._interpret(tensors)
         arguments = [replay.arguments(pointers) for replay in self._replays]
         return lambda tensors=tensors: self._launch(arguments)
 
@@ -154,8 +156,14 @@ class Program:
             with torch.cuda.device(self._device):
                 return self._launch(arguments)
         stream = driver.active.get_current_stream(self._device)
-        for replay, args in zip(self._replays, arguments, strict=True):
-            replay.launch(args, stream)
+        with self._lock:
+            for replay, args in zip(self._replays, arguments, strict=True):
+                replay.launch(args, stream)
+
+    def _interpret(self, tensors):
+        with self._lock:
+            for replay in self._replays:
+                replay.interpret(tensors)
 
     def reset(self):
         """Set the counters to 0, where a run that ends leaves them."""

@@ -20,7 +20,7 @@ def _plain(x):
     return x if x.dtype in _NATIVE else x.view(_WORD[x.element_size()])
 
 
-def _layout(x):
+def layout(x):
     """(heads, D, S, (batch, head, sequence strides)) of a rank 2, 3 or 4 tensor; batch stride 0 = one for all samples."""
     batch = x.stride(0) if x.shape[0] > 1 else 0
     if x.ndim == 4:
@@ -37,7 +37,7 @@ def launch_grouped(kernel, items, index, block_bytes, block_k, *tiles_of_k):
     for start in range(0, len(items), MAX_TENSORS):
         groups = {}
         for item in items[start : start + MAX_TENSORS]:
-            groups.setdefault((item[0].dtype, *_layout(item[0])), []).append([_plain(x) for x in item])
+            groups.setdefault((item[0].dtype, *layout(item[0])), []).append([_plain(x) for x in item])
         pointers, shapes, first_units = [], [], [0]
         for (dtype, heads, D, _, _), members in groups.items():
             block = min(triton.next_power_of_2(D), block_bytes // dtype.itemsize)

@@ -5,6 +5,8 @@ import triton.language as tl
 
 from vlmprune.triton_kernels._device import LOG2E, load_rows, row_products
 
+PARTS_AT_ONCE = tl.constexpr(8)  # loads in flight while parts are joined
+
 
 @triton.jit
 def max_with_nan(x, y):
@@ -92,42 +94,62 @@ def score_part(
     sample,
     sizes,
     strides,
-    HEADS_KV: tl.constexpr,  # KV heads of this split
     G: tl.constexpr,
     HEAD_REDUCE: tl.constexpr,
     tile,  # the constants of head_scores, in its order
 ):
-    """One tile of columns in the heads of one split."""
+    """One tile of columns in the query heads of one KV head."""
     key_ptr, cos_ptr, sin_ptr, _, columns_ptr, key_mask_ptr, _ = sample
     N, length = sizes[2], sizes[4]
     D: tl.constexpr = tile[0]
     DTYPE: tl.constexpr = tile[4]
     BLOCK_N: tl.constexpr = tile[6]
     BLOCK_D: tl.constexpr = tile[7]
-    split = tl.program_id(1).to(tl.int64)
+    h_kv = tl.program_id(1).to(tl.int64)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.load(columns_ptr + offs_n, mask=offs_n < N, other=-1)  # [BLOCK_N]
     ok_n = (column >= 0) & (column < length)
     column = tl.where(ok_n, column, 0)
     if key_mask_ptr is not None:
         ok_n = ok_n & (tl.load(key_mask_ptr + column, mask=ok_n, other=0) != 0)
+    k_offs = h_kv * strides[1][1] + column * strides[1][2]
+    k = load_rows(key_ptr, k_offs, cos_ptr, sin_ptr, column * strides[3][1], ok_n, D, BLOCK_D, DTYPE)
     joined = tl.full((BLOCK_N,), float("-inf") if HEAD_REDUCE == "max" else 0.0, tl.float32)
-    for i in range(HEADS_KV):
-        h_kv = split * HEADS_KV + i
-        k_offs = h_kv * strides[1][1] + column * strides[1][2]
-        k = load_rows(key_ptr, k_offs, cos_ptr, sin_ptr, column * strides[3][1], ok_n, D, BLOCK_D, DTYPE)
-        for g in range(G):
-            h = h_kv * G + g
-            head_lse_ptr = lse_ptr
-            if lse_ptr is not None:
-                head_lse_ptr = lse_ptr + h * strides[2][1]
-            head_ptr = query_ptr + h * strides[0][1]
-            reduced = head_scores(k, column, ok_n, head_ptr, head_lse_ptr, sample, sizes, strides, *tile)
-            if HEAD_REDUCE == "none":
-                tl.store(part_ptr + h * N + offs_n, reduced, mask=offs_n < N)
-            elif HEAD_REDUCE == "max":
-                joined = max_with_nan(joined, reduced)
-            else:
-                joined += reduced
+    for g in range(G):
+        h = h_kv * G + g
+        head_lse_ptr = lse_ptr
+        if lse_ptr is not None:
+            head_lse_ptr = lse_ptr + h * strides[2][1]
+        head_ptr = query_ptr + h * strides[0][1]
+        reduced = head_scores(k, column, ok_n, head_ptr, head_lse_ptr, sample, sizes, strides, *tile)
+        if HEAD_REDUCE == "none":
+            tl.store(part_ptr + h * N + offs_n, reduced, mask=offs_n < N)
+        elif HEAD_REDUCE == "max":
+            joined = max_with_nan(joined, reduced)
+        else:
+            joined += reduced
     if HEAD_REDUCE != "none":
-        tl.store(part_ptr + split * N + offs_n, joined, mask=offs_n < N)
+        tl.store(part_ptr + h_kv * N + offs_n, joined, mask=offs_n < N)
+
+
+@triton.jit
+def join_parts(
+    part_ptr,  # [PARTS, N] float32, this sample's
+    offs,
+    N,
+    PARTS: tl.constexpr,
+    REDUCE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Sum or maximum over the parts at columns ``offs``, always in the same order: [CHUNK] float32."""
+    acc = tl.full((CHUNK,), float("-inf") if REDUCE == "max" else 0.0, tl.float32)
+    NAN: tl.constexpr = float("nan")
+    for first in range(0, PARTS, PARTS_AT_ONCE):
+        part = first + tl.arange(0, PARTS_AT_ONCE)
+        ok = part < PARTS
+        x_offs = part.to(tl.int64)[:, None] * N + offs[None, :]
+        mask = ok[:, None] & (offs < N)[None, :]
+        other = float("-inf") if REDUCE == "max" else 0.0
+        x = tl.load(part_ptr + x_offs, mask=mask, other=other, cache_modifier=".cg")
+        acc = max_with_nan(acc, max_over_rows(x, NAN)) if REDUCE == "max" else acc + tl.sum(x, 0)
+    return acc

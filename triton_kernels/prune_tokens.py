@@ -1,41 +1,52 @@
 """Score, select and gather in a row, with nothing waiting for the host.
 
-Launches: row_lse where no log-sum-exp is given, score_select, gather_tokens; a sequence longer than one chunk of
-select_topk is selected by select_topk, in a launch of its own, whose warps the score kernel need not pay for.
+Launches: row_lse where no log-sum-exp is given, score_select, gather_tokens. More columns than one chunk of select_topk are
+selected in a launch of its own, whose warps the score kernel need not pay for; and so are columns whose scores are given.
 """
 
 import torch
 
-from vlmprune.triton_kernels._device import longest
+from vlmprune.triton_kernels._device import as_bytes, laid_out, longest
 from vlmprune.triton_kernels._launch import Program, recording
+from vlmprune.triton_kernels._rows import layout
 from vlmprune.triton_kernels.gather_tokens import gather_tokens
 from vlmprune.triton_kernels.score_select import score
-from vlmprune.triton_kernels.select_topk import MAX_CHUNK, select_topk
+from vlmprune.triton_kernels.select_columns import Choice, select_columns
+from vlmprune.triton_kernels.select_topk import MAX_CHUNK
 
 
-def prune_tokens(s, tensors, keep, width):
-    """(gathered tensors, index, count, scores, cu_seqlens_out or None) of a Scoring that vlmprune.ops has checked."""
-    B, S, packed = s.rows.shape[0], longest(s), s.cu_seqlens is not None
-    keep = keep.contiguous() if isinstance(keep, torch.Tensor) else keep
-    spread = s.query.new_empty((B, S), dtype=torch.float32)
-    code = s.query.new_empty((B, S), dtype=torch.int8)
-    if S > MAX_CHUNK and not packed:
-        scores = score(s, keep, spread, code)
-        index, count = select_topk(spread, keep, code, width)
-        return gather_tokens(tensors, index), index, count, scores, None
-    index = s.query.new_empty((1 if packed else B, width), dtype=torch.int64)
-    count = s.query.new_empty(B, dtype=torch.int64)
-    ends = s.cu_seqlens.new_empty(B + 1) if packed else None
+def prune_tokens(tensors, selection, s):
+    """(gathered tensors, index, count, scores, kept, columns, cu_seqlens_out or None) of arguments that were checked."""
+    (B, N), S, packed = s.columns.shape, longest(s), s.cu_seqlens is not None
+    rows = layout(tensors[0])[2] if tensors and not packed else S
+    choice = Choice.of(selection, s.columns, S, rows, s.cu_seqlens)
     if B == 0:
-        scores = s.query.new_empty(s.columns.shape, dtype=torch.float32)
-        index, ends = index.fill_(-1), ends if ends is None else ends.zero_()
+        scores = torch.empty_like(s.columns, dtype=torch.float32)
+        choice.clear()
+    elif N <= MAX_CHUNK:
+        scores = score(s, choice)
     else:
-        scores = score(s, keep, spread, code, index, count, ends)
-    return gather_tokens(tensors, index), index, count, scores, ends
+        scores, s = score(s), laid_out(s)[0]
+        select_columns(scores, s.columns, s.key_mask, s.cu_seqlens, s.key.shape[2], choice)
+    out = gather_tokens(tensors, choice.index)
+    return out, choice.index, choice.count, scores, choice.kept, choice.places, choice.ends
 
 
-def prune_plan(s, tensors, keep, width, inputs):
-    """(Program, result): prune_tokens recorded; a run exchanges ``inputs`` and the gathered tensors."""
+def prune_scored(tensors, selection, scores, columns, key_mask, length):
+    """(gathered tensors, index, count, kept, columns) of arguments that were checked."""
+    choice = Choice.of(selection, columns, length, length)
+    if len(columns):
+        lists = (scores.contiguous(), columns.contiguous(), as_bytes(key_mask))
+        select_columns(*lists, None, length, choice)
+    return gather_tokens(tensors, choice.index), choice.index, choice.count, choice.kept, choice.places
+
+
+LAUNCHERS = {run.__name__: run for run in (prune_tokens, prune_scored)}
+
+
+def prune_plan(launcher, arguments, inputs):
+    """(Program, outputs) of one of the launchers, recorded; a run exchanges ``inputs`` and outputs."""
     with recording() as recorded:
-        result = prune_tokens(s, tensors, keep, width)
-    return Program(recorded, [*inputs, *result[0]]), result
+        tensors, *others = LAUNCHERS[launcher](*arguments)
+    outputs = [*tensors, *[x for x in others if x is not None]]
+    return Program(recorded, [*inputs, *outputs]), outputs

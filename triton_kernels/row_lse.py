@@ -2,8 +2,8 @@
 
 Memory bound while G * R is small: each key is read once per KV head.
 Tile: BLOCK_M (query head of the group, row) pairs against BLOCK_N keys, online softmax in float32.
-Grid: (B * Hkv, cdiv(G * R, BLOCK_M), SPLITS). Splits of the keys keep a large GPU busy when there are few rows; each
-writes its own log-sum-exp, and the last of a tile to arrive joins them in split order, so the bits never change.
+Grid: (B * Hkv, cdiv(G * R, BLOCK_M), splits). A split is KEYS_PER_SPLIT keys of a sample, whatever the batch, so that its
+bits depend on the sample alone; each writes its own log-sum-exp, and the last of a tile to arrive joins them in order.
 """
 
 import torch
@@ -21,9 +21,8 @@ from vlmprune.triton_kernels._device import (
 )
 from vlmprune.triton_kernels._launch import launch
 
-TARGET_PROGRAMS = 256  # about two programs for each multiprocessor of a large GPU
-MIN_KEYS_PER_SPLIT = 512  # below this, a split costs more in joining than it saves
-MAX_SPLITS = 64  # what the joining program holds in registers
+KEYS_PER_SPLIT = 512  # with fewer, a split costs more in joining than it saves
+SPLITS_AT_ONCE = tl.constexpr(16)  # loads in flight while splits are joined
 
 
 @triton.jit
@@ -41,17 +40,21 @@ def _key_positions(columns_ptr, key_mask_ptr, n, n_keys, length):
 
 
 @triton.jit
-def _join_splits(part_ptr, stride_split, offs, mask, SPLITS: tl.constexpr, SPLITS_BLOCK: tl.constexpr):
-    """Log-sum-exp over the splits, in split order."""
-    split = tl.arange(0, SPLITS_BLOCK)
-    ok = (split < SPLITS)[:, None] & mask[None, :]
-    part_offs = split.to(tl.int64)[:, None] * stride_split + offs[None, :]
-    part = tl.load(part_ptr + part_offs, mask=ok, other=float("-inf"), cache_modifier=".cg")
-    top = tl.max(part, 0)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2((part - base[None, :]) * LOG2E), 0)
+def _join_splits(part_ptr, stride_split, offs, mask, splits, BLOCK_M: tl.constexpr):
+    """Log-sum-exp over the splits, in split order: [BLOCK_M]. Splits without keys change no bit."""
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, splits, SPLITS_AT_ONCE):
+        split = first + tl.arange(0, SPLITS_AT_ONCE)
+        ok = (split < splits)[:, None] & mask[None, :]
+        part_offs = split.to(tl.int64)[:, None] * stride_split + offs[None, :]
+        part = tl.load(part_ptr + part_offs, mask=ok, other=float("-inf"), cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(part, 0))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2((top - base) * LOG2E) + tl.sum(tl.exp2((part - base[None, :]) * LOG2E), 0)
+        top = new_top
     seen = total != 0.0  # NaN stays NaN
-    return tl.where(seen, base + tl.log2(tl.where(seen, total, 1.0)) / LOG2E, float("-inf"))
+    return tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)) / LOG2E, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["B", "Hkv", "R", "Sq", "S", "N", "max_seqlen"])
@@ -66,7 +69,7 @@ def _row_lse_kernel(
     cu_seqlens_ptr,  # [B + 1], contiguous, or None
     cu_seqlens_q_ptr,
     counter_ptr,  # [B * Hkv, row tiles] int32, all 0, and again when done; None for one split
-    part_ptr,  # [SPLITS, B, H, R] float32, contiguous; the output if there is one split
+    part_ptr,  # [splits, B, H, R] float32, contiguous; the output if there is one split
     out_ptr,  # [B, H, R] float32, contiguous
     scale,
     B,
@@ -82,8 +85,7 @@ def _row_lse_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     CAUSAL: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_BLOCK: tl.constexpr,
+    KEYS_PER_SPLIT: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -118,9 +120,8 @@ def _row_lse_kernel(
 
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    keys_per_split = tl.cdiv(tl.cdiv(n_keys, SPLITS), BLOCK_N) * BLOCK_N
-    start = pid_split * keys_per_split
-    for first in range(start, tl.minimum(start + keys_per_split, n_keys), BLOCK_N):
+    start = pid_split * KEYS_PER_SPLIT
+    for first in range(start, tl.minimum(start + KEYS_PER_SPLIT, n_keys), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         at, ok_n = _key_positions(columns_ptr, key_mask_ptr, n, n_keys, length)  # [BLOCK_N]
         k_offs, rope_offs = at * key_strides[2], at * rope_strides[1]
@@ -143,20 +144,14 @@ def _row_lse_kernel(
     stride_split = (tl.zeros((), tl.int64) + B) * Hkv * G * R
     out_offs = (b * (Hkv * G) + h) * R + r
     tl.store(part_ptr + pid_split * stride_split + out_offs, lse, mask=mask_m)
-    if SPLITS > 1:
+    if counter_ptr is not None:
         counter_ptr += pid_bh * tl.num_programs(1) + pid_m
         tl.debug_barrier()  # Triton 3.6 puts none between the stores of all warps and the release by one thread
         arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLITS - 1:
-            lse = _join_splits(part_ptr, stride_split, out_offs, mask_m, SPLITS, SPLITS_BLOCK)
+        if arrived == tl.num_programs(2) - 1:
+            lse = _join_splits(part_ptr, stride_split, out_offs, mask_m, tl.num_programs(2), BLOCK_M)
             tl.store(out_ptr + out_offs, lse, mask=mask_m)
             tl.store(counter_ptr, 0)
-
-
-def count_splits(n_keys, programs):
-    """How many parts the keys are cut into; depends on shapes only, so results repeat bit for bit."""
-    wanted = triton.cdiv(TARGET_PROGRAMS, programs)
-    return max(1, min(wanted, n_keys // MIN_KEYS_PER_SPLIT, MAX_SPLITS))
 
 
 def row_lse(s):
@@ -169,7 +164,7 @@ def row_lse(s):
         return s.query.new_full((B, H, R), float("-inf"), dtype=torch.float32)
     config = tiles(s.query, H // Hkv * R, s.cos is not None)
     row_tiles = triton.cdiv(H // Hkv * R, config["BLOCK_M"])
-    splits = count_splits(n_keys, B * Hkv * row_tiles)
+    splits = triton.cdiv(n_keys, KEYS_PER_SPLIT)
     part = s.query.new_empty((splits, B, H, R), dtype=torch.float32)
     out = part[0] if splits == 1 else torch.empty_like(part[0])
     counter = None if splits == 1 else s.query.new_zeros(B * Hkv * row_tiles, dtype=torch.int32)
@@ -182,8 +177,7 @@ def row_lse(s):
         G=H // Hkv,
         D=D,
         CAUSAL=s.causal,
-        SPLITS=splits,
-        SPLITS_BLOCK=triton.next_power_of_2(splits),
+        KEYS_PER_SPLIT=KEYS_PER_SPLIT,
         DTYPE=dot_dtype(s.query),
         BLOCK_D=padded_head_dim(D),
         **config,

@@ -1,11 +1,12 @@
 """Score the columns and choose the survivors in one launch: the kernel of received_attention and of prune_tokens.
 
-scores[b, n] = reduce over heads, rows of w[r] * exp(scale * q[rows[r]] . k[columns[n]] - lse[r]); then columns[n] compete
-with their scores (code 0), masked positions are dropped (code 2), all others stay (code 1).
-Memory bound for few rows (each chosen key is read once per KV head), compute bound from about a hundred rows on.
-Tile: BLOCK_N keys, walked through the heads of one split and their row tiles. Grid: (cdiv(N, BLOCK_N), SPLITS, B).
+scores[b, n] = reduce over heads, rows of w[r] * exp(scale * q[rows[r]] . k[columns[n]] - lse[r]); then, if that is asked
+for, columns compete by them (_survivors.py).
+Memory bound for few rows (each chosen key is read once), compute bound from about a hundred rows on.
+Tile: BLOCK_N keys of a KV head, walked through its query heads and their row tiles. Grid: (cdiv(N, BLOCK_N), Hkv, B).
 Each program writes its part; the last of a sample to arrive joins the parts in a fixed order and selects. No float
-atomics, so the bits never change; the one integer counter a sample has is 0 again when the kernel ends.
+atomics, and nothing of it depends on the batch, so neither do the bits of a sample; the one integer counter it has is 0
+again when the kernel ends.
 """
 
 import torch
@@ -14,21 +15,20 @@ import triton.language as tl
 
 from vlmprune.triton_kernels._device import dot_dtype, laid_out, padded_head_dim, span, tiles
 from vlmprune.triton_kernels._launch import launch
-from vlmprune.triton_kernels._score import score_part
-from vlmprune.triton_kernels._survivors import code_positions, enter_columns, join_parts, place_of_sample
+from vlmprune.triton_kernels._score import join_parts, score_part
+from vlmprune.triton_kernels._survivors import choose_survivors
 from vlmprune.triton_kernels.row_lse import row_lse
-from vlmprune.triton_kernels.select_topk import MIN_CHUNK, _select_row
+from vlmprune.triton_kernels.select_columns import Choice, chunks
 
 JOIN_CHUNK = tl.constexpr(512)
-# positions at once; more would cost every score program registers that only the last one uses
-MAX_CHUNK = 2048
-FEW_KEYS = 1024  # up to here 4 warps select
-
-# about one program for each multiprocessor of a large GPU; fixed, so that sums keep their order
-TARGET_PROGRAMS = 128
+MAX_CHUNK = 2048  # columns at once; more would cost every score program registers that only the last one uses
 
 
-@triton.jit(do_not_specialize=["keep", "R", "Sq", "S", "width"])
+@triton.jit(
+    do_not_specialize=[
+        *("R", "N", "Sq", "S", "max_seqlen", "lse_strides", "keep", "segments", "first", "width", "most"),
+    ]
+)
 def _score_select_kernel(
     query_ptr,  # [B, H, Sq, D], last dim contiguous; packed: [1, H, total, D]
     key_ptr,  # [B, Hkv, S, D], last dim contiguous; packed: [1, Hkv, total, D]
@@ -41,28 +41,36 @@ def _score_select_kernel(
     weight_ptr,  # [B, R] float, contiguous, or None
     cu_seqlens_ptr,  # [B + 1], contiguous, or None
     cu_seqlens_q_ptr,
-    keep,  # int, or a pointer to [B] int64, contiguous
     counter_ptr,  # [B] int32, all 0, and again when done; None if nothing is joined
     part_ptr,  # [B, PARTS, N] float32, contiguous
     scores_ptr,  # [B, N] float32, contiguous, or None
-    spread_ptr,  # [B, max_seqlen] float32, contiguous, or None: the scores at their positions
-    code_ptr,  # [B, max_seqlen] int8, contiguous, or None
-    index_ptr,  # [B, width] int64, contiguous; packed: [1, width]; None = no selection here
-    count_ptr,  # [B] int64
-    cu_seqlens_out_ptr,  # [B + 1] like cu_seqlens, or None
     scale,
     R,
     N,
     Sq,
     S,
     max_seqlen,
-    width,
     query_strides,  # batch, head, position
     key_strides,
     lse_strides,
     rope_strides,  # batch, position
-    PARTS: tl.constexpr,  # heads, or splits of them
-    HEADS_KV: tl.constexpr,
+    quota_ptr,  # from here on a Choice; all None where index_ptr is, and nothing is selected
+    code_ptr,
+    segments_ptr,
+    place_ptr,
+    index_ptr,
+    count_ptr,
+    kept_ptr,
+    places_ptr,
+    ends_ptr,
+    keep,
+    segments,
+    first,
+    width,
+    most,
+    NEWEST: tl.constexpr,
+    LEFT: tl.constexpr,
+    PARTS: tl.constexpr,  # heads, or KV heads
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -70,7 +78,6 @@ def _score_select_kernel(
     ROW_REDUCE: tl.constexpr,
     CAUSAL: tl.constexpr,
     LSE_BY_POSITION: tl.constexpr,
-    KEEP_ON_DEVICE: tl.constexpr,
     CHUNK: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -101,7 +108,6 @@ def _score_select_kernel(
         (key_ptr, cos_ptr, sin_ptr, rows_ptr + b * R, columns_ptr + b * N, key_mask_ptr, weight_ptr),
         (scale, R, N, length - length_q, length),
         (query_strides, key_strides, lse_strides, rope_strides),
-        HEADS_KV,
         G,
         HEAD_REDUCE,
         (D, ROW_REDUCE, CAUSAL, LSE_BY_POSITION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_D),
@@ -111,37 +117,27 @@ def _score_select_kernel(
         arrived = tl.atomic_add(counter_ptr + b, 1, sem="acq_rel", scope="gpu")
         if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
             tl.store(counter_ptr + b, 0)
-            if spread_ptr is not None:
-                spread_ptr += b * max_seqlen
-                code_ptr += b * max_seqlen
-                code_positions(key_mask_ptr, spread_ptr, code_ptr, length, max_seqlen, CHUNK)
-                tl.debug_barrier()  # the columns hit addresses that another thread has just written
+            scores_ptr += b * N
             for start in range(0, N, JOIN_CHUNK):
                 offs = start + tl.arange(0, JOIN_CHUNK)
                 score = join_parts(part_ptr, offs, N, PARTS, HEAD_REDUCE, JOIN_CHUNK)
                 if HEAD_REDUCE == "mean":
                     score = score / H
-                tl.store(scores_ptr + b * N + offs, score, mask=offs < N)
-                if spread_ptr is not None:
-                    column = tl.load(columns_ptr + b * N + offs, mask=offs < N, other=-1)
-                    enter_columns(score, column, key_mask_ptr, spread_ptr, code_ptr, length, JOIN_CHUNK)
+                tl.store(scores_ptr + offs, score, mask=offs < N)
             if index_ptr is not None:
-                tl.debug_barrier()
-                quota = tl.zeros((), tl.int64) + (tl.load(keep + b) if KEEP_ON_DEVICE else keep)
-                out_ptr, slots = index_ptr + b * width, width
-                if cu_seqlens_out_ptr is not None:
-                    ends = (columns_ptr, keep, b, start_k, length, N, width, cu_seqlens_out_ptr)
-                    first, slots = place_of_sample(*ends, KEEP_ON_DEVICE, CHUNK)
-                    out_ptr = index_ptr + first
-                row = (spread_ptr, code_ptr, 1, length, None)
-                count = _select_row(row, quota, out_ptr, start_k, slots, CHUNK, ONE_CHUNK)
-                tl.store(count_ptr + b, count.to(tl.int64))
-
-
-def head_splits(B, Hkv, tiles_n):
-    """How many programs share the heads of a column tile; from shapes only, so results repeat bit for bit."""
-    wanted = triton.cdiv(TARGET_PROGRAMS, B * tiles_n)
-    return next(n for n in range(1, Hkv + 1) if Hkv % n == 0 and (n >= wanted or n == Hkv))
+                sample = (scores_ptr, columns_ptr + b * N, key_mask_ptr, N, length, first)
+                choose_survivors(
+                    sample,
+                    (quota_ptr, code_ptr, segments_ptr, keep, segments),
+                    (place_ptr, index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr),
+                    (start_k, max_seqlen, width, most),
+                    b,
+                    tl.num_programs(2) - 1,
+                    NEWEST,
+                    LEFT,
+                    CHUNK,
+                    ONE_CHUNK,
+                )
 
 
 def registers(s, R, num_warps):
@@ -156,34 +152,30 @@ def registers(s, R, num_warps):
     return {"maxnreg": 128 if few_rows and num_warps == 8 else 255}
 
 
-def score(s, keep=None, spread=None, code=None, index=None, count=None, ends=None):
+def score(s, choice=None):
     """Launch the row statistics if needed and the score kernel; [B, H, N] for head_reduce "none", else [B, N].
 
-    The others are what the kernel chooses by, and where its choice goes; without ``index`` that is left to select_topk.
+    With a Choice the kernel selects, too.
     """
     (H, Sq, D), (Hkv, S), (B, R), N = s.query.shape[1:], s.key.shape[1:3], s.rows.shape, s.columns.shape[1]
     s, query_strides, key_strides, rope_strides = laid_out(s)
     # [B, H, Sq] if it was given, else [B, H, R]; None for plain logits
     lse = s.lse if s.normalize == "none" or s.lse is not None else row_lse(s)
-    config = tiles(s.query, R, s.cos is not None)
-    tiles_n = max(1, triton.cdiv(N, config["BLOCK_N"]))
-    splits, joins = head_splits(B, Hkv, tiles_n), s.head_reduce != "none"
-    part = s.query.new_empty((B, splits if joins else H, N), dtype=torch.float32)
+    config, joins = tiles(s.query, R, s.cos is not None), s.head_reduce != "none"
+    part = s.query.new_empty((B, Hkv if joins else H, N), dtype=torch.float32)
     scores = s.query.new_empty((B, N), dtype=torch.float32) if joins else None
     counter = s.query.new_zeros(B, dtype=torch.int32) if joins else None
-    chunk = min(max(triton.next_power_of_2(s.max_seqlen), MIN_CHUNK), MAX_CHUNK)
-    if spread is not None and chunk > FEW_KEYS:
-        config["num_warps"] = 8
-    sizes = (s.scale, R, N, Sq, S, s.max_seqlen, 0 if index is None else index.shape[1])
+    at_once = chunks(0 if choice is None else N, MAX_CHUNK)
+    config["num_warps"] = max(config["num_warps"], at_once.pop("num_warps"))
     launch(
         _score_select_kernel,
-        (tiles_n, splits, B),
+        (max(1, triton.cdiv(N, config["BLOCK_N"])), Hkv, B),
         *(s.query, s.key, s.cos, s.sin, s.rows, s.columns, s.key_mask),
-        *(lse, s.row_weight, s.cu_seqlens, s.cu_seqlens_q),
-        *(keep, counter, part, scores, spread, code, index, count, ends, *sizes),
+        *(lse, s.row_weight, s.cu_seqlens, s.cu_seqlens_q, counter, part, scores),
+        *(s.scale, R, N, Sq, S, s.max_seqlen),
         *(query_strides, key_strides, _lse_strides(s, lse), rope_strides),
+        *(choice or Choice()),
         PARTS=part.shape[1],
-        HEADS_KV=Hkv // splits,
         H=H,
         G=H // Hkv,
         D=D,
@@ -191,9 +183,7 @@ def score(s, keep=None, spread=None, code=None, index=None, count=None, ends=Non
         ROW_REDUCE=s.row_reduce,
         CAUSAL=s.causal,
         LSE_BY_POSITION=s.lse is not None,
-        KEEP_ON_DEVICE=isinstance(keep, torch.Tensor),
-        CHUNK=chunk,
-        ONE_CHUNK=s.max_seqlen <= chunk,
+        **at_once,
         **registers(s, R, config["num_warps"]),
         DTYPE=dot_dtype(s.query),
         BLOCK_D=padded_head_dim(D),

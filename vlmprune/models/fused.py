@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from threading import Lock
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from vlmprune.policies.inputs import Rating
 
 Counts = tuple[int, ...]
 
+PLANS = 64
+
 
 def why_not(ranking: Ranking | None, entering: Entering, policy: PruningPolicy) -> str | None:
     """Why a stage cannot run as one pass; None if it can."""
@@ -27,24 +31,98 @@ def why_not(ranking: Ranking | None, entering: Entering, policy: PruningPolicy) 
     return None
 
 
-def one_pass(ranking: Ranking, entering: Entering) -> tuple[Tensor, Tensor, Decision]:
-    """Score, select and gather: rows ``[B, n, D]`` that survive, numbers ``[B, K]`` of the tokens kept, the decision."""
-    layout, packs = entering.layout, ranking.positions == "pack"
-    tensors = [entering.hidden] if packs else [entering.hidden, *(t.detach() for t in entering.rope)]
-    if layout.origin is not None:
-        tensors.append(layout.origin)
-    kept = ranking.most(layout.counts)
-    real = _rows_left(layout, kept)
-    # Shorter samples are padded on the left, so that the last row stays the newest token.
-    side = "left" if len(real) > 1 else "right"
-    how = ranking.keywords(layout.counts, entering.hidden.device)
-    out = _run(ranking, layout, tensors, {**how, "width": max(real), "padding": side, "newest": True})
-    if ranking.extra is not None:
-        out, kept = _narrowed(out, layout, side)
+class Passes:
+    """Runs the fused passes of one policy on one model: as ops, or as the plans of shapes that have come before.
+
+    A plan owns its workspace, so a second prefill of the same shapes allocates none. The latest ``PLANS`` are kept, one for
+    each stream. A copied or saved model starts without any.
+    """
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[Any, Any] = OrderedDict()
+        self._lock = Lock()
+
+    def __reduce__(self) -> Any:
+        return Passes, ()
+
+    def __call__(self, ranking: Ranking, entering: Entering) -> tuple[Tensor, Tensor, Decision]:
+        """Score, select and gather: rows ``[B, n, D]`` that survive, numbers ``[B, K]`` of the tokens kept, the decision."""
+        layout, packs = entering.layout, ranking.positions == "pack"
+        tensors = [entering.hidden] if packs else [entering.hidden, *(t.detach() for t in entering.rope)]
+        if layout.origin is not None:
+            tensors.append(layout.origin)
+        kept = ranking.most(layout.counts)
         real = _rows_left(layout, kept)
-    short, *rest = out.tensors
-    full = min(real) == max(real)
-    origin = out.index
+        # Shorter samples are padded on the left, so that the last row stays the newest token.
+        side = "left" if len(real) > 1 else "right"
+        how = ranking.keywords(layout.counts, entering.hidden.device)
+        how |= {"width": max(real), "padding": side, "newest": True}
+        out = self._run(ranking, entering, tensors, how)
+        if ranking.extra is not None:
+            out, kept = _narrowed(out, layout, side)
+        after, rest = _after(layout, kept, out)
+        rope, shift = entering.packed(after) if packs else ((rest[0], rest[1]), entering.shift)
+        return out.tensors[0], out.kept, Decision(after, out.index, rope, shift)
+
+    def _run(
+        self, ranking: Ranking, entering: Entering, tensors: list[Tensor], how: dict[str, Any]
+    ) -> ops.Pruned:
+        """One call of ``prune_tokens``, or of ``prune_scored`` where the scores are there."""
+        rating, layout = ranking.scores, entering.layout
+        if isinstance(rating, Rating) and rating.seen.group is None:
+            by: tuple[Tensor, ...] = rating.seen.query, rating.seen.key
+            how |= rating.keywords
+            op, plan = ops.prune_tokens, ops.PrunePlan
+        else:
+            by = (ranking.scored().contiguous(),)  # of all ranks, where several share the heads
+            how |= {"columns": layout.visual, "key_mask": layout.valid}
+            op, plan = ops.prune_scored, ops.ScoredPlan  # type: ignore[assignment]
+        if not _plans_for(tensors):
+            return op(*by, tensors, **how)
+        return self._planned(op, plan, entering.layer, by, tensors, how)
+
+    def _planned(
+        self,
+        op: Any,
+        kind: Any,
+        layer: int,
+        by: tuple[Tensor, ...],
+        tensors: list[Tensor],
+        how: dict[str, Any],
+    ) -> ops.Pruned:
+        """The first time that shapes come they run as an op, the second time a plan is made of them."""
+        lists = {name: x for name, x in how.items() if isinstance(x, Tensor | tuple)}
+        settings = tuple(x for name, x in how.items() if name not in lists)
+        shapes = tuple(x.shape for x in (*by, tensors[0]))
+        stream = torch.cuda.current_stream(by[0].device).cuda_stream if by[0].is_cuda else 0
+        key = (layer, kind, stream, settings, shapes)
+        with self._lock:
+            known = self._plans.get(key, self)
+            if known is not self:
+                self._plans.move_to_end(key)
+        if isinstance(known, kind):
+            out: ops.Pruned | None = known.attempt(*by, tensors, **lists)
+            if out is not None:
+                return out
+        new = None if known is self else kind(*by, tensors, **how)
+        with self._lock:
+            self._plans[key] = new
+            if len(self._plans) > PLANS:
+                self._plans.popitem(last=False)
+        run: Any = op if new is None else new.run
+        return run(*by, tensors, **(how if new is None else lists))
+
+
+def _plans_for(tensors: list[Tensor]) -> bool:
+    """Whether a plan can take the place of the op: where kernels run, and no gradient is asked for."""
+    grads = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return not grads and len(tensors[0]) > 0 and ops.can_run("prune_plan", tensors[0])
+
+
+def _after(layout: Layout, kept: Counts, out: ops.Pruned) -> tuple[Layout, list[Tensor]]:
+    """The layout of what a pass has left, and the tensors it gathered between the rows and their origin."""
+    real, rest = _rows_left(layout, kept), out.tensors[1:]
+    full, origin = min(real) == max(real), out.index
     if layout.origin is not None:
         origin = rest.pop() if full else torch.where(out.index >= 0, rest.pop(), -1)
     after = Layout(
@@ -57,21 +135,12 @@ def one_pass(ranking: Ranking, entering: Entering) -> tuple[Tensor, Tensor, Deci
         before=(layout, out.kept),
         ordered=layout.ordered,
     )
-    rope, shift = entering.packed(after) if packs else ((rest[0], rest[1]), entering.shift)
-    return short, out.kept, Decision(after, out.index, rope, shift)
+    return after, rest
 
 
 def _rows_left(layout: Layout, kept: Counts) -> Counts:
     """Rows of each sample that are no padding, when so many of its visual tokens stay."""
     return tuple(r - c + k for r, c, k in zip(layout.real, layout.counts, kept, strict=True))
-
-
-def _run(ranking: Ranking, layout: Layout, tensors: list[Tensor], how: dict[str, Any]) -> ops.Pruned:
-    rating = ranking.scores
-    if isinstance(rating, Rating) and rating.seen.group is None:
-        return ops.prune_tokens(rating.seen.query, rating.seen.key, tensors, **how, **rating.keywords)
-    scores = ranking.scored()  # of all ranks, where several share the heads
-    return ops.prune_scored(scores, tensors, columns=layout.visual, key_mask=layout.valid, **how)
 
 
 def _narrowed(out: ops.Pruned, layout: Layout, side: str) -> tuple[ops.Pruned, Counts]:
@@ -80,12 +149,12 @@ def _narrowed(out: ops.Pruned, layout: Layout, side: str) -> tuple[ops.Pruned, C
     kept = tuple(n - r + c for n, r, c in zip(left, layout.real, layout.counts, strict=True))
     spare, width = out.index.shape[1] - max(left), max(left)
     rows = slice(None, width) if side == "right" else slice(spare, None)
-    columns = out.columns[:, : max(kept)]
+    columns = out.columns[:, : max(kept)].contiguous()
     if side == "left" and spare:
         columns = torch.where(columns >= 0, columns - spare, -1)
     out = out._replace(
         tensors=[t[:, rows] for t in out.tensors],
-        index=out.index[:, rows],
+        index=out.index[:, rows].contiguous(),
         kept=out.kept[:, : max(kept)],
         columns=columns,
     )

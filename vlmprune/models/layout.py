@@ -134,7 +134,7 @@ def where_true(marked: Tensor, width: int) -> Tensor:
     """Where ``marked [B, n]`` is True, ``[B, width]`` ascending, -1 on the right; no host sync."""
     blank = filled((1, 1), 0.0, torch.float32, marked.device).expand(marked.shape)
     # as codes: True stays, False competes for none
-    return ops.select_topk(blank, 0, code=marked.view(torch.int8))[0][:, :width]
+    return ops.select_topk(blank, 0, code=marked.view(torch.int8))[0][:, :width].contiguous()
 
 
 def open_layout(visual: Tensor, padding: Tensor | None, known: int | None, tail: int = 0) -> Layout:

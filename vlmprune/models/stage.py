@@ -14,7 +14,7 @@ from vlmprune import ops
 from vlmprune.errors import ModelError
 from vlmprune.models.choice import apply, carry_out
 from vlmprune.models.decoder_reads import read_own_attention
-from vlmprune.models.fused import one_pass, why_not
+from vlmprune.models.fused import Passes, why_not
 from vlmprune.models.host.parts import Parts
 from vlmprune.models.layout import Layout, moved, text_rows
 from vlmprune.models.prefill import Decision, Entering, Prefill, Rope
@@ -45,6 +45,7 @@ class StageRunner:
     def __init__(self, parts: Parts, policy: PruningPolicy, vision: VisionReads) -> None:
         self.parts, self.policy, self.vision = parts, policy, vision
         self.checked: set[int] = set()
+        self.passes = Passes()
 
     def __call__(self, prefill: Prefill, i: int, hidden: Tensor, rope: Rope) -> Tensor:
         """Decide once which rows of ``hidden [B, n, D]`` survive into layer ``i``; apply it, again if that is replayed.
@@ -66,7 +67,7 @@ class StageRunner:
             if ranking.keeps_all(layout.counts):
                 short, numbers, made = hidden, None, None
             else:
-                short, numbers, made = one_pass(ranking, entering)
+                short, numbers, made = self.passes(ranking, entering)
         else:
             short, numbers, made = self._choose(context, entering)
         if made is not None:

@@ -128,6 +128,15 @@ def _on_device_of(x: torch.Tensor, run: Callable[..., Any]) -> Callable[..., Any
     return guarded
 
 
+def can_run(op: str, x: torch.Tensor) -> bool:
+    """Whether some backend of ``op`` is usable for ``x``."""
+    forced = _forced.get()
+    return any(
+        forced in (None, backend.name) and backend.why_not(x.device, forced is not None) is None
+        for backend in TABLES[op]
+    )
+
+
 def backend_of(op: str, x: torch.Tensor) -> str:
     """The backend that ``choose`` takes, with the reasons against those before it: "reference (triton: ...)".
 

@@ -23,13 +23,14 @@ def operator(
     reference: Function,
     call: Function = lambda run, *args: run(*args),
     *,
+    kernels: str | None = None,
     cuda: bool = False,
     mutates_args: tuple[str, ...] = (),
 ) -> Callable[[Function], Any]:
     """Decorates ``_name``, which returns outputs that are not filled (the fake), and makes it the op ``vlmprune::name``.
 
     Args:
-        reference, cuda: the backends beside the launcher, as for ``register``.
+        reference, kernels, cuda: the backends, as for ``register``.
         call: ``(backend, *arguments)`` to the outputs, where a backend takes other arguments than the op, or where entries
             of tensors on the CPU must be looked at first. Those of a Scoring always are.
         mutates_args: the arguments that the op writes to.
@@ -37,7 +38,7 @@ def operator(
 
     def made(fake: Function) -> Any:
         name = fake.__name__.removeprefix("_")
-        register(name, reference, cuda=cuda)
+        register(name, reference, kernels=kernels, cuda=cuda)
 
         @wraps(fake)
         def run(*args: Any) -> Any:

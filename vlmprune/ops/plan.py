@@ -1,8 +1,8 @@
-"""PrunePlan: prune_tokens for one set of shapes, with every decision and allocation made before the first call."""
+"""Plans: prune_tokens and prune_scored for one set of shapes, with every decision made before the first call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -10,8 +10,12 @@ from torch import Tensor
 
 from vlmprune.errors import check
 from vlmprune.ops._dispatch import choose, register
-from vlmprune.ops.prune_tokens import Pruned, checked
+from vlmprune.ops.prune_tokens import Pruned, PruneKeywords, ScoredKeywords, checked, checked_scored
 from vlmprune.ops.scoring import Scoring, ScoringKeywords
+from vlmprune.ops.selection import Selection
+
+Bound = tuple[Callable[[], None], list[Tensor], list[Tensor]]
+"""What launches, the gathered tensors, the other outputs."""
 
 ALIGNMENT = 16  # bytes; a kernel is compiled for pointers that are multiples of it, or for any
 
@@ -42,17 +46,108 @@ class _Expected(NamedTuple):
         check(False, self.name, where, hex(x.data_ptr()))
 
 
-class PrunePlan:
-    """``prune_tokens`` with workspace, outputs and compiled kernels kept: a run packs pointers and launches.
-
-    A run allocates, compiles and waits for nothing, so it can be captured in a CUDA graph and replayed; it gives the
-    bits of ``prune_tokens``, without gradients. The workspace resets itself. One plan serves one stream at a time.
-    ``bind`` checks tensors once for many runs, ``run`` at every call.
+class _Plan:
+    """Recorded launches and what their tensors must be like; what PrunePlan and ScoredPlan share.
 
     Args:
-        query, key, tensors, keep, width, scoring: examples, as for ``prune_tokens``; the plan keeps shapes, strides, dtypes,
-            device and numbers, and no data of theirs. The kernels must be able to read them in place: lists, masks and
-            weights are contiguous, cos and sin have equal strides.
+        op: whose launches.
+        fields: its arguments by name, but for the tensors to gather.
+        tensors: those.
+        arguments: puts them together again, of ``(tensors, fields)``.
+        own: fields that are no input, though they are tensors.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        fields: dict[str, Any],
+        tensors: Sequence[Tensor],
+        arguments: Callable[[list[Tensor], dict[str, Any]], tuple[Any, ...]],
+        own: Sequence[str] = (),
+    ) -> None:
+        inputs = {name: x for name, x in fields.items() if isinstance(x, Tensor) and name not in own}
+        examples = inputs | {f"tensors[{i}]": x for i, x in enumerate(tensors)}
+        apart = _apart(examples)
+        exchanged = list(apart.values())
+        fields = {name: apart.pop(name, x) for name, x in fields.items()}
+        build = choose("prune_plan", exchanged[0])
+        self._program, outputs = build(op, arguments(list(apart.values()), fields), exchanged)
+        self._names = dict.fromkeys("keep" if name == "quota" else name for name in inputs)
+        self._n = len(tensors)
+        reads_none = outputs[self._n].numel() == 0  # an index of nothing
+        for i, (name, x) in enumerate(examples.items()):
+            read = i in self._program.used or reads_none or x.numel() == 0
+            check(read, name, "a tensor that the kernels can read in place", f"strides {x.stride()}")
+        self._expected = [_Expected.of(name, x) for name, x in examples.items()]
+        self._expected_out = [_Expected.of(f"out[{i}]", x) for i, x in enumerate(outputs[: self._n])]
+        # like the outputs but for their memory, which nobody keeps
+        self._like = [x.new_empty(()).expand(x.shape) for x in outputs]
+
+    def reset(self) -> None:
+        """Make the workspace ready again after a run that was broken off: an ordinary run does so itself."""
+        self._program.reset()
+
+    def _bind(
+        self, every: Mapping[str, Any], tensors: Sequence[Tensor], out: Sequence[Tensor] | None
+    ) -> Bound:
+        """Launches and outputs of these inputs, once they are checked."""
+        inputs = self._inputs(every, tensors)
+        pointers = None if inputs is None else _pointers(inputs, self._expected)
+        if inputs is None or pointers is None or (out is not None and len(out) != self._n):
+            self._explain(every, tensors, out)
+        if out is not None and _pointers(out, self._expected_out) is None:
+            _refuse(out, self._expected_out)
+        assert inputs is not None and pointers is not None
+        return self._ready(inputs, pointers, out)
+
+    def _attempt(self, every: Mapping[str, Any], tensors: Sequence[Tensor]) -> Bound | None:
+        """The same; None where an input is not like its example."""
+        inputs = self._inputs(every, tensors)
+        pointers = None if inputs is None else _pointers(inputs, self._expected)
+        return None if inputs is None or pointers is None else self._ready(inputs, pointers, None)
+
+    def _inputs(self, every: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Tensor] | None:
+        """The inputs in their order, None where one is missing or too many."""
+        given = {name: x for name, x in every.items() if x is not None}
+        if given.keys() != self._names.keys() or len(tensors) != self._n:
+            return None
+        return [*[given[name] for name in self._names], *tensors]
+
+    def _ready(self, inputs: list[Tensor], pointers: list[int], out: Sequence[Tensor] | None) -> Bound:
+        n = self._n
+        if out is None:
+            outputs = [torch.empty_like(x) for x in self._like]
+        else:
+            outputs = [*out, *[torch.empty_like(x) for x in self._like[n:]]]
+        pointers += [x.data_ptr() for x in outputs]
+        return self._program.bind([*inputs, *outputs], pointers), outputs[:n], outputs[n:]
+
+    def _explain(
+        self, every: Mapping[str, Any], tensors: Sequence[Tensor], out: Sequence[Tensor] | None
+    ) -> None:
+        """Raise the InputError that says which argument is missing, too many, or not as in the plan."""
+        given = {name: x for name, x in every.items() if x is not None}
+        for name in [*self._names, *given]:
+            expected = "a tensor as in the plan" if name in self._names else "None as in the plan"
+            got = given.get(name)
+            same = (name in self._names) == (name in given)
+            check(same, name, expected, "a tensor" if isinstance(got, Tensor) else repr(got))
+        for arg, x in (("tensors", tensors), ("out", out)):
+            check(x is None or len(x) == self._n, arg, f"{self._n} tensors as in the plan", len(x or ()))
+        _refuse([*[given[name] for name in self._names], *tensors], self._expected)
+
+
+class PrunePlan(_Plan):
+    """``prune_tokens`` with workspace and compiled kernels kept: a run allocates its outputs, packs pointers and launches.
+
+    A run compiles and waits for nothing; it gives the bits of ``prune_tokens``, without gradients. What it returns is its
+    caller's: no later run touches it. ``bind`` does all but the launches, once for many runs; its function can be captured
+    in a CUDA graph and replayed. The workspace resets itself. Threads may share a plan on one stream; two streams need two.
+
+    Args:
+        query, key, tensors, how: examples, as for ``prune_tokens``; the plan keeps shapes, strides, dtypes, device, numbers
+            and words, and no data of theirs. The kernels must be able to read them in place: lists, masks and weights are
+            contiguous, cos and sin have equal strides.
 
     Raises:
         InputError: as ``prune_tokens``, or an example would have to be copied at every run.
@@ -69,34 +164,12 @@ class PrunePlan:
     """
 
     def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        tensors: Sequence[Tensor],
-        *,
-        keep: int | Tensor,
-        width: int | None = None,
-        **scoring: Unpack[ScoringKeywords],
+        self, query: Tensor, key: Tensor, tensors: Sequence[Tensor], **how: Unpack[PruneKeywords]
     ) -> None:
-        s, tensors, keep, width = checked(query, key, tensors, keep=keep, width=width, **scoring)
+        tensors, selection, s = checked(query, key, tensors, **how)
         check(s.rows.shape[0] > 0, "rows", "at least one sample", tuple(s.rows.shape))
-        fields = {**s._asdict(), "keep": keep}
-        self._named = dict.fromkeys(name for name, x in fields.items() if isinstance(x, Tensor))
-        examples = {name: fields[name] for name in self._named}
-        examples |= {f"tensors[{i}]": x for i, x in enumerate(tensors)}
-        apart = _apart(examples)
-        inputs = list(apart.values())
-        fields = {name: apart.pop(name, x) for name, x in fields.items()}
-        keep = fields.pop("keep")
-        build = choose("prune_plan", query)
-        self._program, result = build(Scoring(**fields), list(apart.values()), keep, width, inputs)
-        self._result = Pruned(*result)
-        for i, (name, x) in enumerate(examples.items()):
-            read = i in self._program.used or self._result.index.numel() == 0 or x.numel() == 0
-            check(read, name, "a tensor that the kernels can read in place", f"strides {x.stride()}")
-        self._expected = [_Expected.of(name, x) for name, x in examples.items()]
-        self._expected_out = [_Expected.of(f"out[{i}]", x) for i, x in enumerate(self._result.tensors)]
-        self._own = [x.data_ptr() for x in self._result.tensors]
+        fields = s._asdict() | selection._asdict()
+        super().__init__("prune_tokens", fields, tensors, _prune_arguments)
 
     def run(self, query: Tensor, key: Tensor, tensors: Sequence[Tensor], **named: Any) -> Pruned:
         """Prune these tensors: ``bind`` them and call what it returns. Arguments and errors are those of ``bind``.
@@ -112,6 +185,8 @@ class PrunePlan:
         tensors: Sequence[Tensor],
         *,
         keep: Tensor | None = None,
+        code: Tensor | None = None,
+        segments: Tensor | None = None,
         out: Sequence[Tensor] | None = None,
         **scoring: Unpack[ScoringKeywords],
     ) -> Callable[[], Pruned]:
@@ -120,60 +195,122 @@ class PrunePlan:
         ``scoring`` takes the keywords of the plan that are tensors.
 
         Args:
-            out: where the gathered tensors go, contiguous, shaped like those the plan returns; None = the plan's own.
+            out: where the gathered tensors go, contiguous, shaped like those the plan returns; None = new ones.
 
         Returns:
             A function that prunes what the tensors hold when it is called; it keeps them alive, and its host time does
-            not depend on how many they are. It returns ``Pruned``, whose tensors (without ``out``), index, count and
-            scores the next run of the plan overwrites.
+            not depend on how many they are. Every call fills, and returns, the same ``Pruned``, which is its own.
 
         Raises:
             InputError: a tensor differs from its example, or one more or one fewer is given.
         """
-        cos, sin = scoring.get("rope") or (None, None)
-        every = {**scoring, "query": query, "key": key, "keep": keep, "rope": None, "cos": cos, "sin": sin}
-        given = {name: x for name, x in every.items() if x is not None}
-        outs = self._result.tensors if out is None else list(out)
-        n = len(self._own)
-        if given.keys() != self._named.keys() or len(tensors) != n or len(outs) != n:
-            self._explain(given, tensors, outs)
-        inputs: list[Any] = [*[given[name] for name in self._named], *tensors]
-        pointers = _pointers(inputs, self._expected)
-        pointers += self._own if out is None else _pointers(outs, self._expected_out)
-        launch = self._program.bind([*inputs, *outs], pointers)
-        result = self._result if out is None else self._result._replace(tensors=outs)
+        select = {"keep": keep, "code": code, "segments": segments}
+        launch, gathered, others = self._bind(_by_name(query, key, scoring) | select, tensors, out)
+        return _returning(launch, Pruned(gathered, *others))
 
-        def run() -> Pruned:
-            launch()
-            return result
-
-        return run
-
-    def reset(self) -> None:
-        """Make the workspace ready again after a run that was broken off: an ordinary run does so itself."""
-        self._program.reset()
-
-    def _explain(self, given: dict[str, object], tensors: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
-        """Raise the InputError that says which argument is missing or too many."""
-        for name in [*self._named, *given]:
-            expected = "a tensor as in the plan" if name in self._named else "None as in the plan"
-            got = given.get(name)
-            same = (name in self._named) == (name in given)
-            check(same, name, expected, "a tensor" if isinstance(got, Tensor) else repr(got))
-        for name, x in (("tensors", tensors), ("out", outs)):
-            n = len(self._own)
-            check(len(x) == n, name, f"{n} tensors as in the plan", len(x))
+    def attempt(self, query: Tensor, key: Tensor, tensors: Sequence[Tensor], **named: Any) -> Pruned | None:
+        """``run``, but None where a tensor is not like its example: what has the numbers of the plan asks here."""
+        bound = self._attempt(_by_name(query, key, named), tensors)
+        if bound is None:
+            return None
+        bound[0]()
+        return Pruned(bound[1], *bound[2])
 
 
-def _pointers(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> list[int]:
-    """Data pointers of tensors that are what the kernels were compiled for; this loop is most of the host time of ``run``."""
+class ScoredPlan(_Plan):
+    """``prune_scored`` with workspace and compiled kernels kept: as ``PrunePlan``, for scores that are there already.
+
+    Args:
+        scores, tensors, how: examples, as for ``prune_scored``.
+
+    Raises:
+        InputError, BackendError: as ``PrunePlan``.
+
+    Example:
+        >>> plan = ops.ScoredPlan(scores, [features], keep=128)  # doctest: +SKIP
+        >>> plan.run(scores, [features]).index.shape  # doctest: +SKIP
+        torch.Size([1, 128])
+    """
+
+    def __init__(self, scores: Tensor, tensors: Sequence[Tensor], **how: Unpack[ScoredKeywords]) -> None:
+        tensors, selection, *rest = checked_scored(scores, tensors, **how)
+        check(scores.shape[0] > 0, "scores", "at least one sample", tuple(scores.shape))
+        fields = dict(zip(_SCORED, rest, strict=True)) | selection._asdict()
+        own = ("columns",) if how.get("columns") is None else ()
+        super().__init__("prune_scored", fields, tensors, _scored_arguments, own)
+
+    def run(self, scores: Tensor, tensors: Sequence[Tensor], **named: Any) -> Pruned:
+        """Prune these tensors: ``bind`` them and call what it returns. Arguments and errors are those of ``bind``."""
+        return self.bind(scores, tensors, **named)()
+
+    def bind(
+        self,
+        scores: Tensor,
+        tensors: Sequence[Tensor],
+        *,
+        out: Sequence[Tensor] | None = None,
+        **named: Tensor | None,
+    ) -> Callable[[], Pruned]:
+        """As ``PrunePlan.bind``; ``named`` takes the keywords of the plan that are tensors."""
+        launch, gathered, others = self._bind({**named, "scores": scores}, tensors, out)
+        return _returning(launch, Pruned(gathered, *others[:2], scores, *others[2:]))
+
+    def attempt(self, scores: Tensor, tensors: Sequence[Tensor], **named: Tensor | None) -> Pruned | None:
+        """As ``PrunePlan.attempt``."""
+        bound = self._attempt({**named, "scores": scores}, tensors)
+        if bound is None:
+            return None
+        bound[0]()
+        return Pruned(bound[1], *bound[2][:2], scores, *bound[2][2:])
+
+
+def _by_name(query: Tensor, key: Tensor, scoring: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs by their names in ``Scoring``."""
+    cos, sin = scoring.get("rope") or (None, None)
+    return {**scoring, "rope": None, "query": query, "key": key, "cos": cos, "sin": sin}
+
+
+_SCORED = ("scores", "columns", "key_mask", "length")  # what prune_scored takes besides tensors and Selection
+
+
+def _prune_arguments(tensors: list[Tensor], fields: dict[str, Any]) -> tuple[Any, ...]:
+    return tensors, _record(Selection, fields), _record(Scoring, fields)
+
+
+def _scored_arguments(tensors: list[Tensor], fields: dict[str, Any]) -> tuple[Any, ...]:
+    return tensors, _record(Selection, fields), *[fields[name] for name in _SCORED]
+
+
+def _record(record: Any, fields: dict[str, Any]) -> Any:
+    return record(*[fields[name] for name in record._fields])
+
+
+def _returning(launch: Callable[[], None], result: Pruned) -> Callable[[], Pruned]:
+    """A function that launches and returns the result."""
+
+    def run() -> Pruned:
+        launch()
+        return result
+
+    return run
+
+
+def _refuse(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> None:
+    """Raise the InputError of the first tensor that is not like its example."""
+    for x, like in zip(tensors, expected, strict=True):
+        if _pointers([x], [like]) is None:
+            like.refuse(x)
+
+
+def _pointers(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> list[int] | None:
+    """Data pointers of tensors that are all what the kernels were compiled for; this loop is most of the host time of ``run``."""
     pointers = []
     for x, like in zip(tensors, expected, strict=True):
         _, shape, stride, dtype, device, zero_bits = like
         pointer = x.data_ptr()
         same = x.shape == shape and x.stride() == stride and x.dtype is dtype and x.device == device
         if not same or pointer & zero_bits:
-            like.refuse(x)
+            return None
         pointers.append(pointer)
     return pointers
 

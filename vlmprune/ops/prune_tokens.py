@@ -223,7 +223,7 @@ def _call_scored(
     return out
 
 
-@operator(reference.prune_scored, _call_scored)
+@operator(reference.prune_scored, _call_scored, kernels="prune_tokens")
 def _prune_scored(
     tensors: list[Tensor],
     selection: Selection,

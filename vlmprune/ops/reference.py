@@ -259,8 +259,9 @@ def survivors(
     index, place = _where(marked[:, first:], s.width, s.left)
     kept, _ = _where(stays, s.most)
     stands = columns.gather(1, kept.clamp(min=0)) - first if N else kept
+    here = (kept >= 0) & (stands >= 0)  # the others are none, or in the past
     stands = place.gather(1, stands.clamp(min=0)) if rows else kept
-    return index, marked[:, first:].sum(1), kept, torch.where(kept >= 0, stands, -1)
+    return index, marked[:, first:].sum(1), kept, torch.where(here, stands, -1)
 
 
 def pack_index(index: Tensor, count: Tensor, cu_seqlens: Tensor, width: int) -> tuple[Tensor, Tensor]:

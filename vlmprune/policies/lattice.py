@@ -100,20 +100,20 @@ def lattice_scores(ctx: TokenContext, kept: Sequence[int]) -> Tensor:
     with as large a share of their tokens as ``kept[b]`` is of those that are left. Never waits for the device.
     """
     table = _lattice_table(ctx.grids, ctx.counts, tuple(kept), ctx.device)
-    return table[:, 1:] if ctx.whole else table.gather(1, ctx.ordinals + 1)
+    return table if ctx.whole else table.gather(1, ctx.ordinals.clamp(min=0))
 
 
 @remembered()
 def _lattice_table(
     grids: tuple[tuple[Grid, ...], ...], counts: tuple[int, ...], kept: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    """The scores of every sample's whole images, behind a 0, which is what padding points to."""
+    """The scores of every sample's whole images, at least one place wide."""
     tables = []
     for own, tokens, count in zip(grids, counts, kept, strict=True):
         ends = accumulate((tokens_in([grid]) for grid in own), initial=0)
         parts = pairwise(end * count // max(tokens, 1) for end in ends)
         scores = (grid_scores(grid, b - a) for grid, (a, b) in zip(own, parts, strict=True))
-        tables.append(torch.cat([torch.zeros(1), *scores]))
+        tables.append(torch.cat([*scores, torch.zeros(0 if own else 1)]))
     return pad_sequence(tables, batch_first=True).to(device)
 
 

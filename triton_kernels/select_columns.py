@@ -1,0 +1,118 @@
+"""Which columns and positions survive, by scores that are there: what the score kernel does behind its scores, alone.
+
+Latency bound: a sample is a few thousand numbers. Tile: CHUNK columns or positions. Grid: (B,).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from vlmprune.triton_kernels._device import span
+from vlmprune.triton_kernels._launch import launch
+from vlmprune.triton_kernels._survivors import choose_survivors
+from vlmprune.triton_kernels.select_topk import KEYS_PER_WARP, MAX_CHUNK, REGISTERS
+
+MIN_CHUNK = 1024  # 4 warps; one kernel serves every shorter row
+
+
+class Choice(NamedTuple):
+    """How columns compete, and where the result goes: arguments that two kernels take in this order."""
+
+    quota: torch.Tensor | None = None  # [B, segments] int64, contiguous; None = keep
+    code: torch.Tensor | None = None  # [B, N] int8, contiguous, or None
+    lengths: torch.Tensor | None = None  # [B, segments] int64, contiguous; None = one segment, all columns
+    place: torch.Tensor | None = None  # [B, longest] int32, contiguous: workspace
+    index: torch.Tensor | None = None  # [B, width] int64, contiguous; packed: [1, width]
+    count: torch.Tensor | None = None  # [B] int64
+    kept: torch.Tensor | None = None  # [B, most] int64, contiguous
+    places: torch.Tensor | None = None  # [B, most] int64, contiguous
+    ends: torch.Tensor | None = None  # [B + 1] like cu_seqlens, or None
+    keep: int = 0
+    segments: int = 1
+    first: int = 0  # position of the first row of the tensors
+    width: int = 0
+    most: int = 0
+    newest: bool = False
+    left: bool = False
+
+    @classmethod
+    def of(cls, selection, columns, longest, rows, cu_seqlens=None):
+        """Allocate for a Selection."""
+        (B, _), s = columns.shape, selection
+        quota, code, lengths = (None if x is None else x.contiguous() for x in (s.quota, s.code, s.segments))
+        shapes = ((B if cu_seqlens is None else 1, s.width), (B,), (B, s.most), (B, s.most))
+        outputs = [columns.new_empty(shape) for shape in shapes]
+        ends = None if cu_seqlens is None else torch.empty_like(cu_seqlens)
+        place = columns.new_empty((B, longest), dtype=torch.int32)
+        segments = 1 if lengths is None else lengths.shape[1]
+        sizes = (s.keep, segments, longest - rows, s.width, s.most)
+        return cls(quota, code, lengths, place, *outputs, ends, *sizes, s.newest, s.left)
+
+    def clear(self):
+        """What a packed batch of no samples leaves."""
+        self.index.fill_(-1)
+        if self.ends is not None:
+            self.ends.zero_()
+
+
+@triton.jit(
+    do_not_specialize=["N", "S", "longest", "keep", "segments", "first", "width", "most"],
+)
+def _select_columns_kernel(
+    scores_ptr,  # [B, N] float32, contiguous
+    columns_ptr,  # [B, N] int64, contiguous
+    key_mask_ptr,  # [B, S] uint8, contiguous, or None
+    cu_seqlens_ptr,  # [B + 1], contiguous, or None
+    N,
+    S,
+    longest,
+    quota_ptr,  # from here on a Choice
+    code_ptr,
+    segments_ptr,
+    place_ptr,
+    index_ptr,
+    count_ptr,
+    kept_ptr,
+    places_ptr,
+    ends_ptr,
+    keep,
+    segments,
+    first,
+    width,
+    most,
+    NEWEST: tl.constexpr,
+    LEFT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    start_k, length = span(cu_seqlens_ptr, b, S, longest)
+    if key_mask_ptr is not None:
+        key_mask_ptr += b * S
+    choose_survivors(
+        (scores_ptr + b * N, columns_ptr + b * N, key_mask_ptr, N, length, first),
+        (quota_ptr, code_ptr, segments_ptr, keep, segments),
+        (place_ptr, index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr),
+        (start_k, longest, width, most),
+        b,
+        tl.num_programs(0) - 1,
+        NEWEST,
+        LEFT,
+        CHUNK,
+        ONE_CHUNK,
+    )
+
+
+def chunks(N, max_chunk=MAX_CHUNK):
+    """Columns at a time and warps for ``N`` columns: one of two, so that prompts of many lengths meet few kernels."""
+    chunk = MIN_CHUNK if N <= MIN_CHUNK else max_chunk
+    return {"CHUNK": chunk, "ONE_CHUNK": chunk >= N, "num_warps": chunk // KEYS_PER_WARP}
+
+
+def select_columns(scores, columns, key_mask, cu_seqlens, S, choice):
+    """Launch one program a sample; all as the kernel has it."""
+    N = scores.shape[1]
+    args = (scores, columns, key_mask, cu_seqlens, N, S, choice.place.shape[1])
+    launch(_select_columns_kernel, (len(scores),), *args, *choice, **chunks(N), **REGISTERS)
