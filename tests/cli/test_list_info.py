@@ -88,12 +88,14 @@ def test_info_json():
     row = found["ops"]["cpu"]["select_topk"]
     assert row["backend"] == "reference"
     assert row["refused"]["triton"]
+    assert found["stages"]["fastv"] == {"2": "one pass"}
+    assert found["stages"]["vscan"] == {"0": "chooses by itself", "16": "one pass"}
 
 
 def test_info_table():
     done = cli("info")
     assert done.exit_code == 0, done.stderr
-    for word in ("torch", "transformers", "ops on cpu", "gather_tokens", "reference"):
+    for word in ("torch", "transformers", "ops on cpu", "gather_tokens", "reference", "one pass"):
         assert word in done.stdout
 
 

@@ -120,6 +120,12 @@ def show_info(as_json: bool) -> None:
         kernels = [(kernel, why or "-") for kernel, why in found["attention"][device].items()]
         title = f'attn_implementation="vlmprune" on {device}'
         show(table(("kernel", "why not"), kernels, title=title, title_justify="left"))
+    stages = [
+        (name, "\n".join(f"layer {layer}: {path}" for layer, path in own.items()) or "as set")
+        for name, own in found["stages"].items()
+    ]
+    title = "stages (one pass: prune_tokens or prune_scored on the backends above)"
+    show(table(("policy", "how its stages run"), stages, title=title, title_justify="left"))
 
 
 def describe_machine() -> dict[str, Any]:
@@ -134,7 +140,16 @@ def describe_machine() -> dict[str, Any]:
         "devices": _devices(),
         "ops": {kind: {op: describe_op(op, kind) for op in sorted(TABLES)} for kind in kinds},
         "attention": {kind: dict(explain_attention(kind)) for kind in kinds},
+        "stages": {name: describe_stages(cls) for name, cls in load_policies()[0].items()},
     }
+
+
+def describe_stages(cls: type[PruningPolicy]) -> dict[str, str]:
+    """By stage layer, whether a policy with its defaults runs there as one fused pass, on the backends of the ops above."""
+    if MISSING in fields_of(cls).values():
+        return {}
+    policy = cls()
+    return {str(layer): "one pass" if policy.ranks(layer) else "chooses by itself" for layer in policy.layers}
 
 
 def describe_op(op: str, device: str) -> dict[str, Any]:

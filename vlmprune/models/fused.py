@@ -23,7 +23,7 @@ PLANS = 64
 def why_not(ranking: Ranking | None, entering: Entering, policy: PruningPolicy) -> str | None:
     """Why a stage cannot run as one pass; None if it can."""
     if ranking is None:
-        return f"{type(policy).__name__} selects by itself"
+        return f"{type(policy).__name__} chooses by itself"
     if entering.predicting is not None:
         return "in training the rows that predict labels stay, whatever their score"
     if entering.layout.end is not None:

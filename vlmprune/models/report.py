@@ -45,7 +45,8 @@ class FlopCounts:
 class Report:
     """Numbers of the latest prefill and the decoding after it.
 
-    ``visual_tokens`` is the mean per sample before pruning. ``kv_bytes`` is what the KV cache held after the latest prompt
+    ``visual_tokens`` is the mean per sample before pruning. ``paths`` says of each stage whether it ran as one fused pass, and
+    on which kernels, or why not. ``kv_bytes`` is what the KV cache held after the latest prompt
     chunk, of the whole batch and with the text; of a static cache all it allocates. Decode steps that were compiled as
     a whole are neither timed nor counted: no hook runs in them.
     """
@@ -57,6 +58,7 @@ class Report:
     seconds: Seconds
     decode_steps: int
     kv_bytes: int = 0
+    paths: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
@@ -120,4 +122,5 @@ class Run:
             seconds=seconds if full else dataclasses.replace(seconds, vision=0.0),
             decode_steps=prompt.marks.steps,
             kv_bytes=prompt.kv_bytes or 0,
+            paths=tuple(stage.path for stage in self.stages),
         )

@@ -20,7 +20,7 @@ from vlmprune.models.layout import Layout, moved, text_rows
 from vlmprune.models.prefill import Decision, Entering, Prefill, Rope
 from vlmprune.models.vision_reads import VisionReads
 from vlmprune.policies.answer import check_selection
-from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext, ranking_of
+from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext
 
 
 class StageContext(TokenContext):
@@ -59,7 +59,7 @@ class StageRunner:
         entering = prefill.entering(i, hidden, rope)
         with torch.no_grad():
             context = self._context(prefill, entering)
-            ranking = ranking_of(self.policy, context)
+            ranking = self.policy.rank(context) if self.policy.ranks(i) else None
         path, layout = why_not(ranking, entering, self.policy), entering.layout
         if path is None and ranking is not None:
             path = f"one pass ({ops.backend_of('prune_tokens', hidden)})"

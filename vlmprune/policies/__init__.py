@@ -10,12 +10,14 @@ from vlmprune.policies.base import AttentionInputs as AttentionInputs
 from vlmprune.policies.base import Grid as Grid
 from vlmprune.policies.base import Needs as Needs
 from vlmprune.policies.base import PruningPolicy as PruningPolicy
+from vlmprune.policies.base import Ranking as Ranking
 from vlmprune.policies.base import Reduction as Reduction
 from vlmprune.policies.base import TokenContext as TokenContext
 from vlmprune.policies.base import VisionAttention as VisionAttention
 from vlmprune.policies.base import attention_of as attention_of
 from vlmprune.policies.base import outcome as outcome
 from vlmprune.policies.by_image import images_of as images_of
+from vlmprune.policies.by_image import ranked as ranked
 from vlmprune.policies.by_image import spent as spent
 from vlmprune.policies.cdpruner import CDPruner as CDPruner
 from vlmprune.policies.checks import check_keep as check_keep

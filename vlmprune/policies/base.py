@@ -12,15 +12,15 @@ from torch import Tensor
 
 from vlmprune.errors import check, require
 from vlmprune.policies.checks import check_word, plain, share_of
+from vlmprune.policies.chosen import Positions as Positions
+from vlmprune.policies.chosen import Ranking as Ranking
+from vlmprune.policies.chosen import Reduction as Reduction
+from vlmprune.policies.chosen import outcome as outcome
 from vlmprune.policies.counts import keep_count
 from vlmprune.policies.inputs import AttentionInputs as AttentionInputs
 from vlmprune.policies.inputs import Grid as Grid
 from vlmprune.policies.inputs import Needs as Needs
 from vlmprune.policies.inputs import VisionAttention as VisionAttention
-from vlmprune.policies.ranking import Ranking as Ranking
-
-Positions = Literal["pack", "keep"]
-"""Where the kept rows stand for RoPE: at 0, 1, 2, ... without gaps, or at the positions they had."""
 
 
 def tokens_in(grids: Iterable[Grid]) -> int:
@@ -98,32 +98,6 @@ class TokenContext:
         return tuple(tuple(rows * columns for rows, columns in grids) for grids in self.grids)
 
 
-@dataclass(frozen=True)
-class Reduction:
-    """A choice that also changes the tokens: rows merged or made anew, another order, other positions.
-
-    Attributes:
-        index: ``[B, K]`` int64 whose places among the entering tokens are used, each once, -1 on the right. The rows
-            stand in this order where the image stood; a merged token may so follow the kept ones.
-        hidden: ``[B, K, D]`` the rows' new hidden states, or None to keep theirs.
-        positions: "keep" the rotary positions of the places used, or "pack" all rows to 0, 1, 2, ... without gaps.
-    """
-
-    index: Tensor
-    hidden: Tensor | None = None
-    positions: Positions = "keep"
-
-
-def outcome(index: Tensor, positions: Positions, hidden: Tensor | None = None) -> Tensor | Reduction:
-    """A bare index where tokens are only dropped and keep their positions, else a Reduction.
-
-    Example:
-        >>> outcome(torch.tensor([[0, 2]]), "keep")
-        tensor([[0, 2]])
-    """
-    return index if hidden is None and positions == "keep" else Reduction(index, hidden, positions)
-
-
 KEEPS = "a setting 'keep', or `at` and `kept` of its own"
 
 
@@ -196,12 +170,23 @@ class PruningPolicy:
         """What ``select`` reads from its context at this stage."""
         return Needs()
 
-    def rank(self, ctx: TokenContext) -> Ranking | None:
-        """The choice as data, for a method that scores tokens and keeps the best ones: it runs as one fused pass.
+    def ranks(self, layer: int) -> bool:
+        """Whether the choice at this stage is that of ``rank``, and so runs as one fused pass; else ``select`` chooses.
 
-        A sample with tokens keeps at least one. None = ``select`` chooses at this stage.
+        By default it is where ``rank`` is defined, unless a subclass overrides ``select`` alone.
         """
-        return None
+        return self._ranks
+
+    def rank(self, ctx: TokenContext) -> Ranking:
+        """The choice as data, for a method that scores tokens and keeps the best ones. A sample with tokens keeps one at least.
+
+        Example:
+            >>> from vlmprune import Random
+            >>> Random(keep=3).rank(ctx).keep  # per image, of samples of one and of two
+            (3, 6)
+        """
+        check(False, type(self).__name__, "`rank` of its own at a stage where it ranks", "none")
+        raise AssertionError
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         """Which of the visual tokens entering the stage stay: ``[B, K]`` int64 in 0..N-1, ascending, -1 on the right.
@@ -211,7 +196,7 @@ class PruningPolicy:
         a ``Reduction``. One broken sample (NaN, infinities) must change nothing for the others;
         ``vlmprune.testing.check_policy`` tries all of this.
         """
-        ranking = require(self.rank(ctx), type(self).__name__, "`rank` or `select` of its own")
+        ranking = self.rank(ctx)
         return outcome(ranking.index(ctx), ranking.positions)
 
     def at(self, share: float) -> Self:
@@ -276,17 +261,6 @@ class PruningPolicy:
         from vlmprune.policies.compose import Intersection
 
         return Intersection(self, other, earlier_kv=_joint(self, other))
-
-
-def ranking_of(policy: PruningPolicy, ctx: TokenContext) -> Ranking | None:
-    """What ``policy.rank`` says; None if the policy, or a subclass that overrides ``select`` alone, selects by itself.
-
-    Example:
-        >>> from vlmprune import DivPrune, Random
-        >>> ranking_of(Random(keep=3), ctx).keep, ranking_of(DivPrune(), ctx)
-        ((3, 6), None)
-    """
-    return policy.rank(ctx) if policy._ranks else None
 
 
 def _joint(one: PruningPolicy, other: PruningPolicy) -> Literal["full", "compact"]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import InputError, check
-from vlmprune.policies.base import Needs, PruningPolicy, Ranking, Reduction, TokenContext, ranking_of
+from vlmprune.policies.base import Needs, PruningPolicy, Ranking, Reduction, TokenContext
 from vlmprune.policies.checks import share_of
 from vlmprune.policies.choose import index_of, marks
 from vlmprune.policies.counts import union_count
@@ -58,8 +58,11 @@ class Stages(PruningPolicy):
     def needs(self, layer: int) -> Needs:
         return self._policy(layer).needs(layer)
 
-    def rank(self, ctx: TokenContext) -> Ranking | None:
-        return ranking_of(self._policy(ctx.layer), ctx)
+    def ranks(self, layer: int) -> bool:
+        return self._policy(layer).ranks(layer)
+
+    def rank(self, ctx: TokenContext) -> Ranking:
+        return self._policy(ctx.layer).rank(ctx)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         return self._policy(ctx.layer).select(ctx)

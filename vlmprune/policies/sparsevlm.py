@@ -112,9 +112,12 @@ class SparseVLM(PruningPolicy):
     def needs(self, layer: int) -> Needs:
         return Needs(hidden=self.recycle, attention="previous", rows="text", embeds=True)
 
-    def rank(self, ctx: TokenContext) -> Ranking | None:
+    def ranks(self, layer: int) -> bool:
+        return super().ranks(layer) and not self.recycle
+
+    def rank(self, ctx: TokenContext) -> Ranking:
         """The choice without recycling."""
-        return None if self.recycle else Ranking(*self._rated(ctx), positions=self.positions)
+        return Ranking(*self._rated(ctx), positions=self.positions)
 
     def _rated(self, ctx: TokenContext) -> tuple[Tensor | Rating, tuple[int, ...]]:
         weights = rater_weights(ctx)

@@ -93,10 +93,11 @@ class VScan(PruningPolicy):
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         return self._scan(ctx) if ctx.layer == 0 else super().select(ctx)
 
-    def rank(self, ctx: TokenContext) -> Ranking | None:
+    def ranks(self, layer: int) -> bool:
         """Stage 2; stage 1 merges."""
-        if ctx.layer == 0:
-            return None
+        return super().ranks(layer) and layer != 0
+
+    def rank(self, ctx: TokenContext) -> Ranking:
         seen = attention_of(ctx)
         return ranked(ctx, self, seen.rating(seen.last), positions=self.positions)
 

@@ -1,8 +1,4 @@
-"""A choice said as data: scores, how many of the best stay, and which tokens stay or go whatever their score.
-
-``PruningPolicy.rank`` returns it. The runner hands it to one fused op together with everything that gets shorter;
-``Ranking.index`` is the same choice alone, for ``select``.
-"""
+"""What a policy may answer besides a bare index: a Reduction, which changes tokens, or a Ranking, a choice said as data."""
 
 from __future__ import annotations
 
@@ -23,9 +19,42 @@ if TYPE_CHECKING:
 Counts = tuple[int, ...]
 
 
+Positions = Literal["pack", "keep"]
+"""Where the kept rows stand for RoPE: at 0, 1, 2, ... without gaps, or at the positions they had."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A choice that also changes the tokens: rows merged or made anew, another order, other positions.
+
+    Attributes:
+        index: ``[B, K]`` int64 whose places among the entering tokens are used, each once, -1 on the right. The rows
+            stand in this order where the image stood; a merged token may so follow the kept ones.
+        hidden: ``[B, K, D]`` the rows' new hidden states, or None to keep theirs.
+        positions: "keep" the rotary positions of the places used, or "pack" all rows to 0, 1, 2, ... without gaps.
+    """
+
+    index: Tensor
+    hidden: Tensor | None = None
+    positions: Positions = "keep"
+
+
+def outcome(index: Tensor, positions: Positions, hidden: Tensor | None = None) -> Tensor | Reduction:
+    """A bare index where tokens are only dropped and keep their positions, else a Reduction.
+
+    Example:
+        >>> outcome(torch.tensor([[0, 2]]), "keep")
+        tensor([[0, 2]])
+    """
+    return index if hidden is None and positions == "keep" else Reduction(index, hidden, positions)
+
+
 @dataclass(frozen=True)
 class Ranking:
-    """The best of the entering tokens.
+    """The best of the entering tokens: scores, how many stay, and which stay or go whatever their score.
+
+    ``PruningPolicy.rank`` returns it. The runner hands it to one fused op together with everything that gets shorter;
+    ``index`` is the same choice alone.
 
     Attributes:
         scores: ``[B, N]`` float, the higher survives, ties go to the lower number and NaN ranks below everything; or a
@@ -43,7 +72,7 @@ class Ranking:
     images: tuple[Counts, ...] | None = None
     code: Tensor | None = None
     extra: Counts | None = None
-    positions: Literal["keep", "pack"] = "keep"
+    positions: Positions = "keep"
 
     @property
     def least(self) -> Counts:
