@@ -10,7 +10,7 @@ import transformers
 from packaging.version import Version
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
-from transformers.cache_utils import QuantizedLayer
+from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
 import vlmprune
 from helpers.tiny import LAYERS, dropped_from, generate, make_batch, make_model, oracle
@@ -159,7 +159,7 @@ class Rounded(QuantizedLayer):
         return q_tensor[0] * q_tensor[1]
 
 
-class PrunedRounded(cache_layers.PrunedQuantizedLayer, Rounded):
+class PrunedRounded(cache_layers.PrunedLayer, Rounded):
     pass
 
 
@@ -213,6 +213,14 @@ def test_quantized_cache_cannot_be_compacted(model, rounded):
     policy = vlmprune.FastV(layer=2, earlier_kv="compact")
     with pytest.raises(ModelError, match=r"^earlier_kv: expected 'full' with a quantized cache"):
         pruned(model, make_batch(ONE), policy, past_key_values=rounded)
+
+
+def test_a_cache_is_compacted_whole_or_not_at_all(model, rounded):
+    """The layer that can be compacted comes first, and still holds what it held."""
+    rounded.layers[0] = DynamicLayer()
+    with pytest.raises(ModelError, match=r"^earlier_kv: expected 'full' with a quantized cache"):
+        pruned(model, make_batch(ONE), vlmprune.FastV(layer=2, earlier_kv="compact"), past_key_values=rounded)
+    assert type(rounded.layers[0]) is DynamicLayer and rounded.layers[0].get_seq_length() == 28
 
 
 def test_an_unknown_kind_is_refused_before_anything_runs(model):

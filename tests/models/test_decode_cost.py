@@ -70,3 +70,11 @@ def test_layers_of_a_stage_share_what_a_padded_batch_costs():
     plain = decode_ops(model, specs, None)
     early, late = (decode_ops(model, specs, vlmprune.Random(layer=layer)) for layer in (1, 4))
     assert len(early) == len(late) > len(plain)
+
+
+def test_compacted_layers_of_a_padded_batch_share_a_mask():
+    model, specs = make_model(), [["I", 9, "I", 4], [3, "I", 5]]
+    early, late = (
+        decode_ops(model, specs, vlmprune.Random(layer=layer, earlier_kv="compact")) for layer in (1, 4)
+    )
+    assert len(early) == len(late)

@@ -11,7 +11,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from vlmprune.errors import ModelError
-from vlmprune.models.host.cache_layers import PRUNED, PrunedDynamicLayer, PrunedStaticLayer, lengthen
+from vlmprune.models.host.cache_layers import (
+    PRUNED,
+    PrunedDynamicLayer,
+    PrunedStaticLayer,
+    keep_entries,
+    lengthen,
+)
 from vlmprune.models.host.cache_view import (
     check_cache,
     entries,
@@ -100,16 +106,31 @@ def test_a_static_layer_writes_where_the_stored_entries_end():
 def test_keeping_some_entries(kind):
     layer = pruned()[1] if kind == "dynamic" else static()
     storage = layer.keys.data_ptr()
-    index = torch.tensor([[0, 3, 4], [-1, 2, 4]])
+    index = torch.tensor([[0, 3, 4], [-1, 2, 4] if kind == "dynamic" else [2, 4, -1]])
     before = layer.keys.clone()
-    layer.keep_entries(index, index >= 0, 5)
+    keep_entries([layer], index, kind == "static")
+    layer.forget(2, index >= 0)
     assert (int(layer.get_seq_length()), int(layer.stored()), layer.dropped) == (9, 3, 6)
     assert layer.valid[:, :3].tolist() == (index >= 0).tolist()
     kept = held_keys(layer, 3, torch.device("cpu"))[:, 0, :, 0]
-    assert (
-        kept.tolist() == torch.where(index >= 0, before[:, 0, :, 0].gather(1, index.clamp(min=0)), 0).tolist()
-    )
+    want = before[:, 0, :, 0].gather(1, index.clamp(min=0))
+    assert torch.equal(kept[index >= 0], want[index >= 0])
     assert (layer.keys.data_ptr() == storage) == (kind == "static")
+
+
+def test_a_crop_that_reaches_padding_of_a_static_layer_is_refused():
+    """Which of a shorter sample's tokens it would forget, only padding knows."""
+    layer = static()
+    keep_entries([layer], torch.tensor([[0, 3, 4], [2, 4, -1]]), True)
+    layer.forget(2, torch.tensor([[True] * 3, [True, True, False]]))
+    layer.admit()
+    layer.update(states(2, 1, 6), states(2, 1, 6))
+    with pytest.raises(
+        ValueError, match=r"^tokens_to_remove: expected a number that reaches no padding .* got -2$"
+    ):
+        layer.crop(-2)
+    assert int(layer.stored()) == 4
+    assert layer._all_valid(3, 4)  # the one that decoding wrote
 
 
 def test_a_reset_layer_is_as_it_was_before_pruning():

@@ -6,6 +6,7 @@ the tensors hold fewer entries (stored) is what lets every generation feature go
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -99,10 +100,9 @@ class PrunedLayer(Plain):  # type: ignore[misc]
         """Which keys the rows ``hidden [B, n, D]`` to come may see at all: bool ``[B, past + n]``, None = all."""
         return None if valid is None else lengthen(valid, int(past) + hidden.shape[1])
 
-    def keep_entries(self, at: Tensor, valid: Tensor | None, stored: int) -> None:
-        """Hold only the entries at key positions ``at [B, n]`` (-1 = padding) of the ``stored`` ones; ``valid [B, n]`` or None."""
-        self.keys, self.values = ops.gather_tokens([self.keys, self.values], at.to(self.keys.device))
-        self.valid, self.dropped = valid, self.dropped + stored - at.shape[1]
+    def forget(self, count: int, valid: Tensor | None) -> None:
+        """Count as dropped what ``keep_entries`` removes; ``valid`` is of the entries that stay."""
+        self.valid, self.dropped = valid, self.dropped + count
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens, which must lie behind the pruned ones: not down to a length, as a positive one means."""
@@ -110,9 +110,15 @@ class PrunedLayer(Plain):  # type: ignore[misc]
         if not least <= tokens_to_remove <= 0:
             expected = f"a negative number, at least {least}, on a pruned cache layer"
             raise InputError(f"tokens_to_remove: expected {expected}, got {tokens_to_remove}")
+        if self.static and not self._all_valid(tokens_to_remove - least, -least):
+            expected = "a number that reaches no padding in a static cache (compacting leaves it behind the shorter samples)"
+            raise InputError(f"tokens_to_remove: expected {expected}, got {tokens_to_remove}")
         super().crop(tokens_to_remove)
         if self.valid is not None and not self.static:  # what a static one writes next is valid as well
             self.valid = self.valid[:, : self.stored()]
+
+    def _all_valid(self, start: int, end: int) -> bool:
+        return self.valid is None or bool(self.valid[:, start:end].all())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder for beam search."""
@@ -172,33 +178,17 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):  # type: ignore[misc]  # unty
         written = (order < past + hidden.shape[1]).expand(hidden.shape[0], -1)
         return written if valid is None else written & lengthen(valid, self.max_cache_len)
 
-    def keep_entries(self, at: Tensor, valid: Tensor | None, stored: int) -> None:
-        """The same in place: the allocation stays, the freed entries are written next."""
-        n = at.shape[1]
-        for whole, kept in zip(
-            (self.keys, self.values), ops.gather_tokens([self.keys, self.values], at), strict=True
-        ):
-            whole[:, :, :n].copy_(kept)
-        self.cumulative_length.fill_(n)
-        self.valid = None if valid is None else lengthen(valid, self.max_cache_len)
-        self.dropped += stored - n
+    def forget(self, count: int, valid: Tensor | None) -> None:
+        """The same; the allocation stays, and the freed entries are written next."""
+        super().forget(count, None if valid is None else lengthen(valid, self.max_cache_len))
+        self.cumulative_length.sub_(count)
 
 
-class PrunedQuantizedLayer(PrunedLayer):
-    """Quantized kinds: stored entries cannot be taken apart again."""
-
-    def keep_entries(self, at: Tensor, valid: Tensor | None, stored: int) -> None:
-        """Not possible."""
-        raise ModelError(
-            "earlier_kv: expected 'full' with a quantized cache (its entries cannot be removed), got 'compact'"
-        )
-
-
-class PrunedQuantoLayer(PrunedQuantizedLayer, QuantoQuantizedLayer):  # type: ignore[misc]  # untyped base
+class PrunedQuantoLayer(PrunedLayer, QuantoQuantizedLayer):  # type: ignore[misc]  # untyped base
     """Quantized by optimum-quanto."""
 
 
-class PrunedHQQLayer(PrunedQuantizedLayer, HQQQuantizedLayer):  # type: ignore[misc]  # untyped base
+class PrunedHQQLayer(PrunedLayer, HQQQuantizedLayer):  # type: ignore[misc]  # untyped base
     """Quantized by HQQ."""
 
 
@@ -209,7 +199,7 @@ KINDS: list[type] = [PrunedDynamicLayer, PrunedStaticLayer, PrunedQuantoLayer, P
 
 if hasattr(cache_utils, "Fp8QuantizedLayer"):  # since transformers 5.18
 
-    class PrunedFp8Layer(PrunedQuantizedLayer, cache_utils.Fp8QuantizedLayer):  # type: ignore[misc]
+    class PrunedFp8Layer(PrunedLayer, cache_utils.Fp8QuantizedLayer):  # type: ignore[misc]
         """Quantized to 8-bit floats."""
 
     KINDS.append(PrunedFp8Layer)
@@ -217,3 +207,17 @@ if hasattr(cache_utils, "Fp8QuantizedLayer"):  # since transformers 5.18
 
 PRUNED = {kind.__bases__[1]: kind for kind in KINDS}
 """Pruned class by the class of the layer that becomes one."""
+
+
+def keep_entries(layers: Sequence[Any], at: Tensor, static: bool) -> None:
+    """Hold only the entries at key positions ``at [B, n]`` (-1 = padding), in layers of one kind on one device, in one call.
+
+    Growing layers get new, smaller tensors. Static ones keep theirs: there positions ascend, with padding on the right.
+    """
+    # detached: a prefill with gradients leaves a graph
+    held = [x.detach() for layer in layers for x in (layer.keys, layer.values)]
+    if static:
+        return ops.compact_kv(held, at)
+    kept = ops.gather_tokens(held, at)
+    for layer, keys, values in zip(layers, kept[::2], kept[1::2], strict=True):
+        layer.keys, layer.values = keys, values
