@@ -83,3 +83,15 @@ def test_a_prefill_goes_on_with_what_the_reference_gives(dtype):
     assert torch.equal(logits, expected)
     assert "_gather_tokens_kernel" in [launch.name for launch in launches]
     assert {launch.stream for launch in launches} == {STREAM}
+
+
+def test_runs_of_a_plan_return_what_the_reference_gives():
+    key, hidden = torch.eye(6, 8)[None, None], torch.arange(12.0).view(1, 6, 2)
+    lists = {"rows": torch.tensor([[5]]), "columns": torch.tensor([[1, 2, 3, 4]])}
+    with recording_driver(ops=True):
+        plan = ops.PrunePlan(key[:, :, 3:4], key, [hidden], **lists, keep=1)
+        for wanted in (3, 4):
+            query = key[:, :, wanted : wanted + 1]
+            out = plan.run(query, key, [hidden], **lists)
+            assert out.index.tolist() == [[0, wanted, 5]] and out.kept.tolist() == [[wanted - 1]]
+            assert torch.equal(out.tensors[0], hidden[:, [0, wanted, 5]])

@@ -13,7 +13,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from vlmprune.ops import _dispatch
+from helpers.launching_ops import launching_ops
 
 SOURCE = Path(__file__).with_suffix(".c")
 STREAM = 7  # the current one, so that none can pass for it by accident
@@ -122,6 +122,9 @@ class _Device(int):
     def __eq__(self, other: object) -> bool:
         return other is self or other is None
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
     __hash__ = object.__hash__
 
 
@@ -177,6 +180,8 @@ def _recorder() -> Any:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # as Triton looks for one
     if compiler is None:
         pytest.skip("there is no C compiler")
+    if _is_loaded("libcuda.so.1"):
+        pytest.skip("this process has loaded a CUDA driver")
     source = SOURCE.read_bytes()
     path = Path(knobs.cache.dir) / "recorder" / hashlib.sha256(source).hexdigest()[:16] / "libcuda.so.1"
     if not path.exists():
@@ -186,12 +191,18 @@ def _recorder() -> Any:
         subprocess.run([compiler, *flags, SOURCE, "-o", own], check=True)
         own.replace(path)
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    if ctypes.CDLL("libcuda.so.1")._handle != library._handle:
-        pytest.skip("this process has loaded a CUDA driver")
     library.recorder_launch.restype = ctypes.POINTER(_Raw)
     library.recorder_describe.argtypes = (ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int)
     library.path = path
     return library
+
+
+def _is_loaded(library: str) -> bool:
+    try:
+        ctypes.CDLL(library, mode=os.RTLD_NOLOAD)
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -199,23 +210,19 @@ def recording_driver(*, ops: bool = False) -> Iterator[Recorder]:
     """Inside, kernels are launched onto a recorder, which this yields. Their outputs stay as they were allocated.
 
     Args:
-        ops: whether vlmprune's ops launch kernels for tensors on the CPU. What they return is then what their reference
-            computes, written where the kernels would have, so that a model can go on with it.
+        ops: whether vlmprune's ops launch, and their outputs are filled, as ``launching_ops`` says.
     """
-    library, active, tables = _recorder(), driver._active, {**_dispatch.TABLES}
+    library, active = _recorder(), driver._active
     library.recorder_clear()
-    with knobs.nvidia.scope():
+    with knobs.nvidia.scope(), launching_ops() if ops else nullcontext():
         knobs.nvidia.libcuda_path = str(library.path.parent)
         _forget_libraries()
         recording = _Driver(library, nvidia.CudaUtils())
         driver.set_active(recording)
-        if ops:
-            _dispatch.TABLES.update({op: _launching(table) for op, table in tables.items()})
         try:
             yield Recorder(library, recording.kernels)
         finally:
             driver._active = active
-            _dispatch.TABLES.update(tables)
             _forget_libraries()
 
 
@@ -223,33 +230,3 @@ def _forget_libraries() -> None:
     """Where libcuda.so.1 is, Triton looks up once."""
     nvidia.libcuda_dirs.cache_clear()
     nvidia.library_dirs.cache_clear()
-
-
-def _launching(table: Any) -> tuple[_dispatch.Backend, ...]:
-    """The launcher of an op, for any device, then its reference into the launcher's outputs."""
-    found = {backend.name: backend.load for backend in table}
-
-    def load() -> Any:
-        launcher = found["triton"]()
-        if "reference" not in found:
-            return launcher
-        reference = found["reference"]()
-
-        def run(*args: Any) -> Any:
-            out = launcher(*args)
-            _write(out, reference(*args))
-            return out
-
-        return run
-
-    return (_dispatch.Backend("triton", load, _dispatch.always),)
-
-
-def _write(out: Any, values: Any) -> None:
-    """Fill the tensors of ``out`` in place."""
-    if isinstance(out, torch.Tensor):
-        assert out.shape == values.shape, f"the launcher made {out.shape}, the reference {values.shape}"
-        out.copy_(values)
-    elif isinstance(out, tuple | list):
-        for inner, value in zip(out, values, strict=True):
-            _write(inner, value)
