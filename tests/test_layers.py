@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BASE = {"env", "errors"}
 ALLOWED = {
+    "constants": set(),
     "env": set(),
     "errors": set(),
     "flops": {"errors"},
@@ -15,8 +16,8 @@ ALLOWED = {
     "register": set(),
     "triton_kernels": set(),
     "ops": BASE | {"triton_kernels"},
-    "policies": BASE | {"flops", "ops"},
-    "models": BASE | {"flops", "ops", "policies", "register"},
+    "policies": BASE | {"constants", "flops", "ops"},
+    "models": BASE | {"constants", "flops", "ops", "policies", "register"},
     "checkpoints": BASE | {"policies", "models"},
     "testing": BASE | {"policies", "models"},
     "eval": BASE | {"flops", "images", "policies", "models", "checkpoints"},

@@ -192,7 +192,8 @@ class Engine:
         decided = prefill.decision(depth)
         if decided is not None:
             if self.policy is not None and self.policy.earlier_kv == "compact" and cache is not None:
-                compact_earlier(cache, prefill, depth)
+                with self.clock.selection():
+                    compact_earlier(cache, prefill, depth)
             layout, short = decided.layout, output.last_hidden_state
             assert layout.origin is not None
             origin, padded = layout.origin.to(short.device), layout.valid is not None

@@ -129,7 +129,12 @@ def _on_device_of(x: torch.Tensor, run: Callable[..., Any]) -> Callable[..., Any
 
 
 def can_run(op: str, x: torch.Tensor) -> bool:
-    """Whether some backend of ``op`` is usable for ``x``."""
+    """Whether some backend of ``op`` is usable for ``x``.
+
+    Example:
+        >>> ops.can_run("gather_tokens", torch.zeros(1))  # the reference runs anywhere
+        True
+    """
     forced = _forced.get()
     return any(
         forced in (None, backend.name) and backend.why_not(x.device, forced is not None) is None
@@ -141,7 +146,7 @@ def backend_of(op: str, x: torch.Tensor) -> str:
     """The backend that ``choose`` takes, with the reasons against those before it: "reference (triton: ...)".
 
     Example:
-        >>> backend_of("gather_tokens", torch.zeros(1)).split(" ")[0]
+        >>> ops.backend_of("gather_tokens", torch.zeros(1)).split(" ")[0]
         'reference'
     """
     forced, tried = _forced.get(), []
