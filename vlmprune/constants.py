@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
-from functools import wraps
-from threading import Lock
+from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -18,27 +16,20 @@ def remembered(most: int = 256) -> Callable[[Make], Make]:
     """Decorates a function of hashable arguments that returns a tensor nobody writes to: the latest ``most`` are kept.
 
     A function that copies to a device must wait for the copy (no ``non_blocking``): other streams may read what is kept.
-    Fake tensors and other subclasses, which belong to a mode, are not kept.
     """
 
     def decorate(make: Make) -> Make:
-        kept: OrderedDict[Any, Tensor] = OrderedDict()
-        lock = Lock()
+        @lru_cache(most)
+        def cached(*args: Any) -> Tensor:
+            with torch.inference_mode(False):  # an inference tensor could not take part in training later
+                return make(*args)
 
         @wraps(make)
         def known(*args: Any) -> Tensor:
-            with lock:
-                if args in kept:
-                    kept.move_to_end(args)
-                    return kept[args]
-            with torch.inference_mode(False):  # an inference tensor could not take part in training later
-                new = make(*args)
-            if type(new) is Tensor:
-                with lock:
-                    kept[args] = new
-                    if len(kept) > most:
-                        kept.popitem(last=False)
-            return new
+            found = cached(*args)
+            if type(found) is not Tensor:  # a fake tensor, which belongs to a mode
+                cached.cache_clear()
+            return found
 
         return known  # type: ignore[return-value]
 

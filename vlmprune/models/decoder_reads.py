@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers.cache_utils import Cache
 
 from vlmprune.constants import counting, filled
 from vlmprune.errors import ModelError
 from vlmprune.models.clock import Clock
 from vlmprune.models.host.cache_layers import QUANTIZED
 from vlmprune.models.host.cache_view import entries, extend_validity, held_keys, past_validity
-from vlmprune.models.host.families import DECODERS
 from vlmprune.models.host.names import attribute
 from vlmprune.models.host.parts import heads
 from vlmprune.models.layout import Layout, last_rows, moved, text_rows
@@ -41,7 +39,7 @@ def read_attention(attn: Any, hidden: Tensor, rope: Rope, prefill: Prefill, cloc
         layout = moved(prefill.layout(i), hidden.device)
         past = 0 if cache is None else entries(cache, i, call.past + call.length) - layout.length
         if cache is None or isinstance(cache.layers[i], QUANTIZED):
-            key = _keys(attn, hidden, rope, cache, past)
+            key = _keys(attn, hidden, rope, prefill, past)
         else:
             key = held_keys(cache.layers[i], past + layout.length, hidden.device)
         needs, lse = prefill.wants.needs[i + 1], prefill.lse.pop(i, None)
@@ -55,7 +53,7 @@ def read_own_attention(
     attn, hidden = layer.self_attn, layer.input_layernorm(hidden)
     rope, layout = moved(rope, hidden.device), moved(layout, hidden.device)
     past = entries(prefill.cache, attn.layer_idx, prefill.call.past)
-    key = _keys(attn, hidden, rope, prefill.cache, past)
+    key = _keys(attn, hidden, rope, prefill, past)
     return _read(attn, hidden, rope, key, layout, prefill, needs)
 
 
@@ -72,7 +70,7 @@ def _read(
     """Project the query rows that are needed (one, for "last") and put everything into key positions."""
     batch, n = hidden.shape[:2]
     past = key.shape[2] - n
-    cos, sin = (t.expand(batch, -1, -1) for t in rope)
+    cos, sin = rope if batch == 1 else (t.expand(batch, -1, -1) for t in rope)
     wanted: tuple[Tensor, ...] = (hidden, cos, sin)
     if lse is not None:
         wanted += (lse.transpose(1, 2),)
@@ -98,7 +96,7 @@ def _read(
             order = counting(batch, n, hidden.device)
             rows = order if prompt is None else torch.where(prompt, order, -1)
         rows = _behind(past, rows)
-    query = rotate(_project(attn, "q", wanted[0]), *wanted[1:3])
+    query = rotate(_project(attn, "q", wanted[0], prefill.wants.normed), *wanted[1:3])
     return AttentionInputs(
         query=query,
         key=key,
@@ -109,7 +107,7 @@ def _read(
         rope=(cos, sin),
         scale=attn.scaling,
         lse=None if lse is None else wanted[3].transpose(1, 2),
-        group=_ranks(attn, query.shape[1]),
+        group=_ranks(attn, query.shape[1], prefill.wants.heads),
     )
 
 
@@ -118,14 +116,14 @@ def _behind(past: int, rows: Tensor) -> Tensor:
     return rows if past == 0 else torch.where(rows >= 0, rows + past, -1)
 
 
-def _ranks(attn: Any, have: int) -> Any:
-    """The process group that shares a layer's query heads, of which ``have`` are here; None if all are.
+def _ranks(attn: Any, have: int, every: int) -> Any:
+    """The process group that shares ``every`` query head of a layer, of which ``have`` are here; None if all are.
 
     Raises ModelError where heads are missing and nothing says who has them: every rank would keep other tokens.
     """
-    every, weight = attn.config.num_attention_heads, attn.q_proj.weight
     if have == every:
         return None
+    weight = attn.q_proj.weight
     for dim, placement in enumerate(weight.placements if isinstance(weight, DTensor) else ()):
         if placement.is_shard(0):
             return weight.device_mesh.get_group(dim)
@@ -135,16 +133,15 @@ def _ranks(attn: Any, have: int) -> Any:
     )
 
 
-def _project(attn: Any, name: str, hidden: Tensor) -> Tensor:
+def _project(attn: Any, name: str, hidden: Tensor, normed: bool) -> Tensor:
     """Query ("q") or key ("k") heads of rows entering a layer's attention, unrotated, behind its norm on them (Qwen3)."""
     x = heads(attribute(attn, f"{name}_proj")(hidden), attn.head_dim)
-    normed = DECODERS[attn.config.model_type].normed
     return attribute(attn, f"{name}_norm")(x) if normed else x
 
 
-def _keys(attn: Any, hidden: Tensor, rope: Rope, cache: Cache | None, past: int) -> Tensor:
+def _keys(attn: Any, hidden: Tensor, rope: Rope, prefill: Prefill, past: int) -> Tensor:
     """Rotated keys of the rows entering a layer's attention, behind the ``past`` ones that its cache layer holds."""
-    key = rotate(_project(attn, "k", hidden), *rope)
+    key, cache = rotate(_project(attn, "k", hidden, prefill.wants.normed), *rope), prefill.cache
     if cache is None or past == 0:
         return key
     return torch.cat([held_keys(cache.layers[attn.layer_idx], past, key.device), key], dim=2)

@@ -45,7 +45,7 @@ class Engine:
         if policy is not None:
             check_stages(policy, parts.config)
         needs = {} if policy is None else {layer: policy.needs(layer) for layer in policy.layers}
-        self.wants = Wants.of(needs, parts.layers)
+        self.wants = Wants.of(needs, parts.layers, parts.text.config)
         self.vision = VisionReads(parts, sorted({layer for need in needs.values() for layer in need.vision}))
         self.stage = None if policy is None else StageRunner(parts, policy, self.vision)
         self.lost = 0

@@ -52,11 +52,15 @@ class Passes:
         if layout.origin is not None:
             tensors.append(layout.origin)
         kept = ranking.most(layout.counts)
-        real = _rows_left(layout, kept)
+        width = max(_rows_left(layout, kept))
         # Shorter samples are padded on the left, so that the last row stays the newest token.
-        side = "left" if len(real) > 1 else "right"
-        how = ranking.keywords(layout.counts, entering.hidden.device)
-        how |= {"width": max(real), "padding": side, "newest": True}
+        side = "left" if len(kept) > 1 else "right"
+        how = {
+            **ranking.keywords(kept, entering.hidden.device),
+            "width": width,
+            "padding": side,
+            "newest": True,
+        }
         out = self._run(ranking, entering, tensors, how)
         if ranking.extra is not None:
             out, kept = _narrowed(out, layout, side)
@@ -92,8 +96,8 @@ class Passes:
     ) -> ops.Pruned:
         """The first time that shapes come they run as an op, the second time a plan is made of them."""
         lists = {name: x for name, x in how.items() if isinstance(x, Tensor | tuple)}
-        settings = tuple(x for name, x in how.items() if name not in lists)
-        shapes = tuple(x.shape for x in (*by, tensors[0]))
+        settings = tuple([x for name, x in how.items() if name not in lists])
+        shapes = by[0].shape, by[-1].shape, tensors[0].shape
         stream = torch.cuda.current_stream(by[0].device).cuda_stream if by[0].is_cuda else 0
         key = (layer, kind, stream, settings, shapes)
         with self._lock:
@@ -140,6 +144,8 @@ def _after(layout: Layout, kept: Counts, out: ops.Pruned) -> tuple[Layout, list[
 
 def _rows_left(layout: Layout, kept: Counts) -> Counts:
     """Rows of each sample that are no padding, when so many of its visual tokens stay."""
+    if len(kept) == 1:
+        return (layout.real[0] - layout.counts[0] + kept[0],)
     return tuple(r - c + k for r, c, k in zip(layout.real, layout.counts, kept, strict=True))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
-from operator import is_
 from typing import TypeVar
 
 import torch
@@ -81,19 +81,40 @@ T = TypeVar("T")
 
 
 def moved(record: T, device: torch.device) -> T:
-    """A record, tuple or dict with its tensors on a device: a model's layers may be spread over several."""
+    """A record, tuple or dict with its tensors, which are all in one place, on a device: a model's layers may be spread over several."""
+    first = _first(record)
+    return record if first is None or first.device == device else _moved(record, device)
+
+
+def _first(record: object) -> Tensor | None:
+    """The first tensor there is."""
+    if isinstance(record, Tensor):
+        return record
+    if isinstance(record, tuple):
+        parts: Iterable[object] = record
+    elif isinstance(record, dict):
+        parts = record.values()
+    elif isinstance(record, Layout):  # every stage asks
+        return record.visual
+    else:
+        parts = vars(record).values() if is_dataclass(record) else ()
+    for part in parts:
+        found = _first(part)
+        if found is not None:
+            return found
+    return None
+
+
+def _moved(record: T, device: torch.device) -> T:
     if isinstance(record, Tensor):
         return record.to(device)  # type: ignore[return-value]
     if isinstance(record, tuple):
-        new = tuple(moved(x, device) for x in record)
-        return record if all(map(is_, new, record)) else new  # type: ignore[return-value]
+        return tuple(_moved(x, device) for x in record)  # type: ignore[return-value]
     if isinstance(record, dict):
-        return {name: moved(x, device) for name, x in record.items()}  # type: ignore[return-value]
+        return {name: _moved(x, device) for name, x in record.items()}  # type: ignore[return-value]
     if not is_dataclass(record):
         return record
-    own = {f.name: getattr(record, f.name) for f in fields(record)}
-    away = {name: x for name, old in own.items() if (x := moved(old, device)) is not old}
-    return replace(record, **away) if away else record  # type: ignore[type-var]
+    return replace(record, **{f.name: _moved(getattr(record, f.name), device) for f in fields(record)})  # type: ignore[type-var]
 
 
 def take(values: Tensor, at: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,10 +17,10 @@ from vlmprune import ops
 from vlmprune.constants import whole_numbers
 from vlmprune.errors import ModelError
 from vlmprune.models.call import Call
-from vlmprune.models.host.families import ImageGrids
+from vlmprune.models.host.families import DECODERS, ImageGrids
 from vlmprune.models.layout import Layout, TextSpan, find_text, moved, open_layout, packed_rows, take
 from vlmprune.models.prompt import Prompt
-from vlmprune.policies.base import AttentionInputs, Needs, tokens_in
+from vlmprune.policies.base import AttentionInputs, Grid, Needs, tokens_in
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin tables, each ``[B or 1, rows, D]``."""
@@ -34,20 +35,26 @@ class Wants:
         scored: self-attention modules of the layers that a following stage scores from.
         embeds: whether some stage reads the input embeddings.
         text: whether some stage asks where the text after the last image is.
+        heads: query heads of every layer, those of all ranks.
+        normed: whether the layers normalize query and key behind their projections.
     """
 
     needs: Mapping[int, Needs]
     scored: frozenset[nn.Module]
     embeds: bool
     text: bool
+    heads: int
+    normed: bool
 
     @classmethod
-    def of(cls, needs: Mapping[int, Needs], layers: list[Any]) -> Wants:
-        """Those of a policy with these needs, on a model with these decoder layers."""
+    def of(cls, needs: Mapping[int, Needs], layers: list[Any], config: Any) -> Wants:
+        """Those of a policy with these needs, on a model with these decoder layers and this text configuration."""
         scored = [layer - 1 for layer, need in needs.items() if need.attention == "previous"]
         embeds = any(need.embeds for need in needs.values())
         text = embeds or any(need.rows == "text" for need in needs.values())
-        return cls(needs, frozenset(layers[layer].self_attn for layer in scored), embeds, text)
+        attns = frozenset(layers[layer].self_attn for layer in scored)
+        normed = DECODERS[config.model_type].normed
+        return cls(needs, attns, embeds, text, config.num_attention_heads, normed)
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,12 @@ class Unpruned:
     text: TextSpan | None = None
     embeds: Tensor | None = None
 
+    @cached_property
+    def grids(self) -> tuple[tuple[Grid, ...], ...]:
+        """Those of each sample, whatever image they belong to."""
+        return tuple(tuple(grid for image in sample for grid in image) for sample in self.images)
+
+    @cached_property
     def sizes(self) -> tuple[tuple[int, ...], ...]:
         """Visual tokens of each sample's images; of all their parts together, where they were cut up."""
         if self.shares is not None:
@@ -187,11 +200,12 @@ class Prefill:
     def entering(self, i: int, hidden: Tensor, rope: Rope) -> Entering:
         """What enters the stage at layer ``i``; ``rope`` has the tables of the unpruned chunk."""
         assert self.unpruned is not None
-        before, device = self.decision(i), hidden.device
-        layout, first, tables = moved((self.layout(i), self.unpruned.layout, rope), device)
-        own = tables if before is None else moved(before.rope, device)
-        shift = None if before is None else before.shift
-        return Entering(i, layout, hidden, own, first, tables, shift, self.call.predicting)
+        before, device, predicting = self.decision(i), hidden.device, self.call.predicting
+        first, tables = moved(self.unpruned.layout, device), moved(rope, device)
+        if before is None:
+            return Entering(i, first, hidden, tables, first, tables, None, predicting)
+        layout, own = moved(before.layout, device), moved(before.rope, device)
+        return Entering(i, layout, hidden, own, first, tables, before.shift, predicting)
 
     def layout(self, i: int) -> Layout:
         """The rows in layer ``i``."""

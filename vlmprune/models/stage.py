@@ -122,12 +122,12 @@ class StageRunner:
             later={name: partial(getattr, layout, name) for name in ("mask", "ordinals", "positions")},
             layer=i,
             counts=layout.counts,
-            grids=tuple(tuple(grid for image in sample for grid in image) for sample in unpruned.images),
-            sizes=unpruned.sizes(),
+            grids=unpruned.grids,
+            sizes=unpruned.sizes,
             shares=unpruned.shares,
             ordered=layout.ordered,
             device=hidden.device,
-            **moved(seen, hidden.device),
+            **{name: moved(value, hidden.device) for name, value in seen.items()},
         )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -18,13 +18,13 @@ from vlmprune.errors import BackendError, check
 from vlmprune.ops import _native
 
 NAMES = ("cuda", "triton", "reference")
-TABLES: dict[str, Sequence[Backend]] = {}
+TABLES: dict[str, tuple[Backend, ...]] = {}
 """Op name -> its backends in preference order; filled by the op files, read by ``vlmprune info``."""
 
 _forced: ContextVar[str | None] = ContextVar("vlmprune_backend", default=None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Backend:
     """One way to compute an op: a lazy import plus the reason it may not be usable.
 
@@ -98,22 +98,33 @@ def _launcher(kernels: str, op: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"vlmprune.triton_kernels.{kernels}"), op)
 
 
-def choose(op: str, x: torch.Tensor) -> Callable[..., Any]:
-    """Return the first usable backend of ``op`` for ``x``; raise BackendError with all reasons."""
-    forced = _forced.get()
-    tried = []
-    for backend in TABLES[op]:
+@lru_cache(512)
+def _route(
+    backends: tuple[Backend, ...], device: torch.device, forced: str | None
+) -> tuple[Backend | None, tuple[str, ...]]:
+    """The first usable backend, and the reasons against those before it. Remembered: the hot path asks at every call."""
+    tried: list[str] = []
+    for backend in backends:
         if forced not in (None, backend.name):
             tried.append(f"{backend.name}: not the forced backend {forced!r}")
             continue
-        reason = backend.why_not(x.device, forced is not None)
+        reason = backend.why_not(device, forced is not None)
         if reason is None:
-            return _on_device_of(x, backend.load())
+            return backend, tuple(tried)
         tried.append(f"{backend.name}: {reason}")
-    if forced is not None and forced not in [b.name for b in TABLES[op]]:
-        tried.append(f"{forced}: {op} has no such backend")
-    header = f"no backend can run {op} on {tuple(x.shape)} {x.dtype} {x.device}"
-    raise BackendError("\n  ".join([header, *tried]))
+    return None, tuple(tried)
+
+
+def choose(op: str, x: torch.Tensor) -> Callable[..., Any]:
+    """Return the first usable backend of ``op`` for ``x``; raise BackendError with all reasons."""
+    forced = _forced.get()
+    backend, tried = _route(TABLES[op], x.device, forced)
+    if backend is None:
+        if forced is not None and forced not in [b.name for b in TABLES[op]]:
+            tried += (f"{forced}: {op} has no such backend",)
+        header = f"no backend can run {op} on {tuple(x.shape)} {x.dtype} {x.device}"
+        raise BackendError("\n  ".join([header, *tried]))
+    return _on_device_of(x, backend.load())
 
 
 def _on_device_of(x: torch.Tensor, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,11 +146,13 @@ def can_run(op: str, x: torch.Tensor) -> bool:
         >>> ops.can_run("gather_tokens", torch.zeros(1))  # the reference runs anywhere
         True
     """
-    forced = _forced.get()
-    return any(
-        forced in (None, backend.name) and backend.why_not(x.device, forced is not None) is None
-        for backend in TABLES[op]
-    )
+    return _route(TABLES[op], x.device, _forced.get())[0] is not None
+
+
+def launches(op: str, x: torch.Tensor) -> bool:
+    """Whether it is a kernel that ``choose`` takes, and not the reference."""
+    backend = _route(TABLES[op], x.device, _forced.get())[0]
+    return backend is not None and backend.name != "reference"
 
 
 def backend_of(op: str, x: torch.Tensor) -> str:
@@ -149,13 +162,9 @@ def backend_of(op: str, x: torch.Tensor) -> str:
         >>> ops.backend_of("gather_tokens", torch.zeros(1)).split(" ")[0]
         'reference'
     """
-    forced, tried = _forced.get(), []
-    for backend in TABLES[op]:
-        reason = backend.why_not(x.device, forced is not None)
-        if reason is None and forced in (None, backend.name):
-            return f"{backend.name} ({'; '.join(tried)})" if tried else backend.name
-        tried.append(f"{backend.name}: {reason or f'{forced} is forced'}")
-    raise BackendError(f"no backend can run {op} on {x.device}: {'; '.join(tried)}")
+    backend, tried = _route(TABLES[op], x.device, _forced.get())
+    name = "none" if backend is None else backend.name
+    return f"{name} ({'; '.join(tried)})" if tried else name
 
 
 def explain(op: str, device: torch.device) -> list[tuple[str, str | None]]:

@@ -246,8 +246,7 @@ class PruningPolicy:
         return keep_count(self._setting("keep", KEEPS), tokens, images, self.spend)
 
     def _setting(self, name: str, expected: str) -> Any:
-        there = any(setting.name == name for setting in fields(self))
-        check(there, type(self).__name__, expected, "none")
+        check(name in self.__dataclass_fields__, type(self).__name__, expected, "none")
         return getattr(self, name)
 
     def __or__(self, other: PruningPolicy) -> PruningPolicy:

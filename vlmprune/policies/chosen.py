@@ -81,17 +81,19 @@ class Ranking:
 
     def most(self, counts: Sequence[int]) -> Counts:
         """Per sample of so many tokens, how many can stay: exactly so many do, where there is no ``extra``."""
-        extra = self.extra or (0,) * len(counts)
+        if self.extra is None:
+            return self.least
+        extra = self.extra
         return tuple(min(n, k + more) for n, k, more in zip(counts, self.least, extra, strict=True))
 
     def keeps_all(self, counts: Counts) -> bool:
         """Whether all of so many tokens stay, and where they are."""
         return self.positions == "keep" and self.least == counts
 
-    def keywords(self, counts: Sequence[int], device: torch.device) -> dict[str, Any]:
-        """``keep``, ``segments``, ``most`` and ``code`` for the ops, for samples of so many tokens."""
-        most, keep = max(self.most(counts), default=0), self.keep
-        how: dict[str, Any] = {"most": most}
+    def keywords(self, most: Counts, device: torch.device) -> dict[str, Any]:
+        """``keep``, ``segments``, ``most`` and ``code`` for the ops; ``most`` is how many can stay of each sample."""
+        keep = self.keep
+        how: dict[str, Any] = {"most": max(most, default=0)}
         if self.code is not None:
             how["code"] = self.code
         if self.images is not None and any(len(sizes) > 1 for sizes in self.images):
@@ -109,5 +111,5 @@ class Ranking:
         """Numbers ``[B, K]`` of the tokens that stay, ascending, -1 on the right; with ``extra`` one host read."""
         counts, scores = ctx.counts, self.scored()
         mask = None if all(n == scores.shape[1] for n in counts) else ctx.mask
-        out = ops.prune_scored(scores, [], key_mask=mask, **self.keywords(counts, scores.device))
+        out = ops.prune_scored(scores, [], key_mask=mask, **self.keywords(self.most(counts), scores.device))
         return out.kept if self.extra is None else out.kept[:, : int(out.count.max())]

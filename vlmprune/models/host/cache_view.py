@@ -59,7 +59,8 @@ def held_keys(layer: Any, count: int, device: torch.device) -> Tensor:
     if isinstance(layer, QUANTIZED):
         parts = [layer._dequantize(layer._quantized_keys), *([keys] if keys.numel() else [])]
         keys = torch.cat(parts, dim=2)
-    return keys[:, :, :count].to(device)
+    keys = keys if keys.shape[2] == count else keys[:, :, :count]
+    return keys.to(device)
 
 
 def resident_bytes(cache: Cache | None) -> int:
