@@ -36,7 +36,7 @@ REFUSED = 77  # exit code of a benchmark that cannot run here
 class Knob:
     """A setting of a kernel file: ``module.name`` takes each of ``values`` while ``case`` is measured.
 
-    A function's setting is exchanged by ``changes``: keys of the dict it returns, or, for one that returns a number, None.
+    With a ``key`` it is a function, and what is exchanged is this one of the dict it returns.
     """
 
     case: str
@@ -54,23 +54,19 @@ class Knob:
         """The kernel file with this one setting exchanged."""
         module = importlib.import_module(f"vlmprune.triton_kernels.{self.module}")
         default = getattr(module, self.name)
-        changed = value
-        if callable(default) and self.key is not None:
-            changed = lambda *args: default(*args) | {self.key: value}  # noqa: E731
-        elif callable(default):
-            changed = lambda *args: value  # noqa: E731
+        changed = value if self.key is None else lambda *args: default(*args) | {self.key: value}
         with mock.patch.object(module, self.name, changed):
             yield
 
 
 KNOBS = (
-    Knob("received_attention", "score_select", "head_splits", (1, 2, 4, 8, 16, 32)),
     Knob("received_attention", "score_select", "tiles", (32, 64, 128), "BLOCK_N"),
     Knob("received_attention", "score_select", "tiles", (2, 4, 8), "num_warps"),
     Knob("received_attention", "score_select", "tiles", (1, 2, 3), "num_stages"),
     Knob("row_lse", "row_lse", "tiles", (32, 64, 128), "BLOCK_N"),
     Knob("row_lse", "row_lse", "tiles", (2, 4, 8), "num_warps"),
-    Knob("prune_tokens", "score_select", "head_splits", (1, 2, 4, 8, 16, 32)),
+    Knob("row_lse", "row_lse", "KEYS_PER_SPLIT", (256, 512, 1024)),
+    Knob("prune_tokens", "score_select", "WARPS", (4, 8, 16)),
     Knob("gather_tokens", "gather_tokens", "BLOCK_K", (4, 8, 16, 32)),
     Knob("gather_tokens", "gather_tokens", "BLOCK_BYTES", (256, 512, 1024)),
     Knob("compact_kv", "compact_kv", "BLOCK_K", (32, 64, 128)),
@@ -79,22 +75,16 @@ KNOBS = (
 )
 
 
-def fits(knob: Knob, value: Any, x: Inputs) -> bool:
-    """Heads are split evenly: other numbers of splits do not exist for this model."""
-    return knob.name != "head_splits" or x.model.kv_heads % value == 0
-
-
 def lines(x: Inputs, seconds: float, modes: tuple[str, ...]) -> Iterator[str]:
     """One line a variant: gated, then timed in each mode."""
     for knob in KNOBS:
         case = next(case for case in CASES if case.name == knob.case)
         for value in knob.values:
-            if fits(knob, value, x):
-                with knob.set(value):
-                    yield (
-                        f"{knob.case}, {x.shape.name}, R={x.setting.n_rows}, {knob.label(value)}: "
-                        + _times(case, x, seconds, modes)
-                    )
+            with knob.set(value):
+                yield (
+                    f"{knob.case}, {x.shape.name}, R={x.setting.n_rows}, {knob.label(value)}: "
+                    + _times(case, x, seconds, modes)
+                )
 
 
 def _times(case: Case, x: Inputs, seconds: float, modes: tuple[str, ...]) -> str:

@@ -1,27 +1,27 @@
 """From the scores of a sample to its survivors: what one program does for a sample, in prune_tokens and prune_scored.
 
-Columns compete, segment by segment, as rows of select_topk; every position then has one number, its place in the output.
+Columns compete as a row of select_topk, or as one a segment; then every position has one number, its place in the outputs.
 """
 
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels.select_topk import _kept_before, _last_kept, _load_keys, column_codes
+from vlmprune.triton_kernels.select_topk import FORCED, _kept_before, _last_kept, _load_keys, _order_key
 
 # places of positions: in the outputs from 0 on, or
 NOWHERE = tl.constexpr(-1)  # stays, but has none: none yet, in the past, or cut off
 GONE = tl.constexpr(-2)
 
-# A sample is (scores_ptr, columns_ptr, key_mask_ptr or None, N, length, first), its pointers at its first entries: of its
-# ``length`` positions those from ``first`` on are in the tensors. A choice is (quota_ptr, code_ptr, segments_ptr: each None
-# or at this sample's first entry; keep, parts): parts is how many segments there are, 1 without, and after them one of
-# quota 0 with whatever columns are left.
+# A sample is (scores_ptr, columns_ptr, code_ptr or None, key_mask_ptr or None, N, length, first), its pointers at its first
+# entries: of its ``length`` positions those from ``first`` on are in the tensors. A choice is (quota_ptr or None, segments_ptr
+# or None, keep, parts), its pointers at sample 0: parts is how many segments there are, 1 without, and after them comes one
+# of quota 0 with whatever columns are left.
 
 
 @triton.jit
 def _mark_positions(sample, place_ptr, CHUNK: tl.constexpr):
     """Visible positions stay, others go: the last visible one, and how many there are from ``first`` on."""
-    _, _, key_mask_ptr, _, length, first = sample
+    _, _, _, key_mask_ptr, _, length, first = sample
     last = tl.full((), -1, tl.int32)
     count = tl.zeros((), tl.int32)
     for start in range(0, length, CHUNK):
@@ -36,64 +36,77 @@ def _mark_positions(sample, place_ptr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _segment(choice, i, start, N):
-    """(columns, quota) of segment ``i``, which starts at column ``start``."""
-    quota_ptr, _, segments_ptr, keep, parts = choice
+def _segment(choice, b, i, start, N):
+    """(columns, quota) of segment ``i`` of sample ``b``, which starts at column ``start``."""
+    quota_ptr, segments_ptr, keep, parts = choice
     size = N - start
     quota = tl.zeros((), tl.int64) + keep
     if quota_ptr is not None:
-        quota = tl.load(quota_ptr + i, mask=i < parts, other=0)
+        quota = tl.load(quota_ptr + b * parts + i, mask=i < parts, other=0)
     if segments_ptr is not None:
-        listed = tl.load(segments_ptr + i, mask=i < parts, other=N)
+        listed = tl.load(segments_ptr + b * parts + i, mask=i < parts, other=N)
         size = tl.minimum(tl.maximum(listed, 0), size.to(tl.int64)).to(tl.int32)
         quota = tl.where(i < parts, quota, 0)
     return size, quota
 
 
 @triton.jit
-def _rounds(choice):
-    """How many times a sample selects."""
-    rounds = choice[4]
-    if choice[2] is not None:
-        rounds += 1
-    return rounds
+def _enter_columns(sample, last, keys_ptr, place_ptr, NEWEST: tl.constexpr, CHUNK: tl.constexpr):
+    """A key of select_topk for each column; those that must compete for it go. How many do, from ``first`` on."""
+    scores_ptr, columns_ptr, code_ptr, key_mask_ptr, N, length, first = sample
+    entered = tl.zeros((), tl.int32)
+    for start in range(0, N, CHUNK):
+        offs = start + tl.arange(0, CHUNK)
+        column = tl.load(columns_ptr + offs, mask=offs < N, other=-1)
+        real = (column >= 0) & (column < length)
+        if key_mask_ptr is not None:
+            real = real & (tl.load(key_mask_ptr + column, mask=real, other=0) != 0)
+        key = _order_key(tl.load(scores_ptr + offs, mask=offs < N, other=0.0))
+        goes = real
+        if code_ptr is not None:
+            code = tl.load(code_ptr + offs, mask=real, other=2)
+            key = tl.where((code == 0) | (code == 3), key, 0).to(tl.uint32)
+            goes = real & (code != 1) & (code != 3)
+        if NEWEST:  # competes unless it stays anyway
+            ahead = real & (column == last)
+            if code_ptr is not None:
+                ahead = ahead & (code != 1)
+                goes = goes | ahead
+            key = tl.where(ahead, FORCED - 1, key).to(tl.uint32)
+        key = tl.where(real, key, 0).to(tl.uint32)
+        tl.store(keys_ptr + offs, key.to(tl.int32, bitcast=True), mask=offs < N)
+        tl.store(place_ptr + column, tl.full((CHUNK,), GONE, tl.int32), mask=goes)
+        entered += tl.sum((goes & (column >= first)).to(tl.int32), 0)
+    return entered
 
 
 @triton.jit
-def _drop_columns(
-    sample, choice, last, place_ptr, NEWEST: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr
-):
-    """Mark the columns that do not stay; return how many of them there are from ``first`` on."""
-    scores_ptr, columns_ptr, key_mask_ptr, N, length, first = sample
-    newest = None
-    if NEWEST:
-        newest = last
-    dropped = tl.zeros((), tl.int32)
+def _choose_columns(sample, choice, b, keys_ptr, place_ptr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr):
+    """The best of each segment stay; how many of them would be gone, from ``first`` on."""
+    _, columns_ptr, _, _, N, _, first = sample
+    rounds = choice[3]
+    if choice[1] is not None:
+        rounds += 1
+    chosen = tl.zeros((), tl.int32)
     start = tl.zeros((), tl.int32)
-    for i in range(_rounds(choice)):
-        size, quota = _segment(choice, i, start, N)
-        code_ptr = choice[1]
-        if code_ptr is not None:
-            code_ptr += start
-        columns = (columns_ptr + start, key_mask_ptr, length, newest)
-        row = (scores_ptr + start, code_ptr, 1, size, None, columns)
+    for i in range(rounds):
+        size, quota = _segment(choice, b, i, start, N)
+        row = (keys_ptr + start, None, 1, size, 1)  # what is not there has key 0, below the floor of 1
         keys = _load_keys(row, tl.arange(0, CHUNK))
-        threshold, ties, _ = _last_kept(row, keys, quota, CHUNK, ONE_CHUNK)
+        threshold, ties, _need = _last_kept(row, keys, quota, CHUNK, ONE_CHUNK)
         n_above = tl.zeros((), tl.int32)
         n_equal = tl.zeros((), tl.int32)
         for begin in range(0, size, CHUNK):
             offs = begin + tl.arange(0, CHUNK)
             if not ONE_CHUNK:
                 keys = _load_keys(row, offs)
-            stays, _, n_above, n_equal = _kept_before(keys, threshold, ties, n_above, n_equal)
-            column, real, code = column_codes(row, offs)
-            goes = real & (stays == 0)
-            if code_ptr is not None:
-                goes = goes & (code != 1) & (code != 3)
-            tl.store(place_ptr + column, tl.full((CHUNK,), GONE, tl.int32), mask=goes)
-            dropped += tl.sum((goes & (column >= first)).to(tl.int32), 0)
+            stays, _slot, n_above, n_equal = _kept_before(keys, threshold, ties, n_above, n_equal)
+            column = tl.load(columns_ptr + start + offs, mask=stays, other=-1)
+            place = tl.load(place_ptr + column, mask=stays, other=NOWHERE)
+            tl.store(place_ptr + column, tl.full((CHUNK,), NOWHERE, tl.int32), mask=stays)
+            chosen += tl.sum(((place == GONE) & (column >= first)).to(tl.int32), 0)
         start += size
-    return dropped
+    return chosen
 
 
 @triton.jit
@@ -136,7 +149,7 @@ def _list_columns(
     CHUNK: tl.constexpr,
 ):
     """Which columns stay, and where they stand in the outputs; -1 behind them."""
-    _, columns_ptr, _, N, length, _ = sample
+    _, columns_ptr, _, _, N, length, _ = sample
     n = tl.zeros((), tl.int32)
     for start in range(0, N, CHUNK):
         offs = start + tl.arange(0, CHUNK)
@@ -162,14 +175,13 @@ def _dropped_before(columns_ptr, choice, samples, N, CHUNK: tl.constexpr):
     dropped = tl.zeros((), tl.int64)
     for b in range(samples):
         real = tl.zeros((), tl.int32)
-        for start in range(0, N, CHUNK):
-            offs = start + tl.arange(0, CHUNK)
+        for begin in range(0, N, CHUNK):
+            offs = begin + tl.arange(0, CHUNK)
             column = tl.load(columns_ptr + b * N + offs, mask=offs < N, other=-1)
             real += tl.sum((column >= 0).to(tl.int32), 0)
         start = tl.zeros((), tl.int32)
-        own = at_sample(choice, b, N)
-        for i in range(choice[4]):
-            size, quota = _segment(own, i, start, real)
+        for i in range(choice[3]):
+            size, quota = _segment(choice, b, i, start, real)
             dropped -= tl.minimum(tl.maximum(quota, 0), size.to(tl.int64))
             start += size
         dropped += real
@@ -177,23 +189,11 @@ def _dropped_before(columns_ptr, choice, samples, N, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def at_sample(choice, b, N):
-    """The choice with its pointers at sample ``b``."""
-    quota_ptr, code_ptr, segments_ptr, keep, parts = choice
-    if quota_ptr is not None:
-        quota_ptr += b * parts
-    if code_ptr is not None:
-        code_ptr += b * N
-    if segments_ptr is not None:
-        segments_ptr += b * parts
-    return quota_ptr, code_ptr, segments_ptr, keep, parts
-
-
-@triton.jit
 def choose_survivors(
     sample,
-    choice,  # its pointers at sample 0
-    outputs,  # (place_ptr [B, longest] int32, index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr or None), at sample 0
+    choice,
+    work,  # (keys_ptr [B, N] int32, place_ptr [B, longest] int32), at sample 0
+    outputs,  # (index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr or None), at sample 0
     sizes,  # (start_k, longest, width, most)
     b,
     last_sample,
@@ -203,14 +203,15 @@ def choose_survivors(
     ONE_CHUNK: tl.constexpr,
 ):
     """All of it for sample ``b``. Threads read what others have written: a barrier between any two steps."""
-    place_ptr, index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr = outputs
+    index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr = outputs
     start_k, longest, width, most = sizes
-    _, columns_ptr, _, N, length, first = sample
-    place_ptr += b * longest
-    last, visible = _mark_positions(sample, place_ptr, CHUNK)
+    _, columns_ptr, _, _, N, length, first = sample
+    keys_ptr, place_ptr = work[0] + b * N, work[1] + b * longest
+    last, count = _mark_positions(sample, place_ptr, CHUNK)
     tl.debug_barrier()
-    own = at_sample(choice, b, N)
-    count = visible - _drop_columns(sample, own, last, place_ptr, NEWEST, CHUNK, ONE_CHUNK)
+    count -= _enter_columns(sample, last, keys_ptr, place_ptr, NEWEST, CHUNK)
+    tl.debug_barrier()
+    count += _choose_columns(sample, choice, b, keys_ptr, place_ptr, CHUNK, ONE_CHUNK)
     tl.debug_barrier()
     tl.store(count_ptr + b, count.to(tl.int64))
     slot = tl.zeros((), tl.int64)

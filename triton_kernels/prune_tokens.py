@@ -1,7 +1,7 @@
 """Score, select and gather in a row, with nothing waiting for the host.
 
-Launches: row_lse where no log-sum-exp is given, score_select, gather_tokens. More columns than one chunk of select_topk are
-selected in a launch of its own, whose warps the score kernel need not pay for; and so are columns whose scores are given.
+Launches: row_lse where no log-sum-exp is given, score_select, gather_tokens. Many columns are selected in a launch of its own,
+and so are columns whose scores are given.
 """
 
 import torch
@@ -12,7 +12,8 @@ from vlmprune.triton_kernels._rows import layout
 from vlmprune.triton_kernels.gather_tokens import gather_tokens
 from vlmprune.triton_kernels.score_select import score
 from vlmprune.triton_kernels.select_columns import Choice, select_columns
-from vlmprune.triton_kernels.select_topk import MAX_CHUNK
+
+MANY = 4096  # more columns than that are selected by a launch of its own, whose warps the score kernel need not pay for
 
 
 def prune_tokens(tensors, selection, s):
@@ -23,7 +24,7 @@ def prune_tokens(tensors, selection, s):
     if B == 0:
         scores = torch.empty_like(s.columns, dtype=torch.float32)
         choice.clear()
-    elif N <= MAX_CHUNK:
+    elif N <= MANY:
         scores = score(s, choice)
     else:
         scores, s = score(s), laid_out(s)[0]

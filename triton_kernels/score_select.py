@@ -21,7 +21,7 @@ from vlmprune.triton_kernels.row_lse import row_lse
 from vlmprune.triton_kernels.select_columns import Choice, chunks
 
 JOIN_CHUNK = tl.constexpr(512)
-MAX_CHUNK = 2048  # columns at once; more would cost every score program registers that only the last one uses
+WARPS = 8  # that select from many columns; more would cost every score program what only the last one uses
 
 
 @triton.jit(
@@ -57,6 +57,7 @@ def _score_select_kernel(
     quota_ptr,  # from here on a Choice; all None where index_ptr is, and nothing is selected
     code_ptr,
     segments_ptr,
+    keys_ptr,
     place_ptr,
     index_ptr,
     count_ptr,
@@ -125,11 +126,13 @@ def _score_select_kernel(
                     score = score / H
                 tl.store(scores_ptr + offs, score, mask=offs < N)
             if index_ptr is not None:
-                sample = (scores_ptr, columns_ptr + b * N, key_mask_ptr, N, length, first)
+                if code_ptr is not None:
+                    code_ptr += b * N
                 choose_survivors(
-                    sample,
-                    (quota_ptr, code_ptr, segments_ptr, keep, segments),
-                    (place_ptr, index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr),
+                    (scores_ptr, columns_ptr + b * N, code_ptr, key_mask_ptr, N, length, first),
+                    (quota_ptr, segments_ptr, keep, segments),
+                    (keys_ptr, place_ptr),
+                    (index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr),
                     (start_k, max_seqlen, width, most),
                     b,
                     tl.num_programs(2) - 1,
@@ -165,7 +168,7 @@ def score(s, choice=None):
     part = s.query.new_empty((B, Hkv if joins else H, N), dtype=torch.float32)
     scores = s.query.new_empty((B, N), dtype=torch.float32) if joins else None
     counter = s.query.new_zeros(B, dtype=torch.int32) if joins else None
-    at_once = chunks(0 if choice is None else N, MAX_CHUNK)
+    at_once = chunks(0 if choice is None else N, WARPS)
     config["num_warps"] = max(config["num_warps"], at_once.pop("num_warps"))
     launch(
         _score_select_kernel,

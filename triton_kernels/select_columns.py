@@ -12,9 +12,9 @@ import triton.language as tl
 from vlmprune.triton_kernels._device import span
 from vlmprune.triton_kernels._launch import launch
 from vlmprune.triton_kernels._survivors import choose_survivors
-from vlmprune.triton_kernels.select_topk import KEYS_PER_WARP, MAX_CHUNK, REGISTERS
+from vlmprune.triton_kernels.select_topk import REGISTERS
 
-MIN_CHUNK = 1024  # 4 warps; one kernel serves every shorter row
+FEW = 1024  # columns that 4 warps hold in registers, 8 a thread; with 4 a thread more warps hold none and need not spill
 
 
 class Choice(NamedTuple):
@@ -23,7 +23,8 @@ class Choice(NamedTuple):
     quota: torch.Tensor | None = None  # [B, segments] int64, contiguous; None = keep
     code: torch.Tensor | None = None  # [B, N] int8, contiguous, or None
     lengths: torch.Tensor | None = None  # [B, segments] int64, contiguous; None = one segment, all columns
-    place: torch.Tensor | None = None  # [B, longest] int32, contiguous: workspace
+    keys: torch.Tensor | None = None  # [B, N] int32, contiguous: workspace, as is
+    place: torch.Tensor | None = None  # [B, longest] int32, contiguous
     index: torch.Tensor | None = None  # [B, width] int64, contiguous; packed: [1, width]
     count: torch.Tensor | None = None  # [B] int64
     kept: torch.Tensor | None = None  # [B, most] int64, contiguous
@@ -40,15 +41,15 @@ class Choice(NamedTuple):
     @classmethod
     def of(cls, selection, columns, longest, rows, cu_seqlens=None):
         """Allocate for a Selection."""
-        (B, _), s = columns.shape, selection
+        (B, N), s = columns.shape, selection
         quota, code, lengths = (None if x is None else x.contiguous() for x in (s.quota, s.code, s.segments))
         shapes = ((B if cu_seqlens is None else 1, s.width), (B,), (B, s.most), (B, s.most))
         outputs = [columns.new_empty(shape) for shape in shapes]
         ends = None if cu_seqlens is None else torch.empty_like(cu_seqlens)
-        place = columns.new_empty((B, longest), dtype=torch.int32)
+        work = [columns.new_empty((B, n), dtype=torch.int32) for n in (N, longest)]
         segments = 1 if lengths is None else lengths.shape[1]
         sizes = (s.keep, segments, longest - rows, s.width, s.most)
-        return cls(quota, code, lengths, place, *outputs, ends, *sizes, s.newest, s.left)
+        return cls(quota, code, lengths, *work, *outputs, ends, *sizes, s.newest, s.left)
 
     def clear(self):
         """What a packed batch of no samples leaves."""
@@ -71,6 +72,7 @@ def _select_columns_kernel(
     quota_ptr,  # from here on a Choice
     code_ptr,
     segments_ptr,
+    keys_ptr,
     place_ptr,
     index_ptr,
     count_ptr,
@@ -91,10 +93,13 @@ def _select_columns_kernel(
     start_k, length = span(cu_seqlens_ptr, b, S, longest)
     if key_mask_ptr is not None:
         key_mask_ptr += b * S
+    if code_ptr is not None:
+        code_ptr += b * N
     choose_survivors(
-        (scores_ptr + b * N, columns_ptr + b * N, key_mask_ptr, N, length, first),
-        (quota_ptr, code_ptr, segments_ptr, keep, segments),
-        (place_ptr, index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr),
+        (scores_ptr + b * N, columns_ptr + b * N, code_ptr, key_mask_ptr, N, length, first),
+        (quota_ptr, segments_ptr, keep, segments),
+        (keys_ptr, place_ptr),
+        (index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr),
         (start_k, longest, width, most),
         b,
         tl.num_programs(0) - 1,
@@ -105,10 +110,10 @@ def _select_columns_kernel(
     )
 
 
-def chunks(N, max_chunk=MAX_CHUNK):
-    """Columns at a time and warps for ``N`` columns: one of two, so that prompts of many lengths meet few kernels."""
-    chunk = MIN_CHUNK if N <= MIN_CHUNK else max_chunk
-    return {"CHUNK": chunk, "ONE_CHUNK": chunk >= N, "num_warps": chunk // KEYS_PER_WARP}
+def chunks(N, warps=16):
+    """Columns at a time for ``N``, at ``warps`` if they are many: one of two, so that prompts of many lengths meet few kernels."""
+    few = N <= FEW
+    return {"CHUNK": FEW if few else warps * 128, "ONE_CHUNK": few, "num_warps": 4 if few else warps}
 
 
 def select_columns(scores, columns, key_mask, cu_seqlens, S, choice):

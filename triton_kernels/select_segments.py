@@ -43,7 +43,7 @@ def _select_segments_kernel(
     first, slot = _pick(starts, i, COUNT), _pick(slots, i, COUNT)
     quota = _pick(slots, i + 1, COUNT + 1) - slot
     start = scores_ptr + b * stride_sb + first.to(tl.int64) * stride_sn
-    row = (start, None, stride_sn, _pick(starts, i + 1, COUNT + 1) - first, None, None)
+    row = (start, None, stride_sn, _pick(starts, i + 1, COUNT + 1) - first, None)
     _select_row(row, quota.to(tl.int64), index_ptr + b * width + slot, first, quota, CHUNK, ONE_CHUNK)
 
 

@@ -19,13 +19,14 @@ KEYS_PER_WARP = 256
 # what 16 warps may have, said aloud: ptxas would rather spill a word than take one register more; AMD knows no such option
 REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
 FORCED = tl.constexpr(0xFFFFFFFF)  # above the key of +inf, 0xFF800000
-AHEAD = tl.constexpr(4)  # the code of a column that competes, and comes before all others
 NAN_KEY = tl.constexpr(1)  # below the key of -inf, 0x007FFFFF; 0 is "not there"
 
 
 @triton.jit
 def _order_key(scores):
-    """Float -> uint32 whose order is the float order; -0.0 equals 0.0 and every NaN is lowest."""
+    """Float -> uint32 whose order is the float order; -0.0 equals 0.0 and every NaN is lowest. An int32 is such a key."""
+    if scores.dtype == tl.int32:
+        return scores.to(tl.uint32, bitcast=True)
     if scores.dtype == tl.bfloat16:  # by its bits: exact for denormals, in the interpreter too
         bits = scores.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
     else:
@@ -36,38 +37,18 @@ def _order_key(scores):
     return tl.where(is_nan, NAN_KEY, bits ^ flip).to(tl.uint32)
 
 
-# A row is (scores_ptr, code_ptr or None, stride_sn, N, floor, columns): its competing positions must reach the key floor, if
-# any. Where columns compete instead of positions, columns is (columns_ptr, key_mask_ptr or None, length, newest or None).
-
-
-@triton.jit
-def column_codes(row, offs):
-    """Of columns ``offs``: their positions, which of them are there, and their codes: 2 if not, AHEAD for the newest one."""
-    columns_ptr, key_mask_ptr, length, newest = row[5]
-    column = tl.load(columns_ptr + offs, mask=offs < row[3], other=-1)
-    real = (column >= 0) & (column < length)
-    if key_mask_ptr is not None:
-        real = real & (tl.load(key_mask_ptr + column, mask=real, other=0) != 0)
-    code = tl.where(real, 0, 2)
-    if row[1] is not None:
-        code = tl.where(real, tl.load(row[1] + offs, mask=real, other=2).to(tl.int32), 2)
-    if newest is not None:
-        code = tl.where(real & (column == newest) & (code != 1), AHEAD, code)
-    return column, real, code
+# A row is (scores_ptr, code_ptr or None, stride_sn, N, floor): its competing positions must reach the key floor, if any.
 
 
 @triton.jit
 def _load_keys(row, offs):
     """Keys of positions ``offs``: 0 = dropped, past the end, or competing below the floor."""
-    scores_ptr, code_ptr, stride_sn, N, floor, columns = row
+    scores_ptr, code_ptr, stride_sn, N, floor = row
     mask = offs < N
     key = _order_key(tl.load(scores_ptr + offs.to(tl.int64) * stride_sn, mask=mask, other=0.0))
     if floor is not None:
         key = tl.where(key < floor, 0, key).to(tl.uint32)
-    if columns is not None:
-        _, _, code = column_codes(row, offs)
-        key = tl.where((code == 0) | (code == 3), key, tl.where(code == AHEAD, FORCED - 1, 0)).to(tl.uint32)
-    elif code_ptr is not None:
+    if code_ptr is not None:
         code = tl.load(code_ptr + offs, mask=mask, other=2)
         key = tl.where(code == 1, FORCED, tl.where(code == 0, key, 0)).to(tl.uint32)
     return tl.where(mask, key, 0).to(tl.uint32)
@@ -113,7 +94,7 @@ def _last_kept(row, keys, quota, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr):
     """The smallest kept key, how many keys equal to it are kept, and how many positions in all."""
     forced = tl.zeros((), tl.int32)
     competing = forced + row[3]
-    if ((row[1] is not None) or (row[4] is not None)) or (row[5] is not None):
+    if (row[1] is not None) or (row[4] is not None):
         forced, competing = _count_keys(row, keys, CHUNK, ONE_CHUNK)
     need = forced + tl.minimum(tl.maximum(quota, 0), competing.to(tl.int64)).to(tl.int32)
 
@@ -180,12 +161,12 @@ def _select_topk_kernel(
     if code_ptr is not None:
         code_ptr += b * N
     scores_ptr += b * stride_sb
-    row = (scores_ptr, code_ptr, stride_sn, N, None, None)
+    row = (scores_ptr, code_ptr, stride_sn, N, None)
     if threshold is not None:
         level = tl.load(threshold + b) if THRESHOLD_ON_DEVICE else threshold
         floor = _order_key(tl.zeros((), tl.float32) + level)
         floor = tl.where(floor == NAN_KEY, FORCED, floor).to(tl.uint32)  # no score reaches NaN
-        row = (scores_ptr, code_ptr, stride_sn, N, floor, None)
+        row = (scores_ptr, code_ptr, stride_sn, N, floor)
     count = _select_row(row, quota, index_ptr + b * width, 0, width, CHUNK, ONE_CHUNK)
     tl.store(count_ptr + b, count.to(tl.int64))
 

@@ -99,7 +99,13 @@ def replays(tiny: bool) -> int:
     for shape in [TINY] if tiny else SHAPES:
         x = Inputs(Setting(shape, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32, 64, DEVICE))
         for case in CASES:
-            if case.op not in ("received_attention", "row_lse", "select_topk", "prune_tokens"):
+            if case.op not in (
+                "received_attention",
+                "row_lse",
+                "select_topk",
+                "prune_tokens",
+                "prune_scored",
+            ):
                 continue
             for provider in case.own():
                 if provider.why_not(x) is None:

@@ -78,14 +78,20 @@ def _prune(x: Inputs, lse: Tensor | None) -> tuple[Tensor, list[Tensor]]:
     return out.index, out.tensors
 
 
-def _plan(with_lse: bool) -> Provider:
-    """prune_tokens with every decision and allocation made before the first call."""
+def _prune_scored(x: Inputs) -> tuple[Tensor, list[Tensor]]:
+    out = ops.prune_scored(x.scores, x.tensors, columns=x.columns, keep=x.shape.keep)
+    return out.index, out.tensors
+
+
+def _plan(make: type[ops.PrunePlan | ops.ScoredPlan], lists: tuple[str, ...], *args: str) -> Provider:
+    """A drop of which every decision was made before the first call; inputs by name."""
 
     def run(x: Inputs) -> tuple[Tensor, list[Tensor]]:
-        tensors = {"rows": x.rows, "columns": x.columns} | ({"lse": x.lse} if with_lse else {})
-        if with_lse not in x.plans:
-            x.plans[with_lse] = ops.PrunePlan(x.query, x.key, x.tensors, keep=x.shape.keep, **tensors)
-        out = x.plans[with_lse].run(x.query, x.key, x.tensors, **tensors)
+        given = [getattr(x, name) for name in args]
+        named = {name: getattr(x, name) for name in lists}
+        if lists not in x.plans:
+            x.plans[lists] = make(*given, x.tensors, keep=x.shape.keep, **named)
+        out = x.plans[lists].run(*given, x.tensors, **named)
         return out.index, out.tensors
 
     return Provider("plan", run, lambda x: dict(explain("prune_plan", x.device))["triton"])
@@ -216,7 +222,7 @@ CASES = (
         lambda x: fewest.score_bytes(x) + fewest.copy_bytes(x.tensors, x.shape.kept),
         lambda x: fewest.score_flops(x, x.shape.visual),
         torch=foreign.prune,
-        ours=(_plan(with_lse=True),),
+        ours=(_plan(ops.PrunePlan, ("rows", "columns", "lse"), "query", "key"),),
         others=(
             Provider("scores + topk", foreign.topk_prune),
             eager(foreign.eager_prune),
@@ -234,9 +240,17 @@ CASES = (
             + fewest.copy_bytes(x.tensors, x.shape.kept)
         ),
         lambda x: fewest.score_flops(x, x.shape.visual + x.shape.length),
-        ours=(_plan(with_lse=False),),
+        ours=(_plan(ops.PrunePlan, ("rows", "columns"), "query", "key"),),
         variant="no LSE",
         scored=True,
+    ),
+    Case(
+        "prune_scored",
+        _prune_scored,
+        lambda x, run: gate.pruned(x, run(x), x.scores),
+        lambda x: (4 + INT64) * x.shape.visual + fewest.copy_bytes(x.tensors, x.shape.kept),
+        torch=foreign.prune_scored,
+        ours=(_plan(ops.ScoredPlan, ("columns",), "scores"),),
     ),
     *(_greedy(rule) for rule in reference_sets.RULES),
     Case(

@@ -79,6 +79,11 @@ def prune(x: Inputs) -> tuple[Tensor, list[Tensor]]:
     return _keep_and_gather(x, scores(x))
 
 
+def prune_scored(x: Inputs) -> tuple[Tensor, list[Tensor]]:
+    """torch.topk of scores that are there, sort, one index_select a tensor."""
+    return _keep_and_gather(x, x.scores)
+
+
 def eager_prune(x: Inputs) -> tuple[Tensor, list[Tensor]]:
     """FastV as published: the whole attention matrix of the layer, then torch.topk, sort, index_select."""
     return _keep_and_gather(x, eager_scores(x))

@@ -61,8 +61,8 @@ def best_kept(index: Tensor, scores: Tensor, keep: int, slack: float = 0.0) -> N
     _require(ok, f"kept scores: expected at least {least:.4g}, got {worst:.4g}")
 
 
-def pruned(x: Inputs, got: tuple[Tensor, list[Tensor]]) -> None:
-    """All text and the best visual tokens in order, and exactly their rows of every tensor."""
+def pruned(x: Inputs, got: tuple[Tensor, list[Tensor]], scores: Tensor | None = None) -> None:
+    """All text and the best visual tokens, by the true scores or these, in order, and exactly their rows of every tensor."""
     index, tensors = got
     _require(tuple(index.shape) == (1, x.shape.kept), f"index: expected {x.shape.kept} positions")
     first, last = x.shape.before, x.shape.before + x.shape.visual
@@ -70,7 +70,8 @@ def pruned(x: Inputs, got: tuple[Tensor, list[Tensor]]) -> None:
     _require(
         visual.shape[1] == x.shape.keep, f"visual tokens: expected {x.shape.keep}, got {visual.shape[1]}"
     )
-    best_kept(visual - first, x.true_scores, x.shape.keep, slack=2 * ERROR[x.dtype])
+    slack = 2 * ERROR[x.dtype] if scores is None else 0.0
+    best_kept(visual - first, x.true_scores if scores is None else scores, x.shape.keep, slack)
     equal(tensors, [t.index_select(t.ndim - 2, index[0]) for t in x.tensors])
 
 

@@ -23,7 +23,7 @@ class Inputs:
     def __init__(self, setting: Setting) -> None:
         self.setting, self.shape, self.model = setting, setting.shape, setting.shape.model
         self.device, self.dtype = setting.device, setting.dtype
-        self.plans: dict[bool, ops.PrunePlan] = {}
+        self.plans: dict[tuple[str, ...], ops.PrunePlan | ops.ScoredPlan] = {}
 
     def draw(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Normal numbers that depend on the name only: zeros would be quicker to move and hide what was not written."""

@@ -59,10 +59,11 @@ def test_kernels_pass_the_gate(case):
         case.gate(x, case.run)
 
 
-def test_the_plan_passes_the_gate():
-    (plan,) = BY_NAME["prune_tokens"].ours
+@pytest.mark.parametrize("name", ["prune_tokens", "prune_tokens no LSE", "prune_scored"])
+def test_the_plans_pass_the_gate(name):
+    (plan,) = BY_NAME[name].ours
     with ops.use_backend("triton"):
-        BY_NAME["prune_tokens"].gate(make_inputs(rows=2), plan.run)
+        BY_NAME[name].gate(make_inputs(rows=2), plan.run)
 
 
 def test_the_published_loop_passes_the_gate_whatever_the_dtype():
@@ -78,6 +79,7 @@ WRONG = {
     "gather_tokens": lambda x: foreign.gather(x.tensors, x.index.flip(1)),
     "compact_kv": lambda x: x.caches,
     "prune_tokens": lambda x: foreign._keep_and_gather(x, -foreign.scores(x)),
+    "prune_scored": lambda x: foreign._keep_and_gather(x, -x.scores),
     "greedy_select maxmin": lambda x: torch.arange(x.chosen)[None],
     "merge_tokens": lambda x: foreign.merge(x).flip(1),
     "cluster_dpc": lambda x: torch.zeros(1, x.shape.visual, dtype=torch.int64),

@@ -39,8 +39,7 @@ def test_every_knob_turns(knob):
     """Once, in the interpreter; a setting that a launcher no longer reads is not a knob."""
     x = Inputs(Setting(TINY, torch.float32, 2, torch.device("cpu")))
     case = next(case for case in tile_sweep.CASES if case.name == knob.case)
-    value = next(value for value in knob.values if tile_sweep.fits(knob, value, x))
-    with knob.set(value):
+    with knob.set(knob.values[0]):
         assert tile_sweep._times(case, x, 0.0, ()) == "right"
 
 

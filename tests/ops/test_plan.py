@@ -1,4 +1,6 @@
-"""PrunePlan: the bits of prune_tokens, run after run, whatever it was built for; then its workspace and error text."""
+"""Plans: the bits of prune_tokens and prune_scored, run after run, whatever they were built for; then workspace and error text."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -34,8 +36,17 @@ VARIANTS = {
     ),
     "rope": lambda call, seed: dict(rope=slow.rope(device=call["key"].device, scaling=1.0 + seed)),
     "keep": lambda call, seed: dict(keep=torch.tensor([seed, 3], device=call["key"].device)),
+    "code": lambda call, seed: dict(code=(call["columns"] % (3 + seed)).to(torch.int8)),
+    "segments": lambda call, seed: dict(
+        segments=torch.tensor([[2, seed, 4], [0, 5, 2]], device=call["key"].device),
+        keep=torch.tensor([[1, 1, seed], [1, 2, 1]], device=call["key"].device),
+    ),
 }
-SETTINGS = [dict(head_reduce="max", row_reduce="sum"), dict(normalize="columns")]
+SETTINGS = [
+    dict(head_reduce="max", row_reduce="sum"),
+    dict(normalize="columns"),
+    dict(padding="left", newest=True, most=5),
+]
 
 
 def planned(call, **settings):
@@ -50,7 +61,8 @@ def expected(call, **settings):
 
 def assert_same(out, truth):
     assert all(map(torch.equal, out.tensors, truth.tensors))
-    assert all(torch.equal(getattr(out, name), getattr(truth, name)) for name in ("index", "count", "scores"))
+    names = ("index", "count", "scores", "kept", "columns")
+    assert all(torch.equal(getattr(out, name), getattr(truth, name)) for name in names)
 
 
 @pytest.mark.parametrize("variant, settings", [(v, {}) for v in VARIANTS] + [("plain", s) for s in SETTINGS])
@@ -83,27 +95,81 @@ def test_packed_runs(with_lse, device):
         assert torch.equal(out.cu_seqlens, truth.cu_seqlens)
 
 
-def test_long_sequences_take_one_launch_more(device):
-    call = stage(device, B=1, H=1, Hkv=1, Sq=1, S=4200, D=8, R=1, N=300)
+def test_many_columns_take_one_launch_more(device):
+    call = stage(device, B=1, H=1, Hkv=1, Sq=1, S=4200, D=8, R=1, N=4100)
     call["tensors"] = call["tensors"][2:]
     plan, truth = planned(call, keep=70), expected(call, keep=70)
     assert_same(plan.run(**call), truth)
 
 
-def test_outputs_are_new_or_those_given(device):
+def test_a_run_returns_new_tensors(device):
+    """No later run changes what an earlier one returned."""
     call, other = stage(device), stage(device, seed=1)
     plan = planned(call, keep=3)
-    first, truth = plan.run(**call), expected(call, keep=3)
-    given = [torch.empty_like(x) for x in first.tensors]
+    first, second = plan.run(**call), plan.run(**other)
+    assert_same(first, expected(call, keep=3))
+    assert_same(second, expected(other, keep=3))
+    assert all(x.is_contiguous() for x in (*first.tensors, *first[1:6]))
+
+
+def test_gathered_tensors_go_where_they_are_wanted(device):
+    call, other = stage(device), stage(device, seed=1)
+    plan = planned(call, keep=3)
+    given = [torch.empty_like(x) for x in plan.run(**call).tensors]
     out = plan.run(**other, out=given)
     assert all(x is y for x, y in zip(out.tensors, given, strict=True))
     assert_same(out, expected(other, keep=3))
-    assert_same(first, truth)  # no later run touches what an earlier one returned
-    again = plan.run(**call)
-    assert {x.data_ptr() for x in again.tensors}.isdisjoint(x.data_ptr() for x in first.tensors)
+
+
+def test_an_attempt_is_a_run_or_none(device):
+    call = stage(device)
+    plan, truth = planned(call, keep=3), expected(call, keep=3)
     assert_same(plan.attempt(**call), truth)
     short = {**call, "key": call["key"][:, :, 1:], "tensors": [x[:, 1:] for x in call["tensors"]]}
     assert plan.attempt(**short) is None and plan.attempt(**{**call, "tensors": call["tensors"][1:]}) is None
+
+
+def test_threads_share_a_plan(device):
+    """Their launches do not mix, as they have one workspace."""
+    calls = [stage(device, seed) for seed in range(4)]
+    plan = planned(calls[0], keep=3)
+    with ThreadPoolExecutor(4) as pool:
+        outs = list(pool.map(lambda call: plan.run(**call), calls * 3))
+    for out, call in zip(outs, calls * 3, strict=True):
+        assert_same(out, expected(call, keep=3))
+
+
+SCORED = {
+    "plain": lambda scores, seed: {},
+    "columns": lambda scores, seed: dict(columns=torch.arange(seed, 2 * 9, 2)[:8].expand(2, 8).contiguous()),
+    "mask and codes": lambda scores, seed: dict(
+        key_mask=torch.arange(20).expand(2, 20) != 3 + seed, code=(scores > seed).to(torch.int8)
+    ),
+    "segments": lambda scores, seed: dict(segments=torch.tensor([[4, 2 + seed], [1, 3]])),
+}
+
+
+@pytest.mark.parametrize("variant", SCORED)
+def test_runs_of_given_scores_are_prune_scored(variant, device):
+    plan = None
+    for seed in range(2):
+        g = torch.Generator().manual_seed(seed)
+        N = 8 if variant == "columns" else 20
+        call = dict(scores=torch.randn(2, N, generator=g), tensors=[torch.randn(2, 20, 3, generator=g)])
+        extra = SCORED[variant](call["scores"], seed)
+        call, extra = to_device(call, device), to_device(extra, device)
+        with ops.use_backend("triton"):
+            truth = ops.prune_scored(**call, keep=2, **extra)
+            plan = plan or ops.ScoredPlan(**call, keep=2, **extra)
+        out = plan.run(**call, **extra)
+        assert_same(out, truth)
+        assert out.scores is call["scores"]
+
+
+def to_device(call, device):
+    return {
+        name: [t.to(device) for t in x] if isinstance(x, list) else x.to(device) for name, x in call.items()
+    }
 
 
 def test_bound_tensors_are_read_when_called(device):

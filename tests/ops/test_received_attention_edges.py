@@ -1,4 +1,4 @@
-"""received_attention where it is easy to get wrong: shared programs, NaN, -inf, positions out of range."""
+"""received_attention where it is easy to get wrong: many heads, NaN, -inf, positions out of range."""
 
 import pytest
 import torch
@@ -15,14 +15,9 @@ def run(backend, query, key, **kwargs):
         return ops.received_attention(query, key, **kwargs)
 
 
-@pytest.mark.parametrize("programs, heads", [(1, 6), (4, 3), (10, 1)])
 @pytest.mark.parametrize("head_reduce", HEADS)
-def test_a_program_may_take_several_heads(programs, heads, head_reduce, device, monkeypatch):
-    from vlmprune.triton_kernels import score_select
-
-    query, key, rows, columns = slow.inputs(H=12, Hkv=6, device=device)
-    monkeypatch.setattr(score_select, "TARGET_PROGRAMS", programs)
-    assert 6 // score_select.head_splits(B=2, Hkv=6, tiles_n=1) == heads
+def test_more_heads_than_are_joined_at_once(head_reduce, device):
+    query, key, rows, columns = slow.inputs(H=22, Hkv=11, device=device)
     kwargs = dict(rows=rows, columns=columns, head_reduce=head_reduce)
     out, expected = run("triton", query, key, **kwargs), run("reference", query, key, **kwargs)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)

@@ -67,12 +67,24 @@ def test_triton_shapes(shape, device):
 
 
 def test_split_keys_are_used_and_repeat_bit_for_bit(device):
-    from vlmprune.triton_kernels.row_lse import count_splits
+    from vlmprune.triton_kernels._launch import recording
 
-    assert count_splits(n_keys=1100, programs=2) == 2
     query, key, rows, _ = slow.inputs(H=1, Hkv=1, S=1100, D=8, device=device)
+    with recording() as launches:
+        run("triton", query, key, rows)
+    assert launches[0].grid == (2, 1, 3)
     first, second = run("triton", query, key, rows), run("triton", query, key, rows)
     assert torch.equal(first, second)
+
+
+def test_many_splits_are_joined_in_pieces(device):
+    """More than are loaded at once, of which the first ones see nothing."""
+    query, key, rows, _ = slow.inputs(B=1, H=1, Hkv=1, S=9000, D=8, R=2, device=device)
+    mask = torch.ones(1, 9000, dtype=torch.bool, device=device)
+    mask[:, :8700] = False
+    for given in (None, mask):
+        out, expected = (run(backend, query, key, rows, given) for backend in ("triton", "reference"))
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("at", [3, 700, 1099], ids=["first split", "second split", "last key"])
