@@ -85,14 +85,15 @@ class _Plan:
         self._program.reset()
 
     def _bind(
-        self, every: Mapping[str, Any], tensors: Sequence[Tensor], out: Sequence[Tensor] | None
+        self, given: Mapping[str, Any], tensors: Sequence[Tensor], out: Sequence[Tensor] | None
     ) -> tuple[Callable[[], None], list[Tensor], list[Tensor]]:
         """(launches, gathered tensors, other outputs) of these inputs, once they are checked."""
-        given = {name: x for name, x in every.items() if x is not None}
-        n = self._n
-        if given.keys() != self._names.keys() or len(tensors) != n or (out is not None and len(out) != n):
+        n, names = self._n, self._names
+        if given.keys() != names.keys():  # None may have been said aloud
+            given = {name: x for name, x in given.items() if x is not None}
+        if given.keys() != names.keys() or len(tensors) != n or (out is not None and len(out) != n):
             self._explain(given, tensors, out)
-        inputs: list[Any] = [*[given[name] for name in self._names], *tensors]
+        inputs: list[Any] = [*[given[name] for name in names], *tensors]
         pointers = _pointers(inputs, self._expected)
         if out is None:
             outputs = [torch.empty_like(x) for x in self._like]
@@ -103,7 +104,7 @@ class _Plan:
         return self._program.bind([*inputs, *outputs], pointers), outputs[:n], outputs[n:]
 
     def _explain(
-        self, given: dict[str, object], tensors: Sequence[Tensor], out: Sequence[Tensor] | None
+        self, given: Mapping[str, object], tensors: Sequence[Tensor], out: Sequence[Tensor] | None
     ) -> None:
         """Raise the InputError that says which argument is missing or too many."""
         for name in [*self._names, *given]:
@@ -182,10 +183,13 @@ class PrunePlan(_Plan):
         Raises:
             InputError: a tensor differs from its example, or one more or one fewer is given.
         """
-        cos, sin = scoring.pop("rope", None) or (None, None)
-        every = {**scoring, "query": query, "key": key, "cos": cos, "sin": sin}
-        every |= {"keep": keep, "code": code, "segments": segments}
-        launch, gathered, others = self._bind(every, tensors, out)
+        named: dict[str, Any] = {**scoring, "query": query, "key": key}
+        if "rope" in named:
+            named["cos"], named["sin"] = named.pop("rope") or (None, None)
+        for name, x in (("keep", keep), ("code", code), ("segments", segments)):
+            if x is not None:
+                named[name] = x
+        launch, gathered, others = self._bind(named, tensors, out)
         return _returning(launch, Pruned(gathered, *others))
 
 
