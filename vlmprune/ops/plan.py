@@ -108,10 +108,12 @@ class _Plan:
 
     def _inputs(self, every: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Tensor] | None:
         """The inputs in their order, None where one is missing or too many."""
-        given = {name: x for name, x in every.items() if x is not None}
-        if given.keys() != self._names.keys() or len(tensors) != self._n:
+        names = self._names
+        if every.keys() != names.keys():  # None may have been said aloud
+            every = {name: x for name, x in every.items() if x is not None}
+        if every.keys() != names.keys() or len(tensors) != self._n:
             return None
-        return [*[given[name] for name in self._names], *tensors]
+        return [*[every[name] for name in names], *tensors]
 
     def _ready(self, inputs: list[Tensor], pointers: list[int], out: Sequence[Tensor] | None) -> Bound:
         n = self._n
@@ -266,8 +268,11 @@ class ScoredPlan(_Plan):
 
 def _by_name(query: Tensor, key: Tensor, scoring: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs by their names in ``Scoring``."""
-    cos, sin = scoring.get("rope") or (None, None)
-    return {**scoring, "rope": None, "query": query, "key": key, "cos": cos, "sin": sin}
+    named: dict[str, Any] = {**scoring, "query": query, "key": key}
+    rope = named.pop("rope", None)
+    if rope is not None:
+        named["cos"], named["sin"] = rope
+    return named
 
 
 _SCORED = ("scores", "columns", "key_mask", "length")  # what prune_scored takes besides tensors and Selection
