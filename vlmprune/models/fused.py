@@ -73,6 +73,8 @@ class Passes:
     ) -> ops.Pruned:
         """One call of ``prune_tokens``, or of ``prune_scored`` where the scores are there."""
         rating, layout = ranking.scores, entering.layout
+        op: Any
+        plan: Any
         if isinstance(rating, Rating) and rating.seen.group is None:
             by: tuple[Tensor, ...] = rating.seen.query, rating.seen.key
             how |= rating.keywords
@@ -80,7 +82,7 @@ class Passes:
         else:
             by = (ranking.scored().contiguous(),)  # of all ranks, where several share the heads
             how |= {"columns": layout.visual, "key_mask": layout.valid}
-            op, plan = ops.prune_scored, ops.ScoredPlan  # type: ignore[assignment]
+            op, plan = ops.prune_scored, ops.ScoredPlan
         if not _plans_for(tensors):
             return op(*by, tensors, **how)
         return self._planned(op, plan, entering.layer, by, tensors, how)

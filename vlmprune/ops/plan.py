@@ -254,16 +254,19 @@ class ScoredPlan(_Plan):
         **named: Tensor | None,
     ) -> Callable[[], Pruned]:
         """As ``PrunePlan.bind``; ``named`` takes the keywords of the plan that are tensors."""
-        launch, gathered, others = self._bind({**named, "scores": scores}, tensors, out)
-        return _returning(launch, Pruned(gathered, *others[:2], scores, *others[2:]))
+        launch, gathered, (index, count, kept, columns) = self._bind(
+            {**named, "scores": scores}, tensors, out
+        )
+        return _returning(launch, Pruned(gathered, index, count, scores, kept, columns))
 
     def attempt(self, scores: Tensor, tensors: Sequence[Tensor], **named: Tensor | None) -> Pruned | None:
         """As ``PrunePlan.attempt``."""
         bound = self._attempt({**named, "scores": scores}, tensors)
         if bound is None:
             return None
-        bound[0]()
-        return Pruned(bound[1], *bound[2][:2], scores, *bound[2][2:])
+        launch, gathered, (index, count, kept, columns) = bound
+        launch()
+        return Pruned(gathered, index, count, scores, kept, columns)
 
 
 def _by_name(query: Tensor, key: Tensor, scoring: Mapping[str, Any]) -> dict[str, Any]:
