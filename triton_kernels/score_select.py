@@ -26,7 +26,8 @@ WARPS = 8  # that select from many columns; more would cost every score program 
 
 @triton.jit(
     do_not_specialize=[
-        *("R", "N", "Sq", "S", "max_seqlen", "lse_strides", "keep", "segments", "first", "width", "most"),
+        *("R", "N", "Sq", "S", "max_seqlen", "lse_stride_b", "lse_stride_h", "lse_stride_r"),
+        *("keep", "segments", "first", "width", "most"),
     ]
 )
 def _score_select_kernel(
@@ -50,9 +51,11 @@ def _score_select_kernel(
     Sq,
     S,
     max_seqlen,
+    lse_stride_b,  # not a tuple, whose numbers are always specialised
+    lse_stride_h,
+    lse_stride_r,
     query_strides,  # batch, head, position
     key_strides,
-    lse_strides,
     rope_strides,  # batch, position
     quota_ptr,  # from here on a Choice; all None where index_ptr is, and nothing is selected
     code_ptr,
@@ -93,9 +96,9 @@ def _score_select_kernel(
     if key_mask_ptr is not None:
         key_mask_ptr += b * S
     if lse_ptr is not None:
-        lse_ptr += b * lse_strides[0]
+        lse_ptr += b * lse_stride_b
         if LSE_BY_POSITION:
-            lse_ptr += start_q * lse_strides[2]
+            lse_ptr += start_q * lse_stride_r
     if weight_ptr is not None:
         weight_ptr += b * R
     if cos_ptr is not None:
@@ -108,7 +111,7 @@ def _score_select_kernel(
         part_ptr,
         (key_ptr, cos_ptr, sin_ptr, rows_ptr + b * R, columns_ptr + b * N, key_mask_ptr, weight_ptr),
         (scale, R, N, length - length_q, length),
-        (query_strides, key_strides, lse_strides, rope_strides),
+        (query_strides, key_strides, (lse_stride_h, lse_stride_r), rope_strides),
         G,
         HEAD_REDUCE,
         (D, ROW_REDUCE, CAUSAL, LSE_BY_POSITION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_D),
@@ -175,8 +178,8 @@ def score(s, choice=None):
         (max(1, triton.cdiv(N, config["BLOCK_N"])), Hkv, B),
         *(s.query, s.key, s.cos, s.sin, s.rows, s.columns, s.key_mask),
         *(lse, s.row_weight, s.cu_seqlens, s.cu_seqlens_q, counter, part, scores),
-        *(s.scale, R, N, Sq, S, s.max_seqlen),
-        *(query_strides, key_strides, _lse_strides(s, lse), rope_strides),
+        *(s.scale, R, N, Sq, S, s.max_seqlen, *_lse_strides(s, lse)),
+        *(query_strides, key_strides, rope_strides),
         *(choice or Choice()),
         PARTS=part.shape[1],
         H=H,
