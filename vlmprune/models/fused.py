@@ -101,7 +101,7 @@ class Passes:
         settings = tuple([x for name, x in how.items() if name not in lists])
         shapes = by[0].shape, by[-1].shape, tensors[0].shape
         stream = torch.cuda.current_stream(by[0].device).cuda_stream if by[0].is_cuda else 0
-        key = (layer, kind, stream, settings, shapes)
+        key = (layer, kind, stream, by[0].dtype, settings, shapes)
         with self._lock:
             known = self._plans.get(key, self)
             if known is not self:
