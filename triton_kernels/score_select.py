@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._device import dot_dtype, laid_out, padded_head_dim, span, tiles
+from vlmprune.triton_kernels._device import dot_dtype, laid_out, padded_head_dim, registers, span, tiles
 from vlmprune.triton_kernels._launch import launch
 from vlmprune.triton_kernels._score import join_parts, score_part
 from vlmprune.triton_kernels._survivors import choose_survivors
@@ -146,18 +146,6 @@ def _score_select_kernel(
                 )
 
 
-def registers(s, R, num_warps):
-    """How many registers a thread may take: said aloud, as ptxas would rather spill a word than pass 128.
-
-    Few rows are memory bound: two programs shall share a multiprocessor, as those of 4 warps do with any number. No lower
-    limit for these: ptxas fills it with loads ahead of their use, and spills. AMD knows no such option.
-    """
-    if torch.version.hip:
-        return {}
-    few_rows = R <= 16 and s.cos is None and s.query.element_size() == 2
-    return {"maxnreg": 128 if few_rows and num_warps == 8 else 255}
-
-
 def score(s, choice=None):
     """Launch the row statistics if needed and the score kernel; [B, H, N] for head_reduce "none", else [B, N].
 
@@ -173,6 +161,9 @@ def score(s, choice=None):
     counter = s.query.new_zeros(B, dtype=torch.int32) if joins else None
     at_once = chunks(0 if choice is None else N, WARPS)
     config["num_warps"] = max(config["num_warps"], at_once.pop("num_warps"))
+    # Few rows are memory bound: two programs shall share a multiprocessor, as those of 4 warps do with any number. No lower
+    # limit for these: ptxas fills it with loads ahead of their use, and spills.
+    few_rows = R <= 16 and s.cos is None and s.query.element_size() == 2
     launch(
         _score_select_kernel,
         (max(1, triton.cdiv(N, config["BLOCK_N"])), Hkv, B),
@@ -190,7 +181,7 @@ def score(s, choice=None):
         CAUSAL=s.causal,
         LSE_BY_POSITION=s.lse is not None,
         **at_once,
-        **registers(s, R, config["num_warps"]),
+        **registers(128 if few_rows and config["num_warps"] == 8 else 255),
         DTYPE=dot_dtype(s.query),
         BLOCK_D=padded_head_dim(D),
         **config,
