@@ -1,6 +1,7 @@
 """Stages as one fused pass: what a prefill adds, the same choice as by the ops one by one, plans, and why not."""
 
 import copy
+import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -299,3 +300,30 @@ def test_a_subclass_that_selects_is_asked():
         ValueError, match=r"^DivPrune: expected `rank` of its own at a stage where it ranks, got none$"
     ):
         vlmprune.DivPrune().rank(None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", [RANKING[0], RANKING[6], RANKING[11]], ids=repr)
+def test_on_a_gpu_a_prefill_waits_no_more_than_an_unpruned_one(policy, device):
+    """And gives the tokens of the reference; fixed counts are known on the host."""
+    model, batch = make_model().to(device), make_batch(BATCHES["one"])
+    with torch.no_grad(), vlmprune.prune(cpu := make_model(), policy) as run:
+        want, stages = cpu(**batch).logits, run.stages
+    batch = {name: x.to(device) for name, x in batch.items()}
+    waits = []
+    for scope in (vlmprune.meter(model), vlmprune.prune(model, policy)):
+        with torch.no_grad(), scope as run:
+            for _ in range(3):
+                got = model(**batch).logits
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                with warnings.catch_warnings(record=True) as seen:
+                    warnings.simplefilter("always")
+                    model(**batch)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchroniz" in str(warning.message) for warning in seen))
+    assert waits[1] <= waits[0]
+    assert run.report().paths == ("one pass (triton)",) * len(policy.layers)
+    assert all(torch.equal(a.index.cpu(), b.index) for a, b in zip(run.stages, stages, strict=True))
+    torch.testing.assert_close(got.cpu(), want, atol=1e-3, rtol=0)
