@@ -85,12 +85,11 @@ class _Plan:
         self._program.reset()
 
     def _bind(
-        self, given: Mapping[str, Any], tensors: Sequence[Tensor], out: Sequence[Tensor] | None
+        self, every: Mapping[str, Any], tensors: Sequence[Tensor], out: Sequence[Tensor] | None
     ) -> tuple[Callable[[], None], list[Tensor], list[Tensor]]:
         """(launches, gathered tensors, other outputs) of these inputs, once they are checked."""
         n, names = self._n, self._names
-        if given.keys() != names.keys():  # None may have been said aloud
-            given = {name: x for name, x in given.items() if x is not None}
+        given = {name: x for name, x in every.items() if x is not None}
         if given.keys() != names.keys() or len(tensors) != n or (out is not None and len(out) != n):
             self._explain(given, tensors, out)
         inputs: list[Any] = [*[given[name] for name in names], *tensors]
@@ -184,11 +183,8 @@ class PrunePlan(_Plan):
             InputError: a tensor differs from its example, or one more or one fewer is given.
         """
         named: dict[str, Any] = {**scoring, "query": query, "key": key}
-        if "rope" in named:
-            named["cos"], named["sin"] = named.pop("rope") or (None, None)
-        for name, x in (("keep", keep), ("code", code), ("segments", segments)):
-            if x is not None:
-                named[name] = x
+        named |= {"keep": keep, "code": code, "segments": segments}
+        named["cos"], named["sin"] = named.pop("rope", None) or (None, None)
         launch, gathered, others = self._bind(named, tensors, out)
         return _returning(launch, Pruned(gathered, *others))
 
@@ -259,7 +255,7 @@ def _returning(launch: Callable[[], None], result: Pruned) -> Callable[[], Prune
 
 
 def _pointers(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> list[int]:
-    """Data pointers of tensors that are what the kernels were compiled for; this loop is most of the host time of ``run``."""
+    """Data pointers of tensors that are what the kernels were compiled for; with the outputs the host time of ``run``."""
     pointers = []
     for x, like in zip(tensors, expected, strict=True):
         _, shape, stride, dtype, device, zero_bits = like
