@@ -7,6 +7,7 @@ pytest tests/compile.
 import host_launch_cost as host
 import pytest
 import triton
+from micro.stub import Launcher
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if triton.knobs.runtime.interpret:
@@ -28,7 +29,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("with_lse, names", [(True, []), (False, ["_row_lse_kernel"])])
 def test_a_run_only_launches(with_lse, names, monkeypatch):
     launched = []
-    monkeypatch.setattr(host._Launcher, "__call__", lambda self, *args: launched.append(args))
+    monkeypatch.setattr(Launcher, "__call__", lambda self, *args: launched.append(args))
     with host.stubbed():
         call = host.example(n_caches=2, with_lse=with_lse)
         plan = host.planned(call)
