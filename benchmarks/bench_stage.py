@@ -3,7 +3,7 @@
 A LLaVA of 32 empty layers, 576 visual and 60 text tokens; kernels are compiled for sm_90 and their launches counted, not
 made (micro/stub.py). So what is timed is Python and PyTorch's dispatch, as CPU time: other processes do not count.
 
-    TRITON_INTERPRET=0 python -P benchmarks/bench_stage.py [--json]
+    TRITON_INTERPRET=0 python -P benchmarks/bench_stage.py [--json] [--small]
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ class Setting:
     calls: int = 100
     turns: int = 3
     prefills: int = 15
+
+
+SMALL = Setting(layers=25, side=6, text=12, rounds=1, calls=2, turns=1, prefills=1)
 
 
 @dataclass(frozen=True)
@@ -245,11 +248,12 @@ def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--small", action="store_true", help="a small model, few calls: to try the script")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         raise SystemExit("bench_stage: expected TRITON_INTERPRET=0, got the interpreter")
     torch.set_num_threads(1)
-    found = run(Setting())
+    found = run(SMALL if args.small else Setting())
     print(json.dumps(found) if args.json else table(found))
     return 0
 
