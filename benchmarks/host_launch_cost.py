@@ -1,7 +1,7 @@
 """Host time of PrunePlan.run, and of a call bound once, against the ops they repeat, on a machine without a GPU: all Python, none of CUDA.
 
-A stub driver stands in for the GPU: kernels are compiled for sm_90 and never started. What is timed is everything that
-Python does in a call; Triton's C launcher, which packs the arguments, and the CUDA call itself are left out.
+A stub stands in for the GPU (micro/stub.py). What is timed is everything that Python does in a call; Triton's C launcher,
+which packs the arguments, and the CUDA call itself are left out.
 
     TRITON_INTERPRET=0 python benchmarks/host_launch_cost.py
 """
@@ -9,64 +9,25 @@ Python does in a call; Triton's C launcher, which packs the arguments, and the C
 from __future__ import annotations
 
 import platform
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
-from vlmprune.ops import _dispatch
+sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
+
+from micro.stub import cpu, stubbed
+
 from vlmprune.ops.plan import PrunePlan
 from vlmprune.ops.prune_tokens import checked
 
 B, H, S, N, D, KEEP = 1, 32, 640, 576, 128, 128
 ROUNDS, CALLS = 20, 200
-
-
-class _Utils:
-    """A device that can hold any kernel."""
-
-    def get_device_properties(self, device: object) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
-
-    def load_binary(self, *args: object) -> tuple[int | None, ...]:
-        return None, 1, 32, 0, 1024  # no module, so none to unload
-
-    def unload_module(self, module: object) -> None:
-        pass
-
-
-class _Launcher:
-    """Where the C launcher would pack the arguments and call CUDA."""
-
-    def __init__(self, src: object, metadata: object) -> None:
-        self.calls = 0
-
-    def __call__(self, *args: object) -> None:
-        self.calls += 1
-
-
-class _StubDriver:
-    """What Triton asks of a driver before and when it launches."""
-
-    utils, launcher_cls = _Utils(), _Launcher
-
-    def get_current_device(self) -> None:
-        return None
-
-    def get_current_stream(self, device: object = None) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 def microseconds(call: Callable[[], object]) -> float:
@@ -99,20 +60,6 @@ def example(n_caches: int, with_lse: bool) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def stubbed() -> Iterator[None]:
-    """Inside, kernels compile for the stub's GPU, launches end at _Launcher, and a plan may be made of CPU tensors."""
-    from vlmprune.triton_kernels.prune_tokens import prune_plan
-
-    active, backends = driver._active, _dispatch.TABLES["prune_plan"]
-    driver.set_active(_StubDriver())
-    _dispatch.TABLES["prune_plan"] = (_dispatch.Backend("stub", lambda: prune_plan, _dispatch.always),)
-    try:
-        yield
-    finally:
-        driver._active, _dispatch.TABLES["prune_plan"] = active, backends
-
-
 def planned(call: dict[str, Any]) -> PrunePlan:
     """The plan of an example."""
     return PrunePlan(**call, keep=KEEP)
@@ -139,19 +86,13 @@ def main() -> None:
         raise SystemExit("host_launch_cost: expected TRITON_INTERPRET=0, got the interpreter")
     torch.set_num_threads(1)
     print(
-        f"triton {triton.__version__}, torch {torch.__version__}, Python {platform.python_version()}, {_cpu()}"
+        f"triton {triton.__version__}, torch {torch.__version__}, Python {platform.python_version()}, {cpu()}"
     )
     print("CPU time a call, median of means; no C launcher, no CUDA call")
     with stubbed():
         for n_caches in (0, 2, 60):
             for with_lse in (True, False):
                 report(n_caches, with_lse)
-
-
-def _cpu() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as f:
-        names = [line.partition(":")[2].strip() for line in f if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

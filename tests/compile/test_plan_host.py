@@ -11,6 +11,7 @@ import host_launch_cost as host
 import pytest
 import torch
 import triton
+from micro.stub import Launcher
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmprune import ops
@@ -35,7 +36,7 @@ class Operations(TorchDispatchMode):
 def launched(monkeypatch):
     """Arguments of every launch."""
     calls = []
-    monkeypatch.setattr(host._Launcher, "__call__", lambda self, *args: calls.append(args))
+    monkeypatch.setattr(Launcher, "__call__", lambda self, *args: calls.append(args))
     return calls
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +66,19 @@ class Marks:
         return Seconds(_length(self.vision), _length(self.prefill), selection, _length(self.decode))
 
 
+class _Selecting:
+    """A context manager of few steps, as every stage enters two."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.start = clock, clock.now()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.clock.mine.marks.chosen.append([self.start, self.clock.now()])
+
+
 class Clock:
     """Makes the marks, from hooks. Every thread times the prompt it runs.
 
@@ -107,14 +119,9 @@ class Clock:
             parts.model.register_forward_hook(self._step_ends),
         ]
 
-    @contextmanager
-    def selection(self) -> Iterator[None]:
-        """Time a piece of selection work."""
-        start = self.now()
-        try:
-            yield
-        finally:
-            self.mine.marks.chosen.append([start, self.now()])
+    def selection(self) -> _Selecting:
+        """Time a piece of selection work, which is inside."""
+        return _Selecting(self)
 
     def _vision_starts(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():

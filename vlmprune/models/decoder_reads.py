@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,20 +23,22 @@ from vlmprune.policies.base import AttentionInputs, Needs
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate-half RoPE on ``x [B, H, S, D]`` with tables ``[B or 1, S, D]`` (Su et al. 2021, as Llama applies it)."""
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+    first, second = x.chunk(2, -1)
+    turned = torch.cat([-second, first], -1)
+    if cos.shape[0] > 1:  # else they spread over samples and heads as they are
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return x * cos + turned * sin
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-@torch.no_grad()  # recorded operations would differ when a checkpointed layer is replayed
 def read_attention(attn: Any, hidden: Tensor, rope: Rope, prefill: Prefill, clock: Clock) -> None:
     """Read what the stage after a decoder layer will score from, when its self-attention has run: ``prefill.attention``.
 
     Keys come from the cache the layer has just filled; without a cache they are projected once more.
     """
     i, call, cache = attn.layer_idx, prefill.call, prefill.cache
-    with clock.selection():
+    # no_grad: recorded operations would differ when a checkpointed layer is replayed
+    with clock.selection(), torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         layout = moved(prefill.layout(i), hidden.device)
         past = 0 if cache is None else entries(cache, i, call.past + call.length) - layout.length
         if cache is None or isinstance(cache.layers[i], QUANTIZED):

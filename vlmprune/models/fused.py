@@ -11,13 +11,17 @@ from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.models.layout import Layout
-from vlmprune.models.prefill import Decision, Entering
+from vlmprune.models.prefill import Decision, Entering, Rope
 from vlmprune.policies.base import PruningPolicy, Ranking
 from vlmprune.policies.inputs import Rating
 
 Counts = tuple[int, ...]
 
 PLANS = 64
+PLAIN = {int, float, bool, str, type(None)}
+"""What is a setting of a plan; anything else is a tensor, or some."""
+STRIDED = {"lse", "rope"}
+"""What kernels read with strides."""
 
 
 def why_not(ranking: Ranking | None, entering: Entering, policy: PruningPolicy) -> str | None:
@@ -45,31 +49,36 @@ class Passes:
     def __reduce__(self) -> Any:
         return Passes, ()
 
-    def __call__(self, ranking: Ranking, entering: Entering) -> tuple[Tensor, Tensor, Decision]:
-        """Score, select and gather: rows ``[B, n, D]`` that survive, numbers ``[B, K]`` of the tokens kept, the decision."""
+    def __call__(self, ranking: Ranking, entering: Entering, backend: str) -> tuple[Tensor, Tensor, Decision]:
+        """Score, select and gather: rows ``[B, n, D]`` that survive, numbers ``[B, K]`` of the tokens kept, the decision.
+
+        ``backend`` is what runs it: plans are those of one.
+        """
         layout, packs = entering.layout, ranking.positions == "pack"
-        tensors = [entering.hidden] if packs else [entering.hidden, *(t.detach() for t in entering.rope)]
+        tensors = [entering.hidden] if packs else [entering.hidden, *entering.rope]
         if layout.origin is not None:
             tensors.append(layout.origin)
         kept = ranking.most(layout.counts)
-        width = max(_rows_left(layout, kept))
+        real = _rows_left(layout, kept)
+        how = ranking.keywords(kept, entering.hidden.device)
         # Shorter samples are padded on the left, so that the last row stays the newest token.
         side = "left" if len(kept) > 1 else "right"
-        how = {
-            **ranking.keywords(kept, entering.hidden.device),
-            "width": width,
-            "padding": side,
-            "newest": True,
-        }
-        out = self._run(ranking, entering, tensors, how)
+        how["width"], how["padding"], how["newest"] = max(real), side, True
+        out = self._run(ranking, entering, tensors, how, backend)
         if ranking.extra is not None:
-            out, kept = _narrowed(out, layout, side)
-        after, rest = _after(layout, kept, out)
-        rope, shift = entering.packed(after) if packs else ((rest[0], rest[1]), entering.shift)
+            out, kept, real = _narrowed(out, layout, side)
+        after, rest = _after(layout, kept, real, out)
+        # detached: else checkpointed layers would share a graph through them
+        rope, shift = entering.packed(after) if packs else (_detached(*rest), entering.shift)
         return out.tensors[0], out.kept, Decision(after, out.index, rope, shift)
 
     def _run(
-        self, ranking: Ranking, entering: Entering, tensors: list[Tensor], how: dict[str, Any]
+        self,
+        ranking: Ranking,
+        entering: Entering,
+        tensors: list[Tensor],
+        how: dict[str, Any],
+        backend: str,
     ) -> ops.Pruned:
         """One call of ``prune_tokens``, or of ``prune_scored`` where the scores are there."""
         rating, layout = ranking.scores, entering.layout
@@ -77,31 +86,34 @@ class Passes:
         plan: Any
         if isinstance(rating, Rating) and rating.seen.group is None:
             by: tuple[Tensor, ...] = rating.seen.query, rating.seen.key
-            how |= rating.keywords
+            how.update(rating.keywords)
             op, plan = ops.prune_tokens, ops.PrunePlan
         else:
             by = (ranking.scored().contiguous(),)  # of all ranks, where several share the heads
-            how |= {"columns": layout.visual, "key_mask": layout.valid}
-            op, plan = ops.prune_scored, ops.ScoredPlan
-        if not _plans_for(tensors):
+            how["columns"], how["key_mask"] = layout.visual, layout.valid
+            op, plan = ops.prune_scored, ops.ScoredPlan  # type: ignore[assignment]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):  # plans have no gradients
             return op(*by, tensors, **how)
-        return self._planned(op, plan, entering.layer, by, tensors, how)
+        return self._planned(op, plan, (entering.layer, backend), by, tensors, how)
 
     def _planned(
         self,
         op: Any,
         kind: Any,
-        layer: int,
+        where: tuple[int, str],
         by: tuple[Tensor, ...],
         tensors: list[Tensor],
         how: dict[str, Any],
     ) -> ops.Pruned:
         """The first time that shapes come they run as an op, the second time a plan is made of them."""
-        lists = {name: x for name, x in how.items() if isinstance(x, Tensor | tuple)}
-        settings = tuple([x for name, x in how.items() if name not in lists])
-        shapes = by[0].shape, by[-1].shape, tensors[0].shape
+        lists, settings = {}, []
+        for name, x in how.items():
+            if type(x) in PLAIN:
+                settings.append((name, x))
+            else:  # kernels of a plan read lists and masks in place
+                lists[name] = how[name] = x if name in STRIDED else x.contiguous()
         stream = torch.cuda.current_stream(by[0].device).cuda_stream if by[0].is_cuda else 0
-        key = (layer, kind, stream, by[0].dtype, settings, shapes)
+        key = (*where, kind, stream, *settings, by[0].dtype, by[0].shape, by[-1].shape, tensors[0].shape)
         with self._lock:
             known = self._plans.get(key, self)
             if known is not self:
@@ -110,7 +122,9 @@ class Passes:
             out: ops.Pruned | None = known.attempt(*by, tensors, **lists)
             if out is not None:
                 return out
-        new = None if known is self else kind(*by, tensors, **how)
+        new = None
+        if known is not self and by[0].shape[0] > 0 and ops.can_run("prune_plan", by[0]):
+            new = kind(*by, tensors, **how)
         with self._lock:
             self._plans[key] = new
             if len(self._plans) > PLANS:
@@ -119,15 +133,9 @@ class Passes:
         return run(*by, tensors, **(how if new is None else lists))
 
 
-def _plans_for(tensors: list[Tensor]) -> bool:
-    """Whether a plan can take the place of the op: where kernels run, and no gradient is asked for."""
-    grads = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return not grads and len(tensors[0]) > 0 and ops.can_run("prune_plan", tensors[0])
-
-
-def _after(layout: Layout, kept: Counts, out: ops.Pruned) -> tuple[Layout, list[Tensor]]:
+def _after(layout: Layout, kept: Counts, real: Counts, out: ops.Pruned) -> tuple[Layout, list[Tensor]]:
     """The layout of what a pass has left, and the tensors it gathered between the rows and their origin."""
-    real, rest = _rows_left(layout, kept), out.tensors[1:]
+    rest = out.tensors[1:]
     full, origin = min(real) == max(real), out.index
     if layout.origin is not None:
         origin = rest.pop() if full else torch.where(out.index >= 0, rest.pop(), -1)
@@ -144,6 +152,10 @@ def _after(layout: Layout, kept: Counts, out: ops.Pruned) -> tuple[Layout, list[
     return after, rest
 
 
+def _detached(cos: Tensor, sin: Tensor) -> Rope:
+    return (cos.detach(), sin.detach()) if cos.requires_grad or sin.requires_grad else (cos, sin)
+
+
 def _rows_left(layout: Layout, kept: Counts) -> Counts:
     """Rows of each sample that are no padding, when so many of its visual tokens stay."""
     if len(kept) == 1:
@@ -151,9 +163,9 @@ def _rows_left(layout: Layout, kept: Counts) -> Counts:
     return tuple(r - c + k for r, c, k in zip(layout.real, layout.counts, kept, strict=True))
 
 
-def _narrowed(out: ops.Pruned, layout: Layout, side: str) -> tuple[ops.Pruned, Counts]:
+def _narrowed(out: ops.Pruned, layout: Layout, side: str) -> tuple[ops.Pruned, Counts, Counts]:
     """What a union really keeps, which only the device knows: one host read, and views of what was gathered."""
-    left = out.count.tolist()
+    left = tuple(out.count.tolist())
     kept = tuple(n - r + c for n, r, c in zip(left, layout.real, layout.counts, strict=True))
     spare, width = out.index.shape[1] - max(left), max(left)
     rows = slice(None, width) if side == "right" else slice(spare, None)
@@ -166,4 +178,4 @@ def _narrowed(out: ops.Pruned, layout: Layout, side: str) -> tuple[ops.Pruned, C
         kept=out.kept[:, : max(kept)],
         columns=columns,
     )
-    return out, kept
+    return out, kept, left

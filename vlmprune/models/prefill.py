@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -88,8 +88,7 @@ class Unpruned:
         return tuple(tuple(map(tokens_in, sample)) for sample in self.images)
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """What one stage decided: made once, then only read (layers may be replayed).
 
     Attributes:
@@ -107,8 +106,7 @@ class Decision:
     contents: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Entering:
+class Entering(NamedTuple):
     """What enters a stage, all on the device of its rows.
 
     Attributes:
@@ -194,8 +192,11 @@ class Prefill:
 
     def decision(self, i: int) -> Decision | None:
         """What layer ``i`` runs under: the latest decision made at it or before it."""
-        made = [layer for layer, decided in self.decisions.items() if layer <= i and decided is not None]
-        return self.decisions[max(made)] if made else None
+        latest, found = -1, None
+        for layer, decided in self.decisions.items():
+            if latest < layer <= i and decided is not None:
+                latest, found = layer, decided
+        return found
 
     def entering(self, i: int, hidden: Tensor, rope: Rope) -> Entering:
         """What enters the stage at layer ``i``; ``rope`` has the tables of the unpruned chunk."""

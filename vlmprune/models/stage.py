@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from types import MappingProxyType
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,18 +22,15 @@ from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenCon
 
 
 class StageContext(TokenContext):
-    """A context whose lists are made when a policy looks at them: most need none of them."""
+    """A context whose lists, those of its layout, are made when a policy looks at them: most need none of them."""
 
-    def __init__(
-        self, later: Mapping[str, Callable[[], Tensor]] = MappingProxyType({}), **fields: Any
-    ) -> None:
-        self.__dict__.update(fields, _later=later)
+    def __init__(self, layout: Layout | None = None, **fields: Any) -> None:
+        self.__dict__.update(fields, _layout=layout)
 
     def __getattr__(self, name: str) -> Any:
-        later = self.__dict__.get("_later", {})
-        if name not in later:
+        if name not in ("mask", "ordinals", "positions"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        self.__dict__[name] = made = later[name]()
+        self.__dict__[name] = made = getattr(self._layout, name)
         return made
 
 
@@ -57,17 +52,18 @@ class StageRunner:
             made = prefill.decisions[i]
             return hidden if made is None else apply(made, hidden)
         entering = prefill.entering(i, hidden, rope)
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             context = self._context(prefill, entering)
             ranking = self.policy.rank(context) if self.policy.ranks(i) else None
         path, layout = why_not(ranking, entering, self.policy), entering.layout
         if path is None and ranking is not None:
-            path = f"one pass ({ops.backend_of('prune_tokens', hidden)})"
+            backend = ops.backend_of("prune_tokens", hidden)
+            path = f"one pass ({backend})"
             self._check_positions(ranking.positions)
             if ranking.keeps_all(layout.counts):
                 short, numbers, made = hidden, None, None
             else:
-                short, numbers, made = self.passes(ranking, entering)
+                short, numbers, made = self.passes(ranking, entering, backend)
         else:
             short, numbers, made = self._choose(context, entering)
         if made is not None:
@@ -108,7 +104,7 @@ class StageRunner:
         if needs.attention == "own":
             layer = self.parts.layers[i]
             attention = read_own_attention(layer, hidden, entering.rope, layout, prefill, needs)
-        seen: dict[str, Any] = {"attention": attention, "vision": {}}
+        seen: dict[str, Any] = {"attention": attention}
         if needs.vision:
             assert prefill.call.visuals is not None
             seen |= self.vision.fields(needs.vision, prefill.call.visuals, [*map(len, unpruned.images)])
@@ -118,16 +114,18 @@ class StageRunner:
             seen |= {"embeds": unpruned.embeds, "image": unpruned.layout.visual}
         if text is not None:
             seen |= {"text": text_rows(unpruned.layout, text), "words": text.words}
+        device = hidden.device
+        fields = {"vision": {}} | {name: moved(value, device) for name, value in seen.items()}
         return StageContext(
-            later={name: partial(getattr, layout, name) for name in ("mask", "ordinals", "positions")},
+            layout,
             layer=i,
             counts=layout.counts,
             grids=unpruned.grids,
             sizes=unpruned.sizes,
             shares=unpruned.shares,
             ordered=layout.ordered,
-            device=hidden.device,
-            **{name: moved(value, hidden.device) for name, value in seen.items()},
+            device=device,
+            **fields,
         )
 
 

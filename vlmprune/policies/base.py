@@ -246,7 +246,8 @@ class PruningPolicy:
         return keep_count(self._setting("keep", KEEPS), tokens, images, self.spend)
 
     def _setting(self, name: str, expected: str) -> Any:
-        check(name in self.__dataclass_fields__, type(self).__name__, expected, "none")
+        if name not in self.__dataclass_fields__:
+            check(False, type(self).__name__, expected, "none")
         return getattr(self, name)
 
     def __or__(self, other: PruningPolicy) -> PruningPolicy:

@@ -93,16 +93,17 @@ class Ranking:
 
     def keywords(self, most: Counts, device: torch.device) -> dict[str, Any]:
         """``keep``, ``segments``, ``most`` and ``code`` for the ops; ``most`` is how many can stay of each sample."""
-        keep = self.keep
         how: dict[str, Any] = {"most": max(most, default=0)}
         if self.code is not None:
             how["code"] = self.code
+        keep = self.keep
         if self.images is not None and any(len(sizes) > 1 for sizes in self.images):
             how["segments"] = whole_numbers(self.images, device)
         elif self.images is not None:
             keep = self.least
-        same = "segments" not in how and len(set(keep)) == 1
-        return how | {"keep": keep[0] if same else whole_numbers(keep, device)}
+        one = "segments" not in how and keep and keep.count(keep[0]) == len(keep)  # type: ignore[arg-type]
+        how["keep"] = keep[0] if one else whole_numbers(keep, device)
+        return how
 
     def scored(self) -> Tensor:
         """The scores ``[B, N]`` float32."""

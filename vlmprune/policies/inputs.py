@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, Unpack
+from typing import Any, Literal, NamedTuple, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -154,8 +154,7 @@ class AttentionInputs:
         )
 
 
-@dataclass(frozen=True)
-class Rating:
+class Rating(NamedTuple):
     """Which attention rates the visual columns: ``ops.received_attention(seen.query, seen.key, **keywords)`` of all ranks."""
 
     seen: AttentionInputs
