@@ -327,3 +327,164 @@ def test_on_a_gpu_a_prefill_waits_no_more_than_an_unpruned_one(policy, device):
     assert run.report().paths == ("one pass (triton)",) * len(policy.layers)
     assert all(torch.equal(a.index.cpu(), b.index) for a, b in zip(run.stages, stages, strict=True))
     torch.testing.assert_close(got.cpu(), want, atol=1e-3, rtol=0)
+
+
+# From a review: what a pass must hold beside the rows.
+
+
+@pytest.mark.parametrize("policy", [RANKING[3], RANKING[6], RANKING[11]], ids=repr)
+def test_plans_of_a_further_turn_with_padding(model, policy):
+    """Its padding is cut out of a longer mask, which a kernel could not read in place."""
+    first, second = make_batch([[4, "I", 7], [3, "I"]]), make_batch([["I", 5], ["I", 2]], seed=1)
+    mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
+    seen = []
+    for backend in ("reference", "triton"):
+        with torch.no_grad(), ops.use_backend(backend), vlmprune.prune(model, policy) as run:
+            for _ in range(3):
+                cache = model(**first, use_cache=True).past_key_values
+                out = model(**{**second, "attention_mask": mask}, past_key_values=cache)
+            seen.append((out.logits, [stage.index for stage in run.stages]))
+    assert all(map(torch.equal, seen[0][1], seen[1][1]))
+    torch.testing.assert_close(seen[0][0], seen[1][0], atol=TOLERANCE, rtol=0)
+
+
+def test_plans_know_settings_by_their_names(model):
+    """The same word for heads in one call and for rows in another."""
+    turn = iter([{"head_reduce": "max"}, {"row_reduce": "max"}] * 4)
+
+    @dataclass(frozen=True)
+    class Turns(vlmprune.FastV):
+        def needs(self, layer):
+            return vlmprune.Needs(attention="previous", rows="text")
+
+        def rank(self, ctx):
+            return Ranking(attention_of(ctx).rating(**next(turn)), tuple(quotas(ctx, self)))
+
+    batch, kept = make_batch(BATCHES["one"]), []
+    with torch.no_grad(), ops.use_backend("triton"), vlmprune.prune(model, Turns(keep=5)) as run:
+        for _ in range(6):
+            model(**batch)
+            kept.append(run.kept().tolist())
+    assert kept[0] == kept[2] == kept[4] != kept[1] == kept[3] == kept[5]
+
+
+def test_assisted_decoding_and_training_choose_as_plain_decoding_does(model):
+    """Also where the prompt ends with its image, whose newest token takes the place of the worst one kept."""
+    batch, index = make_batch([[4, "I"]]), []
+    with torch.no_grad(), vlmprune.prune(model, vlmprune.FastV(layer=2, keep=4)) as run:
+        model(**batch, logits_to_keep=1)
+        index.append(run.stages[0].index)
+        ids = torch.cat([batch["input_ids"], torch.tensor([[7, 8]])], 1)
+        model(**{**batch, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, logits_to_keep=3)
+        assert "candidates" in run.report().paths[0]
+        index.append(run.stages[0].index)
+    assert torch.equal(*index) and index[0][0, -1] == 20
+
+
+def test_a_constant_that_a_policy_writes_to_reaches_nobody_else(model):
+    @dataclass(frozen=True)
+    class Spoils(vlmprune.Feather):
+        def rank(self, ctx):
+            ranking = super().rank(ctx)
+            ranking.code.zero_()
+            attention_of(ctx).last.sub_(3)
+            return ranking
+
+    batch, policy = make_batch(BATCHES["one"]), vlmprune.Feather(layers=(2, 4), keep=0.1)
+    with torch.no_grad(), vlmprune.prune(model, policy) as run:
+        model(**batch)
+        want = run.kept_at(0).tolist()
+    with torch.no_grad(), vlmprune.prune(model, Spoils(layers=(2, 4), keep=0.1)), pytest.raises(ValueError):
+        model(**batch)
+    with torch.no_grad(), vlmprune.prune(model, policy) as run:
+        model(**batch)
+    assert run.kept_at(0).tolist() == want
+
+
+def test_whichever_of_rank_and_select_is_nearer_counts():
+    class Selects:
+        def select(self, ctx):
+            raise NotImplementedError
+
+    class Mixed(Selects, vlmprune.FastV):
+        pass
+
+    class Ranks:
+        def rank(self, ctx):
+            raise NotImplementedError
+
+    class Other(Ranks, vlmprune.DivPrune):
+        pass
+
+    assert not Mixed().ranks(2) and Other().ranks(0)
+
+
+ONE = [torch.zeros(1, 16), (4,)]
+WRONG = {
+    "a tensor": (lambda: torch.zeros(1, 16), r"rank\(ctx\): expected a Ranking, got torch\.float32"),
+    "nothing": (lambda: None, r"rank\(ctx\): expected a Ranking, got None"),
+    "wide scores": (
+        lambda: Ranking(torch.zeros(1, 17), (4,)),
+        r"scores: expected floats \[1, 16\] on cpu, got",
+    ),
+    "whole scores": (
+        lambda: Ranking(torch.zeros(1, 16).long(), (4,)),
+        r"scores: expected floats .* got torch\.int64",
+    ),
+    "a bare keep": (
+        lambda: Ranking(ONE[0], 4),
+        r"keep: expected a tuple: one count a sample, at most \(\(16,\),\), got 4",
+    ),
+    "too many": (lambda: Ranking(ONE[0], (17,)), r"keep: expected .* got \(17,\)"),
+    "none": (lambda: Ranking(ONE[0], (0,)), r"keep: expected at least one token, got \(0,\)"),
+    "images": (
+        lambda: Ranking(ONE[0], ((2, 2),), ((8, 7),)),
+        r"images: expected tokens that add up to \(16,\)",
+    ),
+    "an image's keep": (
+        lambda: Ranking(ONE[0], ((9, 2),), ((8, 8),)),
+        r"keep: expected a tuple: a count for each image",
+    ),
+    "extra": (
+        lambda: Ranking(*ONE, extra=(-1,)),
+        r"extra: expected 1 whole numbers >= 0, one a sample, or None",
+    ),
+    "positions": (
+        lambda: Ranking(*ONE, positions="squeeze"),
+        r"positions: expected 'keep' or 'pack', got 'squeeze'",
+    ),
+    "a code": (
+        lambda: Ranking(*ONE, code=torch.full((1, 16), 4, dtype=torch.int8)),
+        r"sample 0: expected 0, 1, 2 or 3",
+    ),
+    "codes": (
+        lambda: Ranking(*ONE, code=torch.ones(1, 16)),
+        r"code: expected int8 \[1, 16\], got torch\.float32",
+    ),
+    "nothing left": (
+        lambda: Ranking(*ONE, code=torch.full((1, 16), 2, dtype=torch.int8)),
+        r"sample 0: expected at least 4 that compete, got 0",
+    ),
+    "more than said": (
+        lambda: Ranking(*ONE, code=torch.full((1, 16), 3, dtype=torch.int8), extra=(2,)),
+        r"sample 0: expected at most 2 that stay in any case, as extra says, got 16",
+    ),
+}
+
+
+@pytest.mark.parametrize("answer, message", WRONG.values(), ids=WRONG)
+def test_a_ranking_that_means_nothing_is_refused(model, answer, message):
+    @dataclass(frozen=True)
+    class Wrong(PruningPolicy):
+        layer: int = 2
+        keep: int = 4
+
+        def rank(self, ctx):
+            return answer()
+
+    batch = make_batch(BATCHES["one"])
+    with torch.no_grad():
+        want = model(**batch).logits
+        with vlmprune.prune(model, Wrong()), pytest.raises(ValueError, match=message):
+            model(**batch)
+        assert torch.equal(model(**batch).logits, want)

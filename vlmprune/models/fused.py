@@ -91,7 +91,7 @@ class Passes:
         else:
             by = (ranking.scored().contiguous(),)  # of all ranks, where several share the heads
             how["columns"], how["key_mask"] = layout.visual, layout.valid
-            op, plan = ops.prune_scored, ops.ScoredPlan  # type: ignore[assignment]
+            op, plan = ops.prune_scored, ops.ScoredPlan
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):  # plans have no gradients
             return op(*by, tensors, **how)
         return self._planned(op, plan, (entering.layer, backend), by, tensors, how)

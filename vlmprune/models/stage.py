@@ -14,11 +14,18 @@ from vlmprune.models.choice import apply, carry_out
 from vlmprune.models.decoder_reads import read_own_attention
 from vlmprune.models.fused import Passes, why_not
 from vlmprune.models.host.parts import Parts
-from vlmprune.models.layout import Layout, moved, text_rows
+from vlmprune.models.layout import Layout, last_rows, moved, text_rows
 from vlmprune.models.prefill import Decision, Entering, Prefill, Rope
 from vlmprune.models.vision_reads import VisionReads
-from vlmprune.policies.answer import check_selection
-from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.answer import check_ranking, check_selection
+from vlmprune.policies.base import (
+    Positions,
+    PruningPolicy,
+    Ranking,
+    Reduction,
+    TokenContext,
+    outcome,
+)
 
 
 class StageContext(TokenContext):
@@ -54,28 +61,33 @@ class StageRunner:
         entering = prefill.entering(i, hidden, rope)
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             context = self._context(prefill, entering)
-            ranking = self.policy.rank(context) if self.policy.ranks(i) else None
+            ranking = self._ranking(context) if self.policy.ranks(i) else None
         path, layout = why_not(ranking, entering, self.policy), entering.layout
         if path is None and ranking is not None:
             backend = ops.backend_of("prune_tokens", hidden)
             path = f"one pass ({backend})"
-            self._check_positions(ranking.positions)
             if ranking.keeps_all(layout.counts):
                 short, numbers, made = hidden, None, None
             else:
                 short, numbers, made = self.passes(ranking, entering, backend)
         else:
-            short, numbers, made = self._choose(context, entering)
+            short, numbers, made = self._choose(context, entering, ranking)
         if made is not None:
             _check_end(prefill, entering.first)
         prefill.prompt.record(i, layout, numbers, layout if made is None else made.layout, str(path))
         prefill.decisions[i] = made
         return short
 
-    def _choose(self, context: TokenContext, entering: Entering) -> tuple[Tensor, Tensor, Decision | None]:
-        """Ask the policy for its choice, and carry it out."""
+    def _choose(
+        self, context: TokenContext, entering: Entering, ranking: Ranking | None
+    ) -> tuple[Tensor, Tensor, Decision | None]:
+        """Ask the policy for its choice, or take that of its ranking, as a pass would; carry it out."""
         with torch.no_grad():
-            choice = self.policy.select(context)
+            if ranking is None:
+                choice = self.policy.select(context)
+            else:
+                newest = entering.layout.visual == last_rows(entering.layout)
+                choice = outcome(ranking.ahead(newest).index(context), ranking.positions)
             self._check(choice, context, entering.hidden)
         return carry_out(choice, entering)
 
@@ -87,6 +99,15 @@ class StageRunner:
             self.checked.add(layer)
         if isinstance(choice, Reduction):
             self._check_positions(choice.positions)
+
+    def _ranking(self, context: TokenContext) -> Ranking:
+        """The policy's choice as data, refused in the same way."""
+        ranking = self.policy.rank(context)
+        if context.layer not in self.checked and context.device.type != "meta":
+            check_ranking(ranking, context, repr(self.policy))
+            self.checked.add(context.layer)
+        self._check_positions(ranking.positions)
+        return ranking
 
     def _check_positions(self, positions: Positions) -> None:
         if positions == "pack" and not self.parts.family.packs:

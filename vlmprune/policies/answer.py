@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.policies.base import Reduction, TokenContext
+from vlmprune.policies.base import Ranking, Reduction, TokenContext
+from vlmprune.policies.inputs import Rating
 
 
 def check_selection(choice: object, ctx: TokenContext, who: str, like: Tensor | None = None) -> None:
@@ -37,6 +39,80 @@ def check_selection(choice: object, ctx: TokenContext, who: str, like: Tensor | 
     check(width == used, who, f"the {used} columns that the fullest sample uses", hint)
     if isinstance(choice, Reduction) and choice.hidden is not None:
         _check_rows(choice.hidden, index, ctx.hidden if like is None else like, f"{who}.hidden")
+
+
+def check_ranking(ranking: object, ctx: TokenContext, who: str) -> None:
+    """Raise InputError unless ``ranking`` is what ``PruningPolicy.rank`` may return; one host read where it has codes.
+
+    Raises:
+        InputError: with the policy, the sample and what is wrong there.
+    """
+    who = f"{who}.rank(ctx)"
+    check(isinstance(ranking, Ranking), who, "a Ranking", _described(ranking))
+    assert isinstance(ranking, Ranking)
+    check(
+        ranking.positions in ("keep", "pack"), f"{who}.positions", "'keep' or 'pack'", repr(ranking.positions)
+    )
+    shape, scores = [len(ctx.counts), max(ctx.counts, default=0)], ranking.scores
+    if not isinstance(scores, Rating):
+        check(
+            isinstance(scores, Tensor), f"{who}.scores", f"floats {shape}, or a Rating", type(scores).__name__
+        )
+        assert isinstance(scores, Tensor)
+        fits = scores.is_floating_point() and list(scores.shape) == shape and scores.device == ctx.device
+        got = f"{scores.dtype} {list(scores.shape)} on {scores.device}"
+        check(fits, f"{who}.scores", f"floats {shape} on {ctx.device}", got)
+    _check_counts(ranking, ctx, who)
+    if ranking.code is not None:
+        _check_codes(ranking, ctx, who, shape)
+
+
+def _check_counts(ranking: Ranking, ctx: TokenContext, who: str) -> None:
+    """How many stay: of every sample, or of every one of its images, and how many more its codes may add."""
+    sizes: Sequence[Sequence[int]] = [(n,) for n in ctx.counts]
+    keep: Sequence[Sequence[int]] = [(k,) for k in ranking.keep] if _whole(ranking.keep) else ranking.keep  # type: ignore[assignment]
+    if ranking.images is not None:
+        sizes, keep = ranking.images, ranking.keep  # type: ignore[assignment]
+        same = tuple(map(sum, sizes)) == ctx.counts
+        check(same, f"{who}.images", f"tokens that add up to {ctx.counts}", sizes)
+    fits = isinstance(keep, tuple | list) and len(keep) == len(sizes)
+    fits = fits and all(_whole(own) and len(own) == len(of) for own, of in zip(keep, sizes, strict=True))
+    fits = fits and all(
+        0 <= k <= n for own, of in zip(keep, sizes, strict=True) for k, n in zip(own, of, strict=True)
+    )
+    one = "a count for each image" if ranking.images is not None else "one count a sample"
+    check(fits, f"{who}.keep", f"a tuple: {one}, at most {tuple(map(tuple, sizes))}", ranking.keep)
+    extra = ranking.extra
+    fits = extra is None or (_whole(extra) and len(extra) == len(ctx.counts) and min(extra, default=0) >= 0)
+    check(fits, f"{who}.extra", f"{len(ctx.counts)} whole numbers >= 0, one a sample, or None", extra)
+    most = ranking.most(ctx.counts)
+    check(
+        all(k or not n for k, n in zip(most, ctx.counts, strict=True)),
+        f"{who}.keep",
+        "at least one token",
+        most,
+    )
+
+
+def _whole(values: object) -> bool:
+    """Whether it is a tuple of whole numbers."""
+    return isinstance(values, tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in values)
+
+
+def _check_codes(ranking: Ranking, ctx: TokenContext, who: str, shape: list[int]) -> None:
+    """Codes that leave as many to choose from as shall stay, and let no more stay than was said."""
+    code, name = ranking.code, f"{who}.code"
+    fits = isinstance(code, Tensor) and code.dtype == torch.int8 and list(code.shape) == shape
+    check(fits, name, f"int8 {shape}", _described(code))
+    assert code is not None
+    extra = ranking.extra or (0,) * len(ctx.counts)
+    for b, (row, tokens) in enumerate(zip(code.tolist(), ctx.counts, strict=True)):
+        own, more, least = row[:tokens], extra[b], ranking.least[b]
+        check(set(own) <= {0, 1, 2, 3}, f"{name}, sample {b}", "0, 1, 2 or 3", sorted(set(own)))
+        competing, stay = own.count(0) + own.count(3), own.count(1) + own.count(3)
+        check(competing >= least, f"{name}, sample {b}", f"at least {least} that compete", competing)
+        said = f"at most {more} that stay in any case, as extra says"
+        check(stay <= more, f"{name}, sample {b}", said, stay)
 
 
 def check_index(index: object, ctx: TokenContext, who: str, ascending: bool = True) -> int:
