@@ -37,6 +37,11 @@ def tiles(query, n_rows, rotated):
     }
 
 
+def registers(most):
+    """How many registers a thread may take: said aloud, as ptxas would rather spill a word. AMD knows no such option."""
+    return {} if torch.version.hip else {"maxnreg": most}
+
+
 def as_bytes(mask):
     """View a bool mask as uint8, row-contiguous; None stays None."""
     return None if mask is None else mask.contiguous().view(torch.uint8)

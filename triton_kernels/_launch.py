@@ -115,8 +115,9 @@ def _getter(node):
         return itemgetter(node.at)
     if not isinstance(node, list):
         return lambda pointers: node
-    if len(node) > 1 and all(isinstance(item, _Slot) for item in node):
-        return itemgetter(*[item.at for item in node])
+    if all(isinstance(item, _Slot) for item in node):
+        ats = [item.at for item in node]
+        return itemgetter(*ats) if len(ats) > 1 else itemgetter(slice(ats[0], ats[0] + 1))
     inner = [_getter(item) for item in node]
     return lambda pointers: tuple([get(pointers) for get in inner])
 
@@ -147,6 +148,7 @@ class Program:
         """A function without arguments that launches everything on ``tensors``, which it keeps alive."""
         if INTERPRETED:
             return lambda: self._interpret(tensors)
+        pointers = tuple(pointers)  # of which a slice is a tuple, too
         arguments = [replay.arguments(pointers) for replay in self._replays]
         return lambda tensors=tensors: self._launch(arguments)
 

@@ -23,7 +23,7 @@ def max_over_rows(x, NAN: tl.constexpr):
 
 # A sample is the tuple (key_ptr, cos_ptr, sin_ptr, rows_ptr, columns_ptr, key_mask_ptr, weight_ptr), each None or as the
 # score kernel has it, at the sample's first key or entry; sizes are (scale, R, N, position of the first query, length);
-# strides are those of query, key, lse and tables, as the kernel has them.
+# strides are those of query, key, lse (head, row) and tables, as the kernel has them.
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def head_scores(
         p = row_products(q, k) * scale  # [BLOCK_M, BLOCK_N]
         if lse_ptr is not None:
             at = q_row if LSE_BY_POSITION else offs_m
-            lse = tl.load(lse_ptr + at * strides[2][2], mask=real, other=0.0)
+            lse = tl.load(lse_ptr + at * strides[2][1], mask=real, other=0.0)
             p = tl.exp2((p - lse[:, None]) * LOG2E)
         weight = real.to(tl.float32)
         if weight_ptr is not None:
@@ -119,7 +119,7 @@ def score_part(
         h = h_kv * G + g
         head_lse_ptr = lse_ptr
         if lse_ptr is not None:
-            head_lse_ptr = lse_ptr + h * strides[2][1]
+            head_lse_ptr = lse_ptr + h * strides[2][0]
         head_ptr = query_ptr + h * strides[0][1]
         reduced = head_scores(k, column, ok_n, head_ptr, head_lse_ptr, sample, sizes, strides, *tile)
         if HEAD_REDUCE == "none":

@@ -213,7 +213,6 @@ def choose_survivors(
     tl.debug_barrier()
     count += _choose_columns(sample, choice, b, keys_ptr, place_ptr, CHUNK, ONE_CHUNK)
     tl.debug_barrier()
-    tl.store(count_ptr + b, count.to(tl.int64))
     slot = tl.zeros((), tl.int64)
     slots = tl.zeros((), tl.int32) + width
     if ends_ptr is None:
@@ -221,9 +220,6 @@ def choose_survivors(
     else:
         slot = start_k - _dropped_before(columns_ptr - b * N, choice, b, N, CHUNK)
         index_ptr += slot
-        tl.store(ends_ptr + b + 1, slot + count)
-        if b == 0:
-            tl.store(ends_ptr, 0)
         slots = tl.maximum(width - slot, 0).to(tl.int32)
         if b < last_sample:  # the last one fills up what is left
             slots = tl.minimum(slots, count)
@@ -233,3 +229,8 @@ def choose_survivors(
     _place_positions(place_ptr, index_ptr, first, length, start_k, before, slots, CHUNK)
     tl.debug_barrier()
     _list_columns(sample, place_ptr, kept_ptr + b * most, places_ptr + b * most, slot, most, CHUNK)
+    tl.store(count_ptr + b, count.to(tl.int64))
+    if ends_ptr is not None:
+        tl.store(ends_ptr + b + 1, slot + count)
+        if b == 0:
+            tl.store(ends_ptr, 0)

@@ -11,17 +11,17 @@ Grid: (sum over tensors of heads * cdiv(D, BLOCK_D), B).
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._rows import launch_grouped, pick, place_of
+from vlmprune.triton_kernels._rows import decoded, launch_grouped, pick, place_of
 
 BLOCK_BYTES = 128  # of columns: whole cache lines, and enough chains where heads are few
 BLOCK_K = 64
 
 
-@triton.jit(do_not_specialize=["lengths", "K"])
+@triton.jit(do_not_specialize=["K"])
 def _compact_kv_kernel(
     caches,  # per group, a tuple of pointers to x [B, heads, S, D]
     strides,  # per group, (batch, head, sequence) strides of x
-    lengths,  # per group, S
+    lengths,  # per group, the code of S
     first_units,  # per group, the first program of axis 0 that works on it, and one past the last
     index_ptr,  # [B, K] int64, contiguous, ascending in each row
     K,
@@ -39,7 +39,7 @@ def _compact_kv_kernel(
             for first in range(0, K, BLOCK_K):
                 offs_k = first + tl.arange(0, BLOCK_K).to(tl.int64)
                 row = tl.load(index_ptr + b * K + offs_k, mask=offs_k < K, other=-1)  # [BLOCK_K]
-                moves = (row > offs_k) & (row < lengths[i])
+                moves = (row > offs_k) & (row < decoded(lengths[i]))
                 mask = moves[:, None] & (offs_d < WIDTHS[i])[None, :]
                 from_offs = tl.where(moves, row, 0) * strides[i][2]
                 x = tl.load(x_ptr + from_offs[:, None] + offs_d[None, :], mask=mask)  # [BLOCK_K, BLOCK_D]

@@ -8,18 +8,18 @@ Grid: (sum over tensors of heads * cdiv(D, BLOCK_D), cdiv(K, BLOCK_K), B).
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._rows import launch_grouped, pick, place_of
+from vlmprune.triton_kernels._rows import decoded, launch_grouped, pick, place_of
 
 BLOCK_BYTES = 512  # of columns: a warp's 32 pieces of 16 bytes
 BLOCK_K = 16
 
 
-@triton.jit(do_not_specialize=["lengths", "K"])
+@triton.jit(do_not_specialize=["K"])
 def _gather_tokens_kernel(
     sources,  # per group, a tuple of pointers to x [B or 1, heads, S, D]
     outs,  # per group, a tuple of pointers to out [B, heads, K, D], contiguous
     strides,  # per group, (batch, head, sequence) strides of x; batch 0 = one x for the whole batch
-    lengths,  # per group, S
+    lengths,  # per group, the code of S
     first_units,  # per group, the first program of axis 0 that works on it, and one past the last
     index_ptr,  # [B, K] int64, contiguous
     K,
@@ -37,7 +37,7 @@ def _gather_tokens_kernel(
             D: tl.constexpr = WIDTHS[i]
             tensor, h, offs_d = place_of(pid - first_units[i], HEADS[i], D, BLOCKS[i])
             source, out = pick(sources[i], tensor, COUNTS[i]), pick(outs[i], tensor, COUNTS[i])
-            is_row = (row >= 0) & (row < lengths[i])
+            is_row = (row >= 0) & (row < decoded(lengths[i]))
             x_offs = b * strides[i][0] + h * strides[i][1] + tl.where(is_row, row, 0) * strides[i][2]
             mask = (offs_k < K)[:, None] & (offs_d < D)[None, :]
             x = tl.load(source + x_offs[:, None] + offs_d[None, :], mask=mask & is_row[:, None], other=0)

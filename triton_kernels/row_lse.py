@@ -16,6 +16,7 @@ from vlmprune.triton_kernels._device import (
     laid_out,
     load_rows,
     padded_head_dim,
+    registers,
     span,
     tiles,
 )
@@ -180,6 +181,7 @@ def row_lse(s):
         KEYS_PER_SPLIT=KEYS_PER_SPLIT,
         DTYPE=dot_dtype(s.query),
         BLOCK_D=padded_head_dim(D),
+        **registers(255),
         **config,
     )
     return out

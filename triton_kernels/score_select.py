@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._device import dot_dtype, laid_out, padded_head_dim, span, tiles
+from vlmprune.triton_kernels._device import dot_dtype, laid_out, padded_head_dim, registers, span, tiles
 from vlmprune.triton_kernels._launch import launch
 from vlmprune.triton_kernels._score import join_parts, score_part
 from vlmprune.triton_kernels._survivors import choose_survivors
@@ -26,7 +26,8 @@ WARPS = 8  # that select from many columns; more would cost every score program 
 
 @triton.jit(
     do_not_specialize=[
-        *("R", "N", "Sq", "S", "max_seqlen", "lse_strides", "keep", "segments", "first", "width", "most"),
+        *("R", "N", "Sq", "S", "max_seqlen", "lse_stride_b", "lse_stride_h", "lse_stride_r"),
+        *("keep", "segments", "first", "width", "most"),
     ]
 )
 def _score_select_kernel(
@@ -50,9 +51,11 @@ def _score_select_kernel(
     Sq,
     S,
     max_seqlen,
+    lse_stride_b,  # not a tuple, whose numbers are always specialised
+    lse_stride_h,
+    lse_stride_r,
     query_strides,  # batch, head, position
     key_strides,
-    lse_strides,
     rope_strides,  # batch, position
     quota_ptr,  # from here on a Choice; all None where index_ptr is, and nothing is selected
     code_ptr,
@@ -93,9 +96,9 @@ def _score_select_kernel(
     if key_mask_ptr is not None:
         key_mask_ptr += b * S
     if lse_ptr is not None:
-        lse_ptr += b * lse_strides[0]
+        lse_ptr += b * lse_stride_b
         if LSE_BY_POSITION:
-            lse_ptr += start_q * lse_strides[2]
+            lse_ptr += start_q * lse_stride_r
     if weight_ptr is not None:
         weight_ptr += b * R
     if cos_ptr is not None:
@@ -108,7 +111,7 @@ def _score_select_kernel(
         part_ptr,
         (key_ptr, cos_ptr, sin_ptr, rows_ptr + b * R, columns_ptr + b * N, key_mask_ptr, weight_ptr),
         (scale, R, N, length - length_q, length),
-        (query_strides, key_strides, lse_strides, rope_strides),
+        (query_strides, key_strides, (lse_stride_h, lse_stride_r), rope_strides),
         G,
         HEAD_REDUCE,
         (D, ROW_REDUCE, CAUSAL, LSE_BY_POSITION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_D),
@@ -143,18 +146,6 @@ def _score_select_kernel(
                 )
 
 
-def registers(s, R, num_warps):
-    """How many registers a thread may take: said aloud, as ptxas would rather spill a word than pass 128.
-
-    Few rows are memory bound: two programs shall share a multiprocessor, as those of 4 warps do with any number. No lower
-    limit for these: ptxas fills it with loads ahead of their use, and spills. AMD knows no such option.
-    """
-    if torch.version.hip:
-        return {}
-    few_rows = R <= 16 and s.cos is None and s.query.element_size() == 2
-    return {"maxnreg": 128 if few_rows and num_warps == 8 else 255}
-
-
 def score(s, choice=None):
     """Launch the row statistics if needed and the score kernel; [B, H, N] for head_reduce "none", else [B, N].
 
@@ -170,13 +161,16 @@ def score(s, choice=None):
     counter = s.query.new_zeros(B, dtype=torch.int32) if joins else None
     at_once = chunks(0 if choice is None else N, WARPS)
     config["num_warps"] = max(config["num_warps"], at_once.pop("num_warps"))
+    # Few rows are memory bound: two programs shall share a multiprocessor, as those of 4 warps do with any number. No lower
+    # limit for these: ptxas fills it with loads ahead of their use, and spills.
+    few_rows = R <= 16 and s.cos is None and s.query.element_size() == 2
     launch(
         _score_select_kernel,
         (max(1, triton.cdiv(N, config["BLOCK_N"])), Hkv, B),
         *(s.query, s.key, s.cos, s.sin, s.rows, s.columns, s.key_mask),
         *(lse, s.row_weight, s.cu_seqlens, s.cu_seqlens_q, counter, part, scores),
-        *(s.scale, R, N, Sq, S, s.max_seqlen),
-        *(query_strides, key_strides, _lse_strides(s, lse), rope_strides),
+        *(s.scale, R, N, Sq, S, s.max_seqlen, *_lse_strides(s, lse)),
+        *(query_strides, key_strides, rope_strides),
         *(choice or Choice()),
         PARTS=part.shape[1],
         H=H,
@@ -187,7 +181,7 @@ def score(s, choice=None):
         CAUSAL=s.causal,
         LSE_BY_POSITION=s.lse is not None,
         **at_once,
-        **registers(s, R, config["num_warps"]),
+        **registers(128 if few_rows and config["num_warps"] == 8 else 255),
         DTYPE=dot_dtype(s.query),
         BLOCK_D=padded_head_dim(D),
         **config,

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vlmprune.triton_kernels._rows import coded, decoded
 from vlmprune.triton_kernels.select_topk import _select_row, tiles
 
 MAX_SEGMENTS = 64  # of one launch; more segments take more launches
@@ -23,7 +24,7 @@ def _pick(values, i, COUNT: tl.constexpr):
     code = values[0]
     for j in tl.static_range(1, COUNT):
         code = tl.where(i == j, values[j], code)
-    return (code - 3) >> 1
+    return decoded(code)
 
 
 @triton.jit
@@ -48,8 +49,8 @@ def _select_segments_kernel(
 
 
 def _codes(bounds, count):
-    """The bounds as odd numbers above 1, ``count`` of them: for 1 and for multiples of 16 Triton would compile anew."""
-    return tuple(2 * bound + 3 for bound in [*bounds, *bounds[-1:] * (count - len(bounds))])
+    """``count`` of them, the last one repeated."""
+    return coded([*bounds, *bounds[-1:] * (count - len(bounds))])
 
 
 def select_segments(scores, segments, quotas):

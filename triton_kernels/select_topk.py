@@ -11,13 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+from vlmprune.triton_kernels._device import registers
 from vlmprune.triton_kernels._launch import launch
 
 MAX_CHUNK = 4096  # keys per pass, 8 a thread at 16 warps; below 65536, as two 16-bit counts share one scan
 MIN_CHUNK = 128
 KEYS_PER_WARP = 256
-# what 16 warps may have, said aloud: ptxas would rather spill a word than take one register more; AMD knows no such option
-REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
+REGISTERS = registers(128)  # what 16 warps may have
 FORCED = tl.constexpr(0xFFFFFFFF)  # above the key of +inf, 0xFF800000
 NAN_KEY = tl.constexpr(1)  # below the key of -inf, 0x007FFFFF; 0 is "not there"
 

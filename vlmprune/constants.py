@@ -59,6 +59,6 @@ def filled(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: tor
 
 
 @remembered()
-def counting(batch: int, n: int, device: torch.device) -> Tensor:
-    """0, 1, 2, ... for every sample: ``[batch, n]`` int64."""
-    return torch.arange(n, device=device).repeat(batch, 1)
+def counting(batch: int, n: int, device: torch.device, first: int = 0) -> Tensor:
+    """n numbers from ``first`` on for every sample: ``[batch, n]`` int64."""
+    return torch.arange(first, first + n, device=device).repeat(batch, 1)

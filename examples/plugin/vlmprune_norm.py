@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from vlmprune import ops
-from vlmprune.policies import Needs, PruningPolicy, TokenContext, check_keep, check_layer, quotas
+from vlmprune.policies import (
+    Needs,
+    PruningPolicy,
+    Ranking,
+    TokenContext,
+    check_keep,
+    check_layer,
+    ranked,
+)
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,7 @@ class Norm(PruningPolicy):
         """The hidden states of the visual tokens."""
         return Needs(hidden=True)
 
-    def select(self, ctx: TokenContext) -> Tensor:
-        """Score, then call vlmprune's selection op directly: per-sample quotas, padding coded as dropped."""
+    def rank(self, ctx: TokenContext) -> Ranking:
+        """The best of every prompt: vlmprune selects them and shortens everything in one fused pass."""
         assert ctx.hidden is not None  # asked for in needs()
-        scores = ctx.hidden.float().norm(dim=-1)
-        kept = quotas(ctx, self)
-        quota = torch.tensor(kept).to(scores.device, non_blocking=True)
-        code = torch.where(ctx.mask, 0, 2).to(torch.int8)  # 0 competes, 2 is dropped
-        return ops.select_topk(scores, quota, code=code)[0][:, : max(kept)]
+        return ranked(ctx, self, ctx.hidden.float().norm(dim=-1))

@@ -3,6 +3,7 @@
 test_resources.py compiles each of them. Run in a process of its own: TRITON_INTERPRET=0 python -m pytest tests/compile.
 """
 
+import itertools
 import re
 
 import pytest
@@ -11,6 +12,7 @@ import triton
 
 from helpers import offline
 from vlmprune.ops.scoring import Scoring
+from vlmprune.ops.selection import Selection
 
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter cannot compile; run with TRITON_INTERPRET=0", allow_module_level=True)
@@ -77,10 +79,10 @@ def prune(
     S=640,
     N=576,
     B=1,
-    keep=128,
     lse=False,
     rope=False,
     packed=False,
+    selection=None,
     **reduction,
 ):
     """A launch of prune_tokens, LLaVA-1.5's unless told otherwise: 128 of its 576 visual tokens stay."""
@@ -100,7 +102,28 @@ def prune(
         cu_seqlens=meta(B + 1, dtype=torch.int32) if packed else None,
         **reduction,
     )
-    return lambda: prune_tokens(scoring, [key], positions(B) if packed else keep, S - N + keep)
+    keep = positions(B) if packed else min(128, N)
+    how = Selection.checked(query, B, N, S, packed, **selection or dict(keep=keep))
+    return lambda: prune_tokens([key], how, scoring)
+
+
+def prune_by(N=576, B=1, S=None, **selection):
+    """A launch of prune_scored, of all positions unless there are more."""
+    from vlmprune.triton_kernels.prune_tokens import prune_scored
+
+    scores, S = meta(B, N, dtype=FP32), N if S is None else S
+    how = Selection.checked(scores, B, N, S, **selection or dict(keep=N // 3))
+    mask = meta(B, S, dtype=torch.bool)
+    return lambda: prune_scored([meta(B, S, 1024)], how, scores, positions(B, N), mask, S)
+
+
+def every(B, N, G=5):
+    """Every way to select at once."""
+    lists = dict(keep=positions(B, G), segments=positions(B, G), code=meta(B, N, dtype=torch.int8))
+    return lists | dict(newest=True, padding="left")
+
+
+PARTS = dict(keep=positions(4, 3), segments=positions(4, 3))  # of a packed batch
 
 
 LAUNCHES = {
@@ -130,7 +153,7 @@ LAUNCHES = {
     "gather, 60 caches": gather(60),
     "prune": prune(),
     "prune bf16 lse": prune(BF16, lse=True),
-    "prune bf16 96": prune(BF16, S=96, N=64, keep=16),
+    "prune bf16 96": prune(BF16, S=96, N=64),
     "prune bf16 R=64 lse max": prune(BF16, 64, lse=True, head_reduce="max", row_reduce="max"),
     "prune bf16 2944": prune(BF16, S=2944, N=2880, lse=True),
     "prune bf16 2944 R=64": prune(BF16, 64, S=2944, N=2880),
@@ -140,11 +163,24 @@ LAUNCHES = {
     "prune bf16 GQA 16k": prune(BF16, H=28, Hkv=4, S=16448, N=16384, lse=True),
     "prune bf16 packed": prune(BF16, B=4, S=2560, packed=True),
     "prune bf16 packed 16k": prune(BF16, R=64, B=4, S=16384, packed=True),
+    "prune bf16 packed, segments": prune(BF16, B=4, S=2560, packed=True, selection=PARTS),
+    "prune bf16, every way": prune(BF16, B=2, selection=every(2, 576)),
+    "prune bf16 2944, every way": prune(BF16, S=2944, N=2880, selection=every(1, 2880)),
+    "prune bf16 2944 R=64, every way": prune(BF16, 64, S=2944, N=2880, selection=every(1, 2880)),
+    "prune fp32 R=64, every way": prune(FP32, 64, selection=every(1, 576)),
+    "prune bf16 GQA 16k, every way": prune(
+        BF16, H=28, Hkv=4, S=16448, N=16384, lse=True, selection=every(1, 16384)
+    ),
+    "prune by scores 576": prune_by(),
+    "prune by scores 576, every way": prune_by(B=2, S=640, **every(2, 576)),
+    "prune by scores 2880": prune_by(2880),
+    "prune by scores 2880, every way": prune_by(2880, **every(1, 2880)),
     # Triton turns an argument of 1 into a constant of another type
     "score, all ones": score(BF16, 8, 1, H=1, Hkv=1, S=1, N=1, mask=True, normalize="columns"),
     "score, one head, split keys": score(FP16, 64, 1, H=1, Hkv=1, S=1280, N=1),
     "select 1 of 1": select(1, FP32, False, keep=1),
     "select 1 of 1 coded": select(1, FP32, True),
+    "prune by scores 1 of 1": prune_by(1, keep=1),
     "select none": select(576, FP32, False, keep=0),
     "gather, all ones": gather_one(),
 }
@@ -159,7 +195,7 @@ def test_big_tensors_move_in_16_byte_pieces(arch):
 
 @pytest.mark.parametrize("arch", ARCHS, ids="sm_{}".format)
 @pytest.mark.parametrize(
-    "name", ["prune", "prune bf16 2944 R=64", "prune bf16 packed", "score, one head, split keys"]
+    "name", ["prune", "prune bf16 2944, every way", "prune bf16 packed", "score, one head, split keys"]
 )
 def test_a_barrier_comes_before_every_atomic(name, arch):
     """Whoever counts itself in has its whole block's stores behind it, in the machine code too."""
@@ -177,8 +213,8 @@ def test_a_barrier_comes_before_every_atomic(name, arch):
 def test_prompts_of_other_lengths_need_no_other_kernel():
     """Neither the length nor how many rows score or tokens stay may make a server compile anew at every prompt."""
     first, second = (
-        offline.compile_launches(prune(S=S, R=R, keep=keep), 90)
-        for S, R, keep in ((650, 5, 128), (901, 7, 1))
+        offline.compile_launches(prune(S=S, N=N, R=R, selection=dict(keep=keep)), 90)
+        for S, N, R, keep in ((650, 576, 5, 128), (901, 577, 7, 1))
     )
     assert [k.name for k in first] == ["_row_lse_kernel", "_score_select_kernel", "_gather_tokens_kernel"]
     assert [k.ptx for k in first] == [k.ptx for k in second]
@@ -194,13 +230,11 @@ def test_the_check_sees_a_missing_barrier():
     assert offline.unannounced(f"st.global.b32; bar.sync 0; ld.global.b32; {atomic}; atom.shared.add") == 0
 
 
-def test_barriers_separate_defaults_columns_and_keys():
-    """Two threads may write one position, first a default, then a column's score, and a third reads it as a key."""
-    (kernel,) = (k for k in offline.compile_launches(prune(), 90) if k.name == "_score_select_kernel")
-    after = kernel.ptx[kernel.ptx.index("atom.") :]
-    steps = re.findall(r"bar\.sync|st\.global\S*|ld\.global\S*", after)
-    parts = next(i for i, step in enumerate(steps) if ".cg." in step)
-    defaults = max(i for i, step in enumerate(steps[:parts]) if step.startswith("st"))
-    columns = max(i for i, step in enumerate(steps) if step == "st.global.b8")
-    keys = next(i for i in range(columns, len(steps)) if steps[i].startswith("ld"))
-    assert "bar.sync" in steps[defaults:parts] and "bar.sync" in steps[columns:keys]
+@pytest.mark.parametrize("name", ["prune bf16 packed", "prune bf16 packed, segments"])
+def test_barriers_separate_the_steps_of_a_selection(name):
+    """Each reads what other threads wrote in the one before: scores, marks, keys, marks again, places."""
+    (kernel,) = (k for k in offline.compile_launches(LAUNCHES[name], 90) if k.name == "_score_select_kernel")
+    after = kernel.ptx[kernel.ptx.index("ld.global.cg") :]
+    steps = re.findall(r"bar\.sync|st\.global|ld\.global", after)
+    assert ("st.global", "ld.global") not in itertools.pairwise(steps)
+    assert steps.count("st.global") >= 10

@@ -1,14 +1,20 @@
-"""A PrunePlan's run, with a stub in the place of the GPU driver: two or three launches, and not one PyTorch operation.
+"""Runs of plans, with a stub in the place of the GPU driver: two or three launches, and of PyTorch's operations only empty_like.
 
-No operation means nothing allocated, copied or waited for. Run in a process of its own: TRITON_INTERPRET=0 python -m
+No other operation means nothing copied, filled or waited for. Run in a process of its own: TRITON_INTERPRET=0 python -m
 pytest tests/compile.
 """
 
+import random
+from unittest import mock
+
 import host_launch_cost as host
 import pytest
+import torch
 import triton
 from micro.stub import Launcher
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from vlmprune import ops
 
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter does not compile; run with TRITON_INTERPRET=0", allow_module_level=True)
@@ -26,31 +32,82 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """Arguments of every launch."""
+    calls = []
+    monkeypatch.setattr(Launcher, "__call__", lambda self, *args: calls.append(args))
+    return calls
+
+
+def assert_only_launches(plan, call, names, launched):
+    with Operations() as operations:
+        out = plan.run(**call)
+    assert {op.name() for op in operations.seen} == {"aten::empty_like"}
+    assert len(operations.seen) == len(out.tensors) + sum(x is not call.get("scores") for x in out[1:6])
+    bound = plan.bind(**call)
+    assert len(launched) == len(names)  # binding starts nothing
+    with Operations() as operations:
+        assert bound() is bound()
+    assert operations.seen == [] and len(launched) == 3 * len(names)
+    for args in launched:
+        assert args[3] == 0  # on the current stream, which the stub calls 0
+        plain = (int, float, bool, str, tuple, type(None), triton.language.dtype)
+        assert all(type(arg) in plain for arg in args[9:])
+    assert [replay._kernel.__name__ for replay in plan._program._replays] == names
+    every = repr([args[9:] for args in launched[: len(names)]])
+    assert all(str(x.data_ptr()) in every for x in (*out.tensors, *out[1:6]))
+
+
 @pytest.mark.parametrize("with_lse, names", [(True, []), (False, ["_row_lse_kernel"])])
-def test_a_run_only_launches(with_lse, names, monkeypatch):
-    launched = []
-    monkeypatch.setattr(Launcher, "__call__", lambda self, *args: launched.append(args))
+def test_a_run_only_launches(with_lse, names, launched):
     with host.stubbed():
         call = host.example(n_caches=2, with_lse=with_lse)
         plan = host.planned(call)
         assert not launched
-        with Operations() as operations:
-            out = plan.run(**call)
-        by_run = list(launched)
-        bound = plan.bind(**call)
-        assert launched == by_run  # binding starts nothing
-        with operations:
-            assert bound() is out
-    assert operations.seen == []
-    assert launched[len(by_run) :] == by_run
-    launched = by_run
-    assert [args[3] for args in launched] == [0] * (
-        2 + len(names)
-    )  # on the current stream, which the stub calls 0
-    assert all(
-        type(arg) in (int, float, bool, str, tuple, type(None), triton.language.dtype)
-        for arg in launched[-1][9:]
+        assert_only_launches(plan, call, [*names, "_score_select_kernel", "_gather_tokens_kernel"], launched)
+
+
+def test_a_run_by_scores_only_launches(launched):
+    with host.stubbed():
+        call = dict(scores=torch.zeros(1, 576), tensors=[torch.zeros(1, 576, 1024)])
+        plan = ops.ScoredPlan(**call, keep=128)
+        assert_only_launches(plan, call, ["_select_columns_kernel", "_gather_tokens_kernel"], launched)
+
+
+@pytest.mark.parametrize("with_lse, number", [(True, 3), (False, 5)])
+def test_prompts_of_many_lengths_meet_few_kernels(with_lse, number, monkeypatch):
+    """80 prompts of LLaVA-1.5: each kernel that is compiled anew holds one up for a second."""
+    from vlmprune.triton_kernels import gather_tokens, row_lse, score_select
+    from vlmprune.triton_kernels.prune_tokens import prune_tokens
+
+    kernels = (
+        row_lse._row_lse_kernel,
+        score_select._score_select_kernel,
+        gather_tokens._gather_tokens_kernel,
     )
-    assert [x.data_ptr() for x in out.tensors] == plan._own
-    kernels = [replay._kernel.__name__ for replay in plan._program._replays]
-    assert kernels == [*names, "_score_select_kernel", "_gather_tokens_kernel"]
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    compiled, rng = [], random.Random(0)
+    with host.stubbed():
+        for _ in range(80):
+            n = rng.randint(100, 3000)
+            s = n + rng.randint(40, 200)
+            monkeypatch.setattr(host, "S", s)
+            monkeypatch.setattr(host, "N", n)
+            call = host.example(n_caches=2, with_lse=with_lse)
+            arguments = host.checked(**call, keep=rng.randint(1, n))
+            with mock.patch.object(triton.runtime.jit.JITFunction, "_do_compile", noting(compiled)):
+                prune_tokens(*arguments)
+    assert len(compiled) == number, compiled
+
+
+def noting(names):
+    """Compiles, and notes whose kernel."""
+    compile_now = triton.runtime.jit.JITFunction._do_compile
+
+    def noted(self, *args, **kwargs):
+        names.append(self.__name__)
+        return compile_now(self, *args, **kwargs)
+
+    return noted

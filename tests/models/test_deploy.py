@@ -207,12 +207,12 @@ def test_tensor_parallel_ranks_keep_the_same_tokens(tmp_path):
 
 
 def test_heads_that_are_missing_without_a_trace_are_refused():
-    attn = SimpleNamespace(config=SimpleNamespace(num_attention_heads=8), q_proj=torch.nn.Linear(64, 32))
-    assert _ranks(attn, 8) is None
+    attn = SimpleNamespace(q_proj=torch.nn.Linear(64, 32))
+    assert _ranks(attn, 8, 8) is None
     with pytest.raises(
         ModelError, match=r"^q_proj: expected all 8 heads, or a DTensor .*, got 4 heads in a Parameter$"
     ):
-        _ranks(attn, 4)
+        _ranks(attn, 4, 8)
 
 
 # Pipelines and servers

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmprune
 from helpers.tiny import IMAGE, dropped_from, generate, make_batch, make_model, oracle, slow
-from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.base import Needs, PruningPolicy, Ranking, Reduction, TokenContext
 from vlmprune.policies.registry import BUILT_IN, policies
 
 STEPS = 3
@@ -70,6 +70,13 @@ class Heard(PruningPolicy):
 
     def needs(self, layer: int) -> Needs:
         return self.inner.needs(layer)
+
+    def ranks(self, layer: int) -> bool:
+        return self.inner.ranks(layer)
+
+    def rank(self, ctx: TokenContext) -> Ranking:
+        self.select(ctx)
+        return self.inner.rank(ctx)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         choice = self.inner.select(ctx)

@@ -10,6 +10,7 @@ import torch
 import vlmprune
 from helpers.tiny import GRID, LAYERS, generate, make_batch, make_model
 from vlmprune.flops import decoder_layer_flops
+from vlmprune.models.clock import Clock, Seconds
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +117,14 @@ def test_before_any_call(model):
         pass
     report = run.report()
     assert run.kept().tolist() == [] and report.flops.full == 0 and report.flops.cut == 0
+
+
+def test_a_captured_prefill_has_no_times(monkeypatch):
+    """While a CUDA graph is captured nothing runs: its marks are None, and nobody waits for them."""
+    clock = Clock(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    marks = clock.begin()
+    marks.step_starts(clock.now())
+    with clock.selection():
+        marks.step_ends(clock.now())
+    assert marks.seconds() == Seconds(0.0, 0.0, 0.0, 0.0)

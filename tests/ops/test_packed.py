@@ -171,6 +171,71 @@ def test_pruned_samples_lie_end_to_end(backend, shape, keep, device):
     assert out.tensors[0][:, :, len(expected) :].eq(0).all()
 
 
+SEGMENTS = torch.tensor(
+    [[3, 0, 5], [4, 4, 1], [2, 1, 3]]
+)  # of 9 columns, but of the last 9 and 6, two stay out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("keep", [0, 2, [[1, 2, 9], [1, 0, 3], [-1, 1, 2]]])
+@pytest.mark.parametrize("width", [None, 17])
+def test_segments_of_packed_samples(backend, shape, keep, width, device):
+    """Each sample as alone; ``columns`` are positions in the packed outputs."""
+    batch = Batch(device, **shape)
+    how = dict(keep=keep, segments=SEGMENTS.to(device), newest=True)
+    if isinstance(keep, list):
+        how["keep"] = torch.tensor(keep, device=device)
+    lists = dict(rows=batch.rows, columns=batch.columns)
+    out = under(
+        backend,
+        "prune_tokens",
+        batch.query,
+        batch.key,
+        [batch.key],
+        **lists,
+        **how,
+        **batch.seqs,
+        width=width,
+    )
+    index, ends = [], [0]
+    for b, length in enumerate(batch.lengths):
+        own = slice(b, b + 1)
+        lists = dict(columns=batch.columns[own], segments=how["segments"][own], newest=True)
+        n = keep if isinstance(keep, int) else how["keep"][own]
+        alone = under(backend, "prune_scored", out.scores[own], [], **lists, keep=n, length=max(length, 9))
+        kept = [p for p in alone.index[0].tolist() if 0 <= p < length]
+        at = [-1 if c < 0 else c + ends[b] for c in alone.columns[0].tolist()]
+        assert out.count[b] == len(kept) and torch.equal(out.kept[own], alone.kept)
+        assert out.columns[b].tolist() == [-1 if width is not None and c >= width else c for c in at]
+        index += [p + sum(batch.lengths[:b]) for p in kept]
+        ends.append(ends[b] + len(kept))
+    M = sum(batch.lengths) if width is None else width
+    assert out.cu_seqlens.tolist() == ends
+    assert out.index.tolist() == [(index + [-1] * (M - len(index)))[:M]]
+
+
+@pytest.mark.parametrize("normalize", ["row", "columns"])
+def test_a_sample_has_the_same_bits_alone(normalize, device):
+    """Beside longer ones, packed or padded: neither splits nor sums depend on the batch."""
+    batch = Batch(device, lengths=(700, 21, 1300), lengths_q=(700, 21, 1300), D=8)
+    lists = dict(rows=batch.rows, columns=batch.columns)
+    how = dict(keep=3, normalize=normalize)
+    packed = under("triton", "prune_tokens", batch.query, batch.key, [], **lists, **how, **batch.seqs)
+    lse = under("triton", "row_lse", batch.query, batch.key, batch.rows, **batch.seqs)
+    for b, query, key, rows, columns, _ in batch.samples():
+        alone = under("triton", "prune_tokens", query, key, [], rows=rows, columns=columns, **how)
+        assert torch.equal(packed.scores[b], alone.scores[0]) and torch.equal(packed.kept[b], alone.kept[0])
+        assert torch.equal(lse[b], under("triton", "row_lse", query, key, rows)[0])
+    query, key = (torch.cat([x, x.flip(2), -x]) for x in (batch.query[:, :, :1300], batch.key[:, :, :1300]))
+    together = under("triton", "prune_tokens", query, key, [], **lists, **how)
+    for b in range(3):
+        own = slice(b, b + 1)
+        lists = dict(rows=batch.rows[own], columns=batch.columns[own])
+        alone = under("triton", "prune_tokens", query[own], key[own], [], **lists, **how)
+        assert torch.equal(together.scores[own], alone.scores)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_narrow_output_cuts_the_last_sample(backend, device):
     batch = Batch(device)

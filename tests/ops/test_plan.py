@@ -338,3 +338,29 @@ def test_bad_arguments_are_those_of_prune_tokens():
         planned(
             {name: [t[:0] for t in x] if isinstance(x, list) else x[:0] for name, x in call.items()}, keep=3
         )
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(scores=torch.zeros(2, 19)), r"^scores: expected \[2, 20\] as in the plan, got \(2, 19\)$"),
+        (dict(tensors=[]), r"^tensors: expected 1 tensors as in the plan, got 0$"),
+        (dict(columns=torch.zeros(2, 20).long()), r"^columns: expected None as in the plan, got a tensor$"),
+        (dict(keep=2), r"^keep: expected None as in the plan, got 2$"),
+        (
+            dict(out=[torch.zeros(2, 19, 3)]),
+            r"^out\[0\]: expected \[2, 20, 3\] as in the plan, got \(2, 19, 3\)$",
+        ),
+    ],
+)
+def test_error_text_of_a_run_by_scores(changes, message):
+    call = dict(scores=torch.zeros(2, 20), tensors=[torch.zeros(2, 20, 3)])
+    with ops.use_backend("triton"):
+        plan = ops.ScoredPlan(**call, keep=3)
+    with pytest.raises(ValueError, match=message):
+        plan.run(**call | changes)
+
+
+def test_scores_of_no_sample_are_refused():
+    with pytest.raises(ValueError, match=r"^scores: expected at least one sample, got \(0, 4\)$"):
+        ops.ScoredPlan(torch.zeros(0, 4), [], keep=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import pytest
@@ -12,9 +12,8 @@ import torch
 import vlmprune
 from helpers import fake_flash
 from helpers.families import CASES, build
-from vlmprune import ops
 from vlmprune.errors import InputError, ModelError
-from vlmprune.models import layer_inputs, stage
+from vlmprune.models import fused, layer_inputs, stage
 from vlmprune.models.prompt import Prompt
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.testing import check_model
@@ -76,32 +75,34 @@ def test_half_precision_has_a_tolerance_of_its_own(model, dtype):
 # Wirings that are wrong, each in its own way.
 
 
-def flipped(layout, index, kept, shorten=stage.shorten):
-    """The last tokens stay where the policy chose the first, and the other way round."""
-    other = (torch.tensor(layout.counts)[:, None] - 1 - index).masked_fill(index < 0, -1)
-    return shorten(layout, stage.ascending(other), kept)
+def flipped(self, ranking, entering, right=fused.Passes.__call__):
+    """The worst tokens stay where the record says the best ones."""
+    _, numbers, _ = right(self, ranking, entering)
+    short, _, made = right(self, replace(ranking, scores=-ranking.scored()), entering)
+    return short, numbers, made
 
 
 def test_finds_other_columns_dropped_than_recorded(model, monkeypatch):
-    monkeypatch.setattr(stage, "shorten", flipped)
+    monkeypatch.setattr(fused.Passes, "__call__", flipped)
     assert failed(check_model(model, strict=False)) == everywhere("Random", "Stages")
 
 
 def test_finds_a_choice_that_is_not_the_policys(model, monkeypatch):
-    def settle(layout, choice, *rest, right=stage.settle):
-        if not isinstance(choice, vlmprune.Reduction):
-            choice = choice[:, 1:]
-        return right(layout, choice, *rest)
+    def fewer(self, ranking, entering, right=fused.Passes.__call__):
+        keep = tuple(max(k - 1, min(k, 1)) for k in ranking.keep)
+        return right(self, replace(ranking, keep=keep), entering)
 
-    monkeypatch.setattr(stage, "settle", settle)
+    monkeypatch.setattr(fused.Passes, "__call__", fewer)
     report = check_model(model, vlmprune.Random(3), strict=False)
     (row,) = (row for row in report.rows if row.batch == "prompt" and row.compared.startswith("Random"))
     assert row.fault == "the runs differ"
 
 
 def test_finds_a_record_of_other_tokens(model, monkeypatch):
-    def record(self, layer, layout, index, after, right=Prompt.record):
-        right(self, layer, layout, index.roll(1, 0) if len(index) > 1 else index.fliplr()[:, 1:], after)
+    def record(self, layer, layout, index, after, path, right=Prompt.record):
+        if index is not None:
+            index = index.roll(1, 0) if len(index) > 1 else index.fliplr()[:, 1:]
+        right(self, layer, layout, index, after, path)
 
     monkeypatch.setattr(Prompt, "record", record)
     report = check_model(model, vlmprune.Random(3), strict=False)
@@ -122,13 +123,11 @@ def test_finds_a_decode_mask_that_ignores_holes(model, monkeypatch):
 
 
 def test_finds_rotary_positions_of_other_tokens(model, monkeypatch):
-    class Ops:
-        @staticmethod
-        def gather_tokens(tensors, index):
-            out = ops.gather_tokens(tensors, index)
-            return [out[0], *(x.roll(1, 1) for x in out[1:])] if len(out) == 3 else out
+    def rolled(self, ranking, entering, right=fused.Passes.__call__):
+        short, numbers, made = right(self, ranking, entering)
+        return short, numbers, replace(made, rope=tuple(x.roll(1, 1) for x in made.rope))
 
-    monkeypatch.setattr(stage, "ops", Ops)
+    monkeypatch.setattr(fused.Passes, "__call__", rolled)
     assert failed(check_model(model, strict=False)) == everywhere("Random", "Stages")
 
 
@@ -168,7 +167,7 @@ def test_finds_logits_that_are_no_numbers(model):
 
 
 def test_strict_raises_the_report(model, monkeypatch):
-    monkeypatch.setattr(stage, "shorten", flipped)
+    monkeypatch.setattr(fused.Passes, "__call__", flipped)
     with pytest.raises(AssertionError, match="FAILED: 4 of 10 comparisons"):
         check_model(model)
 

@@ -64,7 +64,7 @@ class Oracle(PruningPolicy):
         samples = len(ctx.counts)
         regions = self.regions or (None,) * samples
         check(len(regions) == samples, "regions", f"{samples}, one per sample", len(regions))
-        index = Uniform(self.layer, self.keep, order=self.order).select(ctx)
+        index = Uniform(self.layer, self.keep, order=self.order).rank(ctx).index(ctx)
         kept = quotas(ctx, self)
         for sample, region in enumerate(regions):
             if region is not None:

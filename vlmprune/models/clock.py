@@ -13,12 +13,13 @@ from torch.utils.hooks import RemovableHandle
 from vlmprune.models.host.parts import Parts
 from vlmprune.models.per_thread import PerThread
 
-Mark = Any  # a float (seconds), or a recorded torch.cuda.Event
+Mark = Any  # a float (seconds), a recorded torch.cuda.Event, or None while a CUDA graph is captured
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Durations of the latest generation, in seconds. ``selection`` is part of ``prefill``; 0.0 = did not happen.
+    """Durations of the latest generation, in seconds. ``selection`` is part of ``prefill``; 0.0 = did not happen, or was
+    captured in a CUDA graph.
 
     Attributes:
         vision: vision tower and projector.
@@ -102,6 +103,8 @@ class Clock:
         """A mark in the stream of work, or the time."""
         if self.device.type != "cuda":
             return time.perf_counter()
+        if torch.cuda.is_current_stream_capturing():
+            return None  # nothing runs yet, and the replays are not ours
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event
@@ -143,7 +146,7 @@ class Clock:
 
 
 def _length(span: Sequence[Mark]) -> float:
-    if len(span) < 2:
+    if len(span) < 2 or span[0] is None or span[-1] is None:
         return 0.0
     first, last = span[0], span[-1]
     if isinstance(first, float):

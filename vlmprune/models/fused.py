@@ -80,6 +80,8 @@ class Passes:
     ) -> ops.Pruned:
         """One call of ``prune_tokens``, or of ``prune_scored`` where the scores are there."""
         rating, layout = ranking.scores, entering.layout
+        op: Any
+        plan: Any
         if isinstance(rating, Rating) and rating.seen.group is None:
             by: tuple[Tensor, ...] = rating.seen.query, rating.seen.key
             how.update(rating.keywords)
@@ -87,7 +89,7 @@ class Passes:
         else:
             by = (ranking.scored().contiguous(),)  # of all ranks, where several share the heads
             how["columns"], how["key_mask"] = layout.visual, layout.valid
-            op, plan = ops.prune_scored, ops.ScoredPlan  # type: ignore[assignment]
+            op, plan = ops.prune_scored, ops.ScoredPlan
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):  # plans have no gradients
             return op(*by, tensors, **how)
         return self._planned(op, plan, (entering.layer, backend), by, tensors, how)
@@ -109,7 +111,8 @@ class Passes:
             else:
                 lists[name] = x
         stream = torch.cuda.current_stream(by[0].device).cuda_stream if by[0].is_cuda else 0
-        key = (*where, kind, stream, *settings, by[0].shape, by[-1].shape, tensors[0].shape)
+        shapes = by[0].shape, by[-1].shape, tensors[0].shape
+        key = (*where, kind, stream, by[0].dtype, *settings, *shapes)
         with self._lock:
             known = self._plans.get(key, self)
             if known is not self:

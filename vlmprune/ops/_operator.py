@@ -84,7 +84,8 @@ def _flattened(run: Function) -> Function:
 
     @wraps(run)
     def from_fields(*args: Any) -> Any:
-        given, whole = iter(args), []
+        given = iter(args)
+        whole: list[Any] = []
         for record, n in sizes:
             own = tuple(islice(given, n))
             whole += own if record is None else [record(*own)]  # nothing for an argument left at its default

@@ -110,7 +110,7 @@ def prune_tokens(
     """
     tensors, selection, scoring = checked(query, key, tensors, **how)
     *out, ends = _prune_tokens(tensors, *selection, *scoring)
-    return Pruned(*out, None if scoring.cu_seqlens is None else ends)
+    return Pruned._make([*out, None if scoring.cu_seqlens is None else ends])
 
 
 def prune_scored(scores: Tensor, tensors: Sequence[Tensor], **how: Unpack[ScoredKeywords]) -> Pruned:

@@ -75,7 +75,7 @@ class Selection(NamedTuple):
             if number is not None:
                 check_count(name, number, bound)
         if width is None:
-            width = rows - N + keep if plain and B == 1 and not packed else rows  # type: ignore[operator]
+            width = rows - N + keep if plain and B == 1 and not packed else rows  # type: ignore[assignment]
         if most is None:
             most = keep if plain else N  # type: ignore[assignment]
         cap, quota = (0, keep) if isinstance(keep, Tensor) else (keep, None)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmprune import ops
+from vlmprune.constants import counting
 from vlmprune.errors import check, require
 from vlmprune.policies.base import Positions, PruningPolicy, Ranking, TokenContext, VisionAttention
 from vlmprune.policies.choose import padding, quotas
@@ -164,8 +165,11 @@ def patch_attention(seen: VisionAttention) -> Tensor:
 
     From CLS, or the mean over all rows without one.
     """
-    every = torch.arange(seen.key.shape[2], device=seen.key.device).expand(seen.key.shape[0], -1)
-    rows, columns = (every[:, :1], every[:, 1:]) if seen.cls else (every, every)
+    images, _, places, _ = seen.key.shape
+    rows = columns = every = counting(images, places, seen.key.device)
+    if seen.cls:
+        rows = counting(images, 1, seen.key.device)
+        columns = counting(images, places - 1, seen.key.device, 1)
     if seen.mask is not None:
         patches = seen.mask.shape[1]
         rows = torch.where(seen.mask, every, patches).sort(dim=1).values

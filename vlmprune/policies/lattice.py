@@ -100,7 +100,7 @@ def lattice_scores(ctx: TokenContext, kept: Sequence[int]) -> Tensor:
     with as large a share of their tokens as ``kept[b]`` is of those that are left. Never waits for the device.
     """
     table = _lattice_table(ctx.grids, ctx.counts, tuple(kept), ctx.device)
-    return table if ctx.whole else table.gather(1, ctx.ordinals.clamp(min=0))
+    return table[:, : max(ctx.counts)] if ctx.whole else table.gather(1, ctx.ordinals.clamp(min=0))
 
 
 @remembered()

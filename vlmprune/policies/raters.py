@@ -40,10 +40,10 @@ def rated(scores: Rated, ctx: TokenContext) -> Rated | Tensor:
     """``scores [B, N]``, but in samples without text after the image an order whose best k, for any k, are spread evenly."""
     if ctx.words is not None and all(ctx.words):
         return scores
-    scores = scores.scores() if isinstance(scores, Rating) else scores
+    known = scores.scores() if isinstance(scores, Rating) else scores
     text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(embeds=True))")
-    even = torch.arange(scores.shape[1], dtype=torch.float64, device=scores.device) * GOLDEN % 1
-    return torch.where((text >= 0).any(1, keepdim=True), scores, even.float())
+    even = torch.arange(known.shape[1], dtype=torch.float64, device=known.device) * GOLDEN % 1
+    return torch.where((text >= 0).any(1, keepdim=True), known, even.float())
 
 
 def row_attention(seen: AttentionInputs) -> Tensor:

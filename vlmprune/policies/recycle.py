@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def recycle_counts(pruned: int) -> tuple[int, int]:
 
 
 def recycled(
-    scores: Tensor, hidden: Tensor, ctx: TokenContext, kept: list[int], merge: str
+    scores: Tensor, hidden: Tensor, ctx: TokenContext, kept: Sequence[int], merge: str
 ) -> tuple[Tensor, Tensor]:
     """Places ``[B, K]`` of the kept tokens and, after them, of the merged ones; and the contents of both ``[B, K, D]``.
 

@@ -126,8 +126,8 @@ class SparseVLM(PruningPolicy):
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         if not self.recycle:
             return super().select(ctx)
-        scores, kept = self._rated(ctx)
-        scores = scores.scores() if isinstance(scores, Rating) else scores
+        rating, kept = self._rated(ctx)
+        scores = rating.scores() if isinstance(rating, Rating) else rating
         hidden = require(ctx.hidden, "ctx.hidden", "hidden states (declare Needs(hidden=True))")
         return Reduction(*recycled(scores, hidden, ctx, kept, self.merge), self.positions)
 

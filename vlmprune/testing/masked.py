@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from transformers.modeling_utils import AttentionInterface
 
 from vlmprune.models import find_parts
-from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.base import Needs, PruningPolicy, Ranking, Reduction, TokenContext
 
 NAME = "vlmprune_masked"
 """Its name among transformers' attention functions. Without a mask function of that name transformers makes no mask."""
@@ -66,6 +66,15 @@ class Recorded(PruningPolicy):
     def needs(self, layer: int) -> Needs:
         """The policy's."""
         return self.policy.needs(layer)
+
+    def ranks(self, layer: int) -> bool:
+        """As the policy: what is recorded runs along its road."""
+        return self.policy.ranks(layer)
+
+    def rank(self, ctx: TokenContext) -> Ranking:
+        """What the policy says; remembered as what it would select."""
+        self.select(ctx)
+        return self.policy.rank(ctx)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         """What the policy says."""

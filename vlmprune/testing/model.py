@@ -116,7 +116,7 @@ class Rewritten(PruningPolicy):
 
     def select(self, ctx: TokenContext) -> Reduction:
         """The rows in their new order."""
-        index = Random(self.layer).select(ctx).sort(1, descending=True).values
+        index = Random(self.layer).rank(ctx).index(ctx).sort(1, descending=True).values
         assert ctx.hidden is not None
         rows = ctx.hidden.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, ctx.hidden.shape[2]))
         return Reduction(index, rows.lerp(ctx.hidden[:, :1], 0.5), "pack")

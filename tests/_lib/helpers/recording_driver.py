@@ -135,6 +135,7 @@ class _Driver:
         self._library, self._load, self._src = library, utils.load_binary, None
         self._device = _Device()
         self.kernels: dict[int, tuple[str, dict[str, str]]] = {}
+        self._loaded: dict[Any, tuple[Any, ...]] = {}
         self.utils = SimpleNamespace(**{**vars(utils), "load_binary": self._load_binary})
 
     def launcher_cls(self, src: Any, metadata: Any) -> Any:
@@ -142,12 +143,16 @@ class _Driver:
         return nvidia.CudaLauncher(src, metadata)
 
     def _load_binary(self, name: str, *args: Any) -> tuple[Any, ...]:
+        if (name, args) in self._loaded:  # Triton asks again as long as it has no module
+            return self._loaded[name, args]
         _, function, *rest = self._load(name, *args)
         types = dict(_parameters(self._src.signature))
         sizes = [8 if kind.startswith("*") else struct.calcsize(FORMATS[kind]) for kind in types.values()]
         self._library.recorder_describe(function, bytes(sizes), len(sizes))
         self.kernels[function] = name, types
-        return None, function, *rest  # no module: else Triton asks the driver of that day to unload it
+        # no module: else Triton asks the driver of that day to unload it
+        self._loaded[name, args] = loaded = (None, function, *rest)
+        return loaded
 
     def get_current_device(self) -> int:
         return self._device

@@ -26,7 +26,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vlmprune.policies import PruningPolicy, TokenContext, select_scores
+from vlmprune.policies import PruningPolicy, Ranking, TokenContext, quotas
 
 IMAGE, PAD, BOS, EOS = 199, 0, 1, 2
 LAYERS, GRID = 6, 4  # 16 visual tokens per image
@@ -52,9 +52,9 @@ class Drawn(PruningPolicy):
     def layers(self) -> tuple[int, ...]:
         return self.at
 
-    def select(self, ctx: TokenContext) -> Tensor:
+    def rank(self, ctx: TokenContext) -> Ranking:
         generator = torch.Generator().manual_seed(ctx.layer)
-        return select_scores(torch.rand(ctx.mask.shape, generator=generator), ctx, self.keep)
+        return Ranking(torch.rand(ctx.mask.shape, generator=generator), tuple(quotas(ctx, self.keep)))
 
 
 DECODERS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
