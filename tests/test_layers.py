@@ -15,7 +15,7 @@ ALLOWED = {
     "images": {"errors"},
     "register": set(),
     "triton_kernels": set(),
-    "ops": BASE | {"triton_kernels"},
+    "ops": BASE | {"constants", "triton_kernels"},
     "policies": BASE | {"constants", "flops", "ops"},
     "models": BASE | {"constants", "flops", "ops", "policies", "register"},
     "checkpoints": BASE | {"policies", "models"},

@@ -13,20 +13,25 @@ Make = TypeVar("Make", bound=Callable[..., Tensor])
 
 
 def remembered(most: int = 256) -> Callable[[Make], Make]:
-    """Decorates a function of hashable arguments that returns a tensor nobody writes to: the latest ``most`` are kept.
+    """Decorates a function of hashable arguments that makes a tensor: the latest ``most`` are kept.
 
-    A function that copies to a device must wait for the copy (no ``non_blocking``): other streams may read what is kept.
+    It builds on the CPU and copies to the device, waiting for the copy: other streams may read what is kept. Who is given
+    the tensor must not write to it; one that was written to is made anew, so that no other model sees it.
     """
 
     def decorate(make: Make) -> Make:
         @lru_cache(most)
-        def cached(*args: Any) -> Tensor:
+        def cached(*args: Any) -> tuple[Tensor, int]:
             with torch.inference_mode(False):  # an inference tensor could not take part in training later
-                return make(*args)
+                new = make(*args)
+            return new, new._version
 
         @wraps(make)
         def known(*args: Any) -> Tensor:
-            found = cached(*args)
+            found, version = cached(*args)
+            if found._version != version:
+                cached.cache_clear()
+                found = cached(*args)[0]
             if type(found) is not Tensor:  # a fake tensor, which belongs to a mode
                 cached.cache_clear()
             return found
@@ -55,10 +60,10 @@ def whole_numbers(values: tuple[Any, ...], device: torch.device) -> Tensor:
 @remembered()
 def filled(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor full of one value."""
-    return torch.full(shape, value, dtype=dtype, device=device)
+    return torch.full(shape, value, dtype=dtype).to(device)
 
 
 @remembered()
 def counting(batch: int, n: int, device: torch.device, first: int = 0) -> Tensor:
     """n numbers from ``first`` on for every sample: ``[batch, n]`` int64."""
-    return torch.arange(first, first + n, device=device).repeat(batch, 1)
+    return torch.arange(first, first + n).repeat(batch, 1).to(device)

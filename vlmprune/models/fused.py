@@ -20,6 +20,8 @@ Counts = tuple[int, ...]
 PLANS = 64
 PLAIN = {int, float, bool, str, type(None)}
 """What is a setting of a plan; anything else is a tensor, or some."""
+STRIDED = {"lse", "rope"}
+"""What kernels read with strides."""
 
 
 def why_not(ranking: Ranking | None, entering: Entering, policy: PruningPolicy) -> str | None:
@@ -89,7 +91,7 @@ class Passes:
         else:
             by = (ranking.scored().contiguous(),)  # of all ranks, where several share the heads
             how["columns"], how["key_mask"] = layout.visual, layout.valid
-            op, plan = ops.prune_scored, ops.ScoredPlan
+            op, plan = ops.prune_scored, ops.ScoredPlan  # type: ignore[assignment]
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):  # plans have no gradients
             return op(*by, tensors, **how)
         return self._planned(op, plan, (entering.layer, backend), by, tensors, how)
@@ -107,12 +109,11 @@ class Passes:
         lists, settings = {}, []
         for name, x in how.items():
             if type(x) in PLAIN:
-                settings.append(x)
-            else:
-                lists[name] = x
+                settings.append((name, x))
+            else:  # kernels of a plan read lists and masks in place
+                lists[name] = how[name] = x if name in STRIDED else x.contiguous()
         stream = torch.cuda.current_stream(by[0].device).cuda_stream if by[0].is_cuda else 0
-        shapes = by[0].shape, by[-1].shape, tensors[0].shape
-        key = (*where, kind, stream, by[0].dtype, *settings, *shapes)
+        key = (*where, kind, stream, *settings, by[0].dtype, by[0].shape, by[-1].shape, tensors[0].shape)
         with self._lock:
             known = self._plans.get(key, self)
             if known is not self:

@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from vlmprune import ops
-from vlmprune.constants import filled, whole_numbers
+from vlmprune.constants import whole_numbers
+from vlmprune.ops.select_topk import positions_of
 
 
 @dataclass(eq=False)  # nobody writes to one; frozen, it would take a stage 2 us longer to make
@@ -72,8 +72,6 @@ class Layout:
     @cached_property
     def mask(self) -> Tensor:
         """``[B, N]`` False at the padding of ``visual``."""
-        if all(n == self.visual.shape[1] for n in self.counts):
-            return filled(tuple(self.visual.shape), True, torch.bool, self.visual.device)
         return self.visual >= 0
 
 
@@ -153,9 +151,7 @@ def inverse(rows: Tensor, length: int) -> Tensor:
 
 def where_true(marked: Tensor, width: int) -> Tensor:
     """Where ``marked [B, n]`` is True, ``[B, width]`` ascending, -1 on the right; no host sync."""
-    blank = filled((1, 1), 0.0, torch.float32, marked.device).expand(marked.shape)
-    # as codes: True stays, False competes for none
-    return ops.select_topk(blank, 0, code=marked.view(torch.int8))[0][:, :width].contiguous()
+    return positions_of(marked, width)
 
 
 def open_layout(visual: Tensor, padding: Tensor | None, known: int | None, tail: int = 0) -> Layout:

@@ -35,7 +35,8 @@ def check_tensor(
 
 
 def check_dtype(arg: str, x: Tensor, *dtypes: torch.dtype) -> None:
-    """One of these dtypes."""
+    """A tensor of one of these dtypes."""
+    check(isinstance(x, Tensor), arg, "a tensor", type(x).__name__)
     if x.dtype not in dtypes:
         *names, last = [str(dtype).removeprefix("torch.") for dtype in dtypes]
         check(False, arg, f"{', '.join(names)} or {last}" if names else last, x.dtype)

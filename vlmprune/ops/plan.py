@@ -109,12 +109,9 @@ class _Plan:
 
     def _inputs(self, every: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Tensor] | None:
         """The inputs in their order, None where one is missing or too many."""
-        names = self._names
-        if every.keys() != names.keys():  # None may have been said aloud
-            every = {name: x for name, x in every.items() if x is not None}
-        if every.keys() != names.keys() or len(tensors) != self._n:
+        if every.keys() != self._names.keys() or len(tensors) != self._n:
             return None
-        return [*[every[name] for name in names], *tensors]
+        return [*[every[name] for name in self._names], *tensors]
 
     def _ready(self, inputs: list[Tensor], pointers: list[int], out: Sequence[Tensor] | None) -> Bound:
         n = self._n
@@ -129,15 +126,14 @@ class _Plan:
         self, every: Mapping[str, Any], tensors: Sequence[Tensor], out: Sequence[Tensor] | None
     ) -> None:
         """Raise the InputError that says which argument is missing, too many, or not as in the plan."""
-        given = {name: x for name, x in every.items() if x is not None}
-        for name in [*self._names, *given]:
+        for name in [*self._names, *every]:
             expected = "a tensor as in the plan" if name in self._names else "None as in the plan"
-            got = given.get(name)
-            same = (name in self._names) == (name in given)
+            got = every.get(name)
+            same = (name in self._names) == (name in every)
             check(same, name, expected, "a tensor" if isinstance(got, Tensor) else repr(got))
         for arg, x in (("tensors", tensors), ("out", out)):
             check(x is None or len(x) == self._n, arg, f"{self._n} tensors as in the plan", len(x or ()))
-        _refuse([*[given[name] for name in self._names], *tensors], self._expected)
+        _refuse([*[every[name] for name in self._names], *tensors], self._expected)
 
 
 class PrunePlan(_Plan):
@@ -207,13 +203,13 @@ class PrunePlan(_Plan):
         Raises:
             InputError: a tensor differs from its example, or one more or one fewer is given.
         """
-        select = {"keep": keep, "code": code, "segments": segments}
-        launch, gathered, others = self._bind(_by_name(query, key, scoring) | select, tensors, out)
+        every = _by_name(query=query, key=key, keep=keep, code=code, segments=segments, **scoring)
+        launch, gathered, others = self._bind(every, tensors, out)
         return _returning(launch, Pruned(gathered, *others))
 
     def attempt(self, query: Tensor, key: Tensor, tensors: Sequence[Tensor], **named: Any) -> Pruned | None:
         """``run``, but None where a tensor is not like its example: what has the numbers of the plan asks here."""
-        bound = self._attempt(_by_name(query, key, named), tensors)
+        bound = self._attempt(_by_name(query=query, key=key, **named), tensors)
         if bound is None:
             return None
         bound[0]()
@@ -256,13 +252,13 @@ class ScoredPlan(_Plan):
     ) -> Callable[[], Pruned]:
         """As ``PrunePlan.bind``; ``named`` takes the keywords of the plan that are tensors."""
         launch, gathered, (index, count, kept, columns) = self._bind(
-            {**named, "scores": scores}, tensors, out
+            _by_name(scores=scores, **named), tensors, out
         )
         return _returning(launch, Pruned(gathered, index, count, scores, kept, columns))
 
     def attempt(self, scores: Tensor, tensors: Sequence[Tensor], **named: Tensor | None) -> Pruned | None:
         """As ``PrunePlan.attempt``."""
-        bound = self._attempt({**named, "scores": scores}, tensors)
+        bound = self._attempt(_by_name(scores=scores, **named), tensors)
         if bound is None:
             return None
         launch, gathered, (index, count, kept, columns) = bound
@@ -270,13 +266,11 @@ class ScoredPlan(_Plan):
         return Pruned(gathered, index, count, scores, kept, columns)
 
 
-def _by_name(query: Tensor, key: Tensor, scoring: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs by their names in ``Scoring``."""
-    named: dict[str, Any] = {**scoring, "query": query, "key": key}
-    rope = named.pop("rope", None)
+def _by_name(*, rope: Any = None, **named: Any) -> dict[str, Any]:
+    """The inputs that are given, by their names in ``Scoring`` and ``Selection``."""
     if rope is not None:
         named["cos"], named["sin"] = rope
-    return named
+    return {name: x for name, x in named.items() if x is not None}
 
 
 _SCORED = ("scores", "columns", "key_mask", "length")  # what prune_scored takes besides tensors and Selection
@@ -318,8 +312,13 @@ def _pointers(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> list[
         _, shape, stride, contiguous, dtype, device, zero_bits = like
         laid_out = x.is_contiguous() if contiguous else x.stride() == stride
         pointer = x.data_ptr()
-        same = laid_out and x.shape == shape and x.dtype is dtype and x.device == device
-        if not same or pointer & zero_bits:
+        if (
+            not laid_out
+            or pointer & zero_bits
+            or x.shape != shape
+            or x.dtype is not dtype
+            or x.device != device
+        ):
             return None
         pointers.append(pointer)
     return pointers

@@ -85,7 +85,7 @@ def prune_tokens(
         newest: whether the last unmasked position of a sample, if it is a column, comes before all others: generation
             goes on from its row. False by default.
         width: M, how many positions the outputs hold. None (default) = exactly what survives of an unpadded batch of one
-            with a whole ``keep`` and neither code nor segments, all positions of the tensors otherwise. Who knows
+            with an int ``keep``, neither code nor segments and no past; all positions of the tensors otherwise. Who knows
             the longest sample on the host (packed: their sum) passes its length; of a sample that is longer still the last
             positions are cut (padded on the left: the first ones), and ``count`` tells.
         most: K, how many columns are listed. None (default) = ``keep`` where that is exact, else N.
@@ -148,7 +148,7 @@ def checked(
     (B, N), S, packed = s.columns.shape, key.shape[2], s.cu_seqlens is not None
     rows = _positions(tensors, key.shape[0], key.device, S, exact=packed)
     check(N <= S, "columns", f"at most the {S} positions of key", N)
-    return list(tensors), Selection.checked(query, B, N, rows, packed, **select), s
+    return list(tensors), Selection.checked(query, B, N, rows, packed, rows < S, **select), s
 
 
 def checked_scored(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmprune.constants import filled
 from vlmprune.errors import check
 from vlmprune.ops import reference
 from vlmprune.ops._checks import FLOATS, check_count, check_dtype, check_tensor
@@ -73,6 +74,19 @@ def select_topk(
     cap, quota = (0, keep) if isinstance(keep, Tensor) else (keep, None)
     level, levels = (None, threshold) if isinstance(threshold, Tensor) else (threshold, None)
     return _select_topk(scores, cap, quota, code, level, levels)
+
+
+def positions_of(marked: Tensor, width: int) -> Tensor:
+    """Where ``marked [B, N]`` bool is True, ``[B, width]`` int64 ascending, -1 on the right. Not differentiable, never waits.
+
+    Example:
+        >>> positions_of(torch.tensor([[False, True, True]]), 2)
+        tensor([[1, 2]])
+    """
+    blank = filled((1, 1), 0.0, torch.float32, marked.device).expand(marked.shape)
+    # as codes: True stays, False competes for none
+    code = marked.view(torch.int8)
+    return _select_topk.launch(blank, 0, None, code, None, None)[0][:, :width].contiguous()
 
 
 def _in_segments(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Required, TypedDict, Unpack
+from typing import Literal, NamedTuple, Required, TypedDict
 
 import torch
 from torch import Tensor
@@ -47,7 +47,15 @@ class Selection(NamedTuple):
         N: int,
         rows: int,
         packed: bool = False,
-        **given: Unpack[SelectionKeywords],
+        past: bool = False,
+        *,
+        keep: int | Tensor,
+        width: int | None = None,
+        most: int | None = None,
+        code: Tensor | None = None,
+        segments: Tensor | None = None,
+        newest: bool = False,
+        padding: str = "right",
     ) -> Selection:
         """Check the keywords for ``N`` columns of ``B`` samples, all but the entries of tensors (``check_values``).
 
@@ -55,8 +63,9 @@ class Selection(NamedTuple):
             like: a tensor on the device of the call.
             rows: positions of the tensors that are shortened.
             packed: whether the samples lie end to end.
+            past: whether there are positions before those of the tensors, where columns may be too.
         """
-        keep, code, segments = given["keep"], given.get("code"), given.get("segments")
+        check_tensor("segments", segments, [torch.int64], (B, "G"), like)
         G = None if segments is None else segments.shape[-1]
         if isinstance(keep, Tensor):
             check_tensor("keep", keep, [torch.int64], (B,) if G is None else (B, G), like)
@@ -64,18 +73,15 @@ class Selection(NamedTuple):
             check_count("keep", keep, N if G is None else None)
         check_tensor("code", code, [torch.int8], (B, N), like)
         check(code is None or not packed, "code", "None with cu_seqlens", "a tensor")
-        check_tensor("segments", segments, [torch.int64], (B, "G"), like)
-        padding, newest = given.get("padding", "right"), given.get("newest", False)
         check_choice("padding", padding, PADDINGS)
         check(padding == "right" or not packed, "padding", "'right' with cu_seqlens", repr(padding))
         check(isinstance(newest, bool), "newest", "True or False", repr(newest))
         plain = isinstance(keep, int) and code is None and segments is None
-        width, most = given.get("width"), given.get("most")
         for name, number, bound in (("width", width, rows), ("most", most, N)):
             if number is not None:
                 check_count(name, number, bound)
         if width is None:
-            width = rows - N + keep if plain and B == 1 and not packed else rows  # type: ignore[assignment]
+            width = rows - N + keep if plain and B == 1 and not packed and not past else rows  # type: ignore[assignment]
         if most is None:
             most = keep if plain else N  # type: ignore[assignment]
         cap, quota = (0, keep) if isinstance(keep, Tensor) else (keep, None)

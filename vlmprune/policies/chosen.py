@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -88,7 +88,8 @@ class Ranking:
 
     def keeps_all(self, counts: Counts) -> bool:
         """Whether all of so many tokens stay, and where they are."""
-        return self.positions == "keep" and self.least == counts
+        drops = self.code is not None and self.extra is None
+        return self.positions == "keep" and self.least == counts and not drops
 
     def keywords(self, most: Counts, device: torch.device) -> dict[str, Any]:
         """``keep``, ``segments``, ``most`` and ``code`` for the ops; ``most`` is how many can stay of each sample."""
@@ -107,6 +108,10 @@ class Ranking:
     def scored(self) -> Tensor:
         """The scores ``[B, N]`` float32."""
         return self.scores.scores() if isinstance(self.scores, Rating) else self.scores.float()
+
+    def ahead(self, first: Tensor) -> Ranking:
+        """The same with the tokens ``first [B, N]`` before all others."""
+        return replace(self, scores=self.scored().masked_fill(first, float("inf")))
 
     def index(self, ctx: TokenContext) -> Tensor:
         """Numbers ``[B, K]`` of the tokens that stay, ascending, -1 on the right; with ``extra`` one host read."""
