@@ -121,8 +121,9 @@ def put(owner: Any, name: str, what: object) -> Iterator[None]:
 class Probe:
     """Times the first stage, and the reading before it, where they run in a prefill: again and again, on what they got."""
 
-    def __init__(self, first: int, timer: Timer) -> None:
-        self.first, self.timer = first, timer
+    def __init__(self, first: int, timer: Timer, looks: bool) -> None:
+        """``looks``: whether the stage goes on with what the kernels would have written, so that it must be filled in."""
+        self.first, self.timer, self.looks = first, timer, looks
         self.stage, self.launches, self.path = 0.0, 0, ""
         self.reading: float | None = None
         self._run, self._read = StageRunner.__call__, engine.read_attention
@@ -137,7 +138,9 @@ class Probe:
             return self._run(runner, prefill, i, hidden, rope)
 
         if i == self.first:
+            self.timer.filling.on = self.looks
             self.stage, before = self.timer.many(again), Launcher.launches
+            self.timer.filling.on = True
             again()
             self.launches, self.path = Launcher.launches - before, prefill.prompt.stages[i].path
         return again()
@@ -169,7 +172,7 @@ def measure(model: Any, batch: dict[str, Any], policy: vlmprune.PruningPolicy, t
     times = prefills(model, batch, {"unpruned": None, **roads}, timer)
     lines = []
     for road, own in roads.items():
-        probe = Probe(own.layers[0], timer)
+        probe = Probe(own.layers[0], timer, looks=road == "ops" or isinstance(own, vlmprune.Feather))
         with vlmprune.prune(model, own):
             for _ in range(WARM_UP):
                 model(**batch, logits_to_keep=1)

@@ -12,6 +12,7 @@ from helpers.recording_driver import STREAM, recording_driver
 from helpers.tiny import make_batch, make_model
 from vlmprune import ops
 from vlmprune.ops import _dispatch
+from vlmprune.triton_kernels._rows import coded
 
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter has no launcher; run with TRITON_INTERPRET=0", allow_module_level=True)
@@ -26,11 +27,8 @@ def test_a_launch_is_noted_with_its_parameters():
     assert (launch.name, launch.stream) == ("_gather_tokens_kernel", STREAM)
     assert launch.grid[2] == 2 and launch.block % 32 == 0
     assert sorted(launch.pointers.values()) == sorted(x.data_ptr() for x in (hidden, index, out))
-    assert (launch.scalars["K"], launch.scalars["lengths.0"], launch.scalars["strides.0.0"]) == (
-        3,
-        40,
-        40 * 64,
-    )
+    scalars = (launch.scalars[name] for name in ("K", "lengths.0", "strides.0.0"))
+    assert tuple(scalars) == (3, *coded([40]), 40 * 64)
     torch.testing.assert_close(out, hidden[torch.arange(2)[:, None], index], rtol=0, atol=0)
 
 

@@ -101,7 +101,7 @@ class Ranking:
             how["segments"] = whole_numbers(self.images, device)
         elif self.images is not None:
             keep = self.least
-        one = "segments" not in how and keep and keep.count(keep[0]) == len(keep)  # type: ignore[arg-type]
+        one = "segments" not in how and keep and keep.count(keep[0]) == len(keep)
         how["keep"] = keep[0] if one else whole_numbers(keep, device)
         return how
 
