@@ -90,15 +90,13 @@ def _read(
         rows = last = newest
         # nor is the last key position's rotation this query's
         cos, sin = (torch.cat([t[:, :-1], own], 1) for t, own in zip((cos, sin), wanted[1:3], strict=True))
+    elif needs.rows == "text":
+        assert prefill.unpruned is not None and prefill.unpruned.text is not None
+        wanted = tuple(t[:, max(0, n - prefill.unpruned.text.reach) :] for t in wanted)
+        rows = _behind(past, text_rows(layout, prefill.unpruned.text))
     else:
-        if needs.rows == "text":
-            assert prefill.unpruned is not None and prefill.unpruned.text is not None
-            wanted = tuple(t[:, max(0, n - prefill.unpruned.text.reach) :] for t in wanted)
-            rows = text_rows(layout, prefill.unpruned.text)
-        else:
-            order = counting(batch, n, hidden.device)
-            rows = order if prompt is None else torch.where(prompt, order, -1)
-        rows = _behind(past, rows)
+        order = counting(batch, n, hidden.device)
+        rows = _behind(past, order if prompt is None else torch.where(prompt, order, -1))
     query = rotate(_project(attn, "q", wanted[0], prefill.wants.normed), *wanted[1:3])
     return AttentionInputs(
         query=query,

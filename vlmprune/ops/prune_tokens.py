@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.ops import reference
+from vlmprune.ops import reference_prune
 from vlmprune.ops._checks import check_choice, check_count, check_tensor, check_tensors, seq_len
 from vlmprune.ops._operator import operator
 from vlmprune.ops.gather_tokens import empty_outputs, save_rows, scatter_grads
@@ -198,7 +198,7 @@ def _call(
     return (*out, scoring.rows.new_empty(0) if ends is None else ends)  # an op cannot return None
 
 
-@operator(reference.prune_tokens, _call)
+@operator(reference_prune.prune_tokens, _call)
 def _prune_tokens(
     tensors: list[Tensor], selection: Selection, scoring: Scoring
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -223,7 +223,7 @@ def _call_scored(
     return out
 
 
-@operator(reference.prune_scored, _call_scored, kernels="prune_tokens")
+@operator(reference_prune.prune_scored, _call_scored, kernels="prune_tokens")
 def _prune_scored(
     tensors: list[Tensor],
     selection: Selection,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,9 +71,9 @@ def check_ranking(ranking: object, ctx: TokenContext, who: str) -> None:
 def _check_counts(ranking: Ranking, ctx: TokenContext, who: str) -> None:
     """How many stay: of every sample, or of every one of its images, and how many more its codes may add."""
     sizes: Sequence[Sequence[int]] = [(n,) for n in ctx.counts]
-    keep: Sequence[Sequence[int]] = [(k,) for k in ranking.keep] if _whole(ranking.keep) else ranking.keep  # type: ignore[assignment]
+    keep: Any = [(k,) for k in ranking.keep] if _whole(ranking.keep) else ranking.keep
     if ranking.images is not None:
-        sizes, keep = ranking.images, ranking.keep  # type: ignore[assignment]
+        sizes, keep = ranking.images, ranking.keep
         same = tuple(map(sum, sizes)) == ctx.counts
         check(same, f"{who}.images", f"tokens that add up to {ctx.counts}", sizes)
     fits = isinstance(keep, tuple | list) and len(keep) == len(sizes)

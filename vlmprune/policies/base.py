@@ -137,8 +137,8 @@ class PruningPolicy:
     def __init_subclass__(cls) -> None:
         """Let every policy pass through ``__post_init__`` of this class; one whose ``select`` is its own no longer ranks."""
         super().__init_subclass__()
-        own = [vars(kind) for kind in cls.__mro__[: cls.__mro__.index(PruningPolicy)]]
-        cls._ranks = next(("rank" in names for names in own if names.keys() & {"rank", "select"}), False)
+        kinds = map(vars, cls.__mro__[: cls.__mro__.index(PruningPolicy)])
+        cls._ranks = next(("rank" in names for names in kinds if names.keys() & {"rank", "select"}), False)
         own = cls.__dict__.get("__post_init__")
         if own is not None:
 

@@ -209,15 +209,24 @@ PRUNED = {kind.__bases__[1]: kind for kind in KINDS}
 """Pruned class by the class of the layer that becomes one."""
 
 
+AT_ONCE = 32
+"""Layers whose keys and values one launch takes; those before are freed by then."""
+
+
 def keep_entries(layers: Sequence[Any], at: Tensor, static: bool) -> None:
     """Hold only the entries at key positions ``at [B, n]`` (-1 = padding), in layers of one kind on one device, in one call.
 
     Growing layers get new, smaller tensors. Static ones keep theirs: there positions ascend, with padding on the right.
     """
-    # detached: a prefill with gradients leaves a graph
-    held = [x.detach() for layer in layers for x in (layer.keys, layer.values)]
     if static:
-        return ops.compact_kv(held, at)
-    kept = ops.gather_tokens(held, at)
-    for layer, keys, values in zip(layers, kept[::2], kept[1::2], strict=True):
-        layer.keys, layer.values = keys, values
+        return ops.compact_kv(_held(layers), at)
+    for start in range(0, len(layers), AT_ONCE):
+        some = layers[start : start + AT_ONCE]
+        kept = ops.gather_tokens(_held(some), at)
+        for layer, keys, values in zip(some, kept[::2], kept[1::2], strict=True):
+            layer.keys, layer.values = keys, values
+
+
+def _held(layers: Sequence[Any]) -> list[Tensor]:
+    """Keys and values in turn; detached, as a prefill with gradients leaves a graph."""
+    return [x.detach() for layer in layers for x in (layer.keys, layer.values)]
