@@ -78,7 +78,9 @@ class Replay:
         self._run = compiled.run  # loads the binary now: a CUDA graph under capture could not
         self._function, self._metadata = compiled.function, compiled.packed_metadata
         self._args += [meta[name] for name in names[len(args) :]]
-        self._holes = [(i, _getter(arg)) for i, arg in enumerate(self._args) if isinstance(arg, _Slot | list)]
+        holes = [(i, arg) for i, arg in enumerate(self._args) if isinstance(arg, _Slot)]
+        self._holes, self._pick = [i for i, _ in holes], _getter([slot for _, slot in holes])
+        self._tuples = [(i, _getter(arg)) for i, arg in enumerate(self._args) if isinstance(arg, list)]
 
     def _template(self, arg, slots):
         """``arg`` with a _Slot for every exchangeable tensor; a tuple that holds some becomes a list."""
@@ -96,7 +98,9 @@ class Replay:
     def arguments(self, pointers):
         """The compiled kernel's arguments with ``pointers``, one for every run-time tensor."""
         args = self._args.copy()
-        for i, get in self._holes:
+        for i, pointer in zip(self._holes, self._pick(pointers), strict=True):
+            args[i] = pointer
+        for i, get in self._tuples:
             args[i] = get(pointers)
         return args
 
@@ -115,7 +119,7 @@ def _getter(node):
         return itemgetter(node.at)
     if not isinstance(node, list):
         return lambda pointers: node
-    if all(isinstance(item, _Slot) for item in node):
+    if node and all(isinstance(item, _Slot) for item in node):
         ats = [item.at for item in node]
         return itemgetter(*ats) if len(ats) > 1 else itemgetter(slice(ats[0], ats[0] + 1))
     inner = [_getter(item) for item in node]
