@@ -75,10 +75,10 @@ def test_half_precision_has_a_tolerance_of_its_own(model, dtype):
 # Wirings that are wrong, each in its own way.
 
 
-def flipped(self, ranking, entering, right=fused.Passes.__call__):
+def flipped(self, ranking, *rest, right=fused.Passes.__call__):
     """The worst tokens stay where the record says the best ones."""
-    _, numbers, _ = right(self, ranking, entering)
-    short, _, made = right(self, replace(ranking, scores=-ranking.scored()), entering)
+    _, numbers, _ = right(self, ranking, *rest)
+    short, _, made = right(self, replace(ranking, scores=-ranking.scored()), *rest)
     return short, numbers, made
 
 
@@ -88,9 +88,9 @@ def test_finds_other_columns_dropped_than_recorded(model, monkeypatch):
 
 
 def test_finds_a_choice_that_is_not_the_policys(model, monkeypatch):
-    def fewer(self, ranking, entering, right=fused.Passes.__call__):
+    def fewer(self, ranking, *rest, right=fused.Passes.__call__):
         keep = tuple(max(k - 1, min(k, 1)) for k in ranking.keep)
-        return right(self, replace(ranking, keep=keep), entering)
+        return right(self, replace(ranking, keep=keep), *rest)
 
     monkeypatch.setattr(fused.Passes, "__call__", fewer)
     report = check_model(model, vlmprune.Random(3), strict=False)
@@ -123,9 +123,9 @@ def test_finds_a_decode_mask_that_ignores_holes(model, monkeypatch):
 
 
 def test_finds_rotary_positions_of_other_tokens(model, monkeypatch):
-    def rolled(self, ranking, entering, right=fused.Passes.__call__):
-        short, numbers, made = right(self, ranking, entering)
-        return short, numbers, replace(made, rope=tuple(x.roll(1, 1) for x in made.rope))
+    def rolled(self, ranking, *rest, right=fused.Passes.__call__):
+        short, numbers, made = right(self, ranking, *rest)
+        return short, numbers, made._replace(rope=tuple(x.roll(1, 1) for x in made.rope))
 
     monkeypatch.setattr(fused.Passes, "__call__", rolled)
     assert failed(check_model(model, strict=False)) == everywhere("Random", "Stages")
