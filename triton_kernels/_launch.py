@@ -147,6 +147,8 @@ class Program:
         self._replays = [Replay(one, slots) for one in recorded]
         self._lock = Lock()  # the launches of two threads share a workspace
         self.used = set().union(*(replay.used for replay in self._replays))
+        kept = {x.data_ptr(): x.nbytes for replay in self._replays for x in replay.workspace}
+        self.nbytes = sum(kept.values())
 
     def bind(self, tensors, pointers):
         """A function without arguments that launches everything on ``tensors``, which it keeps alive."""

@@ -13,6 +13,8 @@ import vlmprune
 from helpers.tiny import IMAGE, TOLERANCE, dropped_from, generate, make_batch, make_model, oracle
 from vlmprune import ops
 from vlmprune.models import fused
+from vlmprune.models.host.parts import find_parts
+from vlmprune.models.scope import find_engine
 from vlmprune.policies import PruningPolicy, Ranking, TokenContext, attention_of, quotas
 
 VIEWS = {"view", "expand", "unsqueeze", "slice", "select", "t", "transpose", "detach", "alias", "split"}
@@ -199,6 +201,24 @@ def test_a_plan_is_made_once_and_forgotten_in_time(model, monkeypatch):
             model(**batch)
         model(**batches[1])
         assert len(made) == 3
+
+
+def test_the_workspaces_of_plans_are_bounded(model, monkeypatch):
+    with (
+        torch.no_grad(),
+        ops.use_backend("triton"),
+        vlmprune.prune(model, vlmprune.FastV(layer=2, rows="mean")),
+    ):
+        passes = find_engine(find_parts(model)).stage.passes
+        for text in (7, 8, 9):
+            for _ in range(2):
+                model(**make_batch([[4, "I", text]]))
+        plans = [plan for plan in passes._plans.values() if plan is not None]
+        assert len(plans) == 3 and all(plan.nbytes > 0 for plan in plans)
+        monkeypatch.setattr(fused, "WORKSPACE", plans[0].nbytes + plans[1].nbytes)
+        for _ in range(2):
+            model(**make_batch([[4, "I", 10]]))
+        assert passes._bytes() <= fused.WORKSPACE and passes._plans
 
 
 def test_what_a_run_returned_is_not_overwritten(model):

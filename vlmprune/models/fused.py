@@ -17,7 +17,8 @@ from vlmprune.policies.inputs import Rating
 
 Counts = tuple[int, ...]
 
-PLANS = 64
+PLANS, WORKSPACE = 64, 256 << 20
+"""How many plans are kept, and bytes of their workspaces together."""
 PLAIN = {int, float, bool, str, type(None)}
 """What is a setting of a plan; anything else is a tensor, or some."""
 STRIDED = {"lse", "rope"}
@@ -38,8 +39,8 @@ def why_not(ranking: Ranking | None, entering: Entering, policy: PruningPolicy) 
 class Passes:
     """Runs the fused passes of one policy on one model: as ops, or as the plans of shapes that have come before.
 
-    A plan owns its workspace, so a second prefill of the same shapes allocates none. The latest ``PLANS`` are kept, one for
-    each stream. A copied or saved model starts without any.
+    A plan owns its workspace, so a second prefill of the same shapes allocates none. The latest are kept, one for each
+    stream. A copied or saved model starts without any.
     """
 
     def __init__(self) -> None:
@@ -127,10 +128,13 @@ class Passes:
             new = kind(*by, tensors, **how)
         with self._lock:
             self._plans[key] = new
-            if len(self._plans) > PLANS:
+            while len(self._plans) > PLANS or (len(self._plans) > 1 and self._bytes() > WORKSPACE):
                 self._plans.popitem(last=False)
         run: Any = op if new is None else new.run
         return run(*by, tensors, **(how if new is None else lists))
+
+    def _bytes(self) -> int:
+        return sum(plan.nbytes for plan in self._plans.values() if plan is not None)
 
 
 def _after(layout: Layout, kept: Counts, real: Counts, out: ops.Pruned) -> tuple[Layout, list[Tensor]]:

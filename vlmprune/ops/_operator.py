@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from vlmprune.ops._dispatch import choose, launches, register
+from vlmprune.ops._dispatch import choose, register
 from vlmprune.ops.scoring import Scoring
 from vlmprune.ops.selection import Selection
 
@@ -48,28 +48,11 @@ def operator(
             scoring.check_values()
             return call(choose(name, scoring.query), *args)
 
-        direct = _flattened(run)
-        op = torch.library.custom_op(f"vlmprune::{name}", direct, mutates_args=mutates_args)
+        op = torch.library.custom_op(f"vlmprune::{name}", _flattened(run), mutates_args=mutates_args)
         op.register_fake(_flattened(fake))
-        return op if mutates_args else Operator(name, op, direct)
+        return op
 
     return made
-
-
-class Operator:
-    """A custom op."""
-
-    def __init__(self, name: str, op: Any, direct: Function) -> None:
-        self.name, self.op, self.direct = name, op, direct
-        self.register_autograd = op.register_autograd
-
-    def __call__(self, *args: Any) -> Any:
-        return self.op(*args)
-
-    def launch(self, *args: Any) -> Any:
-        """The same for plain tensors of which nothing is recorded: past the dispatcher where it is a kernel, which takes less time."""
-        like = next(x for x in args if isinstance(x, Tensor))
-        return self.direct(*args) if type(like) is Tensor and launches(self.name, like) else self.op(*args)
 
 
 def _flattened(run: Function) -> Function:

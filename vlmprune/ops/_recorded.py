@@ -81,6 +81,11 @@ class RecordedPlan:
         # like the outputs but for their memory, which nobody keeps
         self._like = [x.new_empty(()).expand(x.shape) for x in outputs]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the workspace."""
+        return int(self._program.nbytes)
+
     def reset(self) -> None:
         """Make the workspace ready again after a run that was broken off: an ordinary run does so itself."""
         self._program.reset()

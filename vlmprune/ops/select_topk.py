@@ -12,6 +12,7 @@ from vlmprune.constants import filled
 from vlmprune.errors import check
 from vlmprune.ops import reference
 from vlmprune.ops._checks import FLOATS, check_count, check_dtype, check_tensor
+from vlmprune.ops._dispatch import choose, launches
 from vlmprune.ops._operator import operator
 
 
@@ -84,9 +85,12 @@ def positions_of(marked: Tensor, width: int) -> Tensor:
         tensor([[1, 2]])
     """
     blank = filled((1, 1), 0.0, torch.float32, marked.device).expand(marked.shape)
-    # as codes: True stays, False competes for none
-    code = marked.view(torch.int8)
-    return _select_topk.launch(blank, 0, None, code, None, None)[0][:, :width].contiguous()
+    code = marked.view(torch.int8)  # True stays, False competes for none
+    if type(marked) is Tensor and launches(
+        "select_topk", marked
+    ):  # the dispatcher takes longer than this one kernel
+        return choose("select_topk", marked)(blank, 0, code, width, None)[0]
+    return _select_topk(blank, 0, None, code)[0][:, :width].contiguous()
 
 
 def _in_segments(

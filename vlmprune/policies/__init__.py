@@ -25,7 +25,6 @@ from vlmprune.policies.checks import check_layer as check_layer
 from vlmprune.policies.checks import check_layers as check_layers
 from vlmprune.policies.checks import check_whole as check_whole
 from vlmprune.policies.checks import check_word as check_word
-from vlmprune.policies.choose import choose_best as choose_best
 from vlmprune.policies.choose import index_of as index_of
 from vlmprune.policies.choose import marks as marks
 from vlmprune.policies.choose import quotas as quotas

@@ -100,17 +100,20 @@ def spent(
     Args:
         ctx: the stage's context.
         policy: whose ``kept`` counts, and whose ``spend`` says of what.
-        choose: ``choose_best`` or alike: ``(counts, mask or None, *tensors)`` to places ``[G, k]``, ascending.
+        choose: ``choose_greedily`` of a rule, or alike: ``(counts, mask or None, *tensors)`` to places ``[G, k]``, ascending.
         tensors: ``[B, N, ...]``, what to choose by.
 
     Raises:
         InputError: by image, where images are not whole: after an earlier stage, or in prefill by chunks.
 
     Example:
-        >>> from vlmprune.policies import Random, choose_best
-        >>> best = torch.arange(8.0).expand(2, 8)
-        >>> [spent(ctx, Random(keep=1, spend=by), choose_best, best)[1] for by in ("image", "prompt")]
-        [tensor([3, 7]), tensor([6, 7])]
+        >>> from functools import partial
+        >>> from vlmprune.policies import Random
+        >>> from vlmprune.policies.choose import choose_greedily
+        >>> farthest, line = partial(choose_greedily, "maxmin"), torch.tensor([[3.0, 1], [1, 1], [1, 2], [1, 4]])
+        >>> features = line.repeat(2, 1).expand(2, 8, 2)
+        >>> [spent(ctx, Random(keep=1, spend=by), farthest, features)[1] for by in ("image", "prompt")]
+        [tensor([0, 4]), tensor([0, 3])]
     """
     if policy.spend == "prompt":
         return choose(quotas(ctx, policy), padding(ctx.counts, ctx.mask), *tensors)

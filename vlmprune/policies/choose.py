@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.policies.base import PruningPolicy, TokenContext
+from vlmprune.policies.base import PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.counts import keep_count
 
 
@@ -51,27 +51,12 @@ def select_counts(scores: Tensor, ctx: TokenContext, kept: Sequence[int]) -> Ten
         tensor([[ 3, -1],
                 [ 6,  7]])
     """
-    return choose_best(kept, padding(ctx.counts, ctx.mask), scores)
+    return Ranking(scores, tuple(kept)).index(ctx)
 
 
 def padding(tokens: Sequence[int], mask: Tensor) -> Tensor | None:
     """``mask``, or None where all rows are as full as it is wide."""
     return None if all(n == mask.shape[1] for n in tokens) else mask
-
-
-def choose_best(kept: Sequence[int], mask: Tensor | None, scores: Tensor) -> Tensor:
-    """``select_counts`` for rows with tokens where ``mask [B, N]`` is True; None = everywhere.
-
-    Example:
-        >>> choose_best([2], None, torch.tensor([[0.1, 0.7, 0.2]]))
-        tensor([[1, 2]])
-    """
-    width = max(kept, default=0)
-    if len(set(kept)) == 1 and mask is None:
-        return ops.select_topk(scores, width)[0]
-    quota = torch.tensor(kept, dtype=torch.int64).to(scores.device, non_blocking=True)
-    code = None if mask is None else torch.where(mask, 0, 2).to(torch.int8)
-    return ops.select_topk(scores, quota, code=code)[0][:, :width]
 
 
 def choose_greedily(
