@@ -7,6 +7,7 @@ into the description of its work, so the fast path is never a second copy of the
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import count
 from operator import itemgetter
 from threading import Lock
 from typing import Any, NamedTuple
@@ -76,11 +77,22 @@ class Replay:
             return
         compiled = kernel.warmup(*args, grid=grid, **meta)
         self._run = compiled.run  # loads the binary now: a CUDA graph under capture could not
-        self._function, self._metadata = compiled.function, compiled.packed_metadata
-        self._args += [meta[name] for name in names[len(args) :]]
-        holes = [(i, arg) for i, arg in enumerate(self._args) if isinstance(arg, _Slot)]
-        self._holes, self._pick = [i for i, _ in holes], _getter([slot for _, slot in holes])
-        self._tuples = [(i, _getter(arg)) for i, arg in enumerate(self._args) if isinstance(arg, list)]
+        fixed = [compiled.function, compiled.packed_metadata, None, None, None]
+        every = [*fixed, *self._args, *[meta[name] for name in names[len(args) :]]]
+        # All that a launch is called with is picked at once, out of a row of what does not change and what does.
+        changes = [arg for arg in every if isinstance(arg, list)]
+        self._constants = tuple(arg for arg in every if not isinstance(arg, _Slot | list))
+        self._tuples = [_getter(arg) for arg in changes]
+        constants, tuples = count(), count(len(self._constants))
+        pointers = len(self._constants) + len(changes)
+        self._pick = itemgetter(
+            *[
+                pointers + arg.at
+                if isinstance(arg, _Slot)
+                else next(tuples if isinstance(arg, list) else constants)
+                for arg in every
+            ]
+        )
 
     def _template(self, arg, slots):
         """``arg`` with a _Slot for every exchangeable tensor; a tuple that holds some becomes a list."""
@@ -96,17 +108,12 @@ class Replay:
         return arg if INTERPRETED else arg.data_ptr()
 
     def arguments(self, pointers):
-        """The compiled kernel's arguments with ``pointers``, one for every run-time tensor."""
-        args = self._args.copy()
-        for i, pointer in zip(self._holes, self._pick(pointers), strict=True):
-            args[i] = pointer
-        for i, get in self._tuples:
-            args[i] = get(pointers)
-        return args
+        """What the compiled kernel is called with behind grid and stream; ``pointers`` has one for every run-time tensor."""
+        return self._pick((*self._constants, *[get(pointers) for get in self._tuples], *pointers))
 
     def launch(self, args, stream):
         """Launch the compiled kernel on ``stream``."""
-        self._run(*self._grid, stream, self._function, self._metadata, None, None, None, *args)
+        self._run(*self._grid, stream, *args)
 
     def interpret(self, tensors):
         """Run the kernel in the interpreter with ``tensors`` in the places of the recorded ones."""

@@ -213,7 +213,7 @@ def test_the_workspaces_of_plans_are_bounded(model, monkeypatch):
         for text in (7, 8, 9):
             for _ in range(2):
                 model(**make_batch([[4, "I", text]]))
-        plans = [plan for plan in passes._plans.values() if plan is not None]
+        plans = [known.plan for known in passes._plans.values() if known.plan is not None]
         assert len(plans) == 3 and all(plan.nbytes > 0 for plan in plans)
         monkeypatch.setattr(fused, "WORKSPACE", plans[0].nbytes + plans[1].nbytes)
         for _ in range(2):

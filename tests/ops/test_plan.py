@@ -122,11 +122,20 @@ def test_gathered_tensors_go_where_they_are_wanted(device):
 
 
 def test_an_attempt_is_a_run_or_none(device):
-    call = stage(device)
-    plan, truth = planned(call, keep=3), expected(call, keep=3)
-    assert_same(plan.attempt(**call), truth)
-    short = {**call, "key": call["key"][:, :, 1:], "tensors": [x[:, 1:] for x in call["tensors"]]}
-    assert plan.attempt(**short) is None and plan.attempt(**{**call, "tensors": call["tensors"][1:]}) is None
+    call, other = stage(device), stage(device, seed=1)
+    tensors = call.pop("tensors")
+    plan, truth = planned(call | {"tensors": tensors}, keep=3), expected(call | {"tensors": tensors}, keep=3)
+    out = plan.attempt(call, tensors)
+    assert_same(out, truth)
+    mine = [*out.tensors, out.index, out.kept, out.columns]
+    before = [x.clone() for x in mine]
+    again = plan.attempt(other, other.pop("tensors"))
+    assert all(map(torch.equal, mine, before)) and again.scores is out.scores and again.count is out.count
+    strided = torch.stack([call["key"], call["key"]], -1)[..., 0]
+    for x in (strided, call["key"].double()):
+        assert plan.attempt(call | {"key": x}, tensors) is None
+    assert plan.attempt(call, tensors[1:]) is None
+    assert plan.attempt(call | {"key_mask": tensors[0]}, tensors) is None
 
 
 def test_threads_share_a_plan(device):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import count
 from threading import Lock
 from typing import Any
 
@@ -36,6 +37,19 @@ def why_not(ranking: Ranking | None, entering: Entering, policy: PruningPolicy) 
     return None
 
 
+@dataclass
+class _Known:
+    """Shapes that have come.
+
+    Attributes:
+        plan: what runs them; None = they came once.
+        turn: of the latest call, counted from the first one on.
+    """
+
+    plan: Any
+    turn: int
+
+
 class Passes:
     """Runs the fused passes of one policy on one model: as ops, or as the plans of shapes that have come before.
 
@@ -44,8 +58,8 @@ class Passes:
     """
 
     def __init__(self) -> None:
-        self._plans: OrderedDict[Any, Any] = OrderedDict()
-        self._lock = Lock()
+        self._plans: dict[Any, _Known] = {}
+        self._turns, self._lock = count(), Lock()
 
     def __reduce__(self) -> Any:
         return Passes, ()
@@ -86,15 +100,15 @@ class Passes:
         op: Any
         plan: Any
         if isinstance(rating, Rating) and rating.seen.group is None:
-            by: tuple[Tensor, ...] = rating.seen.query, rating.seen.key
+            by = {"query": rating.seen.query, "key": rating.seen.key}
             how.update(rating.keywords)
             op, plan = ops.prune_tokens, ops.PrunePlan
         else:
-            by = (ranking.scored().contiguous(),)  # of all ranks, where several share the heads
+            by = {"scores": ranking.scored().contiguous()}  # of all ranks, where several share the heads
             how["columns"], how["key_mask"] = layout.visual, layout.valid
             op, plan = ops.prune_scored, ops.ScoredPlan
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):  # plans have no gradients
-            return op(*by, tensors, **how)
+            return op(**by, tensors=tensors, **how)
         return self._planned(op, plan, (entering.layer, backend), by, tensors, how)
 
     def _planned(
@@ -102,39 +116,42 @@ class Passes:
         op: Any,
         kind: Any,
         where: tuple[int, str],
-        by: tuple[Tensor, ...],
+        by: dict[str, Tensor],
         tensors: list[Tensor],
         how: dict[str, Any],
     ) -> ops.Pruned:
         """The first time that shapes come they run as an op, the second time a plan is made of them."""
-        lists, settings = {}, []
-        for name, x in how.items():
-            if type(x) in PLAIN:
-                settings.append((name, x))
-            else:  # kernels of a plan read lists and masks in place
-                lists[name] = how[name] = x if name in STRIDED else x.contiguous()
-        stream = torch.cuda.current_stream(by[0].device).cuda_stream if by[0].is_cuda else 0
-        key = (*where, kind, stream, *settings, by[0].dtype, by[0].shape, by[-1].shape, tensors[0].shape)
+        settings = [x for x in how.values() if type(x) in PLAIN]
+        # kernels of a plan read lists and masks in place
+        lists = {k: x if k in STRIDED else x.contiguous() for k, x in how.items() if type(x) not in PLAIN}
+        given, hidden = by | lists, tensors[0]
+        if "rope" in given:
+            given["cos"], given["sin"] = given.pop("rope")
+        shapes = [x.shape for x in (*given.values(), *tensors)]
+        device = hidden.device
+        stream = torch.cuda.current_stream(device).cuda_stream if hidden.is_cuda else 0
+        key = (*where, device, stream, *how, *settings, *shapes)
+        known, out = self._plans.get(key), None
+        if known is not None and known.plan is not None:
+            known.turn = next(self._turns)
+            out = known.plan.attempt(given, tensors)
+        if out is None:
+            plan = None
+            if known is not None and len(hidden) > 0 and ops.can_run("prune_plan", hidden):
+                plan = kind(**by, tensors=tensors, **how | lists)
+                out = plan.attempt(given, tensors)
+            self._keep(key, plan)
+        return op(**by, tensors=tensors, **how) if out is None else out
+
+    def _keep(self, key: Any, plan: Any) -> None:
+        """From now on this is what runs such shapes; what was used longest ago goes, if there is no room."""
         with self._lock:
-            known = self._plans.get(key, self)
-            if known is not self:
-                self._plans.move_to_end(key)
-        if isinstance(known, kind):
-            out: ops.Pruned | None = known.attempt(*by, tensors, **lists)
-            if out is not None:
-                return out
-        new = None
-        if known is not self and by[0].shape[0] > 0 and ops.can_run("prune_plan", by[0]):
-            new = kind(*by, tensors, **how)
-        with self._lock:
-            self._plans[key] = new
+            self._plans[key] = _Known(plan, next(self._turns))
             while len(self._plans) > PLANS or (len(self._plans) > 1 and self._bytes() > WORKSPACE):
-                self._plans.popitem(last=False)
-        run: Any = op if new is None else new.run
-        return run(*by, tensors, **(how if new is None else lists))
+                del self._plans[min(self._plans, key=lambda key: self._plans[key].turn)]
 
     def _bytes(self) -> int:
-        return sum(plan.nbytes for plan in self._plans.values() if plan is not None)
+        return sum(known.plan.nbytes for known in self._plans.values() if known.plan is not None)
 
 
 def _after(layout: Layout, kept: Counts, real: Counts, out: ops.Pruned) -> tuple[Layout, list[Tensor]]:

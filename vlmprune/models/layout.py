@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from vlmprune.constants import whole_numbers
 from vlmprune.ops.select_topk import positions_of
+from vlmprune.policies.inputs import AttentionInputs
 
 
 @dataclass(eq=False)  # nobody writes to one; frozen, it would take a stage 2 us longer to make
@@ -80,16 +82,20 @@ T = TypeVar("T")
 
 def moved(record: T, device: torch.device) -> T:
     """A record, tuple or dict with its tensors, which are all in one place, on a device: a model's layers may be spread over several."""
-    first = _first(record)
-    return record if first is None or first.device == device else _moved(record, device)
+    sample = _SAMPLES.get(type(record), _first)(record)  # every stage asks, for two of these
+    return record if sample is None or sample.device == device else _moved(record, device)
+
+
+_SAMPLES: dict[type, Callable[[Any], Tensor]] = {
+    Layout: attrgetter("visual"),
+    AttentionInputs: attrgetter("query"),
+}
 
 
 def _first(record: object) -> Tensor | None:
     """The first tensor there is."""
     if isinstance(record, Tensor):
         return record
-    if isinstance(record, Layout):  # every stage asks
-        return record.visual
     if isinstance(record, tuple):
         parts: Iterable[object] = record
     elif isinstance(record, dict):

@@ -38,7 +38,7 @@ class Chosen(NamedTuple):
         return torch.where(some >= 0, some + start, -1) if start else some
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # nobody writes to one; frozen, it would take longer to make
 class StageRecord:
     """One stage of the latest prefill. Its lists are made when somebody looks.
 

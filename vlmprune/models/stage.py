@@ -31,8 +31,8 @@ from vlmprune.policies.base import (
 class StageContext(TokenContext):
     """A context whose lists, those of its layout, are made when a policy looks at them: most need none of them."""
 
-    def __init__(self, layout: Layout | None = None, **fields: Any) -> None:
-        self.__dict__.update(fields, _layout=layout)
+    def __init__(self, layout: Layout, fields: dict[str, Any]) -> None:
+        self.__dict__ = {"vision": {}, "_layout": layout} | fields
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("mask", "ordinals", "positions"):
@@ -125,7 +125,7 @@ class StageRunner:
         if needs.attention == "own":
             layer = self.parts.layers[i]
             attention = read_own_attention(layer, hidden, entering.rope, layout, prefill, needs)
-        seen: dict[str, Any] = {"attention": attention}
+        seen: dict[str, Any] = {} if attention is None else {"attention": attention}
         if needs.vision:
             assert prefill.call.visuals is not None
             seen |= self.vision.fields(needs.vision, prefill.call.visuals, [*map(len, unpruned.images)])
@@ -136,18 +136,11 @@ class StageRunner:
         if text is not None:
             seen |= {"text": text_rows(unpruned.layout, text), "words": text.words}
         device = hidden.device
-        fields = {"vision": {}} | {name: moved(value, device) for name, value in seen.items()}
-        return StageContext(
-            layout,
-            layer=i,
-            counts=layout.counts,
-            grids=unpruned.grids,
-            sizes=unpruned.sizes,
-            shares=unpruned.shares,
-            ordered=layout.ordered,
-            device=device,
-            **fields,
-        )
+        fields = {name: moved(value, device) for name, value in seen.items()}
+        fields["layer"], fields["counts"], fields["ordered"] = i, layout.counts, layout.ordered
+        fields["grids"], fields["sizes"], fields["shares"] = unpruned.grids, unpruned.sizes, unpruned.shares
+        fields["device"] = device
+        return StageContext(layout, fields)
 
 
 def _check_end(prefill: Prefill, first: Layout) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import check
 from vlmprune.ops._dispatch import choose, register
+from vlmprune.ops.prune_tokens import Pruned
 
-Bound = tuple[Callable[[], None], list[Tensor], list[Tensor]]
-"""What launches, the gathered tensors, the other outputs."""
+Bound = tuple[Callable[[], None], Pruned]
+"""What launches, and what it fills."""
 
 ALIGNMENT = 16  # bytes; a kernel is compiled for pointers that are multiples of it, or for any
 
@@ -44,7 +46,7 @@ class _Expected(NamedTuple):
         check(False, self.name, where, hex(x.data_ptr()))
 
 
-class RecordedPlan:
+class RecordedPlan(ABC):
     """Recorded launches, repeated on other tensors.
 
     Args:
@@ -54,6 +56,9 @@ class RecordedPlan:
         arguments: puts them together again, of ``(tensors, fields)``.
         own: fields that are no input, though they are tensors.
     """
+
+    OUTPUTS: ClassVar[tuple[str, ...]]
+    """Fields of ``Pruned`` in the order in which the launcher returns them, behind the gathered tensors."""
 
     def __init__(
         self,
@@ -80,11 +85,18 @@ class RecordedPlan:
         self._expected_out = [_Expected.of(f"out[{i}]", x) for i, x in enumerate(outputs[: self._n])]
         # like the outputs but for their memory, which nobody keeps
         self._like = [x.new_empty(()).expand(x.shape) for x in outputs]
+        unread = {"scores"} if "code" in self._names else {"scores", "count"}
+        names = [*[""] * self._n, *self.OUTPUTS]
+        self._own = [x if name in unread else None for name, x in zip(names, outputs, strict=False)]
+
+    @abstractmethod
+    def _pruned(self, gathered: list[Tensor], others: list[Tensor], every: Mapping[str, Any]) -> Pruned:
+        """The outputs of a run on inputs ``every``."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the workspace."""
-        return int(self._program.nbytes)
+        return int(self._program.nbytes) + sum(x.nbytes for x in self._own if x is not None)
 
     def reset(self) -> None:
         """Make the workspace ready again after a run that was broken off: an ordinary run does so itself."""
@@ -101,13 +113,24 @@ class RecordedPlan:
         if out is not None and _pointers(out, self._expected_out) is None:
             _refuse(out, self._expected_out)
         assert inputs is not None and pointers is not None
-        return self._ready(inputs, pointers, out)
+        new = [torch.empty_like(x) for x in (self._like if out is None else self._like[self._n :])]
+        return self._ready(inputs, pointers, [*(out or ()), *new], every)
 
-    def _attempt(self, every: Mapping[str, Any], tensors: Sequence[Tensor]) -> Bound | None:
-        """The same; None where an input is not like its example."""
+    def attempt(self, every: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Pruned | None:
+        """``run`` at the least host time, for who keeps plans by the numbers, shapes and device of what they run.
+
+        ``every`` names the inputs as ``Scoring`` and ``Selection`` do. None where one is laid out unlike its example, or of
+        another dtype. Scores, and ``count`` where no codes make it vary, are memory of the plan, which its next run fills
+        again.
+        """
         inputs = self._inputs(every, tensors)
-        pointers = None if inputs is None else _pointers(inputs, self._expected)
-        return None if inputs is None or pointers is None else self._ready(inputs, pointers, None)
+        pointers = None if inputs is None else _pointers(inputs, self._expected, whole=False)
+        if inputs is None or pointers is None:
+            return None
+        outputs = [torch.empty_like(x) if own is None else own for x, own in zip(self._like, self._own, strict=True)]
+        launch, result = self._ready(inputs, pointers, outputs, every)
+        launch()
+        return result
 
     def _inputs(self, every: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Tensor] | None:
         """The inputs in their order, None where one is missing or too many."""
@@ -115,14 +138,12 @@ class RecordedPlan:
             return None
         return [*[every[name] for name in self._names], *tensors]
 
-    def _ready(self, inputs: list[Tensor], pointers: list[int], out: Sequence[Tensor] | None) -> Bound:
-        n = self._n
-        if out is None:
-            outputs = [torch.empty_like(x) for x in self._like]
-        else:
-            outputs = [*out, *[torch.empty_like(x) for x in self._like[n:]]]
+    def _ready(
+        self, inputs: list[Tensor], pointers: list[int], outputs: list[Tensor], every: Mapping[str, Any]
+    ) -> Bound:
         pointers += [x.data_ptr() for x in outputs]
-        return self._program.bind([*inputs, *outputs], pointers), outputs[:n], outputs[n:]
+        launch = self._program.bind([*inputs, *outputs], pointers)
+        return launch, self._pruned(outputs[: self._n], outputs[self._n :], every)
 
     def _explain(
         self, every: Mapping[str, Any], tensors: Sequence[Tensor], out: Sequence[Tensor] | None
@@ -145,8 +166,11 @@ def _refuse(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> None:
             like.refuse(x)
 
 
-def _pointers(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> list[int] | None:
-    """Data pointers of tensors that are all what the kernels were compiled for; this loop is most of the host time of ``run``."""
+def _pointers(tensors: Sequence[Tensor], expected: Sequence[_Expected], whole: bool = True) -> list[int] | None:
+    """Data pointers of tensors that are all what the kernels were compiled for; this loop is most of the host time of ``run``.
+
+    Shape and device, which take the longest, are compared only if the check is to be a ``whole`` one.
+    """
     pointers = []
     for x, like in zip(tensors, expected, strict=True):
         _, shape, stride, contiguous, dtype, device, zero_bits = like
@@ -155,9 +179,8 @@ def _pointers(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> list[
         if (
             not laid_out
             or pointer & zero_bits
-            or x.shape != shape
             or x.dtype is not dtype
-            or x.device != device
+            or (whole and (x.shape != shape or x.device != device))
         ):
             return None
         pointers.append(pointer)

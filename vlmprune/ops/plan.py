@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Unpack
 
 from torch import Tensor
@@ -39,6 +39,8 @@ class PrunePlan(RecordedPlan):
         >>> step().index.shape  # doctest: +SKIP
         torch.Size([1, 192])
     """
+
+    OUTPUTS = ("index", "count", "scores", "kept", "columns", "cu_seqlens")
 
     def __init__(
         self, query: Tensor, key: Tensor, tensors: Sequence[Tensor], **how: Unpack[PruneKeywords]
@@ -82,16 +84,10 @@ class PrunePlan(RecordedPlan):
             InputError: a tensor differs from its example, or one more or one fewer is given.
         """
         every = _by_name(query=query, key=key, keep=keep, code=code, segments=segments, **scoring)
-        launch, gathered, others = self._bind(every, tensors, out)
-        return _returning(launch, Pruned(gathered, *others))
+        return _returning(*self._bind(every, tensors, out))
 
-    def attempt(self, query: Tensor, key: Tensor, tensors: Sequence[Tensor], **named: Any) -> Pruned | None:
-        """``run``, but None where a tensor is not like its example: what has the numbers of the plan asks here."""
-        bound = self._attempt(_by_name(query=query, key=key, **named), tensors)
-        if bound is None:
-            return None
-        bound[0]()
-        return Pruned(bound[1], *bound[2])
+    def _pruned(self, gathered: list[Tensor], others: list[Tensor], every: Mapping[str, Any]) -> Pruned:
+        return Pruned(gathered, *others)
 
 
 class ScoredPlan(RecordedPlan):
@@ -108,6 +104,8 @@ class ScoredPlan(RecordedPlan):
         >>> plan.run(scores, [features]).index.shape  # doctest: +SKIP
         torch.Size([1, 128])
     """
+
+    OUTPUTS = ("index", "count", "kept", "columns")
 
     def __init__(self, scores: Tensor, tensors: Sequence[Tensor], **how: Unpack[ScoredKeywords]) -> None:
         tensors, selection, *rest = checked_scored(scores, tensors, **how)
@@ -129,19 +127,11 @@ class ScoredPlan(RecordedPlan):
         **named: Tensor | None,
     ) -> Callable[[], Pruned]:
         """As ``PrunePlan.bind``; ``named`` takes the keywords of the plan that are tensors."""
-        launch, gathered, (index, count, kept, columns) = self._bind(
-            _by_name(scores=scores, **named), tensors, out
-        )
-        return _returning(launch, Pruned(gathered, index, count, scores, kept, columns))
+        return _returning(*self._bind(_by_name(scores=scores, **named), tensors, out))
 
-    def attempt(self, scores: Tensor, tensors: Sequence[Tensor], **named: Tensor | None) -> Pruned | None:
-        """As ``PrunePlan.attempt``."""
-        bound = self._attempt(_by_name(scores=scores, **named), tensors)
-        if bound is None:
-            return None
-        launch, gathered, (index, count, kept, columns) = bound
-        launch()
-        return Pruned(gathered, index, count, scores, kept, columns)
+    def _pruned(self, gathered: list[Tensor], others: list[Tensor], every: Mapping[str, Any]) -> Pruned:
+        index, count, kept, columns = others
+        return Pruned(gathered, index, count, every["scores"], kept, columns)
 
 
 def _by_name(*, rope: Any = None, **named: Any) -> dict[str, Any]:

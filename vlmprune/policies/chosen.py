@@ -49,7 +49,7 @@ def outcome(index: Tensor, positions: Positions, hidden: Tensor | None = None) -
     return index if hidden is None and positions == "keep" else Reduction(index, hidden, positions)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # nobody writes to one; frozen, it would take longer to make
 class Ranking:
     """The best of the entering tokens: scores, how many stay, and which stay or go whatever their score.
 
