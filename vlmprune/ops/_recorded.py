@@ -127,7 +127,9 @@ class RecordedPlan(ABC):
         pointers = None if inputs is None else _pointers(inputs, self._expected, whole=False)
         if inputs is None or pointers is None:
             return None
-        outputs = [torch.empty_like(x) if own is None else own for x, own in zip(self._like, self._own, strict=True)]
+        outputs = [
+            torch.empty_like(x) if own is None else own for x, own in zip(self._like, self._own, strict=True)
+        ]
         launch, result = self._ready(inputs, pointers, outputs, every)
         launch()
         return result
@@ -166,7 +168,9 @@ def _refuse(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> None:
             like.refuse(x)
 
 
-def _pointers(tensors: Sequence[Tensor], expected: Sequence[_Expected], whole: bool = True) -> list[int] | None:
+def _pointers(
+    tensors: Sequence[Tensor], expected: Sequence[_Expected], whole: bool = True
+) -> list[int] | None:
     """Data pointers of tensors that are all what the kernels were compiled for; this loop is most of the host time of ``run``.
 
     Shape and device, which take the longest, are compared only if the check is to be a ``whole`` one.

@@ -1,0 +1,103 @@
+"""A pruned prefill of fixed counts is one list of operations, whatever the prompt says: what a CUDA graph captures of it.
+
+Without a GPU a recorder stands in the place of the graph: it notes the operations of one prefill, and repeats them, and
+nothing of the Python between them, on other words and pictures in the same tensors.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+import vlmprune
+from helpers.tiny import IMAGE, make_batch, make_model
+
+STATIC = [
+    vlmprune.FastV(layer=2, keep=0.4),
+    vlmprune.FastV(layer=2, keep=5, rows="mean", earlier_kv="compact"),
+    vlmprune.FastV(layer=2, keep=5, spend="image"),
+    vlmprune.PyramidDrop(layers=(1, 2, 4)),
+    vlmprune.FasterVLM(keep=6),
+    vlmprune.Uniform(layer=2, keep=0.3),
+    vlmprune.VScan(keep=9, then=4, layer=3, shallow_layer=0, window=2),
+    vlmprune.DivPrune(keep=4),
+]
+SPECS = {"one": [[4, "I", 7]], "two-images": [[4, "I", 3, "I", 7]], "equal": [["I", 5], ["I", 5]]}
+
+
+class Graph(TorchDispatchMode):
+    """Records operations with the tensors they read and wrote; ``replay`` repeats them in the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.nodes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.nodes.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, out in self.nodes:
+            fresh = func(*args, **kwargs)
+            if any(x.alias_info for x in func._schema.returns):
+                continue  # a view, or written in place
+            for old, new in zip(tree_flatten(out)[0], tree_flatten(fresh)[0], strict=True):
+                if isinstance(old, torch.Tensor):
+                    assert old.shape == new.shape
+                    old.copy_(new)
+
+
+def prompts(specs):
+    """Two of them, alike but for words and pictures; no mask, which transformers would ask whether it hides anything."""
+    first, second = (make_batch(SPECS[specs], seed=seed) for seed in (0, 1))
+    words = second["input_ids"] != IMAGE
+    second["input_ids"] = torch.where(words, (second["input_ids"] + 1) % (IMAGE - 1), IMAGE)
+    for batch in (first, second):
+        del batch["attention_mask"]
+    assert not torch.equal(first["input_ids"], second["input_ids"])
+    assert not torch.equal(first["pixel_values"], second["pixel_values"])
+    return first, second
+
+
+def seen(out):
+    """Everything that a prefill leaves: logits, and the keys and values of every layer."""
+    layers = out.past_key_values.layers
+    return [out.logits, *(x for layer in layers for x in (layer.keys, layer.values))]
+
+
+def captured_and_replayed(model, policy, first, second):
+    """What a prefill of ``first`` leaves when its operations are repeated on ``second``, and what one of ``second`` does."""
+    batch = {name: x.clone() for name, x in first.items()}
+    with vlmprune.prune(model, policy):
+        want = seen(model(**second))
+        for _ in range(2):
+            model(**batch)  # a capture comes behind runs to warm up
+        with Graph() as graph:
+            out = seen(model(**batch))
+    assert not torch.equal(out[0], want[0])
+    for name, x in second.items():
+        batch[name].copy_(x)
+    graph.replay()
+    return out, want
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("specs", SPECS)
+@pytest.mark.parametrize("policy", STATIC, ids=repr)
+def test_a_captured_prefill_answers_other_prompts(policy, specs):
+    out, want = captured_and_replayed(make_model(), policy, *prompts(specs))
+    assert all(map(torch.equal, out, want))
+
+
+@torch.no_grad()
+def test_a_choice_by_the_host_is_no_graph():
+    """The recorder can tell: numbers that Python has read stay those of the first prompt."""
+
+    class ReadsBack(vlmprune.FastV):
+        def select(self, ctx):
+            return torch.tensor(super().select(ctx).tolist())
+
+    out, want = captured_and_replayed(make_model(), ReadsBack(layer=2, keep=5), *prompts("one"))
+    assert not all(map(torch.equal, out, want))
