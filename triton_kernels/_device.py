@@ -74,6 +74,7 @@ def laid_out(s):
         columns=s.columns.contiguous(),
         key_mask=as_bytes(s.key_mask),
         row_weight=None if s.row_weight is None else s.row_weight.contiguous(),
+        pair_weight=None if s.pair_weight is None else s.pair_weight.contiguous(),
         cos=cos,
         sin=sin,
         cu_seqlens=cu_seqlens,

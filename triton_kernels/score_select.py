@@ -1,7 +1,7 @@
 """Score the columns and choose the survivors in one launch: the kernel of received_attention and of prune_tokens.
 
-scores[b, n] = reduce over heads, rows of w[r] * exp(scale * q[rows[r]] . k[columns[n]] - lse[r]); then, if that is asked
-for, columns compete by them (_survivors.py).
+scores[b, n] = reduce over heads, rows of w[r] * w[r, n] * exp(scale * q[rows[r]] . k[columns[n]] - lse[r]), of all heads or
+the best ones; then, if that is asked for, columns compete by them (_survivors.py).
 Memory bound for few rows (each chosen key is read once), compute bound from about a hundred rows on.
 Tile: BLOCK_N keys of a KV head, walked through its query heads and their row tiles. Grid: (cdiv(N, BLOCK_N), Hkv, B).
 Each program writes its part; the last of a sample to arrive joins the parts in a fixed order and selects. No float
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from vlmprune.triton_kernels._device import dot_dtype, laid_out, padded_head_dim, registers, span, tiles
 from vlmprune.triton_kernels._launch import launch
-from vlmprune.triton_kernels._score import join_parts, score_part
+from vlmprune.triton_kernels._score import join_parts, rank_heads, score_part
 from vlmprune.triton_kernels._survivors import choose_survivors
 from vlmprune.triton_kernels.row_lse import row_lse
 from vlmprune.triton_kernels.select_columns import Choice, chunks
@@ -40,6 +40,7 @@ def _score_select_kernel(
     key_mask_ptr,  # [B, S] uint8, contiguous, or None
     lse_ptr,  # [B, H, Sq or R] float32; None = plain logits
     weight_ptr,  # [B, R] float, contiguous, or None
+    pair_ptr,  # [B, R, N] float32, contiguous, or None
     cu_seqlens_ptr,  # [B + 1], contiguous, or None
     cu_seqlens_q_ptr,
     counter_ptr,  # [B] int32, all 0, and again when done; None if nothing is joined
@@ -75,7 +76,8 @@ def _score_select_kernel(
     NEWEST: tl.constexpr,
     LEFT: tl.constexpr,
     PARTS: tl.constexpr,  # heads, or KV heads
-    H: tl.constexpr,
+    JOINED: tl.constexpr,  # heads
+    TOP: tl.constexpr,  # these are the best ones, and a part is a head
     G: tl.constexpr,
     D: tl.constexpr,
     HEAD_REDUCE: tl.constexpr,
@@ -101,6 +103,8 @@ def _score_select_kernel(
             lse_ptr += start_q * lse_stride_r
     if weight_ptr is not None:
         weight_ptr += b * R
+    if pair_ptr is not None:
+        pair_ptr += b * R * N
     if cos_ptr is not None:
         cos_ptr += b * rope_strides[0] + start_k * rope_strides[1]
         sin_ptr += b * rope_strides[0] + start_k * rope_strides[1]
@@ -109,11 +113,20 @@ def _score_select_kernel(
         query_ptr + b * query_strides[0] + start_q * query_strides[2],
         lse_ptr,
         part_ptr,
-        (key_ptr, cos_ptr, sin_ptr, rows_ptr + b * R, columns_ptr + b * N, key_mask_ptr, weight_ptr),
+        (
+            key_ptr,
+            cos_ptr,
+            sin_ptr,
+            rows_ptr + b * R,
+            columns_ptr + b * N,
+            key_mask_ptr,
+            weight_ptr,
+            pair_ptr,
+        ),
         (scale, R, N, length - length_q, length),
         (query_strides, key_strides, (lse_stride_h, lse_stride_r), rope_strides),
         G,
-        HEAD_REDUCE,
+        "none" if TOP else HEAD_REDUCE,
         (D, ROW_REDUCE, CAUSAL, LSE_BY_POSITION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_D),
     )
     if scores_ptr is not None:
@@ -122,11 +135,14 @@ def _score_select_kernel(
         if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
             tl.store(counter_ptr + b, 0)
             scores_ptr += b * N
+            ranks = rank_heads(part_ptr, N, PARTS) if TOP else None
             for start in range(0, N, JOIN_CHUNK):
                 offs = start + tl.arange(0, JOIN_CHUNK)
-                score = join_parts(part_ptr, offs, N, PARTS, HEAD_REDUCE, JOIN_CHUNK)
+                score = join_parts(
+                    part_ptr, ranks, offs, N, JOINED if TOP else PARTS, HEAD_REDUCE, JOIN_CHUNK
+                )
                 if HEAD_REDUCE == "mean":
-                    score = score / H
+                    score = score / JOINED
                 tl.store(scores_ptr + offs, score, mask=offs < N)
             if index_ptr is not None:
                 if code_ptr is not None:
@@ -156,7 +172,8 @@ def score(s, choice=None):
     # [B, H, Sq] if it was given, else [B, H, R]; None for plain logits
     lse = s.lse if s.normalize == "none" or s.lse is not None else row_lse(s)
     config, joins = tiles(s.query, R, s.cos is not None), s.head_reduce != "none"
-    part = s.query.new_empty((B, Hkv if joins else H, N), dtype=torch.float32)
+    top = s.top_heads is not None
+    part = s.query.new_empty((B, Hkv if joins and not top else H, N), dtype=torch.float32)
     scores = s.query.new_empty((B, N), dtype=torch.float32) if joins else None
     counter = s.query.new_zeros(B, dtype=torch.int32) if joins else None
     at_once = chunks(0 if choice is None else N, WARPS)
@@ -168,12 +185,13 @@ def score(s, choice=None):
         _score_select_kernel,
         (max(1, triton.cdiv(N, config["BLOCK_N"])), Hkv, B),
         *(s.query, s.key, s.cos, s.sin, s.rows, s.columns, s.key_mask),
-        *(lse, s.row_weight, s.cu_seqlens, s.cu_seqlens_q, counter, part, scores),
+        *(lse, s.row_weight, s.pair_weight, s.cu_seqlens, s.cu_seqlens_q, counter, part, scores),
         *(s.scale, R, N, Sq, S, s.max_seqlen, *_lse_strides(s, lse)),
         *(query_strides, key_strides, rope_strides),
         *(choice or Choice()),
         PARTS=part.shape[1],
-        H=H,
+        JOINED=s.top_heads if top else H,
+        TOP=top,
         G=H // Hkv,
         D=D,
         HEAD_REDUCE=s.head_reduce,

@@ -30,7 +30,9 @@ def positions(*shape):
     return meta(*shape, dtype=torch.int64)
 
 
-def score(dtype, D, R, H=32, Hkv=32, S=640, N=576, mask=False, rope=False, lse=False, **reduction):
+def score(
+    dtype, D, R, H=32, Hkv=32, S=640, N=576, mask=False, rope=False, lse=False, pairs=False, **reduction
+):
     """A launch of received_attention: LLaVA-1.5's 576 visual tokens in a prompt of 640 unless told otherwise."""
     from vlmprune.triton_kernels.received_attention import received_attention
 
@@ -43,6 +45,7 @@ def score(dtype, D, R, H=32, Hkv=32, S=640, N=576, mask=False, rope=False, lse=F
         key_mask=meta(1, S, dtype=torch.bool) if mask else None,
         lse=meta(1, H, S, dtype=FP32) if lse else None,
         row_weight=meta(1, R, dtype=FP32) if mask else None,
+        pair_weight=meta(1, R, N, dtype=FP32) if pairs else None,
         rope=(meta(1, S, D, dtype=dtype),) * 2 if rope else None,
         **reduction,
     )
@@ -82,6 +85,7 @@ def prune(
     lse=False,
     rope=False,
     packed=False,
+    pairs=False,
     selection=None,
     **reduction,
 ):
@@ -97,6 +101,8 @@ def prune(
         columns=positions(B, N),
         key_mask=None if packed else meta(B, S, dtype=torch.bool),
         lse=meta(rows, H, S, dtype=FP32) if lse else None,
+        row_weight=meta(B, R, dtype=FP32) if pairs else None,
+        pair_weight=meta(B, R, N, dtype=FP32) if pairs else None,
         scale=0.1,
         rope=(meta(1, S, 128, dtype=dtype),) * 2 if rope else None,
         cu_seqlens=meta(B + 1, dtype=torch.int32) if packed else None,
@@ -143,6 +149,13 @@ LAUNCHES = {
     "score fp32 D=128 R=64 rope": score(FP32, 128, 64, rope=True),
     "score bf16 D=80 R=577 vision": score(BF16, 80, 577, H=16, Hkv=16, S=577, mask=True),
     "score bf16 D=128 GQA 4k": score(BF16, 128, 1, H=28, Hkv=4, S=4160, N=4096),
+    "score bf16 D=128 R=64 pairs": score(BF16, 128, 64, mask=True, pairs=True),
+    "score fp16 D=64 R=64 pairs, top heads max": score(
+        FP16, 64, 64, pairs=True, head_reduce="max", top_heads=5
+    ),
+    "score fp32 D=128 R=64 pairs, top heads": score(FP32, 128, 64, mask=True, pairs=True, top_heads=14),
+    "score bf16 D=128 R=64 rope pairs, top heads": score(BF16, 128, 64, rope=True, pairs=True, top_heads=14),
+    "score bf16 D=128 R=1 top heads of 128": score(BF16, 128, 1, H=128, Hkv=8, top_heads=14),
     "select fp32 N=576": select(576, FP32, False),
     "select bf16 N=576 coded": select(576, BF16, True),
     "select fp32 N=2880": select(2880, FP32, False),
@@ -171,6 +184,17 @@ LAUNCHES = {
     "prune bf16 GQA 16k, every way": prune(
         BF16, H=28, Hkv=4, S=16448, N=16384, lse=True, selection=every(1, 16384)
     ),
+    "prune bf16 R=12, pairs and top heads": prune(BF16, 12, lse=True, pairs=True, top_heads=14),
+    "prune fp16 R=64, pairs and top heads": prune(FP16, 64, pairs=True, top_heads=14),
+    "prune bf16 2944 R=12, pairs and top heads": prune(BF16, 12, S=2944, N=2880, pairs=True, top_heads=14),
+    "prune bf16 2944 R=64, pairs and top heads": prune(BF16, 64, S=2944, N=2880, pairs=True, top_heads=14),
+    "prune bf16 GQA R=64, pairs and top heads": prune(BF16, 64, H=28, Hkv=4, pairs=True, top_heads=14),
+    "prune bf16 packed R=64, pairs and top heads": prune(
+        BF16, 64, B=4, S=2560, packed=True, pairs=True, top_heads=14
+    ),
+    "prune fp32 R=64, pairs and top heads": prune(
+        FP32, 64, pairs=True, top_heads=14, selection=every(1, 576)
+    ),
     "prune by scores 576": prune_by(),
     "prune by scores 576, every way": prune_by(B=2, S=640, **every(2, 576)),
     "prune by scores 2880": prune_by(2880),
@@ -195,7 +219,14 @@ def test_big_tensors_move_in_16_byte_pieces(arch):
 
 @pytest.mark.parametrize("arch", ARCHS, ids="sm_{}".format)
 @pytest.mark.parametrize(
-    "name", ["prune", "prune bf16 2944, every way", "prune bf16 packed", "score, one head, split keys"]
+    "name",
+    [
+        "prune",
+        "prune bf16 2944, every way",
+        "prune bf16 packed",
+        "score, one head, split keys",
+        "prune bf16 R=12, pairs and top heads",
+    ],
 )
 def test_a_barrier_comes_before_every_atomic(name, arch):
     """Whoever counts itself in has its whole block's stores behind it, in the machine code too."""
@@ -230,7 +261,10 @@ def test_the_check_sees_a_missing_barrier():
     assert offline.unannounced(f"st.global.b32; bar.sync 0; ld.global.b32; {atomic}; atom.shared.add") == 0
 
 
-@pytest.mark.parametrize("name", ["prune bf16 packed", "prune bf16 packed, segments"])
+@pytest.mark.parametrize(
+    "name",
+    ["prune bf16 packed", "prune bf16 packed, segments", "prune bf16 packed R=64, pairs and top heads"],
+)
 def test_barriers_separate_the_steps_of_a_selection(name):
     """Each reads what other threads wrote in the one before: scores, marks, keys, marks again, places."""
     (kernel,) = (k for k in offline.compile_launches(LAUNCHES[name], 90) if k.name == "_score_select_kernel")

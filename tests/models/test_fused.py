@@ -36,7 +36,7 @@ RANKING = [
     vlmprune.FasterVLM(keep=6),
     vlmprune.FasterVLM(keep=6, spend="prompt", positions="keep"),
     vlmprune.SparseVLM(layers=(2, 4), keep=(8, 4), recycle=False),
-    vlmprune.SparseVLMPlus(layers=(2, 4), keep=(8, 4)),
+    vlmprune.SparseVLMPlus(layers=(2, 4), keep=(8, 4), heads=2),
     vlmprune.VScan(keep=9, then=4, layer=3, shallow_layer=0, window=2),
     vlmprune.Uniform(layer=2, keep=0.3),
     vlmprune.Uniform(layer=0, keep=5, order="raster"),
@@ -124,6 +124,16 @@ def test_what_a_prefill_adds(model, policy, most, specs):
     built = {"lift_fresh", "_to_copy", "arange", "full", "zeros", "ones", "empty", "scalar_tensor", "rand"}
     assert not {f"aten.{name}" for name in built} & more.keys(), more
     assert more["aten.new_full"] == 1
+
+
+def test_weights_of_pairs_and_the_choice_of_heads_are_part_of_the_pass(model):
+    """SparseVLM+ finds out who rates, and what RoPE alone would pay; all else is one op a stage."""
+    more = added(
+        model, make_batch(BATCHES["one"]), vlmprune.SparseVLMPlus(heads=2, layers=(2, 4), keep=(8, 4))
+    )
+    assert more["vlmprune.prune_tokens"] == 2
+    scored = {"received_attention", "row_lse", "prune_scored"}
+    assert not {f"vlmprune.{name}" for name in scored} & more.keys(), more
 
 
 @pytest.mark.parametrize("specs", BATCHES)

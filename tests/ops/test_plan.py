@@ -34,6 +34,9 @@ VARIANTS = {
     "weights": lambda call, seed: dict(
         row_weight=torch.full(call["rows"].shape, 1.0 + seed, device=call["key"].device)
     ),
+    "pair weights": lambda call, seed: dict(
+        pair_weight=torch.rand(2, 5, 9, generator=torch.Generator().manual_seed(seed)).to(call["key"].device)
+    ),
     "rope": lambda call, seed: dict(rope=slow.rope(device=call["key"].device, scaling=1.0 + seed)),
     "keep": lambda call, seed: dict(keep=torch.tensor([seed, 3], device=call["key"].device)),
     "code": lambda call, seed: dict(code=(call["columns"] % (3 + seed)).to(torch.int8)),
@@ -45,6 +48,7 @@ VARIANTS = {
 SETTINGS = [
     dict(head_reduce="max", row_reduce="sum"),
     dict(normalize="columns"),
+    dict(top_heads=3),
     dict(padding="left", newest=True, most=5),
 ]
 
@@ -65,7 +69,10 @@ def assert_same(out, truth):
     assert all(torch.equal(getattr(out, name), getattr(truth, name)) for name in names)
 
 
-@pytest.mark.parametrize("variant, settings", [(v, {}) for v in VARIANTS] + [("plain", s) for s in SETTINGS])
+@pytest.mark.parametrize(
+    "variant, settings",
+    [(v, {}) for v in VARIANTS] + [("plain", s) for s in SETTINGS] + [("pair weights", dict(top_heads=1))],
+)
 def test_runs_are_prune_tokens(variant, settings, device):
     settings = dict(keep=3, width=18) | settings
     plan = None

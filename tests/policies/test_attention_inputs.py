@@ -50,6 +50,22 @@ def test_heads_of_two_ranks_give_what_all_heads_give(monkeypatch, head_reduce):
     torch.testing.assert_close(got, want, atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.parametrize("head_reduce", ["mean", "sum", "max"])
+def test_the_best_heads_are_those_of_both_ranks(monkeypatch, head_reduce):
+    seen = case(["two", "tall"]).ctx.attention
+    mine, others = halves(seen)
+    group = two_ranks(monkeypatch, lambda: others.received(head_reduce="none"))
+    weight = torch.rand(*seen.rows.shape, seen.columns.shape[1])
+    for top in range(1, seen.query.shape[1] + 2):
+        how = dict(head_reduce=head_reduce, top_heads=top)
+        got = replace(mine, group=group).received(**how)
+        torch.testing.assert_close(got, seen.received(**how), atol=1e-7, rtol=1e-6)
+    others_weighted = others.received(pair_weight=weight, head_reduce="none")
+    group = two_ranks(monkeypatch, lambda: others_weighted)
+    got = replace(mine, group=group).received(pair_weight=weight, top_heads=1)
+    torch.testing.assert_close(got, seen.received(pair_weight=weight, top_heads=1), atol=1e-7, rtol=1e-6)
+
+
 def test_real_collectives_of_one_rank_change_nothing():
     seen = case(["square"]).ctx.attention
     dist = inputs.dist

@@ -96,8 +96,8 @@ def check_choice(arg: str, got: str, choices: tuple[str, ...]) -> None:
     check(got in choices, arg, f"one of {', '.join(choices)}", repr(got))
 
 
-def check_count(arg: str, got: object, most: int | None = None) -> None:
-    """A whole number in 0..most, or not negative."""
+def check_count(arg: str, got: object, most: int | None = None, least: int = 0) -> None:
+    """A whole number in least..most, or not less."""
     ok = isinstance(got, int | torch.SymInt) and not isinstance(got, bool)
-    expected = "a whole number >= 0" if most is None else f"a whole number in 0..{most}"
-    check(ok and got >= 0 and (most is None or got <= most), arg, expected, repr(got))  # type: ignore[operator]
+    expected = f"a whole number >= {least}" if most is None else f"a whole number in {least}..{most}"
+    check(ok and got >= least and (most is None or got <= most), arg, expected, repr(got))  # type: ignore[operator]

@@ -34,7 +34,12 @@ def received_attention(query: Tensor, key: Tensor, **scoring: Unpack[ScoringKeyw
             normalize "row".
         row_weight: ``[B, R]`` float; multiplies each row's attention, and the mean divides by the sum of weights; None
             (default) = ones.
+        pair_weight: ``[B, R, N]`` float32; multiplies the attention of each row to each column, and is no part of what the
+            mean divides by; None (default) = ones.
         head_reduce: "mean" (default), "max", "sum" or "none" (one score per head).
+        top_heads: how many heads to join, at least 1: those whose scores have the largest sum over the columns, ties to the
+            lower head, NaN below -inf; the mean divides by their number. Not with head_reduce "none". None (default), or as
+            many as there are = all.
         row_reduce: "mean" (default), "max" or "sum".
         normalize: "row" (default) = softmax over all keys, "columns" = softmax over the columns only, "none" = raw scaled
             logits.

@@ -90,7 +90,7 @@ def received_attention(s: Scoring) -> Tensor:
     ok_columns = ok.gather(3, at) & (s.columns >= 0)[:, None, None, :]  # [B, 1, R, N]
     picked = logits.gather(3, at.expand(-1, H, -1, -1))  # [B, H, R, N]
     if s.normalize == "none":
-        p = picked.masked_fill(~ok_columns, 0.0)
+        p = picked
     else:
         if s.normalize == "columns":
             total = picked.masked_fill(~ok_columns, float("-inf")).logsumexp(-1)
@@ -99,9 +99,19 @@ def received_attention(s: Scoring) -> Tensor:
         else:
             listed = torch.where(s.rows >= 0, s.rows - (S - Sq), 0)
             total = s.lse.float().gather(2, listed[:, None, :].expand(-1, H, -1))
-        p = (picked - total[..., None]).exp().masked_fill(~ok_columns, 0.0)
-    per_head = _reduce_rows(p, ok_columns, s)
-    return per_head if s.head_reduce == "none" else _HEAD_REDUCES[s.head_reduce](per_head)
+        p = (picked - total[..., None]).exp()
+    if s.pair_weight is not None:
+        p = p * s.pair_weight[:, None]
+    per_head = _reduce_rows(p.masked_fill(~ok_columns, 0.0), ok_columns, s)
+    return per_head if s.head_reduce == "none" else join_heads(per_head, s.head_reduce, s.top_heads)
+
+
+def join_heads(per_head: Tensor, head_reduce: str, top_heads: int | None) -> Tensor:
+    """``[B, H, N]`` to ``[B, N]``: all heads, or those with the largest totals over the columns."""
+    if top_heads is not None:
+        order = order_key(per_head.sum(2)).argsort(dim=1, descending=True, stable=True)[:, :top_heads]
+        per_head = per_head.gather(1, order[..., None].expand(-1, -1, per_head.shape[2]))
+    return _HEAD_REDUCES[head_reduce](per_head)
 
 
 _HEAD_REDUCES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -33,7 +33,9 @@ class ReductionKeywords(TypedDict, total=False):
     """How logits become one score a column: see ``received_attention``."""
 
     row_weight: Tensor | None
+    pair_weight: Tensor | None
     head_reduce: str
+    top_heads: int | None
     row_reduce: str
     normalize: str
 
@@ -65,7 +67,9 @@ class Scoring(NamedTuple):
     causal: bool = True
     lse: Tensor | None = None
     row_weight: Tensor | None = None
+    pair_weight: Tensor | None = None
     head_reduce: str = "mean"
+    top_heads: int | None = None
     row_reduce: str = "mean"
     normalize: str = "row"
     cos: Tensor | None = None
@@ -92,10 +96,12 @@ class Scoring(NamedTuple):
         check_tensor("key_mask", s.key_mask, [torch.bool], (key.shape[0], key.shape[2]), key)
         _check_lse(s)
         check_tensor("row_weight", s.row_weight, FLOATS, s.rows.shape, query)
+        pairs = (*s.rows.shape, s.columns.shape[1])
+        check_tensor("pair_weight", s.pair_weight, [torch.float32], pairs, query)
         check_choice("head_reduce", s.head_reduce, HEAD_REDUCES)
         check_choice("row_reduce", s.row_reduce, ROW_REDUCES)
         check_choice("normalize", s.normalize, NORMALIZES)
-        return s
+        return s if s.top_heads is None else s._replace(top_heads=_fewer_heads(s, s.top_heads))
 
     def check_values(self) -> None:
         """Positions and bounds of CPU tensors lie where they may. A kernel masks what does not: looking would wait for it."""
@@ -163,6 +169,15 @@ def _spans(cu_seqlens: Tensor, cu_seqlens_q: Tensor | None, S: int, Sq: int) -> 
     short = bool((first >= 0).all())
     check(short, "cu_seqlens_q", "no sample longer than in cu_seqlens", starts_q.tolist())
     return first, end
+
+
+def _fewer_heads(s: Scoring, top_heads: int) -> int | None:
+    """How many heads are joined, once that is checked; None where it is all of them."""
+    check_count("top_heads", top_heads, least=1)
+    check(
+        s.head_reduce != "none", "top_heads", "None with head_reduce='none', which joins no heads", top_heads
+    )
+    return top_heads if top_heads < s.query.shape[1] else None
 
 
 def _check_lse(s: Scoring) -> None:

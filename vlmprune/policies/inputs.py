@@ -11,6 +11,7 @@ from torch import distributed as dist
 
 from vlmprune import ops
 from vlmprune.errors import check, require
+from vlmprune.ops.reference import join_heads
 from vlmprune.ops.scoring import ReductionKeywords, ScoringKeywords
 
 Grid = tuple[int, int]
@@ -95,7 +96,8 @@ class AttentionInputs:
         Args:
             rows: key positions ``[B, R]`` to read, -1 = padding; None = ``self.rows``.
             unrotated: score without RoPE; only without a cached past (``chunk``), whose tables are not here.
-            reduction: ``row_weight``, ``head_reduce``, ``row_reduce``, ``normalize``, as in ``ops.received_attention``.
+            reduction: ``row_weight``, ``pair_weight``, ``head_reduce``, ``top_heads``, ``row_reduce``, ``normalize``, as in
+                ``ops.received_attention``.
         """
         rotated_shares = reduction.get("normalize", "row") == "row" and not unrotated
         keywords: ScoringKeywords = {
@@ -162,8 +164,14 @@ class Rating(NamedTuple):
 
     def scores(self) -> Tensor:
         """``[B, N]`` float32, or ``[B, H, N]`` for head_reduce "none"."""
-        scores = ops.received_attention(self.seen.query, self.seen.key, **self.keywords)
-        return self.seen.across_ranks(scores, self.keywords.get("head_reduce", "mean"))
+        query, key, top, how = self.seen.query, self.seen.key, self.keywords.get("top_heads"), self.keywords
+        reduce = how.get("head_reduce", "mean")
+        if self.seen.group is None or top is None or reduce == "none":
+            return self.seen.across_ranks(ops.received_attention(query, key, **how), reduce)
+        # The best heads of all ranks: which they are is not known until all are together.
+        how = {**how, "head_reduce": "none", "top_heads": None}
+        per_head = self.seen.across_ranks(ops.received_attention(query, key, **how), "none")
+        return join_heads(per_head, reduce, top)
 
 
 @dataclass(frozen=True)

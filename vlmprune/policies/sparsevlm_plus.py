@@ -13,7 +13,7 @@ from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, Rankin
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import BEFORE, check_layers, check_schedule, check_whole
 from vlmprune.policies.counts import thinned
-from vlmprune.policies.raters import rated, rater_weights, row_attention
+from vlmprune.policies.raters import rated, rater_weights
 
 SCHEDULES: Mapping[int, tuple[int, ...]] = {
     192: (300, 200, 118),
@@ -65,13 +65,11 @@ class SparseVLMPlus(PruningPolicy):
         return Needs(attention="previous", rows="text", embeds=True)
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        seen, weights = attention_of(ctx), rater_weights(ctx)
-        # Row by row: R differs for every pair, so no reduction over rows can come before it.
-        corrected = row_attention(seen) / rope_kernel(seen)[:, None] * weights[:, None, :, None]
-        per_head = seen.across_ranks(corrected.sum(2), "none")  # [B, H, N]
-        first = ops.select_topk(per_head.sum(2), min(self.heads, per_head.shape[1]))[0]
-        scores = per_head.gather(1, first[..., None].expand(-1, -1, per_head.shape[2])).sum(1)
-        return ranked(ctx, self, rated(scores, ctx))
+        seen = attention_of(ctx)
+        rating = seen.rating(
+            row_weight=rater_weights(ctx), pair_weight=1 / rope_kernel(seen), top_heads=self.heads
+        )
+        return ranked(ctx, self, rated(rating, ctx))
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         schedule = self.keep or SCHEDULES[self.tokens]

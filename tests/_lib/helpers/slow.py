@@ -1,5 +1,7 @@
 """Attention inputs, and what the score ops mean, written as slow float64 loops that share nothing with the reference."""
 
+import math
+
 import torch
 
 
@@ -72,6 +74,8 @@ def scores(
     head_reduce="mean",
     row_reduce="mean",
     normalize="row",
+    pair_weight=None,
+    top_heads=None,
 ):
     """float64 scores, one (sample, head, column) at a time, straight from the definition."""
     (B, H, S, _), N = logits.shape, columns.shape[1]
@@ -93,8 +97,12 @@ def scores(
                 p = logits[b, :, row, column]
                 if normalize != "none":
                     p = p.exp() / logits[b, :, row, seen].exp().sum(-1)
+                if pair_weight is not None:
+                    p = p * float(pair_weight[b, i, n])
                 terms.append((weight[i], p, True))
             out[b, :, n] = _reduce_rows(terms, row_reduce) if column >= 0 else 0.0
+    if top_heads is not None:
+        out = torch.stack([_top(heads, top_heads) for heads in out])
     reduce = {
         "none": lambda x: x,
         "mean": lambda x: x.mean(1),
@@ -102,6 +110,16 @@ def scores(
         "max": lambda x: x.amax(1),
     }
     return reduce[head_reduce](out)
+
+
+def _top(heads, count):
+    """The heads ``[H, N]`` of one sample with the largest totals, the lower of equal ones, NaN last."""
+
+    def goes_first(h):
+        total = sum(heads[h].tolist())
+        return (1, 0.0, h) if math.isnan(total) else (0, -total, h)
+
+    return heads[sorted(range(len(heads)), key=goes_first)[:count]]
 
 
 def _reduce_rows(terms, how):
