@@ -1,34 +1,29 @@
 """Score, select and gather in a row, with nothing waiting for the host.
 
-Launches: row_lse where no log-sum-exp is given, score_select, gather_tokens. Many columns are selected in a launch of its own,
-and so are columns whose scores are given.
+Launches: row_lse where no log-sum-exp is given, score_select, gather_tokens; select_columns and gather_tokens where the scores
+are given.
 """
 
 import torch
 
-from vlmprune.triton_kernels._device import as_bytes, laid_out, longest
+from vlmprune.triton_kernels._device import as_bytes, longest
 from vlmprune.triton_kernels._launch import Program, recording
 from vlmprune.triton_kernels._rows import layout
 from vlmprune.triton_kernels.gather_tokens import gather_tokens
 from vlmprune.triton_kernels.score_select import score
 from vlmprune.triton_kernels.select_columns import Choice, select_columns
 
-MANY = 4096  # more columns than that are selected by a launch of its own, whose warps the score kernel need not pay for
-
 
 def prune_tokens(tensors, selection, s):
     """(gathered tensors, index, count, scores, kept, columns, cu_seqlens_out or None) of arguments that were checked."""
-    (B, N), S, packed = s.columns.shape, longest(s), s.cu_seqlens is not None
+    B, S, packed = len(s.columns), longest(s), s.cu_seqlens is not None
     rows = layout(tensors[0])[2] if tensors and not packed else S
     choice = Choice.of(selection, s.columns, S, rows, s.cu_seqlens)
-    if B == 0:
-        scores = torch.empty_like(s.columns, dtype=torch.float32)
-        choice.clear()
-    elif N <= MANY:
+    if B > 0:
         scores = score(s, choice)
     else:
-        scores, s = score(s), laid_out(s)[0]
-        select_columns(scores, s.columns, s.key_mask, s.cu_seqlens, s.key.shape[2], choice)
+        scores = torch.empty_like(s.columns, dtype=torch.float32)
+        choice.clear()
     out = gather_tokens(tensors, choice.index)
     return out, choice.index, choice.count, scores, choice.kept, choice.places, choice.ends
 

@@ -21,7 +21,8 @@ from vlmprune.triton_kernels.row_lse import row_lse
 from vlmprune.triton_kernels.select_columns import Choice, chunks
 
 JOIN_CHUNK = tl.constexpr(512)
-WARPS = 8  # that select from many columns; more would cost every score program what only the last one uses
+WARPS = 8  # that select
+MANY = 4096  # columns from which on twice as many do
 
 
 @triton.jit(
@@ -171,16 +172,10 @@ def score(s, choice=None):
     s, query_strides, key_strides, rope_strides = laid_out(s)
     # [B, H, Sq] if it was given, else [B, H, R]; None for plain logits
     lse = s.lse if s.normalize == "none" or s.lse is not None else row_lse(s)
-    config, joins = tiles(s.query, R, s.cos is not None), s.head_reduce != "none"
-    top = s.top_heads is not None
+    config, joins, top = _config(s, choice is not None), s.head_reduce != "none", s.top_heads is not None
     part = s.query.new_empty((B, Hkv if joins and not top else H, N), dtype=torch.float32)
     scores = s.query.new_empty((B, N), dtype=torch.float32) if joins else None
     counter = s.query.new_zeros(B, dtype=torch.int32) if joins else None
-    at_once = chunks(0 if choice is None else N, WARPS)
-    config["num_warps"] = max(config["num_warps"], at_once.pop("num_warps"))
-    # Few rows are memory bound: two programs shall share a multiprocessor, as those of 4 warps do with any number. No lower
-    # limit for these: ptxas fills it with loads ahead of their use, and spills.
-    few_rows = R <= 16 and s.cos is None and s.query.element_size() == 2
     launch(
         _score_select_kernel,
         (max(1, triton.cdiv(N, config["BLOCK_N"])), Hkv, B),
@@ -198,13 +193,29 @@ def score(s, choice=None):
         ROW_REDUCE=s.row_reduce,
         CAUSAL=s.causal,
         LSE_BY_POSITION=s.lse is not None,
-        **at_once,
-        **registers(128 if few_rows and config["num_warps"] == 8 else 255),
         DTYPE=dot_dtype(s.query),
         BLOCK_D=padded_head_dim(D),
         **config,
     )
     return scores if joins else part
+
+
+def _config(s, selects):
+    """Tiles, warps and registers of a program, which may be the one that ``selects``."""
+    R, N, rotated, half = s.rows.shape[1], s.columns.shape[1], s.cos is not None, s.query.element_size() == 2
+    config, warps = tiles(s.query, R, rotated), WARPS
+    spills = not half or s.cu_seqlens is not None or torch.version.hip
+    if selects and N > MANY and not spills:
+        # Such a program has a multiprocessor to itself, and so twice the keys: as many are in flight as with two.
+        config["BLOCK_M"], config["BLOCK_N"] = min(config["BLOCK_M"], 32), 2 * config["BLOCK_N"]
+        warps = 2 * WARPS
+    at_once = chunks(N if selects else 0, warps)
+    warps = max(config["num_warps"], at_once["num_warps"])
+    # Few rows are memory bound: two programs of 8 warps shall share a multiprocessor, as those of 4 do with any number. No
+    # lower limit for these: ptxas fills it with loads ahead of their use, and spills.
+    few_rows = R <= 16 and not rotated and half
+    most = 128 if warps > WARPS or (few_rows and warps == WARPS) else 255
+    return config | at_once | {"num_warps": warps} | registers(most)
 
 
 def _lse_strides(s, lse):

@@ -82,6 +82,7 @@ def prune(
     S=640,
     N=576,
     B=1,
+    D=128,
     lse=False,
     rope=False,
     packed=False,
@@ -93,7 +94,7 @@ def prune(
     from vlmprune.triton_kernels.prune_tokens import prune_tokens
 
     rows = 1 if packed else B
-    query, key = meta(rows, H, S, 128, dtype=dtype), meta(rows, Hkv, S, 128, dtype=dtype)
+    query, key = meta(rows, H, S, D, dtype=dtype), meta(rows, Hkv, S, D, dtype=dtype)
     scoring = Scoring.checked(
         query,
         key,
@@ -104,7 +105,7 @@ def prune(
         row_weight=meta(B, R, dtype=FP32) if pairs else None,
         pair_weight=meta(B, R, N, dtype=FP32) if pairs else None,
         scale=0.1,
-        rope=(meta(1, S, 128, dtype=dtype),) * 2 if rope else None,
+        rope=(meta(1, S, D, dtype=dtype),) * 2 if rope else None,
         cu_seqlens=meta(B + 1, dtype=torch.int32) if packed else None,
         **reduction,
     )
@@ -184,6 +185,16 @@ LAUNCHES = {
     "prune bf16 GQA 16k, every way": prune(
         BF16, H=28, Hkv=4, S=16448, N=16384, lse=True, selection=every(1, 16384)
     ),
+    "prune bf16 16k R=64": prune(BF16, 64, S=16448, N=16384, head_reduce="max", row_reduce="max"),
+    "prune bf16 16k R=64 rope, every way": prune(
+        BF16, 64, S=16448, N=16384, rope=True, selection=every(1, 16384)
+    ),
+    "prune fp16 16k R=64, pairs and top heads, every way": prune(
+        FP16, 64, S=16448, N=16384, pairs=True, top_heads=14, selection=every(1, 16384)
+    ),
+    "prune bf16 16k D=256, every way": prune(BF16, D=256, S=16448, N=16384, selection=every(1, 16384)),
+    "prune bf16 16k D=64 R=64, every way": prune(BF16, 64, D=64, S=16448, N=16384, selection=every(1, 16384)),
+    "prune fp32 16k R=64": prune(FP32, 64, S=16448, N=16384),
     "prune bf16 R=12, pairs and top heads": prune(BF16, 12, lse=True, pairs=True, top_heads=14),
     "prune fp16 R=64, pairs and top heads": prune(FP16, 64, pairs=True, top_heads=14),
     "prune bf16 2944 R=12, pairs and top heads": prune(BF16, 12, S=2944, N=2880, pairs=True, top_heads=14),

@@ -71,6 +71,7 @@ CASES = {
     "codes, keep by sample": {"B": 2, "lse": lse, "code": code, "keep": lambda B, *_: torch.full((B,), 20)},
     "images": {"segments": lambda *_: torch.tensor([[40, 56]]), "keep": lambda *_: torch.tensor([[10, 20]])},
     "long, grouped heads": {"H": 28, "Hkv": 4, "S": 5000, "N": 4096, "lse": lse},
+    "longer": {"H": 28, "Hkv": 4, "S": 5000, "N": 4500, "R": 40},
     "many weighted rows": {"R": 64, "row_weight": lambda B, H, S, D, N, R: torch.ones(B, R)},
     "best heads": {"R": 20, "pair_weight": lambda B, H, S, D, N, R: torch.rand(B, R, N), "top_heads": 2},
     "float32": {"dtype": torch.float32, "D": 128, "head_reduce": "max"},

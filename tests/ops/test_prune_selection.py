@@ -204,16 +204,16 @@ def test_longer_than_a_chunk(n, device):
             assert torch.equal(getattr(out, name), getattr(truth, name))
 
 
-@pytest.mark.parametrize("n, names", [(576, []), (2880, []), (4097, ["_select_columns_kernel"])])
-def test_launches(n, names, device):
-    """Three up to 4096 columns, two with a log-sum-exp; two for scores that are given."""
+@pytest.mark.parametrize("n", [576, 2880, 4097])
+def test_launches(n, device):
+    """Three, whatever the number of columns (two with a log-sum-exp); two for scores that are given."""
     from vlmprune.triton_kernels._launch import recording
 
     query, key, lists, columns = slow.inputs(B=1, H=1, Hkv=1, Sq=1, S=n + 9, D=8, R=1, N=n, device=device)
     with recording() as launches:
         pruned("triton", query, key, [key], rows=lists, columns=columns, keep=9)
     found = [launch.kernel.__name__ for launch in launches]
-    assert found == ["_row_lse_kernel", "_score_select_kernel", *names, "_gather_tokens_kernel"]
+    assert found == ["_row_lse_kernel", "_score_select_kernel", "_gather_tokens_kernel"]
     with recording() as launches:
         scored("triton", torch.zeros(1, n, device=device), [key[:, :, :n]], keep=9)
     assert [launch.kernel.__name__ for launch in launches] == [

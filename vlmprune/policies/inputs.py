@@ -169,6 +169,7 @@ class Rating(NamedTuple):
         if self.seen.group is None or top is None or reduce == "none":
             return self.seen.across_ranks(ops.received_attention(query, key, **how), reduce)
         # The best heads of all ranks: which they are is not known until all are together.
+        check(isinstance(top, int) and top >= 1, "top_heads", "a whole number >= 1", repr(top))
         how = {**how, "head_reduce": "none", "top_heads": None}
         per_head = self.seen.across_ranks(ops.received_attention(query, key, **how), "none")
         return join_heads(per_head, reduce, top)

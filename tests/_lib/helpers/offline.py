@@ -95,22 +95,23 @@ def _keeping_logs():
 @contextlib.contextmanager
 def compiling(arch):
     """Inside, a kernel launch compiles and adds its CompiledKernel to the list this yields."""
-    compiled, launched, run, active = [], [], JITFunction.run, driver._active
+    compiled, launched, run, active, hip = [], [], JITFunction.run, driver._active, torch.version.hip
 
     def record(self, *args, grid, warmup, **kwargs):
         if not isinstance(arch, int):
-            kwargs.pop("maxnreg", None)  # launchers leave it out where PyTorch is built for AMD
+            kwargs.pop("maxnreg", None)  # some launchers decide about it when they are imported
         launched.append(self)
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
     JITFunction.run = record
     driver.set_active(_StubDriver(arch))
+    torch.version.hip = None if isinstance(arch, int) else "0.0"  # by which launchers tell AMD
     try:
         with _keeping_logs():
             yield compiled
     finally:
         JITFunction.run = run
-        driver._active = active
+        driver._active, torch.version.hip = active, hip
         for kernel in launched:
             kernel.device_caches.clear()  # they go by device number, and every stub is device 0
 
