@@ -64,7 +64,7 @@ def test_the_best_heads_are_those_of_both_ranks(monkeypatch, head_reduce):
     group = two_ranks(monkeypatch, lambda: others_weighted)
     got = replace(mine, group=group).received(pair_weight=weight, top_heads=1)
     torch.testing.assert_close(got, seen.received(pair_weight=weight, top_heads=1), atol=1e-7, rtol=1e-6)
-    with pytest.raises(ValueError, match="^top_heads: expected a whole number >= 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^top_heads: expected a whole number >= 1, got 0$"):
         replace(mine, group=group).received(top_heads=0)
 
 
