@@ -5,8 +5,8 @@ the best ones; then, if that is asked for, columns compete by them (_survivors.p
 Memory bound for few rows (each chosen key is read once), compute bound from about a hundred rows on.
 Tile: BLOCK_N keys of a KV head, walked through its query heads and their row tiles. Grid: (cdiv(N, BLOCK_N), Hkv, B).
 Each program writes its part; the last of a sample to arrive joins the parts in a fixed order and selects. No float
-atomics, and nothing of it depends on the batch, so neither do the bits of a sample; the one integer counter it has is 0
-again when the kernel ends.
+atomics, and of the batch only the widths R and N count, by which tiles and warps are chosen: other samples do not change
+the bits of one. The one integer counter it has is 0 again when the kernel ends.
 """
 
 import torch
@@ -21,8 +21,8 @@ from vlmprune.triton_kernels.row_lse import row_lse
 from vlmprune.triton_kernels.select_columns import Choice, chunks
 
 JOIN_CHUNK = tl.constexpr(512)
-WARPS = 8  # that select
-MANY = 4096  # columns from which on twice as many do
+WARPS = 8  # that select from more columns than a few
+MANY = 4096  # from more than these twice as many do
 
 
 @triton.jit(
@@ -206,8 +206,9 @@ def _config(s, selects):
     config, warps = tiles(s.query, R, rotated), WARPS
     spills = not half or s.cu_seqlens is not None or torch.version.hip
     if selects and N > MANY and not spills:
-        # Such a program has a multiprocessor to itself, and so twice the keys: as many are in flight as with two.
-        config["BLOCK_M"], config["BLOCK_N"] = min(config["BLOCK_M"], 32), 2 * config["BLOCK_N"]
+        # Such a program has a multiprocessor to itself, and so twice the keys: as many are in flight as with two. From a
+        # big tile of rows on it is not for these that it waits.
+        config["BLOCK_N"] *= 1 if config["BLOCK_M"] == 64 else 2
         warps = 2 * WARPS
     at_once = chunks(N if selects else 0, warps)
     warps = max(config["num_warps"], at_once["num_warps"])

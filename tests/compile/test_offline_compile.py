@@ -195,6 +195,7 @@ LAUNCHES = {
     "prune bf16 16k D=256, every way": prune(BF16, D=256, S=16448, N=16384, selection=every(1, 16384)),
     "prune bf16 16k D=64 R=64, every way": prune(BF16, 64, D=64, S=16448, N=16384, selection=every(1, 16384)),
     "prune fp32 16k R=64": prune(FP32, 64, S=16448, N=16384),
+    "prune bf16 16k R=64, every way": prune(BF16, 64, S=16448, N=16384, selection=every(1, 16384)),
     "prune bf16 R=12, pairs and top heads": prune(BF16, 12, lse=True, pairs=True, top_heads=14),
     "prune fp16 R=64, pairs and top heads": prune(FP16, 64, pairs=True, top_heads=14),
     "prune bf16 2944 R=12, pairs and top heads": prune(BF16, 12, S=2944, N=2880, pairs=True, top_heads=14),

@@ -318,6 +318,24 @@ def test_a_foreign_policy_gets_the_pass_for_free(model, specs):
     torch.testing.assert_close(logits, want[1], atol=TOLERANCE, rtol=0)
 
 
+def test_a_policy_may_change_its_context(model):
+    """``dataclasses.replace`` of what a stage shows."""
+
+    @dataclass(frozen=True)
+    class Reversed(vlmprune.FastV):
+        def select(self, ctx):
+            other = replace(ctx.attention, scale=-ctx.attention.scale)
+            return vlmprune.FastV.select(self, replace(ctx, attention=other))
+
+    batch, seen = make_batch(BATCHES["padded-2-1-0-images"]), []
+    for policy in (Reversed(keep=4), vlmprune.FastV(keep=4)):
+        with torch.no_grad(), vlmprune.prune(model, policy) as run:
+            model(**batch)
+        seen.append(run.stages[0])
+    assert seen[0].path == "Reversed chooses by itself" and seen[0].kept == seen[1].kept
+    assert not torch.equal(seen[0].index, seen[1].index)
+
+
 def test_a_subclass_that_selects_is_asked():
     @dataclass(frozen=True)
     class First(vlmprune.FastV):

@@ -126,20 +126,6 @@ def test_two_launches_with_a_log_sum_exp_and_three_without(device):
         assert [launch.kernel.__name__ for launch in launches] == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("S, N, R", [(2500, 300, 1), (4400, 4200, 1), (4400, 4200, 40)])
-def test_longer_than_a_chunk(S, N, R, dtype, device):
-    """The last program selects in pieces; over 4096 columns of 2-byte operands it is a wider one."""
-    shape = dict(B=1, H=1, Hkv=1, Sq=R, S=S, D=8, R=R, N=N)
-    query, key, rows, columns = slow.inputs(device=device, **shape)
-    likes = torch.arange(S, device=device) * 37 % S / 64  # far enough apart for half precision
-    query, key = torch.ones_like(query, dtype=dtype), torch.zeros_like(key, dtype=dtype) + likes[:, None]
-    key = key.to(dtype)
-    call = dict(rows=rows, columns=columns, keep=70, causal=False)
-    out, expected = (run(backend, query, key, [key], **call) for backend in ("triton", "reference"))
-    assert torch.equal(out.index, expected.index) and torch.equal(out.count, expected.count)
-
-
 def test_the_same_bits_every_time(device):
     query, key, tensors, rows, columns, mask = problem(device, H=8, Hkv=8)
     call = dict(rows=rows, columns=columns, keep=3, key_mask=mask)

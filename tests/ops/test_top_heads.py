@@ -183,11 +183,12 @@ def test_packed_samples_choose_alone(backend, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("columns_at_once", [9, 4200])
-def test_prune_tokens_goes_by_them(backend, columns_at_once, device):
-    """Also where columns are selected in a launch of their own."""
-    N = columns_at_once
-    query, key, rows, columns = slow.inputs(B=1, S=max(21, N + 4), Sq=13, D=8, N=N, device=device)
+@pytest.mark.parametrize("dtype, R", [(torch.float32, 5), (torch.float16, 5), (torch.float16, 40)], ids=str)
+@pytest.mark.parametrize("N", [9, 4200])
+def test_prune_tokens_goes_by_them(backend, N, dtype, R, device):
+    """Also where many columns are selected by wider programs, whose tiles add up in the same order."""
+    shape = dict(B=1, S=max(60, N + 4), Sq=50, R=R, D=8, N=N, dtype=dtype)
+    query, key, rows, columns = slow.inputs(**shape, device=device)
     how = dict(rows=rows, columns=columns, pair_weight=pairs(rows, columns), top_heads=3)
     scores = run(backend, query, key, **how)
     with ops.use_backend(backend):

@@ -127,10 +127,9 @@ class Passes:
         given, hidden = by | lists, tensors[0]
         if "rope" in given:
             given["cos"], given["sin"] = given.pop("rope")
-        shapes = [x.shape for x in (*given.values(), *tensors)]
-        device = hidden.device
-        stream = torch.cuda.current_stream(device).cuda_stream if hidden.is_cuda else 0
-        key = (*where, device, stream, *how, *settings, *shapes)
+        shapes = [x.shape for x in given.values()]
+        stream = torch.cuda.current_stream(hidden.device).cuda_stream if hidden.is_cuda else 0
+        key = (*where, stream, *how, *settings, *shapes, hidden.shape, hidden.dtype)
         known, out = self._plans.get(key), None
         if known is not None and known.plan is not None:
             known.turn = next(self._turns)

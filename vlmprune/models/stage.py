@@ -31,8 +31,9 @@ from vlmprune.policies.base import (
 class StageContext(TokenContext):
     """A context whose lists, those of its layout, are made when a policy looks at them: most need none of them."""
 
-    def __init__(self, layout: Layout, fields: dict[str, Any]) -> None:
-        self.__dict__ = {"vision": {}, "_layout": layout} | fields
+    def __init__(self, layout: Layout | None = None, **fields: Any) -> None:
+        """Without a layout it is a copy, which has been given all lists: ``dataclasses.replace`` makes one."""
+        self.__dict__.update(fields, _layout=layout)
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("mask", "ordinals", "positions"):
@@ -136,11 +137,11 @@ class StageRunner:
         if text is not None:
             seen |= {"text": text_rows(unpruned.layout, text), "words": text.words}
         device = hidden.device
-        fields = {name: moved(value, device) for name, value in seen.items()}
+        fields = {name: moved(value, device) for name, value in ({"vision": {}} | seen).items()}
         fields["layer"], fields["counts"], fields["ordered"] = i, layout.counts, layout.ordered
         fields["grids"], fields["sizes"], fields["shares"] = unpruned.grids, unpruned.sizes, unpruned.shares
         fields["device"] = device
-        return StageContext(layout, fields)
+        return StageContext(layout, **fields)
 
 
 def _check_end(prefill: Prefill, first: Layout) -> None:

@@ -117,14 +117,13 @@ class RecordedPlan(ABC):
         return self._ready(inputs, pointers, [*(out or ()), *new], every)
 
     def attempt(self, every: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Pruned | None:
-        """``run`` at the least host time, for who keeps plans by the numbers, shapes and device of what they run.
+        """``run`` at the least host time, for who has the numbers of the plan: None where an input is not like its example.
 
-        ``every`` names the inputs as ``Scoring`` and ``Selection`` do. None where one is laid out unlike its example, or of
-        another dtype. Scores, and ``count`` where no codes make it vary, are memory of the plan, which its next run fills
-        again.
+        ``every`` names the inputs as ``Scoring`` and ``Selection`` do. Scores, and ``count`` where no codes make it vary,
+        are memory of the plan, which its next run fills again.
         """
         inputs = self._inputs(every, tensors)
-        pointers = None if inputs is None else _pointers(inputs, self._expected, whole=False)
+        pointers = None if inputs is None else _pointers(inputs, self._expected)
         if inputs is None or pointers is None:
             return None
         outputs = [
@@ -168,13 +167,8 @@ def _refuse(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> None:
             like.refuse(x)
 
 
-def _pointers(
-    tensors: Sequence[Tensor], expected: Sequence[_Expected], whole: bool = True
-) -> list[int] | None:
-    """Data pointers of tensors that are all what the kernels were compiled for; this loop is most of the host time of ``run``.
-
-    Shape and device, which take the longest, are compared only if the check is to be a ``whole`` one.
-    """
+def _pointers(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> list[int] | None:
+    """Data pointers of tensors that are all what the kernels were compiled for; this loop is most of the host time of ``run``."""
     pointers = []
     for x, like in zip(tensors, expected, strict=True):
         _, shape, stride, contiguous, dtype, device, zero_bits = like
@@ -183,8 +177,9 @@ def _pointers(
         if (
             not laid_out
             or pointer & zero_bits
+            or x.shape != shape
             or x.dtype is not dtype
-            or (whole and (x.shape != shape or x.device != device))
+            or x.device != device
         ):
             return None
         pointers.append(pointer)

@@ -38,7 +38,8 @@ def received_attention(query: Tensor, key: Tensor, **scoring: Unpack[ScoringKeyw
             mean divides by; None (default) = ones.
         head_reduce: "mean" (default), "max", "sum" or "none" (one score per head).
         top_heads: how many heads to join, at least 1: those whose scores have the largest sum over the columns, ties to the
-            lower head, NaN below -inf; the mean divides by their number. Not with head_reduce "none". None (default), or as
+            lower head, NaN below -inf; the mean divides by their number. Where sums differ by rounding alone (shares of the
+            columns, unweighted), so does the choice between backends. Not with head_reduce "none". None (default), or as
             many as there are = all.
         row_reduce: "mean" (default), "max" or "sum".
         normalize: "row" (default) = softmax over all keys, "columns" = softmax over the columns only, "none" = raw scaled
