@@ -1,7 +1,8 @@
 """A pruned prefill of fixed counts is one list of operations, whatever the prompt says: what a CUDA graph captures of it.
 
 Without a GPU a recorder stands in the place of the graph: it notes the operations of one prefill, and repeats them, and
-nothing of the Python between them, on other words and pictures in the same tensors.
+nothing of the Python between them, on other words and pictures in the same tensors. Ops run their references here; that a
+plan does nothing but launch is for tests/compile/test_plan_host.py to say.
 """
 
 import pytest
