@@ -33,7 +33,7 @@ def prune_scored(tensors, selection, scores, columns, key_mask, length):
     choice = Choice.of(selection, columns, length, length)
     if len(columns):
         lists = (scores.contiguous(), columns.contiguous(), as_bytes(key_mask))
-        select_columns(*lists, None, length, choice)
+        select_columns(*lists, length, choice)
     return gather_tokens(tensors, choice.index), choice.index, choice.count, choice.kept, choice.places
 
 

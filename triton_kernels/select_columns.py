@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._device import span
 from vlmprune.triton_kernels._launch import launch
 from vlmprune.triton_kernels._survivors import choose_survivors
 from vlmprune.triton_kernels.select_topk import REGISTERS
@@ -59,16 +58,14 @@ class Choice(NamedTuple):
 
 
 @triton.jit(
-    do_not_specialize=["N", "S", "longest", "keep", "segments", "first", "width", "most"],
+    do_not_specialize=["N", "S", "keep", "segments", "first", "width", "most"],
 )
 def _select_columns_kernel(
     scores_ptr,  # [B, N] float32, contiguous
     columns_ptr,  # [B, N] int64, contiguous
     key_mask_ptr,  # [B, S] uint8, contiguous, or None
-    cu_seqlens_ptr,  # [B + 1], contiguous, or None
     N,
     S,
-    longest,
     quota_ptr,  # from here on a Choice
     code_ptr,
     segments_ptr,
@@ -90,7 +87,7 @@ def _select_columns_kernel(
     ONE_CHUNK: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
-    start_k, length = span(cu_seqlens_ptr, b, S, longest)
+    length = tl.zeros((), tl.int32) + S
     if key_mask_ptr is not None:
         key_mask_ptr += b * S
     if code_ptr is not None:
@@ -100,7 +97,7 @@ def _select_columns_kernel(
         (quota_ptr, segments_ptr, keep, segments),
         (keys_ptr, place_ptr),
         (index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr),
-        (start_k, longest, width, most),
+        (tl.zeros((), tl.int64), S, width, most),
         b,
         tl.num_programs(0) - 1,
         NEWEST,
@@ -116,8 +113,8 @@ def chunks(N, warps=16):
     return {"CHUNK": FEW if few else warps * 128, "ONE_CHUNK": few, "num_warps": 4 if few else warps}
 
 
-def select_columns(scores, columns, key_mask, cu_seqlens, S, choice):
+def select_columns(scores, columns, key_mask, S, choice):
     """Launch one program a sample; all as the kernel has it."""
     N = scores.shape[1]
-    args = (scores, columns, key_mask, cu_seqlens, N, S, choice.place.shape[1])
+    args = (scores, columns, key_mask, N, S)
     launch(_select_columns_kernel, (len(scores),), *args, *choice, **chunks(N), **REGISTERS)

@@ -154,7 +154,6 @@ LAUNCHES = {
     "score fp16 D=64 R=64 pairs, top heads max": score(
         FP16, 64, 64, pairs=True, head_reduce="max", top_heads=5
     ),
-    "score fp32 D=128 R=64 pairs, top heads": score(FP32, 128, 64, mask=True, pairs=True, top_heads=14),
     "score bf16 D=128 R=64 rope pairs, top heads": score(BF16, 128, 64, rope=True, pairs=True, top_heads=14),
     "score bf16 D=128 R=1 top heads of 128": score(BF16, 128, 1, H=128, Hkv=8, top_heads=14),
     "select fp32 N=576": select(576, FP32, False),
@@ -185,7 +184,6 @@ LAUNCHES = {
     "prune bf16 GQA 16k, every way": prune(
         BF16, H=28, Hkv=4, S=16448, N=16384, lse=True, selection=every(1, 16384)
     ),
-    "prune bf16 16k R=64": prune(BF16, 64, S=16448, N=16384, head_reduce="max", row_reduce="max"),
     "prune bf16 16k R=64 rope, every way": prune(
         BF16, 64, S=16448, N=16384, rope=True, selection=every(1, 16384)
     ),
@@ -193,13 +191,9 @@ LAUNCHES = {
         FP16, 64, S=16448, N=16384, pairs=True, top_heads=14, selection=every(1, 16384)
     ),
     "prune bf16 16k D=256, every way": prune(BF16, D=256, S=16448, N=16384, selection=every(1, 16384)),
-    "prune bf16 16k D=64 R=64, every way": prune(BF16, 64, D=64, S=16448, N=16384, selection=every(1, 16384)),
     "prune fp32 16k R=64": prune(FP32, 64, S=16448, N=16384),
     "prune bf16 16k R=64, every way": prune(BF16, 64, S=16448, N=16384, selection=every(1, 16384)),
     "prune bf16 R=12, pairs and top heads": prune(BF16, 12, lse=True, pairs=True, top_heads=14),
-    "prune fp16 R=64, pairs and top heads": prune(FP16, 64, pairs=True, top_heads=14),
-    "prune bf16 2944 R=12, pairs and top heads": prune(BF16, 12, S=2944, N=2880, pairs=True, top_heads=14),
-    "prune bf16 2944 R=64, pairs and top heads": prune(BF16, 64, S=2944, N=2880, pairs=True, top_heads=14),
     "prune bf16 GQA R=64, pairs and top heads": prune(BF16, 64, H=28, Hkv=4, pairs=True, top_heads=14),
     "prune bf16 packed R=64, pairs and top heads": prune(
         BF16, 64, B=4, S=2560, packed=True, pairs=True, top_heads=14

@@ -86,9 +86,8 @@ def positions_of(marked: Tensor, width: int) -> Tensor:
     """
     blank = filled((1, 1), 0.0, torch.float32, marked.device).expand(marked.shape)
     code = marked.view(torch.int8)  # True stays, False competes for none
-    if type(marked) is Tensor and launches(
-        "select_topk", marked
-    ):  # the dispatcher takes longer than this one kernel
+    # the dispatcher takes longer than this one kernel
+    if type(marked) is Tensor and launches("select_topk", marked):
         return choose("select_topk", marked)(blank, 0, code, width, None)[0]
     return _select_topk(blank, 0, None, code)[0][:, :width].contiguous()
 
