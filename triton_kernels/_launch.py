@@ -7,7 +7,6 @@ into the description of its work, so the fast path is never a second copy of the
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import count
 from operator import itemgetter
 from threading import Lock
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import torch
 import triton
 from triton.runtime import driver
 
+STREAM = 3  # where a launch takes its stream: behind the grid
 INTERPRETED = triton.knobs.runtime.interpret
 
 _recording: ContextVar[list | None] = ContextVar("vlmprune_recording", default=None)
@@ -77,22 +77,12 @@ class Replay:
             return
         compiled = kernel.warmup(*args, grid=grid, **meta)
         self._run = compiled.run  # loads the binary now: a CUDA graph under capture could not
-        fixed = [compiled.function, compiled.packed_metadata, None, None, None]
-        every = [*fixed, *self._args, *[meta[name] for name in names[len(args) :]]]
-        # All that a launch is called with is picked at once, out of a row of what does not change and what does.
-        changes = [arg for arg in every if isinstance(arg, list)]
-        self._constants = tuple(arg for arg in every if not isinstance(arg, _Slot | list))
-        self._tuples = [_getter(arg) for arg in changes]
-        constants, tuples = count(), count(len(self._constants))
-        pointers = len(self._constants) + len(changes)
-        self._pick = itemgetter(
-            *[
-                pointers + arg.at
-                if isinstance(arg, _Slot)
-                else next(tuples if isinstance(arg, list) else constants)
-                for arg in every
-            ]
-        )
+        # What a launch is called with: what never changes, and where to put what does.
+        start = [*self._grid, None, compiled.function, compiled.packed_metadata, None, None, None]
+        every = [*start, *self._args, *[meta[name] for name in names[len(args) :]]]
+        self._fixed = [None if isinstance(arg, _Slot | list) else arg for arg in every]
+        self._slots = [(place, arg.at) for place, arg in enumerate(every) if isinstance(arg, _Slot)]
+        self._tuples = [(place, _getter(arg)) for place, arg in enumerate(every) if isinstance(arg, list)]
 
     def _template(self, arg, slots):
         """``arg`` with a _Slot for every exchangeable tensor; a tuple that holds some becomes a list."""
@@ -108,12 +98,18 @@ class Replay:
         return arg if INTERPRETED else arg.data_ptr()
 
     def arguments(self, pointers):
-        """What the compiled kernel is called with behind grid and stream; ``pointers`` has one for every run-time tensor."""
-        return self._pick((*self._constants, *[get(pointers) for get in self._tuples], *pointers))
+        """What the compiled kernel is called with, but for the stream; ``pointers`` has one for every run-time tensor."""
+        args = self._fixed.copy()
+        for place, at in self._slots:
+            args[place] = pointers[at]
+        for place, get in self._tuples:
+            args[place] = get(pointers)
+        return args
 
     def launch(self, args, stream):
         """Launch the compiled kernel on ``stream``."""
-        self._run(*self._grid, stream, *args)
+        args[STREAM] = stream
+        self._run(*args)
 
     def interpret(self, tensors):
         """Run the kernel in the interpreter with ``tensors`` in the places of the recorded ones."""
@@ -161,9 +157,20 @@ class Program:
         """A function without arguments that launches everything on ``tensors``, which it keeps alive."""
         if INTERPRETED:
             return lambda: self._interpret(tensors)
-        pointers = tuple(pointers)  # of which a slice is a tuple, too
-        arguments = [replay.arguments(pointers) for replay in self._replays]
+        arguments = self._arguments(pointers)
         return lambda tensors=tensors: self._launch(arguments)
+
+    def run(self, tensors, pointers):
+        """``bind`` for one run, and that run."""
+        if INTERPRETED:
+            self._interpret(tensors)
+        else:
+            self._launch(self._arguments(pointers))
+
+    def _arguments(self, pointers):
+        """What each kernel is called with; of a tuple of pointers a slice is a tuple, too."""
+        pointers = tuple(pointers)
+        return [replay.arguments(pointers) for replay in self._replays]
 
     def _launch(self, arguments):
         """Launch everything on the current stream of the plan's device."""

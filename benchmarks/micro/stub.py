@@ -172,18 +172,13 @@ def _filled(op: str, filling: Filling) -> _dispatch.Backend:
 def _filled_plan(build: Function, filling: Filling, op: str, arguments: Any, inputs: Sequence[Tensor]) -> Any:
     """A plan's program, every run of which fills its outputs."""
     program, outputs = build(op, arguments, inputs)
-    bind, n = program.bind, len(inputs)
+    launch, n = program.run, len(inputs)
 
-    def bound(tensors: Sequence[Tensor], pointers: Sequence[int]) -> Callable[[], None]:
-        launch = bind(tensors, pointers)
+    def run(tensors: Sequence[Tensor], pointers: Sequence[int]) -> None:
+        launch(tensors, pointers)
+        filling(tensors[n:])
 
-        def run() -> None:
-            launch()
-            filling(tensors[n:])
-
-        return run
-
-    program.bind = bound
+    program.run = run
     return program, outputs
 
 

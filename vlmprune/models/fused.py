@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import count
-from threading import Lock
-from typing import Any
+from collections.abc import Callable, Sequence
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.models.layout import Layout
+from vlmprune.models.plans import PLANS, Known, Plans, call, shapes_of, tensors_in
 from vlmprune.models.prefill import Decision, Entering, Rope
-from vlmprune.policies.base import PruningPolicy, Ranking
+from vlmprune.ops.prune_tokens import Scored
+from vlmprune.ops.scoring import Scoring
+from vlmprune.ops.selection import Selection
+from vlmprune.policies.base import AttentionInputs, Ranking
 from vlmprune.policies.inputs import Rating
 
 Counts = tuple[int, ...]
+Passed = tuple[Tensor, Tensor | None, Decision | None]
+"""Rows ``[B, n, D]`` that survive, numbers ``[B, K]`` of the tokens kept, the decision; None where all are."""
 
-PLANS, WORKSPACE = 64, 256 << 20
-"""How many plans are kept, and bytes of their workspaces together."""
-PLAIN = {int, float, bool, str, type(None)}
-"""What is a setting of a plan; anything else is a tensor, or some."""
-STRIDED = {"lse", "rope"}
-"""What kernels read with strides."""
+read = attrgetter("query", "key", "last", "rows", "columns", "key_mask", "lse")
 
 
-def why_not(ranking: Ranking | None, entering: Entering, policy: PruningPolicy) -> str | None:
-    """Why a stage cannot run as one pass; None if it can."""
-    if ranking is None:
-        return f"{type(policy).__name__} chooses by itself"
+def why_not(entering: Entering) -> str | None:
+    """Why a stage that ranks cannot run as one pass; None if it can."""
     if entering.predicting is not None:
         return "in training the rows that predict labels stay, whatever their score"
     if entering.layout.end is not None:
@@ -37,120 +35,153 @@ def why_not(ranking: Ranking | None, entering: Entering, policy: PruningPolicy) 
     return None
 
 
-@dataclass
-class _Known:
-    """Shapes that have come.
+class Case(NamedTuple):
+    """A stage of one prompt.
 
     Attributes:
-        plan: what runs them; None = they came once.
-        turn: of the latest call, counted from the first one on.
+        entering: what enters it.
+        seen: the attention that is read for it, or None.
+        facts: the numbers that the policy would be shown besides.
+        path: what the report says of it: which backend runs it.
     """
 
-    plan: Any
-    turn: int
+    entering: Entering
+    seen: AttentionInputs | None
+    facts: tuple[Any, ...]
+    path: str
+
+
+class _Static(NamedTuple):
+    """A pass that another prompt can have without its policy being asked.
+
+    Attributes:
+        known: what has its plan.
+        take: picks what the plan takes of what a prompt offers, and of the constants behind that.
+        constants: tensors that all prompts share.
+        kept: how many tokens of each sample stay.
+        packs, narrows: whether positions are packed, and whether how many stay is known only when they are chosen.
+    """
+
+    known: Known
+    take: Callable[[Sequence[Any]], tuple[Tensor, ...]]
+    constants: tuple[Tensor, ...]
+    kept: Counts
+    packs: bool
+    narrows: bool
 
 
 class Passes:
-    """Runs the fused passes of one policy on one model: as ops, or as the plans of shapes that have come before.
-
-    A plan owns its workspace, so a second prefill of the same shapes allocates none. The latest are kept, one for each
-    stream. A copied or saved model starts without any.
-    """
+    """Runs the fused passes of one policy on one model, on plans of its own. A copied or saved model starts without any."""
 
     def __init__(self) -> None:
-        self._plans: dict[Any, _Known] = {}
-        self._turns, self._lock = count(), Lock()
+        self.plans = Plans()
+        self._static: dict[Any, _Static] = {}
 
     def __reduce__(self) -> Any:
         return Passes, ()
 
-    def __call__(self, ranking: Ranking, entering: Entering, backend: str) -> tuple[Tensor, Tensor, Decision]:
-        """Score, select and gather: rows ``[B, n, D]`` that survive, numbers ``[B, K]`` of the tokens kept, the decision.
+    def again(self, case: Case) -> Passed | None:
+        """The pass of a static ranking, for a prompt like one before it; None where there was none."""
+        entering = case.entering
+        static = self._static.get(_kind(case))
+        if static is None or _learns(entering) or why_not(entering) is not None:
+            return None
+        inputs = static.take((*_offered(case), *static.constants))
+        out = self.plans.attempt(static.known, [*inputs, *_shortened(entering, static.packs)])
+        return None if out is None else _passed(out, entering, static.kept, static.packs, static.narrows)
 
-        ``backend`` is what runs it: plans are those of one.
-        """
-        layout, packs = entering.layout, ranking.positions == "pack"
-        tensors = [entering.hidden] if packs else [entering.hidden, *entering.rope]
-        if layout.origin is not None:
-            tensors.append(layout.origin)
+    def __call__(self, ranking: Ranking, case: Case) -> Passed:
+        """Score, select and gather by this ranking."""
+        entering, layout = case.entering, case.entering.layout
+        packs, narrows = ranking.positions == "pack", ranking.extra is not None
         kept = ranking.most(layout.counts)
-        real = _rows_left(layout, kept)
-        how = ranking.keywords(kept, entering.hidden.device)
         # Shorter samples are padded on the left, so that the last row stays the newest token.
-        side = "left" if len(kept) > 1 else "right"
-        how["width"], how["padding"], how["newest"] = max(real), side, True
-        out = self._run(ranking, entering, tensors, how, backend)
-        if ranking.extra is not None:
-            out, kept, real = _narrowed(out, layout, side)
-        after, rest = _after(layout, kept, real, out)
-        # detached: else checkpointed layers would share a graph through them
-        rope, shift = entering.packed(after) if packs else (_detached(*rest), entering.shift)
-        return out.tensors[0], out.kept, Decision(after, out.index, rope, shift)
-
-    def _run(
-        self,
-        ranking: Ranking,
-        entering: Entering,
-        tensors: list[Tensor],
-        how: dict[str, Any],
-        backend: str,
-    ) -> ops.Pruned:
-        """One call of ``prune_tokens``, or of ``prune_scored`` where the scores are there."""
-        rating, layout = ranking.scores, entering.layout
-        op: Any
-        plan: Any
+        width, left = max(_rows_left(layout, kept)), len(kept) > 1
+        selection = ranking.selection(kept, entering.hidden.device, width, True, left)
+        rating, tensors = ranking.scores, _shortened(entering, packs)
+        how: Scoring | Scored
         if isinstance(rating, Rating) and rating.seen.group is None:
-            by = {"query": rating.seen.query, "key": rating.seen.key}
-            how.update(rating.keywords)
-            op, plan = ops.prune_tokens, ops.PrunePlan
+            how = rating.scoring
+        else:  # of all ranks, where several share the heads
+            how = Scored(ranking.scored(), layout.visual, layout.valid, layout.length)
+        if _learns(entering):  # plans have no gradients
+            out = call(how, selection, tensors)
         else:
-            by = {"scores": ranking.scored().contiguous()}  # of all ranks, where several share the heads
-            how["columns"], how["key_mask"] = layout.visual, layout.valid
-            op, plan = ops.prune_scored, ops.ScoredPlan
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):  # plans have no gradients
-            return op(**by, tensors=tensors, **how)
-        return self._planned(op, plan, (entering.layer, backend), by, tensors, how)
+            key = (*_where(case), *shapes_of((*how, *selection)))
+            out = self.plans.run(key, how, selection, tensors)
+            taken = _taken(ranking, how, selection, _offered(case)) if ranking.static else None
+            if taken is not None:
+                self._remember(_kind(case), _Static(self.plans.known[key], *taken, kept, packs, narrows))
+        return _passed(out, entering, kept, packs, narrows)
 
-    def _planned(
-        self,
-        op: Any,
-        kind: Any,
-        where: tuple[int, str],
-        by: dict[str, Tensor],
-        tensors: list[Tensor],
-        how: dict[str, Any],
-    ) -> ops.Pruned:
-        """The first time that shapes come they run as an op, the second time a plan is made of them."""
-        settings = [x for x in how.values() if type(x) in PLAIN]
-        # kernels of a plan read lists and masks in place
-        lists = {k: x if k in STRIDED else x.contiguous() for k, x in how.items() if type(x) not in PLAIN}
-        given, hidden = by | lists, tensors[0]
-        if "rope" in given:
-            given["cos"], given["sin"] = given.pop("rope")
-        shapes = [x.shape for x in given.values()]
-        stream = torch.cuda.current_stream(hidden.device).cuda_stream if hidden.is_cuda else 0
-        key = (*where, stream, *how, *settings, *shapes, hidden.shape, hidden.dtype)
-        known, out = self._plans.get(key), None
-        if known is not None and known.plan is not None:
-            known.turn = next(self._turns)
-            out = known.plan.attempt(given, tensors)
-        if out is None:
-            plan = None
-            if known is not None and len(hidden) > 0 and ops.can_run("prune_plan", hidden):
-                plan = kind(**by, tensors=tensors, **how | lists)
-                out = plan.attempt(given, tensors)
-            self._keep(key, plan)
-        return op(**by, tensors=tensors, **how) if out is None else out
+    def _remember(self, kind: Any, static: _Static) -> None:
+        if len(self._static) >= PLANS:
+            self._static.clear()
+        self._static[kind] = static
 
-    def _keep(self, key: Any, plan: Any) -> None:
-        """From now on this is what runs such shapes; what was used longest ago goes, if there is no room."""
-        with self._lock:
-            self._plans[key] = _Known(plan, next(self._turns))
-            while len(self._plans) > PLANS or (len(self._plans) > 1 and self._bytes() > WORKSPACE):
-                del self._plans[min(self._plans, key=lambda key: self._plans[key].turn)]
 
-    def _bytes(self) -> int:
-        return sum(known.plan.nbytes for known in self._plans.values() if known.plan is not None)
+def _where(case: Case) -> tuple[Any, ...]:
+    """What runs a pass, and on rows of which shape."""
+    hidden = case.entering.hidden
+    stream = torch.cuda.current_stream(hidden.device).cuda_stream if hidden.is_cuda else 0
+    return case.entering.layer, case.path, stream, hidden.shape, hidden.dtype
+
+
+def _kind(case: Case) -> tuple[Any, ...]:
+    """All that a policy is shown but for what is in tensors: of one kind a static ranking is the same."""
+    layout, seen = case.entering.layout, case.seen
+    numbers = (*_where(case), layout.counts, layout.real, layout.ordered, case.facts)
+    if seen is None:
+        return numbers
+    given = seen.key_mask is None, seen.lse is None, seen.rope[0].shape
+    return *numbers, *given, seen.query.shape, seen.key.shape, seen.rows.shape
+
+
+def _offered(case: Case) -> tuple[Tensor | None, ...]:
+    """What every prompt brings to a pass."""
+    layout, seen = case.entering.layout, case.seen
+    lists = layout.visual, layout.valid
+    return lists if seen is None else (*lists, *seen.rope, *read(seen))
+
+
+def _taken(
+    ranking: Ranking, how: Scoring | Scored, selection: Selection, offered: tuple[Any, ...]
+) -> tuple[Callable[[Sequence[Any]], tuple[Tensor, ...]], tuple[Tensor, ...]] | None:
+    """What picks the tensors of a static ranking from what is offered and from constants, and those.
+
+    None where scoring takes one that was made for this prompt.
+    """
+    known = {id(x) for x in offered}
+    if isinstance(ranking.scores, Rating) and any(id(x) not in known for x in tensors_in(how)):
+        return None
+    inputs = tensors_in((*how, *selection))
+    constants = tuple(x for x in inputs if id(x) not in known)
+    places = {id(x): at for at, x in enumerate((*offered, *constants))}
+    return itemgetter(*[places[id(x)] for x in inputs]), constants
+
+
+def _learns(entering: Entering) -> bool:
+    """Whether gradients flow through what gets shorter."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (entering.hidden, *entering.rope))
+
+
+def _shortened(entering: Entering, packs: bool) -> list[Tensor]:
+    """What gets shorter: the rows, their rotary tables where these stay theirs, where they come from."""
+    origin = entering.layout.origin
+    tables = () if packs else entering.rope
+    return [entering.hidden, *tables] if origin is None else [entering.hidden, *tables, origin]
+
+
+def _passed(out: ops.Pruned, entering: Entering, kept: Counts, packs: bool, narrows: bool) -> Passed:
+    """What a pass has left."""
+    layout = entering.layout
+    real = _rows_left(layout, kept)
+    if narrows:
+        out, kept, real = _narrowed(out, layout, len(kept) > 1)
+    after, rest = _after(layout, kept, real, out)
+    # detached: else checkpointed layers would share a graph through them
+    rope, shift = entering.packed(after) if packs else (_detached(*rest), entering.shift)
+    return out.tensors[0], out.kept, Decision(after, out.index, rope, shift)
 
 
 def _after(layout: Layout, kept: Counts, real: Counts, out: ops.Pruned) -> tuple[Layout, list[Tensor]]:
@@ -183,14 +214,14 @@ def _rows_left(layout: Layout, kept: Counts) -> Counts:
     return tuple(r - c + k for r, c, k in zip(layout.real, layout.counts, kept, strict=True))
 
 
-def _narrowed(out: ops.Pruned, layout: Layout, side: str) -> tuple[ops.Pruned, Counts, Counts]:
+def _narrowed(out: ops.Pruned, layout: Layout, left: bool) -> tuple[ops.Pruned, Counts, Counts]:
     """What a union really keeps, which only the device knows: one host read, and views of what was gathered."""
-    left = tuple(out.count.tolist())
-    kept = tuple(n - r + c for n, r, c in zip(left, layout.real, layout.counts, strict=True))
-    spare, width = out.index.shape[1] - max(left), max(left)
-    rows = slice(None, width) if side == "right" else slice(spare, None)
+    real = tuple(out.count.tolist())
+    kept = tuple(n - r + c for n, r, c in zip(real, layout.real, layout.counts, strict=True))
+    spare, width = out.index.shape[1] - max(real), max(real)
+    rows = slice(spare, None) if left else slice(None, width)
     columns = out.columns[:, : max(kept)].contiguous()
-    if side == "left" and spare:
+    if left and spare:
         columns = torch.where(columns >= 0, columns - spare, -1)
     out = out._replace(
         tensors=[t[:, rows] for t in out.tensors],
@@ -198,4 +229,4 @@ def _narrowed(out: ops.Pruned, layout: Layout, side: str) -> tuple[ops.Pruned, C
         kept=out.kept[:, : max(kept)],
         columns=columns,
     )
-    return out, kept, left
+    return out, kept, real

@@ -75,6 +75,11 @@ class Unpruned:
     text: TextSpan | None = None
     embeds: Tensor | None = None
 
+    @property
+    def facts(self) -> tuple[Any, ...]:
+        """What a policy is shown of it in numbers."""
+        return self.images, self.shares, None if self.text is None else self.text.words
+
     @cached_property
     def grids(self) -> tuple[tuple[Grid, ...], ...]:
         """Those of each sample, whatever image they belong to."""

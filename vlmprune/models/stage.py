@@ -12,13 +12,14 @@ from vlmprune import ops
 from vlmprune.errors import ModelError
 from vlmprune.models.choice import apply, carry_out
 from vlmprune.models.decoder_reads import read_own_attention
-from vlmprune.models.fused import Passes, why_not
+from vlmprune.models.fused import Case, Passed, Passes, why_not
 from vlmprune.models.host.parts import Parts
 from vlmprune.models.layout import Layout, last_rows, moved, text_rows
-from vlmprune.models.prefill import Decision, Entering, Prefill, Rope
+from vlmprune.models.prefill import Entering, Prefill, Rope
 from vlmprune.models.vision_reads import VisionReads
 from vlmprune.policies.answer import check_ranking, check_selection
 from vlmprune.policies.base import (
+    AttentionInputs,
     Positions,
     PruningPolicy,
     Ranking,
@@ -55,33 +56,38 @@ class StageRunner:
 
         ``rope`` has the tables of the unpruned chunk.
         """
-        assert prefill.prompt is not None
+        assert prefill.prompt is not None and prefill.unpruned is not None
         if i in prefill.decisions:
             made = prefill.decisions[i]
             return hidden if made is None else apply(made, hidden)
         entering = prefill.entering(i, hidden, rope)
-        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            context = self._context(prefill, entering)
-            ranking = self._ranking(context) if self.policy.ranks(i) else None
-        path, layout = why_not(ranking, entering, self.policy), entering.layout
-        if path is None and ranking is not None:
-            backend = ops.backend_of("prune_tokens", hidden)
-            path = f"one pass ({backend})"
-            if ranking.keeps_all(layout.counts):
-                short, numbers, made = hidden, None, None
-            else:
-                short, numbers, made = self.passes(ranking, entering, backend)
-        else:
-            short, numbers, made = self._choose(context, entering, ranking)
+        path = f"one pass ({ops.backend_of('prune_tokens', hidden)})"
+        case = Case(entering, self._attention(prefill, entering), prefill.unpruned.facts, path)
+        passed = self.passes.again(case)
+        if passed is None:
+            passed, path = self._asked(prefill, case)
+        short, numbers, made = passed
         if made is not None:
             _check_end(prefill, entering.first)
-        prefill.prompt.record(i, layout, numbers, layout if made is None else made.layout, str(path))
+        layout = entering.layout
+        prefill.prompt.record(i, layout, numbers, layout if made is None else made.layout, path)
         prefill.decisions[i] = made
         return short
 
-    def _choose(
-        self, context: TokenContext, entering: Entering, ranking: Ranking | None
-    ) -> tuple[Tensor, Tensor, Decision | None]:
+    def _asked(self, prefill: Prefill, case: Case) -> tuple[Passed, str]:
+        """Ask the policy, and carry out what it says: the rows that stay, and the path."""
+        i, entering = case.entering.layer, case.entering
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            context = self._context(prefill, entering, case.seen)
+            ranking = self._ranking(context) if self.policy.ranks(i) else None
+        why = f"{type(self.policy).__name__} chooses by itself" if ranking is None else why_not(entering)
+        if why is not None or ranking is None:
+            return self._choose(context, entering, ranking), str(why)
+        if ranking.keeps_all(entering.layout.counts):
+            return (entering.hidden, None, None), case.path
+        return self.passes(ranking, case), case.path
+
+    def _choose(self, context: TokenContext, entering: Entering, ranking: Ranking | None) -> Passed:
         """Ask the policy for its choice, or take that of its ranking, as a pass would; carry it out."""
         with torch.no_grad():
             if ranking is None:
@@ -117,16 +123,24 @@ class StageRunner:
                 f"dimensions and cannot be packed), got 'pack' from {self.policy!r}"
             )
 
-    def _context(self, prefill: Prefill, entering: Entering) -> TokenContext:
+    def _attention(self, prefill: Prefill, entering: Entering) -> AttentionInputs | None:
+        """What the policy scores from, where the rows are: of the layer before, read when it ran, or of the stage's own."""
+        i, needs = entering.layer, prefill.wants.needs[entering.layer]
+        if needs.attention == "own":
+            layer, layout = self.parts.layers[i], entering.layout
+            with torch.no_grad():
+                return read_own_attention(layer, entering.hidden, entering.rope, layout, prefill, needs)
+        seen = prefill.attention.pop(i, None)
+        return None if seen is None else moved(seen, entering.hidden.device)
+
+    def _context(
+        self, prefill: Prefill, entering: Entering, attention: AttentionInputs | None
+    ) -> TokenContext:
         """Everything the policy asked for, and where the visual tokens are; all of it where the rows are."""
         i, layout, hidden, unpruned = entering.layer, entering.layout, entering.hidden, prefill.unpruned
         assert unpruned is not None
         needs, text = prefill.wants.needs[i], unpruned.text
-        attention = prefill.attention.pop(i, None)  # of the layer before, read when it ran
-        if needs.attention == "own":
-            layer = self.parts.layers[i]
-            attention = read_own_attention(layer, hidden, entering.rope, layout, prefill, needs)
-        seen: dict[str, Any] = {} if attention is None else {"attention": attention}
+        seen: dict[str, Any] = {}
         if needs.vision:
             assert prefill.call.visuals is not None
             seen |= self.vision.fields(needs.vision, prefill.call.visuals, [*map(len, unpruned.images)])
@@ -139,6 +153,7 @@ class StageRunner:
         device = hidden.device
         fields = {name: moved(value, device) for name, value in ({"vision": {}} | seen).items()}
         fields["layer"], fields["counts"], fields["ordered"] = i, layout.counts, layout.ordered
+        fields["attention"] = attention
         fields["grids"], fields["sizes"], fields["shares"] = unpruned.grids, unpruned.sizes, unpruned.shares
         fields["device"] = device
         return StageContext(layout, **fields)

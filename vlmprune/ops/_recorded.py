@@ -90,8 +90,8 @@ class RecordedPlan(ABC):
         self._own = [x if name in unread else None for name, x in zip(names, outputs, strict=False)]
 
     @abstractmethod
-    def _pruned(self, gathered: list[Tensor], others: list[Tensor], every: Mapping[str, Any]) -> Pruned:
-        """The outputs of a run on inputs ``every``."""
+    def _pruned(self, gathered: list[Tensor], others: list[Tensor], inputs: list[Tensor]) -> Pruned:
+        """The outputs of a run on these inputs."""
 
     @property
     def nbytes(self) -> int:
@@ -106,45 +106,35 @@ class RecordedPlan(ABC):
         self, every: Mapping[str, Any], tensors: Sequence[Tensor], out: Sequence[Tensor] | None
     ) -> Bound:
         """Launches and outputs of these inputs, once they are checked."""
-        inputs = self._inputs(every, tensors)
-        pointers = None if inputs is None else _pointers(inputs, self._expected)
-        if inputs is None or pointers is None or (out is not None and len(out) != self._n):
+        given = every.keys() == self._names.keys() and len(tensors) == self._n
+        inputs = [*[every[name] for name in self._names], *tensors] if given else []
+        pointers = _pointers(inputs, self._expected)
+        if pointers is None or (out is not None and len(out) != self._n):
             self._explain(every, tensors, out)
         if out is not None and _pointers(out, self._expected_out) is None:
             _refuse(out, self._expected_out)
-        assert inputs is not None and pointers is not None
+        assert pointers is not None
         new = [torch.empty_like(x) for x in (self._like if out is None else self._like[self._n :])]
-        return self._ready(inputs, pointers, [*(out or ()), *new], every)
+        outputs = [*(out or ()), *new]
+        pointers += [x.data_ptr() for x in outputs]
+        launch = self._program.bind([*inputs, *outputs], pointers)
+        return launch, self._pruned(outputs[: self._n], outputs[self._n :], inputs)
 
-    def attempt(self, every: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Pruned | None:
+    def attempt(self, inputs: list[Tensor]) -> Pruned | None:
         """``run`` at the least host time, for who has the numbers of the plan: None where an input is not like its example.
 
-        ``every`` names the inputs as ``Scoring`` and ``Selection`` do. Scores, and ``count`` where no codes make it vary,
-        are memory of the plan, which its next run fills again.
+        The inputs are the tensors of ``Scoring`` (or ``Scored``) and of ``Selection`` in their order, then those to gather.
+        Scores, and ``count`` where no codes make it vary, are memory of the plan, which its next run fills again.
         """
-        inputs = self._inputs(every, tensors)
-        pointers = None if inputs is None else _pointers(inputs, self._expected)
-        if inputs is None or pointers is None:
+        pointers = _pointers(inputs, self._expected)
+        if pointers is None:
             return None
         outputs = [
             torch.empty_like(x) if own is None else own for x, own in zip(self._like, self._own, strict=True)
         ]
-        launch, result = self._ready(inputs, pointers, outputs, every)
-        launch()
-        return result
-
-    def _inputs(self, every: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[Tensor] | None:
-        """The inputs in their order, None where one is missing or too many."""
-        if every.keys() != self._names.keys() or len(tensors) != self._n:
-            return None
-        return [*[every[name] for name in self._names], *tensors]
-
-    def _ready(
-        self, inputs: list[Tensor], pointers: list[int], outputs: list[Tensor], every: Mapping[str, Any]
-    ) -> Bound:
         pointers += [x.data_ptr() for x in outputs]
-        launch = self._program.bind([*inputs, *outputs], pointers)
-        return launch, self._pruned(outputs[: self._n], outputs[self._n :], every)
+        self._program.run([*inputs, *outputs], pointers)
+        return self._pruned(outputs[: self._n], outputs[self._n :], inputs)
 
     def _explain(
         self, every: Mapping[str, Any], tensors: Sequence[Tensor], out: Sequence[Tensor] | None
@@ -169,15 +159,15 @@ def _refuse(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> None:
 
 def _pointers(tensors: Sequence[Tensor], expected: Sequence[_Expected]) -> list[int] | None:
     """Data pointers of tensors that are all what the kernels were compiled for; this loop is most of the host time of ``run``."""
+    if len(tensors) != len(expected):
+        return None
     pointers = []
-    for x, like in zip(tensors, expected, strict=True):
-        _, shape, stride, contiguous, dtype, device, zero_bits = like
-        laid_out = x.is_contiguous() if contiguous else x.stride() == stride
+    for x, (_, shape, stride, contiguous, dtype, device, zero_bits) in zip(tensors, expected, strict=True):
         pointer = x.data_ptr()
         if (
-            not laid_out
+            x.shape != shape
             or pointer & zero_bits
-            or x.shape != shape
+            or not (x.is_contiguous() if contiguous else x.stride() == stride)
             or x.dtype is not dtype
             or x.device != device
         ):

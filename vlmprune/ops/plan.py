@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 from torch import Tensor
 
 from vlmprune.errors import check
 from vlmprune.ops._recorded import RecordedPlan
-from vlmprune.ops.prune_tokens import Pruned, PruneKeywords, ScoredKeywords, checked, checked_scored
+from vlmprune.ops.prune_tokens import Pruned, PruneKeywords, Scored, ScoredKeywords, checked, checked_scored
 from vlmprune.ops.scoring import Scoring, ScoringKeywords
 from vlmprune.ops.selection import Selection
 
@@ -86,7 +86,7 @@ class PrunePlan(RecordedPlan):
         every = _by_name(query=query, key=key, keep=keep, code=code, segments=segments, **scoring)
         return _returning(*self._bind(every, tensors, out))
 
-    def _pruned(self, gathered: list[Tensor], others: list[Tensor], every: Mapping[str, Any]) -> Pruned:
+    def _pruned(self, gathered: list[Tensor], others: list[Tensor], inputs: list[Tensor]) -> Pruned:
         return Pruned(gathered, *others)
 
 
@@ -108,9 +108,9 @@ class ScoredPlan(RecordedPlan):
     OUTPUTS = ("index", "count", "kept", "columns")
 
     def __init__(self, scores: Tensor, tensors: Sequence[Tensor], **how: Unpack[ScoredKeywords]) -> None:
-        tensors, selection, *rest = checked_scored(scores, tensors, **how)
+        tensors, selection, scored = checked_scored(scores, tensors, **how)
         check(scores.shape[0] > 0, "scores", "at least one sample", tuple(scores.shape))
-        fields = dict(zip(_SCORED, rest, strict=True)) | selection._asdict()
+        fields = scored._asdict() | selection._asdict()
         own = ("columns",) if how.get("columns") is None else ()
         super().__init__("prune_scored", fields, tensors, _scored_arguments, own)
 
@@ -129,9 +129,9 @@ class ScoredPlan(RecordedPlan):
         """As ``PrunePlan.bind``; ``named`` takes the keywords of the plan that are tensors."""
         return _returning(*self._bind(_by_name(scores=scores, **named), tensors, out))
 
-    def _pruned(self, gathered: list[Tensor], others: list[Tensor], every: Mapping[str, Any]) -> Pruned:
+    def _pruned(self, gathered: list[Tensor], others: list[Tensor], inputs: list[Tensor]) -> Pruned:
         index, count, kept, columns = others
-        return Pruned(gathered, index, count, every["scores"], kept, columns)
+        return Pruned(gathered, index, count, inputs[0], kept, columns)
 
 
 def _by_name(*, rope: Any = None, **named: Any) -> dict[str, Any]:
@@ -141,15 +141,12 @@ def _by_name(*, rope: Any = None, **named: Any) -> dict[str, Any]:
     return {name: x for name, x in named.items() if x is not None}
 
 
-_SCORED = ("scores", "columns", "key_mask", "length")  # what prune_scored takes besides tensors and Selection
-
-
 def _prune_arguments(tensors: list[Tensor], fields: dict[str, Any]) -> tuple[Any, ...]:
     return tensors, _record(Selection, fields), _record(Scoring, fields)
 
 
 def _scored_arguments(tensors: list[Tensor], fields: dict[str, Any]) -> tuple[Any, ...]:
-    return tensors, _record(Selection, fields), *[fields[name] for name in _SCORED]
+    return tensors, _record(Selection, fields), *_record(Scored, fields)
 
 
 def _record(record: Any, fields: dict[str, Any]) -> Any:

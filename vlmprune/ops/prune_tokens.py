@@ -31,6 +31,19 @@ class ScoredKeywords(SelectionKeywords, TypedDict, total=False):
     length: int | None
 
 
+class Scored(NamedTuple):
+    """Scores that are there already, defaults filled in: what ``Scoring`` is where they are not."""
+
+    scores: Tensor
+    columns: Tensor
+    key_mask: Tensor | None
+    length: int
+
+    def keywords(self) -> dict[str, Any]:
+        """What ``prune_scored`` is called with for this."""
+        return self._asdict()
+
+
 class Pruned(NamedTuple):
     """What survives.
 
@@ -132,8 +145,8 @@ def prune_scored(scores: Tensor, tensors: Sequence[Tensor], **how: Unpack[Scored
         >>> best.index, best.columns
         (tensor([[1, 3]]), tensor([[0, 1]]))
     """
-    tensors, selection, scores, *rest = checked_scored(scores, tensors, **how)
-    out, index, count, kept, places = _prune_scored(tensors, *selection, scores, *rest)
+    tensors, selection, scored = checked_scored(scores, tensors, **how)
+    out, index, count, kept, places = _prune_scored(tensors, *selection, *scored)
     return Pruned(out, index, count, scores, kept, places)
 
 
@@ -159,8 +172,8 @@ def checked_scored(
     key_mask: Tensor | None = None,
     length: int | None = None,
     **select: Unpack[SelectionKeywords],
-) -> tuple[list[Tensor], Selection, Tensor, Tensor, Tensor | None, int]:
-    """Check the arguments of ``prune_scored``: (tensors, selection, scores, columns, key_mask, length)."""
+) -> tuple[list[Tensor], Selection, Scored]:
+    """Check the arguments of ``prune_scored``: (tensors, selection, scored) with defaults filled in."""
     check_tensor("scores", scores, [torch.float32], ("B", "N"), scores)
     B, N = scores.shape
     if length is not None:
@@ -177,7 +190,7 @@ def checked_scored(
     check(length >= N, "columns", f"at most {length} positions", N)
     check_tensor("key_mask", key_mask, [torch.bool], (B, length), scores)
     selection = Selection.checked(scores, B, N, length, **select)
-    return list(tensors), selection, scores, columns, key_mask, length
+    return list(tensors), selection, Scored(scores, columns, key_mask, length)
 
 
 def _positions(tensors: Sequence[Tensor], B: int, device: torch.device, S: int, exact: bool) -> int:

@@ -78,6 +78,12 @@ class Scoring(NamedTuple):
     cu_seqlens_q: Tensor | None = None
     max_seqlen: int | None = None
 
+    def keywords(self) -> dict[str, Any]:
+        """What an op that scores is called with for this, query and key included."""
+        fields = self._asdict()
+        cos, sin = fields.pop("cos"), fields.pop("sin")
+        return fields if cos is None else fields | {"rope": (cos, sin)}
+
     @classmethod
     def checked(cls, query: Tensor, key: Tensor, **given: Unpack[ScoringKeywords]) -> Scoring:
         """Check the arguments of a call, all but the entries of tensors (``check_values``)."""

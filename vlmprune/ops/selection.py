@@ -39,6 +39,18 @@ class Selection(NamedTuple):
     newest: bool = False
     left: bool = False
 
+    def keywords(self) -> SelectionKeywords:
+        """What an op that selects is called with for this."""
+        return {
+            "keep": self.keep if self.quota is None else self.quota,
+            "width": self.width,
+            "most": self.most,
+            "code": self.code,
+            "segments": self.segments,
+            "newest": self.newest,
+            "padding": "left" if self.left else "right",
+        }
+
     @classmethod
     def checked(
         cls,

@@ -128,9 +128,15 @@ def spent(
 
 
 def ranked(
-    ctx: TokenContext, policy: PruningPolicy, scores: Tensor | Rating, positions: Positions = "keep"
+    ctx: TokenContext,
+    policy: PruningPolicy,
+    scores: Tensor | Rating,
+    positions: Positions = "keep",
+    static: bool = False,
 ) -> Ranking:
     """The best by the policy's counts from every prompt or, where it spends by image, from every image of it.
+
+    ``static`` is the ranking's: True if no tensor has been looked at for ``scores``, and none made.
 
     Raises:
         InputError: by image, where images are not whole: after an earlier stage, or in prefill by chunks.
@@ -142,10 +148,10 @@ def ranked(
         [tensor([3, 7]), tensor([6, 7])]
     """
     if policy.spend == "prompt":
-        return Ranking(scores, tuple(quotas(ctx, policy)), positions=positions)
+        return Ranking(scores, tuple(quotas(ctx, policy)), positions=positions, static=static)
     images = _whole_images(ctx)
     keep = tuple(tuple(policy.kept(tokens, 1, ctx.layer) for tokens in own) for own in images)
-    return Ranking(scores, keep, images, positions=positions)
+    return Ranking(scores, keep, images, positions=positions, static=static)
 
 
 def _whole_images(ctx: TokenContext) -> tuple[tuple[int, ...], ...]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
+from vlmprune.ops.selection import Selection
 from vlmprune.policies.inputs import Rating
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class Ranking:
             all compete.
         extra: how many tokens of each sample can stay beyond ``keep`` because of their code, at most; None = none.
         positions: "keep" their rotary positions, or "pack" all rows to 0, 1, 2, ... without gaps.
+        static: whether all of this is the same for prompts of the same counts, grids and shapes, but for the attention that a
+            ``Rating`` reads: such a prompt is then pruned without asking the policy again.
     """
 
     scores: Tensor | Rating
@@ -73,6 +76,7 @@ class Ranking:
     code: Tensor | None = None
     extra: Counts | None = None
     positions: Positions = "keep"
+    static: bool = False
 
     @property
     def least(self) -> Counts:
@@ -91,19 +95,27 @@ class Ranking:
         drops = self.code is not None and self.extra is None
         return self.positions == "keep" and self.least == counts and not drops
 
-    def keywords(self, most: Counts, device: torch.device) -> dict[str, Any]:
-        """``keep``, ``segments``, ``most`` and ``code`` for the ops; ``most`` is how many can stay of each sample."""
-        how: dict[str, Any] = {"most": max(most, default=0)}
-        if self.code is not None:
-            how["code"] = self.code
-        keep = self.keep
-        if self.images is not None and any(len(sizes) > 1 for sizes in self.images):
-            how["segments"] = whole_numbers(self.images, device)
-        elif self.images is not None:
+    def selection(
+        self, most: Counts, device: torch.device, width: int, newest: bool = False, left: bool = False
+    ) -> Selection:
+        """How ``ops.prune_tokens`` chooses.
+
+        Args:
+            most: how many can stay of each sample.
+            device: where the lists go that it takes.
+            width: rows of what it returns.
+            newest: whether the newest token, if it is visual, comes before all others.
+            left: whether shorter samples are padded on the left.
+        """
+        keep, images, quota, segments = self.keep, self.images, None, None
+        if images is not None and any(len(sizes) > 1 for sizes in images):
+            quota, segments = whole_numbers(keep, device), whole_numbers(images, device)
+        else:
             keep = self.least
-        one = "segments" not in how and keep and keep.count(keep[0]) == len(keep)
-        how["keep"] = keep[0] if one else whole_numbers(keep, device)
-        return how
+            if not keep or keep.count(keep[0]) < len(keep):
+                quota = whole_numbers(keep, device)
+        each = keep[0] if quota is None else 0
+        return Selection(each, width, max(most, default=0), quota, self.code, segments, newest, left)  # type: ignore[arg-type]
 
     def scored(self) -> Tensor:
         """The scores ``[B, N]`` float32."""
@@ -117,5 +129,6 @@ class Ranking:
         """Numbers ``[B, K]`` of the tokens that stay, ascending, -1 on the right; with ``extra`` one host read."""
         counts, scores = ctx.counts, self.scored()
         mask = None if all(n == scores.shape[1] for n in counts) else ctx.mask
-        out = ops.prune_scored(scores, [], key_mask=mask, **self.keywords(self.most(counts), scores.device))
+        how = self.selection(self.most(counts), scores.device, scores.shape[1])
+        out = ops.prune_scored(scores, [], key_mask=mask, **how.keywords())
         return out.kept if self.extra is None else out.kept[:, : int(out.count.max())]

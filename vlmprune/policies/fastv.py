@@ -43,4 +43,4 @@ class FastV(PruningPolicy):
 
     def rank(self, ctx: TokenContext) -> Ranking:
         seen = attention_of(ctx)
-        return ranked(ctx, self, seen.rating(seen.last if self.rows == "last" else seen.rows))
+        return ranked(ctx, self, seen.rating(seen.last if self.rows == "last" else seen.rows), static=True)

@@ -48,9 +48,9 @@ class Feather(PruningPolicy):
         seen = attention_of(ctx).chunk()
         rating = seen.rating(seen.last, normalize="columns", unrotated=True)
         if ctx.layer != self.layers[0]:
-            return ranked(ctx, self, rating)
+            return ranked(ctx, self, rating, static=True)
         grid, sizes = stride_code(ctx, self.stride)
-        return Ranking(rating, tuple(quotas(ctx, self.keep)), code=grid, extra=sizes)
+        return Ranking(rating, tuple(quotas(ctx, self.keep)), code=grid, extra=sizes, static=ctx.whole)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         """Exact at the second stage; at the first what is expected of a union with the grid of whole, square images."""

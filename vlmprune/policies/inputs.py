@@ -12,7 +12,7 @@ from torch import distributed as dist
 from vlmprune import ops
 from vlmprune.errors import check, require
 from vlmprune.ops.reference import join_heads
-from vlmprune.ops.scoring import ReductionKeywords, ScoringKeywords
+from vlmprune.ops.scoring import ReductionKeywords, Scoring
 
 Grid = tuple[int, int]
 """Rows and columns of visual tokens: those of one image, of a video's frame, or of an image's small view or tiles."""
@@ -100,16 +100,20 @@ class AttentionInputs:
                 ``ops.received_attention``.
         """
         rotated_shares = reduction.get("normalize", "row") == "row" and not unrotated
-        keywords: ScoringKeywords = {
-            "rows": self.rows if rows is None else rows,
-            "columns": self.columns,
-            "key_mask": self.key_mask,
-            "lse": self.lse if rotated_shares else None,
-            "scale": self.scale,
-            "rope": self.rope if unrotated else None,
-            **reduction,  # type: ignore[typeddict-item]
-        }
-        return Rating(self, keywords)
+        cos, sin = self.rope if unrotated else (None, None)
+        scoring = Scoring(
+            self.query,
+            self.key,
+            self.rows if rows is None else rows,
+            self.columns,
+            self.scale,
+            self.key_mask,
+            lse=self.lse if rotated_shares else None,
+            cos=cos,
+            sin=sin,
+            **reduction,
+        )
+        return Rating(scoring, self)
 
     def received(
         self, rows: Tensor | None = None, *, unrotated: bool = False, **reduction: Unpack[ReductionKeywords]
@@ -157,21 +161,20 @@ class AttentionInputs:
 
 
 class Rating(NamedTuple):
-    """Which attention rates the visual columns: ``ops.received_attention(seen.query, seen.key, **keywords)`` of all ranks."""
+    """Which attention rates the visual columns: ``ops.received_attention`` of this ``scoring``, over the heads of all ranks."""
 
+    scoring: Scoring
     seen: AttentionInputs
-    keywords: ScoringKeywords
 
     def scores(self) -> Tensor:
         """``[B, N]`` float32, or ``[B, H, N]`` for head_reduce "none"."""
-        query, key, top, how = self.seen.query, self.seen.key, self.keywords.get("top_heads"), self.keywords
-        reduce = how.get("head_reduce", "mean")
+        how, top, reduce = self.scoring.keywords(), self.scoring.top_heads, self.scoring.head_reduce
         if self.seen.group is None or top is None or reduce == "none":
-            return self.seen.across_ranks(ops.received_attention(query, key, **how), reduce)
+            return self.seen.across_ranks(ops.received_attention(**how), reduce)
         # The best heads of all ranks: which they are is not known until all are together.
         check(isinstance(top, int) and top >= 1, "top_heads", "a whole number >= 1", repr(top))
-        how = {**how, "head_reduce": "none", "top_heads": None}
-        per_head = self.seen.across_ranks(ops.received_attention(query, key, **how), "none")
+        how |= {"head_reduce": "none", "top_heads": None}
+        per_head = self.seen.across_ranks(ops.received_attention(**how), "none")
         return join_heads(per_head, reduce, top)
 
 

@@ -65,7 +65,7 @@ class PyramidDrop(PruningPolicy):
 
     def rank(self, ctx: TokenContext) -> Ranking:
         seen = attention_of(ctx)
-        return Ranking(seen.rating(seen.last), self._kept(ctx), positions=self.positions)
+        return Ranking(seen.rating(seen.last), self._kept(ctx), positions=self.positions, static=True)
 
     def _kept(self, ctx: TokenContext) -> tuple[int, ...]:
         if not isinstance(self.ratio, tuple):

@@ -66,8 +66,8 @@ class Uniform(PruningPolicy):
             return self._grid(ctx)
         counts = tuple(quotas(ctx, self))
         if self.order == "raster":
-            return Ranking(spaced(ctx.counts, counts, ctx.device), counts)
-        return Ranking(lattice_scores(ctx, counts), counts)
+            return Ranking(spaced(ctx.counts, counts, ctx.device), counts, static=True)
+        return Ranking(lattice_scores(ctx, counts), counts, static=ctx.whole)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         """Exact, but for ``stride``: then the grid of whole, square images."""

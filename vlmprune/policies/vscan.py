@@ -99,7 +99,7 @@ class VScan(PruningPolicy):
 
     def rank(self, ctx: TokenContext) -> Ranking:
         seen = attention_of(ctx)
-        return ranked(ctx, self, seen.rating(seen.last), positions=self.positions)
+        return ranked(ctx, self, seen.rating(seen.last), self.positions, static=True)
 
     def at(self, share: float) -> Self:
         return replace(self, keep=share_of(share), then=share_of(share))

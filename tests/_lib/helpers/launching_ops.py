@@ -103,6 +103,10 @@ class _Program:
 
         return run
 
+    def run(self, tensors: Sequence[Tensor], pointers: Sequence[int]) -> None:
+        """As the program."""
+        self.bind(tensors, pointers)()
+
 
 def _exchanged(values: Any, places: dict[int, Tensor]) -> Any:
     """``values`` with other tensors in the places of some of theirs."""
