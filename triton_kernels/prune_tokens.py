@@ -6,7 +6,7 @@ are given.
 
 import torch
 
-from vlmprune.triton_kernels._device import as_bytes, longest
+from vlmprune.triton_kernels._device import longest
 from vlmprune.triton_kernels._launch import Program, recording
 from vlmprune.triton_kernels._rows import layout
 from vlmprune.triton_kernels.gather_tokens import gather_tokens
@@ -16,9 +16,13 @@ from vlmprune.triton_kernels.select_columns import Choice, select_columns
 
 def prune_tokens(tensors, selection, s):
     """(gathered tensors, index, count, scores, kept, columns, cu_seqlens_out or None) of arguments that were checked."""
-    B, S, packed = len(s.columns), longest(s), s.cu_seqlens is not None
-    rows = layout(tensors[0])[2] if tensors and not packed else S
-    choice = Choice.of(selection, s.columns, S, rows, s.cu_seqlens)
+    B, packed = len(s.columns), s.cu_seqlens is not None
+    columns, mask, positions = s.columns, s.key_mask, longest(s)
+    rows = layout(tensors[0])[2] if tensors and not packed else positions
+    if selection.at is not None:
+        columns, mask = selection.at, selection.at_mask
+        positions = rows = rows if tensors else mask.shape[1]
+    choice = Choice.of(selection, columns, mask, positions, rows, s.cu_seqlens)
     if B > 0:
         scores = score(s, choice)
     else:
@@ -30,10 +34,9 @@ def prune_tokens(tensors, selection, s):
 
 def prune_scored(tensors, selection, scores, columns, key_mask, length):
     """(gathered tensors, index, count, kept, columns) of arguments that were checked."""
-    choice = Choice.of(selection, columns, length, length)
+    choice = Choice.of(selection, columns, key_mask, length, length)
     if len(columns):
-        lists = (scores.contiguous(), columns.contiguous(), as_bytes(key_mask))
-        select_columns(*lists, length, choice)
+        select_columns(scores.contiguous(), choice)
     return gather_tokens(tensors, choice.index), choice.index, choice.count, choice.kept, choice.places
 
 

@@ -28,7 +28,7 @@ MANY = 4096  # from more than these twice as many do
 @triton.jit(
     do_not_specialize=[
         *("R", "N", "Sq", "S", "max_seqlen", "lse_stride_b", "lse_stride_h", "lse_stride_r"),
-        *("keep", "segments", "first", "width", "most"),
+        *("positions", "keep", "segments", "first", "width", "most"),
     ]
 )
 def _score_select_kernel(
@@ -59,7 +59,9 @@ def _score_select_kernel(
     query_strides,  # batch, head, position
     key_strides,
     rope_strides,  # batch, position
-    quota_ptr,  # from here on a Choice; all None where index_ptr is, and nothing is selected
+    places_in_ptr,  # from here on a Choice; all None where index_ptr is, and nothing is selected
+    mask_ptr,
+    quota_ptr,
     code_ptr,
     segments_ptr,
     keys_ptr,
@@ -69,6 +71,7 @@ def _score_select_kernel(
     kept_ptr,
     places_ptr,
     ends_ptr,
+    positions,
     keep,
     segments,
     first,
@@ -148,12 +151,16 @@ def _score_select_kernel(
             if index_ptr is not None:
                 if code_ptr is not None:
                     code_ptr += b * N
+                if mask_ptr is not None:
+                    mask_ptr += b * positions
+                # of a packed batch each sample has positions of its own number
+                count = length if cu_seqlens_ptr is not None else tl.zeros((), tl.int32) + positions
                 choose_survivors(
-                    (scores_ptr, columns_ptr + b * N, code_ptr, key_mask_ptr, N, length, first),
+                    (scores_ptr, places_in_ptr + b * N, code_ptr, mask_ptr, N, count, first),
                     (quota_ptr, segments_ptr, keep, segments),
                     (keys_ptr, place_ptr),
                     (index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr),
-                    (start_k, max_seqlen, width, most),
+                    (start_k, positions, width, most),
                     b,
                     tl.num_programs(2) - 1,
                     NEWEST,

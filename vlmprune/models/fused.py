@@ -100,8 +100,10 @@ class Passes:
         selection = ranking.selection(kept, entering.hidden.device, width, True, left)
         rating, tensors = ranking.scores, _shortened(entering, packs)
         how: Scoring | Scored
-        if isinstance(rating, Rating) and rating.seen.group is None:
+        if isinstance(rating, Rating) and rating.group is None:
             how = rating.scoring
+            if rating.apart:
+                selection = selection._replace(at=layout.visual, at_mask=layout.valid)
         else:  # of all ranks, where several share the heads
             how = Scored(ranking.scored(), layout.visual, layout.valid, layout.length)
         if _learns(entering):  # plans have no gradients

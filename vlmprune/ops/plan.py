@@ -66,6 +66,8 @@ class PrunePlan(RecordedPlan):
         keep: Tensor | None = None,
         code: Tensor | None = None,
         segments: Tensor | None = None,
+        at: Tensor | None = None,
+        at_mask: Tensor | None = None,
         out: Sequence[Tensor] | None = None,
         **scoring: Unpack[ScoringKeywords],
     ) -> Callable[[], Pruned]:
@@ -83,7 +85,8 @@ class PrunePlan(RecordedPlan):
         Raises:
             InputError: a tensor differs from its example, or one more or one fewer is given.
         """
-        every = _by_name(query=query, key=key, keep=keep, code=code, segments=segments, **scoring)
+        selection = dict(keep=keep, code=code, segments=segments, at=at, at_mask=at_mask)
+        every = _by_name(query=query, key=key, **selection, **scoring)
         return _returning(*self._bind(every, tensors, out))
 
     def _pruned(self, gathered: list[Tensor], others: list[Tensor], inputs: list[Tensor]) -> Pruned:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from vlmprune.errors import check
 from vlmprune.ops import reference_prune
-from vlmprune.ops._checks import check_choice, check_count, check_tensor, check_tensors, seq_len
+from vlmprune.ops._checks import (
+    check_choice,
+    check_count,
+    check_range,
+    check_tensor,
+    check_tensors,
+    seq_len,
+)
 from vlmprune.ops._operator import operator
 from vlmprune.ops.gather_tokens import empty_outputs, save_rows, scatter_grads
 from vlmprune.ops.scoring import Scoring, ScoringKeywords
@@ -21,6 +28,9 @@ HEAD_REDUCES = ("mean", "max", "sum")
 
 class PruneKeywords(SelectionKeywords, ScoringKeywords):
     """How to score and how to select."""
+
+    at: Tensor | None
+    at_mask: Tensor | None
 
 
 class ScoredKeywords(SelectionKeywords, TypedDict, total=False):
@@ -103,6 +113,10 @@ def prune_tokens(
             positions are cut (padded on the left: the first ones), and ``count`` tells.
         most: K, how many columns are listed. None (default) = ``keep`` where that is exact, else N.
         padding: the side on which shorter samples are padded: "right" (default), or "left" (not with a packed batch).
+        at: ``[B, N]`` int64, where the columns stand in the tensors if ``key`` is of other positions, those of a vision tower:
+            ascending, -1 = padding on the right. None (default) = the same positions. Not with a packed batch.
+        at_mask: with ``at``, ``[B, positions]`` bool, False = a position of the tensors that is padding, and goes; None
+            (default) = none is. ``key_mask`` is then of scoring alone.
 
     Returns:
         ``Pruned(tensors, index, count, scores, kept, columns, cu_seqlens)``.
@@ -155,12 +169,17 @@ def checked(
 ) -> tuple[list[Tensor], Selection, Scoring]:
     """Check the arguments of ``prune_tokens``: (tensors, selection, scoring) with defaults filled in."""
     check_choice("head_reduce", how.get("head_reduce", "mean"), HEAD_REDUCES)
+    at, at_mask = how.pop("at", None), how.pop("at_mask", None)
     select: Any = {name: how[name] for name in SelectionKeywords.__annotations__ if name in how}  # type: ignore[literal-required]
     score: Any = {name: x for name, x in how.items() if name not in select}
     s = Scoring.checked(query, key, **score)
     (B, N), S, packed = s.columns.shape, key.shape[2], s.cu_seqlens is not None
-    rows = _positions(tensors, key.shape[0], key.device, S, exact=packed)
     check(N <= S, "columns", f"at most the {S} positions of key", N)
+    if at is not None or at_mask is not None:
+        S = rows = _elsewhere(tensors, s, at, at_mask)
+    else:
+        rows = _positions(tensors, key.shape[0], key.device, S, exact=packed)
+    select |= {"at": at, "at_mask": at_mask}
     return list(tensors), Selection.checked(query, B, N, rows, packed, rows < S, **select), s
 
 
@@ -203,10 +222,28 @@ def _positions(tensors: Sequence[Tensor], B: int, device: torch.device, S: int, 
     return rows
 
 
+def _elsewhere(tensors: Sequence[Tensor], s: Scoring, at: Tensor | None, at_mask: Tensor | None) -> int:
+    """How many positions the tensors have, where the columns stand ``at`` others than those of key."""
+    B, device = s.columns.shape[0], s.columns.device
+    check(at is not None, "at", "positions with at_mask", "None")
+    check(s.cu_seqlens is None, "at", "None with cu_seqlens", "a tensor")
+    check_tensor("at", at, [torch.int64], s.columns.shape, s.columns)
+    check_tensor("at_mask", at_mask, [torch.bool], (B, "positions"), s.columns)
+    check(bool(tensors) or at_mask is not None, "tensors", "one at least, or at_mask", "none")
+    rows = seq_len(tensors[0]) if at_mask is None else at_mask.shape[1]
+    _positions(tensors, B, device, rows, exact=True)
+    N = s.columns.shape[1]
+    check(rows >= N, "at", f"at most {rows} positions", N)
+    return rows
+
+
 def _call(
     run: Callable[..., Any], tensors: list[Tensor], selection: Selection, scoring: Scoring
 ) -> tuple[Any, ...]:
     selection.check_values(scoring.columns)
+    if selection.at is not None and selection.at.device.type == "cpu":
+        rows = seq_len(tensors[0]) if selection.at_mask is None else selection.at_mask.shape[1]
+        check_range("at", selection.at, torch.zeros(1, 1), torch.full((1, 1), rows))
     *out, ends = run(tensors, selection, scoring)
     return (*out, scoring.rows.new_empty(0) if ends is None else ends)  # an op cannot return None
 

@@ -95,7 +95,11 @@ def prune_tokens(
     scores, rows = received_attention(s), S
     if cu_seqlens is None:
         rows = seq_len(tensors[0]) if tensors else S
-        index, count, kept, columns = survivors(scores, s.columns, s.key_mask, S, rows, selection)
+        columns, mask = s.columns, s.key_mask
+        if selection.at is not None:
+            columns, mask = selection.at, selection.at_mask
+            S = rows = rows if tensors else mask.shape[1]
+        index, count, kept, columns = survivors(scores, columns, mask, S, rows, selection)
         return gather_tokens(tensors, index), index, count, scores, kept, columns, None
     width = selection.width
     whole = selection._replace(width=S)

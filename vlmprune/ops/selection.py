@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Required, TypedDict
+from typing import Any, Literal, NamedTuple, Required, TypedDict
 
 import torch
 from torch import Tensor
@@ -38,8 +38,10 @@ class Selection(NamedTuple):
     segments: Tensor | None = None
     newest: bool = False
     left: bool = False
+    at: Tensor | None = None
+    at_mask: Tensor | None = None
 
-    def keywords(self) -> SelectionKeywords:
+    def keywords(self) -> dict[str, Any]:
         """What an op that selects is called with for this."""
         return {
             "keep": self.keep if self.quota is None else self.quota,
@@ -49,6 +51,7 @@ class Selection(NamedTuple):
             "segments": self.segments,
             "newest": self.newest,
             "padding": "left" if self.left else "right",
+            **({} if self.at is None else {"at": self.at, "at_mask": self.at_mask}),
         }
 
     @classmethod
@@ -68,6 +71,8 @@ class Selection(NamedTuple):
         segments: Tensor | None = None,
         newest: bool = False,
         padding: str = "right",
+        at: Tensor | None = None,
+        at_mask: Tensor | None = None,
     ) -> Selection:
         """Check the keywords for ``N`` columns of ``B`` samples, all but the entries of tensors (``check_values``).
 
@@ -97,16 +102,18 @@ class Selection(NamedTuple):
         if most is None:
             most = keep if plain else N  # type: ignore[assignment]
         cap, quota = (0, keep) if isinstance(keep, Tensor) else (keep, None)
-        return cls(cap, width, most, quota, code, segments, newest, padding == "left")  # type: ignore[arg-type]
+        left = padding == "left"
+        return cls(cap, width, most, quota, code, segments, newest, left, at, at_mask)  # type: ignore[arg-type]
 
     def check_values(self, columns: Tensor) -> None:
         """Codes and segments of CPU tensors are what they may be, and columns ascend. Looking would wait for a GPU."""
         if columns.device.type != "cpu":
             return
-        real = columns >= 0
-        rises = (columns[:, 1:] > columns[:, :-1]) | ~real[:, 1:]
+        name, places = ("columns", columns) if self.at is None else ("at", self.at)
+        real = places >= 0
+        rises = (places[:, 1:] > places[:, :-1]) | ~real[:, 1:]
         fits = bool((rises & (real[:, :-1] | ~real[:, 1:])).all())
-        check(fits, "columns", "positions that ascend, then -1 only", "others")
+        check(fits, name, "positions that ascend, then -1 only", "others")
         if self.code is not None:
             check(bool(((self.code >= 0) & (self.code < CODES)).all()), "code", "0, 1, 2 or 3", "others")
         if self.segments is not None:

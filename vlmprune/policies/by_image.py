@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmprune import ops
-from vlmprune.constants import counting
 from vlmprune.errors import check, require
 from vlmprune.policies.base import Positions, PruningPolicy, Ranking, TokenContext, VisionAttention
 from vlmprune.policies.choose import padding, quotas
@@ -174,25 +172,7 @@ def patch_attention(seen: VisionAttention) -> Tensor:
 
     From CLS, or the mean over all rows without one.
     """
-    images, _, places, _ = seen.key.shape
-    rows = columns = every = counting(images, places, seen.key.device)
-    if seen.cls:
-        rows = counting(images, 1, seen.key.device)
-        columns = counting(images, places - 1, seen.key.device, 1)
-    if seen.mask is not None:
-        patches = seen.mask.shape[1]
-        rows = torch.where(seen.mask, every, patches).sort(dim=1).values
-        rows = rows.masked_fill(rows == patches, -1)
-    received = ops.received_attention(
-        seen.query,
-        seen.key,
-        rows=rows,
-        columns=columns,
-        key_mask=seen.mask,
-        causal=False,
-        scale=seen.scale,
-    )
-    return seen.per_token(received)
+    return seen.per_token(seen.rating().scores())
 
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:

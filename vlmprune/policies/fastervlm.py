@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import images_of, patch_attention, ranked, vision_of
 from vlmprune.policies.checks import check_keep, check_whole, check_word
+from vlmprune.policies.inputs import Rating
 
 
 @dataclass(frozen=True)
@@ -46,5 +49,12 @@ class FasterVLM(PruningPolicy):
         images = images_of(ctx)
         if not images.tokens:
             return Ranking(ctx.mask.float(), ctx.counts)
-        scores = patch_attention(vision_of(ctx, self.vision_layer, images))
-        return ranked(ctx, self, images.join(scores), positions=self.positions)
+        seen = vision_of(ctx, self.vision_layer, images)
+        scores: Tensor | Rating
+        if seen.side == 1 and images.samples == (
+            *range(images.batch),
+        ):  # every sample is one crop, patch for token
+            scores = seen.rating()
+        else:
+            scores = images.join(patch_attention(seen))
+        return ranked(ctx, self, scores, self.positions)

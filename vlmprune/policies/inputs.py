@@ -10,6 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from vlmprune import ops
+from vlmprune.constants import counting
 from vlmprune.errors import check, require
 from vlmprune.ops.reference import join_heads
 from vlmprune.ops.scoring import ReductionKeywords, Scoring
@@ -113,7 +114,7 @@ class AttentionInputs:
             sin=sin,
             **reduction,
         )
-        return Rating(scoring, self)
+        return Rating(scoring, self.group)
 
     def received(
         self, rows: Tensor | None = None, *, unrotated: bool = False, **reduction: Unpack[ReductionKeywords]
@@ -130,17 +131,7 @@ class AttentionInputs:
 
     def across_ranks(self, x: Tensor, head_reduce: str) -> Tensor:
         """Join what each rank made of its own heads, ``[B, ...]``, or ``[B, H, ...]`` for head_reduce "none"."""
-        if self.group is None:
-            return x
-        if head_reduce == "none":
-            parts = [torch.empty_like(x) for _ in range(self.group.size())]
-            dist.all_gather(parts, x.contiguous(), group=self.group)
-            return torch.cat(parts, dim=1)
-        x = x.contiguous()
-        dist.all_reduce(
-            x, op=dist.ReduceOp.MAX if head_reduce == "max" else dist.ReduceOp.SUM, group=self.group
-        )
-        return x / self.group.size() if head_reduce == "mean" else x
+        return _joined(x, head_reduce, self.group)
 
     def chunk(self) -> AttentionInputs:
         """The same without the cached past: keys, masks and positions of this prompt chunk only."""
@@ -160,22 +151,41 @@ class AttentionInputs:
         )
 
 
+def _joined(x: Tensor, head_reduce: str, group: Any) -> Tensor:
+    """What each rank of a group (None = there is one) made of its own heads."""
+    if group is None:
+        return x
+    if head_reduce == "none":
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts, dim=1)
+    x = x.contiguous()
+    dist.all_reduce(x, op=dist.ReduceOp.MAX if head_reduce == "max" else dist.ReduceOp.SUM, group=group)
+    return x / group.size() if head_reduce == "mean" else x
+
+
 class Rating(NamedTuple):
-    """Which attention rates the visual columns: ``ops.received_attention`` of this ``scoring``, over the heads of all ranks."""
+    """Which attention rates the visual tokens: ``ops.received_attention`` of this scoring.
+
+    Attributes:
+        scoring: one column for each token.
+        group: whose ranks hold equal shares of the heads; None = all are here.
+        apart: whether query and key are not of the decoder's rows but of others, such as a vision tower's patches.
+    """
 
     scoring: Scoring
-    seen: AttentionInputs
+    group: Any = None
+    apart: bool = False
 
     def scores(self) -> Tensor:
         """``[B, N]`` float32, or ``[B, H, N]`` for head_reduce "none"."""
         how, top, reduce = self.scoring.keywords(), self.scoring.top_heads, self.scoring.head_reduce
-        if self.seen.group is None or top is None or reduce == "none":
-            return self.seen.across_ranks(ops.received_attention(**how), reduce)
+        if self.group is None or top is None or reduce == "none":
+            return _joined(ops.received_attention(**how), reduce, self.group)
         # The best heads of all ranks: which they are is not known until all are together.
         check(isinstance(top, int) and top >= 1, "top_heads", "a whole number >= 1", repr(top))
         how |= {"head_reduce": "none", "top_heads": None}
-        per_head = self.seen.across_ranks(ops.received_attention(**how), "none")
-        return join_heads(per_head, reduce, top)
+        return join_heads(_joined(ops.received_attention(**how), "none", self.group), reduce, top)
 
 
 @dataclass(frozen=True)
@@ -198,6 +208,20 @@ class VisionAttention:
     grid: Grid | None = None
     side: int = 1
     mask: Tensor | None = None
+
+    def rating(self) -> Rating:
+        """The attention that patches receive, one column each: from CLS, or without one the mean over all rows."""
+        images, _, places, _ = self.key.shape
+        rows = columns = every = counting(images, places, self.key.device)
+        if self.cls:
+            rows = counting(images, 1, self.key.device)
+            columns = counting(images, places - 1, self.key.device, 1)
+        if self.mask is not None:
+            patches = self.mask.shape[1]
+            rows = torch.where(self.mask, every, patches).sort(dim=1).values
+            rows = rows.masked_fill(rows == patches, -1)
+        scoring = Scoring(self.query, self.key, rows, columns, self.scale, key_mask=self.mask, causal=False)
+        return Rating(scoring, apart=True)
 
     def per_token(self, patches: Tensor) -> Tensor:
         """Mean over each visual token's block: ``[I, P, ...]`` to ``[I, P / side^2, ...]``."""
