@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import vlmprune
 from helpers.tiny import IMAGE, TOLERANCE, dropped_from, generate, make_batch, make_model, oracle
 from vlmprune import ops
-from vlmprune.models import fused
+from vlmprune.models import plans as kept_plans
 from vlmprune.models.host.parts import find_parts
 from vlmprune.models.scope import find_engine
 from vlmprune.policies import PruningPolicy, Ranking, TokenContext, attention_of, quotas
@@ -198,7 +198,7 @@ def test_a_plan_is_made_once_and_forgotten_in_time(model, monkeypatch):
     made, policy = [], vlmprune.Uniform(layer=2, keep=3)
     build = ops.ScoredPlan.__init__
     monkeypatch.setattr(ops.ScoredPlan, "__init__", lambda *a, **k: (made.append(1), build(*a, **k))[1])
-    monkeypatch.setattr(fused, "PLANS", 2)
+    monkeypatch.setattr(kept_plans, "PLANS", 2)
     batches = [make_batch([[n, "I", 7]]) for n in (2, 3, 4)]
     with torch.no_grad(), ops.use_backend("triton"), vlmprune.prune(model, policy):
         for batch in batches[:2]:
@@ -219,16 +219,16 @@ def test_the_workspaces_of_plans_are_bounded(model, monkeypatch):
         ops.use_backend("triton"),
         vlmprune.prune(model, vlmprune.FastV(layer=2, rows="mean")),
     ):
-        passes = find_engine(find_parts(model)).stage.passes
+        plans = find_engine(find_parts(model)).stage.passes.plans
         for text in (7, 8, 9):
             for _ in range(2):
                 model(**make_batch([[4, "I", text]]))
-        plans = [known.plan for known in passes._plans.values() if known.plan is not None]
-        assert len(plans) == 3 and all(plan.nbytes > 0 for plan in plans)
-        monkeypatch.setattr(fused, "WORKSPACE", plans[0].nbytes + plans[1].nbytes)
+        made = [known.plan for known in plans.known.values() if known.plan is not None]
+        assert len(made) == 3 and all(plan.nbytes > 0 for plan in made)
+        monkeypatch.setattr(kept_plans, "WORKSPACE", made[0].nbytes + made[1].nbytes)
         for _ in range(2):
             model(**make_batch([[4, "I", 10]]))
-        assert passes._bytes() <= fused.WORKSPACE and passes._plans
+        assert plans.nbytes() <= kept_plans.WORKSPACE and plans.known
 
 
 def test_what_a_run_returned_is_not_overwritten(model):

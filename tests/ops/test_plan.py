@@ -128,21 +128,24 @@ def test_gathered_tensors_go_where_they_are_wanted(device):
     assert_same(out, expected(other, keep=3))
 
 
+def inputs_of(call):
+    return [call["query"], call["key"], call["rows"], call["columns"], *call["tensors"]]
+
+
 def test_an_attempt_is_a_run_or_none(device):
     call, other = stage(device), stage(device, seed=1)
-    tensors = call.pop("tensors")
-    plan, truth = planned(call | {"tensors": tensors}, keep=3), expected(call | {"tensors": tensors}, keep=3)
-    out = plan.attempt(call, tensors)
+    plan, truth = planned(call, keep=3), expected(call, keep=3)
+    out = plan.attempt(inputs_of(call))
     assert_same(out, truth)
     mine = [*out.tensors, out.index, out.kept, out.columns]
     before = [x.clone() for x in mine]
-    again = plan.attempt(other, other.pop("tensors"))
+    again = plan.attempt(inputs_of(other))
     assert all(map(torch.equal, mine, before)) and again.scores is out.scores and again.count is out.count
     strided = torch.stack([call["key"], call["key"]], -1)[..., 0]
-    for x in (strided, call["key"].double()):
-        assert plan.attempt(call | {"key": x}, tensors) is None
-    assert plan.attempt(call, tensors[1:]) is None
-    assert plan.attempt(call | {"key_mask": tensors[0]}, tensors) is None
+    for x in (strided, call["key"].double(), call["key"][:, :, :-1]):
+        assert plan.attempt(inputs_of(call | {"key": x})) is None
+    assert plan.attempt(inputs_of(call)[:-1]) is None
+    assert plan.attempt([*inputs_of(call), call["key"]]) is None
 
 
 def test_threads_share_a_plan(device):

@@ -17,6 +17,7 @@ from vlmprune.policies import (
     Needs,
     PruningPolicy,
     Random,
+    Ranking,
     Reduction,
     VisionZip,
     quotas,
@@ -336,3 +337,42 @@ def test_unknown_name():
         AttributeError, match=r"^module 'vlmprune\.testing' has no attribute 'check_everything'$"
     ):
         testing.check_everything  # noqa: B018
+
+
+@dataclass(frozen=True)
+class Hasty(PruningPolicy):
+    """Says of a ranking that it is static, whose ``field`` goes by what is in tensors."""
+
+    field: str = ""
+    layer: int = 2
+    keep: float = 0.5
+
+    def needs(self, layer):
+        return Needs(hidden=True, attention="previous")
+
+    def rank(self, ctx):
+        seen, counts = ctx.attention, tuple(quotas(ctx, self))
+        high = [bool((row > 0).sum() * 2 > row.numel()) for row in ctx.hidden.float().mean(-1)]
+        scores, how = seen.rating(seen.last), {}
+        if self.field == "keep":
+            counts = tuple(max(1, n // 2) if n and odd else n for n, odd in zip(counts, high, strict=True))
+        elif self.field == "scores":
+            scores = ctx.hidden.float().mean(-1)
+        elif self.field == "rating":
+            scores = seen.rating(seen.last, head_reduce="max" if any(high) else "sum")
+        elif self.field == "code":
+            how = {"code": (ctx.hidden.float().mean(-1) > 0).to(torch.int8) * 3, "extra": ctx.counts}
+        return Ranking(scores, counts, static=True, **how)
+
+
+@pytest.mark.parametrize("field", ["keep", "scores", "rating", "code"])
+def test_a_ranking_that_is_not_static(field):
+    name = "scores" if field == "rating" else field
+    with pytest.raises(
+        ValueError, match=rf"rank\(ctx\)\.{name}: expected .* for other values too, as static says"
+    ):
+        check_policy(Hasty(field))
+
+
+def test_a_ranking_that_is():
+    assert "layer 2, one image" in check_policy(Hasty())

@@ -83,6 +83,17 @@ def _one_token(ctx: TokenContext, name: str, sample: int, x: Tensor) -> int:
     return 0 if name in ("hidden", "features") else x.shape[-2] - 1
 
 
+def with_other_values(ctx: TokenContext) -> TokenContext:
+    """As many tokens in tensors of the same shapes, with other values; after an earlier stage they are others of the image's."""
+    last = torch.tensor([[sum(sizes) - 1] for sizes in ctx.images()])
+    others = (
+        torch.where(ctx.mask, last - ctx.ordinals, last + 1).sort(dim=1).values
+    )  # padding stays on the right
+    shift = torch.where(ctx.mask, others - ctx.ordinals, 0)
+    ctx = changed(ctx, lambda _, x: x.flip(-2) * 0.5 + 0.25)
+    return ctx if ctx.whole else replace(ctx, ordinals=ctx.ordinals + shift, positions=ctx.positions + shift)
+
+
 def first_alone(ctx: TokenContext) -> TokenContext:
     """The first sample of a batch without an earlier turn, cut out and rid of all padding."""
     n, images = ctx.counts[0], len(ctx.grids[0])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, fields, replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from torch import Tensor
 from vlmprune.errors import check
 from vlmprune.policies.answer import check_selection
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.inputs import Rating
 from vlmprune.testing.context import make_context
-from vlmprune.testing.context_changes import broken, copied, first_alone, inputs_of
+from vlmprune.testing.context_changes import broken, copied, first_alone, inputs_of, with_other_values
 from vlmprune.testing.policy_cases import FLAT, TALL, WIDE, situations
 
 
@@ -25,7 +27,8 @@ def check_policy(policy: PruningPolicy, keep_all: PruningPolicy | None = None) -
     At each of its layers: one image, one token, none, several images, a padded batch, a cached past, ties, no text
     after the image, half precision, after an earlier stage. A choice must be valid (``policies.answer``), the same when
     asked again, and leave the context as it was. A sample in a batch must get what it gets alone, and what it gets
-    beside a sample full of NaN or infinities, which itself must get some valid choice. The settings must be a value.
+    beside a sample full of NaN or infinities, which itself must get some valid choice. A ranking that says it is static must
+    be the same whatever the tensors hold. The settings must be a value.
 
     Args:
         policy: with settings that fit images of 20 tokens.
@@ -61,9 +64,28 @@ def _check_stage(policy: PruningPolicy, layer: int) -> Iterator[str]:
         for sample in range(len(ctx.counts)):
             who = f"{case}: {policy!r}.select(ctx), asked again, sample {sample}"
             _expect_same(again, first, sample, who, "what it was")
+        if policy.ranks(layer):
+            _check_static(policy, ctx, f"{case}: {policy!r}.rank(ctx)")
         yield case
     yield from _check_broken(policy, needs, layer)
     yield from _check_alone(policy, needs, layer)
+
+
+def _check_static(policy: PruningPolicy, ctx: TokenContext, who: str) -> None:
+    """A ranking that says so is the same for other values in tensors of the same shapes, beside the attention it reads."""
+    ranking, other = policy.rank(copied(ctx)), policy.rank(with_other_values(ctx))
+    if not ranking.static:
+        return
+    for f in fields(ranking):
+        one, two = (_numbers(getattr(r, f.name)) for r in (ranking, other))
+        check(one == two, f"{who}.{f.name}", f"{one} for other values too, as static says", two)
+
+
+def _numbers(value: Any) -> Any:
+    """What a field of a ranking says; of a Rating all but the tensors that it reads."""
+    if isinstance(value, Rating):
+        value = [type(x).__name__ if isinstance(x, Tensor) else x for x in value.scoring]
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 def _check_all_stay(policy: PruningPolicy, layer: int) -> Iterator[str]:
