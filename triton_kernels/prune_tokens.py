@@ -21,7 +21,7 @@ def prune_tokens(tensors, selection, s):
     rows = layout(tensors[0])[2] if tensors and not packed else positions
     if selection.at is not None:
         columns, mask = selection.at, selection.at_mask
-        positions = rows = rows if tensors else mask.shape[1]
+        positions = rows = selection.reach(tensors)
     choice = Choice.of(selection, columns, mask, positions, rows, s.cu_seqlens)
     if B > 0:
         scores = score(s, choice)

@@ -52,7 +52,7 @@ def _score_select_kernel(
     N,
     Sq,
     S,
-    max_seqlen,
+    max_seqlen,  # of a packed batch; where something is selected, as many as ``positions`` in any case
     lse_stride_b,  # not a tuple, whose numbers are always specialised
     lse_stride_h,
     lse_stride_r,
@@ -153,14 +153,14 @@ def _score_select_kernel(
                     code_ptr += b * N
                 if mask_ptr is not None:
                     mask_ptr += b * positions
-                # of a packed batch each sample has positions of its own number
+                # samples of a packed batch have their own numbers of positions
                 count = length if cu_seqlens_ptr is not None else tl.zeros((), tl.int32) + positions
                 choose_survivors(
                     (scores_ptr, places_in_ptr + b * N, code_ptr, mask_ptr, N, count, first),
                     (quota_ptr, segments_ptr, keep, segments),
                     (keys_ptr, place_ptr),
                     (index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr),
-                    (start_k, positions, width, most),
+                    (start_k, max_seqlen, width, most),
                     b,
                     tl.num_programs(2) - 1,
                     NEWEST,
@@ -183,12 +183,13 @@ def score(s, choice=None):
     part = s.query.new_empty((B, Hkv if joins and not top else H, N), dtype=torch.float32)
     scores = s.query.new_empty((B, N), dtype=torch.float32) if joins else None
     counter = s.query.new_zeros(B, dtype=torch.int32) if joins else None
+    longest = s.max_seqlen if choice is None else choice.positions
     launch(
         _score_select_kernel,
         (max(1, triton.cdiv(N, config["BLOCK_N"])), Hkv, B),
         *(s.query, s.key, s.cos, s.sin, s.rows, s.columns, s.key_mask),
         *(lse, s.row_weight, s.pair_weight, s.cu_seqlens, s.cu_seqlens_q, counter, part, scores),
-        *(s.scale, R, N, Sq, S, s.max_seqlen, *_lse_strides(s, lse)),
+        *(s.scale, R, N, Sq, S, longest, *_lse_strides(s, lse)),
         *(query_strides, key_strides, rope_strides),
         *(choice or Choice()),
         PARTS=part.shape[1],

@@ -11,6 +11,7 @@ import torch
 import triton
 
 from helpers import offline
+from vlmprune.ops.prune_tokens import checked
 from vlmprune.ops.scoring import Scoring
 from vlmprune.ops.selection import Selection
 
@@ -114,6 +115,17 @@ def prune(
     return lambda: prune_tokens([key], how, scoring)
 
 
+def prune_by_tower(R=1, P=576, S=640):
+    """A launch of prune_tokens by what the patches of a vision tower's CLIP receive, from CLS or (``R > 1``) from all."""
+    from vlmprune.triton_kernels.prune_tokens import prune_tokens
+
+    query, key = (meta(1, 16, P + (R == 1), 64, dtype=FP16) for _ in range(2))
+    tensors, lists = [meta(1, S, 4096, dtype=FP16)], dict(rows=positions(1, R), columns=positions(1, P))
+    how = dict(at=positions(1, P), at_mask=meta(1, S, dtype=torch.bool), keep=128)
+    tensors, selection, scoring = checked(query, key, tensors, causal=False, **lists, **how)
+    return lambda: prune_tokens(tensors, selection, scoring)
+
+
 def prune_by(N=576, B=1, S=None, **selection):
     """A launch of prune_scored, of all positions unless there are more."""
     from vlmprune.triton_kernels.prune_tokens import prune_scored
@@ -201,6 +213,8 @@ LAUNCHES = {
     "prune fp32 R=64, pairs and top heads": prune(
         FP32, 64, pairs=True, top_heads=14, selection=every(1, 576)
     ),
+    "prune by CLS": prune_by_tower(),
+    "prune by all patches": prune_by_tower(R=576),
     "prune by scores 576": prune_by(),
     "prune by scores 576, every way": prune_by(B=2, S=640, **every(2, 576)),
     "prune by scores 2880": prune_by(2880),

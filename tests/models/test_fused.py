@@ -15,7 +15,9 @@ from vlmprune import ops
 from vlmprune.models import plans as kept_plans
 from vlmprune.models.host.parts import find_parts
 from vlmprune.models.scope import find_engine
+from vlmprune.ops.scoring import Scoring
 from vlmprune.policies import PruningPolicy, Ranking, TokenContext, attention_of, quotas
+from vlmprune.policies.inputs import Rating
 
 VIEWS = {"view", "expand", "unsqueeze", "slice", "select", "t", "transpose", "detach", "alias", "split"}
 VIEWS |= {"_unsafe_view", "squeeze", "permute", "as_strided", "unbind"}
@@ -468,6 +470,7 @@ def test_whichever_of_rank_and_select_is_nearer_counts():
 
 
 ONE = [torch.zeros(1, 16), (4,)]
+KEYS, LIST = (torch.zeros(1, 1, 16, 8),) * 2, torch.arange(16)[None]
 WRONG = {
     "a tensor": (lambda: torch.zeros(1, 16), r"rank\(ctx\): expected a Ranking, got torch\.float32"),
     "nothing": (lambda: None, r"rank\(ctx\): expected a Ranking, got None"),
@@ -496,6 +499,10 @@ WRONG = {
     "extra": (
         lambda: Ranking(*ONE, extra=(-1,)),
         r"extra: expected 1 whole numbers >= 0, one a sample, or None",
+    ),
+    "columns": (
+        lambda: Ranking(Rating(Scoring(*KEYS, LIST[:, :1], LIST[:, :15], 1.0)), (4,)),
+        r"rank\(ctx\)\.scores: expected a column for every token, \[1, 16\], got \[1, 15\]",
     ),
     "positions": (
         lambda: Ranking(*ONE, positions="squeeze"),

@@ -26,6 +26,7 @@ STATIC = {
     vlmprune.Feather(layers=(2, 4), keep=0.5): 2,
     vlmprune.PyramidDrop(layers=(1, 2, 4)): 3,
     vlmprune.Uniform(layer=2, keep=0.3): 1,
+    vlmprune.Random(layer=2, keep=0.3): 1,
     vlmprune.Stages([vlmprune.Uniform(layer=1, keep=0.6), vlmprune.FastV(layer=3, keep=0.5)]): 2,
 }
 """Policies, and at how many stages they are static."""
@@ -40,7 +41,14 @@ def model():
 def asked(monkeypatch):
     """Layers at which a policy was asked."""
     layers = []
-    for kind in (vlmprune.FastV, vlmprune.Feather, vlmprune.PyramidDrop, vlmprune.Uniform, Mine):
+    for kind in (
+        vlmprune.FastV,
+        vlmprune.Feather,
+        vlmprune.PyramidDrop,
+        vlmprune.Uniform,
+        vlmprune.Random,
+        Mine,
+    ):
         rank = kind.rank
 
         def noted(self, ctx, rank=rank):

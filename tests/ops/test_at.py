@@ -89,7 +89,7 @@ def test_columns_that_stand_nowhere_do_not_compete(backend, device):
 
 
 def test_without_tensors_the_mask_says_how_many_there_are(device):
-    query, key, tensors, scoring, at, mask = problem(device)
+    query, key, _, scoring, at, mask = problem(device)
     for backend in BACKENDS:
         with ops.use_backend(backend):
             out = ops.prune_tokens(query, key, [], at=at, at_mask=mask, keep=4, **scoring)
@@ -108,7 +108,7 @@ def test_plans_take_it(device):
             want = ops.prune_tokens(query, key, tensors, at=at, at_mask=mask, keep=4, **scoring)
             assert_same(out, want)
             assert torch.equal(out.scores, want.scores)
-    with pytest.raises(ValueError, match="^at: expected a tensor as in the plan, got None$"):
+    with pytest.raises(ValueError, match=r"^at: expected a tensor as in the plan, got None$"):
         plan.run(query, key, tensors, at_mask=mask, **lists)
 
 
@@ -154,5 +154,5 @@ def test_errors(change, message):
 
 def test_not_with_a_packed_batch():
     query, key, tensors, scoring, at, _ = problem("cpu", B=1)
-    with pytest.raises(ValueError, match="^at: expected None with cu_seqlens, got a tensor$"):
+    with pytest.raises(ValueError, match=r"^at: expected None with cu_seqlens, got a tensor$"):
         ops.prune_tokens(query, key, tensors, at=at, keep=4, cu_seqlens=torch.tensor([0, 10]), **scoring)

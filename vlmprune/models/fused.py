@@ -13,8 +13,7 @@ from vlmprune import ops
 from vlmprune.models.layout import Layout
 from vlmprune.models.plans import PLANS, Known, Plans, call, shapes_of, tensors_in
 from vlmprune.models.prefill import Decision, Entering, Rope
-from vlmprune.ops.prune_tokens import Scored
-from vlmprune.ops.scoring import Scoring
+from vlmprune.ops.scoring import Scored, Scoring
 from vlmprune.ops.selection import Selection
 from vlmprune.policies.base import AttentionInputs, Ranking
 from vlmprune.policies.inputs import Rating

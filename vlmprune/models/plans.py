@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.ops.prune_tokens import Scored
-from vlmprune.ops.scoring import Scoring
+from vlmprune.ops.scoring import Scored, Scoring
 from vlmprune.ops.selection import Selection
 
 PLANS, WORKSPACE = 64, 256 << 20

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vlmprune.errors import check
 from vlmprune.ops._recorded import RecordedPlan
-from vlmprune.ops.prune_tokens import Pruned, PruneKeywords, Scored, ScoredKeywords, checked, checked_scored
-from vlmprune.ops.scoring import Scoring, ScoringKeywords
+from vlmprune.ops.prune_tokens import Pruned, PruneKeywords, ScoredKeywords, checked, checked_scored
+from vlmprune.ops.scoring import Scored, Scoring, ScoringKeywords
 from vlmprune.ops.selection import Selection
 
 

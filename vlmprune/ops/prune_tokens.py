@@ -20,7 +20,7 @@ from vlmprune.ops._checks import (
 )
 from vlmprune.ops._operator import operator
 from vlmprune.ops.gather_tokens import empty_outputs, save_rows, scatter_grads
-from vlmprune.ops.scoring import Scoring, ScoringKeywords
+from vlmprune.ops.scoring import Scored, Scoring, ScoringKeywords
 from vlmprune.ops.selection import Selection, SelectionKeywords
 
 HEAD_REDUCES = ("mean", "max", "sum")
@@ -39,19 +39,6 @@ class ScoredKeywords(SelectionKeywords, TypedDict, total=False):
     columns: Tensor | None
     key_mask: Tensor | None
     length: int | None
-
-
-class Scored(NamedTuple):
-    """Scores that are there already, defaults filled in: what ``Scoring`` is where they are not."""
-
-    scores: Tensor
-    columns: Tensor
-    key_mask: Tensor | None
-    length: int
-
-    def keywords(self) -> dict[str, Any]:
-        """What ``prune_scored`` is called with for this."""
-        return self._asdict()
 
 
 class Pruned(NamedTuple):
@@ -169,17 +156,16 @@ def checked(
 ) -> tuple[list[Tensor], Selection, Scoring]:
     """Check the arguments of ``prune_tokens``: (tensors, selection, scoring) with defaults filled in."""
     check_choice("head_reduce", how.get("head_reduce", "mean"), HEAD_REDUCES)
-    at, at_mask = how.pop("at", None), how.pop("at_mask", None)
-    select: Any = {name: how[name] for name in SelectionKeywords.__annotations__ if name in how}  # type: ignore[literal-required]
+    own = (*SelectionKeywords.__annotations__, "at", "at_mask")
+    select: Any = {name: how[name] for name in own if name in how}  # type: ignore[literal-required]
     score: Any = {name: x for name, x in how.items() if name not in select}
     s = Scoring.checked(query, key, **score)
     (B, N), S, packed = s.columns.shape, key.shape[2], s.cu_seqlens is not None
     check(N <= S, "columns", f"at most the {S} positions of key", N)
-    if at is not None or at_mask is not None:
-        S = rows = _elsewhere(tensors, s, at, at_mask)
+    if how.get("at") is not None or how.get("at_mask") is not None:
+        S = rows = _elsewhere(tensors, s, how.get("at"), how.get("at_mask"))
     else:
         rows = _positions(tensors, key.shape[0], key.device, S, exact=packed)
-    select |= {"at": at, "at_mask": at_mask}
     return list(tensors), Selection.checked(query, B, N, rows, packed, rows < S, **select), s
 
 
@@ -242,8 +228,7 @@ def _call(
 ) -> tuple[Any, ...]:
     selection.check_values(scoring.columns)
     if selection.at is not None and selection.at.device.type == "cpu":
-        rows = seq_len(tensors[0]) if selection.at_mask is None else selection.at_mask.shape[1]
-        check_range("at", selection.at, torch.zeros(1, 1), torch.full((1, 1), rows))
+        check_range("at", selection.at, torch.zeros(1, 1), torch.full((1, 1), selection.reach(tensors)))
     *out, ends = run(tensors, selection, scoring)
     return (*out, scoring.rows.new_empty(0) if ends is None else ends)  # an op cannot return None
 

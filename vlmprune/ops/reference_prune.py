@@ -98,7 +98,7 @@ def prune_tokens(
         columns, mask = s.columns, s.key_mask
         if selection.at is not None:
             columns, mask = selection.at, selection.at_mask
-            S = rows = rows if tensors else mask.shape[1]
+            S = rows = selection.reach(tensors)
         index, count, kept, columns = survivors(scores, columns, mask, S, rows, selection)
         return gather_tokens(tensors, index), index, count, scores, kept, columns, None
     width = selection.width

@@ -125,6 +125,19 @@ class Scoring(NamedTuple):
             check_range("columns", self.columns, torch.zeros_like(end), end)
 
 
+class Scored(NamedTuple):
+    """Scores that are there already, defaults filled in: what ``Scoring`` is where they are not."""
+
+    scores: Tensor
+    columns: Tensor
+    key_mask: Tensor | None
+    length: int
+
+    def keywords(self) -> dict[str, Any]:
+        """What ``prune_scored`` is called with for this."""
+        return self._asdict()
+
+
 def _check_query_key(query: Tensor, key: Tensor) -> None:
     """``query [B, H, Sq, D]`` and ``key [B, Hkv, S, D]``: one dtype and device, H a multiple of Hkv, Sq <= S."""
     check(query.ndim == 4, "query", "rank 4 [B, H, Sq, D]", tuple(query.shape))

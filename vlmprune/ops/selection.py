@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Required, TypedDict
 
 import torch
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.ops._checks import check_choice, check_count, check_tensor
+from vlmprune.ops._checks import check_choice, check_count, check_tensor, seq_len
 
 PADDINGS = ("right", "left")
 CODES = 4
@@ -40,6 +41,10 @@ class Selection(NamedTuple):
     left: bool = False
     at: Tensor | None = None
     at_mask: Tensor | None = None
+
+    def reach(self, tensors: Sequence[Tensor]) -> int:
+        """How many positions ``at`` counts, those of the tensors."""
+        return seq_len(tensors[0]) if self.at_mask is None else self.at_mask.shape[1]
 
     def keywords(self) -> dict[str, Any]:
         """What an op that selects is called with for this."""

@@ -55,7 +55,10 @@ def check_ranking(ranking: object, ctx: TokenContext, who: str) -> None:
         ranking.positions in ("keep", "pack"), f"{who}.positions", "'keep' or 'pack'", repr(ranking.positions)
     )
     shape, scores = [len(ctx.counts), max(ctx.counts, default=0)], ranking.scores
-    if not isinstance(scores, Rating):
+    if isinstance(scores, Rating):
+        columns = list(scores.scoring.columns.shape)
+        check(columns == shape, f"{who}.scores", f"a column for every token, {shape}", columns)
+    else:
         check(
             isinstance(scores, Tensor), f"{who}.scores", f"floats {shape}, or a Rating", type(scores).__name__
         )

@@ -46,7 +46,7 @@ class Random(PruningPolicy):
         check(ok, "seed", "a whole number in [0, 2**63)", repr(self.seed))
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        return ranked(ctx, self, drawn(self.seed, ctx.counts, ctx.device))
+        return ranked(ctx, self, drawn(self.seed, ctx.counts, ctx.device), static=True)
 
 
 @remembered()
