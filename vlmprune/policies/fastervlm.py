@@ -50,10 +50,9 @@ class FasterVLM(PruningPolicy):
         if not images.tokens:
             return Ranking(ctx.mask.float(), ctx.counts)
         seen = vision_of(ctx, self.vision_layer, images)
+        one_each = images.samples == tuple(range(images.batch))
         scores: Tensor | Rating
-        if seen.side == 1 and images.samples == (
-            *range(images.batch),
-        ):  # every sample is one crop, patch for token
+        if one_each and seen.side == 1:  # a sample's patches are its tokens
             scores = seen.rating()
         else:
             scores = images.join(patch_attention(seen))
