@@ -24,7 +24,7 @@ STATIC = {
     vlmprune.FastV(layer=2, keep=5, rows="mean"): 1,
     vlmprune.FastV(layer=2, keep=5, spend="image"): 1,
     vlmprune.Feather(layers=(2, 4), keep=0.5): 2,
-    vlmprune.PyramidDrop(layers=(1, 2, 4)): 3,
+    vlmprune.PyramidDrop(layers=(1, 3)): 2,
     vlmprune.Uniform(layer=2, keep=0.3): 1,
     vlmprune.Random(layer=2, keep=0.3): 1,
     vlmprune.Stages([vlmprune.Uniform(layer=1, keep=0.6), vlmprune.FastV(layer=3, keep=0.5)]): 2,
@@ -91,10 +91,16 @@ def run_twice(model, policy, batches):
     return out
 
 
-@pytest.mark.parametrize("specs", BATCHES)
-@pytest.mark.parametrize("policy", STATIC, ids=repr)
+@pytest.mark.parametrize(
+    "policy, specs",
+    [
+        *((policy, "one") for policy in STATIC),
+        *((policy, "padded-2-1-0-images") for policy in [*STATIC][2:5]),
+    ],
+    ids=str,
+)
 def test_other_prompts_get_their_own(model, asked, policy, specs):
-    batches = [make_batch(BATCHES[specs], seed=seed) for seed in range(3)]
+    batches = [make_batch(BATCHES[specs], seed=seed) for seed in range(2)]
     with torch.no_grad(), vlmprune.prune(model, policy) as run:
         truth = []
         for batch in batches:
@@ -103,11 +109,11 @@ def test_other_prompts_get_their_own(model, asked, policy, specs):
     asked.clear()
     found = run_twice(model, policy, batches)
     stages = len(policy.layers)
-    again = asked[2 * stages :]  # by three prompts of a kind that has come twice
+    again = asked[2 * stages :]  # by two prompts of a kind that has come twice
     if isinstance(policy, vlmprune.Feather):
         assert 2 not in again  # how many enter the second stage differs: the union with a grid is data
     else:
-        assert len(again) == (stages - STATIC[policy]) * 3
+        assert len(again) == (stages - STATIC[policy]) * 2
     for (index, logits, paths), (want, right) in zip(found, truth, strict=True):
         assert all(map(torch.equal, index, want)) and paths == ("one pass (triton)",) * stages
         torch.testing.assert_close(logits, right, atol=1e-4, rtol=0)
