@@ -207,7 +207,8 @@ class Prefill:
         """What enters the stage at layer ``i``; ``rope`` has the tables of the unpruned chunk."""
         assert self.unpruned is not None
         before, device, predicting = self.decision(i), hidden.device, self.call.predicting
-        first, tables = moved(self.unpruned.layout, device), moved(rope, device)
+        first = moved(self.unpruned.layout, device)
+        tables = rope if rope[0].device == device else moved(rope, device)
         if before is None:
             return Entering(i, first, hidden, tables, first, tables, None, predicting)
         layout, own = moved(before.layout, device), moved(before.rope, device)

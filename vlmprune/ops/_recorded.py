@@ -88,6 +88,7 @@ class RecordedPlan(ABC):
         unread = {"scores"} if "code" in self._names else {"scores", "count"}
         names = [*[""] * self._n, *self.OUTPUTS]
         self._own = [x if name in unread else None for name, x in zip(names, outputs, strict=False)]
+        self._new = [(at, like) for at, like in enumerate(self._like) if self._own[at] is None]
 
     @abstractmethod
     def _pruned(self, gathered: list[Tensor], others: list[Tensor], inputs: list[Tensor]) -> Pruned:
@@ -129,9 +130,9 @@ class RecordedPlan(ABC):
         pointers = _pointers(inputs, self._expected)
         if pointers is None:
             return None
-        outputs = [
-            torch.empty_like(x) if own is None else own for x, own in zip(self._like, self._own, strict=True)
-        ]
+        outputs: list[Any] = self._own.copy()
+        for at, like in self._new:
+            outputs[at] = torch.empty_like(like)
         pointers += [x.data_ptr() for x in outputs]
         self._program.run([*inputs, *outputs], pointers)
         return self._pruned(outputs[: self._n], outputs[self._n :], inputs)

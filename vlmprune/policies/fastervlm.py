@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import images_of, patch_attention, ranked, vision_of
 from vlmprune.policies.checks import check_keep, check_whole, check_word
-from vlmprune.policies.inputs import Rating
 
 
 @dataclass(frozen=True)
@@ -51,9 +48,6 @@ class FasterVLM(PruningPolicy):
             return Ranking(ctx.mask.float(), ctx.counts)
         seen = vision_of(ctx, self.vision_layer, images)
         one_each = images.samples == tuple(range(images.batch))
-        scores: Tensor | Rating
-        if one_each and seen.side == 1:  # a sample's patches are its tokens
-            scores = seen.rating()
-        else:
-            scores = images.join(patch_attention(seen))
-        return ranked(ctx, self, scores, self.positions)
+        # patches are tokens where a sample is one crop
+        rating = seen.rating() if one_each and seen.side == 1 else images.join(patch_attention(seen))
+        return ranked(ctx, self, rating, self.positions)
