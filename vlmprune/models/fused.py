@@ -110,9 +110,10 @@ class Passes:
         else:
             key = (*_where(case), *shapes_of((*how, *selection)))
             out = self.plans.run(key, how, selection, tensors)
+            known = self.plans.known.get(key)  # another thread may have needed the room
             taken = _taken(ranking, how, selection, _offered(case)) if ranking.static else None
-            if taken is not None:
-                self._remember(_kind(case), _Static(self.plans.known[key], *taken, kept, packs, narrows))
+            if taken is not None and known is not None:
+                self._remember(_kind(case), _Static(known, *taken, kept, packs, narrows))
         return _passed(out, entering, kept, packs, narrows)
 
     def _remember(self, kind: Any, static: _Static) -> None:
