@@ -119,7 +119,7 @@ def test_other_prompts_get_their_own(model, asked, policy, specs):
         torch.testing.assert_close(logits, right, atol=1e-4, rtol=0)
 
 
-def test_another_kind_of_prompt_is_asked_for(model, asked):
+def test_another_kind_of_prompt_is_asked_for(model, asked, monkeypatch):
     """Other counts, another grid of as many tokens, another dtype, another backend: never what was for another."""
     policy = vlmprune.FastV(layer=2, keep=0.4)
     with torch.no_grad(), ops.use_backend("triton"), vlmprune.prune(model, policy):
@@ -135,6 +135,10 @@ def test_another_kind_of_prompt_is_asked_for(model, asked):
         with ops.use_backend("reference"):
             model(**make_batch([[4, "I", 7]]))
         assert asked == [2]
+        attn = model.model.language_model.layers[1].self_attn
+        monkeypatch.setattr(attn, "scaling", 2 * attn.scaling)  # a setting of the plan, though no shape
+        model(**make_batch([[4, "I", 7]]))
+        assert asked == [2, 2]
 
 
 @pytest.mark.parametrize("how, times", [("read", 0), ("made anew", 3), ("not static", 3), ("by numbers", 0)])

@@ -289,3 +289,17 @@ def test_error_text(changes, message):
     call = dict(scores=scores, tensors=tensors, columns=columns, key_mask=mask, keep=3) | changes
     with pytest.raises(ValueError, match=message):
         ops.prune_scored(**call)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("parts", [None, 2])
+def test_no_samples_with_a_quota_each(backend, parts, device):
+    shape = (0,) if parts is None else (0, parts)
+    lists = dict(keep=torch.zeros(shape, dtype=torch.int64, device=device))
+    if parts is not None:
+        lists["segments"] = lists["keep"]
+    with ops.use_backend(backend):
+        out = ops.prune_scored(
+            torch.zeros(0, 3, device=device), [torch.zeros(0, 3, 4, device=device)], **lists
+        )
+    assert out.tensors[0].shape == (0, 3, 4) and out.kept.shape == (0, 3) and out.count.shape == (0,)

@@ -135,7 +135,7 @@ def _kind(case: Case) -> tuple[Any, ...]:
     numbers = (*_where(case), layout.counts, layout.real, layout.ordered, case.facts)
     if seen is None:
         return numbers
-    given = seen.key_mask is None, seen.lse is None, seen.rope[0].shape
+    given = seen.key_mask is None, seen.lse is None, seen.scale, seen.rope[0].shape
     return *numbers, *given, seen.query.shape, seen.key.shape, seen.rows.shape
 
 

@@ -20,7 +20,7 @@ def _best(scores: Tensor, competes: Tensor, ahead: Tensor, s: Selection) -> Tens
     G, ends = lengths.shape[1], lengths.cumsum(1)
     segment = torch.searchsorted(ends, torch.arange(N, device=ends.device).repeat(B, 1), right=True)
     quota = torch.as_tensor(s.keep if s.quota is None else s.quota, device=scores.device)
-    quota = quota.view(B, -1).expand(B, G) if quota.ndim else quota.expand(B, G)
+    quota = (quota[:, None] if quota.ndim == 1 else quota).expand(B, G)
     key = torch.where(ahead, 1 << 40, order_key(scores))
     kept = torch.zeros_like(competes)
     for g in range(G):
