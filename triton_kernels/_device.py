@@ -98,6 +98,15 @@ def span(cu_seqlens_ptr, b, S, longest):
 
 
 @triton.jit
+def arrives_last(counter_ptr, expected):
+    """Count this program in: whether it is the last of ``expected``. It then sees what they wrote, and the counter is 0 again."""
+    tl.debug_barrier()  # Triton 3.6 puts none between the stores of all warps and the release by one thread
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
+    tl.store(counter_ptr, 0, mask=last)
+    return last
+
+
+@triton.jit
 def row_products(x, y):
     """x y^T of two tiles of rows, to the precision of float32 where they are float32."""
     return tl.dot(x, tl.trans(y), input_precision="ieee" if tl.target_info.is_hip() else "tf32x3")

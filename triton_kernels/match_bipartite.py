@@ -110,8 +110,9 @@ def _number_kernel(
     splits,
     r,
     width,
+    KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     best_ptr += b * splits * N
@@ -124,16 +125,15 @@ def _number_kernel(
     tl.debug_barrier()  # other threads than wrote them read the scores, the codes and the matches
     index_ptr += b * width
     row = (best_ptr, code_ptr, 1, N, None)
-    keys = _load_keys(row, tl.arange(0, CHUNK))
-    threshold, ties, _merges = _last_kept(row, keys, tl.zeros((), tl.int64) + r, CHUNK, ONE_CHUNK)
+    keys = _load_keys(row, tl.arange(0, KEYS))
+    threshold, ties, _merges = _last_kept(row, keys, tl.zeros((), tl.int64) + r, KEYS, IN_REGISTERS)
     n_above = tl.zeros((), tl.int32)
     n_equal = tl.zeros((), tl.int32)
     count = tl.zeros((), tl.int32)
     for start in range(0, N, CHUNK):
         offs = start + tl.arange(0, CHUNK)
-        if not ONE_CHUNK:
-            keys = _load_keys(row, offs)
-        merged, _, n_above, n_equal = _kept_before(keys, threshold, ties, n_above, n_equal)
+        part = keys if IN_REGISTERS and KEYS == CHUNK else _load_keys(row, offs)
+        merged, _, n_above, n_equal = _kept_before(part, threshold, ties, n_above, n_equal)
         role = _role(role_ptr, offs, N)
         stays = tl.where(merged, 0, (role < 2).to(tl.int32))
         slot = count + tl.cumsum(stays, 0) - stays

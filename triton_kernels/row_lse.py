@@ -12,6 +12,7 @@ import triton.language as tl
 
 from vlmprune.triton_kernels._device import (
     LOG2E,
+    arrives_last,
     dot_dtype,
     laid_out,
     load_rows,
@@ -146,13 +147,9 @@ def _row_lse_kernel(
     out_offs = (b * (Hkv * G) + h) * R + r
     tl.store(part_ptr + pid_split * stride_split + out_offs, lse, mask=mask_m)
     if counter_ptr is not None:
-        counter_ptr += pid_bh * tl.num_programs(1) + pid_m
-        tl.debug_barrier()  # Triton 3.6 puts none between the stores of all warps and the release by one thread
-        arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-        if arrived == tl.num_programs(2) - 1:
+        if arrives_last(counter_ptr + pid_bh * tl.num_programs(1) + pid_m, tl.num_programs(2)):
             lse = _join_splits(part_ptr, stride_split, out_offs, mask_m, tl.num_programs(2), BLOCK_M)
             tl.store(out_ptr + out_offs, lse, mask=mask_m)
-            tl.store(counter_ptr, 0)
 
 
 def row_lse(s):

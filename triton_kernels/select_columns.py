@@ -11,10 +11,10 @@ import triton.language as tl
 
 from vlmprune.triton_kernels._device import as_bytes
 from vlmprune.triton_kernels._launch import launch
-from vlmprune.triton_kernels._survivors import choose_survivors
+from vlmprune.triton_kernels._survivors import choose_survivors, clear_marks, enter_columns
 from vlmprune.triton_kernels.select_topk import REGISTERS
 
-FEW = 1024  # columns that 4 warps hold in registers, 8 a thread; with 4 a thread more warps hold none and need not spill
+FEW, MANY = 1024, 4096  # columns that 4 warps hold in registers, 8 a thread, and 8 warps, 16 a thread
 
 
 class Choice(NamedTuple):
@@ -26,7 +26,7 @@ class Choice(NamedTuple):
     code: torch.Tensor | None = None  # [B, N] int8, contiguous, or None
     lengths: torch.Tensor | None = None  # [B, segments] int64, contiguous; None = one segment, all columns
     keys: torch.Tensor | None = None  # [B, N] int32, contiguous: workspace, as is
-    place: torch.Tensor | None = None  # [B, positions] int32, contiguous
+    marks: torch.Tensor | None = None  # [B, positions] int32, contiguous: workspace, too
     index: torch.Tensor | None = None  # [B, width] int64, contiguous; packed: [1, width]
     count: torch.Tensor | None = None  # [B] int64
     kept: torch.Tensor | None = None  # [B, most] int64, contiguous
@@ -75,7 +75,7 @@ def _select_columns_kernel(
     code_ptr,
     segments_ptr,
     keys_ptr,
-    place_ptr,
+    marks_ptr,
     index_ptr,
     count_ptr,
     kept_ptr,
@@ -89,34 +89,42 @@ def _select_columns_kernel(
     most,
     NEWEST: tl.constexpr,
     LEFT: tl.constexpr,
+    KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
-    length = tl.zeros((), tl.int32) + positions
+    keys_ptr += b * N
+    marks_ptr += b * positions
     if mask_ptr is not None:
         mask_ptr += b * positions
     if code_ptr is not None:
         code_ptr += b * N
+    sample = (columns_ptr + b * N, code_ptr, mask_ptr, N, positions, first)
+    clear_marks(marks_ptr, positions, 0, 1, CHUNK)
+    for start in range(0, N, CHUNK):
+        offs = start + tl.arange(0, CHUNK)
+        enter_columns(sample, keys_ptr, tl.load(scores_ptr + b * N + offs, mask=offs < N, other=0.0), offs)
+    tl.debug_barrier()
     choose_survivors(
-        (scores_ptr + b * N, columns_ptr + b * N, code_ptr, mask_ptr, N, length, first),
+        sample,
         (quota_ptr, segments_ptr, keep, segments),
-        (keys_ptr, place_ptr),
+        (keys_ptr, marks_ptr),
         (index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr),
-        (tl.zeros((), tl.int64), positions, width, most),
+        (tl.zeros((), tl.int64), width, most),
         b,
         tl.num_programs(0) - 1,
-        NEWEST,
-        LEFT,
-        CHUNK,
-        ONE_CHUNK,
+        *(NEWEST, LEFT, KEYS, CHUNK, IN_REGISTERS),
     )
 
 
-def chunks(N, warps=16):
-    """Columns at a time for ``N``, at ``warps`` if they are many: one of two, so that prompts of many lengths meet few kernels."""
-    few = N <= FEW
-    return {"CHUNK": FEW if few else warps * 128, "ONE_CHUNK": few, "num_warps": 4 if few else warps}
+def chunks(N):
+    """Columns at a time for ``N``: of three kinds, so that prompts of many lengths meet few kernels.
+
+    Of more than MANY the keys are read anew in each round of the search, from the nearest cache.
+    """
+    chunk = FEW if N <= FEW else MANY
+    return {"KEYS": chunk, "CHUNK": chunk, "IN_REGISTERS": N <= MANY, "num_warps": 4 if N <= FEW else 8}
 
 
 def select_columns(scores, choice):
