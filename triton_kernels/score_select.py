@@ -25,22 +25,22 @@ from vlmprune.triton_kernels._device import (
 )
 from vlmprune.triton_kernels._launch import launch
 from vlmprune.triton_kernels._score import join_parts, rank_heads, score_part
-from vlmprune.triton_kernels._survivors import choose_survivors, clear_marks, enter_columns
+from vlmprune.triton_kernels._survivors import choose_survivors, enter_columns, padded
 from vlmprune.triton_kernels.row_lse import row_lse
-from vlmprune.triton_kernels.select_columns import Choice, chunks
+from vlmprune.triton_kernels.select_columns import MANY, Choice, chunks, select_columns
 
 JOIN_CHUNK = tl.constexpr(512)
 TARGET_PROGRAMS = 512  # of a sample, where it has heads to give them: about 4 for each multiprocessor
 
 
 @triton.jit
-def _finish(score, offs, N, scores_ptr, chosen, keys_ptr, JOINED: tl.constexpr, HEAD_REDUCE: tl.constexpr):
+def _finish(score, offs, N, scores_ptr, chosen, work, JOINED: tl.constexpr, HEAD_REDUCE: tl.constexpr):
     """Write the scores of columns, and what they compete by."""
     if HEAD_REDUCE == "mean":
         score = score / JOINED
     tl.store(scores_ptr + offs, score, mask=offs < N)
-    if keys_ptr is not None:
-        enter_columns(chosen, keys_ptr, score, offs)
+    if chosen is not None:
+        enter_columns(chosen, work, score, offs)
 
 
 @triton.jit(
@@ -70,7 +70,7 @@ def _score_select_kernel(
     N,
     Sq,
     S,
-    max_seqlen,  # of a packed batch; where something is selected, as many as ``positions`` in any case
+    max_seqlen,
     lse_stride_b,  # not a tuple, whose numbers are always specialised
     lse_stride_h,
     lse_stride_r,
@@ -83,7 +83,7 @@ def _score_select_kernel(
     quota_ptr,
     code_ptr,
     segments_ptr,
-    keys_ptr,
+    entries_ptr,
     marks_ptr,
     index_ptr,
     count_ptr,
@@ -102,6 +102,7 @@ def _score_select_kernel(
     JOINED: tl.constexpr,  # heads
     TOP: tl.constexpr,  # these are the best ones, and a part is a head
     SPLIT: tl.constexpr,  # there are parts to join
+    SELECTS: tl.constexpr,  # or leaves the columns entered
     G: tl.constexpr,
     D: tl.constexpr,
     HEAD_REDUCE: tl.constexpr,
@@ -142,10 +143,11 @@ def _score_select_kernel(
         sin_ptr += b * rope_strides[0] + start_k * rope_strides[1]
     key_ptr += b * key_strides[0] + start_k * key_strides[2]
     query_ptr += b * query_strides[0] + start_q * query_strides[2]
+    outputs, out_sizes = (index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr), (start_k, width, most)
     chosen = None
+    work = None
     if index_ptr is not None:
-        keys_ptr += b * N
-        marks_ptr += b * max_seqlen
+        work = (entries_ptr + b * 2 * padded(N), marks_ptr + b * padded(positions))
         if code_ptr is not None:
             code_ptr += b * N
         if mask_ptr is not None:
@@ -153,8 +155,6 @@ def _score_select_kernel(
         # samples of a packed batch have their own numbers of positions
         count = length if cu_seqlens_ptr is not None else tl.zeros((), tl.int32) + positions
         chosen = (places_in_ptr + b * N, code_ptr, mask_ptr, N, count, first)
-        if part == 0:
-            clear_marks(marks_ptr, count, tile, tiles_n, BLOCK_N)
     rows_ptr += b * R
     columns_ptr += b * N
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -192,7 +192,7 @@ def _score_select_kernel(
                 for start in range(0, N, JOIN_CHUNK):
                     offs = start + tl.arange(0, JOIN_CHUNK)
                     score = join_parts(part_ptr, ranks, offs, N, JOINED, HEAD_REDUCE)
-                    _finish(score, offs, N, scores_ptr, chosen, keys_ptr, JOINED, HEAD_REDUCE)
+                    _finish(score, offs, N, scores_ptr, chosen, work, JOINED, HEAD_REDUCE)
                 tl.debug_barrier()
         else:
             if SPLIT:
@@ -201,33 +201,32 @@ def _score_select_kernel(
                 if last:
                     score = join_parts(part_ptr, None, offs_n, N, parts, HEAD_REDUCE)
             if last:
-                _finish(score, offs_n, N, scores_ptr, chosen, keys_ptr, JOINED, HEAD_REDUCE)
-                if index_ptr is not None:
+                _finish(score, offs_n, N, scores_ptr, chosen, work, JOINED, HEAD_REDUCE)
+                if SELECTS:
                     last = arrives_last(counter_ptr, tiles_n)
-        if index_ptr is not None:
+        if SELECTS:
             if last:
                 choose_survivors(
                     chosen,
                     (quota_ptr, segments_ptr, keep, segments),
-                    (keys_ptr, marks_ptr),
-                    (index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr),
-                    (start_k, width, most),
+                    *(work, outputs, out_sizes),
                     b,
                     tl.num_programs(2) - 1,
-                    *(NEWEST, LEFT, KEYS, CHUNK, IN_REGISTERS),
+                    *(0, 1, False, NEWEST, LEFT, KEYS, CHUNK, IN_REGISTERS),
                 )
 
 
 def score(s, choice=None):
     """Launch the row statistics if needed and the score kernel; [B, H, N] for head_reduce "none", else [B, N].
 
-    With a Choice the kernel selects, too.
+    With a Choice the kernel selects, too, or among many columns select_columns does.
     """
     (H, Sq, D), (Hkv, S), (B, R), N = s.query.shape[1:], s.key.shape[1:3], s.rows.shape, s.columns.shape[1]
     s, query_strides, key_strides, rope_strides = laid_out(s)
     # [B, H, Sq] if it was given, else [B, H, R]; None for plain logits
     lse = s.lse if s.normalize == "none" or s.lse is not None else row_lse(s)
-    config, joins, top = _config(s, choice is not None), s.head_reduce != "none", s.top_heads is not None
+    selects = choice is not None and N <= MANY
+    config, joins, top = _config(s, selects), s.head_reduce != "none", s.top_heads is not None
     n_tiles = max(1, triton.cdiv(N, config["BLOCK_N"]))
     parts = _parts(Hkv, n_tiles)
     apart, split = top or not joins, joins and not top and parts > 1
@@ -236,21 +235,21 @@ def score(s, choice=None):
         part = s.query.new_empty((B, H if apart else parts, N), dtype=torch.float32)
     if joins:
         scores = s.query.new_empty((B, N), dtype=torch.float32)
-    if top or split or choice is not None:
+    if top or split or selects:
         counter = s.query.new_zeros((B, 1 + n_tiles), dtype=torch.int32)
-    longest = s.max_seqlen if choice is None else choice.positions
     launch(
         _score_select_kernel,
         (n_tiles, parts, B),
         *(s.query, s.key, s.cos, s.sin, s.rows, s.columns, s.key_mask),
         *(lse, s.row_weight, s.pair_weight, s.cu_seqlens, s.cu_seqlens_q, counter, part, scores),
-        *(s.scale, R, N, Sq, S, longest, *_lse_strides(s, lse), Hkv // parts),
+        *(s.scale, R, N, Sq, S, s.max_seqlen, *_lse_strides(s, lse), Hkv // parts),
         *(query_strides, key_strides, rope_strides),
         *(choice or Choice()),
         H=H,
         JOINED=s.top_heads if top else H,
         TOP=top,
         SPLIT=split,
+        SELECTS=selects,
         G=H // Hkv,
         D=D,
         HEAD_REDUCE=s.head_reduce,
@@ -261,6 +260,8 @@ def score(s, choice=None):
         BLOCK_D=padded_head_dim(D),
         **config,
     )
+    if choice is not None and not selects:
+        select_columns(choice, cu_seqlens=s.cu_seqlens, total=S)
     return scores if joins else part
 
 

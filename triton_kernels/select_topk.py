@@ -125,11 +125,11 @@ def _kept_before(keys, threshold, ties, n_above, n_equal):
     above = (keys > threshold).to(tl.int32)
     equal = (keys == threshold).to(tl.int32)
     packed = (above << 16) | equal
-    before = tl.cumsum(packed, 0) - packed
+    before, all_of_it = tl.cumsum(packed, 0) - packed, tl.sum(packed, 0)
     equal_before = n_equal + (before & 0xFFFF)
     slot = n_above + (before >> 16) + tl.minimum(equal_before, ties)
     kept = (keys > threshold) | ((keys == threshold) & (equal_before < ties))
-    return kept, slot, n_above + tl.sum(above, 0), n_equal + tl.sum(equal, 0)
+    return kept, slot, n_above + (all_of_it >> 16), n_equal + (all_of_it & 0xFFFF)
 
 
 @triton.jit
