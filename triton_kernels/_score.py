@@ -190,7 +190,16 @@ def score_part(
         for g in range(0, G, HEADS):
             h = h_kv * G + g
             x = _head_scores(
-                *(sample, sizes, strides, rows, sums, h, k, column, ok_n, offs_n),
+                sample,
+                sizes,
+                strides,
+                rows,
+                sums,
+                h,
+                k,
+                column,
+                ok_n,
+                offs_n,
                 *(G, HEADS, ROWS, ROW_REDUCE, LSE_BY_POSITION, tile),
             )
             head = tl.arange(0, HEADS)

@@ -147,7 +147,8 @@ def _row_lse_kernel(
     out_offs = (b * (Hkv * G) + h) * R + r
     tl.store(part_ptr + pid_split * stride_split + out_offs, lse, mask=mask_m)
     if counter_ptr is not None:
-        if arrives_last(counter_ptr + pid_bh * tl.num_programs(1) + pid_m, tl.num_programs(2)):
+        last = arrives_last(counter_ptr + pid_bh * tl.num_programs(1) + pid_m, tl.num_programs(2))
+        if last:
             lse = _join_splits(part_ptr, stride_split, out_offs, mask_m, tl.num_programs(2), BLOCK_M)
             tl.store(out_ptr + out_offs, lse, mask=mask_m)
 

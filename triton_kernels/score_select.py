@@ -191,8 +191,8 @@ def _score_select_kernel(
                 ranks = rank_heads(part_ptr, N, H)
                 for start in range(0, N, JOIN_CHUNK):
                     offs = start + tl.arange(0, JOIN_CHUNK)
-                    score = join_parts(part_ptr, ranks, offs, N, JOINED, HEAD_REDUCE)
-                    _finish(score, offs, N, scores_ptr, chosen, work, JOINED, HEAD_REDUCE)
+                    best = join_parts(part_ptr, ranks, offs, N, JOINED, HEAD_REDUCE)
+                    _finish(best, offs, N, scores_ptr, chosen, work, JOINED, HEAD_REDUCE)
                 tl.debug_barrier()
         else:
             if SPLIT:
@@ -205,10 +205,11 @@ def _score_select_kernel(
                 if SELECTS:
                     last = arrives_last(counter_ptr, tiles_n)
         if SELECTS:
+            choice = (quota_ptr, segments_ptr, keep, segments)
             if last:
                 choose_survivors(
                     chosen,
-                    (quota_ptr, segments_ptr, keep, segments),
+                    choice,
                     *(work, outputs, out_sizes),
                     b,
                     tl.num_programs(2) - 1,
@@ -280,12 +281,13 @@ def _config(s, selects):
     rows, heads = (block, 1) if together is None else (together // heads, heads)
     at_once = chunks(N if selects else 0)
     warps = max(config["num_warps"], at_once["num_warps"])
-    # Few rows are memory bound: two programs of 8 warps shall share a multiprocessor, as those of 4 do with any number. No
-    # lower limit for these: ptxas fills it with loads ahead of their use, and spills.
+    # Few rows are memory bound: keys of two heads are on their way, and two programs of 8 warps shall share a multiprocessor,
+    # as those of 4 do with any number. No lower limit for these: ptxas fills it with loads ahead of their use, and spills.
     few_rows = R <= 16 and s.cos is None and s.query.element_size() == 2
     most = 128 if few_rows and warps == 8 else 255
     shape = {"HEADS": heads, "ROWS": rows, "ONE_TILE": heads >= G and rows >= R}
-    return config | at_once | shape | {"num_warps": warps} | registers(most)
+    stages = {"num_stages": 3} if few_rows and shape["ONE_TILE"] else {}
+    return config | stages | at_once | shape | {"num_warps": warps} | registers(most)
 
 
 def _lse_strides(s, lse):
