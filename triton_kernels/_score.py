@@ -48,10 +48,9 @@ def _rows(sample, sizes, first, G: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def _log_sums(sample, sizes, strides, rows, h, LSE_BY_POSITION: tl.constexpr):
-    """The log-sum-exp of rows in the heads from ``h`` on, None for plain logits."""
-    lse_ptr, (head, r, row, real, _) = sample[1], rows
-    if lse_ptr is None:
-        return None
+    """The log-sum-exp of rows in the heads from ``h`` on."""
+    head, r, row, real, _ = rows
+    lse_ptr = sample[1]
     at = row - sizes[3] if LSE_BY_POSITION else r
     return tl.load(lse_ptr + (h + head) * strides[2][0] + at * strides[2][1], mask=real, other=0.0)
 
@@ -62,7 +61,7 @@ def _products(
     sizes,
     strides,
     rows,
-    lse,
+    lse,  # None for plain logits
     h,
     k,  # [BLOCK_N, BLOCK_D] in DTYPE
     column,  # [BLOCK_N] int64, their positions
@@ -130,7 +129,8 @@ def _head_scores(
         sums = lse
         if rows is None:
             these = _rows(sample, sizes, first, G, HEADS, ROWS)
-            sums = _log_sums(sample, sizes, strides, these, h, LSE_BY_POSITION)
+            if sample[1] is not None:
+                sums = _log_sums(sample, sizes, strides, these, h, LSE_BY_POSITION)
         p, ok = _products(sample, sizes, strides, these, sums, h, k, column, ok_n, offs_n, *tile)
         x = _over_rows(tl.where(ok, p, NEUTRAL), ROW_REDUCE, HEADS, ROWS)
         if ROW_REDUCE == "max":
@@ -166,7 +166,7 @@ def score_part(
     tile,  # D, CAUSAL, DTYPE, BLOCK_D
 ):
     """What a tile of columns receives in the query heads of some KV heads: joined, [BLOCK_N], unless they stay apart."""
-    _, _, key_ptr, cos_ptr, sin_ptr, _, columns_ptr, key_mask_ptr, _, _ = sample
+    _, lse_ptr, key_ptr, cos_ptr, sin_ptr, _, columns_ptr, key_mask_ptr, _, _ = sample
     N, length = sizes[2], sizes[4]
     D: tl.constexpr = tile[0]
     DTYPE: tl.constexpr = tile[2]
@@ -178,7 +178,9 @@ def score_part(
     if key_mask_ptr is not None:
         ok_n = ok_n & (tl.load(key_mask_ptr + column, mask=ok_n, other=0) != 0)
     rows = _rows(sample, sizes, 0, G, HEADS, ROWS) if ONE_TILE else None
-    lse = _log_sums(sample, sizes, strides, rows, h_first * G, LSE_BY_POSITION) if ONE_TILE else None
+    lse = None
+    if ONE_TILE and lse_ptr is not None:
+        lse = _log_sums(sample, sizes, strides, rows, h_first * G, LSE_BY_POSITION)
     joined = tl.full((BLOCK_N,), float("-inf") if HEAD_REDUCE == "max" else 0.0, tl.float32)
     for h_kv in range(h_first, h_last):
         k_offs = h_kv * strides[1][1] + column * strides[1][2]

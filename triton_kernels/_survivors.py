@@ -128,7 +128,9 @@ def _number_columns(
 ):
     """Mark the positions of columns with their numbers if they stay; list the first ``most``; how many stay so far."""
     _, code_ptr, _, N, _, _ = sample
-    (entries_ptr, marks_ptr), (threshold, ties, _), (n, n_above, n_equal) = work, chosen, counts
+    entries_ptr, marks_ptr = work
+    threshold, ties, _need = chosen
+    n, n_above, n_equal = counts
     extra = tl.zeros((), tl.int32)
     for at in range(start, stop, CHUNK):
         offs = at + tl.arange(0, CHUNK)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from vlmprune.triton_kernels.pairwise_cosine import BLOCK, cosine_tile, inverse_norm
 from vlmprune.triton_kernels.pairwise_cosine import tiles as cosine_tiles
-from vlmprune.triton_kernels.select_topk import REGISTERS, _kept_before, _last_kept, _load_keys
+from vlmprune.triton_kernels.select_topk import LONG_CHUNK, REGISTERS, _kept_before, _last_kept, _load_keys
 from vlmprune.triton_kernels.select_topk import tiles as select_tiles
 
 MAX_SPLITS = 8  # of the destinations: enough programs for a GPU at 576 tokens, little to join at 32k
@@ -185,6 +185,6 @@ def match_bipartite(features, r, destinations, mask, width):
     args = (features, inverse, role, destinations, best, match, N, M, D, *features.stride()[:2])
     _best_match_kernel[grid](*args, STEP=step, **tiles)
     code = torch.empty((B, N), dtype=torch.int8, device=device)
-    config = select_tiles(N) | REGISTERS
+    config = select_tiles(N, LONG_CHUNK) | REGISTERS
     _number_kernel[(B,)](best, match, role, code, assignment, index, N, splits, r, width, **config)
     return assignment, index

@@ -15,11 +15,13 @@ from vlmprune.triton_kernels._device import (
     arrives_last,
     dot_dtype,
     laid_out,
+    let_next_begin,
     load_rows,
     padded_head_dim,
     registers,
     span,
     tiles,
+    wait_for_inputs,
 )
 from vlmprune.triton_kernels._launch import launch
 
@@ -87,12 +89,14 @@ def _row_lse_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     CAUSAL: tl.constexpr,
+    PDL: tl.constexpr,
     KEYS_PER_SPLIT: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     pid_bh, pid_m, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b = (pid_bh // Hkv).to(tl.int64)
     h_kv = (pid_bh % Hkv).to(tl.int64)
@@ -141,6 +145,7 @@ def _row_lse_kernel(
         total = total * tl.exp2(top - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
         top = new_top
 
+    let_next_begin(PDL)
     seen = total != 0.0  # NaN stays NaN
     lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) / LOG2E, float("-inf"))
     stride_split = (tl.zeros((), tl.int64) + B) * Hkv * G * R

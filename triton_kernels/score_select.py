@@ -18,10 +18,12 @@ from vlmprune.triton_kernels._device import (
     arrives_last,
     dot_dtype,
     laid_out,
+    let_next_begin,
     padded_head_dim,
     registers,
     span,
     tiles,
+    wait_for_inputs,
 )
 from vlmprune.triton_kernels._launch import launch
 from vlmprune.triton_kernels._score import join_parts, rank_heads, score_part
@@ -34,12 +36,22 @@ TARGET_PROGRAMS = 512  # of a sample, where it has heads to give them: about 4 f
 
 
 @triton.jit
-def _finish(score, offs, N, scores_ptr, chosen, work, JOINED: tl.constexpr, HEAD_REDUCE: tl.constexpr):
+def _finish(
+    score,
+    offs,
+    N,
+    scores_ptr,
+    chosen,
+    work,
+    ENTERS: tl.constexpr,
+    JOINED: tl.constexpr,
+    HEAD_REDUCE: tl.constexpr,
+):
     """Write the scores of columns, and what they compete by."""
     if HEAD_REDUCE == "mean":
         score = score / JOINED
     tl.store(scores_ptr + offs, score, mask=offs < N)
-    if chosen is not None:
+    if ENTERS:
         enter_columns(chosen, work, score, offs)
 
 
@@ -108,6 +120,7 @@ def _score_select_kernel(
     HEAD_REDUCE: tl.constexpr,
     ROW_REDUCE: tl.constexpr,
     CAUSAL: tl.constexpr,
+    PDL: tl.constexpr,
     LSE_BY_POSITION: tl.constexpr,
     KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -119,6 +132,8 @@ def _score_select_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
+    ENTERS: tl.constexpr = index_ptr is not None
     APART: tl.constexpr = TOP or HEAD_REDUCE == "none"
     b = tl.program_id(2).to(tl.int64)
     tile, tiles_n, part, parts = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.num_programs(1)
@@ -146,7 +161,7 @@ def _score_select_kernel(
     outputs, out_sizes = (index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr), (start_k, width, most)
     chosen = None
     work = None
-    if index_ptr is not None:
+    if ENTERS:
         work = (entries_ptr + b * 2 * padded(N), marks_ptr + b * padded(positions))
         if code_ptr is not None:
             code_ptr += b * N
@@ -182,6 +197,7 @@ def _score_select_kernel(
         "none" if APART else HEAD_REDUCE,
         *(ROW_REDUCE, LSE_BY_POSITION, (D, CAUSAL, DTYPE, BLOCK_D)),
     )
+    let_next_begin(PDL)
     if scores_ptr is not None:
         scores_ptr += b * N
         last = tl.full((), True, tl.int1)
@@ -192,7 +208,7 @@ def _score_select_kernel(
                 for start in range(0, N, JOIN_CHUNK):
                     offs = start + tl.arange(0, JOIN_CHUNK)
                     best = join_parts(part_ptr, ranks, offs, N, JOINED, HEAD_REDUCE)
-                    _finish(best, offs, N, scores_ptr, chosen, work, JOINED, HEAD_REDUCE)
+                    _finish(best, offs, N, scores_ptr, chosen, work, ENTERS, JOINED, HEAD_REDUCE)
                 tl.debug_barrier()
         else:
             if SPLIT:
@@ -201,7 +217,7 @@ def _score_select_kernel(
                 if last:
                     score = join_parts(part_ptr, None, offs_n, N, parts, HEAD_REDUCE)
             if last:
-                _finish(score, offs_n, N, scores_ptr, chosen, work, JOINED, HEAD_REDUCE)
+                _finish(score, offs_n, N, scores_ptr, chosen, work, ENTERS, JOINED, HEAD_REDUCE)
                 if SELECTS:
                     last = arrives_last(counter_ptr, tiles_n)
         if SELECTS:

@@ -9,14 +9,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._device import as_bytes, span
+from vlmprune.triton_kernels._device import as_bytes, let_next_begin, registers, span, wait_for_inputs
 from vlmprune.triton_kernels._launch import launch
 from vlmprune.triton_kernels._survivors import choose_survivors, enter_columns, padded
-from vlmprune.triton_kernels.select_topk import REGISTERS
 
 FEW, MANY = 1024, 4096  # columns that 4 warps hold in registers, 8 a thread, and 8 warps, 16 a thread
 MAX_KEYS = 32768  # that 16 warps do, 64 a thread; of more each round of the search reads them anew
-SHARE = 2048  # columns of a program, where several work on a sample
+SHARE = 2048  # columns at a time, and of a program where several work on a sample
 
 
 class Choice(NamedTuple):
@@ -96,10 +95,13 @@ def _select_columns_kernel(
     NEWEST: tl.constexpr,
     LEFT: tl.constexpr,
     SHARED: tl.constexpr,
+    PDL: tl.constexpr,
     KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
+    let_next_begin(PDL)
     b = tl.program_id(1).to(tl.int64)
     if mask_ptr is not None:
         mask_ptr += b * positions
@@ -137,12 +139,11 @@ def chunks(N):
     return {"KEYS": keys, "CHUNK": chunk, "IN_REGISTERS": True, "num_warps": warps}
 
 
-def _many_chunks(N, shared):
+def _many_chunks(N):
     """The same for more: a multiprocessor's worth of warps, 32 or 64 keys a thread."""
     keys = min(max(triton.next_power_of_2(N), MAX_KEYS // 2), MAX_KEYS)
-    chunk = SHARE if shared else MANY
     stay = N <= MAX_KEYS
-    return {"KEYS": keys if stay else 2 * MANY, "CHUNK": chunk, "IN_REGISTERS": stay, "num_warps": 16}
+    return {"KEYS": keys if stay else 2 * MANY, "CHUNK": SHARE, "IN_REGISTERS": stay, "num_warps": 16}
 
 
 def select_columns(choice, scores=None, cu_seqlens=None, total=0):
@@ -157,7 +158,8 @@ def select_columns(choice, scores=None, cu_seqlens=None, total=0):
     plain = choice.code is None and choice.lengths is None and cu_seqlens is None
     plain = plain and not choice.left and choice.first == 0 and (scores is None or not choice.newest)
     shared = plain and N > MANY
-    config = chunks(N) if N <= MANY else _many_chunks(N, shared)
+    config = chunks(N) if N <= MANY else _many_chunks(N)
     shares = triton.cdiv(N, SHARE) if shared else 1
     args = (scores, cu_seqlens, total, N, *choice)
-    launch(_select_columns_kernel, (shares, B), *args, SHARED=shared, **config, **REGISTERS)
+    most = registers(128 if config["num_warps"] == 16 else 255)
+    launch(_select_columns_kernel, (shares, B), *args, SHARED=shared, **config, **most)

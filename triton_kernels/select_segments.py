@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 
 from vlmprune.triton_kernels._rows import coded, decoded
-from vlmprune.triton_kernels.select_topk import REGISTERS, _select_row, tiles
+from vlmprune.triton_kernels.select_topk import LONG_CHUNK, REGISTERS, _select_row, tiles
 
 MAX_SEGMENTS = 64  # of one launch; more segments take more launches
-MAX_CHUNK = 2048  # segments and slots start anywhere, so addresses hold more registers than a row's
 
 
 @triton.jit
@@ -64,7 +63,8 @@ def select_segments(scores, segments, quotas):
     if index.numel() == 0:
         return index
     starts, slots = ([0, *itertools.accumulate(x)] for x in (segments, quotas))
-    config = tiles(max(segments), MAX_CHUNK)
+    # segments and slots start anywhere, so addresses hold more registers than a row's
+    config = tiles(max(segments), LONG_CHUNK)
     for first in range(0, len(segments), MAX_SEGMENTS):
         last = min(first + MAX_SEGMENTS, len(segments))
         count = triton.next_power_of_2(last - first)

@@ -14,7 +14,11 @@ import triton.language as tl
 from vlmprune.triton_kernels._device import registers
 from vlmprune.triton_kernels._launch import launch
 
-MIN_CHUNK, MAX_CHUNK = 128, 4096  # positions per pass; below 65536, as two 16-bit counts share one scan
+MIN_CHUNK, MAX_CHUNK = (
+    128,
+    4096,
+)  # positions of a row that is done in one pass; two 16-bit counts share one scan
+LONG_CHUNK = 2048  # positions per pass of a longer one
 MAX_KEYS = 16384  # of a row, which then stay in registers, 32 a thread at 16 warps
 KEYS_PER_WARP = 512
 MAX_WARPS = 16
@@ -194,12 +198,16 @@ def _select_topk_kernel(
 
 
 def tiles(N, max_chunk=MAX_CHUNK):
-    """Positions per pass, keys in registers, and warps for rows of ``N`` scores."""
+    """Keys in registers, positions per pass, and warps for rows of ``N`` scores."""
     padded = max(triton.next_power_of_2(N), MIN_CHUNK)
-    chunk, stay = min(padded, max_chunk), padded <= MAX_KEYS
-    keys = padded if stay else chunk
-    warps = min(max(4, keys // KEYS_PER_WARP), MAX_WARPS) if stay else MAX_WARPS
-    return {"KEYS": keys, "CHUNK": chunk, "IN_REGISTERS": stay, "num_warps": warps}
+    stay = padded <= MAX_KEYS
+    keys = padded if stay else MAX_CHUNK
+    return {
+        "KEYS": keys,
+        "CHUNK": padded if padded <= max_chunk else LONG_CHUNK,
+        "IN_REGISTERS": stay,
+        "num_warps": min(max(4, keys // KEYS_PER_WARP), MAX_WARPS) if stay else MAX_WARPS,
+    }
 
 
 def select_topk(scores, keep, code, width, threshold=None):
