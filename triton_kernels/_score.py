@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from vlmprune.triton_kernels._columns import enter_columns
 from vlmprune.triton_kernels._device import LOG2E, load_rows, row_products
 from vlmprune.triton_kernels.select_topk import _order_key
 
@@ -256,3 +257,23 @@ def join_parts(
         x = tl.load(part_ptr + x_offs, mask=mask, other=other, cache_modifier=".cg")
         acc = max_with_nan(acc, max_over(x, 0)) if REDUCE == "max" else acc + tl.sum(x, 0)
     return acc
+
+
+@triton.jit
+def finish(
+    score,
+    offs,
+    N,
+    scores_ptr,
+    chosen,
+    work,
+    ENTERS: tl.constexpr,
+    JOINED: tl.constexpr,
+    HEAD_REDUCE: tl.constexpr,
+):
+    """Write the scores of columns, and what they compete by."""
+    if HEAD_REDUCE == "mean":
+        score = score / JOINED
+    tl.store(scores_ptr + offs, score, mask=offs < N)
+    if ENTERS:
+        enter_columns(chosen, work, score, offs)

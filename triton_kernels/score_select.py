@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vlmprune.triton_kernels._columns import padded
 from vlmprune.triton_kernels._device import (
     arrives_last,
     dot_dtype,
@@ -26,33 +27,16 @@ from vlmprune.triton_kernels._device import (
     wait_for_inputs,
 )
 from vlmprune.triton_kernels._launch import launch
-from vlmprune.triton_kernels._score import join_parts, rank_heads, score_part
-from vlmprune.triton_kernels._survivors import choose_survivors, enter_columns, padded
+from vlmprune.triton_kernels._score import finish, join_parts, rank_heads, score_part
+from vlmprune.triton_kernels._survivors import choose_survivors
 from vlmprune.triton_kernels.row_lse import row_lse
 from vlmprune.triton_kernels.select_columns import MANY, Choice, chunks, select_columns
 
 JOIN_CHUNK = tl.constexpr(512)
 TARGET_PROGRAMS = 512  # of a sample, where it has heads to give them: about 4 for each multiprocessor
-
-
-@triton.jit
-def _finish(
-    score,
-    offs,
-    N,
-    scores_ptr,
-    chosen,
-    work,
-    ENTERS: tl.constexpr,
-    JOINED: tl.constexpr,
-    HEAD_REDUCE: tl.constexpr,
-):
-    """Write the scores of columns, and what they compete by."""
-    if HEAD_REDUCE == "mean":
-        score = score / JOINED
-    tl.store(scores_ptr + offs, score, mask=offs < N)
-    if ENTERS:
-        enter_columns(chosen, work, score, offs)
+STAGES = (
+    3  # of the loop over KV heads, where it has one product each: keys of the next two heads are on their way
+)
 
 
 @triton.jit(
@@ -208,7 +192,7 @@ def _score_select_kernel(
                 for start in range(0, N, JOIN_CHUNK):
                     offs = start + tl.arange(0, JOIN_CHUNK)
                     best = join_parts(part_ptr, ranks, offs, N, JOINED, HEAD_REDUCE)
-                    _finish(best, offs, N, scores_ptr, chosen, work, ENTERS, JOINED, HEAD_REDUCE)
+                    finish(best, offs, N, scores_ptr, chosen, work, ENTERS, JOINED, HEAD_REDUCE)
                 tl.debug_barrier()
         else:
             if SPLIT:
@@ -217,7 +201,7 @@ def _score_select_kernel(
                 if last:
                     score = join_parts(part_ptr, None, offs_n, N, parts, HEAD_REDUCE)
             if last:
-                _finish(score, offs_n, N, scores_ptr, chosen, work, ENTERS, JOINED, HEAD_REDUCE)
+                finish(score, offs_n, N, scores_ptr, chosen, work, ENTERS, JOINED, HEAD_REDUCE)
                 if SELECTS:
                     last = arrives_last(counter_ptr, tiles_n)
         if SELECTS:
@@ -297,12 +281,12 @@ def _config(s, selects):
     rows, heads = (block, 1) if together is None else (together // heads, heads)
     at_once = chunks(N if selects else 0)
     warps = max(config["num_warps"], at_once["num_warps"])
-    # Few rows are memory bound: keys of two heads are on their way, and two programs of 8 warps shall share a multiprocessor,
-    # as those of 4 do with any number. No lower limit for these: ptxas fills it with loads ahead of their use, and spills.
+    # Few rows are memory bound: two programs of 8 warps shall share a multiprocessor, as those of 4 do with any number. No
+    # lower limit for these: ptxas fills it with loads ahead of their use, and spills.
     few_rows = R <= 16 and s.cos is None and s.query.element_size() == 2
     most = 128 if few_rows and warps == 8 else 255
     shape = {"HEADS": heads, "ROWS": rows, "ONE_TILE": heads >= G and rows >= R}
-    stages = {"num_stages": 3} if few_rows and shape["ONE_TILE"] else {}
+    stages = {"num_stages": STAGES} if few_rows and shape["ONE_TILE"] else {}
     return config | stages | at_once | shape | {"num_warps": warps} | registers(most)
 
 

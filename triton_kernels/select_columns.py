@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vlmprune.triton_kernels._columns import enter_columns, padded
 from vlmprune.triton_kernels._device import as_bytes, let_next_begin, registers, span, wait_for_inputs
 from vlmprune.triton_kernels._launch import launch
-from vlmprune.triton_kernels._survivors import choose_survivors, enter_columns, padded
+from vlmprune.triton_kernels._survivors import choose_survivors
 
 FEW, MANY = 1024, 4096  # columns that 4 warps hold in registers, 8 a thread, and 8 warps, 16 a thread
 MAX_KEYS = 32768  # that 16 warps do, 64 a thread; of more each round of the search reads them anew
