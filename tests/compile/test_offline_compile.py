@@ -299,7 +299,9 @@ def test_the_check_sees_a_missing_barrier():
 def test_barriers_separate_the_steps_of_a_selection(name):
     """Each reads what other threads wrote in the one before: keys, marks. Reads of the workspace are these loads."""
     (kernel,) = (k for k in offline.compile_launches(LAUNCHES[name], 90) if k.name == "_score_select_kernel")
-    after = kernel.ptx[kernel.ptx.rindex("atom.global") :].partition("st.global")[2]  # which resets the counter
+    after = kernel.ptx[kernel.ptx.rindex("atom.global") :].partition("st.global")[
+        2
+    ]  # which resets the counter
     steps = [s[:9] for s in re.findall(r"bar\.sync|st\.global|ld\.global\.(?:cg|v4\.b32)", after)]
     assert ("st.global", "ld.global") not in itertools.pairwise(steps)
     assert steps.count("st.global") >= 10
