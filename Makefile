@@ -90,8 +90,7 @@ test-interpret: install
 test-compile: install
 	TRITON_INTERPRET=0 $(PYTEST) -m "not slow" tests/compile
 
-# What `make test` leaves out: the build of the CUDA extension, first as it takes longest, and every launch for the other
-# three targets.
+# What `make test` leaves out: the build of the CUDA extension, first as it takes longest, and every launch for sm_90.
 test-slow: install
 	TRITON_INTERPRET=0 $(PYTEST) -m slow tests/csrc tests/compile
 
