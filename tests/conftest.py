@@ -9,6 +9,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from helpers.lost_device import pytest_runtest_makereport  # noqa: F401
+
 HAS_CUDA = torch.cuda.is_available()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers that each spin up all cores wait for one another most of the time
