@@ -64,16 +64,17 @@ class Knob:
 KNOBS = (
     Knob("received_attention", "score_select", "tiles", (32, 64, 128), "BLOCK_N"),
     Knob("received_attention", "score_select", "tiles", (2, 4, 8), "num_warps"),
-    Knob("received_attention", "score_select", "tiles", (1, 2, 3), "num_stages"),
+    Knob("received_attention", "score_select", "STAGES", (2, 3, 4)),
+    Knob("received_attention", "score_select", "TARGET_PROGRAMS", (128, 256, 512, 1024)),
     Knob("row_lse", "row_lse", "tiles", (32, 64, 128), "BLOCK_N"),
     Knob("row_lse", "row_lse", "tiles", (2, 4, 8), "num_warps"),
     Knob("row_lse", "row_lse", "KEYS_PER_SPLIT", (256, 512, 1024)),
-    Knob("prune_tokens", "score_select", "WARPS", (4, 8, 16)),
+    Knob("prune_tokens", "select_columns", "SHARE", (1024, 2048, 4096)),
     Knob("gather_tokens", "gather_tokens", "BLOCK_K", (4, 8, 16, 32)),
     Knob("gather_tokens", "gather_tokens", "BLOCK_BYTES", (256, 512, 1024)),
     Knob("compact_kv", "compact_kv", "BLOCK_K", (32, 64, 128)),
     Knob("compact_kv", "compact_kv", "BLOCK_BYTES", (128, 256, 512)),
-    Knob("select_topk", "select_topk", "KEYS_PER_WARP", (128, 256, 512)),
+    Knob("select_topk", "select_topk", "KEYS_PER_WARP", (256, 512, 1024)),
 )
 
 

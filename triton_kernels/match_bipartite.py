@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vlmprune.triton_kernels._device import registers
 from vlmprune.triton_kernels.pairwise_cosine import BLOCK, cosine_tile, inverse_norm
 from vlmprune.triton_kernels.pairwise_cosine import tiles as cosine_tiles
-from vlmprune.triton_kernels.select_topk import LONG_CHUNK, REGISTERS, _kept_before, _last_kept, _load_keys
+from vlmprune.triton_kernels.select_topk import LONG_CHUNK, MAX_WARPS, _kept_before, _last_kept, _load_keys
 from vlmprune.triton_kernels.select_topk import tiles as select_tiles
 
 MAX_SPLITS = 8  # of the destinations: enough programs for a GPU at 576 tokens, little to join at 32k
@@ -179,12 +180,11 @@ def match_bipartite(features, r, destinations, mask, width):
     best = torch.empty((B, splits, N), dtype=torch.float32, device=device)
     match = torch.empty((B, splits, N), dtype=torch.int32, device=device)
     tiles = cosine_tiles(features)
-    if features.element_size() == 4:
-        tiles["BLOCK_D"] //= 2  # split for three TF32 products, the operands are held in registers
     grid, inverse = (B, triton.cdiv(triton.cdiv(N, step), BLOCK), splits), inverse_norm(features, mask)
     args = (features, inverse, role, destinations, best, match, N, M, D, *features.stride()[:2])
     _best_match_kernel[grid](*args, STEP=step, **tiles)
     code = torch.empty((B, N), dtype=torch.int8, device=device)
-    config = select_tiles(N, LONG_CHUNK) | REGISTERS
+    config = select_tiles(N, LONG_CHUNK)
+    config |= registers(128 if config["num_warps"] == MAX_WARPS else 255)
     _number_kernel[(B,)](best, match, role, code, assignment, index, N, splits, r, width, **config)
     return assignment, index

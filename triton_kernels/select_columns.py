@@ -14,8 +14,8 @@ from vlmprune.triton_kernels._device import as_bytes, let_next_begin, registers,
 from vlmprune.triton_kernels._launch import launch
 from vlmprune.triton_kernels._survivors import choose_survivors
 
-FEW, MANY = 1024, 4096  # columns that 4 warps hold in registers, 8 a thread, and 8 warps, 16 a thread
-MAX_KEYS = 32768  # that 16 warps do, 64 a thread; of more each round of the search reads them anew
+FEW, MANY = 1024, 4096  # columns: up to MANY are selected by the program that scores the last of them
+MAX_KEYS = 16384
 SHARE = 2048  # columns at a time, and of a program where several work on a sample
 
 
@@ -135,16 +135,14 @@ def _select_columns_kernel(
 
 
 def chunks(N):
-    """Columns at a time for up to MANY: of two kinds, so that prompts of many lengths meet few kernels."""
-    keys, chunk, warps = (FEW, FEW, 4) if N <= FEW else (MANY, MANY // 2, 8)
-    return {"KEYS": keys, "CHUNK": chunk, "IN_REGISTERS": True, "num_warps": warps}
+    """Columns at a time: of few kinds, so that prompts of many lengths meet few kernels.
 
-
-def _many_chunks(N):
-    """The same for more: a multiprocessor's worth of warps, 32 or 64 keys a thread."""
-    keys = min(max(triton.next_power_of_2(N), MAX_KEYS // 2), MAX_KEYS)
-    stay = N <= MAX_KEYS
-    return {"KEYS": keys if stay else 2 * MANY, "CHUNK": SHARE, "IN_REGISTERS": stay, "num_warps": 16}
+    Of up to MAX_KEYS the keys stay in registers, 8, 16 or 64 a thread; of more each round of the search reads them anew.
+    """
+    keys, chunk, warps = (FEW, FEW, 4) if N <= FEW else (MANY, SHARE, 8)
+    if N > MANY:
+        keys = MAX_KEYS if N <= MAX_KEYS else MAX_KEYS // 2
+    return {"KEYS": keys, "CHUNK": chunk, "IN_REGISTERS": N <= MAX_KEYS, "num_warps": warps}
 
 
 def select_columns(choice, scores=None, cu_seqlens=None, total=0):
@@ -159,8 +157,6 @@ def select_columns(choice, scores=None, cu_seqlens=None, total=0):
     plain = choice.code is None and choice.lengths is None and cu_seqlens is None
     plain = plain and not choice.left and choice.first == 0 and (scores is None or not choice.newest)
     shared = plain and N > MANY
-    config = chunks(N) if N <= MANY else _many_chunks(N)
     shares = triton.cdiv(N, SHARE) if shared else 1
     args = (scores, cu_seqlens, total, N, *choice)
-    most = registers(128 if config["num_warps"] == 16 else 255)
-    launch(_select_columns_kernel, (shares, B), *args, SHARED=shared, **config, **most)
+    launch(_select_columns_kernel, (shares, B), *args, SHARED=shared, **chunks(N), **registers(255))

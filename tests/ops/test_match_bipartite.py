@@ -104,7 +104,7 @@ def test_triton_equals_reference_over_tiles(N, D, r, M, device, monkeypatch):
 
     monkeypatch.setattr(kernels, "MAX_SPLITS", 2)
     config = {"KEYS": 64, "CHUNK": 64, "IN_REGISTERS": False, "num_warps": 4}
-    monkeypatch.setattr(kernels, "select_tiles", lambda N: config)
+    monkeypatch.setattr(kernels, "select_tiles", lambda N, chunk: config)
     g = torch.Generator().manual_seed(1)
     destinations = None if M is None else torch.randperm(N, generator=g)[:M].to(device)
     features = make(2, N, D, torch.float16, device)
