@@ -1,8 +1,8 @@
 """What prune_tokens would take on an H100 and an H200: a prediction from its machine code, no measurement.
 
 The launches of the five shapes (bf16, one scoring row, its log-sum-exp given, one prompt) are compiled as they are, without a
-GPU; ``latency/`` walks through their machine code with a table of assumed constants. What happens outside the launches, such
-as the first node of a graph, is not counted.
+GPU; ``latency/`` walks through their machine code with a table of assumed constants. What a graph of one node takes is not
+counted, as the benchmark takes it off, and every launch begins when the one before it has ended (VLMPRUNE_PDL=0).
 
     python -P benchmarks/model_latency.py                      # the table; --rows FILE.csv adds what was measured
     python -P benchmarks/model_latency.py --markdown           # the one in benchmarks/README.md
@@ -20,20 +20,22 @@ from typing import NamedTuple
 
 import triton
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
 
-from gpu_day.goals import FIGURES, OURS, SLACK, Results
+from gpu_day.goals import OURS, Results, limit_us
 from latency import sass
 from latency.cards import CARDS, guess
 from latency.launches import Compiled, compiled_launches
 from latency.predict import COLUMNS, Prediction, predict, sections
-from latency.trips import trips
+from latency.trips import LOOPS, trips
 from micro.rows import read
 from micro.shapes import SHAPES
 from micro.table import print_table
 
-GOAL = "H200"  # the card that the goals were calculated for
+from vlmprune import env
+
+ROOT = Path(__file__).parents[1]
+TYPICAL = guess("H200").steps  # the same on every card
 COUNTS = ("instructions", *sass.COUNTED)
 WIDEST = 70  # of a loop's name
 
@@ -55,11 +57,10 @@ def table(rows: list[dict[str, str]]) -> list[Line]:
         launches = compiled_launches(shape)
         predicted = {card: predict(shape, launches, card) for card in CARDS}
         for card, prediction in predicted.items():
-            more_for_bytes = prediction.floor - predicted[GOAL].floor
-            limit = SLACK * (FIGURES[shape.name] + more_for_bytes)
             results = Results([row for row in rows if card in row["device"]])
             best = results.of("prune_tokens", shape.name, *OURS)
-            out.append(Line(shape.name, card, prediction, limit, None if best is None else best[0]))
+            limit = limit_us(shape.name, guess(card).bandwidth * 1e3)
+            out.append(Line(shape.name, card, prediction, limit, None if best is None else best.us))
     return out
 
 
@@ -100,8 +101,12 @@ def _counts(code: sass.Code, loop: sass.Loop) -> list[str]:
     return [str(counts[name] or "") for name in COUNTS]
 
 
-def _shortened(source: sass.Source | None) -> str:
-    text = str(source or "not a loop of Python")
+def _name(source: sass.Source | None) -> str:
+    """A loop's name in a listing: the call of its function where that decides how often it goes round."""
+    if source is None:
+        return "not a loop of Python"
+    by_call = source.call is not None and source.call in LOOPS.get(source.function, {})
+    text = f"{source.call}" if by_call else f"{source.function}: {source.header}"
     return text if len(text) <= WIDEST else text[: WIDEST - 3] + "..."
 
 
@@ -117,11 +122,10 @@ def show_loops() -> None:
 def _part(x: Compiled, part: object, first: int, last: int) -> Iterator[list[str]]:
     """Lines of a part of a kernel: all of it, then its loops."""
     yield [f"{part.column} ({part.by})", "", *_counts(x.code, sass.Loop(first, last, None))]  # type: ignore[attr-defined]
-    steps = guess(GOAL).steps
     for depth, loop in x.code.every_loop():
         if first <= loop.first <= last:
-            name = "  " * (depth + 1) + _shortened(loop.source)
-            yield [name, f"{trips(loop.source, x, steps):g}", *_counts(x.code, loop)]
+            name = "  " * (depth + 1) + _name(loop.source)
+            yield [name, f"{trips(loop.source, x, TYPICAL):g}", *_counts(x.code, loop)]
 
 
 def show_loops_of(names: list[str]) -> None:
@@ -136,7 +140,7 @@ def show_loops_of(names: list[str]) -> None:
             code = sass.parse(sass.disassemble(kernel.binary))
             whole = ["all", "", *_counts(code, sass.Loop(0, len(code.instructions) - 1, None))]
             loops = [
-                ["  " * (depth + 1) + _shortened(loop.source), "", *_counts(code, loop)]
+                ["  " * (depth + 1) + _name(loop.source), "", *_counts(code, loop)]
                 for depth, loop in code.every_loop()
             ]
             _print_loops(f"\n{name}: {kernel.summary()}", [whole, *loops])
@@ -151,12 +155,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=Path, help="CSV of microbench.py: what was measured, beside the prediction")
+    parser.add_argument(
+        "--rows", type=Path, help="CSV of microbench.py: what was measured, beside the prediction"
+    )
     parser.add_argument("--markdown", action="store_true", help="the table of benchmarks/README.md")
     parser.add_argument("--loops", nargs="*", metavar="LAUNCH", help="loops instead of times")
     chosen = parser.parse_args()
     if triton.knobs.runtime.interpret:
         raise SystemExit("model_latency: expected TRITON_INTERPRET=0, got the interpreter")
+    if env.PDL:
+        raise SystemExit("model_latency: expected VLMPRUNE_PDL=0, got 1, whose launches overlap")
     if chosen.loops:
         show_loops_of(chosen.loops)
     elif chosen.loops is not None:

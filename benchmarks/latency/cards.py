@@ -13,7 +13,10 @@ SMS = 132  # H100 SXM and H200
 SCHEDULERS = 4  # of a multiprocessor
 MAX_WARPS, MAX_BLOCKS = 64, 32  # of a multiprocessor (CUDA programming guide, compute capability 9.0)
 REGISTERS, REGISTER_UNIT = 65536, 256  # of a multiprocessor, and given to a warp at a time (the same)
-SHARED, SHARED_RESERVED = 233472, 1024  # bytes of a multiprocessor, and of each block for the system (the same)
+SHARED, SHARED_RESERVED = (
+    233472,
+    1024,
+)  # bytes of a multiprocessor, and of each block for the system (the same)
 
 
 class Constant(NamedTuple):
@@ -36,7 +39,7 @@ CARDS = {
     },
 }
 COMMON = {
-    "node": Constant(0.5, 0.8, 1.2, "us that a launch takes beside its programs' time; assumed"),
+    "node": Constant(0.5, 0.8, 1.2, "us that a further launch takes beside its programs' time; assumed"),
     "gap": Constant(0.8, 1.3, 2.0, "us between two nodes of a CUDA graph; assumed"),
     "model": Constant(0.8, 1.0, 1.25, "a factor: what the model leaves out, contention above all; assumed"),
 }
@@ -44,7 +47,9 @@ COMMON = {
 STEPS = {
     "dram": Constant(500, 700, 1000, "a load from memory; assumed, published: some 400 to 800"),
     "l2": Constant(220, 280, 340, "a load from L2; assumed, published: some 200 to 340 by distance"),
-    "atomic": Constant(350, 500, 800, "an atomic with an answer; assumed: a trip to L2 and back, and some work"),
+    "atomic": Constant(
+        350, 500, 800, "an atomic with an answer; assumed: a trip to L2 and back, and some work"
+    ),
     "fence": Constant(300, 600, 1000, "MEMBAR.GPU: until the stores before it are in L2; assumed"),
     "shared": Constant(26, 30, 34, "a load from shared memory; assumed, published: some 30"),
     "shuffle": Constant(22, 25, 30, "assumed"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -76,7 +76,8 @@ def resident(warps: int, registers: int, shared: int) -> int:
     return min(MAX_BLOCKS, MAX_WARPS // warps, by_registers, SHARED // (shared + SHARED_RESERVED))
 
 
-def compiled_launches(shape: Shape) -> list[Compiled]:
+@cache
+def compiled_launches(shape: Shape) -> tuple[Compiled, ...]:
     """What prune_tokens launches at a shape: bf16, one scoring row, its log-sum-exp given."""
     from vlmprune.triton_kernels._launch import recording
     from vlmprune.triton_kernels.prune_tokens import prune_tokens
@@ -87,7 +88,7 @@ def compiled_launches(shape: Shape) -> list[Compiled]:
         arguments = checked(x.query, x.key, x.tensors, **lists)
         with recording() as recorded:
             prune_tokens(*arguments)
-        return [_compiled(*launch) for launch in recorded]
+        return tuple(_compiled(*launch) for launch in recorded)
 
 
 def _compiled(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> Compiled:

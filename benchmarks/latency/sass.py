@@ -217,9 +217,7 @@ def _loops(instructions: Sequence[Instruction], branches: dict[int, int]) -> lis
     return outermost
 
 
-def _leads_to(
-    first: int, last: int, branches: dict[int, int], instructions: Sequence[Instruction]
-) -> bool:
+def _leads_to(first: int, last: int, branches: dict[int, int], instructions: Sequence[Instruction]) -> bool:
     """Whether the code between leads from ``first`` to ``last``: a block that was moved to the end only returns."""
     seen, ahead = set(), [first]
     while ahead:

@@ -31,7 +31,7 @@ def parts(launch: Compiled) -> list[Part]:
     """The parts of a kernel, in their order."""
     found = PARTS.get(launch.name)
     if found is None:
-        raise KeyError(f"kernel: expected one of {', '.join(PARTS)}, got {launch.name}")
+        raise LookupError(f"kernel: expected one of {', '.join(PARTS)}, got {launch.name}")
     return found(launch)
 
 
@@ -81,8 +81,10 @@ LOOPS: dict[str, dict[str, Trips]] = {
     "join_parts": {
         "for first in range(0, parts, PARTS_AT_ONCE)": lambda x, _: _times(x.grid[1], PARTS_AT_ONCE.value)
     },
-    "_last_kept": {"while (low < high) & (from_low != need) & (above != need)": lambda _, steps: steps.rounds},
-    "_number_columns": {"for at in range(start, stop, CHUNK)": _columns},
+    "_last_kept": {
+        "while (low < high) & (from_low != need) & (above != need)": lambda _, steps: steps.rounds
+    },
+    "number_columns": {"for at in range(start, stop, CHUNK)": _columns},
     "_place_positions": {"for start in range(span[0], span[1], CHUNK)": _positions},
     "_fill": {
         "_fill(marks_ptr, start, stop, NO_COLUMN, CHUNK)": _positions,
@@ -98,7 +100,9 @@ LOOPS: dict[str, dict[str, Trips]] = {
 def trips(source: Source | None, launch: Compiled, steps: Steps) -> float:
     """How often a loop goes round."""
     if source is None:
-        raise KeyError(f"loop: expected one that a line of Python stands for, got one of {launch.name} without")
+        raise LookupError(
+            f"loop: expected one that a line of Python stands for, got one of {launch.name} without"
+        )
     entries = LOOPS.get(source.function, {})
     found = entries.get(source.header) or entries.get(source.call or "")
     if found is not None:
@@ -106,4 +110,6 @@ def trips(source: Source | None, launch: Compiled, steps: Steps) -> float:
     if source.call is None and entries and all(key.startswith(f"{source.function}(") for key in entries):
         # Triton 3.6 does not say where a function was called: as if by the call that takes longest
         return max(entry(launch, steps) for entry in entries.values())
-    raise KeyError(f"loop: expected an entry of LOOPS in {__name__}, got none for {source} ({launch.name})")
+    raise LookupError(
+        f"loop: expected an entry of LOOPS in {__name__}, got none for {source} ({launch.name})"
+    )

@@ -1,11 +1,12 @@
 """How long a program takes: one of its warps walks through the machine code in order, as the hardware would.
 
-An instruction waits for its operands, for its turn among the warps of its scheduler and, at a barrier, for all warps. What
+An instruction waits for its registers, read or written, for its turn among the warps of its scheduler and, at a barrier, for all warps. What
 these want of a pipe between two barriers is a floor. Branches are taken to fall through: both sides of an ``if`` count.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ HALF, SIXTEENTH = 2, 8
 ALU = ("IADD3", "VIADD", "LOP3", "SHF", "ISETP", "SEL", "PRMT", "LEA", "IMNMX", "VIMNMX", "VIMNMX3", "FSETP")
 ALU += ("FMNMX", "FSEL", "PLOP3", "SGXT", "P2R", "R2P", "VOTE", "IABS", "BMSK", "MOV", "R2UR")
 SPECIAL = ("MUFU", "POPC", "FLO", "BREV", "I2F", "I2FP", "F2I", "F2F", "F2FP", "REDUX")
-MMA = 8  # HMMA.16816; assumed, half of what wgmma reaches
+ROUNDS = 4  # of a loop that are walked: more than any pipeline is deep
+MMA = 8  # cycles of an HMMA.16816; assumed, half of what wgmma reaches
 MEMORY = ("LDG", "LD", "STG", "ST", "LDGSTS", "RED", "REDG", *ATOMICS)
 SHARED = ("LDS", "LDSM", "STS", "STSM", "SHFL")
 L2_BYTES, SHARED_BYTES = 64, 128  # that a multiprocessor moves in a cycle; the first is assumed
@@ -44,9 +46,13 @@ class Warp:
     copies: list[float] = field(default_factory=list)  # when the groups of cp.async have arrived
     copying: float = 0.0  # when the group that is still open has
     since: float = 0.0  # the last time all warps met
-    wanted: Counter[str] = field(default_factory=Counter)  # pipe -> cycles wanted of it by each warp since then
+    wanted: Counter[str] = field(
+        default_factory=Counter
+    )  # pipe -> cycles wanted of it by each warp since then
 
-    def walk(self, code: Code, first: int, last: int, loops: Iterable[Loop], trips: Callable[[Loop], float]) -> None:
+    def walk(
+        self, code: Code, first: int, last: int, loops: Iterable[Loop], trips: Callable[[Loop], float]
+    ) -> None:
         """Go through instructions ``first`` to ``last``, in which ``loops`` lie, each as often as ``trips`` says."""
         at = first
         for loop in loops:
@@ -60,15 +66,15 @@ class Warp:
             self.step(instruction)
 
     def _loop(self, code: Code, loop: Loop, trips: Callable[[Loop], float]) -> None:
-        """Two rounds are walked; all the others take as long as the second."""
-        n, start = trips(loop), self.clock
-        if n <= 0:
-            return
-        for _ in range(2 if n > 1 else 1):
+        """Some rounds are walked, until what was loaded ahead of the loop is used up; the others take as long as the last."""
+        n = trips(loop)
+        rounds, took = min(math.ceil(n), ROUNDS), 0.0
+        for _ in range(rounds):
             before = self.clock
             self.walk(code, loop.first, loop.last, loop.inner, trips)
             self.meet()
-        self._skip((n - 2) * (self.clock - before) if n > 1 else (n - 1) * (self.clock - start))
+            took = self.clock - before
+        self._skip((n - rounds) * took)
 
     def _skip(self, cycles: float) -> None:
         """Let time pass in which everything goes on as it is."""
@@ -85,7 +91,7 @@ class Warp:
         self.clock += 1 + self.constants.in_step * (self.load - 1)
         if x.guard == "!PT":  # never runs
             return
-        self.clock = max([self.clock, *(self.ready.get(name, 0.0) for name in x.reads)])
+        self.clock = max([self.clock, *(self.ready.get(name, 0.0) for name in (*x.reads, *x.writes))])
         pipe, cycles = self._pipe(x)
         self.wanted[pipe] += cycles
         if x.base == "BAR":

@@ -32,7 +32,9 @@ def show(rows: Sequence[Row], title: str) -> None:
         print(f"not run: {provider} ({times} of {sum(r.provider == provider for r in rows)} lines): {note}")
 
 
-def print_table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]], numbers: Container[int], group: int) -> None:
+def print_table(
+    title: str, heads: Sequence[str], lines: Sequence[Sequence[str]], numbers: Container[int], group: int
+) -> None:
     """Lines under their heads: columns ``numbers`` to the right, a rule where the first ``group`` cells change."""
     if find_spec("rich") is None:
         widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
