@@ -83,6 +83,14 @@ def sections(launch: Compiled) -> list[tuple[Part, int, int]]:
         raise ValueError(
             f"{launch.name}: expected an atomic between any two of {columns}, got {len(ends)} atomics"
         )
+    for _, loop in launch.code.every_loop():
+        twins = [x.source for _, x in launch.code.every_loop() if x.source == loop.source]
+        if loop.source is not None and loop.source.call is not None and len(twins) > 1:
+            raise ValueError(
+                f"{launch.name}: expected one loop, got {len(twins)} (unrolled?) of {loop.source}"
+            )
+        if any(loop.first <= end <= loop.last for end in ends):
+            raise ValueError(f"{launch.name}: expected no atomic in a loop, got one in {loop.source}")
     starts = [0, *(end + 1 for end in ends)]
     return list(zip(expected, starts, [*ends, len(code) - 1], strict=True))
 

@@ -1,7 +1,7 @@
 """What the machine code does not say: who runs which part of a kernel, and how often its loops go round at a shape.
 
 The one place to change when a kernel does. A loop that stands in no table is an error, and so is a kernel that counts its
-programs in more or less often than its parts say: the model cannot be wrong about a new kernel without a word.
+programs in more or less often than its parts say. What goes unseen is a loop that looks as before and means something else.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """The latency model: what it reads from a listing, how it counts time, and that it refuses what it does not know."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -194,6 +195,18 @@ def test_parts_end_where_programs_count_themselves_in(code):
         predict.sections(launch_of(code))
     with pytest.raises(LookupError, match=r"kernel: expected one of _score_select_kernel, .*got _other"):
         predict.sections(launch_of(code, "_other"))
+
+
+def test_loops_that_the_model_would_get_wrong_are_errors(code):
+    first, second = code.loops
+    rest = sass.Loop(second.first, second.last, first.source)
+    unrolled = dataclasses.replace(code, loops=(first, rest))
+    score = dict(name="_score_select_kernel", SPLIT=True, SELECTS=False)
+    with pytest.raises(ValueError, match=r"expected one loop, got 2 \(unrolled\?\) of leaf: for i"):
+        predict.sections(launch_of(unrolled, **score))
+    around = dataclasses.replace(code, loops=(sass.Loop(0, 11, second.source),))
+    with pytest.raises(ValueError, match="expected no atomic in a loop, got one in kernel: for j"):
+        predict.sections(launch_of(around, **score))
 
 
 def test_passes_over_columns_and_positions():
