@@ -133,15 +133,15 @@ def number_columns(
 @triton.jit
 def count_before(row, keys, threshold, stop, KEYS: tl.constexpr, IN_REGISTERS: tl.constexpr):
     """Of the keys before ``stop``: how many are above the threshold, equal to it, and there at all."""
-    above = tl.zeros((KEYS,), tl.int32)
-    equal = tl.zeros((KEYS,), tl.int32)
-    there = tl.zeros((KEYS,), tl.int32)
+    above = tl.zeros((), tl.int32)
+    equal = tl.zeros((), tl.int32)
+    there = tl.zeros((), tl.int32)
     for start in range(0, KEYS if IN_REGISTERS else row[3], KEYS):  # once: no loop at all
         offs = start + tl.arange(0, KEYS)
         if not IN_REGISTERS:
             keys = _load_keys(row, offs)
         before = offs < stop
-        above += (before & (keys > threshold)).to(tl.int32)
-        equal += (before & (keys == threshold)).to(tl.int32)
-        there += (before & (keys != 0)).to(tl.int32)
-    return tl.sum(above, 0), tl.sum(equal, 0), tl.sum(there, 0)
+        above += tl.sum((before & (keys > threshold)).to(tl.int32), 0)
+        equal += tl.sum((before & (keys == threshold)).to(tl.int32), 0)
+        there += tl.sum((before & (keys != 0)).to(tl.int32), 0)
+    return above, equal, there

@@ -33,7 +33,7 @@ from vlmprune.triton_kernels.row_lse import row_lse
 from vlmprune.triton_kernels.select_columns import MANY, Choice, chunks, select_columns
 
 JOIN_CHUNK = tl.constexpr(512)
-TARGET_PROGRAMS = 512  # of a sample, where it has heads to give them: about 4 for each multiprocessor
+MOST_PROGRAMS = 288  # of a sample, if its heads are divided for them: two a multiprocessor of 132, or three of fewer warps
 STAGES = (
     3  # of the loop over KV heads, where it has one product each: keys of the next two heads are on their way
 )
@@ -267,8 +267,8 @@ def score(s, choice=None):
 
 
 def _parts(Hkv, n_tiles):
-    """Into how many parts to divide the KV heads of a tile: enough programs to fill a GPU, and no more to join than that."""
-    return next(n for n in range(1, Hkv + 1) if Hkv % n == 0 and (n * n_tiles >= TARGET_PROGRAMS or n == Hkv))
+    """Into how many parts to divide the KV heads of a tile: as many as give programs that run at once, or one."""
+    return max(n for n in range(1, Hkv + 1) if Hkv % n == 0 and (n * n_tiles <= MOST_PROGRAMS or n == 1))
 
 
 def _config(s, selects):

@@ -22,6 +22,7 @@ LONG_CHUNK = 2048  # positions per pass of a longer one
 MAX_KEYS = 16384  # of a row, which then stay in registers, 32 a thread at 16 warps
 KEYS_PER_WARP = 512
 MAX_WARPS = 16
+FOLD = tl.constexpr(1024)
 REGISTERS = registers(128)  # what 16 warps may have
 FORCED = tl.constexpr(0xFFFFFFFF)  # above the key of +inf, 0xFF800000
 NAN_KEY = tl.constexpr(1)  # below the key of -inf, 0x007FFFFF; 0 is "not there"
@@ -60,35 +61,43 @@ def _load_keys(row, offs):
 
 
 @triton.jit
+def _folded(x, WIDTH: tl.constexpr):
+    """Add a chunk up to ``WIDTH`` counts: what a loop carries costs a move for each number and round."""
+    x = tl.reshape(x.to(tl.int32), (x.shape[0] // WIDTH, WIDTH))
+    return tl.sum(x, 0)
+
+
+@triton.jit
 def _survey(row, keys, KEYS: tl.constexpr, IN_REGISTERS: tl.constexpr):
     """How many positions are forced and how many compete; of those, the smallest and the largest key."""
-    forced = tl.zeros((KEYS,), tl.int32)
-    competing = tl.zeros((KEYS,), tl.int32)
-    low = tl.full((KEYS,), FORCED, tl.uint32)
-    high = tl.zeros((KEYS,), tl.uint32)
+    forced = tl.zeros((), tl.int32)
+    competing = tl.zeros((), tl.int32)
+    low = tl.full((), FORCED, tl.uint32)
+    high = tl.zeros((), tl.uint32)
     for start in range(0, KEYS if IN_REGISTERS else row[3], KEYS):  # once: no loop at all
         if not IN_REGISTERS:
             keys = _load_keys(row, start + tl.arange(0, KEYS))
         competes = (keys != FORCED) & (keys != 0)
-        forced += (keys == FORCED).to(tl.int32)
-        competing += competes.to(tl.int32)
-        low = tl.minimum(low, tl.where(competes, keys, FORCED).to(tl.uint32))
-        high = tl.maximum(high, tl.where(competes, keys, 0).to(tl.uint32))
-    return tl.sum(forced, 0), tl.sum(competing, 0), tl.min(low, 0), tl.max(high, 0)
+        forced += tl.sum((keys == FORCED).to(tl.int32), 0)
+        competing += tl.sum(competes.to(tl.int32), 0)
+        low = tl.minimum(low, tl.min(tl.where(competes, keys, FORCED).to(tl.uint32), 0))
+        high = tl.maximum(high, tl.max(tl.where(competes, keys, 0).to(tl.uint32), 0))
+    return forced, competing, low, high
 
 
 @triton.jit
 def _count_from(row, keys, c1, c2, c3, KEYS: tl.constexpr, IN_REGISTERS: tl.constexpr):
     """How many keys are at least c1, c2 and c3."""
-    n1 = tl.zeros((KEYS,), tl.int32)
-    n2 = tl.zeros((KEYS,), tl.int32)
-    n3 = tl.zeros((KEYS,), tl.int32)
+    WIDTH: tl.constexpr = KEYS if IN_REGISTERS or KEYS <= FOLD else FOLD
+    n1 = tl.zeros((WIDTH,), tl.int32)
+    n2 = tl.zeros((WIDTH,), tl.int32)
+    n3 = tl.zeros((WIDTH,), tl.int32)
     for start in range(0, KEYS if IN_REGISTERS else row[3], KEYS):  # once: no loop at all
         if not IN_REGISTERS:
             keys = _load_keys(row, start + tl.arange(0, KEYS))
-        n1 += (keys >= c1).to(tl.int32)
-        n2 += (keys >= c2).to(tl.int32)
-        n3 += (keys >= c3).to(tl.int32)
+        n1 += _folded(keys >= c1, WIDTH)
+        n2 += _folded(keys >= c2, WIDTH)
+        n3 += _folded(keys >= c3, WIDTH)
     return tl.sum(n1, 0), tl.sum(n2, 0), tl.sum(n3, 0)
 
 

@@ -71,6 +71,11 @@ def _positions(launch: Compiled, _: Steps) -> int:
     return _times(a.CHUNK + a.positions - a.N if _shared(launch) else a.positions, a.CHUNK)
 
 
+def _keys(launch: Compiled, _: Steps) -> int:
+    """Passes over keys that registers do not hold."""
+    return _times(launch.arguments.N, launch.arguments.KEYS)
+
+
 def _never(*_: object) -> int:
     return 0
 
@@ -84,6 +89,10 @@ LOOPS: dict[str, dict[str, Trips]] = {
     "_last_kept": {
         "while (low < high) & (from_low != need) & (above != need)": lambda _, steps: steps.rounds
     },
+    **dict.fromkeys(
+        ("_survey", "_count_from", "count_before"),
+        {"for start in range(0, KEYS if IN_REGISTERS else row[3], KEYS)": _keys},
+    ),
     "number_columns": {"for at in range(start, stop, CHUNK)": _columns},
     "_place_positions": {"for start in range(span[0], span[1], CHUNK)": _positions},
     "_fill": {
