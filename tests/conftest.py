@@ -9,11 +9,28 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-HAS_CUDA = torch.cuda.is_available()
+from helpers import device as there
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers that each spin up all cores wait for one another most of the time
-if not HAS_CUDA:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first `import triton`
+DEVICE = pytest.StashKey[str]()
+
+
+def pytest_addoption(parser):
+    said = "where tests run: models and policies on the CPU if not said, others on CUDA if there is one; pretend: " \
+        "models and policies on a device that checks that nothing mixes with the CPU"
+    parser.addoption("--device", choices=there.CHOICES, help=said)
+
+
+def pytest_configure(config):
+    """The device, and before the first `import triton` whether kernels are interpreted."""
+    config.stash[DEVICE] = there.chosen(config.getoption("device"))
+    if config.stash[DEVICE] != "cuda":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    elif config.getoption("device") and os.environ.get("TRITON_INTERPRET") == "1":
+        raise pytest.UsageError("--device cuda: expected TRITON_INTERPRET=0 or unset, got 1")
+    else:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else its sums depend on the stream
 
 
 def versions():
@@ -38,7 +55,11 @@ def pytest_collection_modifyitems(config, items):
     if stray:
         raise pytest.UsageError(f"slow tests belong into tests/csrc or tests/compile, got {stray[0]}")
     needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if needs_gpu and not HAS_CUDA:
+    if config.getoption("device") in ("cuda", "pretend"):
+        for item in items:
+            if marker := item.get_closest_marker("cpu"):
+                item.add_marker(pytest.mark.skip(reason=f"on the CPU: {marker.args[0]}"))
+    if needs_gpu and config.stash[DEVICE] != "cuda":
         config.hook.pytest_deselected(items=needs_gpu)
         items[:] = [item for item in items if item not in needs_gpu]
 
@@ -107,9 +128,25 @@ def remember_types(patch, interpreter):
     patch.setattr(interpreter, "_get_np_dtype", get_numpy_type)
 
 
-@pytest.fixture
-def device():
-    return torch.device("cuda" if HAS_CUDA else "cpu")
+@pytest.fixture(scope="session")
+def device(pytestconfig):
+    return torch.device("cuda" if pytestconfig.stash[DEVICE] == "cuda" else "cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tensors_on_the_device(request, pytestconfig):
+    """With --device the tensors of models and policies lie there; yields what a pretended device counts."""
+    asked = pytestconfig.getoption("device")
+    if asked in (None, "cpu") or request.path.parent.name not in there.FOLDERS:
+        yield None
+    elif asked == "cuda":
+        with there.exact(), there.tensors_on(torch.device("cuda", 0), request.module):
+            yield None
+    else:
+        from helpers import pretended  # takes torch's one place for a device from outside
+
+        with there.tensors_on(pretended.DEVICE, request.module), pretended.pretending() as counts:
+            yield counts
 
 
 @pytest.fixture(autouse=True)
