@@ -17,8 +17,10 @@ DEVICE = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser):
-    said = "where tests run: models and policies on the CPU if not said, others on CUDA if there is one; pretend: " \
+    said = (
+        "where tests run: models and policies on the CPU if not said, others on CUDA if there is one; pretend: "
         "models and policies on a device that checks that nothing mixes with the CPU"
+    )
     parser.addoption("--device", choices=there.CHOICES, help=said)
 
 
@@ -42,8 +44,12 @@ def pytest_report_header():
     return versions()
 
 
-def pytest_terminal_summary(terminalreporter):
-    """A failure says under which versions, once more where one looks for it."""
+def pytest_terminal_summary(terminalreporter, config):
+    """What ran on a pretended device; and a failure says under which versions, once more where one looks for it."""
+    if config.getoption("device") == "pretend":
+        from helpers import pretended
+
+        terminalreporter.write_line(pretended.shares(terminalreporter.stats.get("passed", [])))
     if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
         terminalreporter.write_line(f"with {versions()}", red=True)
 
@@ -55,13 +61,25 @@ def pytest_collection_modifyitems(config, items):
     if stray:
         raise pytest.UsageError(f"slow tests belong into tests/csrc or tests/compile, got {stray[0]}")
     needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if config.getoption("device") in ("cuda", "pretend"):
-        for item in items:
-            if marker := item.get_closest_marker("cpu"):
-                item.add_marker(pytest.mark.skip(reason=f"on the CPU: {marker.args[0]}"))
+    leave_out = {"cuda": ("cpu",), "pretend": ("cpu", "real")}.get(config.getoption("device"), ())
+    for item in items:
+        for marker in filter(None, map(item.get_closest_marker, leave_out)):
+            item.add_marker(pytest.mark.skip(reason=f"{marker.name}: {marker.args[0]}"))
     if needs_gpu and config.stash[DEVICE] != "cuda":
         config.hook.pytest_deselected(items=needs_gpu)
         items[:] = [item for item in items if item not in needs_gpu]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Note how many operations a test ran on a pretended device."""
+    pretended = item.funcargs.get("tensors_on_the_device")
+    before = 0 if pretended is None else pretended.count
+    try:
+        return (yield)
+    finally:
+        if pretended is not None:
+            item.user_properties.append((pretended.NOTE, pretended.count - before))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,6 +21,8 @@ from vlmprune.models import explain
 from vlmprune.models.attention import kernels
 from vlmprune.models.attention.backend import attention, mask
 
+pytestmark = pytest.mark.cpu("stands in for a GPU here; test_flash_devices.py has real kernels")
+
 BATCHES = {"one": [["I", 7]], "padded": [["I", 9, "I", 4], [3, "I", 5], [12]]}
 STEPS = 4
 

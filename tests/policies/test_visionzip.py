@@ -62,7 +62,9 @@ def expected_of(ctx, dominant, contextual):
             keys = seen.key[number, :, int(seen.cls) :].double().mean(0).cpu().numpy()
             rows = ctx.features[number].double().cpu().numpy()
             zipped = slow(patch_scores(ctx, -2, number), keys, rows, dominant, contextual)
-            found += [(first + j, ctx.project(torch.from_numpy(row)).double().cpu().numpy()) for j, row in zipped]
+            found += [
+                (first + j, ctx.project(torch.from_numpy(row)).double().cpu().numpy()) for j, row in zipped
+            ]
         yield found
 
 
@@ -93,7 +95,9 @@ def test_keys_along_axes():
     got = VisionZip(6, 7).select(ctx)
     (pairs,) = expected_of(ctx, 6, 7)
     assert got.index.tolist() == [[j for j, _ in pairs]]
-    assert got.hidden[0].double().cpu().numpy() == pytest.approx(np.stack([row for _, row in pairs]), abs=1e-5)
+    assert got.hidden[0].double().cpu().numpy() == pytest.approx(
+        np.stack([row for _, row in pairs]), abs=1e-5
+    )
 
 
 def test_a_target_counts_in_full_beside_the_mean():

@@ -43,14 +43,11 @@ class TorchThere:
     """``torch`` for those who say no device. Made on the CPU and moved: random numbers are the same everywhere."""
 
     def __init__(self, device: torch.device) -> None:
-        vars(self)["_device"] = device
+        self._device = device
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(torch, name)
         return self._moved(found) if name in FACTORIES else found
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(torch, name, value)
 
     def _moved(self, factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def make(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -7,6 +7,7 @@ between. Only kernels cannot be tried so: ops take their reference.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,6 +49,16 @@ def mark(made: Any, there: bool) -> Any:
     return made
 
 
+def rebuilt(make: Any, args: Any) -> Any:
+    """What comes out of the pickle of a tensor that was on the device: as from CUDA, it is there again."""
+    return mark(make(*args), True)
+
+
+def reduced(x: Tensor, protocol: int, real: Any = Tensor._reduce_ex_internal) -> Any:
+    with torch._C.DisableTorchFunction():
+        return (rebuilt, real(x, protocol)) if is_there(x) else real(x, protocol)
+
+
 class Saying(TorchFunctionMode):
     """What Python asks of a tensor's device, and makes for one."""
 
@@ -80,7 +91,7 @@ class Saying(TorchFunctionMode):
         """``x.to(...)``, whose device may be said as one, as a text or by another tensor."""
         other = args[0] if args else kwargs.get("device", kwargs.get("other"))
         if isinstance(other, Tensor):
-            args, asked = (CPU, other.dtype, *args[1:]), other.device
+            args, asked = (CPU, other.dtype, *args[1:]), DEVICE if is_there(other) else other.device
         elif isinstance(other, str | torch.device):
             asked = torch.device(other)
             args, kwargs = (CPU, *args[1:]), {name: v for name, v in kwargs.items() if name != "device"}
@@ -88,18 +99,20 @@ class Saying(TorchFunctionMode):
             return Tensor.to(x, *args, **kwargs)
         goes = asked.type == DEVICE.type
         if not goes and asked.type != "cpu":  # meta
-            return Tensor.to(x, asked, *args[1:], **kwargs)
+            return mark(Tensor.to(x, asked, *args[1:], **kwargs), False)
         if goes == there:
             return Tensor.to(x, *args, **kwargs)
         return mark(Tensor.to(x, *args, **kwargs | {"copy": True}), goes)
 
 
 class Checking(TorchDispatchMode):
-    """Carries the mark from operands to results; raises where devices mix. Counts operations by where they ran."""
+    """Carries the mark from operands to results; raises where devices mix. Counts the operations on the device."""
+
+    NOTE = "operations on the device"
 
     def __init__(self) -> None:
         super().__init__()
-        self.there = self.elsewhere = 0
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.name()
@@ -109,8 +122,7 @@ class Checking(TorchDispatchMode):
         if stray and name not in COPIES:
             shapes = ", ".join(f"{list(x.shape)}" for x in stray)
             raise RuntimeError(f"{name}: expected all tensors on {DEVICE}, got {shapes} on cpu")
-        self.there += there
-        self.elsewhere += bool(places) and not there and any(x.numel() > 1 for x in places)
+        self.count += there
         if name in OPDEFS:  # ops of ours: what they do is looked at too
             with Saying(), self:
                 out = OPDEFS[name]._init_fn(*args, **kwargs)
@@ -134,6 +146,15 @@ def pretending() -> Iterator[Checking]:
         pytest.skip("a pretended device is seen by one thread of Python, uncompiled")
 
     with pytest.MonkeyPatch.context() as patch, Saying(), Checking() as checking:
+        patch.setattr(Tensor, "_reduce_ex_internal", reduced)
         patch.setattr(torch, "compile", skip)
         patch.setattr("threading.Thread.start", skip)
         yield checking
+
+
+def shares(reports: list[Any]) -> str:
+    """How many tests ran operations on the device, and where those are that ran none."""
+    none = [r.nodeid.partition("::")[0] for r in reports if not dict(r.user_properties).get(Checking.NOTE)]
+    files = ", ".join(f"{name} {n}" for name, n in Counter(none).most_common())
+    ran = len(reports) - len(none)
+    return f"{ran} of {len(reports)} tests ran operations on {DEVICE}; none: {files or 0}"
