@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helpers import device as there
+from helpers import pretended
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers that each spin up all cores wait for one another most of the time
@@ -47,8 +48,6 @@ def pytest_report_header():
 def pytest_terminal_summary(terminalreporter, config):
     """What ran on a pretended device; and a failure says under which versions, once more where one looks for it."""
     if config.getoption("device") == "pretend":
-        from helpers import pretended
-
         terminalreporter.write_line(pretended.shares(terminalreporter.stats.get("passed", [])))
     if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
         terminalreporter.write_line(f"with {versions()}", red=True)
@@ -60,11 +59,11 @@ def pytest_collection_modifyitems(config, items):
     stray = [item.nodeid for item in slow if item.path.parent.name not in ("csrc", "compile")]
     if stray:
         raise pytest.UsageError(f"slow tests belong into tests/csrc or tests/compile, got {stray[0]}")
-    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
     leave_out = {"cuda": ("cpu",), "pretend": ("cpu", "real")}.get(config.getoption("device"), ())
     for item in items:
         for marker in filter(None, map(item.get_closest_marker, leave_out)):
             item.add_marker(pytest.mark.skip(reason=f"{marker.name}: {marker.args[0]}"))
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if needs_gpu and config.stash[DEVICE] != "cuda":
         config.hook.pytest_deselected(items=needs_gpu)
         items[:] = [item for item in items if item not in needs_gpu]
@@ -73,13 +72,13 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """Note how many operations a test ran on a pretended device."""
-    pretended = item.funcargs.get("tensors_on_the_device")
-    before = 0 if pretended is None else pretended.count
+    counts = item.funcargs.get("tensors_on_the_device")
+    before = 0 if counts is None else counts.count
     try:
         return (yield)
     finally:
-        if pretended is not None:
-            item.user_properties.append((pretended.NOTE, pretended.count - before))
+        if counts is not None:
+            item.user_properties.append((counts.NOTE, counts.count - before))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -161,8 +160,6 @@ def tensors_on_the_device(request, pytestconfig):
         with there.exact(), there.tensors_on(torch.device("cuda", 0), request.module):
             yield None
     else:
-        from helpers import pretended  # takes torch's one place for a device from outside
-
         with there.tensors_on(pretended.DEVICE, request.module), pretended.pretending() as counts:
             yield counts
 

@@ -21,8 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-torch.utils.rename_privateuse1_backend("pretend")
-DEVICE, CPU = torch.device("pretend", 0), torch.device("cpu")
+DEVICE, CPU = torch.device("privateuseone", 0), torch.device("cpu")
 COPIES = {"aten::copy_", "aten::_to_copy"}
 UNSEEN = {torch.linalg.matrix_rank}
 """What makes further tensors where its operands seem to be, in C++."""
