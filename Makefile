@@ -22,12 +22,12 @@ PIP := -m pip install -q --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format typecheck test-interpret test-compile test-slow test-oldest test-newest \
-	test-torch-floor test-device test-eval bench bench-pytest resources wheel clean
+	test-torch-floor test-device test-eval bench bench-pytest gpu-day resources wheel clean
 
 help:
 	@echo "make demo | test | install | lint | format | typecheck"
 	@echo "     test-slow | test-oldest | test-newest | test-torch-floor | test-device | test-eval"
-	@echo "     bench | bench-pytest | resources | wheel | clean"
+	@echo "     bench | bench-pytest | gpu-day | resources | wheel | clean"
 
 install: $(VENV)/.installed
 
@@ -90,8 +90,7 @@ test-interpret: install
 test-compile: install
 	TRITON_INTERPRET=0 $(PYTEST) -m "not slow" tests/compile
 
-# What `make test` leaves out: the build of the CUDA extension, first as it takes longest, and every launch for the other
-# three targets.
+# What `make test` leaves out: the build of the CUDA extension, first as it takes longest, and every launch for sm_90.
 test-slow: install
 	TRITON_INTERPRET=0 $(PYTEST) -m slow tests/csrc tests/compile
 
@@ -130,6 +129,10 @@ bench: install
 
 bench-pytest: install
 	$(PY) -m pytest benchmarks/bench_*.py --benchmark-only
+
+# What a GPU machine without network is given, compiled by the Triton of the oldest versions: benchmarks/gpu_day/README.md.
+gpu-day: $(OLDEST)/.installed
+	TRITON_INTERPRET=0 $(OLDEST)/bin/python benchmarks/gpu_day/pack.py build/gpu_day
 
 # Rewrites the tables of registers, spills and shared memory, which tests/compile compares with what the compilers give.
 resources: install $(OLDEST)/.installed

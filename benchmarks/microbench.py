@@ -19,7 +19,8 @@ from micro.cases import CASES
 from micro.ceilings import Ceilings, measure_ceilings
 from micro.clock import GPU_MODES, modes
 from micro.plot import draw
-from micro.rows import append, slug
+from micro.restart import DeviceLostError, Journal, leave
+from micro.rows import Row, append, slug
 from micro.shapes import DTYPES, ROWS, SHAPES, TINY
 from micro.sweep import Sweep
 from micro.table import show
@@ -46,6 +47,7 @@ def arguments() -> argparse.Namespace:
     add("--seconds", type=float, help="per provider and mode")
     add("--csv", type=Path, help="rows are appended here (default: results/<device>.csv)")
     add("--no-plots", action="store_true", help="draw nothing")
+    add("--journal", type=Path, help="file of what was begun, which is not measured again")
     chosen = parser.parse_args()
     if chosen.shapes:
         chosen.shapes = [by_name[name] for name in chosen.shapes]
@@ -66,28 +68,41 @@ def make_sweep(chosen: argparse.Namespace, device: torch.device) -> Sweep:
         cases=chosen.cases,
         providers=chosen.providers,
         slow_providers=full or bool(chosen.providers),
+        journal=Journal(chosen.journal),
     )
 
 
 def main() -> int:
-    """Measure, print, draw; 1 if a provider was wrong or failed."""
+    """Measure, print, draw; 1 if a provider was wrong or failed. A process that lost its device leaves the rest to another."""
     chosen = arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sweep, path = make_sweep(chosen, device), chosen.csv or RESULTS / f"{slug(device)}.csv"
-    start, measured = time.perf_counter(), []
-    ceilings: Ceilings = measure_ceilings(device, list({*sweep.dtypes, torch.float32}))
-    for row in sweep.run(ceilings):
-        append(path, row)
-        measured.append(row)
-        print(".", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    show(measured, f"{slug(device)}: copy {ceilings.copy / 1e9:.4g} GB/s")
-    print(f"{len(measured)} rows in {time.perf_counter() - start:.0f} s, appended to {path}")
+    measured: list[Row] = []
+    try:
+        _measure(sweep, path, measured)
+    except DeviceLostError:
+        print("the device is lost, and with it this process")
+        leave()
     if device.type == "cpu":
         print(WITHOUT_GPU)
     if not chosen.no_plots:
         _plots(path, sweep.modes[0])
     return int(any(row.bad for row in measured))
+
+
+def _measure(sweep: Sweep, path: Path, measured: list[Row]) -> None:
+    """Append the rows to the file and to ``measured``, and print them, whatever ends it."""
+    start = time.perf_counter()
+    ceilings: Ceilings = measure_ceilings(sweep.device, list({*sweep.dtypes, torch.float32}), sweep.seconds)
+    try:
+        for row in sweep.run(ceilings):
+            append(path, row)
+            measured.append(row)
+            print(".", end="", file=sys.stderr, flush=True)
+    finally:
+        print(file=sys.stderr)
+        show(measured, f"{slug(sweep.device)}: copy {ceilings.copy / 1e9:.4g} GB/s")
+        print(f"{len(measured)} rows in {time.perf_counter() - start:.0f} s, appended to {path}")
 
 
 def _plots(path: Path, mode: str) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from helpers import device as there
 from helpers import pretended
+from helpers.lost_device import pytest_runtest_makereport  # noqa: F401
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers that each spin up all cores wait for one another most of the time

@@ -14,7 +14,7 @@ ALLOWED = {
     "flops": {"errors"},
     "images": {"errors"},
     "register": set(),
-    "triton_kernels": set(),
+    "triton_kernels": {"env"},
     "ops": BASE | {"constants", "triton_kernels"},
     "policies": BASE | {"constants", "flops", "ops"},
     "models": BASE | {"constants", "flops", "ops", "policies", "register"},

@@ -98,6 +98,29 @@ def span(cu_seqlens_ptr, b, S, longest):
 
 
 @triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Before the first access to memory: what the launch before this one wrote is there, whenever this one began."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_begin(PDL: tl.constexpr):
+    """The next launch may take the multiprocessors that are free; it waits for the end of this one."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def arrives_last(counter_ptr, expected):
+    """Count this program in: whether it is the last of ``expected``. It then sees what they wrote, and the counter is 0 again."""
+    tl.debug_barrier()  # Triton 3.6 puts none between the stores of all warps and the release by one thread
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
+    tl.store(counter_ptr, 0, mask=last)
+    return last
+
+
+@triton.jit
 def row_products(x, y):
     """x y^T of two tiles of rows, to the precision of float32 where they are float32."""
     return tl.dot(x, tl.trans(y), input_precision="ieee" if tl.target_info.is_hip() else "tf32x3")

@@ -15,6 +15,8 @@ import torch
 import triton
 from triton.runtime import driver
 
+from vlmprune import env
+
 STREAM = 3  # where a launch takes its stream: behind the grid
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -31,12 +33,26 @@ class Launch(NamedTuple):
 
 
 def launch(kernel, grid, *args, **meta):
-    """``kernel[grid](*args, **meta)``, or a note of it inside ``recording()``."""
+    """``kernel[grid](*args, **meta)``, or a note of it inside ``recording()``.
+
+    A kernel with a constant PDL waits by itself for the launch before it, and says when the next may begin.
+    """
     recorded = _recording.get()
+    if "PDL" in kernel.arg_names:
+        pdl = env.PDL and _has_pdl()
+        meta = meta | ({"PDL": True, "launch_pdl": True} if pdl else {"PDL": False})
     if recorded is None:
         kernel[grid](*args, **meta)
     else:
         recorded.append(Launch(kernel, grid, args, meta))
+
+
+def _has_pdl():
+    """Whether the current device knows programmatic dependent launch."""
+    if INTERPRETED:
+        return False
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
 
 
 @contextmanager

@@ -1,172 +1,81 @@
-"""From the scores of a sample to its survivors: what one program does for a sample, in prune_tokens and prune_scored.
+"""From the columns of a sample to its survivors: what one program does, or several, in prune_tokens and prune_scored.
 
-Columns compete as a row of select_topk, or as one a segment; then every position has one number, its place in the outputs.
+The columns that stay are numbered (_columns.py, which says what samples, choices and work are), then all positions are.
 """
 
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels.select_topk import FORCED, _kept_before, _last_kept, _load_keys, _order_key
-
-# places of positions: in the outputs from 0 on, or
-NOWHERE = tl.constexpr(-1)  # stays, but has none: none yet, in the past, or cut off
-GONE = tl.constexpr(-2)
-
-# A sample is (scores_ptr, columns_ptr, code_ptr or None, key_mask_ptr or None, N, length, first), its pointers at its first
-# entries: of its ``length`` positions those from ``first`` on are in the tensors. A choice is (quota_ptr or None, segments_ptr
-# or None, keep, parts), its pointers at sample 0: parts is how many segments there are, 1 without, and after them comes one
-# of quota 0 with whatever columns are left.
-
-
-@triton.jit
-def _mark_positions(sample, place_ptr, CHUNK: tl.constexpr):
-    """Visible positions stay, others go: the last visible one, and how many there are from ``first`` on."""
-    _, _, _, key_mask_ptr, _, length, first = sample
-    last = tl.full((), -1, tl.int32)
-    count = tl.zeros((), tl.int32)
-    for start in range(0, length, CHUNK):
-        offs = start + tl.arange(0, CHUNK)
-        visible = offs < length
-        if key_mask_ptr is not None:
-            visible = visible & (tl.load(key_mask_ptr + offs, mask=visible, other=0) != 0)
-        tl.store(place_ptr + offs, tl.where(visible, NOWHERE, GONE).to(tl.int32), mask=offs < length)
-        last = tl.maximum(last, tl.max(tl.where(visible, offs, -1), 0))
-        count += tl.sum((visible & (offs >= first)).to(tl.int32), 0)
-    return last, count
+from vlmprune.triton_kernels._columns import (
+    GONE,
+    NO_COLUMN,
+    count_before,
+    last_visible,
+    number_columns,
+    padded,
+    put_ahead,
+    segment,
+    visible,
+)
+from vlmprune.triton_kernels.select_topk import _last_kept, _load_keys
 
 
 @triton.jit
-def _segment(choice, b, i, start, N):
-    """(columns, quota) of segment ``i`` of sample ``b``, which starts at column ``start``."""
-    quota_ptr, segments_ptr, keep, parts = choice
-    size = N - start
-    quota = tl.zeros((), tl.int64) + keep
-    if quota_ptr is not None:
-        quota = tl.load(quota_ptr + b * parts + i, mask=i < parts, other=0)
-    if segments_ptr is not None:
-        listed = tl.load(segments_ptr + b * parts + i, mask=i < parts, other=N)
-        size = tl.minimum(tl.maximum(listed, 0), size.to(tl.int64)).to(tl.int32)
-        quota = tl.where(i < parts, quota, 0)
-    return size, quota
+def _fill(x_ptr, start, stop, value, CHUNK: tl.constexpr):
+    for begin in range(start, stop, CHUNK):
+        offs = begin + tl.arange(0, CHUNK)
+        tl.store(x_ptr + offs, tl.full((CHUNK,), value, x_ptr.dtype.element_ty), mask=offs < stop)
 
 
 @triton.jit
-def _enter_columns(sample, last, keys_ptr, place_ptr, NEWEST: tl.constexpr, CHUNK: tl.constexpr):
-    """A key of select_topk for each column; those that must compete for it go. How many do, from ``first`` on."""
-    scores_ptr, columns_ptr, code_ptr, key_mask_ptr, N, length, first = sample
-    entered = tl.zeros((), tl.int32)
-    for start in range(0, N, CHUNK):
-        offs = start + tl.arange(0, CHUNK)
-        column = tl.load(columns_ptr + offs, mask=offs < N, other=-1)
-        real = (column >= 0) & (column < length)
-        if key_mask_ptr is not None:
-            real = real & (tl.load(key_mask_ptr + column, mask=real, other=0) != 0)
-        key = _order_key(tl.load(scores_ptr + offs, mask=offs < N, other=0.0))
-        goes = real
-        if code_ptr is not None:
-            code = tl.load(code_ptr + offs, mask=real, other=2)
-            key = tl.where((code == 0) | (code == 3), key, 0).to(tl.uint32)
-            goes = real & (code != 1) & (code != 3)
-        if NEWEST:  # competes unless it stays anyway
-            ahead = real & (column == last)
-            if code_ptr is not None:
-                ahead = ahead & (code != 1)
-                goes = goes | ahead
-            key = tl.where(ahead, FORCED - 1, key).to(tl.uint32)
-        key = tl.where(real, key, 0).to(tl.uint32)
-        tl.store(keys_ptr + offs, key.to(tl.int32, bitcast=True), mask=offs < N)
-        tl.store(place_ptr + column, tl.full((CHUNK,), GONE, tl.int32), mask=goes)
-        entered += tl.sum((goes & (column >= first)).to(tl.int32), 0)
-    return entered
-
-
-@triton.jit
-def _choose_columns(sample, choice, b, keys_ptr, place_ptr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr):
-    """The best of each segment stay; how many of them would be gone, from ``first`` on."""
-    _, columns_ptr, _, _, N, _, first = sample
-    rounds = choice[3]
-    if choice[1] is not None:
-        rounds += 1
-    chosen = tl.zeros((), tl.int32)
-    start = tl.zeros((), tl.int32)
-    for i in range(rounds):
-        size, quota = _segment(choice, b, i, start, N)
-        row = (keys_ptr + start, None, 1, size, 1)  # what is not there has key 0, below the floor of 1
-        keys = _load_keys(row, tl.arange(0, CHUNK))
-        threshold, ties, _need = _last_kept(row, keys, quota, CHUNK, ONE_CHUNK)
-        n_above = tl.zeros((), tl.int32)
-        n_equal = tl.zeros((), tl.int32)
-        for begin in range(0, size, CHUNK):
-            offs = begin + tl.arange(0, CHUNK)
-            if not ONE_CHUNK:
-                keys = _load_keys(row, offs)
-            stays, _slot, n_above, n_equal = _kept_before(keys, threshold, ties, n_above, n_equal)
-            column = tl.load(columns_ptr + start + offs, mask=stays, other=-1)
-            place = tl.load(place_ptr + column, mask=stays, other=NOWHERE)
-            tl.store(place_ptr + column, tl.full((CHUNK,), NOWHERE, tl.int32), mask=stays)
-            chosen += tl.sum(((place == GONE) & (column >= first)).to(tl.int32), 0)
-        start += size
-    return chosen
+def _count_visible(sample, stop, CHUNK: tl.constexpr):
+    """How many positions before ``stop`` can be seen."""
+    count = tl.zeros((), tl.int32) + stop
+    if sample[2] is not None:
+        count = tl.zeros((), tl.int32)
+        for start in range(0, stop, CHUNK):
+            offs = start + tl.arange(0, CHUNK)
+            count += tl.sum(visible(sample, offs, offs < stop).to(tl.int32), 0)
+    return count
 
 
 @triton.jit
 def _place_positions(
-    place_ptr,
+    sample,
+    marks_ptr,
     index_ptr,  # of this sample's first slot
-    first,
-    length,
+    places_ptr,
+    most,
+    span,  # (first, last + 1) of the positions to place
     base,  # what the index counts from
-    before,  # slots to leave free; below 0: how many survivors are cut off first
+    slot,  # of place 0 in the outputs
+    taken,  # slots to leave free; below 0: how many survivors are cut off first
     slots,
     CHUNK: tl.constexpr,
 ):
-    """Give every position that stays its place and list it there; -1 where none is."""
-    slot = before
-    for start in range(first, length, CHUNK):
+    """List every position that stays, and where the columns among them stand; the slot behind them."""
+    for start in range(span[0], span[1], CHUNK):
         offs = start + tl.arange(0, CHUNK)
-        stays = tl.load(place_ptr + offs, mask=offs < length, other=GONE) != GONE
+        mark = tl.load(marks_ptr + offs, mask=offs < span[1], other=GONE, cache_modifier=".cg")
+        stays = visible(sample, offs, mark != GONE)
         ones = stays.to(tl.int32)
-        place = slot + tl.cumsum(ones, 0) - ones
+        place = taken + tl.cumsum(ones, 0) - ones
         inside = stays & (place >= 0) & (place < slots)
-        tl.debug_barrier()  # another thread may read a place than the one that writes it
-        tl.store(place_ptr + offs, tl.where(inside, place, NOWHERE), mask=stays)
-        tl.store(index_ptr + place, offs.to(tl.int64) - first + base, mask=inside)
-        slot += tl.sum(ones, 0)
-    for start in range(0, slots, CHUNK):
-        offs = start + tl.arange(0, CHUNK)
-        free = (offs < slots) & ((offs < before) | (offs >= slot))
-        tl.store(index_ptr + offs, tl.full((CHUNK,), -1, tl.int64), mask=free)
+        tl.store(index_ptr + place, (offs - sample[5]).to(tl.int64) + base, mask=inside)
+        stands = tl.where(inside, slot + place, -1)
+        tl.store(places_ptr + mark, stands.to(tl.int64), mask=stays & (mark >= 0) & (mark < most))
+        taken += tl.sum(ones, 0)
+    return taken
 
 
 @triton.jit
-def _list_columns(
-    sample,
-    place_ptr,
-    kept_ptr,
-    places_ptr,
-    slot,  # of place 0
-    most,
-    CHUNK: tl.constexpr,
-):
-    """Which columns stay, and where they stand in the outputs; -1 behind them."""
-    _, columns_ptr, _, _, N, length, _ = sample
-    n = tl.zeros((), tl.int32)
-    for start in range(0, N, CHUNK):
+def _count_staying(sample, marks_ptr, CHUNK: tl.constexpr):
+    count = tl.zeros((), tl.int32)
+    for start in range(sample[5], sample[4], CHUNK):
         offs = start + tl.arange(0, CHUNK)
-        column = tl.load(columns_ptr + offs, mask=offs < N, other=-1)
-        real = (column >= 0) & (column < length)
-        place = tl.load(place_ptr + column, mask=real, other=GONE)
-        ones = (place != GONE).to(tl.int32)
-        at = n + tl.cumsum(ones, 0) - ones
-        listed = (place != GONE) & (at < most)
-        tl.store(kept_ptr + at, offs.to(tl.int64), mask=listed)
-        tl.store(places_ptr + at, tl.where(place >= 0, slot + place, -1).to(tl.int64), mask=listed)
-        n += tl.sum(ones, 0)
-    for start in range(0, most, CHUNK):
-        offs = start + tl.arange(0, CHUNK)
-        free = (offs >= n) & (offs < most)
-        tl.store(kept_ptr + offs, tl.full((CHUNK,), -1, tl.int64), mask=free)
-        tl.store(places_ptr + offs, tl.full((CHUNK,), -1, tl.int64), mask=free)
+        mark = tl.load(marks_ptr + offs, mask=offs < sample[4], other=GONE, cache_modifier=".cg")
+        count += tl.sum(visible(sample, offs, mark != GONE).to(tl.int32), 0)
+    return count
 
 
 @triton.jit
@@ -181,7 +90,7 @@ def _dropped_before(columns_ptr, choice, samples, N, CHUNK: tl.constexpr):
             real += tl.sum((column >= 0).to(tl.int32), 0)
         start = tl.zeros((), tl.int32)
         for i in range(choice[3]):
-            size, quota = _segment(choice, b, i, start, real)
+            size, quota = segment(choice, b, i, start, real)
             dropped -= tl.minimum(tl.maximum(quota, 0), size.to(tl.int64))
             start += size
         dropped += real
@@ -189,30 +98,123 @@ def _dropped_before(columns_ptr, choice, samples, N, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _bound(sample, n):
+    """The position of column ``n``; that of one that is not there is the length."""
+    columns_ptr, _, _, N, length, _ = sample
+    column = tl.load(columns_ptr + n, mask=n < N, other=-1)
+    return tl.where((column >= 0) & (column < length), column, length).to(tl.int32)
+
+
+@triton.jit
+def _choose_share(
+    sample,
+    choice,
+    work,
+    kept_ptr,
+    most,
+    b,
+    share,
+    start,  # the share's first position
+    KEYS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
+):
+    """Number the columns of one share; how many columns stay in all, and how many positions before the share."""
+    N, n = sample[3], tl.zeros((), tl.int32)
+    row = (work[0], None, 1, padded(N), None)
+    keys = _load_keys(row, tl.arange(0, KEYS))
+    chosen = _last_kept(row, keys, segment(choice, b, 0, 0, N)[1], KEYS, IN_REGISTERS)
+    first, last = share * CHUNK, tl.minimum((share + 1) * CHUNK, padded(N))
+    above, equal, there = count_before(row, keys, chosen[0], first, KEYS, IN_REGISTERS)
+    counts = (n, above, equal)
+    number_columns(sample, work, kept_ptr, most, row, keys, chosen, counts, 0, first, last, CHUNK, False)
+    ahead = _count_visible(sample, start, CHUNK) - there + above + tl.minimum(equal, chosen[1])
+    return chosen[2], ahead
+
+
+@triton.jit
+def _choose_all(
+    sample,
+    choice,
+    work,
+    kept_ptr,
+    most,
+    b,
+    KEYS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
+):
+    """Number all columns; how many stay."""
+    N, none, n = sample[3], tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    if choice[1] is None:
+        ONCE: tl.constexpr = IN_REGISTERS and KEYS == CHUNK
+        row = (work[0], None, 1, padded(N), None)
+        keys = _load_keys(row, tl.arange(0, KEYS))
+        chosen = _last_kept(row, keys, segment(choice, b, 0, 0, N)[1], KEYS, IN_REGISTERS)
+        counts, last = (none, none, none), CHUNK if ONCE else padded(N)
+        return number_columns(
+            sample, work, kept_ptr, most, row, keys, chosen, counts, 0, 0, last, CHUNK, ONCE
+        )
+    begin = tl.zeros((), tl.int32)
+    for i in range(choice[3] + 1):
+        size, quota = segment(choice, b, i, begin, N)
+        row = (work[0] + begin, None, 1, size, None)
+        keys = _load_keys(row, tl.arange(0, KEYS))
+        chosen = _last_kept(row, keys, quota, KEYS, IN_REGISTERS)
+        counts = (n, none, none)
+        n = number_columns(
+            sample, work, kept_ptr, most, row, keys, chosen, counts, begin, 0, size, CHUNK, False
+        )
+        begin += size
+    return n
+
+
+@triton.jit
 def choose_survivors(
     sample,
     choice,
-    work,  # (keys_ptr [B, N] int32, place_ptr [B, longest] int32), at sample 0
+    work,  # its columns entered
     outputs,  # (index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr or None), at sample 0
-    sizes,  # (start_k, longest, width, most)
+    sizes,  # (start_k, width, most)
     b,
     last_sample,
+    share,  # of ``shares``: CHUNK columns, and the positions from the first of them on
+    shares,
+    SHARED: tl.constexpr,  # there are several: no codes or segments, padding on the right, nothing packed or in the past
     NEWEST: tl.constexpr,
     LEFT: tl.constexpr,
+    KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
-    """All of it for sample ``b``. Threads read what others have written: a barrier between any two steps."""
+    """The rest for a share of sample ``b``, by one program. Threads read what others wrote: barriers between the steps."""
     index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr = outputs
-    start_k, longest, width, most = sizes
-    _, columns_ptr, _, _, N, length, first = sample
-    keys_ptr, place_ptr = work[0] + b * N, work[1] + b * longest
-    last, count = _mark_positions(sample, place_ptr, CHUNK)
+    start_k, width, most = sizes
+    columns_ptr, _, _, N, length, first = sample
+    marks_ptr = work[1]
+    kept_ptr += b * most
+    places_ptr += b * most
+    if NEWEST:
+        put_ahead(last_visible(sample, CHUNK), N, work, CHUNK)
+    start, stop = tl.zeros((), tl.int32), length
+    if SHARED:
+        start = tl.where(share == 0, 0, _bound(sample, share * CHUNK))
+        stop = tl.where(share == shares - 1, length, _bound(sample, (share + 1) * CHUNK))
+    _fill(marks_ptr, start, stop, NO_COLUMN, CHUNK)
+    if first > 0:  # columns in the past have no place
+        _fill(places_ptr, 0, most, -1, CHUNK)
     tl.debug_barrier()
-    count -= _enter_columns(sample, last, keys_ptr, place_ptr, NEWEST, CHUNK)
+    taken = tl.zeros((), tl.int32)
+    if SHARED:
+        n, taken = _choose_share(
+            sample, choice, work, kept_ptr, most, b, share, start, KEYS, CHUNK, IN_REGISTERS
+        )
+    else:
+        n = _choose_all(sample, choice, work, kept_ptr, most, b, KEYS, CHUNK, IN_REGISTERS)
     tl.debug_barrier()
-    count += _choose_columns(sample, choice, b, keys_ptr, place_ptr, CHUNK, ONE_CHUNK)
-    tl.debug_barrier()
+    if LEFT:
+        taken += width - _count_staying(sample, marks_ptr, CHUNK)
+    before = taken
     slot = tl.zeros((), tl.int64)
     slots = tl.zeros((), tl.int32) + width
     if ends_ptr is None:
@@ -221,16 +223,22 @@ def choose_survivors(
         slot = start_k - _dropped_before(columns_ptr - b * N, choice, b, N, CHUNK)
         index_ptr += slot
         slots = tl.maximum(width - slot, 0).to(tl.int32)
-        if b < last_sample:  # the last one fills up what is left
-            slots = tl.minimum(slots, count)
-    before = tl.zeros((), tl.int32)
-    if LEFT:
-        before += width - count
-    _place_positions(place_ptr, index_ptr, first, length, start_k, before, slots, CHUNK)
-    tl.debug_barrier()
-    _list_columns(sample, place_ptr, kept_ptr + b * most, places_ptr + b * most, slot, most, CHUNK)
-    tl.store(count_ptr + b, count.to(tl.int64))
-    if ends_ptr is not None:
-        tl.store(ends_ptr + b + 1, slot + count)
-        if b == 0:
-            tl.store(ends_ptr, 0)
+    span = (tl.maximum(start, first), stop)
+    taken = _place_positions(
+        sample, marks_ptr, index_ptr, places_ptr, most, span, start_k, slot, taken, slots, CHUNK
+    )
+    if share == shares - 1:
+        count = taken - (before if LEFT else 0)
+        tl.store(count_ptr + b, count.to(tl.int64))
+        _fill(kept_ptr, n, most, -1, CHUNK)
+        _fill(places_ptr, n, most, -1, CHUNK)
+        if LEFT:
+            _fill(index_ptr, 0, before, -1, CHUNK)
+        if ends_ptr is None:
+            _fill(index_ptr, taken, width, -1, CHUNK)
+        else:
+            tl.store(ends_ptr + b + 1, slot + count)
+            if b == 0:
+                tl.store(ends_ptr, 0)
+            if b == last_sample:
+                _fill(index_ptr, taken, slots, -1, CHUNK)

@@ -8,6 +8,7 @@ Grid: (sum over tensors of heads * cdiv(D, BLOCK_D), cdiv(K, BLOCK_K), B).
 import triton
 import triton.language as tl
 
+from vlmprune.triton_kernels._device import let_next_begin, wait_for_inputs
 from vlmprune.triton_kernels._rows import decoded, launch_grouped, pick, place_of
 
 BLOCK_BYTES = 512  # of columns: a warp's 32 pieces of 16 bytes
@@ -28,7 +29,10 @@ def _gather_tokens_kernel(
     WIDTHS: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
+    let_next_begin(PDL)
     pid, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     row = tl.load(index_ptr + b * K + offs_k, mask=offs_k < K, other=-1)  # [BLOCK_K]

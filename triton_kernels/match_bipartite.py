@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vlmprune.triton_kernels._device import registers
 from vlmprune.triton_kernels.pairwise_cosine import BLOCK, cosine_tile, inverse_norm
 from vlmprune.triton_kernels.pairwise_cosine import tiles as cosine_tiles
-from vlmprune.triton_kernels.select_topk import REGISTERS, _kept_before, _last_kept, _load_keys
+from vlmprune.triton_kernels.select_topk import LONG_CHUNK, MAX_WARPS, _kept_before, _last_kept, _load_keys
 from vlmprune.triton_kernels.select_topk import tiles as select_tiles
 
 MAX_SPLITS = 8  # of the destinations: enough programs for a GPU at 576 tokens, little to join at 32k
@@ -110,8 +111,9 @@ def _number_kernel(
     splits,
     r,
     width,
+    KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     best_ptr += b * splits * N
@@ -124,16 +126,15 @@ def _number_kernel(
     tl.debug_barrier()  # other threads than wrote them read the scores, the codes and the matches
     index_ptr += b * width
     row = (best_ptr, code_ptr, 1, N, None)
-    keys = _load_keys(row, tl.arange(0, CHUNK))
-    threshold, ties, _merges = _last_kept(row, keys, tl.zeros((), tl.int64) + r, CHUNK, ONE_CHUNK)
+    keys = _load_keys(row, tl.arange(0, KEYS))
+    threshold, ties, _merges = _last_kept(row, keys, tl.zeros((), tl.int64) + r, KEYS, IN_REGISTERS)
     n_above = tl.zeros((), tl.int32)
     n_equal = tl.zeros((), tl.int32)
     count = tl.zeros((), tl.int32)
     for start in range(0, N, CHUNK):
         offs = start + tl.arange(0, CHUNK)
-        if not ONE_CHUNK:
-            keys = _load_keys(row, offs)
-        merged, _, n_above, n_equal = _kept_before(keys, threshold, ties, n_above, n_equal)
+        part = keys if IN_REGISTERS and KEYS == CHUNK else _load_keys(row, offs)
+        merged, _, n_above, n_equal = _kept_before(part, threshold, ties, n_above, n_equal)
         role = _role(role_ptr, offs, N)
         stays = tl.where(merged, 0, (role < 2).to(tl.int32))
         slot = count + tl.cumsum(stays, 0) - stays
@@ -179,12 +180,11 @@ def match_bipartite(features, r, destinations, mask, width):
     best = torch.empty((B, splits, N), dtype=torch.float32, device=device)
     match = torch.empty((B, splits, N), dtype=torch.int32, device=device)
     tiles = cosine_tiles(features)
-    if features.element_size() == 4:
-        tiles["BLOCK_D"] //= 2  # split for three TF32 products, the operands are held in registers
     grid, inverse = (B, triton.cdiv(triton.cdiv(N, step), BLOCK), splits), inverse_norm(features, mask)
     args = (features, inverse, role, destinations, best, match, N, M, D, *features.stride()[:2])
     _best_match_kernel[grid](*args, STEP=step, **tiles)
     code = torch.empty((B, N), dtype=torch.int8, device=device)
-    config = select_tiles(N) | REGISTERS
+    config = select_tiles(N, LONG_CHUNK)
+    config |= registers(128 if config["num_warps"] == MAX_WARPS else 255)
     _number_kernel[(B,)](best, match, role, code, assignment, index, N, splits, r, width, **config)
     return assignment, index

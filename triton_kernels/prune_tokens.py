@@ -1,7 +1,7 @@
 """Score, select and gather in a row, with nothing waiting for the host.
 
-Launches: row_lse where no log-sum-exp is given, score_select, gather_tokens; select_columns and gather_tokens where the scores
-are given.
+Launches: row_lse where no log-sum-exp is given, score_select, select_columns where many columns compete, gather_tokens; the
+last two where the scores are given.
 """
 
 import torch
@@ -36,7 +36,7 @@ def prune_scored(tensors, selection, scores, columns, key_mask, length):
     """(gathered tensors, index, count, kept, columns) of arguments that were checked."""
     choice = Choice.of(selection, columns, key_mask, length, length)
     if len(columns):
-        select_columns(scores.contiguous(), choice)
+        select_columns(choice, scores.contiguous())
     return gather_tokens(tensors, choice.index), choice.index, choice.count, choice.kept, choice.places
 
 

@@ -12,13 +12,16 @@ import triton.language as tl
 
 from vlmprune.triton_kernels._device import (
     LOG2E,
+    arrives_last,
     dot_dtype,
     laid_out,
+    let_next_begin,
     load_rows,
     padded_head_dim,
     registers,
     span,
     tiles,
+    wait_for_inputs,
 )
 from vlmprune.triton_kernels._launch import launch
 
@@ -86,12 +89,14 @@ def _row_lse_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     CAUSAL: tl.constexpr,
+    PDL: tl.constexpr,
     KEYS_PER_SPLIT: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     pid_bh, pid_m, pid_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b = (pid_bh // Hkv).to(tl.int64)
     h_kv = (pid_bh % Hkv).to(tl.int64)
@@ -140,19 +145,17 @@ def _row_lse_kernel(
         total = total * tl.exp2(top - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
         top = new_top
 
+    let_next_begin(PDL)
     seen = total != 0.0  # NaN stays NaN
     lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) / LOG2E, float("-inf"))
     stride_split = (tl.zeros((), tl.int64) + B) * Hkv * G * R
     out_offs = (b * (Hkv * G) + h) * R + r
     tl.store(part_ptr + pid_split * stride_split + out_offs, lse, mask=mask_m)
     if counter_ptr is not None:
-        counter_ptr += pid_bh * tl.num_programs(1) + pid_m
-        tl.debug_barrier()  # Triton 3.6 puts none between the stores of all warps and the release by one thread
-        arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-        if arrived == tl.num_programs(2) - 1:
+        last = arrives_last(counter_ptr + pid_bh * tl.num_programs(1) + pid_m, tl.num_programs(2))
+        if last:
             lse = _join_splits(part_ptr, stride_split, out_offs, mask_m, tl.num_programs(2), BLOCK_M)
             tl.store(out_ptr + out_offs, lse, mask=mask_m)
-            tl.store(counter_ptr, 0)
 
 
 def row_lse(s):

@@ -3,31 +3,45 @@
 scores[b, n] = reduce over heads, rows of w[r] * w[r, n] * exp(scale * q[rows[r]] . k[columns[n]] - lse[r]), of all heads or
 the best ones; then, if that is asked for, columns compete by them (_survivors.py).
 Memory bound for few rows (each chosen key is read once), compute bound from about a hundred rows on.
-Tile: BLOCK_N keys of a KV head, walked through its query heads and their row tiles. Grid: (cdiv(N, BLOCK_N), Hkv, B).
-Each program writes its part; the last of a sample to arrive joins the parts in a fixed order and selects. No float
-atomics, and of the batch only the widths R and N count, by which tiles and warps are chosen: other samples do not change
-the bits of one. The one integer counter it has is 0 again when the kernel ends.
+Tile: BLOCK_N keys of some KV heads, one after the other, each against its query heads and their row tiles, which few rows
+and heads share. Grid: (cdiv(N, BLOCK_N), parts of the KV heads, B).
+The last program of a tile joins its parts, in a fixed order; the last tile of a sample selects, or joins where heads are
+ranked. No float atomics, and of the batch only the widths R and N count, by which tiles, parts and warps are chosen: other
+samples do not change the bits of one. The integer counters are 0 again when the kernel ends.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._device import dot_dtype, laid_out, padded_head_dim, registers, span, tiles
+from vlmprune.triton_kernels._columns import padded
+from vlmprune.triton_kernels._device import (
+    arrives_last,
+    dot_dtype,
+    laid_out,
+    let_next_begin,
+    padded_head_dim,
+    registers,
+    span,
+    tiles,
+    wait_for_inputs,
+)
 from vlmprune.triton_kernels._launch import launch
-from vlmprune.triton_kernels._score import join_parts, rank_heads, score_part
+from vlmprune.triton_kernels._score import finish, join_parts, rank_heads, score_part
 from vlmprune.triton_kernels._survivors import choose_survivors
 from vlmprune.triton_kernels.row_lse import row_lse
-from vlmprune.triton_kernels.select_columns import Choice, chunks
+from vlmprune.triton_kernels.select_columns import MANY, Choice, chunks, select_columns
 
 JOIN_CHUNK = tl.constexpr(512)
-WARPS = 8  # that select from more columns than a few
-MANY = 4096  # from more than these twice as many do
+TARGET_PROGRAMS = 512  # of a sample, where it has heads to give them: about 4 for each multiprocessor
+STAGES = (
+    3  # of the loop over KV heads, where it has one product each: keys of the next two heads are on their way
+)
 
 
 @triton.jit(
     do_not_specialize=[
-        *("R", "N", "Sq", "S", "max_seqlen", "lse_stride_b", "lse_stride_h", "lse_stride_r"),
+        *("R", "N", "Sq", "S", "max_seqlen", "lse_stride_b", "lse_stride_h", "lse_stride_r", "heads"),
         *("positions", "keep", "segments", "first", "width", "most"),
     ]
 )
@@ -44,18 +58,19 @@ def _score_select_kernel(
     pair_ptr,  # [B, R, N] float32, contiguous, or None
     cu_seqlens_ptr,  # [B + 1], contiguous, or None
     cu_seqlens_q_ptr,
-    counter_ptr,  # [B] int32, all 0, and again when done; None if nothing is joined
-    part_ptr,  # [B, PARTS, N] float32, contiguous
+    counter_ptr,  # [B, 1 + tiles] int32, all 0, and again when done; None if nothing is counted
+    part_ptr,  # [B, parts, N] float32, contiguous; of heads apart [B, H, N]; None if nothing is joined
     scores_ptr,  # [B, N] float32, contiguous, or None
     scale,
     R,
     N,
     Sq,
     S,
-    max_seqlen,  # of a packed batch; where something is selected, as many as ``positions`` in any case
+    max_seqlen,
     lse_stride_b,  # not a tuple, whose numbers are always specialised
     lse_stride_h,
     lse_stride_r,
+    heads,  # KV heads of a part
     query_strides,  # batch, head, position
     key_strides,
     rope_strides,  # batch, position
@@ -64,8 +79,8 @@ def _score_select_kernel(
     quota_ptr,
     code_ptr,
     segments_ptr,
-    keys_ptr,
-    place_ptr,
+    entries_ptr,
+    marks_ptr,
     index_ptr,
     count_ptr,
     kept_ptr,
@@ -79,26 +94,39 @@ def _score_select_kernel(
     most,
     NEWEST: tl.constexpr,
     LEFT: tl.constexpr,
-    PARTS: tl.constexpr,  # heads, or KV heads
+    H: tl.constexpr,
     JOINED: tl.constexpr,  # heads
     TOP: tl.constexpr,  # these are the best ones, and a part is a head
+    SPLIT: tl.constexpr,  # there are parts to join
+    SELECTS: tl.constexpr,  # or leaves the columns entered
     G: tl.constexpr,
     D: tl.constexpr,
     HEAD_REDUCE: tl.constexpr,
     ROW_REDUCE: tl.constexpr,
     CAUSAL: tl.constexpr,
+    PDL: tl.constexpr,
     LSE_BY_POSITION: tl.constexpr,
+    KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
     DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
+    ENTERS: tl.constexpr = index_ptr is not None
+    APART: tl.constexpr = TOP or HEAD_REDUCE == "none"
     b = tl.program_id(2).to(tl.int64)
+    tile, tiles_n, part, parts = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.num_programs(1)
     start_k, length = span(cu_seqlens_ptr, b, S, max_seqlen)
     start_q, length_q = span(cu_seqlens_q_ptr, b, Sq, max_seqlen)
-    part_ptr += b * PARTS * N
+    if part_ptr is not None:
+        part_ptr += b * (H if APART else parts) * N
+    if counter_ptr is not None:
+        counter_ptr += b * (1 + tiles_n)
     if key_mask_ptr is not None:
         key_mask_ptr += b * S
     if lse_ptr is not None:
@@ -113,88 +141,116 @@ def _score_select_kernel(
         cos_ptr += b * rope_strides[0] + start_k * rope_strides[1]
         sin_ptr += b * rope_strides[0] + start_k * rope_strides[1]
     key_ptr += b * key_strides[0] + start_k * key_strides[2]
-    score_part(
-        query_ptr + b * query_strides[0] + start_q * query_strides[2],
+    query_ptr += b * query_strides[0] + start_q * query_strides[2]
+    outputs, out_sizes = (index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr), (start_k, width, most)
+    chosen = None
+    work = None
+    if ENTERS:
+        work = (entries_ptr + b * 2 * padded(N), marks_ptr + b * padded(positions))
+        if code_ptr is not None:
+            code_ptr += b * N
+        if mask_ptr is not None:
+            mask_ptr += b * positions
+        # samples of a packed batch have their own numbers of positions
+        count = length if cu_seqlens_ptr is not None else tl.zeros((), tl.int32) + positions
+        chosen = (places_in_ptr + b * N, code_ptr, mask_ptr, N, count, first)
+    rows_ptr += b * R
+    columns_ptr += b * N
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    sample = (
+        query_ptr,
         lse_ptr,
-        part_ptr,
-        (
-            key_ptr,
-            cos_ptr,
-            sin_ptr,
-            rows_ptr + b * R,
-            columns_ptr + b * N,
-            key_mask_ptr,
-            weight_ptr,
-            pair_ptr,
-        ),
+        key_ptr,
+        cos_ptr,
+        sin_ptr,
+        rows_ptr,
+        columns_ptr,
+        key_mask_ptr,
+        weight_ptr,
+        pair_ptr,
+    )
+    score = score_part(
+        sample,
         (scale, R, N, length - length_q, length),
         (query_strides, key_strides, (lse_stride_h, lse_stride_r), rope_strides),
-        G,
-        "none" if TOP else HEAD_REDUCE,
-        (D, ROW_REDUCE, CAUSAL, LSE_BY_POSITION, DTYPE, BLOCK_M, BLOCK_N, BLOCK_D),
+        part_ptr,
+        offs_n,
+        (part * heads).to(tl.int64),
+        (part * heads + heads).to(tl.int64),
+        *(G, HEADS, ROWS, ONE_TILE),
+        "none" if APART else HEAD_REDUCE,
+        *(ROW_REDUCE, LSE_BY_POSITION, (D, CAUSAL, DTYPE, BLOCK_D)),
     )
+    let_next_begin(PDL)
     if scores_ptr is not None:
-        tl.debug_barrier()  # Triton 3.6 puts none between the stores of all warps and the release by one thread
-        arrived = tl.atomic_add(counter_ptr + b, 1, sem="acq_rel", scope="gpu")
-        if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
-            tl.store(counter_ptr + b, 0)
-            scores_ptr += b * N
-            ranks = rank_heads(part_ptr, N, PARTS) if TOP else None
-            for start in range(0, N, JOIN_CHUNK):
-                offs = start + tl.arange(0, JOIN_CHUNK)
-                score = join_parts(
-                    part_ptr, ranks, offs, N, JOINED if TOP else PARTS, HEAD_REDUCE, JOIN_CHUNK
-                )
-                if HEAD_REDUCE == "mean":
-                    score = score / JOINED
-                tl.store(scores_ptr + offs, score, mask=offs < N)
-            if index_ptr is not None:
-                if code_ptr is not None:
-                    code_ptr += b * N
-                if mask_ptr is not None:
-                    mask_ptr += b * positions
-                # samples of a packed batch have their own numbers of positions
-                count = length if cu_seqlens_ptr is not None else tl.zeros((), tl.int32) + positions
+        scores_ptr += b * N
+        last = tl.full((), True, tl.int1)
+        if TOP:  # by what they receive from all columns: no tile can be finished alone
+            last = arrives_last(counter_ptr, tiles_n * parts)
+            if last:
+                ranks = rank_heads(part_ptr, N, H)
+                for start in range(0, N, JOIN_CHUNK):
+                    offs = start + tl.arange(0, JOIN_CHUNK)
+                    best = join_parts(part_ptr, ranks, offs, N, JOINED, HEAD_REDUCE)
+                    finish(best, offs, N, scores_ptr, chosen, work, ENTERS, JOINED, HEAD_REDUCE)
+                tl.debug_barrier()
+        else:
+            if SPLIT:
+                tl.store(part_ptr + part * N + offs_n, score, mask=offs_n < N)
+                last = arrives_last(counter_ptr + 1 + tile, parts)
+                if last:
+                    score = join_parts(part_ptr, None, offs_n, N, parts, HEAD_REDUCE)
+            if last:
+                finish(score, offs_n, N, scores_ptr, chosen, work, ENTERS, JOINED, HEAD_REDUCE)
+                if SELECTS:
+                    last = arrives_last(counter_ptr, tiles_n)
+        if SELECTS:
+            choice = (quota_ptr, segments_ptr, keep, segments)
+            if last:
                 choose_survivors(
-                    (scores_ptr, places_in_ptr + b * N, code_ptr, mask_ptr, N, count, first),
-                    (quota_ptr, segments_ptr, keep, segments),
-                    (keys_ptr, place_ptr),
-                    (index_ptr, count_ptr, kept_ptr, places_ptr, ends_ptr),
-                    (start_k, max_seqlen, width, most),
+                    chosen,
+                    choice,
+                    *(work, outputs, out_sizes),
                     b,
                     tl.num_programs(2) - 1,
-                    NEWEST,
-                    LEFT,
-                    CHUNK,
-                    ONE_CHUNK,
+                    *(0, 1, False, NEWEST, LEFT, KEYS, CHUNK, IN_REGISTERS),
                 )
 
 
 def score(s, choice=None):
     """Launch the row statistics if needed and the score kernel; [B, H, N] for head_reduce "none", else [B, N].
 
-    With a Choice the kernel selects, too.
+    With a Choice the kernel selects, too, or among many columns select_columns does.
     """
     (H, Sq, D), (Hkv, S), (B, R), N = s.query.shape[1:], s.key.shape[1:3], s.rows.shape, s.columns.shape[1]
     s, query_strides, key_strides, rope_strides = laid_out(s)
     # [B, H, Sq] if it was given, else [B, H, R]; None for plain logits
     lse = s.lse if s.normalize == "none" or s.lse is not None else row_lse(s)
-    config, joins, top = _config(s, choice is not None), s.head_reduce != "none", s.top_heads is not None
-    part = s.query.new_empty((B, Hkv if joins and not top else H, N), dtype=torch.float32)
-    scores = s.query.new_empty((B, N), dtype=torch.float32) if joins else None
-    counter = s.query.new_zeros(B, dtype=torch.int32) if joins else None
-    longest = s.max_seqlen if choice is None else choice.positions
+    selects = choice is not None and N <= MANY
+    config, joins, top = _config(s, selects), s.head_reduce != "none", s.top_heads is not None
+    n_tiles = max(1, triton.cdiv(N, config["BLOCK_N"]))
+    parts = _parts(Hkv, n_tiles)
+    apart, split = top or not joins, joins and not top and parts > 1
+    part = counter = scores = None
+    if apart or split:
+        part = s.query.new_empty((B, H if apart else parts, N), dtype=torch.float32)
+    if joins:
+        scores = s.query.new_empty((B, N), dtype=torch.float32)
+    if top or split or selects:
+        counter = s.query.new_zeros((B, 1 + n_tiles), dtype=torch.int32)
     launch(
         _score_select_kernel,
-        (max(1, triton.cdiv(N, config["BLOCK_N"])), Hkv, B),
+        (n_tiles, parts, B),
         *(s.query, s.key, s.cos, s.sin, s.rows, s.columns, s.key_mask),
         *(lse, s.row_weight, s.pair_weight, s.cu_seqlens, s.cu_seqlens_q, counter, part, scores),
-        *(s.scale, R, N, Sq, S, longest, *_lse_strides(s, lse)),
+        *(s.scale, R, N, Sq, S, s.max_seqlen, *_lse_strides(s, lse), Hkv // parts),
         *(query_strides, key_strides, rope_strides),
         *(choice or Choice()),
-        PARTS=part.shape[1],
+        H=H,
         JOINED=s.top_heads if top else H,
         TOP=top,
+        SPLIT=split,
+        SELECTS=selects,
         G=H // Hkv,
         D=D,
         HEAD_REDUCE=s.head_reduce,
@@ -205,26 +261,33 @@ def score(s, choice=None):
         BLOCK_D=padded_head_dim(D),
         **config,
     )
+    if choice is not None and not selects:
+        select_columns(choice, cu_seqlens=s.cu_seqlens, total=S)
     return scores if joins else part
+
+
+def _parts(Hkv, n_tiles):
+    """Into how many parts to divide the KV heads of a tile: enough programs to fill a GPU, and no more to join than that."""
+    return next(n for n in range(1, Hkv + 1) if Hkv % n == 0 and (n * n_tiles >= TARGET_PROGRAMS or n == Hkv))
 
 
 def _config(s, selects):
     """Tiles, warps and registers of a program, which may be the one that ``selects``."""
-    R, N, rotated, half = s.rows.shape[1], s.columns.shape[1], s.cos is not None, s.query.element_size() == 2
-    config, warps = tiles(s.query, R, rotated), WARPS
-    spills = not half or s.cu_seqlens is not None or torch.version.hip
-    if selects and N > MANY and not spills:
-        # Such a program has a multiprocessor to itself, and so twice the keys: as many are in flight as with two. From a
-        # big tile of rows on it is not for these that it waits.
-        config["BLOCK_N"] *= 1 if config["BLOCK_M"] == 64 else 2
-        warps = 2 * WARPS
-    at_once = chunks(N if selects else 0, warps)
+    G, R, N = s.query.shape[1] // s.key.shape[1], s.rows.shape[1], s.columns.shape[1]
+    config = tiles(s.query, R, s.cos is not None)
+    # the rows of all heads of a group share a product if 16 or 32 hold them
+    block, heads = config.pop("BLOCK_M"), triton.next_power_of_2(G)
+    together = next((m for m in (16, 32) if heads * R <= m <= max(16, config["BLOCK_N"])), None)
+    rows, heads = (block, 1) if together is None else (together // heads, heads)
+    at_once = chunks(N if selects else 0)
     warps = max(config["num_warps"], at_once["num_warps"])
     # Few rows are memory bound: two programs of 8 warps shall share a multiprocessor, as those of 4 do with any number. No
     # lower limit for these: ptxas fills it with loads ahead of their use, and spills.
-    few_rows = R <= 16 and not rotated and half
-    most = 128 if warps > WARPS or (few_rows and warps == WARPS) else 255
-    return config | at_once | {"num_warps": warps} | registers(most)
+    few_rows = R <= 16 and s.cos is None and s.query.element_size() == 2
+    most = 128 if few_rows and warps == 8 else 255
+    shape = {"HEADS": heads, "ROWS": rows, "ONE_TILE": heads >= G and rows >= R}
+    stages = {"num_stages": STAGES} if few_rows and shape["ONE_TILE"] else {}
+    return config | stages | at_once | shape | {"num_warps": warps} | registers(most)
 
 
 def _lse_strides(s, lse):

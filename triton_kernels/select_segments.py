@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 
 from vlmprune.triton_kernels._rows import coded, decoded
-from vlmprune.triton_kernels.select_topk import _select_row, tiles
+from vlmprune.triton_kernels.select_topk import LONG_CHUNK, REGISTERS, _select_row, tiles
 
 MAX_SEGMENTS = 64  # of one launch; more segments take more launches
-MAX_CHUNK = 2048  # segments and slots start anywhere, so addresses hold more registers than a row's
 
 
 @triton.jit
@@ -27,7 +26,7 @@ def _pick(values, i, COUNT: tl.constexpr):
     return decoded(code)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "stride_sb"])
 def _select_segments_kernel(
     scores_ptr,  # [B, N]
     starts,  # codes of COUNT + 1 numbers: where each segment starts, and where the last one ends
@@ -37,15 +36,18 @@ def _select_segments_kernel(
     stride_sb,
     stride_sn,
     COUNT: tl.constexpr,
+    KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
     b, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first, slot = _pick(starts, i, COUNT), _pick(slots, i, COUNT)
     quota = _pick(slots, i + 1, COUNT + 1) - slot
     start = scores_ptr + b * stride_sb + first.to(tl.int64) * stride_sn
     row = (start, None, stride_sn, _pick(starts, i + 1, COUNT + 1) - first, None)
-    _select_row(row, quota.to(tl.int64), index_ptr + b * width + slot, first, quota, CHUNK, ONE_CHUNK)
+    _select_row(
+        row, quota.to(tl.int64), index_ptr + b * width + slot, first, quota, KEYS, CHUNK, IN_REGISTERS
+    )
 
 
 def _codes(bounds, count):
@@ -61,11 +63,12 @@ def select_segments(scores, segments, quotas):
     if index.numel() == 0:
         return index
     starts, slots = ([0, *itertools.accumulate(x)] for x in (segments, quotas))
-    config = tiles(max(segments), MAX_CHUNK)
+    # segments and slots start anywhere, so addresses hold more registers than a row's
+    config = tiles(max(segments), LONG_CHUNK)
     for first in range(0, len(segments), MAX_SEGMENTS):
         last = min(first + MAX_SEGMENTS, len(segments))
         count = triton.next_power_of_2(last - first)
         args = (_codes(x[first : last + 1], count + 1) for x in (starts, slots))
         args = (scores, *args, index, width, *scores.stride())
-        _select_segments_kernel[(B, last - first)](*args, COUNT=count, **config)
+        _select_segments_kernel[(B, last - first)](*args, COUNT=count, **config, **REGISTERS)
     return index

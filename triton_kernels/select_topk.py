@@ -1,9 +1,9 @@
 """Exact top-k in position order: index[b] = ascending positions of the keep[b] best scores and of every forced one.
 
 Latency bound: a row is a few thousand numbers. One threshold problem: each position gets a 32-bit key whose integer
-order is the score order (forced = largest, dropped or below the threshold = 0), four 8-bit radix rounds find the smallest
-kept key, unless all are kept, and a prefix sum over "kept" gives every survivor its slot, already sorted. Ties go to the
-lower position.
+order is the score order (forced = largest, dropped or below the threshold = 0), a search that counts the keys above three
+levels at a time finds the smallest kept key, and a prefix sum over "kept" gives every survivor its slot, already sorted.
+Ties go to the lower position.
 Tile: CHUNK positions; a row that fits one chunk is read once and stays in registers. Grid: (B,).
 """
 
@@ -14,9 +14,14 @@ import triton.language as tl
 from vlmprune.triton_kernels._device import registers
 from vlmprune.triton_kernels._launch import launch
 
-MAX_CHUNK = 4096  # keys per pass, 8 a thread at 16 warps; below 65536, as two 16-bit counts share one scan
-MIN_CHUNK = 128
-KEYS_PER_WARP = 256
+MIN_CHUNK, MAX_CHUNK = (
+    128,
+    4096,
+)  # positions of a row that is done in one pass; two 16-bit counts share one scan
+LONG_CHUNK = 2048  # positions per pass of a longer one
+MAX_KEYS = 16384  # of a row, which then stay in registers, 32 a thread at 16 warps
+KEYS_PER_WARP = 512
+MAX_WARPS = 16
 REGISTERS = registers(128)  # what 16 warps may have
 FORCED = tl.constexpr(0xFFFFFFFF)  # above the key of +inf, 0xFF800000
 NAN_KEY = tl.constexpr(1)  # below the key of -inf, 0x007FFFFF; 0 is "not there"
@@ -55,55 +60,66 @@ def _load_keys(row, offs):
 
 
 @triton.jit
-def _count_keys(row, keys, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr):
-    """How many positions are forced, and how many compete."""
-    forced = tl.zeros((), tl.int32)
-    competing = tl.zeros((), tl.int32)
-    for start in range(0, row[3], CHUNK):
-        if not ONE_CHUNK:
-            keys = _load_keys(row, start + tl.arange(0, CHUNK))
-        forced += tl.sum((keys == FORCED).to(tl.int32), 0)
-        competing += tl.sum(((keys != FORCED) & (keys != 0)).to(tl.int32), 0)
-    return forced, competing
+def _survey(row, keys, KEYS: tl.constexpr, IN_REGISTERS: tl.constexpr):
+    """How many positions are forced and how many compete; of those, the smallest and the largest key."""
+    forced = tl.zeros((KEYS,), tl.int32)
+    competing = tl.zeros((KEYS,), tl.int32)
+    low = tl.full((KEYS,), FORCED, tl.uint32)
+    high = tl.zeros((KEYS,), tl.uint32)
+    for start in range(0, KEYS if IN_REGISTERS else row[3], KEYS):  # once: no loop at all
+        if not IN_REGISTERS:
+            keys = _load_keys(row, start + tl.arange(0, KEYS))
+        competes = (keys != FORCED) & (keys != 0)
+        forced += (keys == FORCED).to(tl.int32)
+        competing += competes.to(tl.int32)
+        low = tl.minimum(low, tl.where(competes, keys, FORCED).to(tl.uint32))
+        high = tl.maximum(high, tl.where(competes, keys, 0).to(tl.uint32))
+    return tl.sum(forced, 0), tl.sum(competing, 0), tl.min(low, 0), tl.max(high, 0)
 
 
 @triton.jit
-def _kth_largest(row, keys, kth, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr):
-    """The kth largest key (1-based), and how many keys equal to it belong to the kth largest."""
-    bins = tl.arange(0, 256)
-    threshold = tl.zeros((), tl.uint32)
-    known = tl.zeros((), tl.uint32)  # the bits of the threshold decided so far
-    for step in range(4):
-        shift = (24 - 8 * step + tl.zeros((), tl.int32)).to(tl.uint32)
-        counts = tl.zeros((256,), tl.int32)
-        for start in range(0, row[3], CHUNK):
-            if not ONE_CHUNK:
-                keys = _load_keys(row, start + tl.arange(0, CHUNK))
-            digit = ((keys >> shift) & 255).to(tl.int32)
-            counts += tl.histogram(digit, 256, mask=(keys & known) == threshold)
-        at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
-        digit_k = tl.sum((at_least >= kth).to(tl.int32), 0) - 1
-        kth -= tl.sum(tl.where(bins == digit_k, at_least - counts, 0), 0)
-        threshold = threshold | (digit_k.to(tl.uint32) << shift)
-        known = known | (tl.full((), 255, tl.uint32) << shift)
-    return threshold, kth
+def _count_from(row, keys, c1, c2, c3, KEYS: tl.constexpr, IN_REGISTERS: tl.constexpr):
+    """How many keys are at least c1, c2 and c3."""
+    n1 = tl.zeros((KEYS,), tl.int32)
+    n2 = tl.zeros((KEYS,), tl.int32)
+    n3 = tl.zeros((KEYS,), tl.int32)
+    for start in range(0, KEYS if IN_REGISTERS else row[3], KEYS):  # once: no loop at all
+        if not IN_REGISTERS:
+            keys = _load_keys(row, start + tl.arange(0, KEYS))
+        n1 += (keys >= c1).to(tl.int32)
+        n2 += (keys >= c2).to(tl.int32)
+        n3 += (keys >= c3).to(tl.int32)
+    return tl.sum(n1, 0), tl.sum(n2, 0), tl.sum(n3, 0)
 
 
 @triton.jit
-def _last_kept(row, keys, quota, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr):
-    """The smallest kept key, how many keys equal to it are kept, and how many positions in all."""
-    forced = tl.zeros((), tl.int32)
-    competing = forced + row[3]
-    if (row[1] is not None) or (row[4] is not None):
-        forced, competing = _count_keys(row, keys, CHUNK, ONE_CHUNK)
+def _last_kept(row, keys, quota, KEYS: tl.constexpr, IN_REGISTERS: tl.constexpr):
+    """Keys above the first result are kept, of those equal to it as many as the second, and the third in all.
+
+    A quarter of the interval that holds the smallest kept key is left after each round; it ends where no key lies between
+    the kept and the others, after some 8 rounds if no keys are equal there and never after more than 17.
+    """
+    forced, competing, low, high = _survey(row, keys, KEYS, IN_REGISTERS)
     need = forced + tl.minimum(tl.maximum(quota, 0), competing.to(tl.int64)).to(tl.int32)
-
-    threshold = tl.zeros((), tl.uint32)  # everything above it is kept: all keys that are there
-    ties = tl.zeros((), tl.int32)
-    if need < forced + competing:
-        threshold, ties = _kth_largest(row, keys, tl.maximum(need, 1), CHUNK, ONE_CHUNK)
-        threshold = tl.where(need > 0, threshold, FORCED).to(tl.uint32)
-        ties = tl.where(need > 0, ties, 0)
+    from_low = forced + competing  # keys at least low: at least as many as needed
+    above = forced  # keys above high: fewer, or no more is needed
+    while (low < high) & (from_low != need) & (above != need):
+        reach = high - low
+        step = tl.maximum(reach // 4, 1).to(tl.uint32)
+        c1, c2, c3 = low + step, low + tl.minimum(2 * step, reach), low + tl.minimum(3 * step, reach)
+        n1, n2, n3 = _count_from(row, keys, c1, c2, c3, KEYS, IN_REGISTERS)
+        if n2 >= need:
+            if n3 >= need:
+                low, from_low = c3, n3
+            else:
+                low, from_low, high, above = c2, n2, c3 - 1, n3
+        elif n1 >= need:
+            low, from_low, high, above = c1, n1, c2 - 1, n2
+        else:
+            high, above = c1 - 1, n1
+    # from_low first: where nothing competes, low is FORCED and high 0
+    threshold = tl.where(from_low == need, low - 1, tl.where(above == need, high, low)).to(tl.uint32)
+    ties = tl.where((from_low == need) | (above == need), 0, need - above)
     return threshold, ties, need
 
 
@@ -113,25 +129,34 @@ def _kept_before(keys, threshold, ties, n_above, n_equal):
     above = (keys > threshold).to(tl.int32)
     equal = (keys == threshold).to(tl.int32)
     packed = (above << 16) | equal
-    before = tl.cumsum(packed, 0) - packed
+    before, all_of_it = tl.cumsum(packed, 0) - packed, tl.sum(packed, 0)
     equal_before = n_equal + (before & 0xFFFF)
     slot = n_above + (before >> 16) + tl.minimum(equal_before, ties)
     kept = (keys > threshold) | ((keys == threshold) & (equal_before < ties))
-    return kept, slot, n_above + tl.sum(above, 0), n_equal + tl.sum(equal, 0)
+    return kept, slot, n_above + (all_of_it >> 16), n_equal + (all_of_it & 0xFFFF)
 
 
 @triton.jit
-def _select_row(row, quota, index_ptr, first, width, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr):
+def _select_row(
+    row,
+    quota,
+    index_ptr,
+    first,
+    width,
+    KEYS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
+):
     """Write ``first`` + the kept positions of a row, ascending, and -1 behind them; return how many are kept."""
-    keys = _load_keys(row, tl.arange(0, CHUNK))
-    threshold, ties, need = _last_kept(row, keys, quota, CHUNK, ONE_CHUNK)
+    keys = _load_keys(row, tl.arange(0, KEYS))
+    threshold, ties, need = _last_kept(row, keys, quota, KEYS, IN_REGISTERS)
     n_above = tl.zeros((), tl.int32)
     n_equal = tl.zeros((), tl.int32)
-    for start in range(0, row[3], CHUNK):
+    ONE_PASS: tl.constexpr = IN_REGISTERS and KEYS == CHUNK
+    for start in range(0, CHUNK if ONE_PASS else row[3], CHUNK):
         offs = start + tl.arange(0, CHUNK)
-        if not ONE_CHUNK:
-            keys = _load_keys(row, offs)
-        kept, slot, n_above, n_equal = _kept_before(keys, threshold, ties, n_above, n_equal)
+        part = keys if ONE_PASS else _load_keys(row, offs)
+        kept, slot, n_above, n_equal = _kept_before(part, threshold, ties, n_above, n_equal)
         tl.store(index_ptr + slot, first + offs.to(tl.int64), mask=kept & (slot < width))
     for start in range(0, width, CHUNK):
         offs = start + tl.arange(0, CHUNK)
@@ -139,7 +164,7 @@ def _select_row(row, quota, index_ptr, first, width, CHUNK: tl.constexpr, ONE_CH
     return need
 
 
-@triton.jit(do_not_specialize=["keep", "width"])
+@triton.jit(do_not_specialize=["keep", "N", "width", "stride_sb"])
 def _select_topk_kernel(
     scores_ptr,  # [B, N]
     keep,  # int, or a pointer to [B] int64, contiguous
@@ -153,8 +178,9 @@ def _select_topk_kernel(
     stride_sn,
     KEEP_ON_DEVICE: tl.constexpr,
     THRESHOLD_ON_DEVICE: tl.constexpr,
+    KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     quota = tl.zeros((), tl.int64) + (tl.load(keep + b) if KEEP_ON_DEVICE else keep)
@@ -167,14 +193,21 @@ def _select_topk_kernel(
         floor = _order_key(tl.zeros((), tl.float32) + level)
         floor = tl.where(floor == NAN_KEY, FORCED, floor).to(tl.uint32)  # no score reaches NaN
         row = (scores_ptr, code_ptr, stride_sn, N, floor)
-    count = _select_row(row, quota, index_ptr + b * width, 0, width, CHUNK, ONE_CHUNK)
+    count = _select_row(row, quota, index_ptr + b * width, 0, width, KEYS, CHUNK, IN_REGISTERS)
     tl.store(count_ptr + b, count.to(tl.int64))
 
 
 def tiles(N, max_chunk=MAX_CHUNK):
-    """Chunk and warps for rows of ``N`` scores."""
-    chunk = min(max(triton.next_power_of_2(N), MIN_CHUNK), max_chunk)
-    return {"CHUNK": chunk, "ONE_CHUNK": max_chunk >= N, "num_warps": max(4, chunk // KEYS_PER_WARP)}
+    """Keys in registers, positions per pass, and warps for rows of ``N`` scores."""
+    padded = max(triton.next_power_of_2(N), MIN_CHUNK)
+    stay = padded <= MAX_KEYS
+    keys = padded if stay else MAX_CHUNK
+    return {
+        "KEYS": keys,
+        "CHUNK": padded if padded <= max_chunk else LONG_CHUNK,
+        "IN_REGISTERS": stay,
+        "num_warps": min(max(4, keys // KEYS_PER_WARP), MAX_WARPS) if stay else MAX_WARPS,
+    }
 
 
 def select_topk(scores, keep, code, width, threshold=None):

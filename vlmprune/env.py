@@ -7,3 +7,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 TRACEBACKS = os.environ.get("VLMPRUNE_DEBUG", "0") == "1"
 """True when the command line shows the traceback of every error, also of bad input."""
+
+PDL = os.environ.get("VLMPRUNE_PDL", "0") == "1"
+"""True when kernels may be launched before the one before them ends (programmatic dependent launch), where a GPU can: sm_90 on.
+
+They then wait inside for what they read. Never measured yet, so off.
+"""

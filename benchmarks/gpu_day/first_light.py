@@ -1,210 +1,198 @@
-"""The stages of first_light.sh that are Python: ``python benchmarks/gpu_day/first_light.py STAGE``; each prints its result.
+"""Everything worth knowing on a GPU, in three calls of at most ten minutes, the most important first.
 
-Exit code 77 means that the stage cannot run here, and its output says why.
+    python benchmarks/gpu_day/first_light.py 1|2|3|STAGE ... [--dry-run] [--list]
+
+$OUT gets few files, brought up to date after every stage: summary.txt has one line a stage and the goals (met, missed,
+unmeasured), rows.csv the times, log.txt what every stage printed, and state.tar everything, for the next call. A stage that is
+done, failed, overran its limit or could not run is not started again unless it is named; one that the call cut off is.
+No network, no installation: the package is imported from a plain copy in $STATE/site, and what `make gpu-day` made
+beforehand is taken from $KIT.
+
+OUT      where results go (default: benchmarks/results/first_light)
+STATE    what lasts from call to call on one machine (default: build/first_light)
+KIT      what was made beforehand (default: build/gpu_day); a state.tar in it is where a new machine goes on
+LIMIT    seconds for everything (default: 430 if it is call 1, else 540)
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
-import platform
-import runpy
-import shutil
+import datetime
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ only: a checkout must stay off the path
 
-from micro.cases import CASES
-from micro.ceilings import gaps, measure_ceilings
-from micro.clock import capture
-from micro.gate import FAILURES, failed
-from micro.inputs import Inputs
-from micro.shapes import DTYPES, SHAPES, TINY, Setting, Shape
+from gpu_day import rehearsal
+from gpu_day.kit import ROOT, lay_out_package
+from gpu_day.stages import BENCHMARKS, PREPARES, Stage, stages
+from gpu_day.state import CUT, TAR, UNFINISHED, State
+from micro.restart import run_to_the_end
 
-from vlmprune.ops._dispatch import TABLES, explain
-
-ROOT = Path(__file__).parents[2]
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-REFUSED = 77
-PACKAGES = ("torch", "triton", "transformers", "numpy", "setuptools", "pytest", "xdist", "hypothesis", "rich")
-PACKAGES += ("typer", "matplotlib", "flash_attn", "flash_colreduce")
-TOOLS = ("cc", "gcc", "clang", "nvcc", "compute-sanitizer", "ncu")  # Triton needs one of the first three
-SHAPE_NAMES = [shape.name for shape in (TINY, *SHAPES)]
-MOST_PAIRS = 4096  # visual tokens up to which all pairs are compared
+REFUSED = 77  # exit code of a stage that cannot run here
+SLOWER = 5  # times that a stage may take in a dry run, on a CPU
+SPARE = 5  # seconds in which a stage is worth starting, or ends when it is told to
+GOALS = str(BENCHMARKS / "gpu_day" / "goals.py")
 
 
-def info(tiny: bool) -> int:
-    """Versions, device, and the backend each op uses here."""
-    print(f"python {platform.python_version()} on {platform.platform()}")
-    for name in PACKAGES:
-        found = importlib.util.find_spec(name) is not None
-        print(name, getattr(importlib.import_module(name), "__version__", "unknown") if found else "missing")
-    for name in TOOLS:
-        print(name, shutil.which(name) or "missing")
-    if DEVICE.type == "cuda":
-        print(torch.cuda.get_device_properties(DEVICE))
-        if shutil.which("nvidia-smi") is not None:
-            print(subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout)
-    for op in sorted(TABLES):
-        states = [f"{name}: {why or 'usable'}" for name, why in explain(op, DEVICE)]
-        print(f"{op}\n  " + "\n  ".join(states))
-    return 0
+def arguments() -> argparse.Namespace:
+    """Command line."""
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
+    parser.add_argument("what", nargs="*", metavar="1|2|3|STAGE")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="every stage small, on a CPU if there is no GPU"
+    )
+    parser.add_argument("--list", action="store_true", help="name the stages")
+    chosen = parser.parse_args()
+    names = ["1", "2", "3", *(stage.name for stage in stages(Path(), Path()))]
+    wrong = [name for name in chosen.what if name not in names]
+    if wrong or not (chosen.what or chosen.list):
+        parser.error(f"expected {', '.join(names)}, got {wrong[0] if wrong else 'nothing'}")
+    return chosen
 
 
-def ceilings(tiny: bool) -> int:
-    """Copy bandwidth, matrix rates, launch and graph gaps."""
-    dtypes = [torch.float32] if DEVICE.type == "cpu" else list(DTYPES.values())
-    found = measure_ceilings(DEVICE, dtypes, 0.05 if tiny else 0.5)
-    print(f"copy: {found.copy / 1e9:.1f} GB/s, read plus written")
-    for dtype, rate in found.matmul.items():
-        print(f"matrix product {dtype}: {rate / 1e12:.2f} TFLOP/s")
-    if DEVICE.type == "cuda":
-        for name, microseconds in gaps(DEVICE).items():
-            print(f"{name}: {microseconds:.2f} us")
-    return 0
+class Day:
+    """One call: where things lie, and how much time is left."""
+
+    def __init__(self, dry: bool, limit: float) -> None:
+        def folder(name: str, default: Path) -> Path:
+            return Path(os.environ.get(name, default)).resolve()
+
+        self.dry, self.end = dry, time.monotonic() + limit
+        self.out = folder("OUT", BENCHMARKS / "results" / "first_light")
+        self.kit = folder("KIT", ROOT / "build" / "gpu_day")
+        self.state = State(folder("STATE", ROOT / "build" / "first_light"))
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not self.state.begun and (self.kit / TAR).exists():
+            self.state.load(self.kit / TAR)
+            for stage in stages(self.state.folder, self.kit):
+                if stage.call == PREPARES:
+                    self.state.forget(stage.name)
+            self.state.note(f"going on from {self.kit / TAR}")
+        self.env = os.environ | self._variables(lay_out_package(self.state.folder, self.kit))
+        if dry:
+            rehearsal.prepare(self.env)
+
+    def _variables(self, site: Path) -> dict[str, str]:
+        path = [str(site), str(self.kit / "site"), os.environ.get("PYTHONPATH", "")]
+        variables = {
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            "PYTHONSAFEPATH": "1",
+            "PYTHONUNBUFFERED": "1",
+            "TRITON_CACHE_DIR": str(self.state.folder / "triton"),
+        }
+        return variables | ({"TRITON_INTERPRET": "1"} if self.dry and not _has_gpu() else {})
+
+    def run(self, stage: Stage, named: bool) -> None:
+        """Run a stage unless it is finished, and publish what is known then."""
+        before = self.state.outcome(stage.name)
+        if before not in (None, CUT) and not named:
+            return self.state.note(f"{stage.name}: {before} before")
+        left, limit = self.end - time.monotonic(), stage.seconds * (SLOWER if self.dry else 1)
+        if left < SPARE:
+            return self.state.note(f"{stage.name}: no time left")
+        if named and before not in UNFINISHED:
+            self.state.forget_journal(stage.journal)
+        start = time.monotonic()
+        outcome, why = self._outcome(stage, min(limit, left), cut=left < limit)
+        if outcome in UNFINISHED:
+            self.state.reopen_journal(stage.journal)
+        self.state.end(stage.name, outcome)
+        self.state.note(f"{stage.name}: {outcome} after {time.monotonic() - start:.0f} s{why}")
+        return self.publish()
+
+    def _outcome(self, stage: Stage, seconds: float, cut: bool) -> tuple[str, str]:
+        """(How the stage ended, what else there is to say about it)."""
+        command = stage.command(sys.executable, self.state.journals, self.dry)
+        with self.state.start(stage.name).open("w") as log:
+            if command is None:
+                log.write(f"{stage.tool[0]} is not installed\n")
+                return "refused", f": {stage.tool[0]} is not installed"
+            end, journal = time.monotonic() + seconds, self.state.journals / (stage.journal or "none")
+            log.write(f"$ {' '.join(command)}\n")
+            log.flush()
+            try:
+                code, restarts = run_to_the_end(lambda: self._start(command, log, end), journal)
+            except subprocess.TimeoutExpired:
+                return (CUT, ": the call ends") if cut else ("overran", "")
+        if restarts:
+            return "failed", f": the device was lost {restarts} times, exit code {code} at last"
+        if code == REFUSED:
+            last = (self.state.stages / f"{stage.name}.part").read_text().splitlines()[-1]
+            return "refused", f": {last}"
+        return ("done", "") if code == 0 else ("failed", f": exit code {code}")
+
+    def _start(self, command: list[str], log: TextIO, end: float) -> int:
+        """Exit code of a command; at ``end`` it is interrupted, so that pytest says what failed so far, and then killed."""
+        if self.dry and command[0] == sys.executable:
+            return rehearsal.start(command[1:], log)
+        how = dict(stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=self.env, start_new_session=True)
+        process = subprocess.Popen(command, **how)  # type: ignore[call-overload]
+        try:
+            return process.wait(max(end - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(SPARE)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            raise
+
+    def publish(self) -> None:
+        """Bring $OUT up to date: a call that is killed has left what it knew."""
+        summary = self.state.summary.read_text()
+        if self.state.rows.exists():
+            (self.out / "rows.csv").write_bytes(self.state.rows.read_bytes())
+            goals = [sys.executable, GOALS, str(self.state.rows)]
+            printed = subprocess.PIPE
+            found = subprocess.run(goals, stdout=printed, stderr=subprocess.STDOUT, text=True, check=False)
+            summary += f"\n{found.stdout}"
+        (self.out / "summary.txt").write_text(summary)
+        (self.out / "log.txt").write_text(self.state.log())
+        self.state.save(self.out)
 
 
-def build(tiny: bool) -> int:
-    """The CUDA extension, into the package that is imported."""
-    if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
-        print("nvcc is not there")
-        return REFUSED
-    if importlib.util.find_spec("setuptools") is None:
-        print("setuptools, which csrc/build.py imports, is not there")
-        return REFUSED
-    import vlmprune
+def _has_gpu() -> bool:
+    import torch  # which takes its time, and a real run has a GPU
 
-    target = Path(vlmprune.__file__).parent / "_C.abi3.so"
-    command = runpy.run_path(str(ROOT / "csrc" / "build.py"))["command"](target)
-    start = time.perf_counter()
-    code = subprocess.run(command, cwd=ROOT / "csrc", check=False).returncode
-    print(f"{' '.join(command)}\nexit {code} after {time.perf_counter() - start:.0f} s")
-    if code == 0:
-        for op in sorted(TABLES):
-            print(op, dict(explain(op, DEVICE)).get("cuda", "has no CUDA backend") or "runs on the extension")
-    return code
+    return torch.cuda.is_available()
 
 
-def replays(tiny: bool) -> int:
-    """A thousand graph replays of every fused case: bits that differ from the first are counted on the device."""
-    wrong = 0
-    for shape in [TINY] if tiny else SHAPES:
-        x = Inputs(Setting(shape, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32, 64, DEVICE))
-        for case in CASES:
-            if case.op not in (
-                "received_attention",
-                "row_lse",
-                "select_topk",
-                "prune_tokens",
-                "prune_scored",
-            ):
-                continue
-            for provider in case.own():
-                if provider.why_not(x) is None:
-                    differing = _replay(lambda run=provider.run, x=x: run(x), 10 if tiny else 1000)
-                    print(
-                        f"{case.name}, {shape.name}, {provider.name}: {differing} replays differ", flush=True
-                    )
-                    wrong += differing
-    return int(wrong > 0)
-
-
-def _replay(run: Callable[[], Any], times: int) -> int:
-    """How many of ``times`` repetitions give other bits; the host waits once, at the end."""
-    kept: list[Any] = []
-    if DEVICE.type == "cuda":
-        graph = capture(lambda: kept.append(run()))
-        kept, again = kept[-1:], graph.replay
-        again()
-    else:
-        kept.append(run())
-
-        def again() -> None:
-            kept[0] = run()
-
-    first = [_bits(t).clone() for t in _tensors(kept[0])]
-    differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    for _ in range(times):
-        again()
-        same = [(_bits(t) == want).all() for t, want in zip(_tensors(kept[0]), first, strict=True)]
-        differing += ~torch.stack(same).all()
-    return int(differing)
-
-
-def _tensors(result: Any) -> list[torch.Tensor]:
-    if isinstance(result, torch.Tensor):
-        return [result]
-    return [t for part in result for t in _tensors(part)]
-
-
-def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8)
-
-
-def calls(tiny: bool) -> int:
-    """One call of every case by every backend of ours, checked, at a tiny size: for compute-sanitizer to look at."""
-    return _check(TINY)
-
-
-def check(tiny: bool) -> int:
-    """The same at the real shapes, one process each: is anything wrong? It leaves Triton's cache full, too."""
-    command = [sys.executable, __file__, "check", "--shape"]
-    shapes = (TINY,) if tiny else (TINY, *SHAPES)
-    running = [subprocess.Popen([*command, shape.name]) for shape in shapes]
-    return max([abs(process.wait()) for process in running])
-
-
-def _check(shape: Shape) -> int:
-    """Gate every case at one shape and print how it went; 1 if one was wrong or broke."""
-    bad = False
-    for x in _checked_inputs(shape):
-        for case in CASES:
-            if (case.all_pairs and shape.visual > MOST_PAIRS) or (x.setting.rows > 1 and not case.scored):
-                continue
-            for provider in case.own():
-                note = provider.why_not(x)
-                try:
-                    if note is None:
-                        case.gate(x, provider.run)
-                except FAILURES as error:
-                    note, bad = failed(error), True
-                what = f"{case.name}, {shape.name}, {x.dtype}, R={x.setting.n_rows}, {provider.name}"
-                sys.stdout.write(f"{what}: {note or 'right'}\n")  # in one piece: other processes write, too
-                sys.stdout.flush()
-    return int(bad)
-
-
-def _checked_inputs(shape: Shape) -> Iterator[Inputs]:
-    """What the later stages measure, first what they measure first."""
-    dtypes = (torch.float32,) if DEVICE.type == "cpu" else (torch.bfloat16, torch.float32)
-    for dtype in dtypes:
-        for rows in (1, 64):
-            yield Inputs(Setting(shape, dtype, rows, DEVICE))
-
-
-STAGES = {f.__name__: f for f in (info, ceilings, build, check, replays, calls)}
+def _commit() -> str:
+    """Of the checkout, if that is known here."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def main() -> int:
-    """Run one stage."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--tiny", action="store_true", help="a small size, to try the stage itself")
-    parser.add_argument("--shape", choices=SHAPE_NAMES, help="check this one only")
-    chosen = parser.parse_args()
-    if chosen.shape is not None:
-        return _check((TINY, *SHAPES)[SHAPE_NAMES.index(chosen.shape)])
-    return STAGES[chosen.stage](chosen.tiny)
+    """Run what was asked for; 0 whatever it finds."""
+    chosen = arguments()
+    every = stages(Path(), Path())
+    if chosen.list:
+        for stage in every:
+            call = "each" if stage.call == PREPARES else stage.call
+            print(f"{call} {stage.name} (at most {stage.seconds} s)")
+        return 0
+    limit = float(os.environ.get("LIMIT", 430 if chosen.what == ["1"] else 540))
+    day = Day(chosen.dry_run, limit * (SLOWER if chosen.dry_run else 1))
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    day.state.note(f"== {now} commit {_commit()}: {' '.join(chosen.what)}")
+    for stage in stages(day.state.folder, day.kit):
+        if stage.name in chosen.what or str(stage.call) in chosen.what or stage.call == PREPARES:
+            day.run(stage, stage.name in chosen.what)
+    day.publish()
+    print(f"results in {day.out}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .clock import measure
+from .clock import graph_overhead, measure
 from .shapes import Setting
 
 
@@ -68,5 +68,5 @@ def gaps(device: torch.device) -> dict[str, float]:
     return {
         "host launch": measure(launches, device, "call", 0.5).median / many,
         "graph node": measure(launches, device, "graph", 0.5).median / many,
-        "graph of one node": measure(lambda: x.add_(1), device, "graph", 0.5).median,
+        "graph of one node": graph_overhead(device),
     }

@@ -18,20 +18,23 @@ GATHERED_LAYERS = 2  # the layers whose K and V a stage gathers in the roofline 
 
 
 class Inputs:
-    """Tensors of a prompt at a pruning stage: attention of one layer, what is gathered, and visual features."""
+    """Tensors of a prompt at a pruning stage: attention of one layer, what is gathered, and visual features.
 
-    def __init__(self, setting: Setting) -> None:
+    Another seed is another prompt of the same shape.
+    """
+
+    def __init__(self, setting: Setting, seed: int = 0) -> None:
         self.setting, self.shape, self.model = setting, setting.shape, setting.shape.model
-        self.device, self.dtype = setting.device, setting.dtype
+        self.device, self.dtype, self.seed = setting.device, setting.dtype, seed
         self.plans: dict[tuple[str, ...], ops.PrunePlan | ops.ScoredPlan] = {}
 
     def draw(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal numbers that depend on the name only: zeros would be quicker to move and hide what was not written."""
+        """Normal numbers that depend on name and seed only: zeros would be quicker to move and hide what was not written."""
         x = torch.randn(*shape, generator=self._generator(name), device=self.device)
         return x.to(dtype or self.dtype)
 
     def _generator(self, name: str) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(crc32(name.encode()))
+        return torch.Generator(self.device).manual_seed(crc32(name.encode()) + self.seed)
 
     @cached_property
     def query(self) -> Tensor:

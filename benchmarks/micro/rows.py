@@ -50,6 +50,7 @@ class Row:
     median_us: float | None = None
     p20_us: float | None = None
     p80_us: float | None = None
+    overhead_us: float | None = None
     bytes: int | None = None
     gb_per_s: float | None = None
     flops: int | None = None
@@ -85,6 +86,7 @@ def result(case: Case, x: Inputs, provider: str, timing: Timing, ceilings: Ceili
         median_us=_round(timing.median),
         p20_us=_round(timing.p20),
         p80_us=_round(timing.p80),
+        overhead_us=_round(timing.overhead),
         bytes=traffic,
         gb_per_s=_round(traffic / timing.median / 1e3),
         flops=work,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,6 +13,7 @@ from .clock import measure
 from .gate import FAILURES, failed
 from .inputs import Inputs
 from .providers import Provider
+from .restart import DeviceLostError, Journal, device_lost
 from .rows import Row, refused, result
 from .shapes import Setting, Shape
 
@@ -32,6 +33,7 @@ class Sweep:
         providers: names, all if empty.
         slow_providers: also torch.compile on a CPU, and on a GPU at more than the first number of rows: it compiles for seconds.
         most_pairs: visual tokens up to which the cases run that compare all pairs of them.
+        journal: what it names is not measured again.
     """
 
     device: torch.device
@@ -44,6 +46,7 @@ class Sweep:
     providers: Sequence[str] = ()
     slow_providers: bool = False
     most_pairs: int = 4096
+    journal: Journal = field(default_factory=lambda: Journal(None))
 
     def settings(self) -> Iterator[tuple[Case, Setting]]:
         """Each case where it says something new."""
@@ -58,11 +61,14 @@ class Sweep:
                         yield case, Setting(shape, dtype, rows, self.device)
 
     def run(self, ceilings: Ceilings) -> Iterator[Row]:
-        """Rows as they come. A provider that is wrong, fails, or is out of memory gives a row that says so."""
+        """Rows as they come. A provider that is wrong, fails, or is out of memory gives a row that says so.
+
+        Raises DeviceLostError behind the row of a provider that lost the device.
+        """
         for case, setting in self.settings():
             x = Inputs(setting)
             for provider in case.providers():
-                if self.wanted(provider, setting):
+                if self.wanted(provider, setting) and self.journal.begin(title(case, x, provider)):
                     yield from self._rows(case, x, provider, ceilings)
 
     def wanted(self, provider: Provider, setting: Setting) -> bool:
@@ -87,3 +93,10 @@ class Sweep:
             yield refused(case, x, provider.name, "out of memory")
         except FAILURES as error:
             yield refused(case, x, provider.name, failed(error))
+            if device_lost(error):
+                raise DeviceLostError from error
+
+
+def title(case: Case, x: Inputs, provider: Provider) -> str:
+    """How a provider at a setting is named in a line."""
+    return f"{case.name}, {x.shape.name}, {x.dtype}, R={x.setting.n_rows}, {provider.name}"

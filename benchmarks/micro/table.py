@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from importlib.util import find_spec
 
 from .rows import Row
@@ -26,27 +26,30 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def show(rows: Sequence[Row], title: str) -> None:
     """Print what was timed or wrong as a table, then who did not run and why."""
-    _table([cells(row) for row in rows if row.mode or row.bad], title)
+    print_table(title, HEADS, [cells(row) for row in rows if row.mode or row.bad], range(6, 12), 4)
     refusals = Counter((row.provider, row.note) for row in rows if not row.mode and not row.bad)
     for (provider, note), times in refusals.items():
         print(f"not run: {provider} ({times} of {sum(r.provider == provider for r in rows)} lines): {note}")
 
 
-def _table(lines: Sequence[tuple[str, ...]], title: str) -> None:
+def print_table(
+    title: str, heads: Sequence[str], lines: Sequence[Sequence[str]], numbers: Container[int], group: int
+) -> None:
+    """Lines under their heads: columns ``numbers`` to the right, a rule where the first ``group`` cells change."""
     if find_spec("rich") is None:
-        widths = [max(map(len, column)) for column in zip(HEADS, *lines, strict=True)]
+        widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
         print(title)
-        for line in (HEADS, *lines):
+        for line in (heads, *lines):
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
         return
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    for head in HEADS:
-        table.add_column(head, justify="right" if head in HEADS[6:12] else "left", overflow="fold")
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i in numbers else "left", overflow="fold")
     for i, line in enumerate(lines):
-        group_ends = i + 1 < len(lines) and lines[i + 1][:4] != line[:4]
+        group_ends = i + 1 < len(lines) and lines[i + 1][:group] != line[:group]
         table.add_row(*line, end_section=group_ends)
     console = Console()
     if not console.is_terminal:

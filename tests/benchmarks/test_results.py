@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from micro import clock
 from micro.cases import CASES
 from micro.clock import MIN_RUNS, Timing, measure, modes, summary
 from micro.plot import draw
@@ -30,6 +31,26 @@ def test_measure_runs_at_least_a_few_times():
     assert timing.runs == MIN_RUNS and len(calls) == MIN_RUNS + 1  # the first warms up
     assert 0 < timing.p20 <= timing.median <= timing.p80
     assert modes(CPU) == ("call",)
+
+
+def test_a_graph_is_measured_without_what_every_graph_pays(monkeypatch):
+    monkeypatch.setattr(clock, "_graph_times", lambda run, device, copies: iter([run()] * 3))
+    clock.graph_overhead.cache_clear()
+    monkeypatch.setattr(torch.Tensor, "fill_", lambda self, value: 2.5)
+    try:
+        assert measure(lambda: 10.0, CPU, "graph", 0.0) == Timing("graph", 3, 7.5, 7.5, 7.5, overhead=2.5)
+        assert measure(lambda: 10.0, CPU, "hot", 0.0) == Timing("hot", 3, 10.0, 10.0, 10.0)
+    finally:
+        clock.graph_overhead.cache_clear()
+
+
+def test_the_cache_is_filled_by_reading(monkeypatch):
+    """Lines that were written would leave the cache in the time of what is measured."""
+    data = torch.zeros(8)
+    monkeypatch.setattr(clock, "_other_data", lambda device: data)
+    with torch.profiler.profile() as profile:
+        clock._fill_l2(CPU)
+    assert "aten::sum" in {event.name for event in profile.events()} and data._version == 0
 
 
 def test_shares_follow_from_the_ceilings():

@@ -161,6 +161,7 @@ LAUNCHES = {
     "score fp16 D=64 R=64 rope": score(FP16, 64, 64, rope=True),
     "score fp32 D=128 R=64 rope": score(FP32, 128, 64, rope=True),
     "score bf16 D=80 R=577 vision": score(BF16, 80, 577, H=16, Hkv=16, S=577, mask=True),
+    "score bf16 D=128 GQA R=4": score(BF16, 128, 4, H=20, Hkv=4),
     "score bf16 D=128 GQA 4k": score(BF16, 128, 1, H=28, Hkv=4, S=4160, N=4096),
     "score bf16 D=128 R=64 pairs": score(BF16, 128, 64, mask=True, pairs=True),
     "score fp16 D=64 R=64 pairs, top heads max": score(
@@ -185,6 +186,7 @@ LAUNCHES = {
     "prune bf16 2944 R=64 rope": prune(BF16, 64, S=2944, N=2880, rope=True),
     "prune fp32 R=64": prune(FP32, 64),
     "prune bf16 GQA 4k": prune(BF16, H=28, Hkv=4, S=4096, N=4032, lse=True),
+    "prune bf16 GQA 32k": prune(BF16, H=28, Hkv=4, S=32832, N=32768, lse=True),
     "prune bf16 GQA 16k": prune(BF16, H=28, Hkv=4, S=16448, N=16384, lse=True),
     "prune bf16 packed": prune(BF16, B=4, S=2560, packed=True),
     "prune bf16 packed 16k": prune(BF16, R=64, B=4, S=16384, packed=True),
@@ -218,6 +220,8 @@ LAUNCHES = {
     "prune by scores 576": prune_by(),
     "prune by scores 576, every way": prune_by(B=2, S=640, **every(2, 576)),
     "prune by scores 2880": prune_by(2880),
+    "prune by scores 16384": prune_by(16384),
+    "prune by scores 40000": prune_by(40_000),
     "prune by scores 2880, every way": prune_by(2880, **every(1, 2880)),
     # Triton turns an argument of 1 into a constant of another type
     "score, all ones": score(BF16, 8, 1, H=1, Hkv=1, S=1, N=1, mask=True, normalize="columns"),
@@ -239,26 +243,33 @@ def test_big_tensors_move_in_16_byte_pieces(arch):
 
 @pytest.mark.parametrize("arch", ARCHS, ids="sm_{}".format)
 @pytest.mark.parametrize(
-    "name",
+    "name, kernel, atomics",
     [
-        "prune",
-        "prune bf16 2944, every way",
-        "prune bf16 packed",
-        "score, one head, split keys",
-        "prune bf16 R=12, pairs and top heads",
+        ("prune", "_score_select_kernel", 2),  # parts of a tile, tiles of a sample
+        ("prune bf16 2944, every way", "_score_select_kernel", 2),
+        ("prune bf16 packed", "_score_select_kernel", 2),
+        ("prune bf16 GQA 16k", "_score_select_kernel", 1),
+        ("prune bf16 R=12, pairs and top heads", "_score_select_kernel", 1),
+        ("score, one head, split keys", "_row_lse_kernel", 1),
     ],
 )
-def test_a_barrier_comes_before_every_atomic(name, arch):
+def test_a_barrier_comes_before_every_atomic(name, kernel, atomics, arch):
     """Whoever counts itself in has its whole block's stores behind it, in the machine code too."""
     counts = {
         k.name: offline.unguarded_atomics(offline.sass(k))
         for k in offline.compile_launches(LAUNCHES[name], arch)
         if offline.global_atomics(k)
     }
-    assert counts["_score_select_kernel"] == (1, 0)
-    if name == "score, one head, split keys":
-        assert counts["_row_lse_kernel"] == (1, 0)
+    assert counts[kernel] == (atomics, 0)
     assert all(unguarded == 0 for _, unguarded in counts.values())
+
+
+def test_nothing_is_counted_where_nothing_is_joined():
+    """A single KV head, or as many tiles as a GPU takes: each program finishes its own columns."""
+    many = prune(BF16, H=28, Hkv=4, S=40_064, N=40_000, lse=True)
+    for launch in (LAUNCHES["score, one head, split keys"], many):
+        kernels = {k.name: k for k in offline.compile_launches(launch, 90)}
+        assert offline.global_atomics(kernels["_score_select_kernel"]) == []
 
 
 def test_prompts_of_other_lengths_need_no_other_kernel():
@@ -286,9 +297,11 @@ def test_the_check_sees_a_missing_barrier():
     ["prune bf16 packed", "prune bf16 packed, segments", "prune bf16 packed R=64, pairs and top heads"],
 )
 def test_barriers_separate_the_steps_of_a_selection(name):
-    """Each reads what other threads wrote in the one before: scores, marks, keys, marks again, places."""
+    """Each reads what other threads wrote in the one before: keys, marks. Reads of the workspace are these loads."""
     (kernel,) = (k for k in offline.compile_launches(LAUNCHES[name], 90) if k.name == "_score_select_kernel")
-    after = kernel.ptx[kernel.ptx.index("ld.global.cg") :]
-    steps = re.findall(r"bar\.sync|st\.global|ld\.global", after)
+    after = kernel.ptx[kernel.ptx.rindex("atom.global") :].partition("st.global")[
+        2
+    ]  # which resets the counter
+    steps = [s[:9] for s in re.findall(r"bar\.sync|st\.global|ld\.global\.(?:cg|v4\.b32)", after)]
     assert ("st.global", "ld.global") not in itertools.pairwise(steps)
     assert steps.count("st.global") >= 10

@@ -40,7 +40,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("want_lse", [False, True], ids=["plain", "lse"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.cpu("torch's kernel for CPUs; test_flash_devices.py has the others")
+@pytest.mark.cpu("torch's kernel for CPUs; test_flash.py has the others")
 def test_equals_sdpa_and_the_definition_of_lse(case, want_lse, dtype):
     shape, seen, causal = CASES[case]
     q, k, v = draw(*shape, dtype)

@@ -103,7 +103,8 @@ def test_triton_equals_reference_over_tiles(N, D, r, M, device, monkeypatch):
     from vlmprune.triton_kernels import match_bipartite as kernels
 
     monkeypatch.setattr(kernels, "MAX_SPLITS", 2)
-    monkeypatch.setattr(kernels, "select_tiles", lambda N: {"CHUNK": 64, "ONE_CHUNK": False, "num_warps": 4})
+    config = {"KEYS": 64, "CHUNK": 64, "IN_REGISTERS": False, "num_warps": 4}
+    monkeypatch.setattr(kernels, "select_tiles", lambda N, chunk: config)
     g = torch.Generator().manual_seed(1)
     destinations = None if M is None else torch.randperm(N, generator=g)[:M].to(device)
     features = make(2, N, D, torch.float16, device)

@@ -190,12 +190,16 @@ def test_scored_in_the_kernel_as_by_itself(coded, cut, device):
             assert torch.equal(getattr(out, name), getattr(again, name))
 
 
-@pytest.mark.parametrize("n", [1, 1023, 1025, 2880, 5000])
+@pytest.mark.parametrize("n", [1, 1023, 1025, 2880, 4097, 9000])
 def test_longer_than_a_chunk(n, device):
+    """One pass, one program, or several: each of the same columns and positions."""
     scores, columns, mask, tensors, code = problem(device, n=n, s=n + 40, samples=2)
     lengths = torch.tensor([[n // 2, n // 4], [n // 3, n - n // 3]], device=device)
+    quotas = torch.tensor([n // 3, 7], device=device)
     for how in (
         dict(keep=n // 3),
+        dict(keep=quotas, width=n // 2, most=n // 4),
+        dict(keep=n // 7, newest=True),
         dict(keep=n // 5, segments=lengths, code=code, newest=True, padding="left"),
     ):
         lists = dict(columns=columns, key_mask=mask)
@@ -204,16 +208,16 @@ def test_longer_than_a_chunk(n, device):
             assert torch.equal(getattr(out, name), getattr(truth, name))
 
 
-@pytest.mark.parametrize("n", [576, 2880, 4097])
-def test_launches(n, device):
-    """Three, whatever the number of columns (two with a log-sum-exp); two for scores that are given."""
+@pytest.mark.parametrize("n, own", [(576, []), (2880, []), (4097, ["_select_columns_kernel"])])
+def test_launches(n, own, device):
+    """Three (two with a log-sum-exp), and one more to select from many columns; two for scores that are given."""
     from vlmprune.triton_kernels._launch import recording
 
     query, key, lists, columns = slow.inputs(B=1, H=1, Hkv=1, Sq=1, S=n + 9, D=8, R=1, N=n, device=device)
     with recording() as launches:
         pruned("triton", query, key, [key], rows=lists, columns=columns, keep=9)
     found = [launch.kernel.__name__ for launch in launches]
-    assert found == ["_row_lse_kernel", "_score_select_kernel", "_gather_tokens_kernel"]
+    assert found == ["_row_lse_kernel", "_score_select_kernel", *own, "_gather_tokens_kernel"]
     with recording() as launches:
         scored("triton", torch.zeros(1, n, device=device), [key[:, :, :n]], keep=9)
     assert [launch.kernel.__name__ for launch in launches] == [

@@ -136,7 +136,7 @@ def test_triton_equals_reference_in_very_long_rows(kind, N, device):
         assert all(map(torch.equal, out, expected))
 
 
-@pytest.mark.parametrize("N", [1, 127, 129, 1000, 4096, 4097, 6001])
+@pytest.mark.parametrize("N", [1, 127, 129, 1000, 4096, 4097, 6001, 16385])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_triton_equals_reference_over_chunks(N, dtype, device):
     g = torch.Generator().manual_seed(N)

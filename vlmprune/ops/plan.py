@@ -19,7 +19,8 @@ class PrunePlan(RecordedPlan):
 
     A run compiles and waits for nothing; it gives the bits of ``prune_tokens``, without gradients. What it returns is its
     caller's: no later run touches it. ``bind`` does all but the launches, once for many runs; its function can be captured
-    in a CUDA graph and replayed. The workspace resets itself. Threads may share a plan on one stream; two streams need two.
+    in a CUDA graph and replayed. The workspace resets itself. Threads may share a plan on one stream; two streams need two,
+    and a stream other than the one a plan was made on must wait for that one before its first run.
 
     Args:
         query, key, tensors, how: examples, as for ``prune_tokens``; the plan keeps shapes, strides, dtypes, device, numbers
@@ -73,7 +74,8 @@ class PrunePlan(RecordedPlan):
     ) -> Callable[[], Pruned]:
         """Check these tensors, which are like the examples, once for many runs; ``keep`` only if it was a tensor.
 
-        ``scoring`` takes the keywords of the plan that are tensors.
+        ``scoring`` takes the keywords of the plan that are tensors. The addresses are read here: after ``x.data = y``,
+        ``x.resize_``, ``x.set_`` or a move of a tensor's storage (offloading, sharding) bind again, as ``run`` does each time.
 
         Args:
             out: where the gathered tensors go, contiguous, shaped like those the plan returns; None = new ones.

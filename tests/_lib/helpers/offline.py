@@ -22,7 +22,12 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes one block may use (CUDA programming guide)
+SHARED_LIMIT = {
+    80: 166912,
+    90: 232448,
+    100: 232448,
+    120: 101376,
+}  # bytes one block may use (CUDA programming guide)
 
 
 @dataclass(frozen=True)

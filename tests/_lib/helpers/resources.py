@@ -29,7 +29,7 @@ from helpers import offline
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = RESULTS / f"kernel_resources_triton-{triton.__version__}.csv"
-TARGETS = (80, 90, 100, "gfx942")
+TARGETS = (80, 90, 100, 120, "gfx942")
 COLUMNS = [
     "launch",
     "target",
