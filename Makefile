@@ -22,11 +22,11 @@ PIP := -m pip install -q --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format typecheck test-interpret test-compile test-slow test-oldest test-newest \
-	test-torch-floor test-eval bench bench-pytest gpu-day resources wheel clean
+	test-torch-floor test-device test-eval bench bench-pytest gpu-day resources wheel clean
 
 help:
 	@echo "make demo | test | install | lint | format | typecheck"
-	@echo "     test-slow | test-oldest | test-newest | test-torch-floor | test-eval"
+	@echo "     test-slow | test-oldest | test-newest | test-torch-floor | test-device | test-eval"
 	@echo "     bench | bench-pytest | gpu-day | resources | wheel | clean"
 
 install: $(VENV)/.installed
@@ -97,6 +97,7 @@ test-slow: install
 # What kernels and transformers have a part in, once more with the oldest supported versions, whose compiler meets every
 # launch for one target (all of them: `make resources`) ...
 HOSTED := tests/models tests/cli
+WIRING := tests/models tests/policies
 
 test-oldest: PY := $(OLDEST)/bin/python
 test-oldest: $(OLDEST)/.installed
@@ -117,6 +118,10 @@ test-torch-floor: PY := $(FLOOR)/bin/python
 test-torch-floor: $(FLOOR)/.installed
 	$(PYTEST) --ignore tests/compile tests
 	TRITON_INTERPRET=0 $(PYTEST) tests/compile
+
+# Models and policies on a device that is not there, which refuses what is left on the CPU: tests/_lib/helpers/pretended.py.
+test-device: install
+	$(PYTEST) --device pretend $(WIRING)
 
 # Measures on the GPU if there is one; benchmarks/README.md says what the lines mean. `make bench BENCH=--full` for everything.
 bench: install

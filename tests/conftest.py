@@ -9,13 +9,32 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from helpers import device as there
+from helpers import pretended
 from helpers.lost_device import pytest_runtest_makereport  # noqa: F401
 
-HAS_CUDA = torch.cuda.is_available()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers that each spin up all cores wait for one another most of the time
-if not HAS_CUDA:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first `import triton`
+DEVICE = pytest.StashKey[str]()
+
+
+def pytest_addoption(parser):
+    said = (
+        "where tests run: models and policies on the CPU if not said, others on CUDA if there is one; pretend: "
+        "models and policies on a device that checks that nothing mixes with the CPU"
+    )
+    parser.addoption("--device", choices=there.CHOICES, help=said)
+
+
+def pytest_configure(config):
+    """The device, and before the first `import triton` whether kernels are interpreted."""
+    config.stash[DEVICE] = there.chosen(config.getoption("device"))
+    if config.stash[DEVICE] != "cuda":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    elif config.getoption("device") and os.environ.get("TRITON_INTERPRET") == "1":
+        raise pytest.UsageError("--device cuda: expected TRITON_INTERPRET=0 or unset, got 1")
+    else:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else its sums depend on the stream
 
 
 def versions():
@@ -27,8 +46,10 @@ def pytest_report_header():
     return versions()
 
 
-def pytest_terminal_summary(terminalreporter):
-    """A failure says under which versions, once more where one looks for it."""
+def pytest_terminal_summary(terminalreporter, config):
+    """What ran on a pretended device; and a failure says under which versions, once more where one looks for it."""
+    if config.getoption("device") == "pretend":
+        terminalreporter.write_line(pretended.shares(terminalreporter.stats.get("passed", [])))
     if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
         terminalreporter.write_line(f"with {versions()}", red=True)
 
@@ -39,10 +60,26 @@ def pytest_collection_modifyitems(config, items):
     stray = [item.nodeid for item in slow if item.path.parent.name not in ("csrc", "compile")]
     if stray:
         raise pytest.UsageError(f"slow tests belong into tests/csrc or tests/compile, got {stray[0]}")
+    leave_out = {"cuda": ("cpu",), "pretend": ("cpu", "real")}.get(config.getoption("device"), ())
+    for item in items:
+        for marker in filter(None, map(item.get_closest_marker, leave_out)):
+            item.add_marker(pytest.mark.skip(reason=f"{marker.name}: {marker.args[0]}"))
     needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if needs_gpu and not HAS_CUDA:
+    if needs_gpu and config.stash[DEVICE] != "cuda":
         config.hook.pytest_deselected(items=needs_gpu)
         items[:] = [item for item in items if item not in needs_gpu]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Note how many operations a test ran on a pretended device."""
+    counts = item.funcargs.get("tensors_on_the_device")
+    before = 0 if counts is None else counts.count
+    try:
+        return (yield)
+    finally:
+        if counts is not None:
+            item.user_properties.append((counts.NOTE, counts.count - before))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -109,9 +146,23 @@ def remember_types(patch, interpreter):
     patch.setattr(interpreter, "_get_np_dtype", get_numpy_type)
 
 
-@pytest.fixture
-def device():
-    return torch.device("cuda" if HAS_CUDA else "cpu")
+@pytest.fixture(scope="session")
+def device(pytestconfig):
+    return torch.device("cuda" if pytestconfig.stash[DEVICE] == "cuda" else "cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tensors_on_the_device(request, pytestconfig):
+    """With --device the tensors of models and policies lie there; yields what a pretended device counts."""
+    asked = pytestconfig.getoption("device")
+    if asked in (None, "cpu") or request.path.parent.name not in there.FOLDERS:
+        yield None
+    elif asked == "cuda":
+        with there.exact(), there.tensors_on(torch.device("cuda", 0), request.module):
+            yield None
+    else:
+        with there.tensors_on(pretended.DEVICE, request.module), pretended.pretending() as counts:
+            yield counts
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from PIL import Image
 
 import vlmprune
 from helpers import families_oracle as family
+from helpers.device import placed
 from helpers.families import CASES, IMAGE, build
 
 SIZES = [(10_000, 10), (1_500, 20), (700, 10), (10, 10_000), (10, 700), (1, 1), (100, 12)]
@@ -21,7 +22,8 @@ def processed(name, model, size):
     sides = {"shortest_edge": 16} if name == "llava_next" else {"height": 16, "width": 16}
     more = {"crop_size": {"height": 16, "width": 16}} if name == "llava_next" else {}
     processor = kind(size=sides, image_grid_pinpoints=model.config.image_grid_pinpoints, **more)
-    return processor(images=[Image.new("RGB", size, "red")], return_tensors="pt")
+    pixels = processor(images=[Image.new("RGB", size, "red")], return_tensors="pt")
+    return placed({key: pixels[key] for key in ("pixel_values", "image_sizes")})
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -29,7 +31,6 @@ def processed(name, model, size):
 def test_extreme_shapes_equal_the_masked_run(name, size):
     model = build(CASES[name])
     pixels = processed(name, model, size)
-    pixels = {key: pixels[key] for key in ("pixel_values", "image_sizes")}
     try:
         with torch.no_grad():
             tokens = len(model.model.get_image_features(**pixels).pooler_output[0])

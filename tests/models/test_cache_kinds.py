@@ -129,7 +129,7 @@ class Stream(nullcontext):
 @pytest.fixture
 def streams(monkeypatch):
     if not torch.cuda.is_available():
-        monkeypatch.setattr(torch, "Stream", Stream)
+        monkeypatch.setattr("torch.Stream", Stream)
         monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
 
 

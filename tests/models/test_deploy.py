@@ -49,6 +49,7 @@ def same(got, want) -> None:
 # accelerate
 
 
+@pytest.mark.cpu("is accelerate's main device here")
 def test_offloaded_to_the_cpu(plain):
     accelerate = pytest.importorskip("accelerate")
     model = make_model()
@@ -62,6 +63,7 @@ def test_offloaded_to_the_cpu(plain):
     same(pruned(late), plain)
 
 
+@pytest.mark.cpu("is accelerate's main device here")
 def test_dispatched_to_cpu_and_disk(plain, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     model = make_model()
@@ -107,6 +109,7 @@ PLACED += [("offloaded", name) for name in FAMILY_POLICIES if name not in NOT_OF
 
 
 @pytest.mark.parametrize("how, name", PLACED)
+@pytest.mark.cpu("is accelerate's main device here")
 def test_every_family_on_accelerates_devices(how, name):
     """Its hooks rebuild whatever goes in and out of every module, transformers' output objects too."""
     accelerate = pytest.importorskip("accelerate")
@@ -142,6 +145,7 @@ SPREAD = {
 
 
 @pytest.mark.parametrize("policy", SPREAD.values(), ids=SPREAD)
+@pytest.mark.cpu("is accelerate's main device here")
 def test_layers_on_two_devices(policy):
     """Layers 3.. live elsewhere (on "meta", which computes shapes and refuses to mix with the CPU): our hooks see the rows
     where the layer before left them, and must bring along what they have themselves."""
@@ -190,6 +194,7 @@ def test_lora(wrapped):
 # Tensor parallelism: every rank has half of the heads and must keep the same tokens.
 
 
+@pytest.mark.cpu("holds the shards of gloo's ranks")
 def test_tensor_parallel_ranks_keep_the_same_tokens(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)

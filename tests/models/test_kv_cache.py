@@ -95,7 +95,7 @@ def test_a_static_layer_writes_where_the_stored_entries_end():
     layer.admit()
     layer.update(states(2, 1, 6), states(2, 1, 6))
     assert layer.keys[0, 0, :, 0].tolist() == [1, 2, 3, 4, 5, 6, 0, 0] and layer.cumulative_length is length
-    assert held_keys(layer, 6, torch.device("cpu"))[0, 0, :, 0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert held_keys(layer, 6, layer.keys.device)[0, 0, :, 0].tolist() == [1, 2, 3, 4, 5, 6]
     visible = layer.key_mask(layer.valid, layer.stored(), torch.zeros(2, 1, 4))
     assert visible.tolist() == [[True] * 7 + [False], [False] * 2 + [True] * 5 + [False]]
     with pytest.raises(ModelError, match=r"^cache: expected a pruning scope"):
@@ -112,7 +112,7 @@ def test_keeping_some_entries(kind):
     layer.forget(2, index >= 0)
     assert (int(layer.get_seq_length()), int(layer.stored()), layer.dropped) == (9, 3, 6)
     assert layer.valid[:, :3].tolist() == (index >= 0).tolist()
-    kept = held_keys(layer, 3, torch.device("cpu"))[:, 0, :, 0]
+    kept = held_keys(layer, 3, index.device)[:, 0, :, 0]
     want = before[:, 0, :, 0].gather(1, index.clamp(min=0))
     assert torch.equal(kept[index >= 0], want[index >= 0])
     assert (layer.keys.data_ptr() == storage) == (kind == "static")

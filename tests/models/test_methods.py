@@ -189,6 +189,7 @@ class NoHostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", MADE)
+@pytest.mark.real("the guard's methods would be noted twice")
 def test_fixed_counts_read_nothing_back(model, name):
     """The whole prefill of an unpadded prompt under a guard: our hooks add no read to those of transformers itself."""
     if name in READS_THE_DEVICE:
@@ -222,6 +223,7 @@ def test_fixed_counts_read_nothing_back(model, name):
         lambda x: x.nonzero(),
     ],
 )
+@pytest.mark.cpu("reads a CPU tensor in every way there is")
 def test_the_guard_sees_every_kind_of_read(read):
     with NoHostReads() as guard:
         read(torch.arange(3))

@@ -85,6 +85,7 @@ TRAINED = {"fastv": FASTV, "own": vlmprune.PyramidDrop(layers=(2, 4)), "merged":
 
 @pytest.mark.parametrize("policy", TRAINED.values(), ids=TRAINED)
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.real("torch.utils.checkpoint asks for its random state")
 def test_gradient_checkpointing_changes_no_bit(policy, reentrant):
     """transformers 5.17 replays the hooks in the backward pass; the stages must not choose, nor gather, twice."""
     model = make_model()

@@ -11,6 +11,8 @@ from vlmprune.policies import Needs, Reduction
 from vlmprune.policies.answer import check_index, check_selection
 from vlmprune.testing.context import make_context
 
+pytestmark = pytest.mark.cpu("answers are made as the file is read; test_custom.py tries some on a device")
+
 CTX = make_context(Needs(hidden=True), [[(3, 4)], [(2, 2), (2, 1)], []], 2)  # 12, 6 and 0 tokens
 GOOD = [[0, 4, 11], [5, -1, -1], [-1, -1, -1]]
 

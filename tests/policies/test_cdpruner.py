@@ -20,8 +20,8 @@ def by_number(ctx):
 
 def slow_text(ctx, sample):
     n = ctx.counts[sample]
-    words = [ctx.embeds[sample, t].double().numpy() for t in ctx.text[sample].tolist() if t >= 0]
-    tokens = ctx.hidden[sample, :n].double().numpy()
+    words = [ctx.embeds[sample, t].double().cpu().numpy() for t in ctx.text[sample].tolist() if t >= 0]
+    tokens = ctx.hidden[sample, :n].double().cpu().numpy()
     cos = [[x @ w / np.linalg.norm(x) / np.linalg.norm(w) for w in words] for x in tokens]
     return np.array(cos).mean(1)
 
@@ -30,14 +30,14 @@ def slow_relevance(ctx, sample, relevance):
     n = ctx.counts[sample]
     if relevance == "none" or n == 0:
         return np.ones(n)
-    raw = slow_text(ctx, sample) if relevance == "text" else relevance(ctx)[sample, :n].numpy()
+    raw = slow_text(ctx, sample) if relevance == "text" else relevance(ctx)[sample, :n].cpu().numpy()
     span = raw.max() - raw.min()
     return (raw - raw.min() + 1e-6) / span if span > 0 else np.ones(n)
 
 
 def slow(features, relevance, count):
     """Add the token whose kernel minor is largest, by log-determinants of the whole minor."""
-    x = features.double().numpy()
+    x = features.double().cpu().numpy()
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     kernel = relevance[:, None] * (x @ x.T) * relevance[None, :]
     chosen = []

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from helpers.contexts import case
+from helpers.device import placed
 from vlmprune.policies import Custom, Needs, Stages
 
 
@@ -71,8 +72,11 @@ def test_sees_hidden_states_and_attention():
     ],
 )
 def test_rejects_answers(answer, message):
-    with pytest.raises(ValueError, match=message):
-        Custom(2, lambda ctx: answer).select(case(["square", "tall"]).ctx)
+    ctx = case(["square", "tall"]).ctx
+    if isinstance(answer, torch.Tensor) and not answer.is_meta:
+        answer = placed(answer)
+    with pytest.raises(ValueError, match=message.replace("on cpu", f"on {ctx.device}")):
+        Custom(2, lambda ctx: answer).select(ctx)
 
 
 def test_a_sample_without_images_keeps_nothing():

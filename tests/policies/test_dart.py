@@ -28,11 +28,11 @@ def cosine(a, b):
 def slow_dart(made, sample, keep, pivots, count):
     """The kept tokens, following the released procedure with pivots in the order of the prompt."""
     seen, n = made.ctx.attention, made.ctx.counts[sample]
-    rotated = seen.key[sample].double().numpy()
-    plain = made.key[sample].double().numpy()
+    rotated = seen.key[sample].double().cpu().numpy()
+    plain = made.key[sample].double().cpu().numpy()
     columns = [c for c in seen.columns[sample].tolist() if c >= 0]
     words = [r for r in seen.rows[sample].tolist() if r >= 0]
-    hidden = made.ctx.hidden[sample].double().numpy()
+    hidden = made.ctx.hidden[sample].double().cpu().numpy()
     norms = [np.abs(rotated[:, c]).sum() for c in columns]
     total = min(
         n, max(1, int(n * keep + 1e-6)) if isinstance(keep, float) else keep * len(made.ctx.grids[sample])

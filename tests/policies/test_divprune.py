@@ -15,7 +15,7 @@ BATCHES = [["square"], ["two", "none", "tall"], ["two", "square"], [((1, 1),)], 
 
 def slow(features, count):
     """Loops over a distance table in double precision; ties to the lower number."""
-    x = features.double().numpy()
+    x = features.double().cpu().numpy()
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
     far = np.round(1 - x @ x.T, 6)
     n, chosen = len(x), []

@@ -22,7 +22,7 @@ CASES = [
 def slow_scores(case, sample, rows):
     """phi_j = mean over rows and heads of softmax(q k / sqrt(d))[row, j], over the keys the row may see."""
     seen = case.ctx.attention
-    q, k = seen.query[sample].double().numpy(), seen.key[sample].double().numpy()
+    q, k = seen.query[sample].double().cpu().numpy(), seen.key[sample].double().cpu().numpy()
     H, Sq, D = q.shape
     S = k.shape[1]
     columns = [c for c in seen.columns[sample].tolist() if c >= 0]
@@ -30,7 +30,7 @@ def slow_scores(case, sample, rows):
     for row in rows:
         for h in range(H):
             logits = k[h // (H // k.shape[0])] @ q[h, row - (S - Sq)] / np.sqrt(D)
-            ok = (np.arange(S) <= row) & case.valid[sample].numpy()
+            ok = (np.arange(S) <= row) & case.valid[sample].cpu().numpy()
             e = np.where(ok, np.exp(logits), 0.0)
             total += (e / e.sum())[columns] / H
     return (total / len(rows)).round(12)

@@ -23,7 +23,7 @@ LAYERS = (2, 5)
 
 def slow_scores(case, sample):
     """phi_j = mean over heads of the softmax over image columns of the unrotated q_last . k_j / sqrt(d)."""
-    q, k = case.query[sample, :, -1].double().numpy(), case.key[sample].double().numpy()
+    q, k = case.query[sample, :, -1].double().cpu().numpy(), case.key[sample].double().cpu().numpy()
     columns = [c for c in case.ctx.attention.columns[sample].tolist() if c >= 0]
     total = np.zeros(len(columns))
     for h in range(q.shape[0]):

@@ -38,7 +38,7 @@ def slow_image(made, sample):
 
 def slow_raters(made, sample):
     """Numbers of the text rows with r above its mean; all rows if none is."""
-    e = made.ctx.embeds[sample].double().numpy()
+    e = made.ctx.embeds[sample].double().cpu().numpy()
     text = [t for t in made.ctx.text[sample].tolist() if t >= 0]
     r = np.zeros(len(text))
     for j in slow_image(made, sample):
@@ -102,12 +102,12 @@ def test_equals_the_formula(settings, keep, merge):
         expected, contents = [], []
         if n:
             scores = slow_matrix(made, sample).mean(0).round(12)
-            x = made.ctx.hidden[sample, :n].double().numpy()
+            x = made.ctx.hidden[sample, :n].double().cpu().numpy()
             kept = top(scores, min(n, max(1, min(count, n - 1))))
             expected, contents = slow_recycle(x, scores, kept, merge)
         assert index == expected + [-1] * (len(index) - len(expected))
         for row, content in zip(rows, contents, strict=False):
-            np.testing.assert_allclose(row, content, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(row.cpu(), content, rtol=1e-5, atol=1e-6)
     assert got.index.shape[1] == int((got.index >= 0).sum(1).max())
 
 
@@ -117,7 +117,7 @@ def test_ties():
     got = SparseVLM(keep=(1, 6, 1), recycle=False, positions="keep").select(made.ctx)
     for sample, count in enumerate((6, 12)):
         scores = slow_matrix(made, sample).mean(0).round(7)
-        assert sorted(scores[got[sample, :count]]) == sorted(scores[top(scores, count)])
+        assert sorted(scores[got[sample, :count].cpu()]) == sorted(scores[top(scores, count)])
 
 
 @pytest.mark.parametrize("kind", ["constant", "duplicates"])
@@ -129,9 +129,9 @@ def test_degenerate_features(kind):
     made = replace(made, ctx=replace(made.ctx, hidden=hidden))
     got = SparseVLM(keep=(3, 1, 1)).select(made.ctx)
     scores = slow_matrix(made, 0).mean(0).round(12)
-    index, rows = slow_recycle(hidden[0].double().numpy(), scores, top(scores, 3), "mean")
+    index, rows = slow_recycle(hidden[0].double().cpu().numpy(), scores, top(scores, 3), "mean")
     assert got.index[0].tolist() == index
-    np.testing.assert_allclose(got.hidden[0], np.array(rows), rtol=1e-5)
+    np.testing.assert_allclose(got.hidden[0].cpu(), np.array(rows), rtol=1e-5)
 
 
 def test_without_recycling():
@@ -225,7 +225,7 @@ def test_row_attention(settings):
         for i, row in enumerate(made.ctx.attention.rows[sample].tolist()):
             for h in range(got.shape[1]):
                 expected = attention_row(made, sample, row, h) if row >= 0 else [0.0] * n
-                np.testing.assert_allclose(got[sample, h, i, :n], expected, rtol=1e-4, atol=1e-7)
+                np.testing.assert_allclose(got[sample, h, i, :n].cpu(), expected, rtol=1e-4, atol=1e-7)
                 assert not got[sample, h, i, n:].any()
 
 

@@ -59,10 +59,12 @@ def expected_of(ctx, dominant, contextual):
         found = []
         for number, first, _ in here:
             seen = ctx.vision[-2]
-            keys = seen.key[number, :, int(seen.cls) :].double().mean(0).numpy()
-            rows = ctx.features[number].double().numpy()
+            keys = seen.key[number, :, int(seen.cls) :].double().mean(0).cpu().numpy()
+            rows = ctx.features[number].double().cpu().numpy()
             zipped = slow(patch_scores(ctx, -2, number), keys, rows, dominant, contextual)
-            found += [(first + j, ctx.project(torch.from_numpy(row)).double().numpy()) for j, row in zipped]
+            found += [
+                (first + j, ctx.project(torch.from_numpy(row)).double().cpu().numpy()) for j, row in zipped
+            ]
         yield found
 
 
@@ -79,7 +81,7 @@ def test_equals_the_formula(settings, dominant, contextual, positions):
         pairs = sorted(pairs, key=lambda p: p[0]) if positions == "keep" else pairs
         kept = [j for j, _ in pairs]
         assert got.index[sample].tolist() == kept + [-1] * (got.index.shape[1] - len(kept))
-        for row, (_, expected) in zip(got.hidden[sample].double().numpy(), pairs, strict=False):
+        for row, (_, expected) in zip(got.hidden[sample].double().cpu().numpy(), pairs, strict=False):
             assert row == pytest.approx(expected, abs=1e-5)
 
 
@@ -93,7 +95,9 @@ def test_keys_along_axes():
     got = VisionZip(6, 7).select(ctx)
     (pairs,) = expected_of(ctx, 6, 7)
     assert got.index.tolist() == [[j for j, _ in pairs]]
-    assert got.hidden[0].double().numpy() == pytest.approx(np.stack([row for _, row in pairs]), abs=1e-5)
+    assert got.hidden[0].double().cpu().numpy() == pytest.approx(
+        np.stack([row for _, row in pairs]), abs=1e-5
+    )
 
 
 def test_a_target_counts_in_full_beside_the_mean():

@@ -20,7 +20,7 @@ BATCHES = [
 
 def slow_rounds(features, rest, keep):
     """Thin a list of patches: the first, third, ... against the second, fourth, ..., at most 8 a round."""
-    x = features.double().numpy()
+    x = features.double().cpu().numpy()
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     cosine, rounds = (x @ x.T).round(12), 0
     while keep and len(rest) > keep:

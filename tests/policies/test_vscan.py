@@ -62,9 +62,9 @@ def test_first_stage_equals_the_formula(settings, keep, ratio, window):
             shallow, deep = (patch_scores(ctx, layer, number) for layer in (5, -2))
             kept = slow_scan(shallow, deep, (r, c), count, ratio, window)
             expected += [first + p for p in kept]
-            merged += slow_merge(ctx.hidden[sample, first : first + r * c].double().numpy(), kept)
+            merged += slow_merge(ctx.hidden[sample, first : first + r * c].double().cpu().numpy(), kept)
         assert got.index[sample].tolist() == expected + [-1] * (got.index.shape[1] - len(expected))
-        for row, right in zip(got.hidden[sample].double().numpy(), merged, strict=False):
+        for row, right in zip(got.hidden[sample].double().cpu().numpy(), merged, strict=False):
             assert row == pytest.approx(right, abs=1e-5)
 
 
@@ -109,8 +109,8 @@ STAGE_TWO = [
 def last_row(made, sample):
     """Softmax of the last row over every real key, mean over heads, at the visual columns."""
     seen = made.ctx.attention
-    q, k = seen.query[sample, :, -1].double().numpy(), seen.key[sample].double().numpy()
-    real, total = made.valid[sample].numpy(), 0
+    q, k = seen.query[sample, :, -1].double().cpu().numpy(), seen.key[sample].double().cpu().numpy()
+    real, total = made.valid[sample].cpu().numpy(), 0
     for h in range(len(q)):
         e = np.exp(k[h // (len(q) // len(k))] @ q[h] * seen.scale) * real
         total = total + e / e.sum() / len(q)

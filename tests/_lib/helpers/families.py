@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from helpers.device import placed
 from vlmprune.testing.pictures import ALBUMS, Picture, Samples, make_inputs
 
 IMAGE, VIDEO, PAD, BOS, EOS, START = 199, 198, 0, 1, 2, 197
@@ -162,7 +163,7 @@ def build(case: Case, seed: int = 0) -> Any:
     model = hf.AutoModelForImageTextToText.from_config(case.config()).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
-    return model
+    return placed(model)
 
 
 def prompts(case: Case, samples: Samples, seed: int = 0) -> tuple[dict[str, Tensor], list[list[Picture]]]:

@@ -26,6 +26,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from helpers.device import placed
 from vlmprune.policies import PruningPolicy, Ranking, TokenContext, quotas
 
 IMAGE, PAD, BOS, EOS = 199, 0, 1, 2
@@ -91,7 +92,7 @@ def make_model(
     model.set_attn_implementation(attn)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
-    return model
+    return placed(model)
 
 
 def make_batch(specs: list[list[int | str]], seed: int = 0, pad: str = "left") -> dict[str, Tensor]:
