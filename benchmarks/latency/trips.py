@@ -89,10 +89,9 @@ LOOPS: dict[str, dict[str, Trips]] = {
     "_last_kept": {
         "while (low < high) & (from_low != need) & (above != need)": lambda _, steps: steps.rounds
     },
-    **dict.fromkeys(
-        ("_survey", "_count_from", "count_before"),
-        {"for start in range(0, KEYS if IN_REGISTERS else row[3], KEYS)": _keys},
-    ),
+    "_survey": {"for start in range(0, KEYS if IN_REGISTERS else row[3], KEYS)": _keys},
+    "_count_from": {"for start in range(0, KEYS if IN_REGISTERS else row[3], KEYS)": _keys},
+    "count_before": {"for start in range(0, KEYS if IN_REGISTERS else row[3], KEYS)": _keys},
     "number_columns": {"for at in range(start, stop, CHUNK)": _columns},
     "_place_positions": {"for start in range(span[0], span[1], CHUNK)": _positions},
     "_fill": {
