@@ -85,12 +85,11 @@ def inverse_norm(features, mask):
 
 
 def tiles(features):
-    """Tile of a product of rows of ``features``. Split for three TF32 products, operands are held in registers: half as many."""
-    split = features.element_size() == 4
+    """Tile of a product of rows of ``features``."""
     return {
         "DTYPE": dot_dtype(features),
         "BLOCK": BLOCK,
-        "BLOCK_D": ROW_BYTES // features.element_size() // (2 if split else 1),
+        "BLOCK_D": ROW_BYTES // features.element_size(),
         "num_warps": 8,
     }
 
