@@ -180,11 +180,9 @@ def match_bipartite(features, r, destinations, mask, width):
     best = torch.empty((B, splits, N), dtype=torch.float32, device=device)
     match = torch.empty((B, splits, N), dtype=torch.int32, device=device)
     tiles = cosine_tiles(features)
-    if features.element_size() == 4:
-        tiles["BLOCK_D"] //= 2  # split for three TF32 products, the operands are held in registers
     grid, inverse = (B, triton.cdiv(triton.cdiv(N, step), BLOCK), splits), inverse_norm(features, mask)
     args = (features, inverse, role, destinations, best, match, N, M, D, *features.stride()[:2])
-    _best_match_kernel[grid](*args, STEP=step, **tiles)
+    _best_match_kernel[grid](*args, STEP=step, **tiles, **registers(255))
     code = torch.empty((B, N), dtype=torch.int8, device=device)
     config = select_tiles(N, LONG_CHUNK)
     config |= registers(128 if config["num_warps"] == MAX_WARPS else 255)

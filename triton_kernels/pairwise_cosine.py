@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._device import dot_dtype, row_products
+from vlmprune.triton_kernels._device import dot_dtype, registers, row_products
 
 BLOCK = 64
 ROW_BYTES = 128  # of an operand tile
@@ -85,11 +85,12 @@ def inverse_norm(features, mask):
 
 
 def tiles(features):
-    """Tile of a product of rows of ``features``."""
+    """Tile of a product of rows of ``features``. Split for three TF32 products, operands are held in registers: half as many."""
+    split = features.element_size() == 4
     return {
         "DTYPE": dot_dtype(features),
         "BLOCK": BLOCK,
-        "BLOCK_D": ROW_BYTES // features.element_size(),
+        "BLOCK_D": ROW_BYTES // features.element_size() // (2 if split else 1),
         "num_warps": 8,
     }
 
@@ -101,6 +102,6 @@ def pairwise_cosine(features, mask):
     cos = torch.empty((B, N, N), dtype=torch.float32, device=features.device)
     blocks = triton.cdiv(N, BLOCK)
     _cosine_kernel[(blocks, blocks, B)](
-        features, inverse, cos, N, D, *features.stride()[:2], **tiles(features)
+        features, inverse, cos, N, D, *features.stride()[:2], **tiles(features), **registers(255)
     )
     return cos, inverse > 0
