@@ -52,7 +52,7 @@ def _sum_of_smallest(row_ptr, k, N, CHUNK: tl.constexpr):
     return below + equal.to(tl.float32) * kth.to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["neighbors"])
 def _spread_kernel(
     x_ptr,  # [B, N, D], last dim contiguous
     mask_ptr,  # [B, N] uint8, contiguous, or None
@@ -137,7 +137,7 @@ def _score_kernel(
     tl.store(score_ptr + b * N + i, score)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["clusters"])
 def _assign_kernel(
     square_ptr,  # [B, N, N] float32, contiguous
     centers_ptr,  # [B, clusters] int64, contiguous, -1 = none

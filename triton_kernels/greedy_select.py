@@ -146,7 +146,7 @@ def _choose(value, best, step, sample, threshold, RULE: tl.constexpr, CHUNK: tl.
     return next_value, next_best
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep", "state_rows"])
 def _greedy_select_kernel(
     cos_ptr,  # [B, N, N] float32, contiguous
     mask_ptr,  # [B, N] uint8, contiguous, or None

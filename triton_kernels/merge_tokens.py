@@ -17,7 +17,7 @@ BLOCK_N = 32
 MAX_BLOCK_D = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "clusters"])
 def _merge_tokens_kernel(
     x_ptr,  # [B, N, D], last dim contiguous
     assignment_ptr,  # [B, N] int64, contiguous

@@ -1,6 +1,7 @@
-"""Which columns and positions survive, by scores that are there: what the score kernel does behind its scores, alone.
+"""Which columns and positions survive: what the score kernel does behind its scores, alone, where they are given or many.
 
-Latency bound: a sample is a few thousand numbers. Tile: CHUNK columns or positions. Grid: (B,).
+Latency bound: a sample is a few thousand numbers. Tile: CHUNK columns or positions. Grid: (shares, B); each program of a
+sample finds the last kept column by itself, then numbers its own share of the columns and of the positions around them.
 """
 
 from typing import NamedTuple

@@ -106,7 +106,7 @@ def _last_kept(row, keys, quota, KEYS: tl.constexpr, IN_REGISTERS: tl.constexpr)
     """Keys above the first result are kept, of those equal to it as many as the second, and the third in all.
 
     A quarter of the interval that holds the smallest kept key is left after each round; it ends where no key lies between
-    the kept and the others, after some 8 rounds if no keys are equal there and never after more than 17.
+    the kept and the others, after 5 to 10 rounds as a rule if no keys are equal there, and never after more than 17.
     """
     forced, competing, low, high = _survey(row, keys, KEYS, IN_REGISTERS)
     need = forced + tl.minimum(tl.maximum(quota, 0), competing.to(tl.int64)).to(tl.int32)

@@ -86,15 +86,14 @@ CASES = {
     "cluster_dpc": lambda p: ops.cluster_dpc(p.rows, p.K),
 }
 
-# By CHUNK where there are several sizes of tiles, and by whether 16 divides what is named. Others: once more at most.
+# By CHUNK where there are several sizes of tiles; by whether 16 divides N where it is the length of a row of pairs of tokens,
+# as such rows are then read in whole words. Others: once more at most.
 MOST = {
-    "_select_topk_kernel": 11,  # CHUNK; N, stride_sb
+    "_select_topk_kernel": 6,  # CHUNK, KEYS
     "_first_values_kernel": 9,  # CHUNK; N
-    "_greedy_select_kernel": 14,  # CHUNK; N, keep
-    "_spread_kernel": 6,  # N, neighbors, farthest_ptr
+    "_greedy_select_kernel": 9,  # CHUNK; N
+    "_spread_kernel": 3,  # N, farthest_ptr
     "_score_kernel": 4,  # N, farthest_ptr, score_ptr
-    "_assign_kernel": 4,  # N, clusters
-    "_merge_tokens_kernel": 4,  # N, clusters
 }
 
 

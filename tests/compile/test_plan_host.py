@@ -4,9 +4,6 @@ No other operation means nothing copied, filled or waited for. Run in a process 
 pytest tests/compile.
 """
 
-import random
-from unittest import mock
-
 import host_launch_cost as host
 import pytest
 import torch
@@ -73,41 +70,3 @@ def test_a_run_by_scores_only_launches(launched):
         call = dict(scores=torch.zeros(1, 576), tensors=[torch.zeros(1, 576, 1024)])
         plan = ops.ScoredPlan(**call, keep=128)
         assert_only_launches(plan, call, ["_select_columns_kernel", "_gather_tokens_kernel"], launched)
-
-
-@pytest.mark.parametrize("with_lse, number", [(True, 3), (False, 5)])
-def test_prompts_of_many_lengths_meet_few_kernels(with_lse, number, monkeypatch):
-    """80 prompts of LLaVA-1.5: each kernel that is compiled anew holds one up for a second."""
-    from vlmprune.triton_kernels import gather_tokens, row_lse, score_select
-    from vlmprune.triton_kernels.prune_tokens import prune_tokens
-
-    kernels = (
-        row_lse._row_lse_kernel,
-        score_select._score_select_kernel,
-        gather_tokens._gather_tokens_kernel,
-    )
-    for kernel in kernels:
-        kernel.device_caches.clear()
-    compiled, rng = [], random.Random(0)
-    with host.stubbed():
-        for _ in range(80):
-            n = rng.randint(100, 3000)
-            s = n + rng.randint(40, 200)
-            monkeypatch.setattr(host, "S", s)
-            monkeypatch.setattr(host, "N", n)
-            call = host.example(n_caches=2, with_lse=with_lse)
-            arguments = host.checked(**call, keep=rng.randint(1, n))
-            with mock.patch.object(triton.runtime.jit.JITFunction, "_do_compile", noting(compiled)):
-                prune_tokens(*arguments)
-    assert len(compiled) == number, compiled
-
-
-def noting(names):
-    """Compiles, and notes whose kernel."""
-    compile_now = triton.runtime.jit.JITFunction._do_compile
-
-    def noted(self, *args, **kwargs):
-        names.append(self.__name__)
-        return compile_now(self, *args, **kwargs)
-
-    return noted
