@@ -66,6 +66,7 @@ KNOBS = (
     Knob("received_attention", "score_select", "tiles", (2, 4, 8), "num_warps"),
     Knob("received_attention", "score_select", "STAGES", (2, 3, 4)),
     Knob("received_attention", "score_select", "MOST_PROGRAMS", (144, 288, 576, 1152)),
+    Knob("received_attention", "score_select", "WIDE", (0, 72 * 1024, 1 << 40)),
     Knob("row_lse", "row_lse", "tiles", (32, 64, 128), "BLOCK_N"),
     Knob("row_lse", "row_lse", "tiles", (2, 4, 8), "num_warps"),
     Knob("row_lse", "row_lse", "KEYS_PER_SPLIT", (256, 512, 1024)),

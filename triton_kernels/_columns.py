@@ -6,6 +6,7 @@ Columns compete as a row of select_topk, or as one a segment.
 import triton
 import triton.language as tl
 
+from vlmprune.triton_kernels._device import spread
 from vlmprune.triton_kernels.select_topk import FORCED, _kept_before, _load_keys, _order_key
 
 # What a position is, besides number 0, 1, ... of the columns that stay:
@@ -125,23 +126,21 @@ def number_columns(
             number += extra + tl.cumsum(too, 0) - too
             extra += tl.sum(too, 0)
             stays = stays | (too != 0)
-        tl.store(marks_ptr + column, tl.where(stays, number, GONE), mask=column >= 0)
-        tl.store(kept_ptr + number, (begin + offs).to(tl.int64), mask=stays & (number < most))
+        at_column, mark = spread(column), spread(tl.where(stays, number, GONE))
+        tl.store(marks_ptr + at_column, mark, mask=at_column >= 0)
+        tl.store(kept_ptr + mark, (begin + offs).to(tl.int64), mask=(mark >= 0) & (mark < most))
     return n + n_above + tl.minimum(n_equal, ties) + extra
 
 
 @triton.jit
-def count_before(row, keys, threshold, stop, KEYS: tl.constexpr, IN_REGISTERS: tl.constexpr):
+def count_before(row, threshold, stop, CHUNK: tl.constexpr):
     """Of the keys before ``stop``: how many are above the threshold, equal to it, and there at all."""
-    above = tl.zeros((), tl.int32)
-    equal = tl.zeros((), tl.int32)
-    there = tl.zeros((), tl.int32)
-    for start in range(0, KEYS if IN_REGISTERS else row[3], KEYS):  # once: no loop at all
-        offs = start + tl.arange(0, KEYS)
-        if not IN_REGISTERS:
-            keys = _load_keys(row, offs)
-        before = offs < stop
-        above += tl.sum((before & (keys > threshold)).to(tl.int32), 0)
-        equal += tl.sum((before & (keys == threshold)).to(tl.int32), 0)
-        there += tl.sum((before & (keys != 0)).to(tl.int32), 0)
-    return above, equal, there
+    above = tl.zeros((CHUNK,), tl.int32)
+    equal = tl.zeros((CHUNK,), tl.int32)
+    there = tl.zeros((CHUNK,), tl.int32)
+    for start in range(0, stop, CHUNK):
+        keys = _load_keys(row, start + tl.arange(0, CHUNK))  # whole chunks: stop is a multiple
+        above += (keys > threshold).to(tl.int32)
+        equal += (keys == threshold).to(tl.int32)
+        there += (keys != 0).to(tl.int32)
+    return tl.sum(above, 0), tl.sum(equal, 0), tl.sum(there, 0)

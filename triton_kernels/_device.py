@@ -121,6 +121,15 @@ def arrives_last(counter_ptr, expected):
 
 
 @triton.jit
+def spread(x):
+    """The same numbers, neighbours in neighbouring threads: how stores to scattered places want them.
+
+    Said once, for all that follows from ``x``. Triton would exchange each store's addresses, of 64 bits, and its mask.
+    """
+    return tl.gather(x, tl.arange(0, x.shape[0]), 0)
+
+
+@triton.jit
 def row_products(x, y):
     """x y^T of two tiles of rows, to the precision of float32 where they are float32."""
     return tl.dot(x, tl.trans(y), input_precision="ieee" if tl.target_info.is_hip() else "tf32x3")

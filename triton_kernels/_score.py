@@ -7,7 +7,7 @@ from vlmprune.triton_kernels._columns import enter_columns
 from vlmprune.triton_kernels._device import LOG2E, load_rows, row_products
 from vlmprune.triton_kernels.select_topk import _order_key
 
-PARTS_AT_ONCE = tl.constexpr(8)  # loads in flight while parts are joined
+PARTS_AT_ONCE = tl.constexpr(16)  # loads in flight while parts are joined
 RANK_TILE = tl.constexpr(2048)  # numbers read at once while heads are ranked
 
 

@@ -17,6 +17,7 @@ from vlmprune.triton_kernels._columns import (
     segment,
     visible,
 )
+from vlmprune.triton_kernels._device import spread
 from vlmprune.triton_kernels.select_topk import _last_kept, _load_keys
 
 
@@ -60,10 +61,11 @@ def _place_positions(
         stays = visible(sample, offs, mark != GONE)
         ones = stays.to(tl.int32)
         place = taken + tl.cumsum(ones, 0) - ones
-        inside = stays & (place >= 0) & (place < slots)
-        tl.store(index_ptr + place, (offs - sample[5]).to(tl.int64) + base, mask=inside)
-        stands = tl.where(inside, slot + place, -1)
-        tl.store(places_ptr + mark, stands.to(tl.int64), mask=stays & (mark >= 0) & (mark < most))
+        place = spread(tl.where(stays & (place >= 0) & (place < slots), place, -1))
+        mark = spread(tl.where(stays & (mark < most), mark, NO_COLUMN))
+        tl.store(index_ptr + place, (offs - sample[5]).to(tl.int64) + base, mask=place >= 0)
+        stands = tl.where(place >= 0, slot + place, -1)
+        tl.store(places_ptr + mark, stands.to(tl.int64), mask=mark >= 0)
         taken += tl.sum(ones, 0)
     return taken
 
@@ -125,7 +127,7 @@ def _choose_share(
     keys = _load_keys(row, tl.arange(0, KEYS))
     chosen = _last_kept(row, keys, segment(choice, b, 0, 0, N)[1], KEYS, IN_REGISTERS)
     first, last = share * CHUNK, tl.minimum((share + 1) * CHUNK, padded(N))
-    above, equal, there = count_before(row, keys, chosen[0], first, KEYS, IN_REGISTERS)
+    above, equal, there = count_before(row, chosen[0], first, CHUNK)
     counts = (n, above, equal)
     number_columns(sample, work, kept_ptr, most, row, keys, chosen, counts, 0, first, last, CHUNK, False)
     ahead = _count_visible(sample, start, CHUNK) - there + above + tl.minimum(equal, chosen[1])

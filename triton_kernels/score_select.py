@@ -34,9 +34,10 @@ from vlmprune.triton_kernels.select_columns import MANY, Choice, chunks, select_
 
 JOIN_CHUNK = tl.constexpr(512)
 MOST_PROGRAMS = 288  # of a sample, if its heads are divided for them: two a multiprocessor of 132, or three of fewer warps
-STAGES = (
-    3  # of the loop over KV heads, where it has one product each: keys of the next two heads are on their way
-)
+STAGES = 2  # of the loop over KV heads, where rows are few: the next head's keys are on their way
+WIDE = (
+    72 * 1024
+)  # columns x KV heads, from here on in tiles twice as wide: programs abound, and queries are read less often
 
 
 @triton.jit(
@@ -284,10 +285,10 @@ def _config(s, selects):
     # Few rows are memory bound: two programs of 8 warps shall share a multiprocessor, as those of 4 do with any number. No
     # lower limit for these: ptxas fills it with loads ahead of their use, and spills.
     few_rows = R <= 16 and s.cos is None and s.query.element_size() == 2
-    most = 128 if few_rows and warps == 8 else 255
-    shape = {"HEADS": heads, "ROWS": rows, "ONE_TILE": heads >= G and rows >= R}
-    stages = {"num_stages": STAGES} if few_rows and shape["ONE_TILE"] else {}
-    return config | stages | at_once | shape | {"num_warps": warps} | registers(most)
+    if few_rows and config["BLOCK_N"] == 64:
+        config |= {"num_stages": STAGES, "BLOCK_N": 128 if N * s.key.shape[1] >= WIDE else 64}
+    shape = {"HEADS": heads, "ROWS": rows, "ONE_TILE": heads >= G and rows >= R, "num_warps": warps}
+    return config | at_once | shape | registers(128 if few_rows and warps == 8 else 255)
 
 
 def _lse_strides(s, lse):

@@ -16,7 +16,7 @@ from vlmprune.triton_kernels._launch import launch
 from vlmprune.triton_kernels._survivors import choose_survivors
 
 FEW, MANY = 1024, 4096  # columns: up to MANY are selected by the program that scores the last of them
-MAX_KEYS = 16384
+MAX_KEYS = 32768
 SHARE = 2048  # columns at a time, and of a program where several work on a sample
 
 
@@ -138,11 +138,11 @@ def _select_columns_kernel(
 def chunks(N):
     """Columns at a time: of few kinds, so that prompts of many lengths meet few kernels.
 
-    Of up to MAX_KEYS the keys stay in registers, 8, 16 or 64 a thread; of more each round of the search reads them anew.
+    Of up to MAX_KEYS the keys stay in registers, 8, 16, 64 or 128 a thread; of more each round of the search reads them anew.
     """
     keys, chunk, warps = (FEW, FEW, 4) if N <= FEW else (MANY, SHARE, 8)
     if N > MANY:
-        keys = MAX_KEYS if N <= MAX_KEYS else MAX_KEYS // 2
+        keys = MAX_KEYS // 4 if N > MAX_KEYS else MAX_KEYS if N > MAX_KEYS // 2 else MAX_KEYS // 2
     return {"KEYS": keys, "CHUNK": chunk, "IN_REGISTERS": N <= MAX_KEYS, "num_warps": warps}
 
 

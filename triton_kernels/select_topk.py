@@ -1,8 +1,8 @@
 """Exact top-k in position order: index[b] = ascending positions of the keep[b] best scores and of every forced one.
 
 Latency bound: a row is a few thousand numbers. One threshold problem: each position gets a 32-bit key whose integer
-order is the score order (forced = largest, dropped or below the threshold = 0), a search that counts the keys above three
-levels at a time finds the smallest kept key, and a prefix sum over "kept" gives every survivor its slot, already sorted.
+order is the score order (forced = largest, dropped or below the threshold = 0), a search that counts the keys above a level
+finds the smallest kept key, and a prefix sum over "kept" gives every survivor its slot, already sorted.
 Ties go to the lower position.
 Tile: CHUNK positions; a row that fits one chunk is read once and stays in registers. Grid: (B,).
 """
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmprune.triton_kernels._device import registers
+from vlmprune.triton_kernels._device import registers, spread
 from vlmprune.triton_kernels._launch import launch
 
 MIN_CHUNK, MAX_CHUNK = (
@@ -51,81 +51,75 @@ def _load_keys(row, offs):
     """Keys of positions ``offs``: 0 = dropped, past the end, or competing below the floor."""
     scores_ptr, code_ptr, stride_sn, N, floor = row
     mask = offs < N
-    key = _order_key(tl.load(scores_ptr + offs.to(tl.int64) * stride_sn, mask=mask, other=0.0))
+    score = tl.load(scores_ptr + offs.to(tl.int64) * stride_sn, mask=mask, other=0)
+    key = _order_key(score)
+    if score.dtype != tl.int32:
+        key = tl.where(mask, key, 0).to(tl.uint32)
     if floor is not None:
         key = tl.where(key < floor, 0, key).to(tl.uint32)
     if code_ptr is not None:
         code = tl.load(code_ptr + offs, mask=mask, other=2)
         key = tl.where(code == 1, FORCED, tl.where(code == 0, key, 0)).to(tl.uint32)
-    return tl.where(mask, key, 0).to(tl.uint32)
-
-
-@triton.jit
-def _folded(x, WIDTH: tl.constexpr):
-    """Add a chunk up to ``WIDTH`` counts: what a loop carries costs a move for each number and round."""
-    x = tl.reshape(x.to(tl.int32), (x.shape[0] // WIDTH, WIDTH))
-    return tl.sum(x, 0)
+    return key
 
 
 @triton.jit
 def _survey(row, keys, KEYS: tl.constexpr, IN_REGISTERS: tl.constexpr):
-    """How many positions are forced and how many compete; of those, the smallest and the largest key."""
+    """How many positions are forced and how many compete; of those, the smallest and the largest key (else any)."""
     forced = tl.zeros((), tl.int32)
-    competing = tl.zeros((), tl.int32)
-    low = tl.full((), FORCED, tl.uint32)
-    high = tl.zeros((), tl.uint32)
+    there = tl.zeros((), tl.int32)
+    below = tl.full((), FORCED, tl.uint32)  # one below the smallest: 0 is then the largest number
+    beyond = tl.zeros((), tl.uint32)  # one above the largest: FORCED is then 0
     for start in range(0, KEYS if IN_REGISTERS else row[3], KEYS):  # once: no loop at all
         if not IN_REGISTERS:
             keys = _load_keys(row, start + tl.arange(0, KEYS))
-        competes = (keys != FORCED) & (keys != 0)
         forced += tl.sum((keys == FORCED).to(tl.int32), 0)
-        competing += tl.sum(competes.to(tl.int32), 0)
-        low = tl.minimum(low, tl.min(tl.where(competes, keys, FORCED).to(tl.uint32), 0))
-        high = tl.maximum(high, tl.max(tl.where(competes, keys, 0).to(tl.uint32), 0))
-    return forced, competing, low, high
+        there += tl.sum((keys != 0).to(tl.int32), 0)
+        below = tl.minimum(below, tl.min((keys - 1).to(tl.uint32), 0))
+        beyond = tl.maximum(beyond, tl.max((keys + 1).to(tl.uint32), 0))
+    return forced, there - forced, (below + 1).to(tl.uint32), (beyond - 1).to(tl.uint32)
 
 
 @triton.jit
-def _count_from(row, keys, c1, c2, c3, KEYS: tl.constexpr, IN_REGISTERS: tl.constexpr):
-    """How many keys are at least c1, c2 and c3."""
-    WIDTH: tl.constexpr = KEYS if IN_REGISTERS or KEYS <= FOLD else FOLD
-    n1 = tl.zeros((WIDTH,), tl.int32)
-    n2 = tl.zeros((WIDTH,), tl.int32)
-    n3 = tl.zeros((WIDTH,), tl.int32)
-    for start in range(0, KEYS if IN_REGISTERS else row[3], KEYS):  # once: no loop at all
-        if not IN_REGISTERS:
-            keys = _load_keys(row, start + tl.arange(0, KEYS))
-        n1 += _folded(keys >= c1, WIDTH)
-        n2 += _folded(keys >= c2, WIDTH)
-        n3 += _folded(keys >= c3, WIDTH)
-    return tl.sum(n1, 0), tl.sum(n2, 0), tl.sum(n3, 0)
+def _count_from(row, keys, level, KEYS: tl.constexpr, IN_REGISTERS: tl.constexpr):
+    """How many keys are at least ``level``."""
+    if IN_REGISTERS:
+        return tl.sum((keys >= level).to(tl.int32), 0)
+    WIDTH: tl.constexpr = (
+        KEYS if KEYS <= FOLD else FOLD
+    )  # what a loop carries costs a move for each number and round
+    count = tl.zeros((WIDTH,), tl.int32)
+    for start in range(0, row[3], KEYS):
+        keys = _load_keys(row, start + tl.arange(0, KEYS))
+        count += tl.sum(tl.reshape((keys >= level).to(tl.int32), (KEYS // WIDTH, WIDTH)), 0)
+    return tl.sum(count, 0)
 
 
 @triton.jit
 def _last_kept(row, keys, quota, KEYS: tl.constexpr, IN_REGISTERS: tl.constexpr):
     """Keys above the first result are kept, of those equal to it as many as the second, and the third in all.
 
-    A quarter of the interval that holds the smallest kept key is left after each round; it ends where no key lies between
-    the kept and the others, after 5 to 10 rounds as a rule if no keys are equal there, and never after more than 17.
+    Regula falsi: each round counts the keys from a level between the bounds of the smallest kept key, as far up as the
+    counts at the bounds suggest and a quarter of the way from there to the middle; where that left more than three quarters
+    of the interval, the next level is the middle. It ends where no key lies between the kept and the others: after some 7 to
+    12 rounds as a rule, some 30 if many keys are equal there, and never after more than 77.
     """
     forced, competing, low, high = _survey(row, keys, KEYS, IN_REGISTERS)
     need = forced + tl.minimum(tl.maximum(quota, 0), competing.to(tl.int64)).to(tl.int32)
     from_low = forced + competing  # keys at least low: at least as many as needed
     above = forced  # keys above high: fewer, or no more is needed
+    halve = tl.full((), False, tl.int1)
     while (low < high) & (from_low != need) & (above != need):
         reach = high - low
-        step = tl.maximum(reach // 4, 1).to(tl.uint32)
-        c1, c2, c3 = low + step, low + tl.minimum(2 * step, reach), low + tl.minimum(3 * step, reach)
-        n1, n2, n3 = _count_from(row, keys, c1, c2, c3, KEYS, IN_REGISTERS)
-        if n2 >= need:
-            if n3 >= need:
-                low, from_low = c3, n3
-            else:
-                low, from_low, high, above = c2, n2, c3 - 1, n3
-        elif n1 >= need:
-            low, from_low, high, above = c1, n1, c2 - 1, n2
+        share = 0.75 * ((from_low - need) + 0.5) / (from_low - above) + 0.125
+        step = (reach.to(tl.float32) * tl.where(halve, 0.5, share)).to(tl.uint32)
+        level = low + tl.minimum(tl.maximum(step, 1), reach)
+        count = _count_from(row, keys, level, KEYS, IN_REGISTERS)
+        if count >= need:
+            low, from_low = level, count
         else:
-            high, above = c1 - 1, n1
+            high, above = level - 1, count
+        halve = high - low > reach - reach // 4
     # from_low first: where nothing competes, low is FORCED and high 0
     threshold = tl.where(from_low == need, low - 1, tl.where(above == need, high, low)).to(tl.uint32)
     ties = tl.where((from_low == need) | (above == need), 0, need - above)
@@ -166,7 +160,8 @@ def _select_row(
         offs = start + tl.arange(0, CHUNK)
         part = keys if ONE_PASS else _load_keys(row, offs)
         kept, slot, n_above, n_equal = _kept_before(part, threshold, ties, n_above, n_equal)
-        tl.store(index_ptr + slot, first + offs.to(tl.int64), mask=kept & (slot < width))
+        slot = spread(tl.where(kept & (slot < width), slot, -1))
+        tl.store(index_ptr + slot, first + offs.to(tl.int64), mask=slot >= 0)
     for start in range(0, width, CHUNK):
         offs = start + tl.arange(0, CHUNK)
         tl.store(index_ptr + offs, tl.full((CHUNK,), -1, tl.int64), mask=(offs >= need) & (offs < width))

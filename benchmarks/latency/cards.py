@@ -61,7 +61,12 @@ STEPS = {
     "conflict": Constant(1, 4, 16, "passes of an atomic on shared memory; assumed"),
     "fetch": Constant(0, 8, 30, "per 128 bytes of code met for the first time; assumed: 0 if it is cached"),
     "in_step": Constant(0.0, 0.5, 1.0, "share of its waits that a warp's neighbours leave unused; assumed"),
-    "rounds": Constant(6, 8, 11, "of the search for the last kept key: depends on the scores; assumed"),
+    "rounds": Constant(
+        0.6,
+        0.88,
+        1.2,
+        "of the search, for each doubling of the columns: counted (tests/benchmarks/test_search_rounds.py)",
+    ),
 }
 Steps = namedtuple("Steps", STEPS)
 

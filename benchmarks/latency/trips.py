@@ -76,6 +76,11 @@ def _keys(launch: Compiled, _: Steps) -> int:
     return _times(launch.arguments.N, launch.arguments.KEYS)
 
 
+def _ahead(launch: Compiled, _: Steps) -> int:
+    """Passes over the columns before its own, by the program that has most."""
+    return launch.grid[0] - 1
+
+
 def _never(*_: object) -> int:
     return 0
 
@@ -87,11 +92,13 @@ LOOPS: dict[str, dict[str, Trips]] = {
         "for first in range(0, parts, PARTS_AT_ONCE)": lambda x, _: _times(x.grid[1], PARTS_AT_ONCE.value)
     },
     "_last_kept": {
-        "while (low < high) & (from_low != need) & (above != need)": lambda _, steps: steps.rounds
+        "while (low < high) & (from_low != need) & (above != need)": lambda x, steps: (
+            steps.rounds * math.log2(x.arguments.N)
+        )
     },
     "_survey": {"for start in range(0, KEYS if IN_REGISTERS else row[3], KEYS)": _keys},
-    "_count_from": {"for start in range(0, KEYS if IN_REGISTERS else row[3], KEYS)": _keys},
-    "count_before": {"for start in range(0, KEYS if IN_REGISTERS else row[3], KEYS)": _keys},
+    "_count_from": {"for start in range(0, row[3], KEYS)": _keys},
+    "count_before": {"for start in range(0, stop, CHUNK)": _ahead},
     "number_columns": {"for at in range(start, stop, CHUNK)": _columns},
     "_place_positions": {"for start in range(span[0], span[1], CHUNK)": _positions},
     "_fill": {

@@ -222,7 +222,9 @@ def test_passes_over_columns_and_positions():
     sizes = dict(N=16384, positions=16448, CHUNK=2048)
     assert passes("number_columns", **sizes, **shares) == 1
     assert passes("_place_positions", **sizes, **shares) == 2  # with the text before or behind it
-    assert passes("join_parts", name="_score_select_kernel", grid=(9, 32, 1)) == 4
+    assert passes("count_before", **sizes, **shares) == 7
+    assert passes("_last_kept", **sizes, **shares) == 14 * STEPS.rounds
+    assert passes("join_parts", name="_score_select_kernel", grid=(9, 32, 1)) == 2
 
 
 def test_before_triton_3_9_the_longest_call_counts(code):

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
+from helpers import select_cases
 from vlmprune import ops
 
 BACKENDS = ["reference", "triton"]
@@ -134,6 +135,14 @@ def test_triton_equals_reference_in_very_long_rows(kind, N, device):
     for keep, options in ((N // 5, {}), (N, {}), (N // 2, dict(threshold=0.5))):
         out, expected = (run(backend, scores, keep, **options) for backend in ("triton", "reference"))
         assert all(map(torch.equal, out, expected))
+
+
+@pytest.mark.parametrize("keep", [1, 2, 70, 500, 998, 999])
+def test_triton_equals_reference_where_scores_are_uneven(keep, device):
+    """And hard to interpolate."""
+    scores = select_cases.uneven(1000).to(device)
+    out, want = (run(backend, scores, keep) for backend in ("triton", "reference"))
+    assert all(map(torch.equal, out, want))
 
 
 @pytest.mark.parametrize("N", [1, 127, 129, 1000, 4096, 4097, 6001, 16385])

@@ -34,3 +34,19 @@ def make_case(N: int, coded: bool, seed: int) -> tuple[torch.Tensor, torch.Tenso
     code = torch.randint(3, (len(rows), N + 5), generator=g, dtype=torch.int8)[:, :N]
     code[seed % len(rows)] = 1 + seed % 2
     return scores, keep, code
+
+
+def uneven(N: int) -> torch.Tensor:
+    """Scores ``[7, N]`` of which a level says little about the next: outliers far from a cluster, clusters, every power of two."""
+    g = torch.Generator().manual_seed(N)
+    noise, few = torch.rand(N, generator=g) * 1e-5, torch.arange(N) < 3
+    rows = [
+        torch.where(few, 1e-30, 1 + noise),
+        torch.where(few, -1e30, 1 + noise),
+        torch.where(few, 1e30, noise),
+        torch.where(torch.arange(N) < N // 2, noise, 100 + noise),
+        2.0 ** torch.linspace(-140, 120, N),
+        -(2.0 ** torch.linspace(-140, 120, N)),
+        torch.randn(N, generator=g).bfloat16().float(),
+    ]
+    return torch.stack([row[torch.randperm(N, generator=g)] for row in rows])
