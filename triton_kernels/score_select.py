@@ -35,9 +35,8 @@ from vlmprune.triton_kernels.select_columns import MANY, Choice, chunks, select_
 JOIN_CHUNK = tl.constexpr(512)
 MOST_PROGRAMS = 288  # of a sample, if its heads are divided for them: two a multiprocessor of 132, or three of fewer warps
 STAGES = 2  # of the loop over KV heads, where rows are few: the next head's keys are on their way
-WIDE = (
-    72 * 1024
-)  # columns x KV heads, from here on in tiles twice as wide: programs abound, and queries are read less often
+# columns x KV heads, from which on tiles have 128 columns: programs abound, and queries are read less often
+WIDE = 72 * 1024
 
 
 @triton.jit(

@@ -142,7 +142,7 @@ def chunks(N):
     """
     keys, chunk, warps = (FEW, FEW, 4) if N <= FEW else (MANY, SHARE, 8)
     if N > MANY:
-        keys = MAX_KEYS // 4 if N > MAX_KEYS else MAX_KEYS if N > MAX_KEYS // 2 else MAX_KEYS // 2
+        keys = MAX_KEYS // 2 if N <= MAX_KEYS // 2 else MAX_KEYS if N <= MAX_KEYS else MAX_KEYS // 4
     return {"KEYS": keys, "CHUNK": chunk, "IN_REGISTERS": N <= MAX_KEYS, "num_warps": warps}
 
 

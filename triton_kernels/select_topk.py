@@ -85,9 +85,8 @@ def _count_from(row, keys, level, KEYS: tl.constexpr, IN_REGISTERS: tl.constexpr
     """How many keys are at least ``level``."""
     if IN_REGISTERS:
         return tl.sum((keys >= level).to(tl.int32), 0)
-    WIDTH: tl.constexpr = (
-        KEYS if KEYS <= FOLD else FOLD
-    )  # what a loop carries costs a move for each number and round
+    # folded to few counts: what a loop carries costs a move for each number and round
+    WIDTH: tl.constexpr = KEYS if KEYS <= FOLD else FOLD
     count = tl.zeros((WIDTH,), tl.int32)
     for start in range(0, row[3], KEYS):
         keys = _load_keys(row, start + tl.arange(0, KEYS))
@@ -102,7 +101,7 @@ def _last_kept(row, keys, quota, KEYS: tl.constexpr, IN_REGISTERS: tl.constexpr)
     Regula falsi: each round counts the keys from a level between the bounds of the smallest kept key, as far up as the
     counts at the bounds suggest and a quarter of the way from there to the middle; where that left more than three quarters
     of the interval, the next level is the middle. It ends where no key lies between the kept and the others: after some 7 to
-    12 rounds as a rule, some 30 if many keys are equal there, and never after more than 77.
+    12 rounds as a rule, some 30 if many keys are equal there, and never after more than 80.
     """
     forced, competing, low, high = _survey(row, keys, KEYS, IN_REGISTERS)
     need = forced + tl.minimum(tl.maximum(quota, 0), competing.to(tl.int64)).to(tl.int32)
@@ -120,7 +119,7 @@ def _last_kept(row, keys, quota, KEYS: tl.constexpr, IN_REGISTERS: tl.constexpr)
         else:
             high, above = level - 1, count
         halve = high - low > reach - reach // 4
-    # from_low first: where nothing competes, low is FORCED and high 0
+    # from_low first: where nothing competes, high may be any
     threshold = tl.where(from_low == need, low - 1, tl.where(above == need, high, low)).to(tl.uint32)
     ties = tl.where((from_low == need) | (above == need), 0, need - above)
     return threshold, ties, need
