@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vlmprune import ops as ops
     from vlmprune import policies as policies
     from vlmprune import testing as testing
-    from vlmprune.models import Report, Run, StageRecord, attach, detach, meter, prune
+    from vlmprune.models import Graphs, Report, Run, StageRecord, attach, detach, meter, prune, warmup
     from vlmprune.policies import (
         DART,
         AttentionInputs,
@@ -68,6 +68,7 @@ __all__ = [
     "FastV",
     "FasterVLM",
     "Feather",
+    "Graphs",
     "Grid",
     "InputError",
     "Intersection",
@@ -101,9 +102,10 @@ __all__ = [
     "meter",
     "policy_from",
     "prune",
+    "warmup",
 ]
 
-_MODELS = ("Report", "Run", "StageRecord", "attach", "detach", "meter", "prune")
+_MODELS = ("Graphs", "Report", "Run", "StageRecord", "attach", "detach", "meter", "prune", "warmup")
 
 
 if not TYPE_CHECKING:  # which must see an unknown name as an error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
@@ -10,6 +12,25 @@ import torch
 from torch import Tensor
 
 Make = TypeVar("Make", bound=Callable[..., Tensor])
+
+
+class _Given(threading.local):
+    """Where this thread notes what it is given."""
+
+    into: list[Tensor] | None = None
+
+
+_given = _Given()
+
+
+@contextmanager
+def noting() -> Iterator[list[Tensor]]:
+    """A block whose tensors from here are listed: a captured graph reads them at their addresses, so they must stay."""
+    before, _given.into = _given.into, []
+    try:
+        yield _given.into
+    finally:
+        _given.into = before
 
 
 def remembered(most: int = 256) -> Callable[[Make], Make]:
@@ -34,6 +55,8 @@ def remembered(most: int = 256) -> Callable[[Make], Make]:
                 found = cached(*args)[0]
             if type(found) is not Tensor:  # a fake tensor, which belongs to a mode
                 cached.cache_clear()
+            if _given.into is not None:
+                _given.into.append(found)
             return found
 
         return known  # type: ignore[return-value]

@@ -6,6 +6,8 @@ from vlmprune.models.host.versions import SUPPORTED, TESTED, dotted
 
 # isort: on
 from vlmprune.models.attention.backend import explain
+from vlmprune.models.graphs.store import Graphs
+from vlmprune.models.graphs.warmup import warmup
 from vlmprune.models.host.parts import check_config, check_stages, find_parts, patch_grid
 from vlmprune.models.prompt import StageRecord
 from vlmprune.models.report import Report, Run
@@ -14,6 +16,7 @@ from vlmprune.models.scope import Scope, attach, detach, meter, prune
 __all__ = [
     "SUPPORTED",
     "TESTED",
+    "Graphs",
     "Report",
     "Run",
     "Scope",
@@ -28,4 +31,5 @@ __all__ = [
     "meter",
     "patch_grid",
     "prune",
+    "warmup",
 ]

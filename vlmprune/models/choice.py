@@ -23,12 +23,19 @@ from vlmprune.models.layout import (
 from vlmprune.models.prefill import Decision, Entering
 from vlmprune.policies.base import Reduction
 
+Counts = tuple[int, ...]
 
-def carry_out(choice: Tensor | Reduction, entering: Entering) -> tuple[Tensor, Tensor, Decision | None]:
-    """The rows ``[B, n, D]`` that a choice leaves, the numbers of its tokens, and the decision; None = everything stays."""
+
+def carry_out(
+    choice: Tensor | Reduction, entering: Entering, counts: Counts | None = None
+) -> tuple[Tensor, Tensor, Decision | None]:
+    """The rows ``[B, n, D]`` that a choice leaves, the numbers of its tokens, and the decision; None = everything stays.
+
+    ``counts`` says how many tokens of each sample it keeps, where that is known without a look.
+    """
     layout, hidden, shift = entering.layout, entering.hidden, entering.shift
     with torch.no_grad():
-        choice, kept = settle(layout, choice, hidden, entering.predicting)
+        choice, kept = settle(layout, choice, hidden, entering.predicting, counts)
         merges = isinstance(choice, Reduction)
         numbers = ascending(choice.index) if isinstance(choice, Reduction) else choice
         if kept == layout.counts and not merges:
@@ -55,8 +62,12 @@ def apply(made: Decision, hidden: Tensor) -> Tensor:
 
 
 def settle(
-    layout: Layout, choice: Tensor | Reduction, hidden: Tensor, predicting: Tensor | None
-) -> tuple[Tensor | Reduction, tuple[int, ...]]:
+    layout: Layout,
+    choice: Tensor | Reduction,
+    hidden: Tensor,
+    predicting: Tensor | None,
+    counts: Counts | None = None,
+) -> tuple[Tensor | Reduction, Counts]:
     """A choice whose rows can answer, and how many tokens of each sample it keeps.
 
     A visual token that ends the prompt is the row generation goes on from; in training, a label right behind an image is
@@ -67,13 +78,14 @@ def settle(
         choice: the policy's.
         hidden: ``[B, n, D]`` the rows.
         predicting: ``[B, q]`` True at positions from which a label is predicted, or None.
+        counts: how many it keeps; None = to be read.
     """
     chosen = choice.index if isinstance(choice, Reduction) else choice
     if predicting is None:
         new, last = _with_newest(layout, chosen)
     else:
         new, last = _with_predicting(layout, chosen, predicting.to(chosen.device)), None
-    kept = (new.shape[1],) if new.shape[0] == 1 else tuple((new >= 0).sum(1).tolist())
+    kept = (new.shape[1],) if new.shape[0] == 1 else counts or tuple((new >= 0).sum(1).tolist())
     if not isinstance(choice, Reduction):
         return new if predicting is None else ascending(new), kept
     contents = choice.hidden

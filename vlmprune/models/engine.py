@@ -15,13 +15,15 @@ from vlmprune.models.call import Asked, Call, read_asked, read_call
 from vlmprune.models.clock import Clock
 from vlmprune.models.compaction import compact_earlier
 from vlmprune.models.decoder_reads import read_attention
+from vlmprune.models.graphs.fast import FastPath
+from vlmprune.models.graphs.store import Graphs
 from vlmprune.models.host.cache_layers import PrunedLayer
 from vlmprune.models.host.cache_view import is_started, pruned_layer, resident_bytes
 from vlmprune.models.host.names import missing
 from vlmprune.models.host.parts import Parts, check_stages
 from vlmprune.models.layer_inputs import chunk_mask, decode_step, shifted
 from vlmprune.models.layout import spread
-from vlmprune.models.prefill import Prefill, Wants
+from vlmprune.models.prefill import RUNNING, Prefill, Wants
 from vlmprune.models.prompt import Prompts
 from vlmprune.models.report import Run
 from vlmprune.models.stage import StageRunner
@@ -30,14 +32,14 @@ from vlmprune.policies.base import PruningPolicy
 
 Kwargs = dict[str, Any]
 Args = tuple[Any, ...]
-RUNNING, ASKED = "vlmprune", "vlmprune_asked"
-"""Keywords that carry the running call to the layers, and what the outer model was asked for to the inner one."""
+ASKED = "vlmprune_asked"
+"""Keyword that carries what the outer model was asked for to the inner one."""
 
 
 class Engine:
     """Attaches a policy to one model. What is under way lives in ``Prefill`` and ``Prompt``, one for each call and prompt."""
 
-    def __init__(self, parts: Parts, policy: PruningPolicy | None) -> None:
+    def __init__(self, parts: Parts, policy: PruningPolicy | None, graphs: Graphs | None = None) -> None:
         self.parts, self.policy, self.host = parts, policy, parts.host
         self.depth = {layer: i for i, layer in enumerate(parts.layers)}
         self.clock, self.prompts = Clock(next(parts.text.parameters()).device), Prompts()
@@ -48,12 +50,14 @@ class Engine:
         self.wants = Wants.of(needs, parts.layers, parts.text.config)
         self.vision = VisionReads(parts, sorted({layer for need in needs.values() for layer in need.vision}))
         self.stage = None if policy is None else StageRunner(parts, policy, self.vision)
+        self.fast = None if graphs is None else FastPath(parts, policy, self.wants, self.vision, graphs)
         self.lost = 0
         self.handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
         """Register the hooks; on an error none stays behind."""
         parts, add, prunes = self.parts, self.handles.append, self.stage is not None
+        follows = prunes or self.fast is not None
         try:
             if prunes:
                 add(parts.model.register_forward_pre_hook(self.before_model, with_kwargs=True))
@@ -63,8 +67,10 @@ class Engine:
             self.handles += self.vision.register()
             for attn in self.wants.scored:
                 add(attn.register_forward_hook(self.after_attention, with_kwargs=True))
-            for module in parts.layers if prunes else ():
+            for module in parts.layers if follows else ():
                 add(module.register_forward_pre_hook(self.before_layer, with_kwargs=True))
+            if self.fast is not None:
+                self.fast.attach()
         except BaseException:
             self.remove()
             raise
@@ -76,6 +82,8 @@ class Engine:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        if self.fast is not None:
+            self.fast.detach()
 
     def raise_if_lost(self) -> None:
         """Raise NotPrunedError if other code took hooks off: from then on nothing was pruned."""
@@ -109,6 +117,8 @@ class Engine:
             return args, {**kwargs, RUNNING: Prefill(self.wants, step)}
         call = read_call(self.parts, given, asked, self.vision, self.stage is not None)
         prompt = self.prompts.enter(call, self.clock)
+        if prompt is not None and self.fast is not None and self.fast.refused is not None:
+            prompt.graph = self.fast.said
         return args, {**kwargs, RUNNING: Prefill(self.wants, call, prompt)}
 
     def after_attention(self, module: Any, args: Any, kwargs: Kwargs, output: Any) -> None:
@@ -153,9 +163,9 @@ class Engine:
             prefill.open(told(kwargs, "attention_mask"), hidden)
             if i in self.wants.needs:
                 with self.clock.selection():
-                    hidden = self.stage(prefill, i, hidden, rope)
+                    hidden = (prefill.runner or self.stage)(prefill, i, hidden, rope)
         decided = prefill.decision(i)
-        if decided is None and layer is None:
+        if decided is None and layer is None and not prefill.bound:
             return None
         kwargs = {**kwargs, "position_ids": None}  # FlashAttention reads gaps in them as packed sequences
         kwargs["position_embeddings"] = rope if decided is None else decided.rope

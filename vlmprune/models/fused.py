@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
+from vlmprune.models.graphs.reads import HostRead
 from vlmprune.models.layout import Layout
 from vlmprune.models.plans import PLANS, Known, Plans, call, shapes_of, tensors_in
 from vlmprune.models.prefill import Decision, Entering, Rope
@@ -95,7 +96,7 @@ class Passes:
         packs, narrows = ranking.positions == "pack", ranking.extra is not None
         kept = ranking.most(layout.counts)
         # Shorter samples are padded on the left, so that the last row stays the newest token.
-        width, left = max(_rows_left(layout, kept)), len(kept) > 1
+        width, left = max(_rows_left(layout, kept)), len(kept) > 1 and not layout.bound
         selection = ranking.selection(kept, entering.hidden.device, width, True, left)
         rating, tensors = ranking.scores, _shortened(entering, packs)
         how: Scoring | Scored
@@ -179,6 +180,8 @@ def _passed(out: ops.Pruned, entering: Entering, kept: Counts, packs: bool, narr
     layout = entering.layout
     real = _rows_left(layout, kept)
     if narrows:
+        if layout.bound:
+            raise HostRead("how many stay is known when they are chosen")
         out, kept, real = _narrowed(out, layout, len(kept) > 1)
     after, rest = _after(layout, kept, real, out)
     # detached: else checkpointed layers would share a graph through them
@@ -189,7 +192,7 @@ def _passed(out: ops.Pruned, entering: Entering, kept: Counts, packs: bool, narr
 def _after(layout: Layout, kept: Counts, real: Counts, out: ops.Pruned) -> tuple[Layout, list[Tensor]]:
     """The layout of what a pass has left, and the tensors it gathered between the rows and their origin."""
     rest = out.tensors[1:]
-    full, origin = min(real) == max(real), out.index
+    full, origin = min(real) == max(real) and not layout.bound, out.index
     if layout.origin is not None:
         origin = rest.pop() if full else torch.where(out.index >= 0, rest.pop(), -1)
     after = Layout(
@@ -201,6 +204,7 @@ def _after(layout: Layout, kept: Counts, real: Counts, out: ops.Pruned) -> tuple
         origin=origin,
         before=(layout, out.kept),
         ordered=layout.ordered,
+        bound=layout.bound,
     )
     return after, rest
 

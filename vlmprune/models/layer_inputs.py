@@ -30,9 +30,10 @@ def chunk_mask(config: Any, prefill: Prefill, decided: Decision | None, hidden: 
     key = (past, id(decided), *map(id, known))
     if key not in prefill.masks:
         new = call.padding() if decided is None else decided.layout.valid
-        valid = extend_validity(old, past, new, rows)
+        # Padding behind every row that matters needs no mask: causality hides it.
+        valid = extend_validity(old, past, None if prefill.bound else new, rows)
         mask = pruned_mask(config, hidden, valid, past, layer, left=decided is not None)
-        shift = _add_shift(known[1], None if decided is None else decided.shift, hidden.device)
+        shift = add_shift(known[1], None if decided is None else decided.shift, hidden.device)
         prefill.masks[key] = (mask, valid, shift, known)  # known: kept alive, so that its ids stay its own
     mask, valid, shift, _ = prefill.masks[key]
     if layer is not None:
@@ -77,7 +78,7 @@ def shifted(text: Any, prefill: Prefill, hidden: Tensor, position_ids: Tensor, s
     return tables
 
 
-def _add_shift(old: Tensor | None, more: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
+def add_shift(old: Tensor | None, more: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
     """By how much positions lie below the number of tokens seen, ``[B, 1]``, when a chunk packs some more."""
     if more is None or not any(more):
         return old

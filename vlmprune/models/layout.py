@@ -33,6 +33,8 @@ class Layout:
         trailing: whether some sample's tokens are followed by padding.
         end: ``[B, 1]`` position (unpruned) at which the prompt ends and candidates of assisted decoding begin; None =
             there are none.
+        bound: whether ``real`` is only the most there can be, as in a captured prefill: which rows are padding, all of it on
+            the right, the device alone knows.
     """
 
     length: int
@@ -46,6 +48,7 @@ class Layout:
     ordered: bool = True
     trailing: bool = False
     end: Tensor | None = None
+    bound: bool = False
 
     def prompt(self) -> Tensor | None:
         """``[B, n]`` False at padding and at candidates; None = every row is the prompt's."""
@@ -190,6 +193,15 @@ def open_layout(visual: Tensor, padding: Tensor | None, known: int | None, tail:
     )
 
 
+def open_bound(visual: Tensor, rows: Tensor, counts: tuple[int, ...]) -> Layout:
+    """Layout of an unpruned prompt whose samples begin on the left: ``visual [B, n]``, ``rows [B, n]`` -1 at the padding behind."""
+    batch, n = visual.shape
+    at = where_true(visual, max(counts))
+    return Layout(
+        length=n, visual=at, counts=counts, real=(n,) * batch, valid=rows >= 0, origin=None, bound=True
+    )
+
+
 @dataclass(frozen=True)
 class TextSpan:
     """The text after the last image: ``mask [B, q]`` in the unpruned prompt, how many tokens it has in each sample, and how
@@ -257,7 +269,8 @@ def last_rows(layout: Layout) -> Tensor:
 def shorten(layout: Layout, numbers: Tensor, kept: tuple[int, ...]) -> tuple[Layout, Tensor]:
     """The layout after a stage that keeps the visual tokens of these ``numbers [B, K]``, and the rows ``[B, n']`` that survive.
 
-    Samples that keep fewer rows than others are padded on the LEFT (-1), so that the last row stays the newest token.
+    Samples that keep fewer rows than others are padded on the LEFT (-1), so that the last row stays the newest token (where
+    only the device knows how many those are, on the right).
     """
     real = tuple(r - c + k for r, c, k in zip(layout.real, layout.counts, kept, strict=True))
     length, visual = max(real), take(layout.visual, numbers)
@@ -271,7 +284,7 @@ def shorten(layout: Layout, numbers: Tensor, kept: tuple[int, ...]) -> tuple[Lay
     ):  # text stays, and visual tokens that are kept
         stay.scatter_(1, torch.where(rows >= 0, rows, n), stays)
     survivors = where_true(stay[:, :n], length)
-    if min(real) < length:
+    if min(real) < length and not layout.bound:
         blanks = length - whole_numbers(real, numbers.device)[:, None]
         survivors = take(survivors, (torch.arange(length, device=numbers.device) - blanks).clamp(min=-1))
     new = Layout(
@@ -280,9 +293,10 @@ def shorten(layout: Layout, numbers: Tensor, kept: tuple[int, ...]) -> tuple[Lay
         before=(layout, numbers),
         counts=kept,
         real=real,
-        valid=None if min(real) == length else survivors >= 0,
+        valid=None if min(real) == length and not layout.bound else survivors >= 0,
         origin=survivors if layout.origin is None else take(layout.origin, survivors),
         ordered=layout.ordered,
         end=layout.end,
+        bound=layout.bound,
     )
     return new, survivors

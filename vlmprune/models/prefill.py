@@ -22,6 +22,8 @@ from vlmprune.models.layout import Layout, TextSpan, find_text, moved, open_layo
 from vlmprune.models.prompt import Prompt
 from vlmprune.policies.base import AttentionInputs, Grid, Needs, tokens_in
 
+RUNNING = "vlmprune"
+"""Keyword that carries the running call to the layers."""
 Rope = tuple[Tensor, Tensor]
 """cos and sin tables, each ``[B or 1, rows, D]``."""
 
@@ -156,6 +158,7 @@ class Prefill:
         lse: ``[B, H, n]`` log-sum-exp of their rows, by layer, where our attention backend ran them.
         ropes: shifts of packed caches, each with its tables.
         masks: built masks, shared by the layers that need the same one.
+        runner: what runs its stages, if that is not the engine's own: of a prefill that a graph captures.
     """
 
     wants: Wants
@@ -168,6 +171,12 @@ class Prefill:
     lse: dict[int, Tensor] = field(default_factory=dict)
     ropes: list[tuple[Tensor, Rope]] = field(default_factory=list)
     masks: dict[Any, Any] = field(default_factory=dict)
+    runner: Any = None
+
+    @property
+    def bound(self) -> bool:
+        """Whether its rows are padded on the right, by how many only the device knows: in a captured prefill."""
+        return self.unpruned is not None and self.unpruned.layout.bound
 
     def scores_from(self, module: Any) -> bool:
         """Whether a stage still to come scores from this module's attention in this call."""

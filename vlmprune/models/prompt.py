@@ -100,6 +100,7 @@ class Prompt:
         visual: of each chunk with visual tokens how many there are, or the mask ``[B, q]`` that says it.
         crops: patches of every crop encoded for it.
         kv_bytes: what the cache held after the latest chunk; None = there is no cache.
+        graph: whether its latest chunk was a graph's replay, or why not; "" = nobody asked.
     """
 
     batch: int = 0
@@ -112,6 +113,7 @@ class Prompt:
     visual: list[Tensor | Counts] = field(default_factory=list)
     crops: tuple[int, ...] = ()
     kv_bytes: int | None = None
+    graph: str = ""
 
     def extend(self, call: Call) -> None:
         """A chunk starts, perhaps the first one."""

@@ -47,7 +47,8 @@ class Report:
 
     ``visual_tokens`` is the mean per sample before pruning. ``paths`` says of each stage whether it ran as one fused pass, and
     on which kernels, or why not. ``kv_bytes`` is what the KV cache held after the latest prompt
-    chunk, of the whole batch and with the text; of a static cache all it allocates. Decode steps that were compiled as
+    chunk, of the whole batch and with the text; of a static cache all it allocates. ``graph`` says whether the prefill was
+    replayed from a CUDA graph, or why it was not; "" = the scope has no ``graphs``. Decode steps that were compiled as
     a whole are neither timed nor counted: no hook runs in them.
     """
 
@@ -59,6 +60,7 @@ class Report:
     decode_steps: int
     kv_bytes: int = 0
     paths: tuple[str, ...] = ()
+    graph: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
@@ -123,4 +125,5 @@ class Run:
             decode_steps=prompt.marks.steps,
             kv_bytes=prompt.kv_bytes or 0,
             paths=tuple(stage.path for stage in self.stages),
+            graph=prompt.graph,
         )

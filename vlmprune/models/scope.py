@@ -9,6 +9,7 @@ from torch import nn
 
 from vlmprune.errors import check
 from vlmprune.models.engine import Engine
+from vlmprune.models.graphs.store import Graphs
 from vlmprune.models.host.parts import Parts, find_parts
 from vlmprune.models.report import Run
 from vlmprune.policies.base import PruningPolicy
@@ -25,8 +26,9 @@ def find_engine(parts: Parts) -> Engine | None:
 class Scope(AbstractContextManager[Run], ContextDecorator):
     """A block in which a model runs with hooks; may be entered again once it was left."""
 
-    def __init__(self, model: nn.Module, policy: PruningPolicy | None) -> None:
-        self._model, self._policy = model, policy
+    def __init__(self, model: nn.Module, policy: PruningPolicy | None, graphs: Graphs | None) -> None:
+        check(graphs is None or isinstance(graphs, Graphs), "graphs", "a Graphs, or None", repr(graphs))
+        self._model, self._policy, self._graphs = model, policy, graphs
         self._engine: Engine | None = None
 
     def __enter__(self) -> Run:
@@ -35,7 +37,7 @@ class Scope(AbstractContextManager[Run], ContextDecorator):
         if active is not None:
             expected = "no policy attached yet (compose policies with | or Stages)"
             check(False, "model", expected, repr(active.policy))
-        self._engine = Engine(parts, self._policy)
+        self._engine = Engine(parts, self._policy, self._graphs)
         self._engine.attach()
         return self._engine.run
 
@@ -47,7 +49,7 @@ class Scope(AbstractContextManager[Run], ContextDecorator):
             engine.raise_if_lost()
 
 
-def prune(model: nn.Module, policy: PruningPolicy) -> Scope:
+def prune(model: nn.Module, policy: PruningPolicy, graphs: Graphs | None = None) -> Scope:
     """Prune this model's visual tokens inside the block.
 
     Only this instance is touched, by forward hooks that are gone when the block ends, also after an error.
@@ -65,6 +67,7 @@ def prune(model: nn.Module, policy: PruningPolicy) -> Scope:
         model: a vision-language model of a family in ``vlmprune.models.host.families.FAMILIES``, with its head, whatever its
             ``attn_implementation``; a PEFT wrapper of one is looked through.
         policy: what to keep, e.g. ``FastV(layer=2, keep=0.5)``.
+        graphs: where prefills are captured as CUDA graphs and replayed; None (default) = they run as ever.
 
     Yields:
         The ``Run``: stages, kept tokens and a report of the latest prefill.
@@ -85,10 +88,10 @@ def prune(model: nn.Module, policy: PruningPolicy) -> Scope:
         8.0
     """
     check(isinstance(policy, PruningPolicy), "policy", "a PruningPolicy, e.g. FastV(layer=2)", repr(policy))
-    return Scope(model, policy)
+    return Scope(model, policy, graphs)
 
 
-def meter(model: nn.Module) -> Scope:
+def meter(model: nn.Module, graphs: Graphs | None = None) -> Scope:
     """Measure an unpruned run the way ``prune`` measures a pruned one: same ``Run``, no stages.
 
     Example:
@@ -98,10 +101,10 @@ def meter(model: nn.Module) -> Scope:
         >>> run.report().visual_tokens, run.report().flops.cut
         (16.0, 0.0)
     """
-    return Scope(model, None)
+    return Scope(model, None, graphs)
 
 
-def attach(model: nn.Module, policy: PruningPolicy) -> Run:
+def attach(model: nn.Module, policy: PruningPolicy, graphs: Graphs | None = None) -> Run:
     """Prune this model until ``detach``: for pipelines and servers. Arguments and errors as for ``prune``.
 
     Example:
@@ -112,7 +115,7 @@ def attach(model: nn.Module, policy: PruningPolicy) -> Run:
         >>> len(run.kept())
         4
     """
-    return prune(model, policy).__enter__()
+    return prune(model, policy, graphs).__enter__()
 
 
 def detach(model: nn.Module) -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.errors import ModelError
-from vlmprune.models.choice import apply, carry_out
+from vlmprune.errors import InputError, ModelError
+from vlmprune.models.choice import Counts, apply, carry_out
 from vlmprune.models.decoder_reads import read_own_attention
 from vlmprune.models.fused import Case, Passed, Passes, why_not
+from vlmprune.models.graphs.reads import HostRead
 from vlmprune.models.host.parts import Parts
 from vlmprune.models.layout import Layout, last_rows, moved, text_rows
 from vlmprune.models.prefill import Entering, Prefill, Rope
@@ -27,6 +28,7 @@ from vlmprune.policies.base import (
     TokenContext,
     outcome,
 )
+from vlmprune.policies.choose import quotas
 
 
 class StageContext(TokenContext):
@@ -96,7 +98,16 @@ class StageRunner:
                 newest = entering.layout.visual == last_rows(entering.layout)
                 choice = outcome(ranking.ahead(newest).index(context), ranking.positions)
             self._check(choice, context, entering.hidden)
-        return carry_out(choice, entering)
+        return carry_out(choice, entering, self._counts(context, entering))
+
+    def _counts(self, context: TokenContext, entering: Entering) -> Counts | None:
+        """How many tokens a choice keeps of each sample, as the policy promises; None where it is to be read."""
+        if not entering.layout.bound:
+            return None
+        try:
+            return tuple(quotas(context, self.policy))
+        except InputError as unknown:
+            raise HostRead("how many stay is known when they are chosen") from unknown
 
     def _check(self, choice: Tensor | Reduction, context: TokenContext, hidden: Tensor) -> None:
         """Refuse a choice that means nothing. The first one at each layer is read in full: one host read."""
@@ -149,7 +160,8 @@ class StageRunner:
         if needs.embeds:
             seen |= {"embeds": unpruned.embeds, "image": unpruned.layout.visual}
         if text is not None:
-            seen |= {"text": text_rows(unpruned.layout, text), "words": text.words}
+            words = None if layout.bound else text.words  # of a graph's many prompts
+            seen |= {"text": text_rows(unpruned.layout, text), "words": words}
         device = hidden.device
         fields = {name: moved(value, device) for name, value in ({"vision": {}} | seen).items()}
         fields["layer"], fields["counts"], fields["ordered"] = i, layout.counts, layout.ordered

@@ -76,7 +76,7 @@ class VisionReads:
 
     def fields(self, layers: Iterable[int], visuals: Visuals, images: Sequence[int]) -> dict[str, Any]:
         """The fields of a context that come from the tower, for samples with so many images each."""
-        parts, note = self.parts, self._note(visuals, images)
+        parts, note = self.parts, self.note(visuals, images)
         crops, grid = _crops_of(note, images), crop_grid(parts.config, note)
 
         def mine(x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class VisionReads:
         # project is no call of the module: no hook should see it
         return {"vision": seen, "features": mine(note.features), "project": parts.projector.forward}
 
-    def _note(self, visuals: Visuals, images: Sequence[int]) -> Encoded:
+    def note(self, visuals: Visuals, images: Sequence[int]) -> Encoded:
         """The note on this call's images: features cut up, or encoded outside the scope, come without."""
         note, *more = visuals.seen()
         taken = not more and {(layer, "k") for layer in self.attn} <= {*note.taken}

@@ -87,11 +87,15 @@ class PrunedLayer(Plain):  # type: ignore[misc]
                 "got a call of the model outside of any"
             )
         out: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        self.settle()
+        return out
+
+    def settle(self) -> None:
+        """The ``update`` that was announced has happened."""
         if self.pending:
             self.valid, newly_dropped, self.shift = self.pending
             self.dropped += newly_dropped
         self.pending = None
-        return out
 
     def _needs_scope(self, rows: int) -> bool:
         return self.valid is not None or self.shift is not None or (self.dropped > 0 and rows > 1)
@@ -225,6 +229,17 @@ def keep_entries(layers: Sequence[Any], at: Tensor, static: bool) -> None:
         kept = ops.gather_tokens(_held(some), at)
         for layer, keys, values in zip(some, kept[::2], kept[1::2], strict=True):
             layer.keys, layer.values = keys, values
+
+
+def fill(layer: Any, keys: Tensor, values: Tensor) -> None:
+    """Let an empty layer hold these; a growing one takes the tensors themselves, where ``update`` would copy them."""
+    if not isinstance(layer, DynamicLayer):
+        layer.update(keys, values)
+        return
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    if isinstance(layer, PrunedLayer):
+        layer.settle()
 
 
 def _held(layers: Sequence[Any]) -> list[Tensor]:

@@ -36,15 +36,21 @@ def pruned_layer(cache: Cache | None, i: int) -> PrunedLayer | None:
     return layer if isinstance(layer, PrunedLayer) else None
 
 
-def make_prunable(cache: Cache, i: int) -> PrunedLayer:
-    """Layer ``i`` of a cache that ``check_cache`` let pass, able to count what it has seen."""
+def layer_at(cache: Cache, i: int) -> Any:
+    """Layer ``i`` of a cache, which may grow by layers."""
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= i:
             cache.layers.append(cache.layer_class_to_replicate())
-    layer: Any = cache.layers[i]
+    return cache.layers[i]
+
+
+def make_prunable(cache: Cache, i: int) -> PrunedLayer:
+    """Layer ``i`` of a cache that ``check_cache`` let pass, able to count what it has seen."""
+    layer = layer_at(cache, i)
     if not isinstance(layer, PrunedLayer):
         layer.__class__ = PRUNED[type(layer)]
-    return layer
+    pruned: PrunedLayer = layer
+    return pruned
 
 
 def entries(cache: Cache | None, i: int, seen: int) -> int:

@@ -1,0 +1,205 @@
+"""Prefills captured and replayed: what an unpruned or plainly pruned run gives, for every method, batch and family.
+
+Without a GPU a recorder of operations stands in the place of CUDA graphs (``helpers.recorder``).
+"""
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+import vlmprune
+from helpers.families import CASES, build, prompts
+from helpers.recorder import Recorder
+from helpers.tiny import BEFORE_PREFILL, STEPS, generate, make_batch, make_model
+from vlmprune import Graphs
+from vlmprune.policies import PruningPolicy
+from vlmprune.policies.registry import BUILT_IN, policies
+
+SPECS = {
+    "one": [[4, "I", 7]],
+    "two-images": [[3, "I", 4, "I", 6]],
+    "equal": [["I", 5], ["I", 5]],
+    "padded": [[4, "I", 7], [2, "I", 5]],
+    "padded-2-1-0-images": [["I", 9, "I", 4], [3, "I", 5], [12]],
+    "ends-with-its-image": [[4, "I"]],
+}
+FIXED = {
+    "unpruned": None,
+    "fastv": vlmprune.FastV(layer=2, keep=0.4),
+    "fastv-compact": vlmprune.FastV(layer=2, keep=6, rows="mean", earlier_kv="compact"),
+    "fastv-image": vlmprune.FastV(layer=3, keep=5, spend="image"),
+    "pyramiddrop": vlmprune.PyramidDrop(layers=(1, 3, 5)),
+    "sparsevlm": vlmprune.SparseVLM(layers=(2, 4), keep=(9, 4)),
+    "sparsevlm+": vlmprune.SparseVLMPlus(layers=(2, 4), keep=(9, 4), heads=3),
+    "dart": vlmprune.DART(layer=2, keep=8, pivots=(2, 2), count="exact"),
+    "vscan": vlmprune.VScan(keep=8, then=4, layer=3, window=2, shallow_layer=1),
+    "fastervlm": vlmprune.FasterVLM(keep=6),
+    "visionzip": vlmprune.VisionZip(dominant=5, contextual=2),
+    "vispruner": vlmprune.VisPruner(keep=6, positions="keep"),
+    "divprune": vlmprune.DivPrune(keep=6),
+    "cdpruner": vlmprune.CDPruner(keep=6),
+    "random": vlmprune.Random(layer=0, keep=0.3),
+    "uniform": vlmprune.Uniform(layer=1, keep=0.25),
+    "two": vlmprune.Stages([vlmprune.FasterVLM(keep=8), vlmprune.FastV(layer=3, keep=0.5)]),
+}
+ADAPTIVE = {
+    "feather": vlmprune.Feather(layers=(2, 4), keep=0.5),
+    "sparsevlm-rank": vlmprune.SparseVLM(layers=(2, 4), version="paper"),
+    "grid": vlmprune.Stages([vlmprune.FastV(layer=1), vlmprune.Uniform(layer=2, keep=None, stride=2)]),
+    "both": vlmprune.FastV(layer=2, keep=0.5) | vlmprune.Uniform(layer=2, keep=0.3),
+}
+
+
+def scope(model: torch.nn.Module, policy: PruningPolicy | None, graphs: Graphs | None):
+    return vlmprune.meter(model, graphs) if policy is None else vlmprune.prune(model, policy, graphs)
+
+
+def outcome(model, policy, batch, graphs=None, **settings):
+    """Tokens, logits, what was kept at every stage, the cache, and what the report says."""
+    with scope(model, policy, graphs) as run:
+        tokens, logits, out = generate(model, batch, STEPS, **settings)
+        samples, stages = len(batch["input_ids"]), range(len(run.stages))
+        kept = [run.kept_at(i, b) for i in stages for b in range(samples)]
+        return tokens, logits, kept, out.past_key_values, run.report()
+
+
+def assert_same(got, want):
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1], atol=1e-4, rtol=0)
+    assert all(map(torch.equal, got[2], want[2])) and len(got[2]) == len(want[2])
+    for one, other in zip(got[3].layers, want[3].layers, strict=True):
+        assert type(one) is type(other) and one.keys.shape == other.keys.shape
+        assert one.get_seq_length() == other.get_seq_length()
+    for field in ("visual_tokens", "stages", "tokens", "flops", "kv_bytes"):
+        assert getattr(got[4], field) == getattr(want[4], field)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.mark.parametrize("specs", SPECS)
+@pytest.mark.parametrize("name", FIXED)
+def test_replays_equal_plain_runs(model, name, specs):
+    """The second prompt of a shape is captured; it and the next ones, one with a longer text, answer as ever."""
+    graphs, policy = Graphs(recorder=(recorder := Recorder())), FIXED[name]
+    longer = [[*spec, 1] for spec in SPECS[specs]]
+    for seed, spec in enumerate((SPECS[specs], SPECS[specs], longer, SPECS[specs])):
+        batch = make_batch(spec, seed=seed)
+        got = outcome(model, policy, batch, graphs)
+        assert_same(got, outcome(model, policy, batch))
+        assert got[4].graph.startswith("replayed: " if seed else "plain: the first prompt of its shape")
+    assert recorder.captures == 1 and recorder.replays == 3 and len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_what_depends_on_data_runs_as_ever_and_says_so(model, name):
+    graphs = Graphs(recorder=(recorder := Recorder()))
+    for seed in range(3):
+        batch = make_batch(SPECS["padded"], seed=seed)
+        got = outcome(model, ADAPTIVE[name], batch, graphs)
+        assert_same(got, outcome(model, ADAPTIVE[name], batch))
+    assert got[4].graph.startswith("plain: adaptive: ")
+    assert recorder.captures == 0
+
+
+def test_every_method_is_in_one_of_the_tables():
+    def names(policies):
+        return {type(policy) for policy in policies.values() if policy is not None}
+
+    made = names(FIXED) | names(ADAPTIVE)
+    assert {policies()[name] for name in BUILT_IN} <= made | {vlmprune.RandomDeep}  # of random's kind
+
+
+@pytest.mark.parametrize("samples", ["one", "padded"])
+@pytest.mark.parametrize("name", CASES)
+def test_families(name, samples):
+    """Every family; Qwen3-VL's first layers add features by a boolean index, so it says why it runs as ever."""
+    case, policy = CASES[name], vlmprune.FastV(layer=3, keep=0.4)
+    model, graphs = build(case), Graphs(recorder=(recorder := Recorder()))
+    for seed in range(3):
+        batch, _ = prompts(case, (case.one,) if samples == "one" else case.padded, seed)
+        with torch.no_grad():
+            with vlmprune.prune(model, policy) as run:
+                want, kept = model(**batch, use_cache=True), run.kept()
+            with vlmprune.prune(model, policy, graphs) as run:
+                got = model(**batch, use_cache=True)
+        valid = batch["attention_mask"].bool()
+        torch.testing.assert_close(got.logits[valid], want.logits[valid], atol=1e-4, rtol=1e-4)
+        assert torch.equal(run.kept(), kept)
+    if "qwen3_vl" in name or "qwen3vl" in name:
+        assert run.report().graph == "plain: visual_pos_masks is asked for, or given"
+    else:
+        assert run.report().graph.startswith("replayed") and recorder.replays == 2
+
+
+@pytest.mark.parametrize("attention", ["eager", "vlmprune"])
+def test_attention_implementations(attention):
+    model = make_model(attn=attention)
+    graphs = Graphs(recorder=(recorder := Recorder()))
+    for seed in range(3):
+        batch = make_batch(SPECS["padded"], seed=seed)
+        assert_same(*(outcome(model, FIXED["fastv"], batch, g) for g in (graphs, None)))
+    assert recorder.replays == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cache_implementation": "static"},
+        {"num_beams": 3},
+        {"use_cache": False},
+        *([{"prefill_chunk_size": 9}] if BEFORE_PREFILL else []),
+        {"cache_implementation": "offloaded"},
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("name", ["fastv", "fastv-compact", "pyramiddrop", "fastervlm"])
+def test_ways_of_generating(model, name, settings):
+    graphs = Graphs(recorder=Recorder())
+    if settings.get("prefill_chunk_size") and name == "fastervlm":
+        pytest.skip("refused with any graphs: it needs whole images")
+    if settings.get("cache_implementation") == "offloaded" and not torch.cuda.is_available():
+        pytest.skip("offloaded caches need a GPU")
+    for seed in range(3):
+        batch = make_batch(SPECS["padded"], seed=seed)
+        got, want = (outcome(model, FIXED[name], batch, g, **settings) for g in (graphs, None))
+        assert torch.equal(got[0], want[0])
+        torch.testing.assert_close(got[1], want[1], atol=1e-4, rtol=0)
+    replays = settings.keys().isdisjoint({"prefill_chunk_size", "use_cache"})
+    assert got[4].graph.startswith("replayed" if replays else "plain")
+
+
+def test_compiled_decode_follows_a_replay():
+    """generate's own compiled step, one graph, on the static cache that a replay has filled."""
+    model, policy = make_model(), FIXED["pyramiddrop"]
+    compiled = CompileConfig(fullgraph=True, backend="eager", mode=None, dynamic=False)
+    compiled._compile_all_devices = True
+    how = {"cache_implementation": "static", "compile_config": compiled}
+    graphs = Graphs(recorder=(recorder := Recorder()))
+    torch.compiler.reset()
+    for seed in range(3):
+        batch = make_batch(SPECS["padded"], seed=seed)
+        got = outcome(model, policy, batch, graphs, **how)
+        want = outcome(model, policy, batch)
+        assert torch.equal(got[0], want[0])
+        torch.testing.assert_close(got[1], want[1], atol=1e-4, rtol=0)
+    assert recorder.replays == 2 and got[4].decode_steps == 0  # compiled steps run no hook
+    torch.compiler.reset()
+
+
+def test_a_second_turn_and_training_run_as_ever(model):
+    graphs, policy = Graphs(recorder=Recorder()), FIXED["fastv"]
+    batch = make_batch(SPECS["one"])
+    with vlmprune.prune(model, policy, graphs) as run:
+        with torch.no_grad():
+            model(**batch)
+            out = model(**batch, use_cache=True)
+            assert run.report().graph.startswith("replayed")
+            more = make_batch(SPECS["one"], seed=1)
+            more["attention_mask"] = torch.cat([batch["attention_mask"], more["attention_mask"]], 1)
+            model(**more, past_key_values=out.past_key_values)
+            assert run.report().graph == "plain: a prompt in several calls, or behind another"
+        model(**batch)
+        assert run.report().graph == "plain: gradients are on (torch.no_grad)"

@@ -1,0 +1,72 @@
+"""Why a prefill cannot be a graph, as far as its call tells: each in a few words, for ``run.report().graph``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+from vlmprune.models.host.cache_layers import PrunedLayer
+from vlmprune.models.host.names import CACHE
+from vlmprune.models.prefill import RUNNING, Prefill
+
+GIVEN = {"inputs_embeds", "attention_mask", "position_ids", *CACHE, RUNNING}
+"""Arguments of the text model that a graph has its own of."""
+SETTINGS = {"use_cache", "return_dict", "cache_position"}
+"""Those that change nothing of what is computed."""
+ASKS = ("output_hidden_states", "output_attentions")
+
+
+def unfit_model(text: Any) -> str | None:
+    """Why no prefill of this text model can be one; None if some can."""
+    if "forward" in vars(text):
+        return "other code has put a forward of its own on the model (accelerate does, for a device_map)"
+    weights = [*text.parameters()]
+    if any(isinstance(x, DTensor) for x in weights):
+        return "weights are shared between ranks"
+    if len({x.device for x in weights}) > 1:
+        return "weights on several devices"
+    return None
+
+
+def unfit_call(prefill: Prefill, args: tuple[Any, ...], kwargs: Mapping[str, Any], text: Any) -> str | None:
+    """Why this prefill cannot be one; None if it can, for all that is known on the host."""
+    call = prefill.call
+    if call.visual is None or call.visuals is None:
+        return "no images"
+    if call.past or call.visuals.cut:
+        return "a prompt in several calls, or behind another"
+    if call.tail:
+        return "candidates of assisted decoding behind the prompt"
+    if torch.is_grad_enabled():
+        return "gradients are on (torch.no_grad)"
+    if text.training:
+        return "the model is in training mode"
+    if torch.is_autocast_enabled(call.visual.device.type):
+        return "autocast"
+    if args:
+        return "positional arguments of the text model"
+    return _unfit_cache(call.cache) or _unfit_arguments(kwargs, text)
+
+
+def _unfit_cache(cache: Any) -> str | None:
+    if cache is None:
+        return None
+    if not isinstance(cache, Cache) or cache.offloading:
+        return "an offloaded cache" if isinstance(cache, Cache) else f"a cache of {type(cache).__name__}"
+    odd = [layer for layer in cache.layers if type(layer) not in (DynamicLayer, StaticLayer)]
+    pruned = [layer for layer in odd if isinstance(layer, PrunedLayer)]
+    if pruned:
+        return "a cache that was pruned before"
+    return f"a cache of {type(odd[0]).__name__}" if odd else None
+
+
+def _unfit_arguments(kwargs: Mapping[str, Any], text: Any) -> str | None:
+    for name, x in kwargs.items():
+        if name not in GIVEN | SETTINGS and x is not None and x is not False:
+            return f"{name} is asked for, or given"
+    asked = [name for name in ASKS if getattr(text.config, name)]
+    return f"{asked[0]} is asked for" if asked else None
