@@ -156,6 +156,8 @@ class Engine:
         self, i: int, prefill: Prefill, layer: PrunedLayer | None, args: Args, kwargs: Kwargs
     ) -> tuple[Any, Kwargs] | None:
         hidden, text, told = args[0], self.parts.text, self.host.told
+        if 0 < i <= len(prefill.planes):
+            hidden = hidden + prefill.planes[i - 1]
         rope = told(kwargs, "position_embeddings")
         if layer is not None and layer.shift is not None:
             rope = shifted(text, prefill, hidden, told(kwargs, "position_ids"), layer.shift)

@@ -159,6 +159,8 @@ class Prefill:
         ropes: shifts of packed caches, each with its tables.
         masks: built masks, shared by the layers that need the same one.
         runner: what runs its stages, if that is not the engine's own: of a prefill that a graph captures.
+        planes: ``[B, q, D]`` each, added to the rows that enter layers 1, 2, ... of one (Qwen3-VL's text model would do so
+            by an index that reads the device).
     """
 
     wants: Wants
@@ -172,6 +174,7 @@ class Prefill:
     ropes: list[tuple[Tensor, Rope]] = field(default_factory=list)
     masks: dict[Any, Any] = field(default_factory=dict)
     runner: Any = None
+    planes: tuple[Tensor, ...] = ()
 
     @property
     def bound(self) -> bool:

@@ -85,7 +85,7 @@ def capture(
         layout = open_bound(inputs.visual, inputs.rows, counts)
         embeds = inputs.embeds if subject.wants.embeds else None
         first = Unpruned(layout, images, None, text, embeds)
-        inner = Prefill(subject.wants, call, Prompt(batch), unpruned=first, runner=runner)
+        inner = Prefill(subject.wants, call, Prompt(batch), unpruned=first, runner=runner, planes=inputs.planes)
         told = {subject.cache: cache, RUNNING: inner, "position_ids": _positions(inputs)}
         return inner, subject.forward(
             subject.text, inputs_embeds=inputs.embeds, attention_mask=None, use_cache=True, **told
@@ -108,6 +108,7 @@ def _inputs_like(prompt: Inputs, length: int) -> Inputs:
         room(prompt.visual),
         tuple(map(room, prompt.positions)),
         None if prompt.text is None else room(prompt.text),
+        tuple(map(room, prompt.planes)),
         tuple(map(torch.zeros_like, prompt.seen)),
     )
 

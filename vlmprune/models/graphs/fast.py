@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from vlmprune.errors import first_line
@@ -17,7 +18,7 @@ from vlmprune.models.graphs.prompt_rows import PromptRows
 from vlmprune.models.graphs.reads import HostRead
 from vlmprune.models.graphs.store import Graph, Graphs, Inputs
 from vlmprune.models.graphs.unfit import unfit_call, unfit_model
-from vlmprune.models.host.names import CACHE, Signature
+from vlmprune.models.host.names import CACHE, DEEPSTACK, Signature
 from vlmprune.models.host.parts import Parts
 from vlmprune.models.prefill import RUNNING, Prefill, Unpruned, Wants
 from vlmprune.models.stage import StageRunner
@@ -77,12 +78,12 @@ class FastPath:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _prefill(self, prefill: Prefill, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
         """A replay's output; None where the call is to run as ever."""
-        why, output = unfit_call(prefill, args, kwargs, self.subject.text), None
-        if why is None:
+        unfit, output = unfit_call(prefill, args, kwargs, self.subject.text), None
+        if unfit is None:
             with self.graphs.lock:
                 why, output = self._replayed(prefill, kwargs)
         if prefill.prompt is not None:
-            prefill.prompt.graph = why
+            prefill.prompt.graph = why if unfit is None else f"{PLAIN}{unfit}"
         return output
 
     def _replayed(self, prefill: Prefill, kwargs: Kwargs) -> tuple[str, Any]:
@@ -145,7 +146,7 @@ class FastPath:
         layout, text, note = unpruned.layout, unpruned.text, None
         if self.vision.attn and prefill.call.visuals is not None:
             note = self.vision.note(prefill.call.visuals, [*map(len, unpruned.images)])
-        words = 0 if text is None else rounded(max(text.words))
+        words = 0 if text is None else rounded(max(1, *text.words))
         return Bucket(bucket(layout.real, layout.counts), words, note)
 
     def _inputs(self, prefill: Prefill, kwargs: Kwargs, rows: PromptRows, fixed: Bucket) -> Inputs:
@@ -155,7 +156,7 @@ class FastPath:
         planes = () if positions is None else (positions,) if positions.ndim == 2 else positions.unbind(0)
         text = None if prefill.unpruned.text is None else prefill.unpruned.text.mask
         seen = () if fixed.note is None else parts_of(fixed.note)
-        return Inputs(rows.rows, embeds, visual, planes, text, seen)
+        return Inputs(rows.rows, embeds, visual, planes, text, _deepstack(embeds, kwargs), seen)
 
     def _key(self, prefill: Prefill, prompt: Inputs, fixed: Bucket) -> Any:
         """All that two prompts of one graph have in common."""
@@ -176,3 +177,12 @@ class FastPath:
             unpruned.images,
             *map(tuple, shapes),
         )
+
+
+def _deepstack(embeds: Tensor, kwargs: Kwargs) -> tuple[Tensor, ...]:
+    """What the text model adds to visual tokens behind its first layers, each as ``[B, S, D]`` with zeros elsewhere."""
+    where, added = (kwargs.get(name) for name in DEEPSTACK)  # of one family only
+    if added is None:
+        return ()
+    empty = torch.zeros_like(embeds)
+    return tuple(empty.masked_scatter(where[..., None], x.to(embeds.dtype)) for x in added)

@@ -28,6 +28,7 @@ class Inputs(NamedTuple):
         visual: ``[B, L]`` bool, True at visual tokens.
         positions: planes ``[B, L]`` of what the model is told as positions; none = it counts.
         text: ``[B, L]`` bool, the text after the last image; None = no stage reads it.
+        planes: ``[B, L, D]`` each, what is added to the rows behind the first layers (Qwen3-VL).
         seen: what stages read of the vision tower.
     """
 
@@ -36,11 +37,13 @@ class Inputs(NamedTuple):
     visual: Tensor
     positions: tuple[Tensor, ...] = ()
     text: Tensor | None = None
+    planes: tuple[Tensor, ...] = ()
     seen: tuple[Tensor, ...] = ()
 
     def by_row(self) -> list[Tensor]:
         """Those with a row for each of the prompt's positions."""
-        return [self.embeds, self.visual, *self.positions, *([] if self.text is None else [self.text])]
+        text = () if self.text is None else (self.text,)
+        return [self.embeds, self.visual, *self.positions, *text, *self.planes]
 
     def every(self) -> list[Tensor]:
         """All of them."""

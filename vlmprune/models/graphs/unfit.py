@@ -10,13 +10,13 @@ from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from vlmprune.models.host.cache_layers import PrunedLayer
-from vlmprune.models.host.names import CACHE
+from vlmprune.models.host.names import CACHE, DEEPSTACK
 from vlmprune.models.prefill import RUNNING, Prefill
 
-GIVEN = {"inputs_embeds", "attention_mask", "position_ids", *CACHE, RUNNING}
+GIVEN = {"inputs_embeds", "attention_mask", "position_ids", *CACHE, RUNNING, *DEEPSTACK}
 """Arguments of the text model that a graph has its own of."""
-SETTINGS = {"use_cache", "return_dict", "cache_position"}
-"""Those that change nothing of what is computed."""
+SETTINGS = {"use_cache", "return_dict", "cache_position", "logits_to_keep"}
+"""Those that change nothing of what it computes."""
 ASKS = ("output_hidden_states", "output_attentions")
 
 

@@ -26,6 +26,8 @@ BASE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 LAYER = ("hidden_states", "attention_mask", "position_ids", "position_embeddings")
 ATTENTION = ("hidden_states", "position_embeddings")
 MODEL = ("labels", "logits_to_keep")
+DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")
+"""Where visual tokens are, and what the text model adds to them behind its first layers (Qwen3-VL)."""
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 """Bounds of the samples of a packed batch, which travel among a call's other keywords (FlashAttentionKwargs)."""
 
