@@ -90,9 +90,10 @@ test-interpret: install
 test-compile: install
 	TRITON_INTERPRET=0 $(PYTEST) -m "not slow" tests/compile
 
-# What `make test` leaves out: the build of the CUDA extension, first as it takes longest, and every launch for sm_90.
+# What `make test` leaves out: the build of the CUDA extension, first as it takes longest, every launch for sm_90, and a
+# thousand requests.
 test-slow: install
-	TRITON_INTERPRET=0 $(PYTEST) -m slow tests/csrc tests/compile
+	TRITON_INTERPRET=0 $(PYTEST) -m slow tests/csrc tests/compile tests/models
 
 # What kernels and transformers have a part in, once more with the oldest supported versions, whose compiler meets every
 # launch for one target (all of them: `make resources`) ...
@@ -101,14 +102,14 @@ WIRING := tests/models tests/policies
 
 test-oldest: PY := $(OLDEST)/bin/python
 test-oldest: $(OLDEST)/.installed
-	$(PYTEST) tests/ops $(HOSTED)
+	$(PYTEST) -m "not slow" tests/ops $(HOSTED)
 	TRITON_INTERPRET=0 $(PYTEST) -m "not slow" tests/compile
 
 # ... and with those that pip resolves today: kernels too, unless their Triton is that of `make test`.
 test-newest: PY := $(NEWEST)/bin/python
 test-newest: $(NEWEST)/.installed
 	$(PY) $(PIP) -U torch==$(TORCH) -r requirements/newest.txt
-	$(PYTEST) $(HOSTED)
+	$(PYTEST) -m "not slow" $(HOSTED)
 	if ! grep -q "^triton==$$($(PY) -c 'import triton; print(triton.__version__)');" requirements/dev.txt; then \
 		$(PYTEST) tests/ops && TRITON_INTERPRET=0 $(PYTEST) tests/compile; fi
 
@@ -121,7 +122,7 @@ test-torch-floor: $(FLOOR)/.installed
 
 # Models and policies on a device that is not there, which refuses what is left on the CPU: tests/_lib/helpers/pretended.py.
 test-device: install
-	$(PYTEST) --device pretend $(WIRING)
+	$(PYTEST) -m "not slow" --device pretend $(WIRING)
 
 # Measures on the GPU if there is one; benchmarks/README.md says what the lines mean. `make bench BENCH=--full` for everything.
 bench: install

@@ -16,6 +16,7 @@ from helpers.lost_device import pytest_runtest_makereport  # noqa: F401
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers that each spin up all cores wait for one another most of the time
 DEVICE = pytest.StashKey[str]()
+SLOW = ("csrc", "compile", "models")
 
 
 def pytest_addoption(parser):
@@ -57,9 +58,9 @@ def pytest_terminal_summary(terminalreporter, config):
 def pytest_collection_modifyitems(config, items):
     """Deselect tests that need a GPU where there is none; a slow one lies where `make test-slow` looks for it."""
     slow = (item for item in items if item.get_closest_marker("slow"))
-    stray = [item.nodeid for item in slow if item.path.parent.name not in ("csrc", "compile")]
+    stray = [item.nodeid for item in slow if item.path.parent.name not in SLOW]
     if stray:
-        raise pytest.UsageError(f"slow tests belong into tests/csrc or tests/compile, got {stray[0]}")
+        raise pytest.UsageError(f"slow tests belong into one of tests/ {', '.join(SLOW)}, got {stray[0]}")
     leave_out = {"cuda": ("cpu",), "pretend": ("cpu", "real")}.get(config.getoption("device"), ())
     for item in items:
         for marker in filter(None, map(item.get_closest_marker, leave_out)):

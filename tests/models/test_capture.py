@@ -7,10 +7,9 @@ plan does nothing but launch is for tests/compile/test_plan_host.py to say.
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 import vlmprune
+from helpers.recorder import Operations
 from helpers.tiny import IMAGE, make_batch, make_model
 
 STATIC = [
@@ -24,30 +23,6 @@ STATIC = [
     vlmprune.DivPrune(keep=4),
 ]
 SPECS = {"one": [[4, "I", 7]], "two-images": [[4, "I", 3, "I", 7]], "equal": [["I", 5], ["I", 5]]}
-
-
-class Graph(TorchDispatchMode):
-    """Records operations with the tensors they read and wrote; ``replay`` repeats them in the same memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.nodes = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.nodes.append((func, args, kwargs or {}, out))
-        return out
-
-    @torch.no_grad()
-    def replay(self):
-        for func, args, kwargs, out in self.nodes:
-            fresh = func(*args, **kwargs)
-            if any(x.alias_info for x in func._schema.returns):
-                continue  # a view, or written in place
-            for old, new in zip(tree_flatten(out)[0], tree_flatten(fresh)[0], strict=True):
-                if isinstance(old, torch.Tensor):
-                    assert old.shape == new.shape
-                    old.copy_(new)
 
 
 def prompts(specs):
@@ -75,12 +50,12 @@ def captured_and_replayed(model, policy, first, second):
         want = seen(model(**second))
         for _ in range(2):
             model(**batch)  # a capture comes behind runs to warm up
-        with Graph() as graph:
+        with Operations() as operations:
             out = seen(model(**batch))
     assert not torch.equal(out[0], want[0])
     for name, x in second.items():
         batch[name].copy_(x)
-    graph.replay()
+    operations.replay()
     return out, want
 
 

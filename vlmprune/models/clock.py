@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,15 @@ class Clock:
     def go_on(self, marks: Marks) -> None:
         """This thread's coming step is another chunk of a prompt."""
         self.mine.marks, marks.more = marks, True
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """A block whose work is no part of the prompt: runs to warm up a capture, and the capture."""
+        mine, self.mine.marks = self.mine.marks, Marks()
+        try:
+            yield
+        finally:
+            self.mine.marks = mine
 
     def now(self) -> Mark:
         """A mark in the stream of work, or the time."""

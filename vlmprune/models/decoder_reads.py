@@ -16,8 +16,9 @@ from vlmprune.models.host.cache_layers import QUANTIZED
 from vlmprune.models.host.cache_view import entries, extend_validity, held_keys, past_validity
 from vlmprune.models.host.names import attribute
 from vlmprune.models.host.parts import heads
-from vlmprune.models.layout import Layout, last_rows, moved, text_rows
+from vlmprune.models.layout import Layout, last_rows, moved
 from vlmprune.models.prefill import Prefill, Rope
+from vlmprune.models.text_span import text_rows
 from vlmprune.policies.base import AttentionInputs, Needs
 
 

@@ -50,7 +50,9 @@ class Engine:
         self.wants = Wants.of(needs, parts.layers, parts.text.config)
         self.vision = VisionReads(parts, sorted({layer for need in needs.values() for layer in need.vision}))
         self.stage = None if policy is None else StageRunner(parts, policy, self.vision)
-        self.fast = None if graphs is None else FastPath(parts, policy, self.wants, self.vision, graphs)
+        self.fast = (
+            None if graphs is None else FastPath(parts, policy, self.wants, self.vision, self.clock, graphs)
+        )
         self.lost = 0
         self.handles: list[RemovableHandle] = []
 

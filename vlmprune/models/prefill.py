@@ -18,8 +18,9 @@ from vlmprune.constants import whole_numbers
 from vlmprune.errors import ModelError
 from vlmprune.models.call import Call
 from vlmprune.models.host.families import DECODERS, ImageGrids
-from vlmprune.models.layout import Layout, TextSpan, find_text, moved, open_layout, packed_rows, take
+from vlmprune.models.layout import Layout, moved, open_layout, packed_rows, take
 from vlmprune.models.prompt import Prompt
+from vlmprune.models.text_span import TextSpan, find_text
 from vlmprune.policies.base import AttentionInputs, Grid, Needs, tokens_in
 
 RUNNING = "vlmprune"

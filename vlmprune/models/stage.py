@@ -15,8 +15,9 @@ from vlmprune.models.decoder_reads import read_own_attention
 from vlmprune.models.fused import Case, Passed, Passes, why_not
 from vlmprune.models.graphs.reads import HostRead
 from vlmprune.models.host.parts import Parts
-from vlmprune.models.layout import Layout, last_rows, moved, text_rows
+from vlmprune.models.layout import Layout, last_rows, moved
 from vlmprune.models.prefill import Entering, Prefill, Rope
+from vlmprune.models.text_span import text_rows
 from vlmprune.models.vision_reads import VisionReads
 from vlmprune.policies.answer import check_ranking, check_selection
 from vlmprune.policies.base import (

@@ -17,10 +17,11 @@ from vlmprune.models.graphs.prompt_rows import PromptRows
 from vlmprune.models.graphs.recorder import Recorder
 from vlmprune.models.graphs.store import Graph, Inputs
 from vlmprune.models.host.families import Encoded
-from vlmprune.models.layout import TextSpan, open_bound
+from vlmprune.models.layout import open_bound
 from vlmprune.models.prefill import RUNNING, Prefill, Unpruned, Wants
 from vlmprune.models.prompt import Prompt
 from vlmprune.models.stage import StageRunner
+from vlmprune.models.text_span import TextSpan
 from vlmprune.models.visuals import Notes, Visuals
 
 
@@ -31,14 +32,12 @@ class Subject(NamedTuple):
         text: the text model; ``forward`` runs it.
         cache: its argument for the KV cache.
         wants: what the policy reads.
-        runner: makes what runs the stages, with plans that belong to the graph; None without a policy.
     """
 
     text: Any
     forward: Callable[..., Any]
     cache: str
     wants: Wants
-    runner: Callable[[], StageRunner] | None
 
 
 class Bucket(NamedTuple):
@@ -56,9 +55,15 @@ class Bucket(NamedTuple):
 
 
 def capture(
-    subject: Subject, bucket: Bucket, prefill: Prefill, rows: PromptRows, prompt: Inputs, recorder: Recorder
+    subject: Subject,
+    runner: StageRunner | None,
+    bucket: Bucket,
+    prefill: Prefill,
+    rows: PromptRows,
+    prompt: Inputs,
+    recorder: Recorder,
 ) -> Graph:
-    """A graph for prompts like this one.
+    """A graph for prompts like this one. ``runner`` runs its stages, on plans that belong to it.
 
     Raises:
         HostRead: a stage waits for the device, so its choice cannot be repeated.
@@ -70,7 +75,6 @@ def capture(
     with torch.inference_mode(False), torch.no_grad():
         inputs = _inputs_like(prompt, bucket.length)
     rows.fill(inputs, prompt)
-    runner = None if subject.runner is None else subject.runner()
     visuals = prefill.call.visuals
     if bucket.note is not None and visuals is not None:
         visuals = _of_graph(visuals, bucket.note, inputs.seen)
@@ -85,7 +89,9 @@ def capture(
         layout = open_bound(inputs.visual, inputs.rows, counts)
         embeds = inputs.embeds if subject.wants.embeds else None
         first = Unpruned(layout, images, None, text, embeds)
-        inner = Prefill(subject.wants, call, Prompt(batch), unpruned=first, runner=runner, planes=inputs.planes)
+        inner = Prefill(
+            subject.wants, call, Prompt(batch), unpruned=first, runner=runner, planes=inputs.planes
+        )
         told = {subject.cache: cache, RUNNING: inner, "position_ids": _positions(inputs)}
         return inner, subject.forward(
             subject.text, inputs_embeds=inputs.embeds, attention_mask=None, use_cache=True, **told

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from vlmprune.errors import first_line
+from vlmprune.models.clock import Clock
 from vlmprune.models.graphs.buckets import bucket, rounded
 from vlmprune.models.graphs.capture import Bucket, Subject, capture, parts_of
 from vlmprune.models.graphs.hand_over import hand_over
@@ -34,21 +35,24 @@ class FastPath:
     """Stands in the place of one text model's forward.
 
     Args:
-        parts, policy, wants, vision: the engine's.
+        parts, policy, wants, vision, clock: the engine's.
         graphs: what is captured, and where it is kept.
     """
 
     def __init__(
-        self, parts: Parts, policy: PruningPolicy | None, wants: Wants, vision: VisionReads, graphs: Graphs
+        self,
+        parts: Parts,
+        policy: PruningPolicy | None,
+        wants: Wants,
+        vision: VisionReads,
+        clock: Clock,
+        graphs: Graphs,
     ) -> None:
-        def runner() -> StageRunner:
-            assert policy is not None
-            return StageRunner(parts, policy, vision)
-
         text = parts.text
         cache = Signature(text, ("inputs_embeds", "attention_mask", "position_ids", "use_cache")).first(CACHE)
-        self.policy, self.vision, self.graphs = policy, vision, graphs
-        self.subject = Subject(text, type(text).forward, cache, wants, None if policy is None else runner)
+        self.parts, self.policy, self.vision = parts, policy, vision
+        self.clock, self.graphs = clock, graphs
+        self.subject = Subject(text, type(text).forward, cache, wants)
         self.refused = graphs.recorder.refusal(text.device) or unfit_model(text)
 
     @property
@@ -117,9 +121,12 @@ class FastPath:
         self, prefill: Prefill, rows: PromptRows, prompt: Inputs, fixed: Bucket, key: Any
     ) -> tuple[Graph | None, str]:
         """A new graph, or why there is none, which is remembered."""
-        graphs = self.graphs
+        graphs, runner = self.graphs, None
+        if self.policy is not None:
+            runner = StageRunner(self.parts, self.policy, self.vision)
         try:
-            graph = capture(self.subject, fixed, prefill, rows, prompt, graphs.recorder)
+            with self.clock.aside():
+                graph = capture(self.subject, runner, fixed, prefill, rows, prompt, graphs.recorder)
         except HostRead as read:
             why: str | None = f"adaptive: a choice depends on what the host has read ({read})"
         except torch.OutOfMemoryError:
@@ -182,7 +189,7 @@ class FastPath:
 def _deepstack(embeds: Tensor, kwargs: Kwargs) -> tuple[Tensor, ...]:
     """What the text model adds to visual tokens behind its first layers, each as ``[B, S, D]`` with zeros elsewhere."""
     where, added = (kwargs.get(name) for name in DEEPSTACK)  # of one family only
-    if added is None:
+    if added is None or where is None:
         return ()
     empty = torch.zeros_like(embeds)
     return tuple(empty.masked_scatter(where[..., None], x.to(embeds.dtype)) for x in added)

@@ -19,30 +19,36 @@ class HostRead(RuntimeError):
     """Something that must not wait for the device did."""
 
 
-class NoHostReads(TorchDispatchMode):
+class NoHostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A block in which every wait for this device raises HostRead: .item(), bool(), .tolist(), boolean indexing, copies out."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.methods = device, _Methods(device)
 
     def __enter__(self) -> Any:
-        self.methods.__enter__()
-        return super().__enter__()
+        self.methods.__enter__()  # type: ignore[no-untyped-call]
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self.methods.__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.methods.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in READS and _is_on(self.device, args):
             raise HostRead(name)
-        if name == "index" and any(at is not None and at.dtype == torch.bool for at in args[1]):
-            raise HostRead("boolean indexing")
+        if name == "index" and _is_on(self.device, args):
+            given = [at for at in args[1] if at is not None]
+            if any(at.dtype == torch.bool for at in given):
+                raise HostRead("boolean indexing")
+            if any(at.device.type != self.device.type for at in given):
+                raise HostRead("an index of the host's")
         out = func(*args, **(kwargs or {}))
-        if name in COPIES and self.device.type != out.device.type and _is_on(self.device, args):
-            raise HostRead("a copy to the host")
+        if name in COPIES and {x.device.type for x in (*args[:2], out) if isinstance(x, Tensor)} > {
+            self.device.type
+        }:
+            raise HostRead("a copy from or to the host")
         return out
 
 
@@ -50,7 +56,7 @@ class _Methods(TorchFunctionMode):
     """The same for methods."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

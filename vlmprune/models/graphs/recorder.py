@@ -47,7 +47,7 @@ class CudaGraphs:
 
     def record(self, run: Callable[[], T], device: torch.device) -> tuple[T, Recording]:
         """As ``Recorder`` has it. A wait is found before the capture, which it would break beyond repair."""
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.device(device):
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

@@ -109,6 +109,9 @@ class Graphs:
         self._kept: OrderedDict[Any, Graph] = OrderedDict()
         self._shapes: OrderedDict[Any, str] = OrderedDict()
 
+    def __reduce__(self) -> Any:
+        return Graphs, (self.memory, self.most, self.recorder)
+
     def __len__(self) -> int:
         return len(self._kept)
 
@@ -157,7 +160,9 @@ class Graphs:
     def keep(self, key: Any, graph: Graph) -> str | None:
         """Keep a graph, and let others go for it. Returns why it is not kept, if it is larger than all may be."""
         if graph.nbytes > self.memory:
-            return f"memory short: one graph of {graph.nbytes >> 20} MiB, where all may hold {self.memory >> 20}"
+            return (
+                f"memory short: one graph of {graph.nbytes >> 20} MiB, where all may hold {self.memory >> 20}"
+            )
         self._kept[key] = graph
         while len(self._kept) > self.most or self.nbytes > self.memory:
             self._kept.popitem(last=False)

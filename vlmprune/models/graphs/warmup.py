@@ -64,8 +64,13 @@ def warmup(
     check(end < ids.shape[1], "like", "text behind the last image", "none")
     for length in lengths:
         ok = isinstance(length, int) and length > end
-        check(ok, "lengths", f"whole numbers above {end} (the images, and what stands before them)", repr(length))
-    graphs = graphs or Graphs()
+        check(
+            ok,
+            "lengths",
+            f"whole numbers above {end} (the images, and what stands before them)",
+            repr(length),
+        )
+    graphs = Graphs() if graphs is None else graphs
     with prune(model, policy, graphs):
         for length in lengths:
             inputs = {name: _fitted(x, ids, end, length, batch) for name, x in prompt.items()}
@@ -88,7 +93,12 @@ def _one_image(parts: Parts) -> dict[str, Tensor]:
     """A prompt of one image and a token on either side. Raises InputError where images differ in shape."""
     family, vision = parts.family, parts.config.vision_config
     fixed = family.square and parts.tower.padding is None
-    check(fixed, "like", f"a prompt with the images to come ({parts.config.model_type!r} has them in many shapes)", "None")
+    check(
+        fixed,
+        "like",
+        f"a prompt with the images to come ({parts.config.model_type!r} has them in many shapes)",
+        "None",
+    )
     size = vision.image_size
     height, width = (size, size) if isinstance(size, int) else size
     seen = [parts.token_ids["image"]] * tokens_in([patch_grid(parts.config)])
