@@ -1,39 +1,46 @@
-"""What a captured run has taken from a module for good: where its weights lie, and which hooks run."""
+"""What a captured run has taken from a module for good: where its weights lie, which modules and how many hooks there are."""
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
 
 class Bindings:
-    """Weights and buffers by address, hooks by number. ``hold`` tells whether all is as it was at the capture.
+    """Weights and buffers by address, modules by identity, hooks by number.
 
-    Weights that change in place are read at every replay. Those that moved (``.to``, ``load_state_dict(assign=True)``,
-    adapters) are not, and no hook runs in a replay.
+    Weights that change in place are read at every replay. Those that moved (``.to``, ``load_state_dict(assign=True)``) or
+    were wrapped (adapters) are not, and no hook runs in a replay.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.tensors: list[tuple[dict[str, Any], str, int]] = []
-        self.modules = list(module.modules())
-        for part in self.modules:
-            for table in (part._parameters, part._buffers):
-                self.tensors += [(table, name, x.data_ptr()) for name, x in table.items() if x is not None]
-        self.hooks, self.children = self._hooks(), self._children()
+        modules = list(module.modules())
+        self._hooks = [table for part in modules for table in (part._forward_hooks, part._forward_pre_hooks)]
+        self._children = [part._modules for part in modules if part._modules]
+        self._tensors = [
+            (table, name, x.data_ptr())
+            for part in modules
+            for table in (part._parameters, part._buffers)
+            for name, x in table.items()
+            if x is not None
+        ]
+        self._kept = modules  # so that no identity is given again
+        self._numbers = self._count(), self._identities()
 
     def hold(self) -> bool:
         """Whether a replay does what a call would."""
-        if self.hooks != self._hooks() or self.children != self._children():
+        if self._numbers != (self._count(), self._identities()):
             return False
-        return all(
-            isinstance(now := table.get(name), Tensor) and now.data_ptr() == at
-            for table, name, at in self.tensors
-        )
+        return all(_lies_at(table.get(name), at) for table, name, at in self._tensors)
 
-    def _hooks(self) -> int:
-        return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in self.modules)
+    def _count(self) -> int:
+        return sum(map(len, self._hooks))
 
-    def _children(self) -> list[int]:
-        """Modules that stand below others, by identity: an adapter takes the place of one."""
-        return [id(child) for part in self.modules for child in part._modules.values()]
+    def _identities(self) -> list[int]:
+        return [*map(id, chain.from_iterable(table.values() for table in self._children))]
+
+
+def _lies_at(x: Any, address: int) -> bool:
+    return isinstance(x, Tensor) and x.data_ptr() == address

@@ -236,8 +236,9 @@ def fill(layer: Any, keys: Tensor, values: Tensor) -> None:
     if not isinstance(layer, DynamicLayer):
         layer.update(keys, values)
         return
-    layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
+    # what lazy_initialization does, but for two empty tensors a layer
+    layer.keys, layer.values, layer.is_initialized = keys, values, True
+    layer.dtype, layer.device = keys.dtype, keys.device
     if isinstance(layer, PrunedLayer):
         layer.settle()
 
