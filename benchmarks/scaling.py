@@ -12,6 +12,7 @@ the last line of every point there, so that several short runs add up.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,9 +28,9 @@ from scale.fit import AXES, fits
 from scale.measure import UNPRUNED, Point, measure
 from scale.model import SIZES, make_model
 
-TOKENS = (576, 1024, 2048, 4096, 8192, 16384, 32768)
+TOKENS = (576, 1024, 2025, 4096, 8100, 16384, 32761)  # an image is square
 IMAGES, BATCHES = (1, 2, 4, 8), (1, 4, 16)
-LEAST = 2048  # exponents of visual tokens are fitted from here on: below, the same for every call counts most
+LEAST = 2000  # exponents of visual tokens are fitted from here on: below, the same for every call counts most
 PAIRS = 8192  # the most tokens for a policy that compares all pairs
 KEEP = 0.25
 POLICIES = (
@@ -90,7 +91,9 @@ def arguments() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--axis", nargs="+", choices=AXES, default=list(AXES), help="what to vary")
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="visual tokens an image")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=list(TOKENS), help="visual tokens an image, square numbers"
+    )
     parser.add_argument("--images", type=int, nargs="+", default=list(IMAGES), help="of --tokens' first")
     parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES), help="of --tokens' first")
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), help="as `vlmprune run` takes them")
@@ -111,6 +114,9 @@ def main() -> int:
     chosen = parser.parse_args()
     if chosen.repeat < 1:
         parser.error(f"--repeat: expected at least 1, got {chosen.repeat}")
+    odd = [n for n in chosen.tokens if math.isqrt(n) ** 2 != n]
+    if odd:
+        parser.error(f"--tokens: expected square numbers, got {', '.join(map(str, odd))}")
     if chosen.predict:
         predict(chosen.markdown)
         return 0
