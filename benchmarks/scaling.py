@@ -5,7 +5,7 @@ LLaVA-1.5-7B's size. Each line is appended to OUT.csv as it is measured; table, 
 the last line of every point there, so that several short runs add up.
 
     python -P benchmarks/scaling.py [--axis visual images batch] [--tokens 576 1024 ...] [--policies ...] [--out OUT]
-    python -P benchmarks/scaling.py --show [--out OUT]          # of what was measured before
+    python -P benchmarks/scaling.py --show [--markdown] [--out OUT]  # of what was measured before
     python -P benchmarks/scaling.py --predict [--markdown]      # a decode step on H100 and H200: predicted, not measured
 """
 
@@ -104,7 +104,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("build/scaling"), help="CSV, JSON and PNG")
     parser.add_argument("--show", action="store_true", help="measure nothing")
     parser.add_argument("--predict", action="store_true", help="decode steps on H100 and H200")
-    parser.add_argument("--markdown", action="store_true", help="--predict as in benchmarks/README.md")
+    parser.add_argument("--markdown", action="store_true", help="the table of benchmarks/README.md")
     return parser
 
 
@@ -127,6 +127,9 @@ def main() -> int:
         parser.error(f"--show: expected {table}, which is not there")
     rows = results.read(table)
     found = fits(rows, LEAST)
+    if chosen.markdown:
+        print("\n".join(results.markdown(rows, found)))
+        return 0
     results.show(rows, found)
     results.write_fits(chosen.out.with_suffix(".json"), rows, found)
     results.draw(chosen.out.with_suffix(".png"), rows, found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,10 @@ def show(rows: Sequence[dict[str, str]], found: Sequence[Fit]) -> None:
     heads += ("selection / prefill", "runs")
     cells = []
     for row in rows:
-        times = [row[f"{phase}_median_ms"] for phase in PHASES]
-        share = f"{100 * float(times[0]) / float(times[1]):.2f} %" if times[0] else ""
-        shown = (f"{float(t):.3g}" if t and float(t) < 100 else f"{float(t):.0f}" if t else "" for t in times)
+        selection, prefill = row["selection_median_ms"], row["prefill_median_ms"]
+        share = f"{100 * float(selection) / float(prefill):.2f} %" if selection else ""
         places = (row[k] for k in ("axis", "policy", "tokens", "images", "batch", "kept"))
-        cells.append((*places, *shown, share, row["runs"]))
+        cells.append((*places, *_shown(row), share, row["runs"]))
     first = rows[0]
     what = (
         f"{first['device']}; {first['size']}, {first['dtype']}, {first['attention']}; torch {first['torch']}"
@@ -92,6 +91,21 @@ def exponents(found: Sequence[Fit]) -> list[tuple[str, ...]]:
         shown = (str(phases[phase]) if phase in phases else "" for phase in PHASES)
         cells.append((*place, *shown, f"{last.first:.0f} to {last.last:.0f}", str(last.points)))
     return cells
+
+
+def markdown(rows: Sequence[dict[str, str]], found: Sequence[Fit]) -> Iterator[str]:
+    """The table of benchmarks/README.md, line by line: exponents, and the medians of the last point of each."""
+    yield "| axis | policy | selection | prefill | decode | from | points | ms at the last |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+    for cells in exponents(found):
+        last = [r for r in rows if (r["axis"], r["policy"]) == cells[:2]][-1]
+        yield f"| {' | '.join((*cells, ' / '.join(_shown(last))))} |"
+
+
+def _shown(row: dict[str, str]) -> tuple[str, ...]:
+    """Medians of the phases."""
+    times = (row[f"{phase}_median_ms"] for phase in PHASES)
+    return tuple(f"{float(t):.3g}" if t and float(t) < 100 else f"{float(t):.0f}" if t else "" for t in times)
 
 
 def write_fits(path: Path, rows: Sequence[dict[str, str]], found: Sequence[Fit]) -> None:
