@@ -138,5 +138,5 @@ def draw(path: Path, rows: Sequence[dict[str, str]], found: Sequence[Fit]) -> No
         f"{first['device']}; {first['size']} decoder, {first['dtype']}, {first['attention']}", fontsize=10
     )
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=70)
     plt.close(figure)
