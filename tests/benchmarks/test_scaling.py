@@ -205,3 +205,12 @@ def test_selection_measured_is_linear_but_for_all_pairs():
     }
     assert 1.8 < selection.pop("divprune") < 2.4  # counted: 2.0; the pairs outgrow the caches
     assert selection and all(exponent < 1.2 for exponent in selection.values()), selection
+
+
+def test_decode_measured_is_faster_after_pruning_from_4096_tokens_on():
+    """In the rows kept."""
+    rows = [row for row in results.read(KEPT.with_suffix(".csv")) if row["axis"] == "visual"]
+    steps = {(row["policy"], int(row["at"])): float(row["decode_median_ms"]) for row in rows}
+    pruned = {key: ms for key, ms in steps.items() if key[0] != UNPRUNED and key[1] >= 4096}
+    assert len(pruned) >= 10
+    assert all(ms < steps[UNPRUNED, at] for (_, at), ms in pruned.items())
