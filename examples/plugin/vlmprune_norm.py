@@ -22,6 +22,7 @@ class Norm(PruningPolicy):
 
     summary: ClassVar[str] = "tokens with the largest hidden states (example plugin)"
     paper: ClassVar[str] = "example"
+    growth = "n"
 
     layer: int = 2
     keep: int | float = 0.5

@@ -36,6 +36,8 @@ def test_list_json_has_every_policy():
     assert facts["fastervlm"] == ("before the LM", False, "used if there")
     assert facts["cdpruner"][1] and not facts["divprune"][1]
     assert facts["vscan"] == ("before the LM and layer 16", True, "used if there")
+    growth = {name: policy["growth"] for name, policy in found.items()}
+    assert (growth["fastv"], growth["divprune"], growth["cdpruner"]) == ("n", "n^2", "n^3")
 
 
 @pytest.mark.parametrize("how", [(), ("--json",), ("--markdown",)])
@@ -66,7 +68,7 @@ def test_a_broken_plugin_is_named_and_the_others_listed(how, monkeypatch):
 def test_list_table_can_be_typed_back():
     done = cli("list")
     assert done.exit_code == 0, done.stderr
-    assert "layers=8/16" in done.stdout
+    assert "layers=8/16" in done.stdout and "grows as n^2" in done.stdout
     assert policy_from("feather:layers=8/16,keep=0.3") == vlmprune.Feather(layers=(8, 16), keep=0.3)
 
 

@@ -24,8 +24,11 @@ FACTS = {
     "acts": "acts",
     "text-aware": "text_aware",
     "CLS": "cls",
+    "grows": "growth",
 }
 """Heading in the README's table -> fact."""
+AS_SET = ("acts", "reads", "text_aware", "cls", "growth")
+"""What is not known of a policy that cannot be made without settings."""
 
 
 def show_policies(as_json: bool, as_markdown: bool = False) -> None:
@@ -46,14 +49,14 @@ def show_policies(as_json: bool, as_markdown: bool = False) -> None:
         rows = []
         for name, policy in found.items():
             fields = "\n".join(f"{field}={_typed(value)}" for field, value in policy["fields"].items())
-            facts = f"{policy['acts']}\nreads {policy['reads']}\n{policy['checked']}"
+            facts = f"{policy['acts']}\nreads {policy['reads']}\ngrows as {policy['growth'] or 'unknown'}\n{policy['checked']}"
             rows.append((name, fields, policy["summary"], facts, policy["paper"]))
         Console().print(table(heads, rows, show_lines=True))
 
 
 def markdown_table(found: dict[str, dict[str, Any]]) -> str:
     """The table of methods in the README."""
-    words = {True: "yes", False: "no"}
+    words = {True: "yes", False: "no", None: "unknown"}
     heads = ["name", "class", *FACTS, " / ".join(map(str, BUDGETS)), "checked", "from"]
     rows = [heads, ["---"] * len(heads)]
     for name, policy in found.items():
@@ -66,7 +69,7 @@ def markdown_table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def describe_policy(cls: type[PruningPolicy]) -> dict[str, Any]:
-    """Fields with defaults (``"required"`` if there is none), summary, paper, what it reads and where it acts."""
+    """Fields with defaults (``"required"`` if there is none), summary, paper, what it reads, where it acts, how it grows."""
     fields = fields_of(cls)
     usual = None if MISSING in fields.values() else cls()
     return {
@@ -76,12 +79,12 @@ def describe_policy(cls: type[PruningPolicy]) -> dict[str, Any]:
         "paper": cls.paper,
         "checked": cls.checked,
         "presets": dict(cls.presets),
-        **(_facts(usual) if usual else dict.fromkeys(("acts", "reads", "text_aware", "cls"), "as set")),
+        **(_facts(usual) if usual else dict.fromkeys(AS_SET, "as set")),
     }
 
 
 def _facts(policy: PruningPolicy) -> dict[str, Any]:
-    """Where a policy acts and what it reads."""
+    """Where a policy acts, what it reads, and how its work grows."""
     needs = [policy.needs(layer) for layer in policy.layers]
     reads = {
         "decoder attention": any(n.attention for n in needs),
@@ -96,6 +99,7 @@ def _facts(policy: PruningPolicy) -> dict[str, Any]:
         "reads": ", ".join(k for k, used in reads.items() if used) or "positions only",
         "text_aware": reads["decoder attention"] or reads["prompt text"],
         "cls": "used if there" if reads["vision attention"] else "no",
+        "growth": policy.growth,
     }
 
 

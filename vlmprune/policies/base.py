@@ -17,6 +17,8 @@ from vlmprune.policies.chosen import Ranking as Ranking
 from vlmprune.policies.chosen import Reduction as Reduction
 from vlmprune.policies.chosen import outcome as outcome
 from vlmprune.policies.counts import keep_count
+from vlmprune.policies.growth import GROWTHS
+from vlmprune.policies.growth import Growth as Growth
 from vlmprune.policies.inputs import AttentionInputs as AttentionInputs
 from vlmprune.policies.inputs import Grid as Grid
 from vlmprune.policies.inputs import Needs as Needs
@@ -107,7 +109,7 @@ class PruningPolicy:
 
     A budget is counted per image, as a share of its tokens (a float) or as a number of them (an int), and a prompt of m
     images has m times as much. A setting ``spend`` says how it is spent: "prompt", the best tokens of all images of the
-    prompt together stay, or "image", every image keeps its own.
+    prompt together stay, or "image", every image keeps its own. ``growth`` says what more tokens cost.
 
     A class checks its settings in ``__post_init__``; before that runs, numpy's numbers have become Python's, and lists and
     arrays tuples.
@@ -139,6 +141,9 @@ class PruningPolicy:
         super().__init_subclass__()
         kinds = map(vars, cls.__mro__[: cls.__mro__.index(PruningPolicy)])
         cls._ranks = next(("rank" in names for names in kinds if names.keys() & {"rank", "select"}), False)
+        growth = cls.__dict__.get("growth")
+        if growth is not None and not isinstance(growth, property):
+            check(growth in GROWTHS, f"{cls.__name__}.growth", f"one of {', '.join(GROWTHS)}", repr(growth))
         own = cls.__dict__.get("__post_init__")
         if own is not None:
 
@@ -165,6 +170,15 @@ class PruningPolicy:
         By default the one in the setting ``layer``.
         """
         return (self._setting("layer", "a setting 'layer', or `layers` of its own"),)
+
+    @property
+    def growth(self) -> Growth | None:
+        """How the work of a choice grows with the n visual tokens of an image of which the same share stays; None = unknown.
+
+        A class says ``growth = "n"`` (a score for each, and sorting them), "n^2" (all pairs) or "n^3". What is remembered
+        for prompts of one kind is counted as it is from the second one on.
+        """
+        return None
 
     def needs(self, layer: int) -> Needs:
         """What ``select`` reads from its context at this stage."""

@@ -52,6 +52,7 @@ class CDPruner(PruningPolicy):
     )
     presets = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
     checked = "reading"
+    growth = "n^3"  # every further choice looks at all earlier ones, for each token
 
     keep: int | float = 64
     relevance: Literal["text", "none"] | Callable[[TokenContext], Tensor] = "text"

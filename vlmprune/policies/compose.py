@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import InputError, check
-from vlmprune.policies.base import Needs, PruningPolicy, Ranking, Reduction, TokenContext
+from vlmprune.policies.base import Growth, Needs, PruningPolicy, Ranking, Reduction, TokenContext
 from vlmprune.policies.checks import share_of
 from vlmprune.policies.choose import index_of, marks
 from vlmprune.policies.counts import union_count
+from vlmprune.policies.growth import worst
 
 
 def check_member(whole: PruningPolicy, member: PruningPolicy, name: str) -> None:
@@ -54,6 +55,11 @@ class Stages(PruningPolicy):
     @property
     def layers(self) -> tuple[int, ...]:
         return tuple(sorted(layer for policy in self.policies for layer in policy.layers))
+
+    @property
+    def growth(self) -> Growth | None:
+        """The worst of its policies."""
+        return worst(policy.growth for policy in self.policies)
 
     def needs(self, layer: int) -> Needs:
         return self._policy(layer).needs(layer)
@@ -104,6 +110,11 @@ class Pair(PruningPolicy):
     @property
     def layers(self) -> tuple[int, ...]:
         return self.first.layers
+
+    @property
+    def growth(self) -> Growth | None:
+        """The worse of the two."""
+        return worst((self.first.growth, self.second.growth))
 
     def needs(self, layer: int) -> Needs:
         return self.first.needs(layer) | self.second.needs(layer)

@@ -47,6 +47,7 @@ class DART(PruningPolicy):
         64: "layer=2,keep=30,count=exact",
     }
     checked = "reading"
+    growth = "n"  # a few pivots, each compared with all
 
     layer: int = 2
     keep: int | float = 128

@@ -26,6 +26,7 @@ class FasterVLM(PruningPolicy):
     summary = "patches most attended by the vision tower's CLS"
     paper = "[CLS] Attention is All You Need for Training-Free Visual Token Pruning, arXiv 2412.01818v1"
     presets = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
+    growth = "n"  # of a tower with CLS; without, every patch looks at every other: n^2
 
     keep: int | float = 64
     vision_layer: int = -2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext, attention_of
+from vlmprune.policies.base import Growth, Needs, PruningPolicy, Ranking, TokenContext, attention_of
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import BEFORE, check_keep, check_layer, check_word
 
@@ -37,6 +37,11 @@ class FastV(PruningPolicy):
         check_layer(self.layer, 1, BEFORE)
         check_keep(self.keep)
         check_word("rows", self.rows, "last", "mean")
+
+    @property
+    def growth(self) -> Growth:
+        """All rows looking at all tokens are pairs."""
+        return "n" if self.rows == "last" else "n^2"
 
     def needs(self, layer: int) -> Needs:
         return Needs(attention="previous", rows="last" if self.rows == "last" else "all")

@@ -30,6 +30,7 @@ class Feather(PruningPolicy):
     summary = "RoPE-free attention with a coarse grid, then a harder cut"
     paper = "Feather the Throttle: Revisiting Visual Token Pruning for Vision-Language Model Acceleration, arXiv 2412.13180"
     presets = {192: "keep=0.22"}  # eight full layers alone are a mean of 144
+    growth = "n"
 
     layers: tuple[int, int] = (8, 16)
     keep: float = 0.3

@@ -35,6 +35,7 @@ class PyramidDrop(PruningPolicy):
         "arXiv 2410.17247"
     )
     presets = {192: "ratio=0.255"}  # eight full layers alone are a mean of 144
+    growth = "n"
 
     layers: tuple[int, ...] = (8, 16, 24)
     ratio: float | tuple[float, ...] = 0.5

@@ -33,6 +33,7 @@ class Random(PruningPolicy):
     summary = "a random subset, fixed by a seed"
     paper = "baseline; random tokens of FastV (K = 0), arXiv 2403.06764"
     presets = {192: "layer=0,keep=192", 128: "layer=0,keep=128", 64: "layer=0,keep=64"}
+    growth = "n"
 
     layer: int = 2
     keep: int | float = 0.5

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmprune.errors import check, require
 from vlmprune.policies.base import (
+    Growth,
     Needs,
     Positions,
     PruningPolicy,
@@ -108,6 +109,11 @@ class SparseVLM(PruningPolicy):
         check(scale is not None and scale > 0, "scale", "a number > 0", scale)
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "bias", bias if self.bias is None else float(self.bias))
+
+    @property
+    def growth(self) -> Growth:
+        """Clustering compares all pairs of what it recycles."""
+        return "n^2" if self.recycle else "n"
 
     def needs(self, layer: int) -> Needs:
         return Needs(hidden=self.recycle, attention="previous", rows="text", embeds=True)

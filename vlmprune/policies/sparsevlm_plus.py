@@ -49,6 +49,7 @@ class SparseVLMPlus(PruningPolicy):
     summary = "SparseVLM freed from RoPE's decay, by priority heads, positions kept"
     paper = "SparseVLM+, the released version 2.0 of SparseVLM, arXiv 2410.04417"
     presets = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
+    growth = "n"
 
     tokens: int = 192
     heads: int = 14

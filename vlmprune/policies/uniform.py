@@ -28,6 +28,8 @@ class Uniform(PruningPolicy):
     the N entering tokens, at ``floor((i + 0.5) * N / k)``: where k is a multiple of the rows, or nearly, they stand in
     columns with nothing between (k = 96 of 24 x 24: four columns).
 
+    A lattice is remembered by grid and count. Finding a new one takes the host some n^1.5.
+
     Args:
         layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones.
         keep: share (float) of the visual tokens, or visual tokens per image (int); 0.25 if neither this nor
@@ -42,6 +44,7 @@ class Uniform(PruningPolicy):
     summary = "evenly spaced tokens, or a coarse grid"
     paper = "baseline; the uniform criterion of FEATHER, arXiv 2412.13180"
     presets = {192: "layer=0,keep=192", 128: "layer=0,keep=128", 64: "layer=0,keep=64"}
+    growth = "n"
 
     layer: int = 2
     keep: int | float | None = None

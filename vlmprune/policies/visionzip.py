@@ -48,6 +48,7 @@ class VisionZip(PruningPolicy):
     summary = "patches most attended by CLS, the rest merged into contextual tokens"
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025), arXiv 2412.04467"
     presets = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
+    growth = "n^2"  # every merged token is compared with every contextual one
 
     dominant: int | float | None = None
     contextual: int | float | None = None

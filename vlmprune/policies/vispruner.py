@@ -42,6 +42,7 @@ class VisPruner(PruningPolicy):
         "arXiv 2412.01818"
     )
     presets = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
+    growth = "n^3"  # rounds as many as an eighth of what is removed, of all pairs each
 
     keep: int | float = 64
     important_ratio: float = 0.5

@@ -60,6 +60,7 @@ class VScan(PruningPolicy):
         "arXiv 2505.22654"
     )
     presets = {192: "keep=288,then=96", 128: "keep=192,then=64", 64: "keep=96,then=32"}
+    growth = "n^2"  # every dropped token is compared with every kept one
 
     keep: int | float = 96
     then: int | float = 32
