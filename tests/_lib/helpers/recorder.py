@@ -1,6 +1,7 @@
 """What stands in the place of CUDA graphs where there is no GPU: it notes the operations of a run, and repeats them alone.
 
-Nothing of the Python between them runs again, as in a graph; what a graph reads and writes lies where it lay.
+Nothing of the Python between them runs again, as in a graph; what a graph reads and writes lies where it lay. On a GPU the
+same tests have CUDA graphs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vlmprune.models.graphs.reads import NoHostReads
-from vlmprune.models.graphs.recorder import Recording
+from vlmprune.models.graphs.recorder import CudaGraphs, Recording
 
 
 class Operations(TorchDispatchMode):
@@ -47,7 +48,7 @@ class Operations(TorchDispatchMode):
 
 
 class Recorder:
-    """As ``vlmprune.models.graphs.recorder.Recorder`` has it, on any device.
+    """As ``vlmprune.models.graphs.recorder.Recorder`` has it, on any device; counts.
 
     Args:
         fails: an error to raise at the next captures, one each.
@@ -60,17 +61,23 @@ class Recorder:
         return None
 
     def record(self, run, device):
-        run()
-        with NoHostReads(device):
-            run()
         if self.fails:
             raise self.fails.pop(0)
+        out, recording = self._recorded(run, device)
         self.captures += 1
-        with Operations() as operations:
-            out = run()
 
         def replay():
             self.replays += 1
-            operations.replay()
+            recording.replay()
 
-        return out, Recording(replay, operations.nbytes)
+        return out, Recording(replay, recording.nbytes)
+
+    def _recorded(self, run, device):
+        if device.type == "cuda":
+            return CudaGraphs().record(run, device)
+        run()
+        with NoHostReads(device):
+            run()
+        with Operations() as operations:
+            out = run()
+        return out, Recording(operations.replay, operations.nbytes)

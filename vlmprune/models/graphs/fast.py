@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from vlmprune.models.stage import StageRunner
 from vlmprune.models.vision_reads import VisionReads
 from vlmprune.policies.base import PruningPolicy
 
-Kwargs = Mapping[str, Any]
+Given = Mapping[str, Any]
 REPLAYED, PLAIN = "replayed", "plain: "
 """How ``run.report().graph`` begins."""
 
@@ -48,11 +48,13 @@ class FastPath:
         clock: Clock,
         graphs: Graphs,
     ) -> None:
-        text = parts.text
-        cache = Signature(text, ("inputs_embeds", "attention_mask", "position_ids", "use_cache")).first(CACHE)
+        text, self.added = parts.text, DEEPSTACK if parts.family.deepstack else ()
+        self.told = Signature(
+            text, ("inputs_embeds", "attention_mask", "position_ids", "use_cache", *self.added)
+        )
         self.parts, self.policy, self.vision = parts, policy, vision
         self.clock, self.graphs = clock, graphs
-        self.subject = Subject(text, type(text).forward, cache, wants)
+        self.subject = Subject(text, type(text).forward, self.told.first(CACHE), wants)
         self.refused = graphs.recorder.refusal(text.device) or unfit_model(text)
 
     @property
@@ -74,25 +76,25 @@ class FastPath:
         """The text model's, for any call of it."""
         prefill: Prefill | None = kwargs.get(RUNNING)  # our own keyword
         if prefill is not None and not prefill.call.decodes:
-            output = self._prefill(prefill, args, kwargs)
+            output = self._prefill(prefill, self.told.read(args, kwargs))
             if output is not None:
                 return output
         return self.subject.forward(self.subject.text, *args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _prefill(self, prefill: Prefill, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+    def _prefill(self, prefill: Prefill, given: Given) -> Any:
         """A replay's output; None where the call is to run as ever."""
-        unfit, output = unfit_call(prefill, args, kwargs, self.subject.text), None
+        unfit, output = unfit_call(prefill, given, self.subject.text), None
         if unfit is None:
             with self.graphs.lock:
-                why, output = self._replayed(prefill, kwargs)
+                why, output = self._replayed(prefill, given)
         if prefill.prompt is not None:
             prefill.prompt.graph = why if unfit is None else f"{PLAIN}{unfit}"
         return output
 
-    def _replayed(self, prefill: Prefill, kwargs: Kwargs) -> tuple[str, Any]:
+    def _replayed(self, prefill: Prefill, given: Given) -> tuple[str, Any]:
         """What the report says, and a replay's output or None."""
-        prefill.open(prefill.call.mask, kwargs["inputs_embeds"])
+        prefill.open(prefill.call.mask, given["inputs_embeds"])
         assert prefill.unpruned is not None
         layout = prefill.unpruned.layout
         if layout.valid is None:
@@ -101,7 +103,7 @@ class FastPath:
             return f"{PLAIN}padding on the right", None  # which is an error there
         fixed = self._bucket(prefill, prefill.unpruned)
         rows = PromptRows(layout, fixed.length)
-        prompt = self._inputs(prefill, kwargs, rows, fixed)
+        prompt = self._inputs(prefill, given, rows, fixed)
         key = self._key(prefill, prompt, fixed)
         graph = self.graphs.find(key)
         if graph is None:
@@ -112,7 +114,7 @@ class FastPath:
                 return f"{PLAIN}{why}", None
         rows.fill(graph.inputs, prompt)
         graph.recording.replay()
-        cache = self._cache(prefill, kwargs)
+        cache = self._cache(prefill, given)
         told = {"last_hidden_state": hand_over(graph, prefill, rows, cache), self.subject.cache: cache}
         batch = len(prompt.rows)
         return f"{REPLAYED}: {batch} x {fixed.length} rows", type(graph.output)(**told)
@@ -141,9 +143,9 @@ class FastPath:
         graphs.refuse(key, why)
         return None, why
 
-    def _cache(self, prefill: Prefill, kwargs: Kwargs) -> Any:
+    def _cache(self, prefill: Prefill, given: Given) -> Any:
         """The cache to fill: the call's, or one that is made as the text model would."""
-        config, asked = self.subject.text.config, kwargs.get("use_cache")  # whoever calls it may leave it out
+        config, asked = self.subject.text.config, given["use_cache"]
         if prefill.call.cache is not None or not (config.use_cache if asked is None else asked):
             return prefill.call.cache
         return DynamicCache(config=config)
@@ -156,14 +158,15 @@ class FastPath:
         words = 0 if text is None else rounded(max(1, *text.words))
         return Bucket(bucket(layout.real, layout.counts), words, note)
 
-    def _inputs(self, prefill: Prefill, kwargs: Kwargs, rows: PromptRows, fixed: Bucket) -> Inputs:
+    def _inputs(self, prefill: Prefill, given: Given, rows: PromptRows, fixed: Bucket) -> Inputs:
         """What the prompt brings, in its own rows."""
-        embeds, visual, positions = kwargs["inputs_embeds"], prefill.call.visual, kwargs["position_ids"]
+        embeds, visual, positions = given["inputs_embeds"], prefill.call.visual, given["position_ids"]
         assert visual is not None and prefill.unpruned is not None
         planes = () if positions is None else (positions,) if positions.ndim == 2 else positions.unbind(0)
         text = None if prefill.unpruned.text is None else prefill.unpruned.text.mask
         seen = () if fixed.note is None else parts_of(fixed.note)
-        return Inputs(rows.rows, embeds, visual, planes, text, _deepstack(embeds, kwargs), seen)
+        added = _added(embeds, *(given[name] for name in self.added))
+        return Inputs(rows.rows, embeds, visual, planes, text, added, seen)
 
     def _key(self, prefill: Prefill, prompt: Inputs, fixed: Bucket) -> Any:
         """All that two prompts of one graph have in common."""
@@ -186,10 +189,11 @@ class FastPath:
         )
 
 
-def _deepstack(embeds: Tensor, kwargs: Kwargs) -> tuple[Tensor, ...]:
+def _added(
+    embeds: Tensor, where: Tensor | None = None, what: Sequence[Tensor] | None = None
+) -> tuple[Tensor, ...]:
     """What the text model adds to visual tokens behind its first layers, each as ``[B, S, D]`` with zeros elsewhere."""
-    where, added = (kwargs.get(name) for name in DEEPSTACK)  # of one family only
-    if added is None or where is None:
+    if where is None or what is None:
         return ()
     empty = torch.zeros_like(embeds)
-    return tuple(empty.masked_scatter(where[..., None], x.to(embeds.dtype)) for x in added)
+    return tuple(empty.masked_scatter(where[..., None], x.to(embeds.dtype)) for x in what)

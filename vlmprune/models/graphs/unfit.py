@@ -32,8 +32,8 @@ def unfit_model(text: Any) -> str | None:
     return None
 
 
-def unfit_call(prefill: Prefill, args: tuple[Any, ...], kwargs: Mapping[str, Any], text: Any) -> str | None:
-    """Why this prefill cannot be one; None if it can, for all that is known on the host."""
+def unfit_call(prefill: Prefill, given: Mapping[str, Any], text: Any) -> str | None:
+    """Why this prefill, with these arguments of the text model, cannot be one; None if it can, for all the host knows."""
     call = prefill.call
     if call.visual is None or call.visuals is None:
         return "no images"
@@ -47,9 +47,7 @@ def unfit_call(prefill: Prefill, args: tuple[Any, ...], kwargs: Mapping[str, Any
         return "the model is in training mode"
     if torch.is_autocast_enabled(call.visual.device.type):
         return "autocast"
-    if args:
-        return "positional arguments of the text model"
-    return _unfit_cache(call.cache) or _unfit_arguments(kwargs, text)
+    return _unfit_cache(call.cache) or _unfit_arguments(given, text)
 
 
 def _unfit_cache(cache: Any) -> str | None:
@@ -64,8 +62,8 @@ def _unfit_cache(cache: Any) -> str | None:
     return f"a cache of {type(odd[0]).__name__}" if odd else None
 
 
-def _unfit_arguments(kwargs: Mapping[str, Any], text: Any) -> str | None:
-    for name, x in kwargs.items():
+def _unfit_arguments(given: Mapping[str, Any], text: Any) -> str | None:
+    for name, x in given.items():
         if name not in GIVEN | SETTINGS and x is not None and x is not False:
             return f"{name} is asked for, or given"
     asked = [name for name in ASKS if getattr(text.config, name)]
