@@ -1,4 +1,4 @@
-"""Imports point one way: triton_kernels < ops < policies < models < checkpoints < eval < cli, integrations."""
+"""Imports point one way: triton_kernels < ops < policies < models < checkpoints < eval < bench < cli, integrations."""
 
 import ast
 from pathlib import Path
@@ -21,7 +21,8 @@ ALLOWED = {
     "checkpoints": BASE | {"policies", "models"},
     "testing": BASE | {"policies", "models"},
     "eval": BASE | {"flops", "images", "policies", "models", "checkpoints"},
-    "cli": BASE | {"flops", "images", "ops", "policies", "models", "testing", "checkpoints", "eval"},
+    "bench": BASE | {"flops", "policies", "models", "testing", "checkpoints", "eval"},
+    "cli": BASE | {"flops", "images", "ops", "policies", "models", "testing", "checkpoints", "eval", "bench"},
     "integrations": BASE | {"images", "policies", "models", "checkpoints"},
 }
 """Part of the package -> the other parts it may import."""
@@ -29,11 +30,11 @@ ONLY_IN = {
     "triton": {"triton_kernels"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "matplotlib": {"eval"},
+    "matplotlib": {"eval", "bench"},
     "yaml": {"policies"},
 }
 ONLY_IN |= {
-    "transformers": {"models", "testing", "checkpoints", "cli"},
+    "transformers": {"models", "testing", "checkpoints", "bench", "cli"},
     "lmms_eval": {"integrations"},
 }
 """Outside package -> the only parts that may import it."""

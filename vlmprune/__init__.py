@@ -16,6 +16,7 @@ from vlmprune.register import register as _register
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from vlmprune import bench as bench
     from vlmprune import errors as errors
     from vlmprune import eval as eval
     from vlmprune import flops as flops

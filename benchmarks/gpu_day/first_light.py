@@ -1,6 +1,6 @@
-"""Everything worth knowing on a GPU, in three calls of at most ten minutes, the most important first.
+"""Everything worth knowing on a GPU, in four calls of at most ten minutes, the most important first.
 
-    python benchmarks/gpu_day/first_light.py 1|2|3|STAGE ... [--dry-run] [--list]
+    python benchmarks/gpu_day/first_light.py 1|2|3|4|STAGE ... [--dry-run] [--list]
 
 $OUT gets few files, brought up to date after every stage: summary.txt has one line a stage and the goals (met, missed,
 unmeasured), rows.csv the times, log.txt what every stage printed, and state.tar everything, for the next call. A stage that is
@@ -37,20 +37,21 @@ from micro.restart import run_to_the_end
 REFUSED = 77  # exit code of a stage that cannot run here
 SLOWER = 5  # times that a stage may take in a dry run, on a CPU
 SPARE = 5  # seconds in which a stage is worth starting, or ends when it is told to
-GOALS = str(BENCHMARKS / "gpu_day" / "goals.py")
+GOALS = BENCHMARKS / "gpu_day" / "goals.py"
+SPEED_GOALS = BENCHMARKS / "gpu_day" / "speed_goals.py"
 
 
 def arguments() -> argparse.Namespace:
     """Command line."""
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
-    parser.add_argument("what", nargs="*", metavar="1|2|3|STAGE")
+    parser.add_argument("what", nargs="*", metavar="1|2|3|4|STAGE")
     parser.add_argument(
         "--dry-run", action="store_true", help="every stage small, on a CPU if there is no GPU"
     )
     parser.add_argument("--list", action="store_true", help="name the stages")
     chosen = parser.parse_args()
-    names = ["1", "2", "3", *(stage.name for stage in stages(Path(), Path()))]
+    names = ["1", "2", "3", "4", *(stage.name for stage in stages(Path(), Path()))]
     wrong = [name for name in chosen.what if name not in names]
     if wrong or not (chosen.what or chosen.list):
         parser.error(f"expected {', '.join(names)}, got {wrong[0] if wrong else 'nothing'}")
@@ -150,13 +151,18 @@ class Day:
         summary = self.state.summary.read_text()
         if self.state.rows.exists():
             (self.out / "rows.csv").write_bytes(self.state.rows.read_bytes())
-            goals = [sys.executable, GOALS, str(self.state.rows)]
-            printed = subprocess.PIPE
-            found = subprocess.run(goals, stdout=printed, stderr=subprocess.STDOUT, text=True, check=False)
-            summary += f"\n{found.stdout}"
+            summary += _printed(GOALS, self.state.rows)
+        if any(self.state.bench.iterdir()):
+            summary += _printed(SPEED_GOALS, self.state.bench)
         (self.out / "summary.txt").write_text(summary)
         (self.out / "log.txt").write_text(self.state.log())
         self.state.save(self.out)
+
+
+def _printed(script: Path, argument: Path) -> str:
+    """What a script says, errors too, behind an empty line."""
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return f"\n{subprocess.run([sys.executable, str(script), str(argument)], **how).stdout}"  # type: ignore[call-overload]
 
 
 def _has_gpu() -> bool:

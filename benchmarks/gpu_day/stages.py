@@ -1,10 +1,12 @@
-"""The stages of the three calls: what each runs, for how many seconds at most, and what makes it small in a dry run."""
+"""The stages of the four calls: what each runs, for how many seconds at most, and what makes it small in a dry run."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 from typing import NamedTuple
+
+from gpu_day.state import BENCH
 
 BENCHMARKS = Path(__file__).parents[1]
 PROBES = str(BENCHMARKS / "gpu_day" / "probes.py")
@@ -21,7 +23,7 @@ class Stage(NamedTuple):
     """One program.
 
     Attributes:
-        call: which of the three calls it belongs to; PREPARES = to each, and on another machine it is done again.
+        call: which of the four calls it belongs to; PREPARES = to each, and on another machine it is done again.
         name: what it is asked for by.
         seconds: how long it may take.
         line: arguments of Python.
@@ -63,6 +65,12 @@ def _tests(*paths: str) -> tuple[str, ...]:
     return "-m", "pytest", *options, "-n", "16", "--device", "cuda", *paths
 
 
+def _bench(state: Path, shape: str, *more: str, name: str = "") -> tuple[str, ...]:
+    """What ``vlmprune bench`` is asked; its results go to a folder of the shape's name."""
+    out = ("--out", str(state / BENCH / (name or shape)))
+    return "-m", "vlmprune.cli", "bench", "--shape", shape, *out, *more
+
+
 def stages(state: Path, kit: Path) -> list[Stage]:
     """All, the most important first; results go to ``state``, and what was made beforehand lies in ``kit``."""
     rows, tiny, both = state / "rows.csv", ("--tiny",), ("graph", "call")
@@ -84,6 +92,9 @@ def stages(state: Path, kit: Path) -> list[Stage]:
     def compiled(shapes: tuple[str, ...]) -> tuple[str, ...]:
         return _micro(rows, goals[:1], both, "--shapes", *shapes, "--providers", "torch.compile")
 
+    quick = ("--rounds", "3", "--no-baselines")
+    batches = ("--batch", "1,16", "--rounds", "3")
+    small_model = ("--shape", "tiny", "--rounds", "1", "--new-tokens", "2", "--batch", "1")
     not_compiled = (*small, "--providers", "torch")
     return [
         Stage(PREPARES, "build", 120, (PROBES, "build", "--kit", str(kit)), tiny),
@@ -94,7 +105,7 @@ def stages(state: Path, kit: Path) -> list[Stage]:
         Stage(1, "host", 15, (PROBES, "host"), tiny),
         Stage(1, "replays", 40, (PROBES, "replays"), tiny, journal="replays"),
         Stage(1, "flash", 40, _tests("tests/models/test_flash.py"), collect),
-        Stage(1, "prefill", 75, (str(BENCHMARKS / "prefill.py"),), tiny),
+        Stage(1, "prefill", 75, _bench(state, "llava-1.5-7b", *quick, name="quick"), small_model),
         Stage(1, "memcheck", 60, calls(), tiny, (*sanitizer, "memcheck")),
         Stage(2, "test_ops", 130, _tests("tests/ops", "tests/csrc"), collect),
         Stage(2, "test_models", 110, _tests("tests/models", "tests/policies"), collect),
@@ -136,4 +147,10 @@ def stages(state: Path, kit: Path) -> list[Stage]:
         ),
         Stage(3, "check_float32", 60, (PROBES, "check", "--dtype", "fp32"), tiny, journal="check_float32"),
         Stage(3, "end_to_end", 40, (str(BENCHMARKS / "end_to_end.py"),), ("--repeat", "1")),
+        Stage(4, "bench_llava", 150, _bench(state, "llava-1.5-7b", *batches), small_model),
+        Stage(4, "bench_next", 110, _bench(state, "llava-next-7b", "--rounds", "3"), small_model),
+        Stage(4, "bench_qwen2_5", 80, _bench(state, "qwen2.5-vl-7b-16k", "--rounds", "3"), small_model),
+        Stage(4, "bench_qwen3", 70, _bench(state, "qwen3-vl-4b", "--rounds", "3"), small_model),
+        Stage(4, "bench_13b", 90, _bench(state, "llava-1.5-13b", *quick), small_model),
+        Stage(4, "speed_goals", 5, (str(BENCHMARKS / "gpu_day" / "speed_goals.py"), str(state / BENCH))),
     ]

@@ -8,7 +8,8 @@ from pathlib import Path
 CUT = "cut"
 UNFINISHED = (CUT, "overran")  # the others: done, failed, refused
 TAR = "state.tar"
-KEPT = ("summary.txt", "rows.csv", "stages", "journals")
+BENCH = "bench"  # folders of results of `vlmprune bench`
+KEPT = ("summary.txt", "rows.csv", "stages", "journals", BENCH)
 
 
 class State:
@@ -23,7 +24,8 @@ class State:
         self.rows, self.summary = folder / "rows.csv", folder / "summary.txt"
         self.stages, self.journals = folder / "stages", folder / "journals"
         self.begun = self.stages.exists()
-        for path in (self.stages, self.journals):
+        self.bench = folder / BENCH
+        for path in (self.stages, self.journals, self.bench):
             path.mkdir(parents=True, exist_ok=True)
 
     def outcome(self, stage: str) -> str | None:

@@ -161,7 +161,7 @@ def test_the_summary_ends_with_the_goals(days):
     assert (days.out / "rows.csv").exists()
 
 
-@pytest.mark.parametrize("arguments, error", [((), "got nothing"), (("4",), "got 4")])
+@pytest.mark.parametrize("arguments, error", [((), "got nothing"), (("5",), "got 5")])
 def test_bad_arguments(monkeypatch, capsys, arguments, error):
     monkeypatch.setattr("sys.argv", ["first_light.py", *arguments])
     with pytest.raises(SystemExit):
@@ -183,7 +183,7 @@ def test_the_calls_fit_their_time():
     every = stages(Path("state"), Path("kit"))
     assert len({stage.name for stage in every}) == len(every)
     seconds = {
-        call: sum(s.seconds for s in every if s.call == call and s.name != "build") for call in (1, 2, 3)
+        call: sum(s.seconds for s in every if s.call == call and s.name != "build") for call in (1, 2, 3, 4)
     }
     assert seconds[1] <= 430 and max(seconds.values()) <= 540  # a library that is there takes no time
 
@@ -248,7 +248,16 @@ def test_every_stage_runs_small(tmp_path):
     (folder / kit.LIBRARY).write_text("no library")
     (folder / kit.DIGEST).write_text(kit.sources_digest())
     env = os.environ | {"OUT": str(tmp_path / "out"), "STATE": str(tmp_path / "state"), "KIT": str(folder)}
-    command = [sys.executable, "-P", BENCHMARKS / "gpu_day" / "first_light.py", "1", "2", "3", "--dry-run"]
+    command = [
+        sys.executable,
+        "-P",
+        BENCHMARKS / "gpu_day" / "first_light.py",
+        "1",
+        "2",
+        "3",
+        "4",
+        "--dry-run",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     found = dict(path.name.split(".") for path in (tmp_path / "state" / "stages").iterdir())
@@ -256,4 +265,14 @@ def test_every_stage_runs_small(tmp_path):
     assert set(found.values()) == {"done"}, done.stdout
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "does not load, so it is built here" in log and "no kernels were compiled beforehand" in log
-    assert "backends:" in (tmp_path / "out" / "summary.txt").read_text()
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert "backends:" in summary and "unmeasured  selection under 0.1 ms" in summary
+    found = {path.parent.name for path in (tmp_path / "state" / "bench").glob("*/results.json")}
+    assert found == {
+        "quick",
+        "llava-1.5-7b",
+        "llava-next-7b",
+        "qwen2.5-vl-7b-16k",
+        "qwen3-vl-4b",
+        "llava-1.5-13b",
+    }

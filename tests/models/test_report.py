@@ -125,6 +125,6 @@ def test_a_captured_prefill_has_no_times(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     marks = clock.begin()
     marks.step_starts(clock.now())
-    with clock.selection():
+    with clock.selection(2):
         marks.step_ends(clock.now())
     assert marks.seconds() == Seconds(0.0, 0.0, 0.0, 0.0)

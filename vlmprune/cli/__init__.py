@@ -1,1 +1,1 @@
-"""The command line: run, eval, check, list, info. Imports transformers only where a model is needed."""
+"""The command line: run, eval, bench, check, list, info. Imports transformers only where a model is needed."""

@@ -1,19 +1,15 @@
-"""What the ``eval`` command shows: budgets as they are typed, a progress bar, and the tables."""
+"""What the ``eval`` command shows: budgets as they are typed, and the tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.text import Text
 
 from vlmprune.cli.console import table
 from vlmprune.errors import InputError, check
 from vlmprune.eval import BUDGETS, Evaluation
-from vlmprune.eval.evaluation import Progress
 from vlmprune.eval.page import HEADS, NAMES, family_cells, summary_cells
 
 
@@ -26,20 +22,6 @@ def read_budgets(text: str | None, keep: bool) -> tuple[float, ...]:
         return tuple(dict.fromkeys(float(part) for part in text.split(",")))
     except ValueError as error:
         raise InputError(f"budgets: expected numbers separated by commas, got {text!r}") from error
-
-
-@contextmanager
-def answer_bar() -> Iterator[Progress]:
-    """Yield what shows how far an evaluation is: on stderr, only on a terminal, and gone after the block."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-
-        def tell(doing: str, done: int, total: int) -> None:
-            bar.update(task, description=doing, completed=done if total else None, total=total or None)
-
-        yield tell
 
 
 def show(found: Evaluation) -> None:

@@ -29,10 +29,17 @@ Attention = Annotated[
     Literal["sdpa", "eager", "flash_attention_2", "vlmprune"],
     typer.Option(help="Attention function of the model."),
 ]
+SHAPE_NAMES = (
+    "llava-1.5-7b, llava-1.5-13b, llava-next-7b, qwen2.5-vl-7b-4k, qwen2.5-vl-7b-16k, qwen3-vl-4b, cpu, tiny"
+)
+"""Those of ``vlmprune.bench.SHAPES``, which knows transformers."""
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
 
 OPTIONS = {"attention": "attn", "checkpoint": "model", "families": "family"}
-ALIKE = "batch_size|budgets|device|dtype|max_new_tokens|oracle|out|prompt|questions|seeds"
+ALIKE = (
+    "batch|batch_size|budgets|device|dtype|images|max_new_tokens|model|new_tokens|oracle|out|profile|prompt|questions"
+    "|rounds|seeds|shape"
+)
 """Arguments of the library that are called otherwise on the command line, and those that are not."""
 ARGUMENT = re.compile(rf"\b(?:{'|'.join(OPTIONS)}|{ALIKE})(?=: expected)|(?<=one per )image(?=,)")
 
@@ -68,14 +75,19 @@ def main() -> None:
 
 
 def open_checkpoint(model: str, device: str, dtype: str, attn: str) -> Checkpoint:
-    """What a command is to load; nothing is read yet. Silences transformers, as the command line has its own messages."""
+    """What a command is to load; nothing is read yet."""
     from vlmprune.checkpoints import Checkpoint  # first: refuses other versions of transformers
 
-    from transformers.utils import logging  # isort: skip
+    silence_transformers()
+    return Checkpoint(model, device, dtype, attn)
+
+
+def silence_transformers() -> None:
+    """The command line has its own messages."""
+    from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return Checkpoint(model, device, dtype, attn)
 
 
 def _version(wanted: bool) -> None:
@@ -150,10 +162,11 @@ def eval_command(
 ) -> None:
     """Accuracy of policies at equal FLOPs on a set of questions: table, plots and a report."""
     checkpoint = open_checkpoint(model, device, dtype, attn)
-    from vlmprune.cli.eval import answer_bar, read_budgets, show
+    from vlmprune.cli.console import progress_bar
+    from vlmprune.cli.eval import read_budgets, show
     from vlmprune.eval import run as evaluate
 
-    with answer_bar() as progress:
+    with progress_bar() as progress:
         found = evaluate(
             checkpoint,
             questions,
@@ -169,6 +182,39 @@ def eval_command(
             progress=progress,
         )
     show(found)
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; or --shape.")] = None,
+    shape: Annotated[str | None, typer.Option(help=f"Random weights of a size: {SHAPE_NAMES}.")] = None,
+    policy: Policies = None,
+    batch: Annotated[str, typer.Option(help="Prompts at once, e.g. 1,4,16.")] = "1",
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images of a prompt, in place of the shape's.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Length of every answer.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed answers of each; all take turns.")] = 5,
+    baselines: Annotated[
+        bool,
+        typer.Option("--baselines/--no-baselines", help="Also a smaller image and the published style."),
+    ] = True,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.json, results.csv and plots.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="File for a trace of torch's profiler (.json or .json.gz).")
+    ] = None,
+    device: Device = "auto",
+    dtype: Annotated[
+        Precision, typer.Option(help="auto = as stored; of a shape bfloat16 on a GPU, else float32.")
+    ] = "auto",
+    attn: Attention = "sdpa",
+    as_json: AsJson = False,
+) -> None:
+    """Speed of the unpruned model and each policy, phase by phase, beside what FLOPs and roofline say."""
+    from vlmprune.cli.bench import execute, open_subject
+
+    checkpoint = open_subject(model, shape, device, dtype, attn)
+    execute(checkpoint, policy, batch, images, new_tokens, rounds, baselines, out, profile, as_json)
 
 
 @app.command("check")

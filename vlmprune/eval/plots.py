@@ -17,51 +17,51 @@ DPI, COLUMNS = 110, 3
 LINE = {"marker": "o", "markersize": 4, "linewidth": 1, "capsize": 2}
 
 
-def check_matplotlib() -> None:
+def check_matplotlib(command: str = "vlmprune eval") -> None:
     """Raise InputError where the plots could not be drawn; asked before anything slow."""
     there = find_spec("matplotlib") is not None
-    check(there, "vlmprune eval", "matplotlib (pip install 'vlmprune[plots]')", "no such package")
+    check(there, command, "matplotlib (pip install 'vlmprune[plots]')", "no such package")
 
 
 def draw_pareto(results: Sequence[Result]) -> bytes:
     """Accuracy on all questions against FLOPs and against measured prefill time."""
-    figure, (left, right) = _figure(1, 2, 5.2, 4.2)
+    figure, (left, right) = make_figure(1, 2, 5.2, 4.2)
     _curves(left, results, lambda result: 1 - result.cut)
     _curves(right, results, lambda result: result.prefill * 1000)
     left.set_xlabel("decoder prefill FLOPs, share of unpruned")
     right.set_xlabel("measured prefill, ms per question")
     left.set_ylabel("right answers, all questions")
     left.legend(fontsize=7)
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_families(results: Sequence[Result]) -> bytes:
     """Accuracy of each family of questions against FLOPs."""
     names = list(results[0].families)
-    figure, axes = _figure(-(-len(names) // COLUMNS), COLUMNS, 3.6, 3.0)
+    figure, axes = make_figure(-(-len(names) // COLUMNS), COLUMNS, 3.6, 3.0)
     for panel, name in zip(axes, names, strict=False):
         _curves(panel, results, lambda result: 1 - result.cut, name)
         panel.set_title(f"{name} ({results[0].families[name].questions})", fontsize=9)
     for panel in axes[len(names) :]:
         panel.set_axis_off()
     axes[0].legend(fontsize=6)
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_heat(shares: Mapping[str, Mapping[int, np.ndarray[Any, Any]]]) -> bytes:
     """One line per method: after each stage's layer a map of the patches, the share of the answers that kept each."""
     stages = max((len(share) for share in shares.values()), default=1)
-    figure, axes = _figure(max(len(shares), 1), stages, 2.5, 2.7)
+    figure, axes = make_figure(max(len(shares), 1), stages, 2.5, 2.7)
     for panel in axes:
         panel.set_axis_off()
     for line, (title, share) in enumerate(shares.items()):
         for panel, (layer, grid) in zip(axes[line * stages :], share.items(), strict=False):
             panel.imshow(grid, vmin=0, vmax=1, cmap="magma")
             panel.set_title(f"{title}\nfrom layer {layer}: {grid.sum():.0f} of {grid.size}", fontsize=6)
-    return _png(figure)
+    return to_png(figure)
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+def make_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
     """A figure and its panels, row by row; no global state, unlike pyplot."""
     from matplotlib.figure import Figure
 
@@ -88,7 +88,8 @@ def _curves(
     panel.grid(alpha=0.3)
 
 
-def _png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
+    """The figure as the bytes of a PNG file."""
     out = io.BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vlmprune.models.host.parts import Parts
 from vlmprune.models.per_thread import PerThread
+from vlmprune.models.ranges import begin, end
 
 Mark = Any  # a float (seconds), a recorded torch.cuda.Event, or None while a CUDA graph is captured
 
@@ -70,14 +71,15 @@ class Marks:
 class _Selecting:
     """A context manager of few steps, as every stage enters two."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock, self.start = clock, clock.now()
+    def __init__(self, clock: Clock, layer: int) -> None:
+        self.clock, self.start, self.range = clock, clock.now(), begin("selection, layer %d", layer)
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
         self.clock.mine.marks.chosen.append([self.start, self.clock.now()])
+        end(self.range)
 
 
 class Clock:
@@ -89,7 +91,7 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.mine = PerThread(vision=(), marks=None)
+        self.mine = PerThread(vision=(), marks=None, encoding=None, running=None)
 
     def begin(self) -> Marks:
         """This thread starts a prompt: the marks to come are its own."""
@@ -129,17 +131,20 @@ class Clock:
             parts.model.register_forward_hook(self._step_ends),
         ]
 
-    def selection(self) -> _Selecting:
-        """Time a piece of selection work, which is inside."""
-        return _Selecting(self)
+    def selection(self, layer: int) -> _Selecting:
+        """Time a piece of selection work for the stage at ``layer``, which is inside."""
+        return _Selecting(self, layer)
 
     def _vision_starts(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             self._see([self.now()])
+            self.mine.encoding = begin("vision")
 
     def _vision_ends(self, *_: Any) -> None:
         if not torch.compiler.is_compiling() and self.mine.vision:
             self._see([self.mine.vision[0], self.now()])
+            end(self.mine.encoding)
+            self.mine.encoding = None
 
     def _see(self, span: list[Mark]) -> None:
         self.mine.vision, marks = span, self.mine.marks
@@ -148,11 +153,15 @@ class Clock:
 
     def _step_starts(self, *_: Any) -> None:
         if not torch.compiler.is_compiling() and self.mine.marks is not None:
-            self.mine.marks.step_starts(self.now())
+            marks = self.mine.marks
+            marks.step_starts(self.now())
+            self.mine.running = begin("decode" if marks.latest is marks.decode else "prefill")
 
     def _step_ends(self, *_: Any) -> None:
         if not torch.compiler.is_compiling() and self.mine.marks is not None:
             self.mine.marks.step_ends(self.now())
+            end(self.mine.running)  # the language-modeling head, which says so once more, is outside
+            self.mine.running = None
 
 
 def _length(span: Sequence[Mark]) -> float:

@@ -39,7 +39,7 @@ def read_attention(attn: Any, hidden: Tensor, rope: Rope, prefill: Prefill, cloc
     """
     i, call, cache = attn.layer_idx, prefill.call, prefill.cache
     # no_grad: recorded operations would differ when a checkpointed layer is replayed
-    with clock.selection(), torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+    with clock.selection(i + 1), torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         layout = moved(prefill.layout(i), hidden.device)
         past = 0 if cache is None else entries(cache, i, call.past + call.length) - layout.length
         if cache is None or isinstance(cache.layers[i], QUANTIZED):

@@ -166,7 +166,7 @@ class Engine:
         if prefill.call.visual is not None and self.stage is not None:
             prefill.open(told(kwargs, "attention_mask"), hidden)
             if i in self.wants.needs:
-                with self.clock.selection():
+                with self.clock.selection(i):
                     hidden = (prefill.runner or self.stage)(prefill, i, hidden, rope)
         decided = prefill.decision(i)
         if decided is None and layer is None and not prefill.bound:
@@ -206,7 +206,7 @@ class Engine:
         decided = prefill.decision(depth)
         if decided is not None:
             if self.policy is not None and self.policy.earlier_kv == "compact" and cache is not None:
-                with self.clock.selection():
+                with self.clock.selection(max(self.wants.needs)):
                     compact_earlier(cache, prefill, depth)
             layout, short = decided.layout, output.last_hidden_state
             assert layout.origin is not None

@@ -19,8 +19,12 @@ from vlmprune.models import patch_grid
 from vlmprune.models.host.families import FAMILIES
 from vlmprune.policies.base import Grid, tokens_in
 
-Samples = Sequence[Sequence[int | str]]
-"""What stands in each prompt: a number is so many text tokens; "wide", "tall", "square", "huge" and "video" are pictures."""
+Shape = str | Grid
+Samples = Sequence[Sequence[int | Shape]]
+"""What stands in each prompt: a number is so many text tokens; "wide", "tall", "square", "huge" and "video" are pictures.
+
+Where ``keeps_shape``, rows and columns of visual tokens are one as well.
+"""
 
 RGB, FRAMES = 3, 2
 SHAPES = {"wide": (6, 32), "tall": (32, 6), "square": (30, 31), "huge": (48, 48)}
@@ -71,7 +75,7 @@ def make_inputs(
     pictures: list[list[Picture]] = []
     for sample in samples:
         ids, seen = _draw_words(words, 1, g), []
-        images = sum(isinstance(part, str) and part != "video" for part in sample)
+        images = sum(not isinstance(part, int) and part != "video" for part in sample)
         for part in sample:
             if isinstance(part, int):
                 ids += _draw_words(words, part, g)
@@ -108,18 +112,18 @@ def _pixels(g: torch.Generator, *shape: int) -> Tensor:
     return torch.rand(*shape, generator=g) * 2 - 1
 
 
-def _fixed(config: Any, g: torch.Generator, shape: str, alone: bool) -> Picture:
+def _fixed(config: Any, g: torch.Generator, shape: Shape, alone: bool) -> Picture:
     """Every image is one crop of the size that the tower takes in."""
     size = config.vision_config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     return Picture({"pixel_values": _pixels(g, 1, RGB, height, width)}, (patch_grid(config),))
 
 
-def _tiled(config: Any, g: torch.Generator, shape: str, alone: bool) -> Picture:
+def _tiled(config: Any, g: torch.Generator, shape: Shape, alone: bool) -> Picture:
     """LLaVA-NeXT: the whole image in small, and its tiles without their padding, a newline after every row."""
     side = config.vision_config.image_size
     patches = side // config.vision_config.patch_size
-    size = [side * n // 16 for n in SHAPES[shape]]
+    size = [side * n // 16 for n in SHAPES[str(shape)]]
     down, across = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side)
     tiles = torch.empty(1, down * patches, across * patches, device="meta")
     rows, columns = unpad_image(tiles, size).shape[1:]
@@ -128,7 +132,7 @@ def _tiled(config: Any, g: torch.Generator, shape: str, alone: bool) -> Picture:
     return Picture(inputs, ((patches, patches), (rows, columns + 1)))
 
 
-def _onevision(config: Any, g: torch.Generator, shape: str, alone: bool) -> Picture:
+def _onevision(config: Any, g: torch.Generator, shape: Shape, alone: bool) -> Picture:
     """LLaVA-OneVision: tiles of a single image, scaled down if many; of several images only the small views; frames."""
     side = config.vision_config.image_size
     patches = side // config.vision_config.patch_size
@@ -148,10 +152,10 @@ def _onevision(config: Any, g: torch.Generator, shape: str, alone: bool) -> Pict
     return Picture(picture.inputs, (picture.grids[0], (rows, columns + 1)))
 
 
-def _packed(config: Any, g: torch.Generator, shape: str, alone: bool) -> Picture:
+def _packed(config: Any, g: torch.Generator, shape: Shape, alone: bool) -> Picture:
     """Qwen-VL: patches of all pictures in one row, each in its own shape."""
     vision = config.vision_config
-    t, rows, columns = PATCHES[shape]
+    t, rows, columns = PATCHES[shape] if isinstance(shape, str) else (1, *shape)
     h, w = rows * vision.spatial_merge_size, columns * vision.spatial_merge_size
     pixels = _pixels(g, t * h * w, RGB * vision.temporal_patch_size * vision.patch_size**2)
     thw, grids = torch.tensor([[t, h, w]]), ((rows, columns),) * t
@@ -171,7 +175,7 @@ class Album:
         starts: whether a start token stands before each picture, or before each of its frames; None = there is none.
     """
 
-    draw: Callable[[Any, torch.Generator, str, bool], Picture]
+    draw: Callable[[Any, torch.Generator, Shape, bool], Picture]
     by_sample: bool = False
     counted: bool = False
     starts: Literal["picture", "frame"] | None = None
@@ -227,3 +231,8 @@ ALBUMS = {
     "qwen3_vl": Album(_packed, starts="frame"),
 }
 """By ``config.model_type``, one for each of ``FAMILIES``."""
+
+
+def keeps_shape(config: Any) -> bool:
+    """Whether pictures keep their shape, so that an image of any number of visual tokens can be made."""
+    return ALBUMS[config.model_type].draw is _packed
