@@ -81,9 +81,9 @@ def remove_duplicates(features: Tensor, order: Tensor, keep: int) -> Tensor:
         return order[:, :0]
     unit = normalize(features.float(), dim=-1)
     while order.shape[1] > keep:
-        even, odd = order[:, ::2], order[:, 1::2]
+        even, odd, rows = order[:, ::2], order[:, 1::2], rows_at(unit, order)
         drop = min(ROUND, order.shape[1] - keep, even.shape[1])
-        likest = (rows_at(unit, even) @ rows_at(unit, odd).transpose(1, 2)).amax(2)
+        likest = (rows[:, ::2] @ rows[:, 1::2].transpose(1, 2)).amax(2)
         distinct = likest.argsort(dim=1, descending=True, stable=True)[:, drop:]
         order = torch.cat([even.gather(1, distinct), odd], 1)
     return order
