@@ -65,7 +65,7 @@ def _maxmin(cos: Tensor, real: Tensor, relevance: Tensor | None, threshold: floa
     gap = _row(apart, best).masked_fill(~real, float("-inf"))
     while True:
         best = yield gap
-        gap = torch.minimum(gap, _row(apart, best))
+        torch.minimum(gap, _row(apart, best), out=gap)
 
 
 def _dpp(cos: Tensor, real: Tensor, relevance: Tensor | None, threshold: float) -> Rule:
