@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from vlmprune.errors import InputError, check, first_line
 from vlmprune.models import Run, check_config, check_stages, meter, prune
 from vlmprune.policies.base import PruningPolicy
+from vlmprune.precision import slow_on_cpu
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -29,10 +30,11 @@ class Checkpoint:
         source: the folder or hub id.
         device: where the model is put, "cpu", "cuda" or one GPU of several.
         attention: its attention function.
+        stored: name of the dtype that the weights are stored in, where they were widened for the CPU's sake; else None.
 
-    >>> checkpoint = Checkpoint("examples/glyphworld/checkpoint", device="cpu")
-    >>> checkpoint.config.model_type, checkpoint.dtype
-    ('llava', 'bfloat16')
+    >>> checkpoint = Checkpoint("examples/glyphworld/checkpoint", device="cpu", dtype="bfloat16")
+    >>> checkpoint.config.model_type, checkpoint.dtype, checkpoint.precision
+    ('llava', 'bfloat16', 'bfloat16')
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Checkpoint:
         Args:
             source: a folder or hub id.
             device: "cpu", "cuda", "cuda:1", or "auto", the GPU if there is one.
-            dtype: one of ``DTYPES``; "auto" = as stored.
+            dtype: one of ``DTYPES``; "auto" = as stored, but float32 on a CPU that is slow in what is stored.
             attention: any attention function that transformers knows.
             revision: of the checkpoint on the hub.
             device_map: hand the weights out over devices instead, as transformers does it for this word.
@@ -70,6 +72,7 @@ class Checkpoint:
         check(dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", repr(dtype))
         self.source, self.attention, self._dtype = source, attention, dtype
         self._revision, self._device_map = revision, device_map
+        self.stored: str | None = None
 
     @classmethod
     def of(cls, model: Any, processor: Any) -> Checkpoint:
@@ -83,7 +86,17 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """Name of the weights' dtype."""
-        return str(self.model.dtype).removeprefix("torch.")
+        return _name(self.model.dtype)
+
+    @property
+    def precision(self) -> str:
+        """The dtype and, if it is not the one that was stored, why."""
+        model_dtype = self.dtype  # loads, if need be
+        return (
+            model_dtype
+            if self.stored is None
+            else f"{model_dtype} (stored as {self.stored}, slow on this CPU)"
+        )
 
     @cached_property
     def config(self) -> Any:
@@ -137,13 +150,21 @@ class Checkpoint:
         spare = sorted(key for key in notes["unexpected_keys"] if ".layers." in key)
         expected = "as many layers in the configuration as in the weights"
         check(not spare, "checkpoint", expected, f"no place for {spare[:1]}")
-        return (model.to(self.device) if self._device_map is None else model).eval()
+        if self._device_map is not None:
+            return model.eval()
+        if self._dtype == "auto" and self.device == "cpu" and slow_on_cpu(model.dtype):
+            self.stored, model = _name(model.dtype), model.float()
+        return model.to(self.device).eval()
 
     def check_depth(self, policies: Iterable[PruningPolicy]) -> None:
         """Read the configuration, and raise InputError if a policy has a stage beyond the decoder's last layer."""
         config = self.config
         for policy in policies:
             check_stages(policy, config)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def build_text(processor: Any, prompt: str, images: int) -> str:

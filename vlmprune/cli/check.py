@@ -25,10 +25,12 @@ def execute(checkpoint: Checkpoint, typed: str | None, as_json: bool) -> None:
     with waiting("comparing pruned with masked runs"):
         report = check_model(model, policy, strict=False)
     if as_json:
-        print(json.dumps(report.as_dict()))  # noqa: T201
+        print(json.dumps(report.as_dict() | {"precision": checkpoint.precision}))  # noqa: T201
     else:
         console = Console()
         for line in str(report).splitlines():
             console.print(Text(line, style=STYLES.get(line.split()[0].rstrip(":"), "")))
+        if checkpoint.stored is not None:
+            console.print(Text(f"dtype: {checkpoint.precision}", style="dim"))
     if not report.ok:
         raise typer.Exit(1)

@@ -32,7 +32,8 @@ def show(found: Evaluation) -> None:
         rows = (_one_setting_a_line(cells(result)) for result in results)
         console.print(table(heads, rows, show_lines=True))
     rate = f"{found.speed:.1f} answers/s, everything included" if found.speed else "nothing left to ask"
-    note = f"{results[0].all.questions} questions, batches of {found.settings['batch_size']}; {rate}."
+    precision, batch = found.settings["precision"], found.settings["batch_size"]
+    note = f"{results[0].all.questions} questions, {precision}, batches of {batch}; {rate}."
     console.print(Text(f"{note}\nreport: {found.page}", style="dim"))
 
 

@@ -23,8 +23,9 @@ POLICY = "NAME[:field=value,...], several joined by +, & or |, or a YAML file"
 Policies = Annotated[list[str] | None, typer.Option(help=f"{POLICY}; repeatable. See `vlmprune list`.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+AUTO = "auto = as the checkpoint stores it, or float32 on a CPU that is slow in that."
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto = cuda if there is one.")]
-Dtype = Annotated[Precision, typer.Option(help="auto = as the checkpoint stores it.")]
+Dtype = Annotated[Precision, typer.Option(help=AUTO)]
 Attention = Annotated[
     Literal["sdpa", "eager", "flash_attention_2", "vlmprune"],
     typer.Option(help="Attention function of the model."),
@@ -224,9 +225,7 @@ def check_command(
         str | None, typer.Option(help=f"{POLICY}; without one, three that test the wiring.")
     ] = None,
     device: Device = "auto",
-    dtype: Annotated[
-        Precision, typer.Option(help="auto = as stored; float32 shows the smallest faults.")
-    ] = "auto",
+    dtype: Annotated[Precision, typer.Option(help=f"{AUTO} float32 shows the smallest faults.")] = "auto",
     attn: Attention = "sdpa",
     as_json: AsJson = False,
 ) -> None:

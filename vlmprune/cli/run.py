@@ -53,6 +53,7 @@ def execute(
         "max_new_tokens": max_new_tokens,
         "device": checkpoint.device,
         "dtype": checkpoint.dtype,
+        "precision": checkpoint.precision,
         "attention": checkpoint.attention,
         "warm_up_runs": 1,
         "timed_runs": repeat,

@@ -27,7 +27,7 @@ def show(settings: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
             out.add_row(name, *(Text(section[name]) for section in sections))
         out.add_section()
     lines = [
-        "{model} on {device}, {dtype}, {attention} attention. Greedy, batch 1.",
+        "{model} on {device}, {precision}, {attention} attention. Greedy, batch 1.",
         "Time: median of {timed_runs} after one untimed warm-up run of the same policy; prefill includes selection.",
         "FLOPs are 2 x multiply-adds, counted from shapes, of the decoder's prefill.",
         *(["picture: {picture}"] if settings["picture"] else []),

@@ -122,7 +122,11 @@ def run(
     speed = total / (time.perf_counter() - start) if total else None
     progress("drawing", 0, 0)
     results = summarize(asked, arms, store.answers)
-    settings |= {"text_tokens": prompt.text, "visual_tokens": prompt.visual}
+    settings |= {
+        "text_tokens": prompt.text,
+        "visual_tokens": prompt.visual,
+        "precision": checkpoint.precision,
+    }
     page = _write_all(out, settings, results, _heat(checkpoint.config, arms, asked, store.answers))
     return Evaluation(settings, results, store.answers, speed, page)
 

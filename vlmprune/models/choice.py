@@ -92,8 +92,8 @@ def settle(
     if contents is not None:
         wider = new.shape[1] - chosen.shape[1]
         own = (new != pad(chosen, (0, wider), value=-1))[..., None]
-        at = take(layout.visual, new).clamp(min=0)[..., None].expand(-1, -1, hidden.shape[2])
-        contents = torch.where(own, hidden.gather(1, at).to(contents), pad(contents, (0, 0, 0, wider)))
+        rows = ops.gather_tokens([hidden], take(layout.visual, new))[0]
+        contents = torch.where(own, rows.to(contents), pad(contents, (0, 0, 0, wider)))
     if last is not None:  # the row generation goes on from sees all others
         order = (last + 2 * (new < 0)).argsort(dim=1, stable=True)
         new = new.gather(1, order)

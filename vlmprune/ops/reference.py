@@ -183,18 +183,31 @@ def select_segments(scores: Tensor, segments: Sequence[int], quotas: Sequence[in
 
 def gather_tokens(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     """Rows ``index [B, K]`` of every tensor, along dim 1 for rank 2 and 3, dim 2 for rank 4; zeros for what is no row."""
-    out = []
+    out, places = [], dict[int, tuple[Tensor, Tensor | None]]()
     for x in tensors:
         dim = 2 if x.ndim == 4 else 1
-        shape = [1] * x.ndim
-        shape[0], shape[dim] = index.shape
         S = x.shape[dim]
-        at, is_row = index.view(shape), ((index >= 0) & (index < S)).view(shape)
+        if S not in places:
+            places[S] = index.clamp(0, max(S - 1, 0)), _no_rows(index, S)
+        at, none = places[S]
         bits = _as_integers(x.expand(index.shape[0], *x.shape[1:]))
-        full = [*bits.shape[:dim], index.shape[1], *bits.shape[dim + 1 :]]
-        rows = bits.gather(dim, at.clamp(0, S - 1).expand(full)) if S else bits.new_zeros(full)
-        out.append(rows.masked_fill(~is_row, 0).view(x.dtype))
+        if S and len(
+            index
+        ):  # whole rows are copied, which an index of the tensor's shape would not let PyTorch know
+            parts = [bits[b : b + 1].index_select(dim, at[b]) for b in range(len(index))]
+            rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        else:
+            rows = bits.new_zeros([*bits.shape[:dim], index.shape[1], *bits.shape[dim + 1 :]])
+        if none is not None:
+            rows = rows.masked_fill(none.view(len(none), *[1] * (dim - 1), -1, *[1] * (x.ndim - dim - 1)), 0)
+        out.append(rows.view(x.dtype))
     return out
+
+
+def _no_rows(index: Tensor, S: int) -> Tensor | None:
+    """Where ``index [B, K]`` names none of S rows; None if it is known without waiting for a device that it always does."""
+    none = (index < 0) | (index >= S)
+    return None if none.device.type == "cpu" and not none.any() else none
 
 
 def compact_kv(caches: Sequence[Tensor], index: Tensor) -> None:

@@ -19,7 +19,7 @@ RANK_TOLERANCE = 1e-5
 """A DPP residual this small, against its own diagonal, is rounding: the token adds nothing to the chosen ones."""
 
 Rule = Generator[Tensor, Tensor, None]
-"""Yields the value ``[B, N]`` of choosing each token next, and is sent the choice ``[B]``."""
+"""Yields the value ``[B, N]`` of choosing each token next, -inf where it cannot be chosen, and is sent the choice ``[B]``."""
 
 
 def _real(features: Tensor, mask: Tensor | None) -> Tensor:
@@ -33,15 +33,18 @@ def cosine(features: Tensor, mask: Tensor | None) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     ok = (norm > MIN_NORM) & (norm < MAX_NORM)
     ok = ok if mask is None else ok & mask[..., None]
-    unit = torch.where(ok, x / norm, 0.0)
-    cos = (unit @ unit.mT).clamp(-1, 1)
-    cos = (cos + cos.mT) / 2  # two tokens nearest to each other must tie to the last bit
-    return torch.where(torch.eye(x.shape[1], dtype=torch.bool, device=x.device), ok.float(), cos)
+    unit = (x / norm).masked_fill_(~ok, 0.0)
+    cos = (unit @ unit.mT).clamp_(-1, 1)
+    cos = (cos + cos.mT).div_(2)  # two tokens nearest to each other must tie to the last bit
+    cos.diagonal(dim1=1, dim2=2).copy_(ok[..., 0])
+    return cos
 
 
-def _row(cos: Tensor, best: Tensor) -> Tensor:
+def _row(matrix: Tensor, best: Tensor) -> Tensor:
     """Row ``best [B]`` of each matrix ``[B, N, N]``."""
-    return cos.gather(1, best[:, None, None].expand(-1, 1, cos.shape[2]))[:, 0]
+    if len(best) == 1:
+        return matrix[0].index_select(0, best)
+    return matrix.gather(1, best[:, None, None].expand(-1, 1, matrix.shape[2]))[:, 0]
 
 
 def first_best(values: Tensor) -> Tensor:
@@ -53,50 +56,62 @@ def first_best(values: Tensor) -> Tensor:
 
 def _maxmin(cos: Tensor, real: Tensor, relevance: Tensor | None, threshold: float) -> Rule:
     """Distance to the nearest chosen token; for the first choice, to the nearest other token."""
-    others = real[:, None, :] & ~torch.eye(cos.shape[1], dtype=torch.bool, device=cos.device)
-    best = yield (1 - cos).masked_fill(~others, float("inf")).amin(2)
-    gap = 1 - _row(cos, best)
+    apart = cos.neg_().add_(1)  # in place: new memory costs a CPU more than the sums
+    own = apart.diagonal(dim1=1, dim2=2)
+    own.fill_(float("inf"))
+    apart.masked_fill_(~real[:, None, :], float("inf"))
+    best = yield apart.amin(2).masked_fill(~real, float("-inf"))
+    own.fill_(float("-inf"))  # which is the distance that every chosen token has from then on
+    gap = _row(apart, best).masked_fill(~real, float("-inf"))
     while True:
         best = yield gap
-        gap = torch.minimum(gap, 1 - _row(cos, best))
+        torch.minimum(gap, _row(apart, best), out=gap)
 
 
 def _dpp(cos: Tensor, real: Tensor, relevance: Tensor | None, threshold: float) -> Rule:
     """Squared Cholesky residual of the kernel relevance_i cos_ij relevance_j (greedy MAP of Chen et al. 2018)."""
     assert relevance is not None
+    left = real.clone()
     r = relevance.float().nan_to_num(0.0, 0.0, 0.0)
-    diagonal = r * r * cos.diagonal(dim1=1, dim2=2)
-    residual, factor = diagonal, r.new_zeros(r.shape[0], 0, r.shape[1])
-    while True:
-        residual = residual.masked_fill(residual <= RANK_TOLERANCE * diagonal, 0.0)
-        best = yield residual
-        pivot = residual.gather(1, best[:, None])
-        known = factor.gather(2, best[:, None, None].expand(-1, factor.shape[1], 1))
-        row = r * r.gather(1, best[:, None]) * _row(cos, best) - (known * factor).sum(1)
-        row = torch.where(pivot > 0, row / pivot.sqrt(), 0.0)
-        factor = torch.cat([factor, row[:, None]], dim=1)
+    residual = diagonal = r * r * cos.diagonal(dim1=1, dim2=2)
+    least = RANK_TOLERANCE * diagonal
+    kernel, factor = r[:, :, None] * r[:, None, :] * cos, torch.empty_like(cos)
+    for step in range(cos.shape[1]):
+        residual = residual.masked_fill(residual <= least, 0.0)
+        best = yield residual.masked_fill(~left, float("-inf"))
+        at, above = best[:, None], factor[:, :step]
+        left.scatter_(1, at, False)
+        pivot = residual.gather(1, at)
+        known = above.gather(2, at[:, None].expand(-1, step, 1))
+        row = _row(kernel, best).sub((known * above).sum(1))
+        row = factor[:, step] = torch.where(pivot > 0, row / pivot.sqrt(), 0.0)
         residual = residual - row * row
+    yield residual
 
 
 def _coverage(cos: Tensor, real: Tensor, relevance: Tensor | None, threshold: float) -> Rule:
     """Relevance times the cosine by which all tokens would be better covered."""
+    left = real.clone()
     r = torch.ones_like(real, dtype=torch.float32) if relevance is None else relevance.float()
     r = r.nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
     covered = torch.zeros_like(r)
     while True:
-        best = yield r * (cos - covered[:, None, :]).clamp(min=0).sum(2)
+        gain = r * (cos - covered[:, None, :]).clamp(min=0).sum(2)
+        best = yield gain.masked_fill(~left, float("-inf"))
+        left.scatter_(1, best[:, None], False)
         covered = torch.maximum(covered, _row(cos, best))
 
 
 def _nms(cos: Tensor, real: Tensor, relevance: Tensor | None, threshold: float) -> Rule:
     """Place in the order of relevance; every token too close to a chosen one stands behind all that are not."""
     assert relevance is not None
-    N = relevance.shape[1]
+    N, left = relevance.shape[1], real.clone()
     r = relevance.float().nan_to_num(float("-inf"), float("inf"), float("-inf"))
     place = r.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     close = torch.zeros_like(real)
     while True:
-        best = yield (torch.where(close, N, 2 * N) - place).float()
+        best = yield (torch.where(close, N, 2 * N) - place).float().masked_fill(~left, float("-inf"))
+        left.scatter_(1, best[:, None], False)
         close = close | (_row(cos, best) > threshold)
 
 
@@ -113,16 +128,16 @@ def greedy_select(
 ) -> tuple[Tensor, Tensor]:
     """Chosen positions ascending, and in the order of choice: both ``[B, keep]``, -1 on the right."""
     (B, N, _), real = features.shape, _real(features, mask)
-    order = torch.full((B, keep), -1, dtype=torch.int64, device=features.device)
-    if keep == 0:
+    if B * N * keep == 0:
+        order = torch.full((B, keep), -1, dtype=torch.int64, device=features.device)
         return order.clone(), order
     steps = RULES[rule](cosine(features, mask), real, relevance, threshold)
-    values, left = next(steps), real
-    for step in range(keep):
-        best = first_best(values.masked_fill(~left, float("-inf")))
-        order[:, step] = torch.where(left.any(1), best, -1)
-        left = left.scatter(1, best[:, None], False)
-        values = steps.send(best)
+    values, chosen = next(steps), list[Tensor]()
+    for _ in range(keep):
+        chosen.append(values.argmax(1))  # of equal values the first
+        values = steps.send(chosen[-1])
+    here = torch.arange(keep, device=features.device) < real.sum(1, keepdim=True)
+    order = torch.where(here, torch.stack(chosen, 1), -1)
     index = order.masked_fill(order < 0, N).sort(dim=1).values
     return index.masked_fill(index == N, -1), order
 

@@ -177,6 +177,8 @@ def patch_attention(seen: VisionAttention) -> Tensor:
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index [I, k]`` (no padding) of ``x [I, P, D]``: ``[I, k, D]``."""
+    if len(x) == 1:  # the same, which a CPU does ten times faster
+        return x.index_select(1, index[0])
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 

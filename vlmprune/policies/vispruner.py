@@ -80,11 +80,14 @@ def remove_duplicates(features: Tensor, order: Tensor, keep: int) -> Tensor:
     """Thin ``order [I, R]`` (patch numbers) to ``[I, keep]`` by removing patches that resemble another one."""
     if keep == 0:
         return order[:, :0]
-    unit = normalize(features.float(), dim=-1)
-    while order.shape[1] > keep:
-        even, odd = order[:, ::2], order[:, 1::2]
-        drop = min(ROUND, order.shape[1] - keep, even.shape[1])
-        likest = (rows_at(unit, even) @ rows_at(unit, odd).transpose(1, 2)).amax(2)
+    rest = rows_at(normalize(features.float(), dim=-1), order)
+    cosines = rest @ rest.mT
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    while place.shape[1] > keep:
+        even, odd = place[:, ::2], place[:, 1::2]
+        drop = min(ROUND, place.shape[1] - keep, even.shape[1])
+        apart = cosines.new_full(order.shape, float("-inf")).scatter_(1, odd, 0.0)
+        likest = rows_at(cosines, even).add_(apart[:, None]).amax(2)
         distinct = likest.argsort(dim=1, descending=True, stable=True)[:, drop:]
-        order = torch.cat([even.gather(1, distinct), odd], 1)
-    return order
+        place = torch.cat([even.gather(1, distinct), odd], 1)
+    return order.gather(1, place)
