@@ -147,6 +147,11 @@ def stages(state: Path, kit: Path) -> list[Stage]:
         ),
         Stage(3, "check_float32", 60, (PROBES, "check", "--dtype", "fp32"), tiny, journal="check_float32"),
         Stage(3, "end_to_end", 40, (str(BENCHMARKS / "end_to_end.py"),), ("--repeat", "1")),
+        Stage(
+            *(4, "test_graphs", 35),
+            _tests("tests/models/test_graphs.py", "tests/models/test_graph_store.py"),
+            collect,
+        ),
         Stage(4, "bench_llava", 150, _bench(state, "llava-1.5-7b", *batches), small_model),
         Stage(4, "bench_next", 110, _bench(state, "llava-next-7b", "--rounds", "3"), small_model),
         Stage(4, "bench_qwen2_5", 80, _bench(state, "qwen2.5-vl-7b-16k", "--rounds", "3"), small_model),

@@ -94,6 +94,7 @@ def test_replays_equal_plain_runs(model, name, specs):
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.real("reads are found below what is pretended")
 def test_what_depends_on_data_runs_as_ever_and_says_so(model, name):
     graphs = Graphs(recorder=(recorder := Recorder()))
     for seed in range(3):
