@@ -92,12 +92,13 @@ def test_info_json():
     assert row["refused"]["triton"]
     assert found["stages"]["fastv"] == {"2": "one pass"}
     assert found["stages"]["vscan"] == {"0": "chooses by itself", "16": "one pass"}
+    assert found["graphs"] == {"cpu": "no GPU"} | ({"cuda": None} if torch.cuda.is_available() else {})
 
 
 def test_info_table():
     done = cli("info")
     assert done.exit_code == 0, done.stderr
-    for word in ("torch", "transformers", "ops on cpu", "gather_tokens", "reference", "one pass"):
+    for word in ("torch", "transformers", "ops on cpu", "gather_tokens", "reference", "one pass", "as CUDA graphs on cpu: no GPU"):
         assert word in done.stdout
 
 

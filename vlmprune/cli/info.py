@@ -124,6 +124,7 @@ def show_info(as_json: bool) -> None:
         kernels = [(kernel, why or "-") for kernel, why in found["attention"][device].items()]
         title = f'attn_implementation="vlmprune" on {device}'
         show(table(("kernel", "why not"), kernels, title=title, title_justify="left"))
+        show(f"prefills as CUDA graphs on {device}: {found['graphs'][device] or 'yes'}", highlight=False)
     stages = [
         (name, "\n".join(f"layer {layer}: {path}" for layer, path in own.items()) or "as set")
         for name, own in found["stages"].items()
@@ -134,7 +135,7 @@ def show_info(as_json: bool) -> None:
 
 def describe_machine() -> dict[str, Any]:
     """Versions, devices, and per kind of device: every op's backend and every attention kernel, or why it cannot run."""
-    from vlmprune.models import TESTED, dotted  # imports transformers: only when asked
+    from vlmprune.models import TESTED, Graphs, dotted  # imports transformers: only when asked
     from vlmprune.models import explain as explain_attention
 
     kinds = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -144,6 +145,7 @@ def describe_machine() -> dict[str, Any]:
         "devices": _devices(),
         "ops": {kind: {op: describe_op(op, kind) for op in sorted(TABLES)} for kind in kinds},
         "attention": {kind: dict(explain_attention(kind)) for kind in kinds},
+        "graphs": {kind: Graphs.refusal(torch.device(kind)) for kind in kinds},
         "stages": {name: describe_stages(cls) for name, cls in load_policies()[0].items()},
     }
 
