@@ -31,12 +31,22 @@ def test_tables_and_files(tmp_path, monkeypatch):
     assert done.stderr == ""
     for text in (
         *("batch 1", "batch 2", "16 → 4", "fastv:layer=2,keep=4 [smaller image]", "selection, layer 2"),
-        "unpruned + graphs: not run: ",
+        "not run: no GPU",
         f"results: {tmp_path / 'out'}",
         "0.1 TFLOP/s and 10 GB/s, measured in this run",
     ):
         assert text in done.stdout
     assert (tmp_path / "out" / "results.json").exists() and (tmp_path / "trace.json.gz").exists()
+
+
+def test_tables_fit_a_narrow_terminal(monkeypatch):
+    """No number is cut or broken at 80 columns, and every arm that ran has its lines."""
+    monkeypatch.setenv("COLUMNS", "80")
+    said = bench("--shape", "tiny", "--policy", "fastv:layer=2,keep=4").stdout
+    assert max(map(len, said.splitlines())) <= 80 and "…" not in said
+    prefills = [line for line in said.splitlines() if "│ prefill" in line]
+    assert [line.split("│")[1].strip() for line in prefills] == ["2", "4", "5"]
+    assert all(".." in line.split("│")[4] for line in prefills)
 
 
 def test_json_of_a_checkpoint():

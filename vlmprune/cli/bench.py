@@ -15,12 +15,13 @@ from vlmprune.cli.console import progress_bar, table
 from vlmprune.cli.main import open_checkpoint, silence_transformers
 from vlmprune.errors import InputError, check
 
-GAINS = {"vision": "vision", "prefill": "prefill", "ttft": "TTFT", "decode": "decode", "total": "answer"}
-TIMES = {"vision": "vision", "prefill": "prefill", "selection": "of it selection", "ttft": "TTFT"}
+GAINS = {"vision": "vision", "prefill": "prefill", "ttft": "TTFT", "decode": "a token", "total": "answer"}
+TIMES = {"vision": "vision", "prefill": "prefill", "selection": "selects", "ttft": "TTFT"}
 TIMES |= {"decode": "a token", "total": "answer"}
-NOTE = """{model} on {device}, {dtype}, {attention} attention; {new_tokens} tokens an answer, {rounds} rounds, medians.
-Speed-up: measured, paired round by round with unpruned (20th..80th percentile) | by FLOPs | by the roofline of
-{tflops:.3g} TFLOP/s and {gbs:.3g} GB/s, measured in this run. TTFT has all that generate() does before the first token."""
+NOTE = """\
+{model} on {device}, {dtype}, {attention} attention; {new_tokens} tokens an answer, {rounds} rounds, medians in ms. \
+"selects" is part of prefill. Speed-ups are paired round by round with unpruned. The roofline is of {tflops:.3g} TFLOP/s and \
+{gbs:.3g} GB/s, measured in this run. TTFT has all that generate() does before the first token."""
 
 
 def open_subject(model: str | None, shape: str | None, device: str, dtype: str, attn: str) -> Checkpoint:
@@ -76,43 +77,54 @@ def execute(
 
 
 def show(found: Bench) -> None:
-    """Print times and speed-ups of every batch size, what the profile says, how it was measured, and where everything is."""
+    """Print the arms, times and speed-ups of every batch size, what the profile says, and how it was measured."""
     console, settings = Console(), found.settings
+    numbers = {row.arm: str(i) for i, row in enumerate(found.rows[: len({row.arm for row in found.rows})])}
     for size in settings["batch"]:
         rows = [row for row in found.rows if row.batch == size]
-        heads = ("", "visual tokens", *TIMES.values(), "tokens/s", "KV", "peak", "kernels")
-        times = table(heads, map(times_cells, rows), title=f"batch {size}", show_lines=True)
         ran = [row for row in rows if row.reason is None]
-        gains = table(("times as fast", *GAINS.values()), map(gain_cells, ran), show_lines=True)
-        for some in (times, gains):
-            some.columns[0].overflow = "fold"  # names of policies have no spaces to break at
-            console.print(some)
+        arms = [(numbers[row.arm], row.arm, _told(row)) for row in rows]
+        listed = table(("", "arm", "visual tokens"), arms, title=f"batch {size}")
+        listed.columns[1].overflow = "fold"  # names of policies have no spaces to break at
+        console.print(listed)
+        times = [(numbers[row.arm], *(_ms(row.seconds.get(phase)) for phase in TIMES)) for row in ran]
+        console.print(table(("ms", *TIMES.values()), times))
+        memory = [(numbers[row.arm], *memory_cells(row)) for row in ran]
+        console.print(table(("", "tokens/s", "KV", "peak memory", "kernels"), memory))
+        gains = [(numbers[row.arm], *cells) for row in ran[1:] for cells in gain_cells(row)]
+        console.print(table(("", "times as fast", "measured", "p20..p80", "by FLOPs", "roofline"), gains))
     if found.profile is not None:
         show_profile(console, found.profile)
     peaks: Mapping[str, float] = settings["peaks"]
-    rates = {"tflops": peaks["flops"] / 1e12, "gbs": peaks["bandwidth"] / 1e9}
-    lines = [NOTE.format(**settings, **rates)]
-    lines += [f"{row.arm}: not run: {row.reason}" for row in found.rows if row.reason is not None]
-    lines += [f"{row.arm}: {row.graph}" for row in found.rows if row.graph is not None]
+    lines = [NOTE.format(**settings, tflops=peaks["flops"] / 1e12, gbs=peaks["bandwidth"] / 1e9)]
     lines += [] if found.folder is None else [f"results: {found.folder}"]
     lines += [] if found.profile is None else [f"trace: {found.profile} (open it in https://ui.perfetto.dev)"]
-    console.print(Text("\n".join(dict.fromkeys(lines)), style="dim"))
+    console.print(Text("\n".join(lines), style="dim"))
 
 
-def times_cells(row: Row) -> list[str]:
-    """What stands in a row of the times."""
+def _told(row: Row) -> str:
+    """The tokens an arm keeps, and how graphs fared; or why it did not run."""
     if row.reason is not None:
-        return [row.arm, "not run", *["-"] * (len(TIMES) + 4)]
+        return f"not run: {row.reason}"
     kept = "".join(f" → {after:g}" for _, _, after in row.stages)
-    times = [_time(row.seconds.get(phase)) for phase in TIMES]
+    return f"{row.visual_tokens:g}{kept}" + ("" if row.graph is None else f" ({row.graph})")
+
+
+def memory_cells(row: Row) -> list[str]:
+    """Throughput and memory of an arm."""
     peak = "-" if row.peak_bytes is None else _bytes(row.peak_bytes)
-    last = [f"{row.tokens_per_second:.4g}", _bytes(row.kv_bytes), peak]
-    return [row.arm, f"{row.visual_tokens:g}{kept}", *times, *last, str(row.kernels or "-")]
+    return [f"{row.tokens_per_second:.4g}", _bytes(row.kv_bytes), peak, str(row.kernels or "-")]
 
 
-def gain_cells(row: Row) -> list[str]:
-    """What stands in a row of the speed-ups."""
-    return [row.arm, *(_gain(row, phase) for phase in GAINS)]
+def gain_cells(row: Row) -> list[list[str]]:
+    """A line for each phase that was seen: what it gained, and what FLOPs and roofline say."""
+    lines = []
+    for phase, name in GAINS.items():
+        if phase in row.speedup:
+            gain = row.speedup[phase]
+            counted = [f"{some[phase]:.2f}" if phase in some else "-" for some in (row.flops, row.roofline)]
+            lines.append([name, f"{gain.median:.2f}", f"{gain.p20:.2f}..{gain.p80:.2f}", *counted])
+    return lines
 
 
 def show_profile(console: Console, path: Path) -> None:
@@ -135,16 +147,8 @@ def _longest(rows: Sequence[Spent], arm: str, part: str) -> str:
     return ", ".join(f"{row.operation} {row.seconds / total:.0%}" for row in some[:3])
 
 
-def _gain(row: Row, phase: str) -> str:
-    if phase not in row.speedup:
-        return "-"
-    gain = row.speedup[phase]
-    counted = [f"{some[phase]:.2f}" if phase in some else "-" for some in (row.flops, row.roofline)]
-    return f"{gain.median:.2f} ({gain.p20:.2f}..{gain.p80:.2f}) | {' | '.join(counted)}"
-
-
-def _time(seconds: Spread | None) -> str:
-    return "-" if seconds is None else f"{seconds.median * 1e3:.4g} ms"
+def _ms(seconds: Spread | None) -> str:
+    return "-" if seconds is None else f"{seconds.median * 1e3:.4g}"
 
 
 def _bytes(count: int) -> str:
