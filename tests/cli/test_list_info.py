@@ -98,7 +98,15 @@ def test_info_json():
 def test_info_table():
     done = cli("info")
     assert done.exit_code == 0, done.stderr
-    for word in ("torch", "transformers", "ops on cpu", "gather_tokens", "reference", "one pass", "as CUDA graphs on cpu: no GPU"):
+    for word in (
+        "torch",
+        "transformers",
+        "ops on cpu",
+        "gather_tokens",
+        "reference",
+        "one pass",
+        "as CUDA graphs on cpu: no GPU",
+    ):
         assert word in done.stdout
 
 
