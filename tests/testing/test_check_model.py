@@ -132,7 +132,7 @@ def test_finds_rotary_positions_of_other_tokens(model, monkeypatch):
 
 
 def test_finds_packed_positions_forgotten_in_decoding(model, monkeypatch):
-    monkeypatch.setattr(layer_inputs, "_add_shift", lambda old, *_: old)
+    monkeypatch.setattr(layer_inputs, "add_shift", lambda old, *_: old)
     assert failed(check_model(model, strict=False)) == everywhere("Rewritten")
 
 
