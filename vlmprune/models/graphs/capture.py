@@ -119,10 +119,10 @@ def _inputs_like(prompt: Inputs, length: int) -> Inputs:
     )
 
 
-def _positions(inputs: Inputs) -> Tensor | None:
+def _positions(inputs: Inputs) -> Tensor:
     """As the model is told them."""
     planes = inputs.positions
-    return torch.stack(planes) if len(planes) > 1 else planes[0] if planes else None
+    return torch.stack(planes) if len(planes) > 1 else planes[0]
 
 
 def parts_of(note: Encoded) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from vlmprune.constants import counting
 from vlmprune.errors import first_line
 from vlmprune.models.clock import Clock
 from vlmprune.models.graphs.buckets import bucket, rounded
@@ -162,7 +163,9 @@ class FastPath:
         """What the prompt brings, in its own rows."""
         embeds, visual, positions = given["inputs_embeds"], prefill.call.visual, given["position_ids"]
         assert visual is not None and prefill.unpruned is not None
-        planes = () if positions is None else (positions,) if positions.ndim == 2 else positions.unbind(0)
+        if positions is None:  # as the model counts; of its own count the rows behind the prompt would be a part
+            positions = counting(*visual.shape, visual.device)
+        planes = (positions,) if positions.ndim == 2 else positions.unbind(0)
         text = None if prefill.unpruned.text is None else prefill.unpruned.text.mask
         seen = () if fixed.note is None else parts_of(fixed.note)
         added = _added(embeds, *(given[name] for name in self.added))

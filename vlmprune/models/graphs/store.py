@@ -26,7 +26,7 @@ class Inputs(NamedTuple):
         rows: ``[B, L]`` int64 position in the prompt of each row, -1 = padding behind a sample, where the others have zeros.
         embeds: ``[B, L, D]`` input embeddings.
         visual: ``[B, L]`` bool, True at visual tokens.
-        positions: planes ``[B, L]`` of what the model is told as positions; none = it counts.
+        positions: planes ``[B, L]`` of what the model is told as positions.
         text: ``[B, L]`` bool, the text after the last image; None = no stage reads it.
         planes: ``[B, L, D]`` each, what is added to the rows behind the first layers (Qwen3-VL).
         seen: what stages read of the vision tower.

@@ -1,0 +1,86 @@
+"""Calls out of the ordinary: a replay answers them as a plain run does, or the report says why there was none."""
+
+import pytest
+import torch
+
+import vlmprune
+from helpers.recorder import Recorder
+from helpers.tiny import make_batch, make_model
+from vlmprune import FastV, Graphs
+
+POLICY = FastV(layer=2, keep=4)
+PADDED = [[4, "I", 7], ["I", 3]]
+TOLERANCE = {"atol": 1e-4, "rtol": 0}
+
+
+def scope(model, policy, graphs):
+    return vlmprune.meter(model, graphs) if policy is None else vlmprune.prune(model, policy, graphs)
+
+
+@torch.no_grad()
+def answer(model, batch, graphs=None, policy=POLICY, **settings):
+    """The output, what was kept of every sample, and what the report says."""
+    with scope(model, policy, graphs) as run:
+        out = model(**batch, **settings)
+        kept = [run.kept(b) for b in range(len(out.logits))] if run.stages else []
+        return out, kept, run.report().graph
+
+
+def assert_same(model, batch, graphs, policy=POLICY, **settings):
+    """As a plain run; returns what the report says."""
+    got, kept, said = answer(model, batch, graphs, policy, **settings)
+    want, kept_plainly, _ = answer(model, batch, None, policy, **settings)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(got.logits[real], want.logits[real], **TOLERANCE)
+    assert all(map(torch.equal, kept, kept_plainly))
+    return said
+
+
+def assert_always_same(model, batches, policy=POLICY, said="replayed"):
+    """As a plain run, all of them; the report says so from the second one on."""
+    graphs = Graphs(recorder=Recorder())
+    for turn, batch in enumerate(batches):
+        how = assert_same(model, batch, graphs, policy)
+        assert not turn or how.startswith(said), how
+
+
+def with_holes(seed):
+    """Two prompts whose masks have holes in the text; no position_ids, so the holes are counted."""
+    batch = make_batch([[4, "I", 7]] * 2, seed=seed)
+    batch["attention_mask"][0, 2] = batch["attention_mask"][1, 24] = 0
+    return batch
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.mark.parametrize("policy", [None, POLICY, vlmprune.VisPruner(keep=6, positions="pack")], ids=repr)
+def test_positions_that_the_model_counts_itself(model, policy):
+    assert_always_same(model, map(with_holes, range(3)), policy)
+
+
+@pytest.mark.parametrize("policy", [None, POLICY, FastV(layer=2, keep=4, earlier_kv="compact")], ids=repr)
+def test_a_turn_behind_padded_prompts_without_positions(model, policy):
+    """Tokens to come are counted from the padded length on, so the prompt's own must be."""
+    graphs, logits = Graphs(recorder=Recorder()), []
+    batch, more = make_batch(PADDED), make_batch([[3], [3]], seed=1)
+    for _ in range(2):
+        answer(model, batch, graphs, policy)
+    for some in (graphs, None):
+        with torch.no_grad(), scope(model, policy, some):
+            cache = model(**batch, use_cache=True).past_key_values
+            mask = torch.cat([batch["attention_mask"], more["attention_mask"]], 1)
+            logits.append(model(more["input_ids"], attention_mask=mask, past_key_values=cache).logits)
+    torch.testing.assert_close(*logits, **TOLERANCE)
+
+
+def test_tables_that_depend_on_the_longest_position():
+    """28 tokens in a graph of 32 rows, where 30 make them long ones."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 29}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    model = make_model(rope_parameters=rope, max_position_embeddings=29)
+    graphs = Graphs(recorder=Recorder())
+    for seed in range(3):
+        assert_same(model, make_batch([[4, "I", 7]], seed=seed), graphs)
