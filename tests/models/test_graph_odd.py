@@ -1,7 +1,10 @@
 """Calls out of the ordinary: a replay answers them as a plain run does, or the report says why there was none."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import vlmprune
 from helpers.recorder import Recorder
@@ -84,3 +87,45 @@ def test_tables_that_depend_on_the_longest_position():
     graphs = Graphs(recorder=Recorder())
     for seed in range(3):
         assert_same(model, make_batch([[4, "I", 7]], seed=seed), graphs)
+
+
+# What a key tells apart, and what is refused
+
+
+def test_a_number_of_tokens_is_no_share(model):
+    """keep=1 and keep=1.0 compare equal."""
+    graphs = Graphs(recorder=(recorder := Recorder()))
+    for policy in (FastV(layer=2, keep=1), FastV(layer=2, keep=1.0)):
+        for seed in range(3):
+            said = assert_same(model, make_batch(PADDED, seed=seed), graphs, policy)
+    assert said.startswith("replayed") and recorder.captures == 2
+
+
+@dataclass(frozen=True)
+class WithTable(FastV):
+    table: dict = field(default_factory=dict)
+
+
+def test_a_policy_that_nothing_tells_apart(model):
+    policy, batch = WithTable(layer=2, keep=4, table={"a": 1}), make_batch(PADDED)
+    said = [assert_same(model, batch, Graphs(recorder=Recorder()), policy) for _ in range(3)]
+    assert said == ["plain: a policy's settings must tell it apart (unhashable type: 'dict')"] * 3
+
+
+def labelled(seed):
+    """The last token of the image predicts a label, so it stays."""
+    batch = make_batch(PADDED, seed=seed)
+    return batch | {"labels": batch["input_ids"].clone()}
+
+
+def test_labels(model):
+    assert_always_same(model, map(labelled, range(3)), said="plain: labels are given")
+
+
+def test_a_mode_that_watches_operations(model):
+    graphs, counts = Graphs(recorder=Recorder()), []
+    for some in (None, graphs, graphs, graphs):
+        with FlopCounterMode(display=False) as counter:
+            said = answer(model, make_batch(PADDED), some)[2]
+        counts.append(counter.get_total_flops())
+    assert len(set(counts)) == 1 and said.startswith("plain: a dispatch mode watches the operations")

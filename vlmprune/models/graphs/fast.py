@@ -54,9 +54,10 @@ class FastPath:
             text, ("inputs_embeds", "attention_mask", "position_ids", "use_cache", *self.added)
         )
         self.parts, self.policy, self.vision = parts, policy, vision
+        self.named = policy, repr(policy)  # keep=1 and keep=1.0 are equal, and no more the same than 1 token and all
         self.clock, self.graphs = clock, graphs
         self.subject = Subject(text, type(text).forward, self.told.first(CACHE), wants)
-        self.refused = graphs.recorder.refusal(text.device) or unfit_model(text)
+        self.refused = graphs.recorder.refusal(text.device) or unfit_model(text, policy)
 
     @property
     def said(self) -> str:
@@ -180,7 +181,7 @@ class FastPath:
         shapes = [(x.shape[2:], x.dtype) for x in prompt.by_row()], [(x.shape, x.dtype) for x in prompt.seen]
         return (
             text,
-            self.policy,
+            self.named,
             text.config._attn_implementation,
             stream,
             fixed[:2],

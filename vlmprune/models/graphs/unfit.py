@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from vlmprune.models.host.cache_layers import PrunedLayer
@@ -20,8 +21,12 @@ SETTINGS = {"use_cache", "return_dict", "cache_position", "logits_to_keep"}
 ASKS = ("output_hidden_states", "output_attentions")
 
 
-def unfit_model(text: Any) -> str | None:
-    """Why no prefill of this text model can be one; None if some can."""
+def unfit_model(text: Any, policy: Any) -> str | None:
+    """Why no prefill of this text model, pruned by this policy, can be one; None if some can."""
+    try:
+        hash(policy)
+    except TypeError as error:
+        return f"a policy's settings must tell it apart ({error})"
     if "forward" in vars(text):
         return "other code has put a forward of its own on the model (accelerate does, for a device_map)"
     weights = [*text.parameters()]
@@ -43,10 +48,16 @@ def unfit_call(prefill: Prefill, given: Mapping[str, Any], text: Any) -> str | N
         return "candidates of assisted decoding behind the prompt"
     if torch.is_grad_enabled():
         return "gradients are on (torch.no_grad)"
+    if call.predicting is not None:
+        return "labels are given"
     if text.training:
         return "the model is in training mode"
     if torch.is_autocast_enabled(call.visual.device.type):
         return "autocast"
+    if _get_current_dispatch_mode() is not None:  # this thread's
+        return "a dispatch mode watches the operations (FlopCounterMode does)"
+    if call.visual.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "the caller captures a graph of its own"
     return _unfit_cache(call.cache) or _unfit_arguments(given, text)
 
 
