@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlmprune
@@ -129,3 +130,88 @@ def test_a_mode_that_watches_operations(model):
             said = answer(model, make_batch(PADDED), some)[2]
         counts.append(counter.get_total_flops())
     assert len(set(counts)) == 1 and said.startswith("plain: a dispatch mode watches the operations")
+
+
+# What a model may become between two prompts
+
+
+def adapted():
+    """A LLaVA with an adapter on its text model."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(
+        target_modules=r".*language_model.*(q_proj|down_proj)", init_lora_weights=False
+    )
+    return peft.get_peft_model(make_model(), settings).eval()
+
+
+def scaled(model):
+    for part in model.modules():
+        if isinstance(getattr(part, "scaling", None), dict):
+            part.scaling["default"] *= 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda model: model.base_model.disable_adapter_layers(), scaled, lambda model: model.merge_adapter()],
+    ids=["off", "scaled", "merged"],
+)
+def test_an_adapter_is_switched(change):
+    """None of it moves a weight, or changes a module for another."""
+    model, graphs = adapted(), Graphs(recorder=(recorder := Recorder()))
+    for seed in range(2):
+        assert_same(model, make_batch(PADDED, seed=seed), graphs)
+    change(model)
+    assert assert_same(model, make_batch(PADDED, seed=2), graphs).startswith("replayed")
+    assert recorder.captures == 2
+
+
+class Counting(torch.nn.Module):
+    """A layer's MLP that counts its calls, and answers by their number."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp, self.calls = mlp, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.mlp(x) * self.calls
+
+
+def test_a_module_that_changes_as_it_runs():
+    model, graphs = make_model(), Graphs(recorder=Recorder())
+    layer = model.model.language_model.layers[4]
+    layer.mlp = Counting(layer.mlp)
+    batch = make_batch(PADDED)
+    said = [answer(model, batch, graphs)[2] for _ in range(3)]
+    assert said[1:] == ["plain: other code's modules change as they run"] * 2 and len(graphs) == 0
+
+
+def test_a_hook_of_other_code_sees_every_call():
+    """Also one that changes nothing, and comes and goes."""
+    model, graphs, seen = make_model(), Graphs(recorder=(recorder := Recorder())), []
+    mlp, batch = model.model.language_model.layers[4].mlp, make_batch(PADDED)
+    for _ in range(2):
+        answer(model, batch, graphs)
+    handle = mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    said = [answer(model, batch, graphs)[2] for _ in range(2)]
+    assert (
+        said == ["plain: a hook of other code on a LlamaMLP, which would see no replay"] * 2
+        and len(seen) == 2
+    )
+    handle.remove()
+    assert answer(model, batch, graphs)[2].startswith("replayed") and recorder.captures == 2
+    with register_module_forward_hook(lambda module, args, out: seen.append(None)):
+        assert answer(model, batch, graphs)[2] == "plain: global hooks on every module"
+    assert len(seen) > 10
+
+
+def test_a_projector_that_stages_call():
+    """VisionZip projects merged features anew."""
+    model, graphs = make_model(), Graphs(recorder=(recorder := Recorder()))
+    policy, projector = vlmprune.VisionZip(dominant=5, contextual=2), model.model.multi_modal_projector
+    for seed in range(2):
+        assert_same(model, make_batch(PADDED, seed=seed), graphs, policy)
+    state = {name: 1.5 * x for name, x in projector.state_dict().items()}
+    projector.load_state_dict(state, assign=True)
+    assert assert_same(model, make_batch(PADDED, seed=2), graphs, policy).startswith("replayed")
+    assert recorder.captures == 2

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from vlmprune.constants import noting
@@ -32,12 +32,14 @@ class Subject(NamedTuple):
         text: the text model; ``forward`` runs it.
         cache: its argument for the KV cache.
         wants: what the policy reads.
+        also: other modules that its stages call.
     """
 
     text: Any
     forward: Callable[..., Any]
     cache: str
     wants: Wants
+    also: tuple[nn.Module, ...] = ()
 
 
 class Bucket(NamedTuple):
@@ -97,9 +99,10 @@ def capture(
             subject.text, inputs_embeds=inputs.embeds, attention_mask=None, use_cache=True, **told
         )
 
+    bindings = Bindings(subject.text, *subject.also)
     with noting() as kept:
         (inner, output), recording = recorder.record(run, device)
-    return Graph(inputs, inner, output, recording, Bindings(subject.text), kept)
+    return Graph(inputs, inner, output, recording, bindings, kept)
 
 
 def _inputs_like(prompt: Inputs, length: int) -> Inputs:

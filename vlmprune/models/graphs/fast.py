@@ -19,7 +19,7 @@ from vlmprune.models.graphs.hand_over import hand_over
 from vlmprune.models.graphs.prompt_rows import PromptRows
 from vlmprune.models.graphs.reads import HostRead
 from vlmprune.models.graphs.store import Graph, Graphs, Inputs
-from vlmprune.models.graphs.unfit import unfit_call, unfit_model
+from vlmprune.models.graphs.unfit import hooked, unfit_call, unfit_model
 from vlmprune.models.host.names import CACHE, DEEPSTACK, Signature
 from vlmprune.models.host.parts import Parts
 from vlmprune.models.prefill import RUNNING, Prefill, Unpruned, Wants
@@ -54,9 +54,13 @@ class FastPath:
             text, ("inputs_embeds", "attention_mask", "position_ids", "use_cache", *self.added)
         )
         self.parts, self.policy, self.vision = parts, policy, vision
-        self.named = policy, repr(policy)  # keep=1 and keep=1.0 are equal, and no more the same than 1 token and all
+        self.named = (
+            policy,
+            repr(policy),
+        )  # keep=1 and keep=1.0 are equal, and no more the same than 1 token and all
         self.clock, self.graphs = clock, graphs
-        self.subject = Subject(text, type(text).forward, self.told.first(CACHE), wants)
+        projector = (parts.projector,) if vision.attn else ()
+        self.subject = Subject(text, type(text).forward, self.told.first(CACHE), wants, projector)
         self.refused = graphs.recorder.refusal(text.device) or unfit_model(text, policy)
 
     @property
@@ -124,21 +128,25 @@ class FastPath:
     def _captured(
         self, prefill: Prefill, rows: PromptRows, prompt: Inputs, fixed: Bucket, key: Any
     ) -> tuple[Graph | None, str]:
-        """A new graph, or why there is none, which is remembered."""
+        """A new graph, or why there is none, which is remembered if it stays so."""
         graphs, runner = self.graphs, None
+        why: str | None = hooked(self.subject.text)
+        if why is not None:
+            return None, why  # until they are gone
         if self.policy is not None:
             runner = StageRunner(self.parts, self.policy, self.vision)
         try:
             with self.clock.aside():
                 graph = capture(self.subject, runner, fixed, prefill, rows, prompt, graphs.recorder)
         except HostRead as read:
-            why: str | None = f"adaptive: a choice depends on what the host has read ({read})"
+            why = f"adaptive: a choice depends on what the host has read ({read})"
         except torch.OutOfMemoryError:
             why = "memory short"
         except torch.AcceleratorError as error:
             why = f"the capture failed: {first_line(error)}"
         else:
-            why = graphs.keep(key, graph)
+            steady = graph.bindings.hold()
+            why = graphs.keep(key, graph) if steady else "other code's modules change as they run"
             if why is None:
                 return graph, ""
         assert why is not None
@@ -164,7 +172,9 @@ class FastPath:
         """What the prompt brings, in its own rows."""
         embeds, visual, positions = given["inputs_embeds"], prefill.call.visual, given["position_ids"]
         assert visual is not None and prefill.unpruned is not None
-        if positions is None:  # as the model counts; of its own count the rows behind the prompt would be a part
+        if (
+            positions is None
+        ):  # as the model counts; of its own count the rows behind the prompt would be a part
             positions = counting(*visual.shape, visual.device)
         planes = (positions,) if positions.ndim == 2 else positions.unbind(0)
         text = None if prefill.unpruned.text is None else prefill.unpruned.text.mask

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
@@ -37,6 +38,16 @@ def unfit_model(text: Any, policy: Any) -> str | None:
     return None
 
 
+def hooked(text: Any) -> str | None:
+    """Whether a hook of other code is on one of its modules; transformers' own do nothing unless they are asked to."""
+    for part in text.modules():
+        for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values()):
+            home = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+            if home.partition(".")[0] not in ("vlmprune", "transformers"):
+                return f"a hook of other code on a {type(part).__name__}, which would see no replay"
+    return None
+
+
 def unfit_call(prefill: Prefill, given: Mapping[str, Any], text: Any) -> str | None:
     """Why this prefill, with these arguments of the text model, cannot be one; None if it can, for all the host knows."""
     call = prefill.call
@@ -56,6 +67,8 @@ def unfit_call(prefill: Prefill, given: Mapping[str, Any], text: Any) -> str | N
         return "autocast"
     if _get_current_dispatch_mode() is not None:  # this thread's
         return "a dispatch mode watches the operations (FlopCounterMode does)"
+    if _has_any_global_hook():
+        return "global hooks on every module"
     if call.visual.is_cuda and torch.cuda.is_current_stream_capturing():
         return "the caller captures a graph of its own"
     return _unfit_cache(call.cache) or _unfit_arguments(given, text)
