@@ -73,8 +73,10 @@ class Graph:
 
     @property
     def nbytes(self) -> int:
-        """Device memory that it holds."""
-        return self.recording.nbytes + sum(x.nbytes for x in self.inputs.every())
+        """Device memory that it holds: what the recording does, its inputs, and what its stages work in."""
+        runner = self.prefill.runner
+        workspaces = 0 if runner is None else runner.passes.plans.nbytes()
+        return self.recording.nbytes + workspaces + sum(x.nbytes for x in self.inputs.every())
 
 
 class Graphs:
