@@ -215,3 +215,24 @@ def test_a_projector_that_stages_call():
     projector.load_state_dict(state, assign=True)
     assert assert_same(model, make_batch(PADDED, seed=2), graphs, policy).startswith("replayed")
     assert recorder.captures == 2
+
+
+# Masks
+
+
+def with_a_hidden_token(seed):
+    """The mask hides a token of the first image."""
+    batch = make_batch(PADDED, seed=seed)
+    batch["attention_mask"][0, 9] = 0
+    return batch
+
+
+def test_a_mask_that_hides_visual_tokens(model):
+    assert_always_same(model, map(with_a_hidden_token, range(3)), said="plain: the attention mask hides")
+
+
+def test_a_sample_that_is_padding_only(model):
+    batches = [make_batch([*PADDED, [5]], seed=seed) for seed in range(3)]
+    for batch in batches:
+        batch["attention_mask"][2] = 0
+    assert_always_same(model, batches)

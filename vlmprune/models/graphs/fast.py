@@ -107,6 +107,8 @@ class FastPath:
             prefill.call = replace(prefill.call, mask=None)
         elif layout.trailing and prefill.call.logits:
             return f"{PLAIN}padding on the right", None  # which is an error there
+        if layout.hidden:
+            return f"{PLAIN}the attention mask hides visual tokens", None
         fixed = self._bucket(prefill, prefill.unpruned)
         rows = PromptRows(layout, fixed.length)
         prompt = self._inputs(prefill, given, rows, fixed)
