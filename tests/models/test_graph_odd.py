@@ -11,6 +11,7 @@ import vlmprune
 from helpers.recorder import Recorder
 from helpers.tiny import make_batch, make_model
 from vlmprune import FastV, Graphs
+from vlmprune.policies.base import Needs
 
 POLICY = FastV(layer=2, keep=4)
 PADDED = [[4, "I", 7], ["I", 3]]
@@ -236,3 +237,42 @@ def test_a_sample_that_is_padding_only(model):
     for batch in batches:
         batch["attention_mask"][2] = 0
     assert_always_same(model, batches)
+
+
+# What policies say, and modes
+
+
+class Varying(FastV):
+    """Keeps of all samples but the first only those of the first tokens whose hidden state is positive."""
+
+    def ranks(self, layer):
+        return False
+
+    def needs(self, layer):
+        return Needs(hidden=True)
+
+    def select(self, ctx):
+        stay = ctx.hidden[:, : self.keep, 0] > 0
+        stay[0], stay[:, 0] = True, True
+        numbers = torch.where(stay, torch.arange(self.keep), self.keep).sort(1).values
+        return torch.where(numbers < self.keep, numbers, -1)
+
+
+def test_a_policy_that_keeps_another_number_than_it_says(model):
+    batches = [make_batch(PADDED, seed=seed) for seed in range(3)]
+    assert_always_same(model, batches, Varying(layer=2, keep=6), "plain: adaptive: ")
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_captured_in_one_mode_and_replayed_in_the_other(model, first):
+    graphs, batch, step = Graphs(recorder=Recorder()), make_batch(PADDED), torch.tensor([[5], [5]])
+    mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+    logits = []
+    with vlmprune.prune(model, POLICY, graphs) as run:
+        for mode in (first, first, torch.no_grad, torch.inference_mode):
+            with mode():
+                cache = model(**batch, use_cache=True).past_key_values
+                logits.append(model(step, attention_mask=mask, past_key_values=cache).logits)
+    assert run.report().graph.startswith("replayed")
+    for some in logits[1:]:
+        torch.testing.assert_close(some, logits[0], **TOLERANCE)
