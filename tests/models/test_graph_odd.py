@@ -1,6 +1,8 @@
 """Calls out of the ordinary: a replay answers them as a plain run does, or the report says why there was none."""
 
+import gc
 from dataclasses import dataclass, field
+from weakref import ref
 
 import pytest
 import torch
@@ -276,3 +278,14 @@ def test_captured_in_one_mode_and_replayed_in_the_other(model, first):
     assert run.report().graph.startswith("replayed")
     for some in logits[1:]:
         torch.testing.assert_close(some, logits[0], **TOLERANCE)
+
+
+def test_a_graph_holds_nothing_of_the_prompt_it_was_captured_with():
+    """All states of the vision tower would be much, and are counted nowhere."""
+    model, graphs, states = make_model(), Graphs(recorder=Recorder()), []
+    tower = model.model.vision_tower
+    tower.register_forward_hook(lambda module, args, out: states.append(ref(out.last_hidden_state)))
+    for _ in range(2):
+        said = answer(model, make_batch(PADDED), graphs)[2]
+    gc.collect()
+    assert said.startswith("replayed") and [state() for state in states] == [None, None]

@@ -77,9 +77,8 @@ def capture(
     with torch.inference_mode(False), torch.no_grad():
         inputs = _inputs_like(prompt, bucket.length)
     rows.fill(inputs, prompt)
-    visuals = prefill.call.visuals
-    if bucket.note is not None and visuals is not None:
-        visuals = _of_graph(visuals, bucket.note, inputs.seen)
+    assert prefill.call.visuals is not None
+    visuals = _of_graph(prefill.call.visuals, bucket.note, inputs.seen)
     batch, counts, images = len(unpruned.layout.counts), unpruned.layout.counts, unpruned.images
 
     def run() -> tuple[Prefill, Any]:
@@ -135,8 +134,10 @@ def parts_of(note: Encoded) -> tuple[Tensor, ...]:
     return (*(note.taken[name] for name in sorted(note.taken)), note.features, *mask)
 
 
-def _of_graph(visuals: Visuals, note: Encoded, seen: tuple[Tensor, ...]) -> Visuals:
-    """The images of a call whose tower's run has left the graph's tensors."""
+def _of_graph(visuals: Visuals, note: Encoded | None, seen: tuple[Tensor, ...]) -> Visuals:
+    """The images of a call whose tower's run has left the graph's tensors; of its own a graph holds nothing."""
+    if note is None:
+        return Visuals(visuals.parts, visuals.kinds, [], Notes())
     names = sorted(note.taken)
     mask = None if note.mask is None else seen[-1]
     own = Encoded(note.crops, note.thw, mask, dict(zip(names, seen, strict=False)), seen[len(names)])
