@@ -33,7 +33,7 @@ class Bindings:
         self._tensors = [
             (table, name, ref(x), x.data_ptr())
             for part in parts
-            for table in (part._parameters, part._buffers)
+            for table in _tables(part)
             for name, x in table.items()
             if x is not None
         ]
@@ -62,7 +62,12 @@ class Bindings:
         return [*children, *forwards, *map(type, self._parts)]
 
 
-def _is_still(x: Any, before: ref[Tensor], address: int) -> bool:
+def _tables(part: nn.Module) -> tuple[dict[str, Tensor | None], ...]:
+    parameters: Any = part._parameters
+    return parameters, part._buffers
+
+
+def _is_still(x: Tensor | None, before: ref[Tensor], address: int) -> bool:
     return x is not None and x is before() and x.data_ptr() == address
 
 

@@ -177,7 +177,7 @@ class FastPath:
         if (
             positions is None
         ):  # as the model counts; of its own count the rows behind the prompt would be a part
-            positions = counting(*visual.shape, visual.device)
+            positions = counting(visual.shape[0], visual.shape[1], visual.device)
         planes = (positions,) if positions.ndim == 2 else positions.unbind(0)
         text = None if prefill.unpruned.text is None else prefill.unpruned.text.mask
         seen = () if fixed.note is None else parts_of(fixed.note)

@@ -67,7 +67,7 @@ def unfit_call(prefill: Prefill, given: Mapping[str, Any], text: Any) -> str | N
         return "autocast"
     if _get_current_dispatch_mode() is not None:  # this thread's
         return "a dispatch mode watches the operations (FlopCounterMode does)"
-    if _has_any_global_hook():
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "global hooks on every module"
     if call.visual.is_cuda and torch.cuda.is_current_stream_capturing():
         return "the caller captures a graph of its own"
