@@ -31,6 +31,7 @@ class Layout:
         first: ``[B, 1]`` ordinal of the first visual token, in a later chunk of a prompt; None = 0.
         ordered: False if an earlier stage rearranged the visual tokens, so that ordinals no longer ascend.
         trailing: whether some sample's tokens are followed by padding.
+        hidden: whether some visual token is padding to the attention mask.
         end: ``[B, 1]`` position (unpruned) at which the prompt ends and candidates of assisted decoding begin; None =
             there are none.
         bound: whether ``real`` is only the most there can be, as in a captured prefill: which rows are padding, all of it on
@@ -47,6 +48,7 @@ class Layout:
     first: Tensor | None = None
     ordered: bool = True
     trailing: bool = False
+    hidden: bool = False
     end: Tensor | None = None
     bound: bool = False
 
@@ -174,12 +176,13 @@ def open_layout(visual: Tensor, padding: Tensor | None, known: int | None, tail:
     """
     batch, q = visual.shape
     if batch == 1 and padding is None and known is not None:
-        counts, real, ends = (known,), (q,), (True,)
+        counts, real, ends, seen = (known,), (q,), (True,), (known,)
     else:
         valid = torch.ones_like(visual) if padding is None else padding
         # the one host read of a padded prefill
-        per_sample = torch.stack([visual.sum(1), valid.sum(1), valid[:, -1] | ~valid.any(1)])
-        counts, real, ends = map(tuple, per_sample.tolist())
+        ends_so = valid[:, -1] | ~valid.any(1)
+        per_sample = torch.stack([visual.sum(1), valid.sum(1), ends_so, (visual & valid).sum(1)])
+        counts, real, ends, seen = map(tuple, per_sample.tolist())
     rows = where_true(visual, max(counts))
     return Layout(
         length=q,
@@ -189,6 +192,7 @@ def open_layout(visual: Tensor, padding: Tensor | None, known: int | None, tail:
         valid=None if all(n == q for n in real) else padding,
         origin=None,
         trailing=not all(ends),
+        hidden=seen != counts,
         end=(rows.amax(1, keepdim=True) + 1).clamp(min=q - tail) if tail and max(counts) else None,
     )
 

@@ -92,6 +92,7 @@ class StageRunner:
 
     def _choose(self, context: TokenContext, entering: Entering, ranking: Ranking | None) -> Passed:
         """Ask the policy for its choice, or take that of its ranking, as a pass would; carry it out."""
+        first = context.layer not in self.checked
         with torch.no_grad():
             if ranking is None:
                 choice = self.policy.select(context)
@@ -99,7 +100,10 @@ class StageRunner:
                 newest = entering.layout.visual == last_rows(entering.layout)
                 choice = outcome(ranking.ahead(newest).index(context), ranking.positions)
             self._check(choice, context, entering.hidden)
-        return carry_out(choice, entering, self._counts(context, entering))
+        counts = self._counts(context, entering)
+        if counts is not None and first and counts != _counted(choice):
+            raise HostRead(f"{type(self.policy).__name__} keeps another number than its `kept` says")
+        return carry_out(choice, entering, counts)
 
     def _counts(self, context: TokenContext, entering: Entering) -> Counts | None:
         """How many tokens a choice keeps of each sample, as the policy promises; None where it is to be read."""
@@ -170,6 +174,12 @@ class StageRunner:
         fields["grids"], fields["sizes"], fields["shares"] = unpruned.grids, unpruned.sizes, unpruned.shares
         fields["device"] = device
         return StageContext(layout, **fields)
+
+
+def _counted(choice: Tensor | Reduction) -> Counts:
+    """How many tokens of each sample a choice keeps. One host read."""
+    index = choice.index if isinstance(choice, Reduction) else choice
+    return tuple((index >= 0).sum(1).tolist())
 
 
 def _check_end(prefill: Prefill, first: Layout) -> None:

@@ -26,7 +26,7 @@ class Operations(TorchDispatchMode):
         self.nodes.append((func, args, kwargs or {}, out))
         return out
 
-    @torch.no_grad()
+    @torch.inference_mode()  # a graph writes whatever tensor it has made, also in that mode
     def replay(self):
         for func, args, kwargs, out in self.nodes:
             fresh = func(*args, **kwargs)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from vlmprune.constants import noting
@@ -32,12 +32,14 @@ class Subject(NamedTuple):
         text: the text model; ``forward`` runs it.
         cache: its argument for the KV cache.
         wants: what the policy reads.
+        also: other modules that its stages call.
     """
 
     text: Any
     forward: Callable[..., Any]
     cache: str
     wants: Wants
+    also: tuple[nn.Module, ...] = ()
 
 
 class Bucket(NamedTuple):
@@ -75,9 +77,8 @@ def capture(
     with torch.inference_mode(False), torch.no_grad():
         inputs = _inputs_like(prompt, bucket.length)
     rows.fill(inputs, prompt)
-    visuals = prefill.call.visuals
-    if bucket.note is not None and visuals is not None:
-        visuals = _of_graph(visuals, bucket.note, inputs.seen)
+    assert prefill.call.visuals is not None
+    visuals = _of_graph(prefill.call.visuals, bucket.note, inputs.seen)
     batch, counts, images = len(unpruned.layout.counts), unpruned.layout.counts, unpruned.images
 
     def run() -> tuple[Prefill, Any]:
@@ -97,9 +98,10 @@ def capture(
             subject.text, inputs_embeds=inputs.embeds, attention_mask=None, use_cache=True, **told
         )
 
+    bindings = Bindings(subject.text, *subject.also)
     with noting() as kept:
         (inner, output), recording = recorder.record(run, device)
-    return Graph(inputs, inner, output, recording, Bindings(subject.text), kept)
+    return Graph(inputs, inner, output, recording, bindings, kept)
 
 
 def _inputs_like(prompt: Inputs, length: int) -> Inputs:
@@ -119,10 +121,10 @@ def _inputs_like(prompt: Inputs, length: int) -> Inputs:
     )
 
 
-def _positions(inputs: Inputs) -> Tensor | None:
+def _positions(inputs: Inputs) -> Tensor:
     """As the model is told them."""
     planes = inputs.positions
-    return torch.stack(planes) if len(planes) > 1 else planes[0] if planes else None
+    return torch.stack(planes) if len(planes) > 1 else planes[0]
 
 
 def parts_of(note: Encoded) -> tuple[Tensor, ...]:
@@ -132,8 +134,10 @@ def parts_of(note: Encoded) -> tuple[Tensor, ...]:
     return (*(note.taken[name] for name in sorted(note.taken)), note.features, *mask)
 
 
-def _of_graph(visuals: Visuals, note: Encoded, seen: tuple[Tensor, ...]) -> Visuals:
-    """The images of a call whose tower's run has left the graph's tensors."""
+def _of_graph(visuals: Visuals, note: Encoded | None, seen: tuple[Tensor, ...]) -> Visuals:
+    """The images of a call whose tower's run has left the graph's tensors; of its own a graph holds nothing."""
+    if note is None:
+        return Visuals(visuals.parts, visuals.kinds, [], Notes())
     names = sorted(note.taken)
     mask = None if note.mask is None else seen[-1]
     own = Encoded(note.crops, note.thw, mask, dict(zip(names, seen, strict=False)), seen[len(names)])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from vlmprune.constants import counting
 from vlmprune.errors import first_line
 from vlmprune.models.clock import Clock
 from vlmprune.models.graphs.buckets import bucket, rounded
@@ -18,7 +19,7 @@ from vlmprune.models.graphs.hand_over import hand_over
 from vlmprune.models.graphs.prompt_rows import PromptRows
 from vlmprune.models.graphs.reads import HostRead
 from vlmprune.models.graphs.store import Graph, Graphs, Inputs
-from vlmprune.models.graphs.unfit import unfit_call, unfit_model
+from vlmprune.models.graphs.unfit import hooked, unfit_call, unfit_model
 from vlmprune.models.host.names import CACHE, DEEPSTACK, Signature
 from vlmprune.models.host.parts import Parts
 from vlmprune.models.prefill import RUNNING, Prefill, Unpruned, Wants
@@ -53,9 +54,14 @@ class FastPath:
             text, ("inputs_embeds", "attention_mask", "position_ids", "use_cache", *self.added)
         )
         self.parts, self.policy, self.vision = parts, policy, vision
+        self.named = (
+            policy,
+            repr(policy),
+        )  # keep=1 and keep=1.0 are equal, and no more the same than 1 token and all
         self.clock, self.graphs = clock, graphs
-        self.subject = Subject(text, type(text).forward, self.told.first(CACHE), wants)
-        self.refused = graphs.recorder.refusal(text.device) or unfit_model(text)
+        projector = (parts.projector,) if vision.attn else ()
+        self.subject = Subject(text, type(text).forward, self.told.first(CACHE), wants, projector)
+        self.refused = graphs.recorder.refusal(text.device) or unfit_model(text, policy)
 
     @property
     def said(self) -> str:
@@ -101,6 +107,8 @@ class FastPath:
             prefill.call = replace(prefill.call, mask=None)
         elif layout.trailing and prefill.call.logits:
             return f"{PLAIN}padding on the right", None  # which is an error there
+        if layout.hidden:
+            return f"{PLAIN}the attention mask hides visual tokens", None
         fixed = self._bucket(prefill, prefill.unpruned)
         rows = PromptRows(layout, fixed.length)
         prompt = self._inputs(prefill, given, rows, fixed)
@@ -122,21 +130,25 @@ class FastPath:
     def _captured(
         self, prefill: Prefill, rows: PromptRows, prompt: Inputs, fixed: Bucket, key: Any
     ) -> tuple[Graph | None, str]:
-        """A new graph, or why there is none, which is remembered."""
+        """A new graph, or why there is none, which is remembered if it stays so."""
         graphs, runner = self.graphs, None
+        why: str | None = hooked(self.subject.text)
+        if why is not None:
+            return None, why  # until they are gone
         if self.policy is not None:
             runner = StageRunner(self.parts, self.policy, self.vision)
         try:
             with self.clock.aside():
                 graph = capture(self.subject, runner, fixed, prefill, rows, prompt, graphs.recorder)
         except HostRead as read:
-            why: str | None = f"adaptive: a choice depends on what the host has read ({read})"
+            why = f"adaptive: a choice depends on what the host has read ({read})"
         except torch.OutOfMemoryError:
             why = "memory short"
         except torch.AcceleratorError as error:
             why = f"the capture failed: {first_line(error)}"
         else:
-            why = graphs.keep(key, graph)
+            steady = graph.bindings.hold()
+            why = graphs.keep(key, graph) if steady else "other code's modules change as they run"
             if why is None:
                 return graph, ""
         assert why is not None
@@ -162,7 +174,11 @@ class FastPath:
         """What the prompt brings, in its own rows."""
         embeds, visual, positions = given["inputs_embeds"], prefill.call.visual, given["position_ids"]
         assert visual is not None and prefill.unpruned is not None
-        planes = () if positions is None else (positions,) if positions.ndim == 2 else positions.unbind(0)
+        if (
+            positions is None
+        ):  # as the model counts; of its own count the rows behind the prompt would be a part
+            positions = counting(visual.shape[0], visual.shape[1], visual.device)
+        planes = (positions,) if positions.ndim == 2 else positions.unbind(0)
         text = None if prefill.unpruned.text is None else prefill.unpruned.text.mask
         seen = () if fixed.note is None else parts_of(fixed.note)
         added = _added(embeds, *(given[name] for name in self.added))
@@ -177,7 +193,7 @@ class FastPath:
         shapes = [(x.shape[2:], x.dtype) for x in prompt.by_row()], [(x.shape, x.dtype) for x in prompt.seen]
         return (
             text,
-            self.policy,
+            self.named,
             text.config._attn_implementation,
             stream,
             fixed[:2],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import RLock
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from vlmprune.models.graphs.reads import NoHostReads
 
 T = TypeVar("T")
+CAPTURING = RLock()
+"""Held while one captures: another's waits for the device would break it, whichever ``Graphs`` it is for."""
 
 
 class Recording(NamedTuple):
@@ -47,14 +50,21 @@ class CudaGraphs:
 
     def record(self, run: Callable[[], T], device: torch.device) -> tuple[T, Recording]:
         """As ``Recorder`` has it. A wait is found before the capture, which it would break beyond repair."""
+        with CAPTURING:
+            return self._record(run, device)
+
+    def _record(self, run: Callable[[], T], device: torch.device) -> tuple[T, Recording]:
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        with torch.cuda.device(device):
+        # stream: a capture that failed leaves its own as the current one
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                run()  # kernels are compiled, and choices checked in full
-                with NoHostReads(device):
-                    run()  # plans are made
-            torch.cuda.synchronize()
+            try:
+                with torch.cuda.stream(side):
+                    run()  # kernels are compiled, and choices checked in full
+                    with NoHostReads(device):
+                        run()  # plans are made
+            finally:  # also behind an error: what these runs read is free to be used again then
+                torch.cuda.synchronize()
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved()
             # thread_local: what other threads do meanwhile is no part of it

@@ -26,7 +26,7 @@ class Inputs(NamedTuple):
         rows: ``[B, L]`` int64 position in the prompt of each row, -1 = padding behind a sample, where the others have zeros.
         embeds: ``[B, L, D]`` input embeddings.
         visual: ``[B, L]`` bool, True at visual tokens.
-        positions: planes ``[B, L]`` of what the model is told as positions; none = it counts.
+        positions: planes ``[B, L]`` of what the model is told as positions.
         text: ``[B, L]`` bool, the text after the last image; None = no stage reads it.
         planes: ``[B, L, D]`` each, what is added to the rows behind the first layers (Qwen3-VL).
         seen: what stages read of the vision tower.
@@ -73,8 +73,10 @@ class Graph:
 
     @property
     def nbytes(self) -> int:
-        """Device memory that it holds."""
-        return self.recording.nbytes + sum(x.nbytes for x in self.inputs.every())
+        """Device memory that it holds: what the recording does, its inputs, and what its stages work in."""
+        runner = self.prefill.runner
+        workspaces = 0 if runner is None else runner.passes.plans.nbytes()
+        return self.recording.nbytes + workspaces + sum(x.nbytes for x in self.inputs.every())
 
 
 class Graphs:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from vlmprune.models.host.cache_layers import PrunedLayer
@@ -20,8 +22,12 @@ SETTINGS = {"use_cache", "return_dict", "cache_position", "logits_to_keep"}
 ASKS = ("output_hidden_states", "output_attentions")
 
 
-def unfit_model(text: Any) -> str | None:
-    """Why no prefill of this text model can be one; None if some can."""
+def unfit_model(text: Any, policy: Any) -> str | None:
+    """Why no prefill of this text model, pruned by this policy, can be one; None if some can."""
+    try:
+        hash(policy)
+    except TypeError as error:
+        return f"a policy's settings must tell it apart ({error})"
     if "forward" in vars(text):
         return "other code has put a forward of its own on the model (accelerate does, for a device_map)"
     weights = [*text.parameters()]
@@ -29,6 +35,16 @@ def unfit_model(text: Any) -> str | None:
         return "weights are shared between ranks"
     if len({x.device for x in weights}) > 1:
         return "weights on several devices"
+    return None
+
+
+def hooked(text: Any) -> str | None:
+    """Whether a hook of other code is on one of its modules; transformers' own do nothing unless they are asked to."""
+    for part in text.modules():
+        for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values()):
+            home = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+            if home.partition(".")[0] not in ("vlmprune", "transformers"):
+                return f"a hook of other code on a {type(part).__name__}, which would see no replay"
     return None
 
 
@@ -43,10 +59,18 @@ def unfit_call(prefill: Prefill, given: Mapping[str, Any], text: Any) -> str | N
         return "candidates of assisted decoding behind the prompt"
     if torch.is_grad_enabled():
         return "gradients are on (torch.no_grad)"
+    if call.predicting is not None:
+        return "labels are given"
     if text.training:
         return "the model is in training mode"
     if torch.is_autocast_enabled(call.visual.device.type):
         return "autocast"
+    if _get_current_dispatch_mode() is not None:  # this thread's
+        return "a dispatch mode watches the operations (FlopCounterMode does)"
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return "global hooks on every module"
+    if call.visual.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "the caller captures a graph of its own"
     return _unfit_cache(call.cache) or _unfit_arguments(given, text)
 
 
