@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
 
+from cpu_model import Size, make_model, make_prompt, percentiles, size
 from cpu_rows import RESULTS, save, show
-from prefill import Size, make_model, make_prompt, percentiles, size
 
 import vlmprune
 from vlmprune.models.host.parts import find_parts
