@@ -141,11 +141,26 @@ def _reduce_rows(p: Tensor, ok: Tensor, s: Scoring) -> Tensor:
 
 
 def order_key(scores: Tensor) -> Tensor:
-    """Map scores to int64 so that integer order is float order, -0.0 equals 0.0, and NaN ranks below -inf."""
+    """Map scores to int32 so that integer order is float order, -0.0 equals 0.0, and NaN ranks below -inf."""
     x = scores.float() + 0.0  # turns -0.0 into 0.0
-    bits = x.view(torch.int32).to(torch.int64)
-    key = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-    return torch.where(x.isnan(), -(1 << 31), key)
+    bits = x.view(torch.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).masked_fill_(x.isnan(), -(1 << 31))
+
+
+def best_of(order: Tensor, competes: Tensor, quota: Tensor) -> Tensor:
+    """Marks ``[B, N]`` of the first ``quota [B, 1]`` of those that compete, in the order that ``order [B, N]`` lists all in."""
+    mine = competes.gather(1, order)
+    return torch.zeros_like(mine).scatter_(1, order, mine & (mine.cumsum(1) <= quota))
+
+
+def listed(marked: Tensor, width: int) -> Tensor:
+    """Where ``marked [B, n]`` is True, ``[B, width]`` ascending, -1 on the right."""
+    B, n = marked.shape
+    place = torch.where(marked, marked.cumsum(1), 0)  # counted from 1 on: place 0 takes the others
+    if width < n:
+        place.masked_fill_(place > width, 0)
+    index = torch.full((B, width + 1), -1, dtype=torch.int64, device=marked.device)
+    return index.scatter_(1, place, torch.arange(n, device=marked.device).expand(B, n))[:, 1:].contiguous()
 
 
 def select_topk(
@@ -156,20 +171,16 @@ def select_topk(
     threshold: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Kept positions ``[B, width]`` ascending, -1 on the right, and their number ``[B]`` int64."""
-    B, N = scores.shape
-    code = torch.zeros(B, N, dtype=torch.int8, device=scores.device) if code is None else code
-    competes = code == 0
+    B, device = len(scores), scores.device
+    competes = torch.ones(scores.shape, dtype=torch.bool, device=device) if code is None else code == 0
     if threshold is not None:
-        least = torch.as_tensor(threshold, dtype=torch.float32, device=scores.device).expand(B)
+        least = torch.as_tensor(threshold, dtype=torch.float32, device=device).expand(B)
         competes = competes & (scores.float() >= least[:, None])
-    quota = torch.as_tensor(keep, dtype=torch.int64, device=scores.device).expand(B).clamp(min=0)
-    key = torch.where(competes, order_key(scores), -(1 << 40))
-    rank = key.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    kept = (competes & (rank < quota[:, None])) | (code == 1)
-    count = kept.sum(1)
-    slots = kept.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-    inside = torch.arange(slots.shape[1], device=scores.device) < count[:, None]
-    return torch.where(inside, slots, -1), count
+    order = order_key(scores).argsort(dim=1, descending=True, stable=True)
+    quota = torch.as_tensor(keep, dtype=torch.int64, device=device).expand(B)
+    kept = best_of(order, competes, quota[:, None])
+    kept = kept if code is None else kept | (code == 1)
+    return listed(kept, width), kept.sum(1)
 
 
 def select_segments(scores: Tensor, segments: Sequence[int], quotas: Sequence[int]) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold_
 
 from vlmprune.ops.reference import select_topk
 
@@ -47,6 +48,13 @@ def _row(matrix: Tensor, best: Tensor) -> Tensor:
     return matrix.gather(1, best[:, None, None].expand(-1, 1, matrix.shape[2]))[:, 0]
 
 
+def _column(matrix: Tensor, best: Tensor) -> Tensor:
+    """Column ``best [B]`` of each matrix ``[B, M, N]``."""
+    if len(best) == 1:
+        return matrix.index_select(2, best)[..., 0]
+    return matrix.gather(2, best[:, None, None].expand(-1, matrix.shape[1], 1))[..., 0]
+
+
 def first_best(values: Tensor) -> Tensor:
     """Position ``[B]`` of the largest value of each row; ties go to the lower position."""
     positions = torch.arange(values.shape[1], device=values.device)
@@ -71,21 +79,21 @@ def _maxmin(cos: Tensor, real: Tensor, relevance: Tensor | None, threshold: floa
 def _dpp(cos: Tensor, real: Tensor, relevance: Tensor | None, threshold: float) -> Rule:
     """Squared Cholesky residual of the kernel relevance_i cos_ij relevance_j (greedy MAP of Chen et al. 2018)."""
     assert relevance is not None
-    left = real.clone()
     r = relevance.float().nan_to_num(0.0, 0.0, 0.0)
-    residual = diagonal = r * r * cos.diagonal(dim1=1, dim2=2)
-    least = RANK_TOLERANCE * diagonal
-    kernel, factor = r[:, :, None] * r[:, None, :] * cos, torch.empty_like(cos)
+    residual = r * r * cos.diagonal(dim1=1, dim2=2)
+    least = RANK_TOLERANCE * residual
+    kernel, factor = (r[:, :, None] * r[:, None, :]).mul_(cos), torch.empty_like(cos)
+    spent = torch.where(real, 0.0, float("-inf"))  # what a token is worth to which nothing is left
     for step in range(cos.shape[1]):
-        residual = residual.masked_fill(residual <= least, 0.0)
-        best = yield residual.masked_fill(~left, float("-inf"))
-        at, above = best[:, None], factor[:, :step]
-        left.scatter_(1, at, False)
-        pivot = residual.gather(1, at)
-        known = above.gather(2, at[:, None].expand(-1, step, 1))
-        row = _row(kernel, best).sub((known * above).sum(1))
-        row = factor[:, step] = torch.where(pivot > 0, row / pivot.sqrt(), 0.0)
-        residual = residual - row * row
+        values = torch.where(residual > least, residual, spent)
+        best = yield values
+        at, above, row = best[:, None], factor[:, :step], factor[:, step]
+        spent.scatter_(1, at, float("-inf"))
+        root = threshold_(values.gather(1, at), 0.0, float("inf")).sqrt_()  # nothing left: a row of zeros
+        known = _column(above, best)[:, None]
+        new = torch.baddbmm(_row(kernel, best)[:, None], known, above, alpha=-1)[:, 0]
+        torch.div(new, root, out=row)
+        residual.addcmul_(row, row, value=-1)
     yield residual
 
 
