@@ -150,6 +150,19 @@ def greedy_select(
     return index.masked_fill(index == N, -1), order
 
 
+def _distances(x: Tensor) -> Tensor:
+    """L2 between all pairs ``[B, N, N]`` of ``x [B, N, D]`` float32, from differences: exactly 0 between doubles.
+
+    ``torch.pdist`` takes each pair once; ``torch.cdist`` is exact at sixteen times the time on a CPU.
+    """
+    B, N, _ = x.shape
+    first, second = torch.triu_indices(N, N, 1, device=x.device)
+    distance = x.new_zeros(B, N, N)
+    for own, rows in zip(distance, x, strict=True):
+        own[first, second] = torch.pdist(rows)
+    return distance + distance.mT
+
+
 def cluster_dpc(
     features: Tensor, clusters: int, neighbors: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -161,8 +174,7 @@ def cluster_dpc(
         return none, none.new_full((B, clusters), -1)
     pair = real[:, :, None] & real[:, None, :]
     x = features.float()
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / D**0.5
-    distance = distance.masked_fill(~pair, float("inf"))
+    distance = (_distances(x) / D**0.5).masked_fill_(~pair, float("inf"))
 
     k = real.sum(1, keepdim=True).clamp(1, neighbors)
     near = torch.arange(N, device=x.device) < k[:, :, None]
