@@ -97,6 +97,8 @@ def _read(
     else:
         order = counting(batch, n, hidden.device)
         rows = _behind(past, order if prompt is None else torch.where(prompt, order, -1))
+    if needs.keys_only:
+        wanted = tuple(t[:, :0] for t in wanted)
     query = rotate(_project(attn, "q", wanted[0], prefill.wants.normed), *wanted[1:3])
     return AttentionInputs(
         query=query,

@@ -49,10 +49,10 @@ def _row(matrix: Tensor, best: Tensor) -> Tensor:
 
 
 def _column(matrix: Tensor, best: Tensor) -> Tensor:
-    """Column ``best [B]`` of each matrix ``[B, M, N]``."""
+    """Column ``best [B]`` of each matrix ``[B, M, N]``, as ``[B, 1, M]``."""
     if len(best) == 1:
-        return matrix.index_select(2, best)[..., 0]
-    return matrix.gather(2, best[:, None, None].expand(-1, matrix.shape[1], 1))[..., 0]
+        return matrix.index_select(2, best).mT
+    return matrix.gather(2, best[:, None, None].expand(-1, matrix.shape[1], 1)).mT
 
 
 def first_best(values: Tensor) -> Tensor:
@@ -80,21 +80,22 @@ def _dpp(cos: Tensor, real: Tensor, relevance: Tensor | None, threshold: float) 
     """Squared Cholesky residual of the kernel relevance_i cos_ij relevance_j (greedy MAP of Chen et al. 2018)."""
     assert relevance is not None
     r = relevance.float().nan_to_num(0.0, 0.0, 0.0)
-    residual = r * r * cos.diagonal(dim1=1, dim2=2)
+    residual = (r * r * cos.diagonal(dim1=1, dim2=2))[:, None]
     least = RANK_TOLERANCE * residual
     kernel, factor = (r[:, :, None] * r[:, None, :]).mul_(cos), torch.empty_like(cos)
-    spent = torch.where(real, 0.0, float("-inf"))  # what a token is worth to which nothing is left
-    for step in range(cos.shape[1]):
+    spent = torch.where(real, 0.0, float("-inf"))[:, None]  # what a token is worth to which nothing is left
+    for step in range(
+        cos.shape[1]
+    ):  # all of one row a sample, [B, 1, N]: views cost a CPU as much as the sums
         values = torch.where(residual > least, residual, spent)
-        best = yield values
-        at, above, row = best[:, None], factor[:, :step], factor[:, step]
-        spent.scatter_(1, at, float("-inf"))
-        root = threshold_(values.gather(1, at), 0.0, float("inf")).sqrt_()  # nothing left: a row of zeros
-        known = _column(above, best)[:, None]
-        new = torch.baddbmm(_row(kernel, best)[:, None], known, above, alpha=-1)[:, 0]
+        best = yield values[:, 0]
+        at, above, row = best[:, None, None], factor[:, :step], factor[:, step : step + 1]
+        spent.scatter_(2, at, float("-inf"))
+        root = threshold_(values.gather(2, at), 0.0, float("inf")).sqrt_()  # nothing left: a row of zeros
+        new = torch.baddbmm(_row(kernel, best)[:, None], _column(above, best), above, alpha=-1)
         torch.div(new, root, out=row)
         residual.addcmul_(row, row, value=-1)
-    yield residual
+    yield residual[:, 0]
 
 
 def _coverage(cos: Tensor, real: Tensor, relevance: Tensor | None, threshold: float) -> Rule:
@@ -241,7 +242,8 @@ def merge_tokens(
     first = torch.arange(B, device=features.device)[:, None] * (clusters + 1)
     at = (first + torch.where(ok, assignment, clusters)).flatten()
     w = torch.ones(B, N, 1, device=features.device) if weights is None else weights.float()[..., None]
-    rows = torch.cat([features.float() * w, w], dim=2).flatten(0, 1)
+    x = features.float() if weights is None else features.float() * w
+    rows = torch.cat([x, w], dim=2).flatten(0, 1)
     sums = rows.new_zeros(B * (clusters + 1), D + 1).index_add(0, at, rows)
     sums = sums.view(B, clusters + 1, D + 1)[:, :clusters]
     total, merged = sums[..., D:], sums[..., :D]

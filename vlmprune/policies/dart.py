@@ -64,7 +64,7 @@ class DART(PruningPolicy):
 
     def needs(self, layer: int) -> Needs:
         """The visual tokens' hidden states; the previous layer's keys, and which of them are text."""
-        return Needs(hidden=True, attention="previous", rows="text")
+        return Needs(hidden=True, attention="previous", rows="text", keys_only=True)
 
     def select(self, ctx: TokenContext) -> Tensor:
         """Pivots first, then what each takes, in as many rounds as there are pivots; no host sync."""
