@@ -25,7 +25,7 @@ def _best(scores: Tensor, competes: Tensor, ahead: Tensor | None, s: Selection) 
         return best_of(order, competes, quota)
     ends, kept = s.segments.cumsum(1), torch.zeros_like(competes)
     segment = torch.searchsorted(ends, torch.arange(N, device=ends.device).repeat(B, 1), right=True)
-    for g, each in enumerate(quota.expand(B, ends.shape[1]).split(1, dim=1)):
+    for g, each in enumerate(torch.split(quota.expand(B, ends.shape[1]), 1, dim=1)):
         kept |= best_of(order, competes & (segment == g), each)
     return kept
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold_
 
 from vlmprune.ops.reference import select_topk
 
@@ -91,7 +90,8 @@ def _dpp(cos: Tensor, real: Tensor, relevance: Tensor | None, threshold: float) 
         best = yield values[:, 0]
         at, above, row = best[:, None, None], factor[:, :step], factor[:, step : step + 1]
         spent.scatter_(2, at, float("-inf"))
-        root = threshold_(values.gather(2, at), 0.0, float("inf")).sqrt_()  # nothing left: a row of zeros
+        # nothing left: a row of zeros
+        root = torch.threshold_(values.gather(2, at), 0.0, float("inf")).sqrt_()
         new = torch.baddbmm(_row(kernel, best)[:, None], _column(above, best), above, alpha=-1)
         torch.div(new, root, out=row)
         residual.addcmul_(row, row, value=-1)
