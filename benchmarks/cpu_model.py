@@ -1,4 +1,4 @@
-"""The LLaVA of the CPU benchmarks: sizes, a model of random weights, prompts, and the spread of what was measured."""
+"""The LLaVA and the prompts of the CPU benchmarks: any size, random weights."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Size:
 
 
 def size(width: int, layers: int, heads: int, inner: int) -> dict[str, int]:
+    """What the configurations of a decoder and of a tower call the same."""
     return {
         "hidden_size": width,
         "num_hidden_layers": layers,

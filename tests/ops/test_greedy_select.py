@@ -353,3 +353,16 @@ ERRORS = [
 def test_error_text(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         greedy_select(*args, **kwargs)
+
+
+@pytest.mark.parametrize("N", [30, 67, 131, 333])
+def test_dpp_chooses_the_first_of_doubles(N, device):
+    """Of tokens that are alike in every bit the lower position is chosen first, at any place of a vector register."""
+    g = torch.Generator().manual_seed(N)
+    of = torch.randint(0, N // 2, (N,), generator=g)
+    features, relevance = torch.randn(1, N, 16, generator=g)[:, of], torch.rand(1, N, generator=g)[:, of]
+    given = features.to(device), N // 3, "dpp"
+    order = run("reference", *given, relevance=relevance.to(device))[1][0].tolist()
+    first = {token: of.tolist().index(token) for token in set(of.tolist())}
+    independent = order[:16]  # then all are spanned, and tie at zero
+    assert independent == [first[of[place].item()] for place in independent]

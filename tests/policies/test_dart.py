@@ -110,7 +110,10 @@ def test_published_counts():
 
 
 def test_needs():
-    assert DART().needs(2) == Needs(hidden=True, attention="previous", rows="text")
+    keys = DART().needs(2)
+    assert keys == Needs(hidden=True, attention="previous", rows="text", keys_only=True)
+    assert (keys | Needs(hidden=True)).keys_only
+    assert not (keys | Needs(attention="previous")).keys_only
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,17 @@ def test_raters_do_not_change_when_tokens_go():
     assert torch.equal(rater_weights(before.ctx), rater_weights(after.ctx))
 
 
+def test_raters_are_found_once_a_prompt():
+    """Stages of one prompt share them; a copy with other embeddings does not take them over."""
+    ctx = text_case(["two"]).ctx
+    first = rater_weights(ctx)
+    assert rater_weights(replace(ctx, layer=ctx.layer + 1)) is first
+    turned = replace(ctx, embeds=ctx.embeds.flip(1))
+    assert not torch.equal(rater_weights(turned), first)
+    assert torch.equal(rater_weights(turned), rater_weights(replace(turned, shared={})))
+    assert torch.equal(rater_weights(ctx), first)
+
+
 def test_equal_text_rows_are_all_raters():
     made = text_case(["square"])
     made.ctx.embeds[:, made.ctx.text[0]] = 0.5

@@ -92,13 +92,23 @@ def settle(
     if contents is not None:
         wider = new.shape[1] - chosen.shape[1]
         own = (new != pad(chosen, (0, wider), value=-1))[..., None]
-        rows = ops.gather_tokens([hidden], take(layout.visual, new))[0]
+        other = (
+            take(layout.visual, new) if predicting is not None else last_rows(layout)
+        )  # the only one there can be
+        rows = ops.gather_tokens([hidden], other)[0]
         contents = torch.where(own, rows.to(contents), pad(contents, (0, 0, 0, wider)))
     if last is not None:  # the row generation goes on from sees all others
         order = (last + 2 * (new < 0)).argsort(dim=1, stable=True)
         new = new.gather(1, order)
-        contents = None if contents is None else contents.gather(1, order[..., None].expand_as(contents))
+        contents = None if contents is None else _reordered(contents, order)
     return replace(choice, index=new, hidden=contents), kept
+
+
+def _reordered(x: Tensor, order: Tensor) -> Tensor:
+    """Rows ``order [B, K]`` of ``x [B, K, D]``."""
+    if len(x) == 1:  # whole rows, which an index of the shape of x would not let PyTorch know
+        return x.index_select(1, order[0])
+    return x.gather(1, order[..., None].expand_as(x))
 
 
 def _with_newest(layout: Layout, chosen: Tensor) -> tuple[Tensor, Tensor | None]:

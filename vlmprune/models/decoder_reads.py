@@ -18,7 +18,6 @@ from vlmprune.models.host.names import attribute
 from vlmprune.models.host.parts import heads
 from vlmprune.models.layout import Layout, last_rows, moved
 from vlmprune.models.prefill import Prefill, Rope
-from vlmprune.models.text_span import text_rows
 from vlmprune.policies.base import AttentionInputs, Needs
 
 
@@ -94,10 +93,12 @@ def _read(
     elif needs.rows == "text":
         assert prefill.unpruned is not None and prefill.unpruned.text is not None
         wanted = tuple(t[:, max(0, n - prefill.unpruned.text.reach) :] for t in wanted)
-        rows = _behind(past, text_rows(layout, prefill.unpruned.text))
+        rows = _behind(past, prefill.unpruned.words_in(layout))
     else:
         order = counting(batch, n, hidden.device)
         rows = _behind(past, order if prompt is None else torch.where(prompt, order, -1))
+    if needs.keys_only:
+        wanted = tuple(t[:, :0] for t in wanted)
     query = rotate(_project(attn, "q", wanted[0], prefill.wants.normed), *wanted[1:3])
     return AttentionInputs(
         query=query,

@@ -150,8 +150,10 @@ def spread(rows: Tensor, contents: Tensor, length: int, fill: int = 0, padded: b
 def _scattered(into: Tensor, rows: Tensor, contents: Tensor) -> Tensor:
     """Write ``contents`` into rows of ``into``, a fresh tensor with one row more than is returned."""
     n, width = into.shape[1] - 1, contents.ndim - 2
-    at = torch.where(rows >= 0, rows, n).view(*rows.shape, *(1,) * width).expand_as(contents)
-    return into.scatter_(1, at, contents)[:, :n]
+    at = torch.where(rows >= 0, rows, n)
+    if len(into) == 1:  # whole rows, which an index of the contents' shape would not let PyTorch know
+        return into.index_copy_(1, at[0], contents)[:, :n]
+    return into.scatter_(1, at.view(*rows.shape, *(1,) * width).expand_as(contents), contents)[:, :n]
 
 
 def inverse(rows: Tensor, length: int) -> Tensor:

@@ -20,7 +20,7 @@ from vlmprune.models.call import Call
 from vlmprune.models.host.families import DECODERS, ImageGrids
 from vlmprune.models.layout import Layout, moved, open_layout, packed_rows, take
 from vlmprune.models.prompt import Prompt
-from vlmprune.models.text_span import TextSpan, find_text
+from vlmprune.models.text_span import TextSpan, find_text, text_rows
 from vlmprune.policies.base import AttentionInputs, Grid, Needs, tokens_in
 
 RUNNING = "vlmprune"
@@ -70,6 +70,7 @@ class Unpruned:
         shares: how many images the visual tokens of each sample are, where chunked prefill cut them up; else None.
         text: where the text after the last image is, if a stage asks for it.
         embeds: ``[B, q, D]`` input embeddings, if a stage asks for them.
+        shared: what its stages have made of it for one another.
     """
 
     layout: Layout
@@ -77,6 +78,20 @@ class Unpruned:
     shares: tuple[float, ...] | None = None
     text: TextSpan | None = None
     embeds: Tensor | None = None
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+    @cached_property
+    def words(self) -> Tensor:
+        """``[B, T]`` the rows of the text after the last image, -1 = padding."""
+        assert self.text is not None
+        return text_rows(self.layout, self.text)
+
+    def words_in(self, layout: Layout) -> Tensor:
+        """The same in a layout that came of this one."""
+        assert self.text is not None
+        if layout.origin is None:
+            return moved(self.words, layout.visual.device)
+        return text_rows(layout, self.text)
 
     @property
     def facts(self) -> tuple[Any, ...]:

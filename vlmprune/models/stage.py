@@ -17,7 +17,6 @@ from vlmprune.models.graphs.reads import HostRead
 from vlmprune.models.host.parts import Parts
 from vlmprune.models.layout import Layout, last_rows, moved
 from vlmprune.models.prefill import Entering, Prefill, Rope
-from vlmprune.models.text_span import text_rows
 from vlmprune.models.vision_reads import VisionReads
 from vlmprune.policies.answer import check_ranking, check_selection
 from vlmprune.policies.base import (
@@ -166,13 +165,13 @@ class StageRunner:
             seen |= {"embeds": unpruned.embeds, "image": unpruned.layout.visual}
         if text is not None:
             words = None if layout.bound else text.words  # of a graph's many prompts
-            seen |= {"text": text_rows(unpruned.layout, text), "words": words}
+            seen |= {"text": unpruned.words, "words": words}
         device = hidden.device
         fields = {name: moved(value, device) for name, value in ({"vision": {}} | seen).items()}
         fields["layer"], fields["counts"], fields["ordered"] = i, layout.counts, layout.ordered
         fields["attention"] = attention
         fields["grids"], fields["sizes"], fields["shares"] = unpruned.grids, unpruned.sizes, unpruned.shares
-        fields["device"] = device
+        fields["device"], fields["shared"] = device, unpruned.shared
         return StageContext(layout, **fields)
 
 

@@ -57,10 +57,14 @@ def _row_logits(s: Scoring) -> Tensor:
     if s.cos is not None and s.sin is not None:
         cos, sin = (t.expand(B, -1, -1) for t in (s.cos, s.sin))
         query, key = unrotate(query, cos[:, S - Sq :], sin[:, S - Sq :]), unrotate(key, cos, sin)
-    at = torch.where(s.rows >= 0, s.rows - (S - Sq), 0)[:, None, :, None].expand(-1, H, -1, D)
-    q = query.gather(2, at).float()
-    k = key.float().repeat_interleave(H // key.shape[1], dim=1)
-    return q @ k.transpose(2, 3) * s.scale
+    at = torch.where(s.rows >= 0, s.rows - (S - Sq), 0)
+    if B == 1:  # the same, which lets PyTorch copy whole rows
+        q = query.index_select(2, at[0]).float()
+    else:
+        q = query.gather(2, at[:, None, :, None].expand(-1, H, -1, D)).float()
+    k, shared = key.float(), H // key.shape[1]
+    k = k if shared == 1 else k.repeat_interleave(shared, dim=1)
+    return (q @ k.transpose(2, 3)).mul_(s.scale)
 
 
 def _visible(s: Scoring) -> Tensor:
@@ -78,14 +82,17 @@ def _visible(s: Scoring) -> Tensor:
 def row_lse(s: Scoring) -> Tensor:
     """Natural log-sum-exp ``[B, H, R]`` of the listed rows over all keys they see; -inf where a row sees none."""
     s = unpack(s)
-    return _row_logits(s).masked_fill(~_visible(s), float("-inf")).logsumexp(-1)
+    return _row_logits(s).masked_fill_(~_visible(s), float("-inf")).logsumexp(-1)
 
 
 def received_attention(s: Scoring) -> Tensor:
     """Attention each column receives from the listed rows: ``[B, N]``, or ``[B, H, N]`` for head_reduce "none"."""
     s = unpack(s)
     (B, H, Sq, _), S, R = s.query.shape, s.key.shape[2], s.rows.shape[1]
-    logits, ok = _row_logits(s), _visible(s)
+    logits, ok = (
+        _row_logits(s),
+        _visible(s),
+    )  # logits and p are ours to write to: a pass in place costs a CPU half
     at = s.columns.clamp(min=0)[:, None, None, :].expand(B, 1, R, -1)
     ok_columns = ok.gather(3, at) & (s.columns >= 0)[:, None, None, :]  # [B, 1, R, N]
     picked = logits.gather(3, at.expand(-1, H, -1, -1))  # [B, H, R, N]
@@ -95,14 +102,14 @@ def received_attention(s: Scoring) -> Tensor:
         if s.normalize == "columns":
             total = picked.masked_fill(~ok_columns, float("-inf")).logsumexp(-1)
         elif s.lse is None:
-            total = logits.masked_fill(~ok, float("-inf")).logsumexp(-1)
+            total = logits.masked_fill_(~ok, float("-inf")).logsumexp(-1)
         else:
             listed = torch.where(s.rows >= 0, s.rows - (S - Sq), 0)
             total = s.lse.float().gather(2, listed[:, None, :].expand(-1, H, -1))
-        p = (picked - total[..., None]).exp()
+        p = picked.sub_(total[..., None]).exp_()
     if s.pair_weight is not None:
-        p = p * s.pair_weight[:, None]
-    per_head = _reduce_rows(p.masked_fill(~ok_columns, 0.0), ok_columns, s)
+        p = p.mul_(s.pair_weight[:, None])
+    per_head = _reduce_rows(p.masked_fill_(~ok_columns, 0.0), ok_columns, s)
     return per_head if s.head_reduce == "none" else join_heads(per_head, s.head_reduce, s.top_heads)
 
 
@@ -122,7 +129,7 @@ _HEAD_REDUCES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _reduce_rows(p: Tensor, ok: Tensor, s: Scoring) -> Tensor:
-    """Reduce ``[B, H, R, N]`` over rows within each head. Padding rows count in nothing.
+    """Reduce ``p [B, H, R, N]``, which is written to, over rows within each head. Padding rows count in nothing.
 
     A real row that cannot see a column contributes 0 to it (it counts in the mean); max looks only at the
     rows that see the column and gives 0 where none does.
@@ -130,10 +137,10 @@ def _reduce_rows(p: Tensor, ok: Tensor, s: Scoring) -> Tensor:
     real = (s.rows >= 0).float()
     w = (real if s.row_weight is None else torch.where(real > 0, s.row_weight.float(), 0.0))[:, None, :, None]
     if s.row_reduce == "max":
-        per_head = (p * w).masked_fill(~ok, float("-inf")).amax(2) if p.shape[2] else p.sum(2)
+        per_head = p.mul_(w).masked_fill_(~ok, float("-inf")).amax(2) if p.shape[2] else p.sum(2)
         per_head = per_head.masked_fill(~ok.any(2), 0.0)
     else:
-        per_head = (p * w).sum(2)
+        per_head = p.mul_(w).sum(2)
         if s.row_reduce == "mean":
             total = w.sum(2)
             per_head = torch.where(total > 0, per_head / total, 0.0)
@@ -141,11 +148,26 @@ def _reduce_rows(p: Tensor, ok: Tensor, s: Scoring) -> Tensor:
 
 
 def order_key(scores: Tensor) -> Tensor:
-    """Map scores to int64 so that integer order is float order, -0.0 equals 0.0, and NaN ranks below -inf."""
+    """Map scores to int32 so that integer order is float order, -0.0 equals 0.0, and NaN ranks below -inf."""
     x = scores.float() + 0.0  # turns -0.0 into 0.0
-    bits = x.view(torch.int32).to(torch.int64)
-    key = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-    return torch.where(x.isnan(), -(1 << 31), key)
+    bits = x.view(torch.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).masked_fill_(x.isnan(), -(1 << 31))
+
+
+def best_of(order: Tensor, competes: Tensor, quota: Tensor) -> Tensor:
+    """Marks ``[B, N]`` of the first ``quota [B, 1]`` of those that compete, in the order that ``order [B, N]`` lists all in."""
+    mine = competes.gather(1, order)
+    return torch.zeros_like(mine).scatter_(1, order, mine & (mine.cumsum(1) <= quota))
+
+
+def listed(marked: Tensor, width: int) -> Tensor:
+    """Where ``marked [B, n]`` is True, ``[B, width]`` ascending, -1 on the right."""
+    B, n = marked.shape
+    place = torch.where(marked, marked.cumsum(1), 0)  # counted from 1 on: place 0 takes the others
+    if width < n:
+        place.masked_fill_(place > width, 0)
+    index = torch.full((B, width + 1), -1, dtype=torch.int64, device=marked.device)
+    return index.scatter_(1, place, torch.arange(n, device=marked.device).expand(B, n))[:, 1:].contiguous()
 
 
 def select_topk(
@@ -156,20 +178,16 @@ def select_topk(
     threshold: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Kept positions ``[B, width]`` ascending, -1 on the right, and their number ``[B]`` int64."""
-    B, N = scores.shape
-    code = torch.zeros(B, N, dtype=torch.int8, device=scores.device) if code is None else code
-    competes = code == 0
+    B, device = len(scores), scores.device
+    competes = torch.ones(scores.shape, dtype=torch.bool, device=device) if code is None else code == 0
     if threshold is not None:
-        least = torch.as_tensor(threshold, dtype=torch.float32, device=scores.device).expand(B)
+        least = torch.as_tensor(threshold, dtype=torch.float32, device=device).expand(B)
         competes = competes & (scores.float() >= least[:, None])
-    quota = torch.as_tensor(keep, dtype=torch.int64, device=scores.device).expand(B).clamp(min=0)
-    key = torch.where(competes, order_key(scores), -(1 << 40))
-    rank = key.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    kept = (competes & (rank < quota[:, None])) | (code == 1)
-    count = kept.sum(1)
-    slots = kept.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-    inside = torch.arange(slots.shape[1], device=scores.device) < count[:, None]
-    return torch.where(inside, slots, -1), count
+    order = order_key(scores).argsort(dim=1, descending=True, stable=True)
+    quota = torch.as_tensor(keep, dtype=torch.int64, device=device).expand(B)
+    kept = best_of(order, competes, quota[:, None])
+    kept = kept if code is None else kept | (code == 1)
+    return listed(kept, width), kept.sum(1)
 
 
 def select_segments(scores: Tensor, segments: Sequence[int], quotas: Sequence[int]) -> Tensor:

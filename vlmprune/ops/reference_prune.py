@@ -8,39 +8,39 @@ import torch
 from torch import Tensor
 
 from vlmprune.ops._checks import seq_len
-from vlmprune.ops.reference import gather_tokens, order_key, received_attention, unpack
+from vlmprune.ops.reference import best_of, gather_tokens, listed, order_key, received_attention, unpack
 from vlmprune.ops.scoring import Scoring
 from vlmprune.ops.selection import Selection
 
 
-def _best(scores: Tensor, competes: Tensor, ahead: Tensor, s: Selection) -> Tensor:
+def _best(scores: Tensor, competes: Tensor, ahead: Tensor | None, s: Selection) -> Tensor:
     """Of every segment the ``keep`` best of the columns that compete, bool ``[B, N]``; those ``ahead`` of all come first."""
     B, N = scores.shape
-    lengths = torch.full((B, 1), N, device=scores.device) if s.segments is None else s.segments
-    G, ends = lengths.shape[1], lengths.cumsum(1)
-    segment = torch.searchsorted(ends, torch.arange(N, device=ends.device).repeat(B, 1), right=True)
     quota = torch.as_tensor(s.keep if s.quota is None else s.quota, device=scores.device)
-    quota = (quota[:, None] if quota.ndim == 1 else quota).expand(B, G)
-    key = torch.where(ahead, 1 << 40, order_key(scores))
-    kept = torch.zeros_like(competes)
-    for g in range(G):
-        inside = competes & (segment == g)
-        rank = (
-            torch.where(inside, key, -(1 << 41)).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        )
-        kept |= inside & (rank < quota[:, g, None])
+    quota = (quota[:, None] if quota.ndim == 1 else quota).expand(B, -1 if quota.ndim else 1)
+    key = order_key(scores)
+    key = key if ahead is None else key.masked_fill_(ahead, (1 << 31) - 1)  # above that of inf
+    order = key.argsort(dim=1, descending=True, stable=True)
+    if s.segments is None:
+        return best_of(order, competes, quota)
+    ends, kept = s.segments.cumsum(1), torch.zeros_like(competes)
+    segment = torch.searchsorted(ends, torch.arange(N, device=ends.device).repeat(B, 1), right=True)
+    for g, each in enumerate(torch.split(quota.expand(B, ends.shape[1]), 1, dim=1)):
+        kept |= best_of(order, competes & (segment == g), each)
     return kept
 
 
-def _where(marked: Tensor, width: int, left: bool = False) -> tuple[Tensor, Tensor]:
+def _where(marked: Tensor, width: int, left: bool) -> tuple[Tensor, Tensor]:
     """Where ``marked [B, n]`` is True, ``[B, width]`` ascending, -1 on the right or left; and each one's place ``[B, n]``."""
-    count = marked.sum(1, keepdim=True)
-    place = marked.cumsum(1) - 1 + (width - count if left else 0)
-    place = torch.where(marked & (place >= 0) & (place < width), place, -1)
+    place = marked.cumsum(1) - 1
+    if left:
+        place += width - marked.sum(1, keepdim=True)
+    inside = marked & (place < width)
+    inside = inside & (place >= 0) if left else inside
     index = torch.full((len(marked), width + 1), -1, device=marked.device)
     order = torch.arange(marked.shape[1], device=marked.device).expand_as(place)
-    index = index.scatter(1, torch.where(place >= 0, place, width), order)[:, :width]
-    return index.contiguous(), place
+    index = index.scatter_(1, torch.where(inside, place, width), order)[:, :width]
+    return index.contiguous(), torch.where(inside, place, -1)
 
 
 def survivors(
@@ -51,26 +51,35 @@ def survivors(
     Returns ``index [B, width]`` counted from the first of these rows, ``count [B]``, ``kept [B, most]`` numbers of the columns
     that stay, and where these stand in the index.
     """
-    (B, N), device = columns.shape, columns.device
-    visible = torch.ones(B, S, dtype=torch.bool, device=device) if key_mask is None else key_mask
-    order = torch.arange(S, device=device)
-    at = columns.clamp(min=0)
-    real = (columns >= 0) & (visible.gather(1, at) if S else columns >= 0)
-    last = torch.where(visible, order, -1).amax(1, keepdim=True) if S else columns[:, :1]
-    ahead = real & (columns == last) if s.newest else torch.zeros_like(real)
-    code = torch.zeros(B, N, dtype=torch.int8, device=device) if s.code is None else s.code
-    code = torch.where(real, code, 2).masked_fill(ahead & (code != 1), 0)
-    best = _best(scores, (code == 0) | (code == 3), ahead, s)
-    stays = real & (best | (code == 1) | (code == 3))
-    marked = torch.cat([visible, visible.new_zeros(B, 1)], 1)  # one position more takes what is padding
-    marked = marked.scatter(1, torch.where(columns >= 0, columns, S), stays)[:, :S]
-    first = S - rows
-    index, place = _where(marked[:, first:], s.width, s.left)
-    kept, _ = _where(stays, s.most)
+    (B, N), device, first = columns.shape, columns.device, S - rows
+    real = columns >= 0
+    marked = torch.ones(B, S + 1, dtype=torch.bool, device=device)  # one position more takes what is padding
+    if key_mask is not None:
+        marked[:, :S] = key_mask
+        real = real & marked.gather(1, columns.clamp(min=0))
+    ahead = None
+    if s.newest:
+        last = S - 1 if key_mask is None else _last(key_mask)
+        ahead = real & (columns == last)
+    if s.code is None:
+        stays = _best(scores, real, ahead, s)
+    else:
+        code = s.code if ahead is None else s.code.masked_fill(ahead & (s.code != 1), 0)
+        best = _best(scores, real & ((code == 0) | (code == 3)), ahead, s)
+        stays = real & (best | (code == 1) | (code == 3))
+    marked = marked.scatter_(1, torch.where(columns >= 0, columns, S), stays)[:, first:S]
+    index, place = _where(marked, s.width, s.left)
+    kept = listed(stays, s.most)
     stands = columns.gather(1, kept.clamp(min=0)) - first if N else kept
     here = (kept >= 0) & (stands >= 0)  # the others are none, or in the past
     stands = place.gather(1, stands.clamp(min=0)) if rows else kept
-    return index, marked[:, first:].sum(1), kept, torch.where(here, stands, -1)
+    return index, marked.sum(1), kept, torch.where(here, stands, -1)
+
+
+def _last(mask: Tensor) -> Tensor:
+    """The last True ``[B, 1]`` of ``mask [B, S]``, -1 where there is none."""
+    order = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, order, -1).amax(1, keepdim=True) if mask.shape[1] else order.new_full((1, 1), -1)
 
 
 def pack_index(index: Tensor, count: Tensor, cu_seqlens: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,8 @@ class TokenContext:
             ordinals count from the prompt's first visual token and ``grids`` are those of all its images so far.
         words: how many tokens ``text`` has in each sample, host ints; None = not known.
         ordered: False if an earlier stage has rearranged the tokens.
+        shared: what the stages of one prompt chunk share: a method may keep here what depends on the prompt alone, together
+            with the tensors it was made of, as a changed copy of the context has others (``policies/raters.py``).
     """
 
     layer: int
@@ -78,6 +80,7 @@ class TokenContext:
     shares: tuple[float, ...] | None = None
     words: tuple[int, ...] | None = None
     ordered: bool = True
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:

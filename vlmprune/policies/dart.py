@@ -14,7 +14,7 @@ from vlmprune.errors import check, require
 from vlmprune.ops.reference import unrotate
 from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, TokenContext, attention_of
 from vlmprune.policies.checks import check_keep, check_layer, check_word
-from vlmprune.policies.choose import marks, select_counts
+from vlmprune.policies.choose import select_counts
 from vlmprune.policies.counts import keep_count
 
 
@@ -64,7 +64,7 @@ class DART(PruningPolicy):
 
     def needs(self, layer: int) -> Needs:
         """The visual tokens' hidden states; the previous layer's keys, and which of them are text."""
-        return Needs(hidden=True, attention="previous", rows="text")
+        return Needs(hidden=True, attention="previous", rows="text", keys_only=True)
 
     def select(self, ctx: TokenContext) -> Tensor:
         """Pivots first, then what each takes, in as many rounds as there are pivots; no host sync."""
@@ -81,15 +81,22 @@ class DART(PruningPolicy):
         shares = torch.tensor([share for _, share, _ in shared]).to(norms.device, non_blocking=True)
         shares = torch.cat([shares[:, : visual.shape[1]], shares[:, self.pivots[0] :][:, :most]], 1)
         shares = shares * (torch.cat([visual, text], 1) >= 0)  # a pivot that is not there takes nothing
-        cosines = torch.cat([_hidden_cosines(ctx, visual), _key_cosines(seen, text)], 1)
-        taken = marks(visual, ctx.mask.shape[1])
-        for cosine, share in zip(cosines.unbind(1), shares.unbind(1), strict=True):
-            code = torch.where(ctx.mask & ~taken, 0, 2).to(torch.int8)
-            taken = taken | marks(ops.select_topk(-cosine, share, code=code)[0], taken.shape[1])
+        unlike = torch.cat([_hidden_cosines(ctx, visual), _key_cosines(seen, text)], 1).neg_()
+        code = self._taken(unlike, shares, visual, ctx.mask)
         total = [kept for _, _, kept in shared]
-        rest = torch.tensor(total).to(norms.device, non_blocking=True) - taken.sum(1)
-        code = torch.where(taken, 1, torch.where(ctx.mask, 0, 2)).to(torch.int8)
+        rest = torch.tensor(total).to(norms.device, non_blocking=True) - (code == 1).sum(1)
         return ops.select_topk(norms, rest, code=code)[0][:, : max(total)]
+
+    @staticmethod
+    def _taken(unlike: Tensor, shares: Tensor, visual: Tensor, mask: Tensor) -> Tensor:
+        """Code ``[B, N]`` for ``select_topk``: 1 for the visual pivots and each pivot's share of ``unlike [B, pivots, N]``."""
+        free = torch.where(mask, 0, 2).to(torch.int8)
+        code = torch.cat([free, free[:, :1]], 1)  # one place more takes what is padding
+        N, chosen = mask.shape[1], visual
+        for values, share in zip(unlike.unbind(1), shares.unbind(1), strict=True):
+            code.scatter_(1, torch.where(chosen < 0, N, chosen), 1)
+            chosen = ops.select_topk(values, share, code=code[:, :N])[0]
+        return code.scatter_(1, torch.where(chosen < 0, N, chosen), 1)[:, :N]
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         """With "released" up to the visual pivots more than ``keep``, or up to one less for each pivot."""

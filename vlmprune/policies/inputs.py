@@ -31,6 +31,7 @@ class Needs:
             prefill), or every prompt row ("all").
         embeds: the input embeddings of the whole prompt, and where its text is (one host read a prefill).
         vision: vision-tower layers whose query and key to read (-2 = the last but one); with any, also the features.
+        keys_only: whether of that attention only the keys, and where the rows are, are read: then no query is projected.
     """
 
     hidden: bool = False
@@ -38,15 +39,18 @@ class Needs:
     rows: Literal["last", "text", "all"] = "last"
     embeds: bool = False
     vision: tuple[int, ...] = ()
+    keys_only: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         """The needs of two policies that act at one layer. Raises ValueError where they cannot both be met."""
+        reading = [need for need in (self, other) if need.attention is not None]
         return Needs(
             hidden=self.hidden or other.hidden,
             attention=_either("attention", self.attention, other.attention, None),
             rows=_either("rows", self.rows, other.rows, "last"),
             embeds=self.embeds or other.embeds,
             vision=tuple(sorted({*self.vision, *other.vision})),
+            keys_only=bool(reading) and all(need.keys_only for need in reading),
         )
 
 
@@ -65,7 +69,8 @@ class AttentionInputs:
     """Query rows and keys of one layer, ready for ``ops.received_attention``. S = cached past + this prompt chunk.
 
     Attributes:
-        query: ``[B, H, Sq, D]`` after RoPE; covers the last Sq of the S positions (Sq is 1 when only the last row is needed).
+        query: ``[B, H, Sq, D]`` after RoPE; covers the last Sq of the S positions (Sq is 1 when only the last row is needed,
+            0 for ``Needs.keys_only``).
         key: ``[B, Hkv, S, D]`` after RoPE.
         last: ``[B, 1]`` int64, key position of the last prompt row.
         rows: ``[B, R]`` int64, key positions of the rows asked for (``Needs.rows``), -1 = padding.

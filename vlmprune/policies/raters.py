@@ -27,6 +27,16 @@ def rater_weights(ctx: TokenContext) -> Tensor:
     embeds = require(ctx.embeds, "ctx.embeds", "input embeddings (declare Needs(embeds=True))")
     text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(embeds=True))")
     at = require(ctx.image, "ctx.image", "positions of the images (declare Needs(embeds=True))")
+    sources = embeds, text, at
+    known = ctx.shared.get(_weights)  # the same at every stage of a prompt
+    if known is None or any(own is not other for own, other in zip(sources, known[0], strict=True)):
+        known = ctx.shared[_weights] = sources, _weights(*sources)
+    weights: Tensor = known[1]
+    return weights
+
+
+def _weights(embeds: Tensor, text: Tensor, at: Tensor) -> Tensor:
+    """The weights, from embeddings ``[B, q, D]`` and positions of the text ``[B, T]`` and the images ``[B, N]``."""
     visual, words = (ops.gather_tokens([embeds], index)[0].float() for index in (at, text))
     real, seen = (text >= 0), (at >= 0).float()
     pull = (visual @ words.transpose(1, 2)).masked_fill(~real[:, None, :], float("-inf")).softmax(-1)
