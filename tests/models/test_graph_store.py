@@ -13,7 +13,7 @@ from helpers.tiny import generate, make_batch, make_model
 from vlmprune import FasterVLM, FastV, Graphs, InputError, warmup
 from vlmprune.models.graphs.bindings import Bindings
 from vlmprune.models.graphs.buckets import bucket, rounded
-from vlmprune.models.graphs.reads import HostRead, NoHostReads
+from vlmprune.models.graphs.reads import HostRead, HostReads
 
 POLICY = FastV(layer=2, keep=0.4)
 STEPS = 3
@@ -331,10 +331,13 @@ def test_threads_share_graphs(model):
 @pytest.mark.cpu("reads a CPU tensor in every way there is")
 def test_host_reads_raise(read):
     x = torch.arange(3)
-    with pytest.raises(HostRead), NoHostReads(x.device):
+    with pytest.raises(HostRead), HostReads(x.device):
         read(x)
     read(x)  # nothing stays replaced
-    with NoHostReads(torch.device("cuda")):
+    with HostReads(x.device, (told := []).append):
+        read(x)
+    assert told
+    with HostReads(torch.device("cuda")):
         read(x)  # another device may be read
 
 

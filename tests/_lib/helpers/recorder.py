@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vlmprune.models.graphs.reads import NoHostReads
+from vlmprune.models.graphs.reads import HostReads
 from vlmprune.models.graphs.recorder import CudaGraphs, Recording
 
 
@@ -76,7 +76,7 @@ class Recorder:
         if device.type == "cuda":
             return CudaGraphs().record(run, device)
         run()
-        with NoHostReads(device):
+        with HostReads(device):
             run()
         with Operations() as operations:
             out = run()

@@ -54,10 +54,7 @@ class FastPath:
             text, ("inputs_embeds", "attention_mask", "position_ids", "use_cache", *self.added)
         )
         self.parts, self.policy, self.vision = parts, policy, vision
-        self.named = (
-            policy,
-            repr(policy),
-        )  # keep=1 and keep=1.0 are equal, and no more the same than 1 token and all
+        self.named = policy, repr(policy)  # keep=1 and keep=1.0 are equal, though one token is not all
         self.clock, self.graphs = clock, graphs
         projector = (parts.projector,) if vision.attn else ()
         self.subject = Subject(text, type(text).forward, self.told.first(CACHE), wants, projector)

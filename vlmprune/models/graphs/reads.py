@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,12 +20,22 @@ class HostRead(RuntimeError):
     """Something that must not wait for the device did."""
 
 
-class NoHostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A block in which every wait for this device raises HostRead: .item(), bool(), .tolist(), boolean indexing, copies out."""
+def refuse(how: str) -> None:
+    """Raise HostRead."""
+    raise HostRead(how)
 
-    def __init__(self, device: torch.device) -> None:
+
+class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A block in which ``told`` hears of every wait for a device: .item(), bool(), .tolist(), boolean indexing, copies.
+
+    Args:
+        device: the one.
+        told: gets what did it; as it is, raises HostRead.
+    """
+
+    def __init__(self, device: torch.device, told: Callable[[str], None] = refuse) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.device, self.methods = device, _Methods(device)
+        self.device, self.told, self.methods = device, told, _Methods(device, told)
 
     def __enter__(self) -> Any:
         self.methods.__enter__()  # type: ignore[no-untyped-call]
@@ -35,33 +46,33 @@ class NoHostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.methods.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in READS and _is_on(self.device, args):
-            raise HostRead(name)
-        if name == "index" and _is_on(self.device, args):
+        name, here = func.overloadpacket.__name__, _is_on(self.device, args)
+        if name in READS and here:
+            self.told(name)
+        if name == "index" and here:
             given = [at for at in args[1] if at is not None]
             if any(at.dtype == torch.bool for at in given):
-                raise HostRead("boolean indexing")
+                self.told("boolean indexing")
             if any(at.device.type != self.device.type for at in given):
-                raise HostRead("an index of the host's")
+                self.told("an index of the host's")
         out = func(*args, **(kwargs or {}))
-        if name in COPIES and {x.device.type for x in (*args[:2], out) if isinstance(x, Tensor)} > {
-            self.device.type
-        }:
-            raise HostRead("a copy from or to the host")
+        if name in COPIES:
+            places = {x.device.type for x in (*args[:2], out) if isinstance(x, Tensor)}
+            if places > {self.device.type}:
+                self.told("a copy from or to the host")
         return out
 
 
 class _Methods(TorchFunctionMode):
     """The same for methods."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, told: Callable[[str], None]) -> None:
         super().__init__()
-        self.device = device
+        self.device, self.told = device, told
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in METHODS and _is_on(self.device, args):
-            raise HostRead(METHODS[func])
+            self.told(METHODS[func])
         return func(*args, **(kwargs or {}))
 
 

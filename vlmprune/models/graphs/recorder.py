@@ -8,11 +8,15 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
-from vlmprune.models.graphs.reads import NoHostReads
+from vlmprune.models.graphs.reads import HostReads
 
 T = TypeVar("T")
 CAPTURING = RLock()
 """Held while one captures: another's waits for the device would break it, whichever ``Graphs`` it is for."""
+
+
+WARM_UP = 2
+"""Runs until nothing is done for the first time: the first compiles and checks choices in full, the second makes plans."""
 
 
 class Recording(NamedTuple):
@@ -60,9 +64,10 @@ class CudaGraphs:
             side.wait_stream(torch.cuda.current_stream())
             try:
                 with torch.cuda.stream(side):
-                    run()  # kernels are compiled, and choices checked in full
-                    with NoHostReads(device):
-                        run()  # plans are made
+                    for _ in range(WARM_UP):
+                        run()
+                    with HostReads(device):
+                        run()
             finally:  # also behind an error: what these runs read is free to be used again then
                 torch.cuda.synchronize()
             torch.cuda.empty_cache()
