@@ -11,6 +11,7 @@ import vlmprune
 from helpers.recorder import Recorder
 from helpers.tiny import generate, make_batch, make_model
 from vlmprune import FasterVLM, FastV, Graphs, InputError, warmup
+from vlmprune.constants import whole_numbers
 from vlmprune.models.graphs.bindings import Bindings
 from vlmprune.models.graphs.buckets import bucket, rounded
 from vlmprune.models.graphs.reads import HostRead, HostReads
@@ -339,6 +340,19 @@ def test_host_reads_raise(read):
     assert told
     with HostReads(torch.device("cuda")):
         read(x)  # another device may be read
+
+
+@pytest.mark.cpu("makes CPU tensors")
+def test_tensors_of_the_hosts_numbers_are_reads(model):
+    """A graph would copy them from where they lay once; those made once (vlmprune.constants) and empty ones are none."""
+    cpu = torch.device("cpu")
+    with pytest.raises(HostRead, match="a tensor of the host's numbers"), HostReads(cpu):
+        torch.tensor([1, 2])
+    with HostReads(cpu):
+        torch.tensor([]), torch.zeros(3), torch.arange(3)
+    whole_numbers((1, 2), cpu)
+    with HostReads(cpu):
+        whole_numbers((1, 2), cpu)
 
 
 # Warm-up

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vlmprune.constants import whole_numbers
 from vlmprune.errors import ModelError, check
 from vlmprune.models.host.families import Encoded, crop_grid
 from vlmprune.models.host.names import Arguments, Signature, attribute
@@ -80,7 +81,7 @@ class VisionReads:
         crops, grid = _crops_of(note, images), crop_grid(parts.config, note)
 
         def mine(x: Tensor) -> Tensor:
-            return x if crops is None else x[crops]
+            return x if crops is None else x[whole_numbers(tuple(crops), x.device)]
 
         mask, seen = None if note.mask is None else mine(note.mask), {}
         for layer in layers:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vlmprune.constants import whole_numbers
 from vlmprune.errors import check, require
 from vlmprune.policies.base import Positions, PruningPolicy, Ranking, TokenContext, VisionAttention
 from vlmprune.policies.choose import padding, quotas
@@ -39,10 +40,8 @@ class Images:
         P = max(self.tokens, default=0)
         if set(self.tokens) == {P} and sum(self.tokens) == self.batch * self.width:
             return x.reshape(len(self.tokens), P, *x.shape[2:])
-        samples, firsts, tokens = torch.tensor(
-            [self.samples, self.firsts, self.tokens], dtype=torch.int64
-        ).unsqueeze(2)
-        inside = torch.arange(P)
+        samples, firsts, tokens = whole_numbers((self.samples, self.firsts, self.tokens), x.device)[..., None]
+        inside = torch.arange(P, device=x.device)
         at = torch.where(inside < tokens, samples * self.width + firsts + inside, -1)
         return _rows(x, at, 0)
 
@@ -56,18 +55,17 @@ class Images:
             # Nothing to leave out or to fill.
             return x.reshape(self.batch, -1, *x.shape[2:])
         K = max(map(len, lines), default=0)
-        at = torch.tensor([line + [-1] * (K - len(line)) for line in lines], dtype=torch.int64)
+        at = whole_numbers(tuple((*line, *[-1] * (K - len(line))) for line in lines), x.device)
         return _rows(x, at.view(self.batch, K), fill)
 
     def index(self, picked: Tensor, kept: Sequence[int] | None = None) -> Tensor:
         """Turn places within each image ``[I, k]`` into places within the sample ``[B, K]``, -1 on the right."""
-        first = torch.tensor(self.firsts, dtype=torch.int64).to(picked.device, non_blocking=True)
+        first = whole_numbers(self.firsts, picked.device)
         return self.join(picked + first[:, None], kept, fill=-1)
 
 
 def _rows(x: Tensor, at: Tensor, fill: int) -> Tensor:
-    """Rows ``at`` (a host tensor, -1 = ``fill``) of ``x`` with its first two dims run together."""
-    at = at.to(x.device, non_blocking=True)
+    """Rows ``at`` (-1 = ``fill``) of ``x`` with its first two dims run together."""
     flat = x.flatten(0, 1)
     if not len(flat):
         return x.new_full((*at.shape, *x.shape[2:]), fill)

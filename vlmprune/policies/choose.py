@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
+from vlmprune.constants import whole_numbers
 from vlmprune.policies.base import PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.counts import keep_count
 
@@ -70,7 +71,7 @@ def choose_greedily(
     index, order = ops.greedy_select(features, K, rule, relevance=relevance, mask=mask)
     if len(set(kept)) <= 1:
         return index
-    quota = torch.tensor(kept).to(order.device, non_blocking=True)
+    quota = whole_numbers(tuple(kept), order.device)
     late = torch.arange(K, device=order.device) >= quota[:, None]
     index = order.masked_fill(late, N).sort(dim=1).values
     return index.masked_fill(index == N, -1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmprune import ops
+from vlmprune.constants import whole_numbers
 from vlmprune.errors import check, require
 from vlmprune.ops.reference import unrotate
 from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, TokenContext, attention_of
@@ -78,13 +79,13 @@ class DART(PruningPolicy):
         most = min(self.pivots[1], words.shape[1])
         absent = torch.where(seen.rows >= 0, 0, 2).to(torch.int8)
         text = ops.select_topk(words, most, code=absent)[0][:, :most]
-        shares = torch.tensor([share for _, share, _ in shared]).to(norms.device, non_blocking=True)
+        shares = whole_numbers(tuple(tuple(share) for _, share, _ in shared), norms.device)
         shares = torch.cat([shares[:, : visual.shape[1]], shares[:, self.pivots[0] :][:, :most]], 1)
         shares = shares * (torch.cat([visual, text], 1) >= 0)  # a pivot that is not there takes nothing
         unlike = torch.cat([_hidden_cosines(ctx, visual), _key_cosines(seen, text)], 1).neg_()
         code = self._taken(unlike, shares, visual, ctx.mask)
-        total = [kept for _, _, kept in shared]
-        rest = torch.tensor(total).to(norms.device, non_blocking=True) - (code == 1).sum(1)
+        total = tuple(kept for _, _, kept in shared)
+        rest = whole_numbers(total, norms.device) - (code == 1).sum(1)
         return ops.select_topk(norms, rest, code=code)[0][:, : max(total)]
 
     @staticmethod

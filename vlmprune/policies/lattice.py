@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmprune.constants import remembered
+from vlmprune.constants import remembered, whole_numbers
 from vlmprune.policies.base import Grid, TokenContext, tokens_in
 
 ACROSS, DOWN = 0.5698402909980532, 0.7548776662466927
@@ -129,10 +129,10 @@ def stride_grid(ctx: TokenContext, stride: int) -> Tensor:
         ends = list(accumulate((r * c for r, c in grids), initial=0))
         firsts.append(ends[:-1] + [NO_IMAGE] * (width - len(grids)))
         columns.append([c for _, c in grids] + [1] * (width - len(grids)))
-    layout = torch.tensor([firsts, columns], dtype=torch.int64).to(ctx.ordinals.device, non_blocking=True)
-    image = (torch.searchsorted(layout[0], ctx.ordinals.contiguous(), right=True) - 1).clamp(min=0)
-    patch = ctx.ordinals - layout[0].gather(1, image)
-    across = layout[1].gather(1, image)
+    begins, wide = (whole_numbers(tuple(map(tuple, x)), ctx.ordinals.device) for x in (firsts, columns))
+    image = (torch.searchsorted(begins, ctx.ordinals.contiguous(), right=True) - 1).clamp(min=0)
+    patch = ctx.ordinals - begins.gather(1, image)
+    across = wide.gather(1, image)
     return ctx.mask & (patch // across % stride == 0) & (patch % across % stride == 0)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
+from vlmprune.constants import whole_numbers
 from vlmprune.policies.base import TokenContext
 from vlmprune.policies.choose import marks
 
@@ -37,7 +38,7 @@ def recycled(
     index = torch.full((len(sizes), width), -1, dtype=torch.int64, device=hidden.device)
     rows = hidden.new_zeros(len(sizes), width, hidden.shape[2])
     for size in sorted(set(sizes)):
-        at = [b for b, other in enumerate(sizes) if other == size]
+        at = whole_numbers(tuple(b for b, other in enumerate(sizes) if other == size), hidden.device)
         some, contents = _thin(scores[at], hidden[at], ctx.mask[at], *size, merge)
         index[at, : some.shape[1]], rows[at, : some.shape[1]] = some, contents
     return index, rows

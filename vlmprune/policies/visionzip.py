@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
+from vlmprune.constants import whole_numbers
 from vlmprune.errors import check, require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
 from vlmprune.policies.by_image import images_of, nearest, patch_attention, rows_at, vision_of
@@ -140,10 +141,7 @@ def merge_rest(features: Tensor, keys: Tensor, rest: Tensor, contextual: int) ->
         return rest[:, :0], features[:, :0]
     strided = list(range(0, R, R // C))[:C]
     followers = sorted(set(range(R)) - set(strided))
-    chosen, merging = (
-        rest[:, torch.tensor(at, dtype=torch.int64).to(rest.device, non_blocking=True)]
-        for at in (strided, followers)
-    )
+    chosen, merging = (rest[:, whole_numbers(tuple(at), rest.device)] for at in (strided, followers))
     assigned = nearest(rows_at(keys, merging), rows_at(keys, chosen))
     mean = ops.merge_tokens(rows_at(features, merging), assigned, C, mode="mean")
     return chosen, rows_at(features, chosen) + mean

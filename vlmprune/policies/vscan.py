@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
+from vlmprune.constants import whole_numbers
 from vlmprune.errors import require
 from vlmprune.policies.base import (
     Grid,
@@ -121,7 +122,7 @@ class VScan(PruningPolicy):
             for layer in (self.shallow_layer, self.vision_layer)
         )
         local, sizes = self._local(shallow, ctx, int(kept * self.local_ratio))
-        quota = torch.tensor([kept - size for size in sizes]).to(deep.device, non_blocking=True)
+        quota = whole_numbers(tuple(kept - size for size in sizes), deep.device)
         picked = ops.select_topk(deep, quota, code=local.to(torch.int8))[0][:, :kept]
         rows = images.join(merge_dropped(hidden, picked))
         return outcome(images.index(picked), self.positions, rows)
@@ -132,7 +133,7 @@ class VScan(PruningPolicy):
         patches = [Counter(numbers) for numbers in windows]
         each = [share // len(of) for of in patches]
         sizes = [sum(min(n, most) for n in of.values()) for of, most in zip(patches, each, strict=True)]
-        layout, quota = (torch.tensor(x).to(scores.device, non_blocking=True) for x in (windows, each))
+        layout, quota = (whole_numbers(x, scores.device) for x in (tuple(map(tuple, windows)), tuple(each)))
         return rank_within(scores, layout) < quota[:, None], sizes
 
 

@@ -28,6 +28,8 @@ def refuse(how: str) -> None:
 class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A block in which ``told`` hears of every wait for a device: .item(), bool(), .tolist(), boolean indexing, copies.
 
+    Of tensors made of Python's numbers, too: a graph would copy them from where the host had them once.
+
     Args:
         device: the one.
         told: gets what did it; as it is, raises HostRead.
@@ -56,6 +58,8 @@ class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if any(at.device.type != self.device.type for at in given):
                 self.told("an index of the host's")
         out = func(*args, **(kwargs or {}))
+        if name == "lift_fresh" and args[0].numel():
+            self.told("a tensor of the host's numbers")
         if name in COPIES:
             places = {x.device.type for x in (*args[:2], out) if isinstance(x, Tensor)}
             if places > {self.device.type}:
