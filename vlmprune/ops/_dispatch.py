@@ -149,6 +149,12 @@ def can_run(op: str, x: torch.Tensor) -> bool:
     return _route(TABLES[op], x.device, _forced.get())[0] is not None
 
 
+def launches(op: str, x: torch.Tensor) -> bool:
+    """Whether it is a kernel that ``choose`` takes, and not the reference."""
+    backend = _route(TABLES[op], x.device, _forced.get())[0]
+    return backend is not None and backend.name != "reference"
+
+
 def backend_of(op: str, x: torch.Tensor) -> str:
     """The backend that ``choose`` takes, with the reasons against those before it: "reference (triton: ...)".
 

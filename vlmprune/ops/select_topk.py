@@ -12,7 +12,7 @@ from vlmprune.constants import filled
 from vlmprune.errors import check
 from vlmprune.ops import reference
 from vlmprune.ops._checks import FLOATS, check_count, check_dtype, check_tensor
-from vlmprune.ops._dispatch import choose
+from vlmprune.ops._dispatch import choose, launches
 from vlmprune.ops._operator import operator
 
 
@@ -86,12 +86,9 @@ def positions_of(marked: Tensor, width: int) -> Tensor:
     """
     blank = filled((1, 1), 0.0, torch.float32, marked.device).expand(marked.shape)
     code = marked.view(torch.int8)  # True stays, False competes for none
-    # the dispatcher takes longer than this one kernel, or these few operations
-    if type(marked) is Tensor and not torch.compiler.is_compiling():
-        run = choose("select_topk", marked)
-        if run is reference.select_topk:  # which would sort nothing
-            return reference.listed(marked, width)
-        return run(blank, 0, code, width, None)[0]
+    # the dispatcher takes longer than this one kernel
+    if type(marked) is Tensor and launches("select_topk", marked):
+        return choose("select_topk", marked)(blank, 0, code, width, None)[0]
     return _select_topk(blank, 0, None, code)[0][:, :width].contiguous()
 
 
