@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +49,3 @@ def make_prompt(model: Any, images: int) -> dict[str, Tensor]:
     shape = images, 3, tower.image_size, tower.image_size
     pixels = torch.randn(shape, generator=g, device=device, dtype=model.dtype)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-
-
-def percentiles(times: list[float]) -> dict[str, float]:
-    """20th, 50th and 80th."""
-    low, *_, high = statistics.quantiles(times, n=5, method="inclusive")
-    return {"p20": round(low, 3), "median": round(statistics.median(times), 3), "p80": round(high, 3)}

@@ -25,10 +25,11 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
 
-from cpu_model import Size, make_model, make_prompt, percentiles, size
+from cpu_model import Size, make_model, make_prompt, size
 from cpu_rows import RESULTS, save, show
 
 import vlmprune
+from vlmprune.bench.rows import spread as percentiles
 from vlmprune.models.host.parts import find_parts
 from vlmprune.policies.registry import BUILT_IN
 
@@ -179,11 +180,8 @@ def row(text: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 def spread(name: str, values: list[float]) -> dict[str, float]:
     """Columns of the median, 20th and 80th percentile, to five digits."""
-    found = percentiles([1e4 * v for v in values])  # which rounds to three places
-    return {
-        f"{name}{'' if key == 'median' else ' ' + key}": float(f"{found[key] / 1e4:.5g}")
-        for key in ("median", "p20", "p80")
-    }
+    found = percentiles(values)._asdict().items()
+    return {f"{name}{'' if key == 'median' else ' ' + key}": float(f"{value:.5g}") for key, value in found}
 
 
 def profiled(model: Any, prompt: dict[str, Tensor], policies: Sequence[str]) -> None:

@@ -143,30 +143,30 @@ def test_attention_implementations(attention):
     assert recorder.replays == 2
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"cache_implementation": "static"},
-        {"num_beams": 3},
-        {"use_cache": False},
-        *([{"prefill_chunk_size": 9}] if BEFORE_PREFILL else []),
-        {"cache_implementation": "offloaded"},
-    ],
-    ids=repr,
-)
-@pytest.mark.parametrize("name", ["fastv", "fastv-compact", "pyramiddrop", "fastervlm"])
-def test_ways_of_generating(model, name, settings):
-    graphs = Graphs(recorder=Recorder())
-    if settings.get("prefill_chunk_size") and name == "fastervlm":
-        pytest.skip("refused with any graphs: it needs whole images")
-    if settings.get("cache_implementation") == "offloaded" and not torch.cuda.is_available():
-        pytest.skip("offloaded caches need a GPU")
+WAYS = {
+    "static": ({"cache_implementation": "static"}, "replayed"),
+    "beams": ({"num_beams": 3}, "replayed"),
+    "no cache": ({"use_cache": False}, "replayed"),
+    "chunks": ({"prefill_chunk_size": 9}, "plain: a prompt in several calls"),
+    "offloaded": ({"cache_implementation": "offloaded"}, "plain: an offloaded cache"),
+}
+WAYS_OF = [
+    pytest.param(name, way, marks=[pytest.mark.gpu] if way == "offloaded" else [])
+    for name in ("fastv", "fastv-compact", "pyramiddrop", "fastervlm")
+    for way in WAYS
+    if way != "chunks" or (BEFORE_PREFILL and name != "fastervlm")  # which needs whole images
+]
+
+
+@pytest.mark.parametrize("name, way", WAYS_OF)
+def test_ways_of_generating(model, name, way):
+    graphs, (settings, said) = Graphs(recorder=Recorder()), WAYS[way]
     for seed in range(3):
         batch = make_batch(SPECS["padded"], seed=seed)
         got, want = (outcome(model, FIXED[name], batch, g, **settings) for g in (graphs, None))
         assert torch.equal(got[0], want[0])
         torch.testing.assert_close(got[1], want[1], atol=1e-4, rtol=0)
-    assert got[4].graph.startswith("plain" if "prefill_chunk_size" in settings else "replayed")
+    assert got[4].graph.startswith(said)
 
 
 def test_compiled_decode_follows_a_replay():

@@ -84,8 +84,7 @@ class Graphs:
 
     Prompts of the same images whose text is about as long share one (``vlmprune.models.graphs.buckets``). The first prompt
     of its kind runs as ever, the second is captured (``warmup`` does so beforehand). Those used longest ago go where there
-    is no room. One ``Graphs`` may serve several models, policies and threads; it holds on to
-    those models until ``clear``.
+    is no room. One ``Graphs`` may serve several models, policies and threads; it holds on to those models until ``clear``.
 
     Args:
         memory: bytes of device memory that all graphs together may hold.
