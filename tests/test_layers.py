@@ -17,13 +17,28 @@ ALLOWED = {
     "register": set(),
     "triton_kernels": {"env"},
     "ops": BASE | {"constants", "triton_kernels"},
-    "policies": BASE | {"constants", "flops", "ops"},
-    "models": BASE | {"constants", "flops", "ops", "policies", "register"},
+    "compensation": BASE,
+    "policies": BASE | {"compensation", "constants", "flops", "ops"},
+    "models": BASE | {"compensation", "constants", "flops", "ops", "policies", "register"},
     "checkpoints": BASE | {"policies", "models", "precision"},
     "testing": BASE | {"policies", "models"},
     "eval": BASE | {"flops", "images", "policies", "models", "checkpoints"},
+    "training": BASE | {"compensation", "images", "policies", "models", "checkpoints"},
     "bench": BASE | {"flops", "policies", "models", "testing", "checkpoints", "eval"},
-    "cli": BASE | {"flops", "images", "ops", "policies", "models", "testing", "checkpoints", "eval", "bench"},
+    "cli": BASE
+    | {
+        "flops",
+        "images",
+        "ops",
+        "compensation",
+        "policies",
+        "models",
+        "testing",
+        "checkpoints",
+        "eval",
+        "bench",
+    }
+    | {"training"},
     "integrations": BASE | {"images", "policies", "models", "checkpoints"},
 }
 """Part of the package -> the other parts it may import."""
@@ -35,7 +50,7 @@ ONLY_IN = {
     "yaml": {"policies"},
 }
 ONLY_IN |= {
-    "transformers": {"models", "testing", "checkpoints", "bench", "cli"},
+    "transformers": {"compensation", "models", "testing", "checkpoints", "training", "bench", "cli"},
     "lmms_eval": {"integrations"},
 }
 """Outside package -> the only parts that may import it."""

@@ -1,0 +1,1 @@
+"""Training of what can be learned: the captioner and the selector of ACCM."""
