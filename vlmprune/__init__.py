@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vlmprune import bench as bench
+    from vlmprune import compensation as compensation
     from vlmprune import errors as errors
     from vlmprune import eval as eval
     from vlmprune import flops as flops
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from vlmprune import ops as ops
     from vlmprune import policies as policies
     from vlmprune import testing as testing
+    from vlmprune import training as training
     from vlmprune.models import Graphs, Report, Run, StageRecord, attach, detach, meter, prune, warmup
     from vlmprune.policies import (
+        ACCM,
         DART,
         AttentionInputs,
         CDPruner,
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
         FastV,
         Feather,
         Grid,
+        Insertion,
         Intersection,
         Needs,
         PruningPolicy,
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ACCM",
     "DART",
     "AttentionInputs",
     "BackendError",
@@ -72,6 +77,7 @@ __all__ = [
     "Graphs",
     "Grid",
     "InputError",
+    "Insertion",
     "Intersection",
     "ModelError",
     "Needs",
