@@ -10,6 +10,7 @@ from transformers import StaticCache
 
 import vlmprune
 from helpers.families import CASES, build, prompts
+from helpers.recorder import Recorder
 from helpers.tiny import BOS, EOS, GRID, IMAGE, PAD, STEPS, TOLERANCE, generate, make_model, upstream
 from helpers.words import ASSISTANT, BLANK, CLOSE, OPEN, USER, make_tokenizer
 from vlmprune.compensation import Known
@@ -357,7 +358,7 @@ def test_what_is_refused(model):
     batch = batch_of(PROMPTS["one"])
     with vlmprune.prune(model, accm(SELECTIONS["packed"], tokenizer=None)):
         with pytest.raises(
-            vlmprune.ModelError, match="tokenizer: expected one saved with the model .* made in memory"
+            vlmprune.ModelError, match=r"tokenizer: expected one saved with the model .* made in memory"
         ):
             generate(model, batch, 1)
     with vlmprune.prune(model, accm(SELECTIONS["packed"])):
@@ -398,3 +399,14 @@ def test_families(name):
     with vlmprune.prune(model, policy) as run:
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
     assert all(text for sample in run.report().captions for text in sample)
+
+
+@pytest.mark.real("reads are found below what is pretended")
+def test_a_prefill_with_captions_is_no_graph(model):
+    graphs = vlmprune.Graphs(recorder=(recorder := Recorder()))
+    for _ in range(3):
+        with vlmprune.prune(model, accm(SELECTIONS["packed"]), graphs) as run:
+            got = generate(model, batch_of(PROMPTS["batch"]), STEPS)[1]
+    assert run.report().graph.startswith("plain: adaptive: ") and recorder.captures == 0
+    with vlmprune.prune(model, accm(SELECTIONS["packed"])):
+        torch.testing.assert_close(got, generate(model, batch_of(PROMPTS["batch"]), STEPS)[1], rtol=0, atol=0)

@@ -88,7 +88,9 @@ class Heard(PruningPolicy):
 
 
 def test_every_built_in_method_has_a_row():
-    assert list(METHODS) == list(BUILT_IN)
+    assert list(METHODS) == [
+        name for name in BUILT_IN if name != "accm"
+    ]  # whose texts are no tokens: test_accm.py
 
 
 @pytest.fixture(scope="module", params=["clip", "siglip"])

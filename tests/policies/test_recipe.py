@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from helpers.methods import usual
 from vlmprune import policy_from
 from vlmprune.errors import InputError
 from vlmprune.policies import (
@@ -74,7 +75,7 @@ def announced(monkeypatch):
 
 
 POLICIES = [
-    *(policy() for policy in BUILT_IN.values()),
+    *map(usual, BUILT_IN),
     FastV(3, 64, "mean", earlier_kv="compact"),
     FastV(keep=1),
     FastV(keep=1.0),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from time import perf_counter
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from vlmprune.compensation.saved import Saved
 from vlmprune.errors import check, require
 from vlmprune.policies.base import Growth, Insertion, Needs, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.checks import check_keep, check_whole
-from vlmprune.policies.prompt_words import places_behind, question_of
+from vlmprune.policies.prompt_words import Tokenizer, places_behind, question_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ACCM(PruningPolicy):
     keep: int | float | None = 36
     candidates: int = 3
     wording: str = "additional information: {}\n"
-    tokenizer: Any = None
+    tokenizer: Tokenizer | None = None
     question: Callable[[str], str] | None = None
     _selection: PruningPolicy = field(init=False, repr=False, compare=False)
     _compensator: Compensator = field(init=False, repr=False, compare=False)
@@ -78,8 +78,9 @@ class ACCM(PruningPolicy):
         check_whole("candidates", self.candidates, 1)
         one = isinstance(self.wording, str) and self.wording.count("{}") == 1
         check(one, "wording", "a text with one {} in it", repr(self.wording))
-        words = self.question is None or callable(self.question)
-        check(words, "question", "a function of a text, or None", repr(self.question))
+        for name, kind in (("tokenizer", "tokenizer"), ("question", "function of a text")):
+            given = getattr(self, name)
+            check(given is None or callable(given), name, f"a {kind}, or None", repr(given))
         object.__setattr__(self, "_selection", self._fitted())
         object.__setattr__(self, "_compensator", self._opened())
 
@@ -118,7 +119,7 @@ class ACCM(PruningPolicy):
         )
         return replace(change, inserted=_insertion(ctx, cases, said, texts, perf_counter() - start))
 
-    def _cases(self, ctx: TokenContext, dropped: list[list[list[int]]], tokenizer: Any) -> list[_Case]:
+    def _cases(self, ctx: TokenContext, dropped: list[list[list[int]]], tokenizer: Tokenizer) -> list[_Case]:
         """All images, with what is asked of each and where its text goes."""
         hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
         tokens = require(ctx.tokens, "ctx.tokens", "the prompt's ids (declare Needs(tokens=True))")
@@ -178,7 +179,7 @@ def _dropped(index: list[list[int]], sizes: Sequence[Sequence[int]]) -> list[lis
     return out
 
 
-def _tokens(tokenizer: Any, wording: str, caption: Caption, case: _Case) -> list[int]:
+def _tokens(tokenizer: Tokenizer, wording: str, caption: Caption, case: _Case) -> list[int]:
     """What joins the prompt: at most as many tokens as the image loses, nothing for an empty text."""
     if not caption.text:
         return []

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
-from typing import Any
+from typing import Any, Protocol
 
 from vlmprune.errors import check
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer; transformers' are such ones."""
+
+    chat_template: Any
+    all_special_tokens: Sequence[str]
+    eos_token_id: int | None
+    bos_token_id: int | None
+    pad_token_id: int | None
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Any]:
+        """Ids of a text, under "input_ids"."""
+        ...
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of ids."""
+        ...
+
 
 MARKS = ("firstquestion", "firstanswer", "secondquestion")
 """Stand-ins for the texts of a conversation, which no template contains."""
 
 
-def question_of(ids: Sequence[int], last: int, tokenizer: Any) -> str:
+def question_of(ids: Sequence[int], last: int, tokenizer: Tokenizer) -> str:
     """What is asked: the words of the latest user turn, or of its part behind the last image, at ``ids[last]``.
 
     The tokenizer's chat template tells where a turn begins and ends; without one it is all text behind that image. Special
@@ -35,7 +54,7 @@ def question_of(ids: Sequence[int], last: int, tokenizer: Any) -> str:
     return " ".join(text.split())
 
 
-def turn_of(tokenizer: Any) -> tuple[str, str]:
+def turn_of(tokenizer: Tokenizer) -> tuple[str, str]:
     """What a chat template writes in front of a further user turn, and behind it where the answer begins; "" = unknown."""
     return _turn_of(tokenizer, tokenizer.chat_template) if tokenizer.chat_template else ("", "")
 
@@ -68,7 +87,7 @@ def _rendered(tokenizer: Any, talk: list[dict[str, Any]]) -> str:
         return ""
 
 
-def places_behind(ids: Sequence[int], images: Sequence[tuple[int, int]], tokenizer: Any) -> list[int]:
+def places_behind(ids: Sequence[int], images: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> list[int]:
     """For each image the place in ``ids`` in front of which a text about it goes: behind what closes the image.
 
     That is line ends, blanks and special tokens, but not the end of the turn, nor what opens the next image (as much of it
@@ -105,7 +124,7 @@ def _opening(ids: Sequence[int], first: int, start: int, end: int) -> int:
     return shared
 
 
-def closes(token: int, tokenizer: Any) -> bool:
+def closes(token: int, tokenizer: Tokenizer) -> bool:
     """Whether a token behind an image still belongs to it: blank, or special and not the end of a turn."""
     if token < 0 or token in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         return False
