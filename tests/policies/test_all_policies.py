@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vlmprune.policies import (
+    ACCMSelection,
     Custom,
     Feather,
     Intersection,
@@ -56,6 +57,11 @@ METHODS = {
         dict(keep=6, relevance="none", positions="keep"),
         dict(keep=6, spend="prompt"),
     ],
+    "accm_selection": [
+        dict(keep=8),
+        dict(keep=6, text=4, nearest=False, heads="joined", overflow="last", order="selected"),
+        dict(keep=0.3, relevance="none", order="selected", positions="keep"),
+    ],
     "random_deep": [dict(keep=0.2)],
     "random": [dict(keep=0.4, seed=7), dict(layer=0, keep=3), dict(layer=0, keep=3, spend="image")],
     "uniform": [dict(), dict(keep=5), dict(stride=2)],
@@ -73,6 +79,7 @@ KEEP_ALL = {
     "vispruner": [dict(keep=1.0)],
     "divprune": [dict(keep=1.0)],
     "cdpruner": [dict(keep=1.0)],
+    "accm_selection": [dict(keep=1.0), dict(keep=10_000, order="selected")],
     "random_deep": [dict(keep=1.0)],
     "random": [dict(keep=1.0), dict(keep=10_000)],
     "uniform": [dict(keep=1.0), dict(keep=10_000), dict(stride=1)],
@@ -159,7 +166,8 @@ def chooses_by_more_than_scores(policy):
     if isinstance(policy, Stages):
         return any(map(chooses_by_more_than_scores, policy.policies))
     return isinstance(
-        policy, Custom | Feather | Intersection | Random | Uniform | Union | VisionZip | VisPruner
+        policy,
+        ACCMSelection | Custom | Feather | Intersection | Random | Uniform | Union | VisionZip | VisPruner,
     )
 
 
