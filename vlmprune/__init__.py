@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vlmprune.policies import (
         ACCM,
         DART,
+        ACCMSelection,
         AttentionInputs,
         CDPruner,
         Custom,
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ACCM",
     "DART",
+    "ACCMSelection",
     "AttentionInputs",
     "BackendError",
     "CDPruner",

@@ -38,6 +38,10 @@ FIXED = {
     "vispruner": vlmprune.VisPruner(keep=6, positions="keep"),
     "divprune": vlmprune.DivPrune(keep=6),
     "cdpruner": vlmprune.CDPruner(keep=6),
+    "accm-selection": vlmprune.ACCMSelection(keep=6),
+    "accm-selection-released": vlmprune.ACCMSelection(
+        keep=6, nearest=False, vision_layer=-1, heads="joined", overflow="last", order="selected"
+    ),
     "random": vlmprune.Random(layer=0, keep=0.3),
     "uniform": vlmprune.Uniform(layer=1, keep=0.25),
     "two": vlmprune.Stages([vlmprune.FasterVLM(keep=8), vlmprune.FastV(layer=3, keep=0.5)]),

@@ -8,6 +8,7 @@ import torch
 from helpers.methods import echo, usual
 from vlmprune.policies import (
     ACCM,
+    ACCMSelection,
     Custom,
     FasterVLM,
     Feather,
@@ -63,6 +64,11 @@ METHODS = {
         dict(selection=FasterVLM(), compensator=echo, keep=5),
         dict(selection=VisionZip(dominant=5, contextual=2), compensator=echo, keep=None),
     ],
+    "accm_selection": [
+        dict(keep=8),
+        dict(keep=6, text=4, nearest=False, heads="joined", overflow="last", order="selected"),
+        dict(keep=0.3, relevance="none", order="selected", positions="keep"),
+    ],
     "random_deep": [dict(keep=0.2)],
     "random": [dict(keep=0.4, seed=7), dict(layer=0, keep=3), dict(layer=0, keep=3, spend="image")],
     "uniform": [dict(), dict(keep=5), dict(stride=2)],
@@ -81,6 +87,7 @@ KEEP_ALL = {
     "divprune": [dict(keep=1.0)],
     "cdpruner": [dict(keep=1.0)],
     "accm": [dict(selection=FasterVLM(), compensator=echo, keep=1.0)],
+    "accm_selection": [dict(keep=1.0), dict(keep=10_000, order="selected")],
     "random_deep": [dict(keep=1.0)],
     "random": [dict(keep=1.0), dict(keep=10_000)],
     "uniform": [dict(keep=1.0), dict(keep=10_000), dict(stride=1)],
@@ -169,7 +176,8 @@ def chooses_by_more_than_scores(policy):
     if isinstance(policy, ACCM):
         return chooses_by_more_than_scores(policy.selection)
     return isinstance(
-        policy, Custom | Feather | Intersection | Random | Uniform | Union | VisionZip | VisPruner
+        policy,
+        ACCMSelection | Custom | Feather | Intersection | Random | Uniform | Union | VisionZip | VisPruner,
     )
 
 

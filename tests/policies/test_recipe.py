@@ -16,6 +16,7 @@ from helpers.methods import usual
 from vlmprune import policy_from
 from vlmprune.errors import InputError
 from vlmprune.policies import (
+    ACCMSelection,
     CDPruner,
     Custom,
     DivPrune,
@@ -86,6 +87,7 @@ POLICIES = [
     Uniform(stride=3),
     VisionZip(tokens=128, count_cls=True),
     CDPruner(relevance=keep_all),
+    ACCMSelection(text=0.5, relevance=keep_all, nearest=False),
     Custom(2, keep_all),
     Custom(2, Methods.keep_all),
     Stages([RandomDeep(keep=0.25), DivPrune(keep=0.5)]),

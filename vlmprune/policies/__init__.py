@@ -7,6 +7,7 @@ here too.
 import inspect
 
 from vlmprune.policies.accm import ACCM as ACCM
+from vlmprune.policies.accm_selection import ACCMSelection as ACCMSelection
 from vlmprune.policies.base import AttentionInputs as AttentionInputs
 from vlmprune.policies.base import Grid as Grid
 from vlmprune.policies.base import Insertion as Insertion
