@@ -85,6 +85,21 @@ def test_candidates_are_those_of_a_beam_search_likeliest_first(kind):
     assert ended == sorted(ended, reverse=True)
 
 
+def test_drawn_candidates_come_as_often_as_they_are_likely():
+    """The first word of many, against its probability; of one seed always the same."""
+    captioner, image = tiny.captioner(max_new_tokens=1), tiny.image(7)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        (drawn,) = captioner.draft([image], 2000, sample=True).texts
+        torch.manual_seed(0)
+        assert captioner.draft([image], 2000, sample=True).texts == [drawn]
+    words = [*tiny.WORDS, ""]  # one token each; nothing else is written
+    likely = captioner.log_likelihood([image] * len(words), words)[0].exp()
+    for word, share in zip(words, (likely / likely.sum()).tolist(), strict=True):
+        assert abs(drawn.count(word) / 2000 - share) < 0.04
+    assert len({*drawn}) > 3
+
+
 def test_one_candidate_is_greedy():
     captioner, image = tiny.captioner(), tiny.image(6)
     embed = captioner.language_model.get_input_embeddings()

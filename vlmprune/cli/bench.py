@@ -12,7 +12,7 @@ from rich.text import Text
 from vlmprune.bench import Bench, FullSize, Row, Spent, Spread, by_range, read_profile, run
 from vlmprune.checkpoints import Checkpoint
 from vlmprune.cli.console import progress_bar, table
-from vlmprune.cli.main import open_checkpoint, silence_transformers
+from vlmprune.cli.options import open_checkpoint, silence_transformers
 from vlmprune.errors import InputError, check
 
 GAINS = {"vision": "vision", "prefill": "prefill", "ttft": "TTFT", "decode": "a token", "total": "answer"}

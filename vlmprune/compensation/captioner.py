@@ -107,10 +107,12 @@ class Captioner(Part):
         return self.draft(images, candidates).texts
 
     @torch.no_grad()
-    def draft(self, images: Sequence[Discarded], candidates: int) -> Drafts:
+    def draft(self, images: Sequence[Discarded], candidates: int, sample: bool = False) -> Drafts:
         """Candidates for all images by one beam search as wide as there are candidates (1: greedy), without dropout.
 
-        The candidates of an image are different sequences of tokens; their texts can still be equal, or "".
+        The candidates of an image are different sequences of tokens; their texts can still be equal, or "". With ``sample``
+        each is drawn instead, token by token from the whole distribution, by torch's global generator: for training, where
+        beams are too alike to learn from.
 
         Raises:
             InputError: features of another width, an empty question, no image, ``candidates`` below 1, a context too
@@ -127,7 +129,7 @@ class Captioner(Part):
             written = self.language_model.generate(
                 inputs_embeds=rows,
                 attention_mask=mask,
-                generation_config=self._search(candidates),
+                generation_config=self._search(candidates, sample),
                 logits_processor=LogitsProcessorList([steps]),
             )
         texts = [self._text(ids) for ids in written.tolist()]
@@ -253,7 +255,7 @@ class Captioner(Part):
         )
         return context - needed
 
-    def _search(self, candidates: int) -> GenerationConfig:
+    def _search(self, candidates: int, sample: bool) -> GenerationConfig:
         """Plain beam search whatever the checkpoint's own settings are.
 
         Special tokens are never written: they would vanish from the text, and what was likely would not be what it says.
@@ -262,10 +264,11 @@ class Captioner(Part):
         special = [token for token in self.tokenizer.all_special_ids if token != end]
         return GenerationConfig(
             max_new_tokens=self.config.max_new_tokens,
-            do_sample=False,
-            num_beams=candidates,
+            do_sample=sample,
+            top_k=0 if sample else None,
+            num_beams=1 if sample else candidates,
             num_return_sequences=candidates,
-            early_stopping=candidates > 1,
+            early_stopping=candidates > 1 and not sample,
             length_penalty=1.0,
             repetition_penalty=1.0,
             eos_token_id=end,

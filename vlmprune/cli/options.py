@@ -1,0 +1,40 @@
+"""Options that several commands have, and how they open a checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from vlmprune.checkpoints import Checkpoint
+
+Model = Annotated[str, typer.Option(help="Checkpoint folder or hub id of a supported vision-language model.")]
+POLICY = "NAME[:field=value,...], several joined by +, & or |, or a YAML file"
+Policies = Annotated[list[str] | None, typer.Option(help=f"{POLICY}; repeatable. See `vlmprune list`.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+AUTO = "auto = as the checkpoint stores it, or float32 on a CPU that is slow in that."
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto = cuda if there is one.")]
+Dtype = Annotated[Precision, typer.Option(help=AUTO)]
+Attention = Annotated[
+    Literal["sdpa", "eager", "flash_attention_2", "vlmprune"],
+    typer.Option(help="Attention function of the model."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
+
+
+def open_checkpoint(model: str, device: str, dtype: str, attn: str) -> Checkpoint:
+    """What a command is to load; nothing is read yet."""
+    from vlmprune.checkpoints import Checkpoint  # first: refuses other versions of transformers
+
+    silence_transformers()
+    return Checkpoint(model, device, dtype, attn)
+
+
+def silence_transformers() -> None:
+    """The command line has its own messages."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
