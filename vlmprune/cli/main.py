@@ -4,42 +4,40 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from vlmprune import __version__, env
+from vlmprune.cli import accm
+from vlmprune.cli.options import (
+    AUTO,
+    POLICY,
+    AsJson,
+    Attention,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    Policies,
+    Precision,
+    open_checkpoint,
+)
 from vlmprune.errors import BackendError, InputError, ModelError, NotPrunedError, VersionError, first_line
-
-if TYPE_CHECKING:
-    from vlmprune.checkpoints import Checkpoint
 
 EXPECTED = (InputError, ModelError, NotPrunedError, BackendError, VersionError)
 """What bad input raises. Anything else is our bug and keeps its traceback, unless the operating system refused."""
 
-Model = Annotated[str, typer.Option(help="Checkpoint folder or hub id of a supported vision-language model.")]
-POLICY = "NAME[:field=value,...], several joined by +, & or |, or a YAML file"
-Policies = Annotated[list[str] | None, typer.Option(help=f"{POLICY}; repeatable. See `vlmprune list`.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
-AUTO = "auto = as the checkpoint stores it, or float32 on a CPU that is slow in that."
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto = cuda if there is one.")]
-Dtype = Annotated[Precision, typer.Option(help=AUTO)]
-Attention = Annotated[
-    Literal["sdpa", "eager", "flash_attention_2", "vlmprune"],
-    typer.Option(help="Attention function of the model."),
-]
 SHAPE_NAMES = (
     "llava-1.5-7b, llava-1.5-13b, llava-next-7b, qwen2.5-vl-7b-4k, qwen2.5-vl-7b-16k, qwen3-vl-4b, cpu, tiny"
 )
 """Those of ``vlmprune.bench.SHAPES``, which knows transformers."""
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
 
-OPTIONS = {"attention": "attn", "checkpoint": "model", "families": "family"}
+OPTIONS = {"attention": "attn", "checkpoint": "model", "dpo": "beta", "families": "family"}
 ALIKE = (
-    "batch|batch_size|budgets|device|dtype|images|max_new_tokens|model|new_tokens|oracle|out|profile|prompt|questions"
-    "|rounds|seeds|shape"
+    "batch|batch_size|budgets|captioner_lm|captioner_rate|clip|data|device|dtype|epochs|images|init|max_new_tokens|model"
+    "|new_tokens|oracle|out|profile|prompt|questions|resume|rounds|seeds|selector_rate|shape|text_encoder|train_mapper"
 )
 """Arguments of the library that are called otherwise on the command line, and those that are not."""
 ARGUMENT = re.compile(rf"\b(?:{'|'.join(OPTIONS)}|{ALIKE})(?=: expected)|(?<=one per )image(?=,)")
@@ -68,27 +66,12 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(accm.app, name="accm")
 
 
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="vlmprune")
-
-
-def open_checkpoint(model: str, device: str, dtype: str, attn: str) -> Checkpoint:
-    """What a command is to load; nothing is read yet."""
-    from vlmprune.checkpoints import Checkpoint  # first: refuses other versions of transformers
-
-    silence_transformers()
-    return Checkpoint(model, device, dtype, attn)
-
-
-def silence_transformers() -> None:
-    """The command line has its own messages."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _version(wanted: bool) -> None:
