@@ -2,22 +2,25 @@
 
 import pytest
 import torch
+from transformers import DistilBertConfig, DistilBertModel
 
 import vlmprune
 from helpers import tiny_compensator as tiny
 from helpers.tiny import BOS, GRID, IMAGE, PAD, generate, make_model
 from helpers.words import ASSISTANT, BLANK, USER, make_tokenizer
-from vlmprune.compensation import Captioner, Describer
+from vlmprune.compensation import Captioner, Describer, Selector
 
 WORDS = make_tokenizer()
 
 
 def describer(width):
-    """One that writes words of the model's own tokenizer."""
+    """One that writes and reads words of the model's own tokenizer (of unknown ones, all candidates would be alike)."""
     torch.manual_seed(5)
     decoder = tiny.language_model(size=len(WORDS), bos_token_id=BOS, eos_token_id=2)
     captioner = Captioner.make(width, decoder, WORDS, prefix=4, heads=2, max_new_tokens=5)
-    return Describer(captioner, tiny.selector()).eval()
+    shape = {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "initializer_range": 0.5}
+    encoder = DistilBertModel(DistilBertConfig(vocab_size=len(WORDS), max_position_embeddings=32, **shape))
+    return Describer(captioner, Selector.make(encoder, WORDS, heads=2)).eval()
 
 
 def accm(compensator):
