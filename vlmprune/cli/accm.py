@@ -137,7 +137,7 @@ def _budget(text: str) -> int | float:
 
 def _show(found: Trained) -> None:
     """Two lines: how well, and where it is."""
-    from vlmprune.training import spell
+    from vlmprune.training.run import spell
 
     typer.echo(f"{found.steps} steps, {found.seconds:.0f} s; last of them: {spell(found.figures)}")
     typer.echo(f"compensator: {found.compensator}")

@@ -1,7 +1,8 @@
-"""Training of what can be learned: the captioner and the selector of ACCM."""
+"""Training of what can be learned: the captioner and the selector of ACCM. ``train`` is all of it."""
 
-from vlmprune.training.plan import Plan as Plan
-from vlmprune.training.run import Trained as Trained
-from vlmprune.training.run import spell as spell
-from vlmprune.training.run import train as train
-from vlmprune.training.start import Start as Start
+from vlmprune.checkpoints import Checkpoint
+from vlmprune.training.plan import Plan
+from vlmprune.training.run import Trained, train
+from vlmprune.training.start import Start
+
+__all__ = ["Checkpoint", "Plan", "Start", "Trained", "train"]

@@ -68,8 +68,8 @@ def train(
         out: folder of the run, in an existing one.
         plan: how to train.
         start: the describer to start from.
-        resume: go on with the run in ``out``, which was asked for in the same words. It ends with the weights, bit by
-            bit, that it would have had without the interruption, on the same machine.
+        resume: go on with the run in ``out``, which was asked for in the same words. It ends with the weights that
+            it would have had without the interruption: bit by bit on a CPU, with as many threads.
         save_steps: save every so many steps, besides.
         save_seconds: save when so many seconds have passed; 0 = after every step.
         progress: called at every step.
