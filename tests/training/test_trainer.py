@@ -7,6 +7,7 @@ import torch
 
 from helpers.describers import FEATURES, make_describer
 from vlmprune.compensation import Discarded
+from vlmprune.errors import ModelError
 from vlmprune.training.objective import judge
 from vlmprune.training.plan import Plan
 from vlmprune.training.referee import Case
@@ -166,6 +167,16 @@ def test_steps_depend_on_nothing_that_was_drawn_before_them_and_leave_no_trace()
         assert torch.equal(torch.get_rng_state(), state)
     assert found[0][0] == found[1][0] and found[0][2] == found[1][2]
     assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
+
+
+def test_what_is_not_finite_changes_nothing():
+    trainer = make_trainer(
+        lambda text: math.inf if "there" in text else 1.0, captioner_rate=1.0, selector_rate=1.0
+    )
+    before = {name: value.clone() for name, value in trainer.describer.state_dict().items()}
+    with pytest.raises(ModelError, match=r"^step 1: expected finite divergences, got others"):
+        trainer.train_step()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.describer.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def train(
 
     Raises:
         InputError: bad input: data, policy, describer or widths that do not fit, a folder that holds another run.
-        ModelError: a model that cannot be pruned.
+        ModelError: a model that cannot be pruned, or answers with numbers that are not finite.
         OSError: a file cannot be written.
     """
     folder, samples = Folder(Path(out), resume), read_samples(data)

@@ -6,9 +6,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vlmprune.errors import InputError, check
 
@@ -51,13 +53,14 @@ class Samples:
         count = len(self.items)
         places = range(step * size, (step + 1) * size)
         orders = {epoch: _order(count, epoch, seed) for epoch in {place // count for place in places}}
-        return [self.items[orders[place // count][place % count]] for place in places]
+        return [self.items[int(orders[place // count][place % count])] for place in places]
 
 
-def _order(count: int, epoch: int, seed: int) -> list[int]:
+@lru_cache(maxsize=2)
+def _order(count: int, epoch: int, seed: int) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     draw.manual_seed(int(torch.randint(1 << 62, (), generator=draw)) + epoch)
-    return torch.randperm(count, generator=draw).tolist()
+    return torch.randperm(count, generator=draw)
 
 
 def read_samples(source: Path | str) -> Samples:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import get_scheduler
 
 from vlmprune.compensation import Captioner, Describer, Discarded
+from vlmprune.errors import ModelError
 from vlmprune.training.objective import Verdict, judge, preference_loss, weighted
 from vlmprune.training.plan import Plan
 from vlmprune.training.referee import Case, Referee
@@ -63,7 +64,11 @@ class Trainer:
         self.step = 0
 
     def train_step(self) -> dict[str, float]:
-        """One update. Returns what was found before it: divergences in nats, losses, the share of samples picked right."""
+        """One update. Returns what was found before it: divergences in nats, losses, the share of samples picked right.
+
+        Raises:
+            ModelError: something that is not finite; nothing is changed then.
+        """
         with _seeded(self.plan.seed, self.step, self.device):
             case = self.referee.hear(self.samples.batch(self.step, self.plan.batch_size, self.plan.seed))
             texts = self._write(case.images)
@@ -71,8 +76,9 @@ class Trainer:
             verdict, picked = judge(kl), self._pick(case.images, texts)
             losses = self._losses(case.images, texts, verdict)
             torch.autograd.backward([*losses.values()])
-        for group in self.optimizer.param_groups:
-            nn.utils.clip_grad_norm_(group["params"], self.plan.clip)
+        groups = self.optimizer.param_groups
+        norms = [nn.utils.clip_grad_norm_(group["params"], self.plan.clip) for group in groups]
+        self._check_finite({"divergences": kl, **losses, "gradients": torch.stack(norms)})
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
@@ -92,6 +98,15 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step = state["step"]
+
+    def _check_finite(self, found: dict[str, Tensor]) -> None:
+        """Before the weights are touched: what was saved last stays good."""
+        for name, values in found.items():
+            if not values.isfinite().all():
+                raise ModelError(
+                    f"step {self.step + 1}: expected finite {name}, got others (a model in float16 may overflow: "
+                    "bfloat16 or float32 do not; else lower the rates)"
+                )
 
     def _freeze(self) -> None:
         captioner, selector = self.describer.captioner, self.describer.selector
