@@ -42,6 +42,15 @@ def test_a_training_and_what_it_says(train, tmp_path):
     assert load_compensator(tmp_path / "out" / "compensator").selector is None
 
 
+def test_captions_first(train, tmp_path):
+    data = tmp_path / "data" / "questions.jsonl"
+    data.write_text(data.read_text().replace('"answer"', '"caption"'))
+    done = train("--imitate")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.startswith("2 steps, ") and " nats a token\n" in done.stdout
+    assert "'answer', got None" in train("--resume").stderr
+
+
 @pytest.mark.parametrize(
     "args, said",
     [

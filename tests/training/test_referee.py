@@ -91,6 +91,13 @@ def test_what_is_shown_knows_neither_the_answer_nor_inference_mode(checkpoint, s
         assert one.features.shape == (196, 256) and not one.features.is_inference()
 
 
+def test_without_answers_the_same_is_shown(checkpoint, samples):
+    judge = referee(checkpoint, "cdpruner")
+    for one, other in zip(judge.hear(samples).images, judge.show(samples), strict=True):
+        assert torch.equal(one.features, other.features) and torch.equal(one.dropped, other.dropped)
+        assert one.question == other.question
+
+
 def test_a_draw_that_depends_on_the_place_needs_its_place(checkpoint, samples):
     drawn = referee(checkpoint, "random:layer=0")
     with pytest.raises(InputError, match=r"^selection: expected one that chooses alike .*, or rows=3, got"):

@@ -59,6 +59,16 @@ def test_a_bad_line_is_named(file, change, said):
         read_samples(file)
 
 
+def test_captions_in_place_of_answers(file):
+    lines = [json.loads(line) for line in file.read_text().split("\n")]
+    with pytest.raises(InputError, match=":1: expected a text as 'caption', got None"):
+        read_samples(file, "caption")
+    file.write_text("\n".join(json.dumps(line | {"caption": "a cup", "answer": None}) for line in lines))
+    assert {(sample.caption, sample.answer) for sample in read_samples(file, "caption").items} == {
+        ("a cup", "")
+    }
+
+
 def test_no_data(file, tmp_path):
     file.write_text("\n \n")
     with pytest.raises(InputError, match=r"^data: expected at least one line in .*, got none$"):

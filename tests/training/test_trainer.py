@@ -1,6 +1,7 @@
 """Steps with a referee whose taste is known: what it likes becomes likelier, and the selector learns to see it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,12 +34,16 @@ class Taste:
 
     def hear(self, samples):
         self.heard.append([sample.where for sample in samples])
+        images = self.show(samples)
+        return Case(None, torch.empty(0), images, torch.full((len(samples),), 9.0))
+
+    def show(self, samples):
         images = []
         for sample in samples:
             draw = torch.Generator().manual_seed(int(sample.where))
             features = torch.randn(12, FEATURES, generator=draw)
             images.append(Discarded(features, torch.arange(2, 12), sample.question))
-        return Case(None, torch.empty(0), images, torch.full((len(samples),), 9.0))
+        return images
 
     def divergences(self, case, texts):
         return torch.tensor([[9.0 - self.liking(text) for text in some] for some in texts])
@@ -130,6 +135,22 @@ def test_preferences_by_hand_and_learned():
     assert sum(f["kl_random"] for f in figures[-5:]) < sum(f["kl_random"] for f in figures[:5])
 
 
+def test_captions_are_imitated():
+    """By mapper and language model, from the question and what is dropped; the selector has no part in it."""
+    trainer = make_trainer(long, imitate=True, train_mapper=True, captioner_rate=1e-2, steps=100, warm_up=5)
+    said = ["it is green", "yes", "row 3 col 5", "4 objects"]  # one a question
+    items = [replace(s, caption=said[i % 4]) for i, s in enumerate(trainer.samples.items)]
+    trainer.samples = Samples(items, "")
+    before = {name: value.clone() for name, value in trainer.describer.selector.state_dict().items()}
+    losses = [trainer.train_step()["captioner"] for _ in range(100)]
+    assert sum(losses[-4:]) / 4 < 0.6 and losses[0] > 2
+    assert trainer.describer.captioner.write(trainer.referee.show(items), 1) == [
+        [item.caption] for item in items
+    ]
+    after = trainer.describer.selector.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
 @pytest.mark.parametrize("mapper, encoder", [(False, False), (True, None)])
 def test_what_is_frozen_stays(mapper, encoder):
     trainer = make_trainer(
@@ -174,7 +195,7 @@ def test_what_is_not_finite_changes_nothing():
         lambda text: math.inf if "there" in text else 1.0, captioner_rate=1.0, selector_rate=1.0
     )
     before = {name: value.clone() for name, value in trainer.describer.state_dict().items()}
-    with pytest.raises(ModelError, match=r"^step 1: expected finite divergences, got others"):
+    with pytest.raises(ModelError, match=r"^step 1: expected a finite number for kl_random, got -inf"):
         trainer.train_step()
     assert all(torch.equal(value, before[name]) for name, value in trainer.describer.state_dict().items())
 
@@ -188,6 +209,7 @@ def test_what_is_not_finite_changes_nothing():
         ({"epochs": 0.0}, "^epochs: expected a number above 0, got 0.0$"),
         ({"dpo": 0.0}, "^dpo: expected a number above 0, got 0.0$"),
         ({"captioner_rate": -1.0}, "^captioner_rate: expected a learning rate, 0 or more, got -1.0$"),
+        ({"imitate": True, "dpo": 0.1}, "^imitate: expected False with dpo, got True$"),
         ({"weighting": "none"}, "^weighting: expected 'batch' or 'sample', got 'none'$"),
     ],
 )

@@ -68,6 +68,12 @@ def train(
         typer.Option("--dpo", help="Direct Preference Optimization, best against worst, of the captioner."),
     ] = False,
     beta: Annotated[float, typer.Option(help="How strongly DPO holds on to the start.")] = 0.1,
+    imitate: Annotated[
+        bool,
+        typer.Option(
+            "--imitate", help="Lines have a caption, which the captioner learns: how a new one starts."
+        ),
+    ] = False,
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw the candidates, where beams are too alike.")
     ] = False,
@@ -104,6 +110,7 @@ def train(
         train_mapper=train_mapper,
         train_encoder=train_encoder,
         dpo=beta if dpo else None,
+        imitate=imitate,
         sample=sample,
         max_answer_tokens=max_answer_tokens,
         rows=rows,

@@ -31,6 +31,8 @@ class Plan:
         train_encoder: whether to train the selector's text encoder; None = as its configuration says (the paper does not).
         dpo: None, or the beta of Direct Preference Optimization: the captioner is then trained to prefer the best
             candidate to the worst, held by a frozen copy of its start.
+        imitate: the captioner learns to say the ``caption`` of each line of the data, and nothing else is done: how a new
+            one starts. The selector, ``dpo`` and all that concerns candidates and answers have no part in it.
         sample: candidates are drawn and not beams, which may be too alike.
         max_answer_tokens: what is longer is cut off there.
         rows: prompts at most in one call of the model; None = all candidates of a batch together.
@@ -54,6 +56,7 @@ class Plan:
     train_mapper: bool = False
     train_encoder: bool | None = None
     dpo: float | None = None
+    imitate: bool = False
     sample: bool = False
     max_answer_tokens: int = 64
     rows: int | None = None
@@ -76,6 +79,7 @@ class Plan:
             check(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
         for name in ("captioner_rate", "selector_rate"):
             check(getattr(self, name) >= 0, name, "a learning rate, 0 or more", getattr(self, name))
+        check(not self.imitate or self.dpo is None, "imitate", "False with dpo", self.imitate)
         known = self.weighting in ("batch", "sample")
         check(known, "weighting", "'batch' or 'sample'", repr(self.weighting))
 

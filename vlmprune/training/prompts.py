@@ -39,7 +39,7 @@ def make_prompts(checkpoint: Checkpoint, samples: Sequence[Sample], longest: int
     Args:
         checkpoint: whose processor and model.
         samples: of any answers.
-        longest: tokens of an answer; what is longer is cut off there.
+        longest: tokens of an answer; what is longer is cut off there. 0 = none stands behind.
 
     Raises:
         InputError: an image that cannot be read, a question that does not fit the template, an answer without tokens or
@@ -49,9 +49,9 @@ def make_prompts(checkpoint: Checkpoint, samples: Sequence[Sample], longest: int
     texts = [_text(processor, sample) for sample in samples]
     images = [[open_rgb(sample.image, sample.where)] for sample in samples]
     given = make_inputs(processor, texts, images, ", ".join(sample.where for sample in samples))
-    answers = [_answer(checkpoint, sample)[:longest] for sample in samples]
+    answers = [_answer(checkpoint, sample)[:longest] if longest else [] for sample in samples]
     most = max(map(len, answers))
-    ids = torch.tensor([answer + answer[-1:] * (most - len(answer)) for answer in answers])
+    ids = torch.tensor([answer + answer[-1:] * (most - len(answer)) for answer in answers], dtype=torch.int64)
     shape = given["input_ids"].shape
     for name in list(given):
         part = given[name]

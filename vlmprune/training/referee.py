@@ -62,16 +62,25 @@ class Referee:
             InputError: as ``make_prompts``, or a prompt of more than one image.
         """
         prompts = make_prompts(self.checkpoint, samples, self._longest)
-        shown = _Listener([""] * len(samples))
         with torch.inference_mode():
             reference = self._logits(prompts).float().log_softmax(-1)
-            with prune(self.checkpoint.model, self._captioned(shown)):
-                logits = self._logits(prompts)
-            silent = answer_kl(reference, logits, prompts.counts)
+        logits, images = self._prune(prompts)
+        return Case(prompts, reference, images, answer_kl(reference, logits, prompts.counts).clone())
+
+    def show(self, samples: Sequence[Sample]) -> list[Discarded]:
+        """What is dropped of each sample's image, features in float32. Raises InputError as ``hear``."""
+        return self._prune(make_prompts(self.checkpoint, samples, 0))[1]
+
+    def _prune(self, prompts: Prompts) -> tuple[Tensor, list[Discarded]]:
+        """Logits without words, and what is dropped."""
+        shown = _Listener([""] * len(prompts.counts))
+        with torch.inference_mode(), prune(self.checkpoint.model, self._captioned(shown)):
+            logits = self._logits(prompts)
         check(bool(shown.images), "keep", "fewer visual tokens than an image has", "nothing to drop")
         # Copied outside of inference mode: what gradients flow through must not have been made in it.
-        images = [Discarded(i.features.float().clone(), i.dropped.clone(), i.question) for i in shown.images]
-        return Case(prompts, reference, images, silent.clone())
+        return logits, [
+            Discarded(i.features.float().clone(), i.dropped.clone(), i.question) for i in shown.images
+        ]
 
     @torch.no_grad()
     def divergences(self, case: Case, texts: Sequence[Sequence[str]]) -> Tensor:

@@ -64,7 +64,8 @@ def train(
 
     Args:
         checkpoint: the frozen model; its processor must pad if there is more than one question a step.
-        data: JSONL file of ``image``, ``question``, ``answer``; or a folder with such a ``questions.jsonl``.
+        data: JSONL file of ``image``, ``question``, ``answer`` (where captions are imitated, ``caption`` in its place); or a
+            folder with such a ``questions.jsonl``.
         out: folder of the run, in an existing one.
         plan: how to train.
         start: the describer to start from.
@@ -79,7 +80,7 @@ def train(
         ModelError: a model that cannot be pruned, or answers with numbers that are not finite.
         OSError: a file cannot be written.
     """
-    folder, samples = Folder(Path(out), resume), read_samples(data)
+    folder, samples = Folder(Path(out), resume), read_samples(data, "caption" if plan.imitate else "answer")
     check(save_steps is None or save_steps >= 1, "save_steps", "at least 1", save_steps)
     captioned = captioned_by(plan, checkpoint)
     check_padding(checkpoint.processor, plan.batch_size)
@@ -157,6 +158,8 @@ def mean(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def spell(figures: Mapping[str, float]) -> str:
     """The figures that tell how a training goes, in a line."""
+    if "kl_none" not in figures:
+        return f"captions {figures['captioner']:.3f} nats a token"
     names = {"kl_none": "without", "kl_random": "random", "kl_chosen": "chosen", "kl_best": "best"}
     kl = ", ".join(f"{figures[name]:.3f} {word}" for name, word in names.items())
     return f"KL {kl}; best picked {figures['picked']:.0%}"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,13 +28,15 @@ class Sample:
         where: file and line, for errors.
         image: the image file.
         question: what is asked; with the image placeholder token in it, it is the full prompt, taken literally.
-        answer: the true answer.
+        answer: the true answer; "" where it is not wanted.
+        caption: what is to be said of the image; "" where it is not wanted.
     """
 
     where: str
     image: Path
     question: str
     answer: str
+    caption: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +66,10 @@ def _order(count: int, epoch: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=draw)
 
 
-def read_samples(source: Path | str) -> Samples:
+def read_samples(source: Path | str, wanted: Literal["answer", "caption"] = "answer") -> Samples:
     """Read a file of samples, or the ``questions.jsonl`` of a folder, as ``vlmprune eval`` takes it.
 
-    Images are looked for, and read when their turn comes.
+    Images are looked for, and read when their turn comes. ``wanted`` is what each line has to have besides.
 
     Raises:
         InputError: no such file, no line in it, or one that is malformed or names an image that is not there.
@@ -79,21 +82,23 @@ def read_samples(source: Path | str) -> Samples:
         lines = data.decode().split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8 text, got {error.reason}") from error
-    items = [_read(text, f"{path}:{n}", path.parent) for n, text in enumerate(lines, 1) if text.strip()]
+    items = [
+        _read(text, f"{path}:{n}", path.parent, wanted) for n, text in enumerate(lines, 1) if text.strip()
+    ]
     check(bool(items), "data", f"at least one line in {path}", "none")
     return Samples(items, hashlib.sha256(data).hexdigest()[:16])
 
 
-def _read(text: str, where: str, folder: Path) -> Sample:
+def _read(text: str, where: str, folder: Path, wanted: str) -> Sample:
     try:
         entry = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: expected a JSON object, got {text[:60]!r}") from error
     check(isinstance(entry, dict), where, "a JSON object", text[:60])
     asked = next((name for name in ASKED if name in entry), ASKED[0])
-    for field in ("image", asked, "answer"):
+    for field in ("image", asked, wanted):
         value = entry.get(field)
         check(isinstance(value, str) and bool(value.strip()), where, f"a text as {field!r}", repr(value))
     image = folder / entry["image"]
     check(image.is_file(), where, "an image file, named from the folder of the data", repr(entry["image"]))
-    return Sample(where, image, entry[asked], entry["answer"])
+    return Sample(where, image, entry[asked], **{"answer": "", wanted: entry[wanted]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -17,7 +18,7 @@ from vlmprune.errors import ModelError
 from vlmprune.training.objective import Verdict, judge, preference_loss, weighted
 from vlmprune.training.plan import Plan
 from vlmprune.training.referee import Case, Referee
-from vlmprune.training.samples import Samples
+from vlmprune.training.samples import Sample, Samples
 
 Texts = Sequence[Sequence[str]]
 """Candidates of each sample."""
@@ -64,26 +65,24 @@ class Trainer:
         self.step = 0
 
     def train_step(self) -> dict[str, float]:
-        """One update. Returns what was found before it: divergences in nats, losses, the share of samples picked right.
+        """One update. Returns what was found before it: losses and, unless captions are imitated, what ``_found`` says.
 
         Raises:
             ModelError: something that is not finite; nothing is changed then.
         """
         with _seeded(self.plan.seed, self.step, self.device):
-            case = self.referee.hear(self.samples.batch(self.step, self.plan.batch_size, self.plan.seed))
-            texts = self._write(case.images)
-            kl = self.referee.divergences(case, texts)
-            verdict, picked = judge(kl), self._pick(case.images, texts)
-            losses = self._losses(case.images, texts, verdict)
+            batch = self.samples.batch(self.step, self.plan.batch_size, self.plan.seed)
+            figures, losses = self._imitate(batch) if self.plan.imitate else self._compete(batch)
             torch.autograd.backward([*losses.values()])
         groups = self.optimizer.param_groups
         norms = [nn.utils.clip_grad_norm_(group["params"], self.plan.clip) for group in groups]
-        self._check_finite({"divergences": kl, **losses, "gradients": torch.stack(norms)})
+        figures |= {name: float(loss.detach()) for name, loss in losses.items()}
+        self._check_finite(figures | {"gradients": float(torch.stack(norms).sum())})
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.step += 1
-        return _found(case, texts, kl, verdict, picked) | {k: float(v.detach()) for k, v in losses.items()}
+        return figures
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, but for the describer's weights."""
@@ -99,13 +98,30 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         self.step = state["step"]
 
-    def _check_finite(self, found: dict[str, Tensor]) -> None:
+    def _compete(self, batch: Sequence[Sample]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Candidates are compared, and the best is taught."""
+        case = self.referee.hear(batch)
+        texts = self._write(case.images)
+        kl = self.referee.divergences(case, texts)
+        verdict = judge(kl)
+        figures = _found(case, texts, kl, verdict, self._pick(case.images, texts))
+        return figures, self._losses(case.images, texts, verdict)
+
+    def _imitate(self, batch: Sequence[Sample]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Given captions are taught: the loss is nats a token."""
+        captioner, images = self.describer.captioner, self.referee.show(batch)
+        captioner.train()
+        likely, counts = captioner.log_likelihood(images, [sample.caption for sample in batch])
+        captioner.eval()
+        return {}, {"captioner": -likely.sum() / counts.sum()}
+
+    def _check_finite(self, figures: dict[str, float]) -> None:
         """Before the weights are touched: what was saved last stays good."""
-        for name, values in found.items():
-            if not values.isfinite().all():
+        for name, value in figures.items():
+            if not math.isfinite(value):
                 raise ModelError(
-                    f"step {self.step + 1}: expected finite {name}, got others (a model in float16 may overflow: "
-                    "bfloat16 or float32 do not; else lower the rates)"
+                    f"step {self.step + 1}: expected a finite number for {name}, got {value} (a model in float16 may "
+                    "overflow: bfloat16 or float32 do not; else lower the rates)"
                 )
 
     def _freeze(self) -> None:
