@@ -75,9 +75,9 @@ class Trainer:
             figures, losses = self._imitate(batch) if self.plan.imitate else self._compete(batch)
             torch.autograd.backward([*losses.values()])
         groups = self.optimizer.param_groups
-        norms = [nn.utils.clip_grad_norm_(group["params"], self.plan.clip) for group in groups]
+        norms = [float(nn.utils.clip_grad_norm_(group["params"], self.plan.clip)) for group in groups]
         figures |= {name: float(loss.detach()) for name, loss in losses.items()}
-        self._check_finite(figures | {"gradients": float(torch.stack(norms).sum())})
+        self._check_finite(figures | {"gradients": sum(norms)})
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
