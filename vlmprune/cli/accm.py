@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from vlmprune.cli.options import POLICY, Attention, Device, Dtype, Model, open_checkpoint
+from vlmprune.policies.accm import WORDING
 
 if TYPE_CHECKING:
     from vlmprune.training import Trained
@@ -40,6 +41,7 @@ def train(
         str, typer.Option(help=f"What drops tokens, before the language model: {POLICY}.")
     ] = "fastervlm",
     keep: Annotated[str, typer.Option(help="Visual tokens per image that stay, or a share (0.1).")] = "36",
+    wording: Annotated[str, typer.Option(help="What joins the prompt, {} for the caption.")] = WORDING,
     candidates: Annotated[int, typer.Option(min=2, help="Captions written and compared.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions a step.")] = 4,
     epochs: Annotated[float, typer.Option(help="How often every question comes.")] = 1.0,
@@ -98,6 +100,7 @@ def train(
     plan = Plan(
         selection=selection,
         keep=_budget(keep),
+        wording=wording,
         candidates=candidates,
         batch_size=batch_size,
         epochs=epochs,

@@ -21,6 +21,9 @@ from vlmprune.policies.base import Growth, Insertion, Needs, PruningPolicy, Redu
 from vlmprune.policies.checks import check_keep, check_whole
 from vlmprune.policies.prompt_words import Tokenizer, places_behind, question_of
 
+WORDING = "additional information: {}\n"
+"""What joins a prompt; the authors' has no line end."""
+
 
 @dataclass(frozen=True)
 class ACCM(PruningPolicy):
@@ -65,7 +68,7 @@ class ACCM(PruningPolicy):
     compensator: Compensator | str
     keep: int | float | None = 36
     candidates: int = 3
-    wording: str = "additional information: {}\n"
+    wording: str = WORDING
     tokenizer: Tokenizer | None = None
     question: Callable[[str], str] | None = None
     _selection: PruningPolicy = field(init=False, repr=False, compare=False)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from vlmprune.errors import check
+from vlmprune.policies.accm import WORDING
 from vlmprune.training.objective import Weighting
 
 WARM_UP = 1000
@@ -19,6 +20,7 @@ class Plan:
     Args:
         selection: the policy that drops tokens, one before the language model, as typed on the command line.
         keep: visual tokens per image that stay (int), or their share (float).
+        wording: what joins the prompt, with ``{}`` for the caption.
         candidates: captions written and compared, at least 2.
         batch_size: questions a step.
         epochs: how often every question comes; a part of one is allowed.
@@ -44,6 +46,7 @@ class Plan:
 
     selection: str
     keep: int | float = 36
+    wording: str = WORDING
     candidates: int = 3
     batch_size: int = 4
     epochs: float = 1.0

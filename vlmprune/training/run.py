@@ -145,6 +145,7 @@ def captioned_by(plan: Plan, checkpoint: Checkpoint) -> Captioned:
         selection=policy_from(plan.selection),
         compensator=Known(()),
         keep=plan.keep,
+        wording=plan.wording,
         tokenizer=checkpoint.processor.tokenizer,
     )
     return lambda compensator: dataclasses.replace(policy, compensator=compensator)
