@@ -1,5 +1,7 @@
 """Packed batches: one picture, then as many questions about it as fit, each of which sees the picture and itself.
 
+Some questions may come with notes in front of them, and some of those have the notes only: they do not see the picture.
+
 The picture costs most of a sequence, so it is computed once for many questions. Beside the words to predict, a batch says
 what every patch shows: the dense losses learn from it what a handful of answers a picture teaches slowly.
 """
@@ -7,13 +9,14 @@ what every patch shows: the dense losses learn from it what a handful of answers
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from world.questions import ask
+from world.notes import take_notes
+from world.questions import Question, ask
 from world.scenes import Box, Scene, make_scene
 from world.words import FAMILIES, LETTERS, SHAPES
 
@@ -25,6 +28,7 @@ PATCH_CLASSES = 1 + len(SHAPES) + 1 + len(LETTERS)  # nothing, the shapes, the p
 _PLATE = 1 + len(SHAPES)
 _FEWEST_PIXELS = 5  # of an object in a patch that is said to show it
 _MISSES = 6  # draws that gave no new question, after which a picture gets no more
+_BLIND = 0.5  # share of the questions with notes that do not see the picture
 
 # Shares of the families in training. Counting is the hardest and gets the most.
 MIX = {"box": 0.18, "cell": 0.12, "at": 0.09, "color": 0.06, "shape": 0.05, "count": 0.35, "exist": 0.09, "read": 0.06}  # fmt: skip
@@ -41,7 +45,8 @@ class Batch:
     ids: Tensor  # [B, T] tokens of the questions and answers, one after the other
     labels: Tensor  # [B, T] the next token where it belongs to an answer, else -100
     segment: Tensor  # [B, T] number of the question from 1, 0 = padding
-    positions: Tensor  # [B, T] as if each question followed the picture directly
+    positions: Tensor  # [B, T] as if each question followed the picture directly; a blind one stands anywhere before
+    blind: Tensor  # [B, T] 1 where the question does not see the picture
     patch_class: Tensor  # [B, P] below PATCH_CLASSES
     patch_color: Tensor  # [B, P] 1 + colour, 0 = none
     patch_box: Tensor  # [B, P, 4] corners, as answered, of what the patch shows
@@ -53,15 +58,23 @@ class Batch:
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def make_batch(seeds: Sequence[int], side: int, wording: Wording, text: int = 128) -> Batch:
-    """The batch of these scenes, the same whenever it is made; ``text`` is the number of text positions.
+def make_batch(
+    seeds: Sequence[int], side: int, wording: Wording, text: int = 128, notes: float = 0.0
+) -> Batch:
+    """The batch of these scenes, the same whenever it is made.
+
+    Args:
+        seeds, side: of the scenes.
+        wording: how a question is put.
+        text: text positions.
+        notes: share of the questions that have notes before them.
 
     Raises:
         ValueError: a question that does not fit into ``text`` positions even alone.
     """
     scenes = [make_scene(seed, side) for seed in seeds]
     packed = [
-        _pack(scene, np.random.default_rng((seed, 7)), wording, text)
+        _pack(scene, np.random.default_rng((seed, 7)), wording, text, notes)
         for seed, scene in zip(seeds, scenes, strict=True)
     ]
     dense = [_patches(scene) for scene in scenes]
@@ -72,16 +85,19 @@ def make_batch(seeds: Sequence[int], side: int, wording: Wording, text: int = 12
 
 
 def _pack(
-    scene: Scene, rng: np.random.Generator, wording: Wording, text: int
-) -> tuple[Ints, Ints, Ints, Ints]:
-    """ids, labels, segment, positions of one picture, each ``[text]``."""
+    scene: Scene, rng: np.random.Generator, wording: Wording, text: int, notes: float
+) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """ids, labels, segment, positions, blind of one picture, each ``[text]``."""
     first = len(wording.prefix) + (scene.side // PATCH) ** 2
-    ids, segment = np.zeros((2, text), np.int64)
+    ids, segment, blind = np.zeros((3, text), np.int64)
     labels, positions = np.full(text, IGNORED), np.full(text, first)
     seen: set[tuple[str, ...]] = set()
     start = misses = 0
     while misses < _MISSES:
         question = ask(scene, rng.choice(FAMILIES, p=[MIX[family] for family in FAMILIES]), rng)
+        alone = False
+        if question is not None and notes and rng.random() < notes:
+            question, alone = _with_notes(scene, question, rng)
         if question is None or question.words in seen:
             misses += 1
             continue
@@ -97,9 +113,19 @@ def _pack(
         ids[start:end] = [*words, *answer[:-1]]
         labels[end - len(answer) : end] = answer
         segment[start:end] = len(seen)
-        positions[start:end] = first + np.arange(length)
+        # Where pruning leaves the text: behind some of the picture.
+        behind = rng.integers(len(wording.prefix), first + 1) if alone else first
+        positions[start:end] = behind + np.arange(length)
+        blind[start:end] = alone
         start = end
-    return ids, labels, segment, positions
+    return ids, labels, segment, positions, blind
+
+
+def _with_notes(scene: Scene, question: Question, rng: np.random.Generator) -> tuple[Question, bool]:
+    """The question behind notes, and whether they have to do."""
+    alone = bool(rng.random() < _BLIND)
+    words = take_notes(scene, question, rng, telling=alone or bool(rng.random() < 0.5))
+    return replace(question, words=(*words, *question.words)), alone
 
 
 def _patches(scene: Scene) -> tuple[Ints, Ints, Ints, Ints, Ints]:

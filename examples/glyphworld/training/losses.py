@@ -73,7 +73,7 @@ def answer_loss(model: LlavaForConditionalGeneration, projected: Tensor, batch: 
     pictures = torch.arange(first, device=projected.device).expand(len(projected), -1)
     hidden = model.model.language_model(
         inputs_embeds=inputs,
-        attention_mask=packed_mask(batch.segment, first),
+        attention_mask=packed_mask(batch.segment, first, batch.blind, len(batch.prefix)),
         position_ids=torch.cat([pictures, batch.positions], 1),
         use_cache=False,
     ).last_hidden_state[:, first:]
@@ -81,12 +81,16 @@ def answer_loss(model: LlavaForConditionalGeneration, projected: Tensor, batch: 
     return F.cross_entropy(tokens, batch.labels.flatten(), ignore_index=IGNORED)
 
 
-def packed_mask(segment: Tensor, first: int) -> Tensor:
-    """Additive float32 mask ``[B, 1, S, S]``: causal; a question sees the ``first`` positions and itself."""
+def packed_mask(segment: Tensor, first: int, blind: Tensor, prefix: int) -> Tensor:
+    """Additive float32 mask ``[B, 1, S, S]``: causal; a question sees the ``first`` positions and itself.
+
+    A blind one sees the ``prefix`` and itself, not the picture behind the prefix.
+    """
     whole = F.pad(segment, (first, 0))
     place = torch.arange(whole.shape[1], device=segment.device)
     same = (place < first)[None, None, :] | (whole[:, :, None] == whole[:, None, :])
-    allowed = same & (place[:, None] >= place[None, :])
+    hidden = F.pad(blind, (first, 0))[:, :, None].bool() & ((place >= prefix) & (place < first))
+    allowed = same & ~hidden & (place[:, None] >= place[None, :])
     return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
 
 
