@@ -74,8 +74,9 @@ SHOWN = (
 
 
 def table() -> tuple[str, ...]:
-    """Every method of the README's table, at its setting for 192 of 576 tokens."""
-    return tuple(f"{name}:{TABLE.get(name) or kind.presets[192]}" for name, kind in BUILT_IN.items())
+    """Every method of the README's table that has one, at its setting for 192 of 576 tokens."""
+    settings = {name: TABLE.get(name) or kind.presets.get(192) for name, kind in BUILT_IN.items()}
+    return tuple(f"{name}:{setting}" for name, setting in settings.items() if setting)
 
 
 @dataclass

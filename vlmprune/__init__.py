@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vlmprune import bench as bench
+    from vlmprune import compensation as compensation
     from vlmprune import errors as errors
     from vlmprune import eval as eval
     from vlmprune import flops as flops
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
     from vlmprune import ops as ops
     from vlmprune import policies as policies
     from vlmprune import testing as testing
+    from vlmprune import training as training
     from vlmprune.models import Graphs, Report, Run, StageRecord, attach, detach, meter, prune, warmup
     from vlmprune.policies import (
+        ACCM,
         DART,
+        ACCMSelection,
         AttentionInputs,
         CDPruner,
         Custom,
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
         FastV,
         Feather,
         Grid,
+        Insertion,
         Intersection,
         Needs,
         PruningPolicy,
@@ -60,7 +65,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ACCM",
     "DART",
+    "ACCMSelection",
     "AttentionInputs",
     "BackendError",
     "CDPruner",
@@ -72,6 +79,7 @@ __all__ = [
     "Graphs",
     "Grid",
     "InputError",
+    "Insertion",
     "Intersection",
     "ModelError",
     "Needs",

@@ -37,7 +37,10 @@ def test_prefill_has_a_row_for_each_policy(monkeypatch, capsys, tmp_path):
 def test_every_method_of_the_table_fits_the_model():
     chosen = [vlmprune.policy_from(text) for text in cpu_prefill.table()]
     layers = cpu_prefill.REAL.text["num_hidden_layers"]
-    assert [type(policy) for policy in chosen] == list(cpu_prefill.BUILT_IN.values())
+    without = [vlmprune.ACCM]  # made of other methods
+    assert [type(policy) for policy in chosen] == [
+        k for k in cpu_prefill.BUILT_IN.values() if k not in without
+    ]
     assert all(0 <= layer < layers for policy in chosen for layer in policy.layers)
 
 

@@ -38,6 +38,10 @@ FIXED = {
     "vispruner": vlmprune.VisPruner(keep=6, positions="keep"),
     "divprune": vlmprune.DivPrune(keep=6),
     "cdpruner": vlmprune.CDPruner(keep=6),
+    "accm-selection": vlmprune.ACCMSelection(keep=6),
+    "accm-selection-released": vlmprune.ACCMSelection(
+        keep=6, nearest=False, vision_layer=-1, heads="joined", overflow="last", order="selected"
+    ),
     "random": vlmprune.Random(layer=0, keep=0.3),
     "uniform": vlmprune.Uniform(layer=1, keep=0.25),
     "two": vlmprune.Stages([vlmprune.FasterVLM(keep=8), vlmprune.FastV(layer=3, keep=0.5)]),
@@ -110,7 +114,8 @@ def test_every_method_is_in_one_of_the_tables():
         return {type(policy) for policy in policies.values() if policy is not None}
 
     made = names(FIXED) | names(ADAPTIVE)
-    assert {policies()[name] for name in BUILT_IN} <= made | {vlmprune.RandomDeep}  # of random's kind
+    elsewhere = {vlmprune.RandomDeep, vlmprune.ACCM}  # of random's kind; in test_accm.py
+    assert {policies()[name] for name in BUILT_IN} <= made | elsewhere
 
 
 @pytest.mark.parametrize("samples", ["one", "padded"])

@@ -104,6 +104,7 @@ BEFORE = {
     "fastervlm": vlmprune.FasterVLM(keep=2, positions="keep"),
     "vispruner": vlmprune.VisPruner(keep=2, positions="keep"),
     "visionzip": vlmprune.VisionZip(dominant=1, contextual=1),
+    "accm_selection": vlmprune.ACCMSelection(keep=2, positions="keep"),
     "vscan": vlmprune.VScan(keep=3, then=2, layer=3, window=1, shallow_layer=0),
 }
 
@@ -120,6 +121,7 @@ def test_methods_before_the_decoder_where_a_token_is_a_block_of_patches(name, po
     if policy in (
         BEFORE["fastervlm"],
         BEFORE["vispruner"],
+        BEFORE["accm_selection"],
     ):  # the others merge or pack, which the oracle cannot
         want = oracle(model, inputs, dropped_from(run, inputs))[1]
         torch.testing.assert_close(logits, want, atol=TOLERANCE, rtol=0)

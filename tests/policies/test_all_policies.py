@@ -5,8 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers.methods import echo, usual
 from vlmprune.policies import (
+    ACCM,
+    ACCMSelection,
     Custom,
+    FasterVLM,
     Feather,
     Intersection,
     Random,
@@ -56,6 +60,15 @@ METHODS = {
         dict(keep=6, relevance="none", positions="keep"),
         dict(keep=6, spend="prompt"),
     ],
+    "accm": [
+        dict(selection=FasterVLM(), compensator=echo, keep=5),
+        dict(selection=VisionZip(dominant=5, contextual=2), compensator=echo, keep=None),
+    ],
+    "accm_selection": [
+        dict(keep=8),
+        dict(keep=6, text=4, nearest=False, heads="joined", overflow="last", order="selected"),
+        dict(keep=0.3, relevance="none", order="selected", positions="keep"),
+    ],
     "random_deep": [dict(keep=0.2)],
     "random": [dict(keep=0.4, seed=7), dict(layer=0, keep=3), dict(layer=0, keep=3, spend="image")],
     "uniform": [dict(), dict(keep=5), dict(stride=2)],
@@ -73,6 +86,8 @@ KEEP_ALL = {
     "vispruner": [dict(keep=1.0)],
     "divprune": [dict(keep=1.0)],
     "cdpruner": [dict(keep=1.0)],
+    "accm": [dict(selection=FasterVLM(), compensator=echo, keep=1.0)],
+    "accm_selection": [dict(keep=1.0), dict(keep=10_000, order="selected")],
     "random_deep": [dict(keep=1.0)],
     "random": [dict(keep=1.0), dict(keep=10_000)],
     "uniform": [dict(keep=1.0), dict(keep=10_000), dict(stride=1)],
@@ -158,8 +173,11 @@ def chooses_by_more_than_scores(policy):
     """By place, chance or distance as well."""
     if isinstance(policy, Stages):
         return any(map(chooses_by_more_than_scores, policy.policies))
+    if isinstance(policy, ACCM):
+        return chooses_by_more_than_scores(policy.selection)
     return isinstance(
-        policy, Custom | Feather | Intersection | Random | Uniform | Union | VisionZip | VisPruner
+        policy,
+        ACCMSelection | Custom | Feather | Intersection | Random | Uniform | Union | VisionZip | VisPruner,
     )
 
 
@@ -195,12 +213,11 @@ def test_a_budget_is_what_a_run_keeps(policy):
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_share_of_1_is_everything_and_an_int_is_tokens_per_image(name):
-    cls = policy_class(name)
-    whole = cls().at(1.0)
+    cls, whole = policy_class(name), usual(name).at(1.0)
     assert [whole.kept(1152, 2, layer) for layer in whole.layers] == [1152] * len(whole.layers)
     if "keep" in cls.__dataclass_fields__ and name not in ("feather", "sparsevlm", "sparsevlm_plus", "dart"):
         for keep in (1, 5):
-            assert cls(keep=keep).kept(1152, 2, cls().layers[0]) == 2 * keep
+            assert usual(name, keep=keep).kept(1152, 2, whole.layers[0]) == 2 * keep
 
 
 @pytest.mark.parametrize("name", ["fastv", "random", "random_deep", "fastervlm", "divprune", "cdpruner"])

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.contexts import case, images_in, patch_scores, sight
 from vlmprune.ops.greedy_select import greedy_select
+from vlmprune.policies.accm_selection import ACCMSelection
 from vlmprune.policies.base import Reduction, outcome
 from vlmprune.policies.by_image import images_of, nearest, patch_attention, vision_of
 from vlmprune.policies.cdpruner import CDPruner
@@ -100,7 +101,16 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "policy",
-    [FasterVLM(5), VisionZip(4, 3), VisPruner(9), DivPrune(), CDPruner(5), VScan(9, window=2)],
+    [
+        FasterVLM(5),
+        VisionZip(4, 3),
+        VisPruner(9),
+        DivPrune(),
+        CDPruner(5),
+        ACCMSelection(5),
+        ACCMSelection(5, heads="joined", overflow="last", order="selected"),
+        VScan(9, window=2),
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("images", [["square", "square"], ["tall", "none", ((3, 7), (7, 3))]])
@@ -118,7 +128,7 @@ def test_the_check_for_waiting_can_fail():
         float(ctx.hidden.sum())
 
 
-@pytest.mark.parametrize("policy", [FasterVLM(), VisionZip(), VisPruner(), VScan()])
+@pytest.mark.parametrize("policy", [FasterVLM(), VisionZip(), VisPruner(), ACCMSelection(), VScan()])
 def test_errors(policy):
     layers = tuple(policy.needs(0).vision)
     ctx = sight(["square"], layers)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from helpers.methods import usual
 from helpers.work import Work, work_of
 from vlmprune.cli.info import describe_policy, markdown_table
 from vlmprune.errors import InputError
@@ -56,7 +57,7 @@ def assert_grows(policy, growth, monkeypatch, **settings):
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_method_grows_as_it_says(name, monkeypatch):
-    policy = BUILT_IN[name]().at(0.25)
+    policy = usual(name).at(0.25)
     assert_grows(policy, policy.growth, monkeypatch)
 
 

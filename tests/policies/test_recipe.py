@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import yaml
 
+from helpers.methods import usual
 from vlmprune import policy_from
 from vlmprune.errors import InputError
 from vlmprune.policies import (
+    ACCMSelection,
     CDPruner,
     Custom,
     DivPrune,
@@ -74,7 +76,7 @@ def announced(monkeypatch):
 
 
 POLICIES = [
-    *(policy() for policy in BUILT_IN.values()),
+    *map(usual, BUILT_IN),
     FastV(3, 64, "mean", earlier_kv="compact"),
     FastV(keep=1),
     FastV(keep=1.0),
@@ -85,6 +87,7 @@ POLICIES = [
     Uniform(stride=3),
     VisionZip(tokens=128, count_cls=True),
     CDPruner(relevance=keep_all),
+    ACCMSelection(text=0.5, relevance=keep_all, nearest=False),
     Custom(2, keep_all),
     Custom(2, Methods.keep_all),
     Stages([RandomDeep(keep=0.25), DivPrune(keep=0.5)]),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.methods import usual
 from vlmprune.errors import InputError
 from vlmprune.flops import layer_inputs, mean_tokens
 from vlmprune.policies import (
@@ -337,11 +338,11 @@ ODD += (np.array(2), np.array([1, 2]), np.array(["last"]), np.array([]), (np.one
 @pytest.mark.parametrize("name", registry.BUILT_IN)
 def test_a_setting_is_taken_or_refused_by_name(name):
     """Never another error than ours, and it says which setting."""
-    cls, known = registry.BUILT_IN[name], fields_of(registry.BUILT_IN[name])
+    known = fields_of(registry.BUILT_IN[name])
     for field in known:
         for value in ODD:
             try:
-                made = cls(**{field: value})
+                made = usual(name, **{field: value})
             except InputError as error:
                 assert str(error).startswith((*known, "layer:")) and ": expected " in str(error)
             else:

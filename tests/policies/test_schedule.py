@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from helpers.methods import usual
 from vlmprune.errors import InputError
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs, mean_tokens
 from vlmprune.policies import (
@@ -21,7 +22,7 @@ from vlmprune.policies import (
     VisionZip,
     VScan,
 )
-from vlmprune.policies.registry import policies
+from vlmprune.policies.registry import BUILT_IN
 from vlmprune.policies.schedule import keep_for_flops, keep_for_mean_tokens, stage_counts
 
 VICUNA = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, intermediate=11008)
@@ -87,10 +88,10 @@ def test_pyramiddrop_at_half_the_flops():
     assert stage_counts(PyramidDrop(ratio=share), 576) == [(8, 288), (16, 144), (24, 72)]
 
 
-@pytest.mark.parametrize("name", policies())
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_every_method_meets_a_budget(name):
     """With its default settings."""
-    policy = policies()[name]()
+    policy = usual(name)
     share = keep_for_flops(policy, 0.3, VICUNA, 256, 27)
     assert cut_of(policy.at(share), 256, 27) >= 0.3 > cut_of(policy.at(min(1.0, share + 0.02)), 256, 27)
     assert keep_for_flops(policy, 0.0, VICUNA, 256, 27) == 1.0
@@ -160,8 +161,7 @@ def test_few_tokens(visual):
     kept = min(visual, 1)
     assert stage_counts(FastV(keep=0.01), visual) == [(2, kept)]
     assert [n for _, n in stage_counts(PyramidDrop(ratio=0.01), visual)] == [kept] * 3
-    for cls in policies().values():
-        policy = cls()
+    for policy in map(usual, BUILT_IN):
         for least in (policy, policy.at(1e-6)):
             for layer, n in stage_counts(least, visual):
                 assert kept <= n <= visual, (least, layer)

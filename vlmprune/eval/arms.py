@@ -111,12 +111,18 @@ def cut_of(arm: Arm, prompt: PromptSize) -> float:
     return cost(prompt, stage_counts(arm.policy, prompt.visual))[0]
 
 
-def cost(prompt: PromptSize, stages: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    """Share of the prefill's FLOPs saved, and mean visual tokens over the layers, where ``stages`` leave ``(layer, tokens)``."""
+def cost(
+    prompt: PromptSize, stages: Sequence[tuple[int, int]], joined: int = 0, spent: int = 0
+) -> tuple[float, float]:
+    """Share of the prefill's FLOPs saved, and mean visual tokens over the layers, where ``stages`` leave ``(layer, tokens)``.
+
+    ``joined`` rows of text join the prompt at the first of them, and ``spent`` FLOPs went into writing these.
+    """
     shape = prompt.shape
     visual = layer_inputs(shape.layers, prompt.visual, stages)
     full = decoder_flops(shape, [prompt.visual + prompt.text] * shape.layers)
-    return 1 - decoder_flops(shape, [n + prompt.text for n in visual]) / full, mean_tokens(visual)
+    pruned = decoder_flops(shape, [n + prompt.text + joined for n in visual])
+    return 1 - (pruned + spent) / full, mean_tokens(visual)
 
 
 def _draws(arm: Arm) -> bool:

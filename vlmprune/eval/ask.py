@@ -16,6 +16,7 @@ from vlmprune.eval.questions import FILE, Question
 from vlmprune.eval.scoring import judge
 from vlmprune.eval.store import Answer, Store
 from vlmprune.images import open_rgb
+from vlmprune.models import Run
 from vlmprune.models.host.parts import decoder_shape
 from vlmprune.policies.base import PruningPolicy
 
@@ -153,7 +154,8 @@ def _answers(
         kept = [(stage.layer, run.kept_at(i, sample).tolist()) for i, stage in enumerate(run.stages)]
         visual = len(run.kept_at(-1, sample))
         prompt = PromptSize(shape, visual, lengths[sample] - visual)
-        cut, tokens = cost(prompt, [(layer, len(some)) for layer, some in kept])
+        stages = [(layer, len(some)) for layer, some in kept]
+        cut, tokens = cost(prompt, stages, *_joined(run, sample))
         right, exact = judge(said, question.answer)
         yield Answer(
             policy=arm.key,
@@ -167,3 +169,11 @@ def _answers(
             prefill=round(prefill, 7),
             kept=tuple((layer, format(sum(1 << i for i in some), "x")) for layer, some in kept),
         )
+
+
+def _joined(run: Run, sample: int) -> tuple[int, int]:
+    """Rows of the texts that joined a sample's prompt, and FLOPs that writing them took."""
+    texts = run.inserted
+    if texts is None:
+        return 0, 0
+    return sum(texts.sizes[sample]), sum(caption.flops for caption in texts.captions[sample])

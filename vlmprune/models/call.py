@@ -55,6 +55,7 @@ class Call:
         mask: ``[B, past + q]`` the 2-D attention mask, or None.
         logits: of how many of the last rows logits are asked for, as generate() does; 0 = of all.
         predicting: ``[B, q]`` True at positions from which a label is predicted; None outside training.
+        ids: ``[B, q]`` its token ids, where it came with them.
         visuals: the images and videos it brings; None without any.
         visual: ``[B, q]`` True at visual tokens, or None without any.
         videos: ``[B, q]`` True at visual tokens of a video, where it brings both kinds (one host read more).
@@ -67,6 +68,7 @@ class Call:
     mask: Tensor | None = None
     logits: int = 0
     predicting: Tensor | None = None
+    ids: Tensor | None = None
     visuals: Visuals | None = None
     visual: Tensor | None = None
     videos: Tensor | None = None
@@ -120,7 +122,7 @@ def read_call(parts: Parts, given: Arguments, asked: Asked, vision: VisionReads,
     visual = visuals.mask(ids, embeds, *visuals.kinds)
     videos = visuals.mask(ids, embeds, "video") if len(visuals.kinds) > 1 else None
     predicting = _predicting(asked.predicting, visual)
-    return replace(call, predicting=predicting, visuals=visuals, visual=visual, videos=videos)
+    return replace(call, predicting=predicting, ids=ids, visuals=visuals, visual=visual, videos=videos)
 
 
 def _predicting(asked: Tensor | bool | None, visual: Tensor) -> Tensor | None:

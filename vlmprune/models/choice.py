@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vlmprune import ops
+from vlmprune.models.joining import Rotary, join
 from vlmprune.models.layout import (
     Layout,
     ascending,
@@ -27,11 +28,15 @@ Counts = tuple[int, ...]
 
 
 def carry_out(
-    choice: Tensor | Reduction, entering: Entering, counts: Counts | None = None
+    choice: Tensor | Reduction,
+    entering: Entering,
+    counts: Counts | None = None,
+    rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor, Decision | None]:
     """The rows ``[B, n, D]`` that a choice leaves, the numbers of its tokens, and the decision; None = everything stays.
 
-    ``counts`` says how many tokens of each sample it keeps, where that is known without a look.
+    ``counts`` says how many tokens of each sample it keeps, where that is known without a look; ``rotary`` makes tables for
+    positions that have none yet.
     """
     layout, hidden, shift = entering.layout, entering.hidden, entering.shift
     with torch.no_grad():
@@ -46,19 +51,31 @@ def carry_out(
         # detached: else checkpointed layers would share a graph through them
         return short, numbers, Decision(after, survivors, (cos.detach(), sin.detach()), shift)
     after, survivors = rearrange(layout, after, survivors, choice.index)
+    texts = None
+    if choice.inserted is not None:
+        texts = join(layout, after, survivors, choice.inserted)
+        after, survivors = texts.layout, texts.survivors
     if choice.positions == "pack":
         rope, shift = entering.packed(after)
+    elif texts is not None:
+        rope, shift = texts.rope(entering.places, hidden, rotary), texts.shift
     else:
         cos, sin = ops.gather_tokens([*entering.rope], survivors)
         rope = cos, sin
     made = Decision(after, survivors, rope, shift, choice.hidden)
+    if texts is not None:
+        made = made._replace(joined=texts.rows, inserted=choice.inserted)
     return apply(made, hidden), numbers, made
 
 
 def apply(made: Decision, hidden: Tensor) -> Tensor:
     """The rows that survive, with new contents where the policy made some."""
     short = ops.gather_tokens([hidden], made.survivors)[0]
-    return short if made.contents is None else put(short, made.layout.visual, made.contents)
+    if made.contents is not None:
+        short = put(short, made.layout.visual, made.contents)
+    if made.joined is not None and made.inserted is not None:
+        short = put(short, made.joined, made.inserted.hidden)
+    return short
 
 
 def settle(

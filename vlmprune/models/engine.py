@@ -21,7 +21,7 @@ from vlmprune.models.host.cache_layers import PrunedLayer
 from vlmprune.models.host.cache_view import is_started, pruned_layer, resident_bytes
 from vlmprune.models.host.names import missing
 from vlmprune.models.host.parts import Parts, check_stages
-from vlmprune.models.layer_inputs import chunk_mask, decode_step, shifted
+from vlmprune.models.layer_inputs import chunk_mask, decode_step, places_of, shifted
 from vlmprune.models.layout import spread
 from vlmprune.models.prefill import RUNNING, Prefill, Wants
 from vlmprune.models.prompt import Prompts
@@ -166,6 +166,9 @@ class Engine:
         if prefill.call.visual is not None and self.stage is not None:
             prefill.open(told(kwargs, "attention_mask"), hidden)
             if i in self.wants.needs:
+                if self.wants.needs[i].tokens and self.parts.family.packs:
+                    shift = None if layer is None else layer.shift
+                    prefill.places = places_of(told(kwargs, "position_ids"), shift)
                 with self.clock.selection(i):
                     hidden = (prefill.runner or self.stage)(prefill, i, hidden, rope)
         decided = prefill.decision(i)

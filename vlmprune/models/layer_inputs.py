@@ -73,9 +73,14 @@ def shifted(text: Any, prefill: Prefill, hidden: Tensor, position_ids: Tensor, s
     for known, tables in prefill.ropes:
         if known is shift:
             return tables
-    tables = text.rotary_emb(hidden, position_ids - shift.to(position_ids.device))
+    tables = text.rotary_emb(hidden, places_of(position_ids, shift))
     prefill.ropes.append((shift, tables))
     return tables
+
+
+def places_of(position_ids: Tensor, shift: Tensor | None) -> Tensor:
+    """The rotary positions of a chunk behind a cache whose positions lie lower by ``shift [B, 1]``; None = they do not."""
+    return position_ids if shift is None else position_ids - shift.to(position_ids.device)
 
 
 def add_shift(old: Tensor | None, more: tuple[int, ...] | None, device: torch.device) -> Tensor | None:

@@ -21,7 +21,7 @@ from vlmprune.models.host.families import DECODERS, ImageGrids
 from vlmprune.models.layout import Layout, moved, open_layout, packed_rows, take
 from vlmprune.models.prompt import Prompt
 from vlmprune.models.text_span import TextSpan, find_text, text_rows
-from vlmprune.policies.base import AttentionInputs, Grid, Needs, tokens_in
+from vlmprune.policies.base import AttentionInputs, Grid, Insertion, Needs, tokens_in
 
 RUNNING = "vlmprune"
 """Keyword that carries the running call to the layers."""
@@ -37,7 +37,7 @@ class Wants:
         needs: by stage layer.
         scored: self-attention modules of the layers that a following stage scores from.
         embeds: whether some stage reads the input embeddings.
-        text: whether some stage asks where the text after the last image is.
+        text: whether some stage reads the prompt's text.
         heads: query heads of every layer, those of all ranks.
         normed: whether the layers normalize query and key behind their projections.
     """
@@ -54,7 +54,7 @@ class Wants:
         """Those of a policy with these needs, on a model with these decoder layers and this text configuration."""
         scored = [layer - 1 for layer, need in needs.items() if need.attention == "previous"]
         embeds = any(need.embeds for need in needs.values())
-        text = embeds or any(need.rows == "text" for need in needs.values())
+        text = embeds or any(need.rows == "text" or need.tokens for need in needs.values())
         attns = frozenset(layers[layer].self_attn for layer in scored)
         normed = DECODERS[config.model_type].normed
         return cls(needs, attns, embeds, text, config.num_attention_heads, normed)
@@ -120,6 +120,8 @@ class Decision(NamedTuple):
         rope: the surviving rows' cos and sin, each ``[B, n, D]``.
         shift: by how much the positions after the prompt move down per sample, where they were packed; else None.
         contents: ``[B, K, D]`` new contents of the visual rows, or None.
+        joined: ``[B, C]`` the rows of texts that join the prompts, -1 = padding, or None.
+        inserted: these texts.
     """
 
     layout: Layout
@@ -127,6 +129,8 @@ class Decision(NamedTuple):
     rope: Rope
     shift: tuple[int, ...] | None = None
     contents: Tensor | None = None
+    joined: Tensor | None = None
+    inserted: Insertion | None = None
 
 
 class Entering(NamedTuple):
@@ -138,6 +142,7 @@ class Entering(NamedTuple):
         first, first_rope: layout, cos and sin of the unpruned chunk, to which packed positions go back.
         shift: of the latest decision.
         predicting: ``[B, q]`` True at positions from which a label is predicted, or None.
+        places: ``[B or 1, q]`` int64 rotary positions of the unpruned chunk, where they have one dimension.
     """
 
     layer: int
@@ -148,6 +153,7 @@ class Entering(NamedTuple):
     first_rope: Rope
     shift: tuple[int, ...] | None
     predicting: Tensor | None
+    places: Tensor | None = None
 
     def packed(self, after: Layout) -> tuple[Rope, tuple[int, ...]]:
         """cos and sin of the rows ``after`` the stage at 0, 1, 2, ... without gaps; by how much later positions move down."""
@@ -175,6 +181,7 @@ class Prefill:
         ropes: shifts of packed caches, each with its tables.
         masks: built masks, shared by the layers that need the same one.
         runner: what runs its stages, if that is not the engine's own: of a prefill that a graph captures.
+        places: ``[B or 1, q]`` int64 rotary positions of its rows, behind those of a packed cache; None = not known.
         planes: ``[B, q, D]`` each, added to the rows that enter layers 1, 2, ... of one (Qwen3-VL's text model would do so
             by an index that reads the device).
     """
@@ -190,6 +197,7 @@ class Prefill:
     ropes: list[tuple[Tensor, Rope]] = field(default_factory=list)
     masks: dict[Any, Any] = field(default_factory=dict)
     runner: Any = None
+    places: Tensor | None = None
     planes: tuple[Tensor, ...] = ()
 
     @property
@@ -238,7 +246,8 @@ class Prefill:
         first = moved(self.unpruned.layout, device)
         tables = rope if rope[0].device == device else moved(rope, device)
         if before is None:
-            return Entering(i, first, hidden, tables, first, tables, None, predicting)
+            places = None if self.places is None else self.places.to(device)
+            return Entering(i, first, hidden, tables, first, tables, None, predicting, places)
         layout, own = moved(before.layout, device), moved(before.rope, device)
         return Entering(i, layout, hidden, own, first, tables, before.shift, predicting)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from vlmprune.models.call import Call
 from vlmprune.models.clock import Clock, Marks
 from vlmprune.models.layout import Layout, ascending, take
+from vlmprune.policies.base import Insertion
 
 Counts = tuple[int, ...]
 """Visual tokens of each sample, on the host."""
@@ -100,6 +101,7 @@ class Prompt:
         visual: of each chunk with visual tokens how many there are, or the mask ``[B, q]`` that says it.
         crops: patches of every crop encoded for it.
         kv_bytes: what the cache held after the latest chunk; None = there is no cache.
+        inserted: the texts that joined it.
         graph: whether its latest chunk was a graph's replay, or why not; "" = nobody asked.
     """
 
@@ -113,6 +115,7 @@ class Prompt:
     visual: list[Tensor | Counts] = field(default_factory=list)
     crops: tuple[int, ...] = ()
     kv_bytes: int | None = None
+    inserted: Insertion | None = None
     graph: str = ""
 
     def extend(self, call: Call) -> None:

@@ -14,7 +14,7 @@ from vlmprune.flops import decoder_flops, layer_inputs
 from vlmprune.models.clock import Seconds
 from vlmprune.models.host.parts import Parts, decoder_shape, vision_flops
 from vlmprune.models.prompt import Prompts, StageRecord
-from vlmprune.policies.base import PruningPolicy
+from vlmprune.policies.base import Insertion, PruningPolicy
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,17 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class FlopCounts:
-    """FLOPs (2 x MACs) of the batch: decoder prefill unpruned and pruned, and the vision tower with projector."""
+    """FLOPs (2 x MACs) of the batch: decoder prefill unpruned and pruned, vision tower with projector, and writing captions."""
 
     full: int
     pruned: int
     vision: int
+    captions: int = 0
 
     @property
     def cut(self) -> float:
-        """Share of the decoder's prefill FLOPs that pruning saves, 0..1."""
-        return 1.0 - self.pruned / self.full if self.full else 0.0
+        """Share of the decoder's prefill FLOPs that pruning saves, what captions cost taken off; at most 1."""
+        return 1.0 - (self.pruned + self.captions) / self.full if self.full else 0.0
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Report:
     ``visual_tokens`` is the mean per sample before pruning. ``paths`` says of each stage whether it ran as one fused pass, and
     on which kernels, or why not. ``kv_bytes`` is what the KV cache held after the latest prompt
     chunk, of the whole batch and with the text; of a static cache all it allocates. ``graph`` says whether the prefill was
-    replayed from a CUDA graph, or why it was not; "" = the scope has no ``graphs``. Decode steps that were compiled as
-    a whole are neither timed nor counted: no hook runs in them.
+    replayed from a CUDA graph, or why it was not; "" = the scope has no ``graphs``. ``captions`` are the texts that joined
+    each sample's prompt, one for every image that lost tokens, and ``caption_seconds`` is how long they took to write, part
+    of the selection. Decode steps that were compiled as a whole are neither timed nor counted: no hook runs in them.
     """
 
     visual_tokens: float
@@ -61,6 +63,8 @@ class Report:
     kv_bytes: int = 0
     paths: tuple[str, ...] = ()
     graph: str = ""
+    captions: tuple[tuple[str, ...], ...] = ()
+    caption_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
@@ -101,9 +105,15 @@ class Run:
             return kept[kept >= 0]
         return torch.arange(prompt.visual_counts()[sample] if prompt.batch else 0)
 
+    @property
+    def inserted(self) -> Insertion | None:
+        """The texts that joined the prompts, with what they were chosen from and what they cost; None = none did."""
+        return self._prompts.latest.inserted
+
     def report(self) -> Report:
         """Tokens, FLOPs and seconds of the latest prefill and what followed. Waits for the device."""
         prompt, depth = self._prompts.latest, len(self._parts.layers)
+        captions = prompt.inserted.captions if prompt.inserted is not None else ()
         full = max(sum(prompt.visual_counts()) / max(prompt.batch, 1), 0.0)
         after = [(stage.layer, sum(stage.kept) / len(stage.kept)) for stage in self.stages]
         visual = layer_inputs(depth, full, after)
@@ -120,10 +130,13 @@ class Run:
                 full=prompt.batch * decoder_flops(shape, [prompt.length] * depth),
                 pruned=prompt.batch * decoder_flops(shape, rows),
                 vision=vision_flops(self._parts, prompt.crops) if full else 0,
+                captions=sum(caption.flops for sample in captions for caption in sample),
             ),
             seconds=seconds if full else dataclasses.replace(seconds, vision=0.0),
             decode_steps=prompt.marks.steps,
             kv_bytes=prompt.kv_bytes or 0,
             paths=tuple(stage.path for stage in self.stages),
             graph=prompt.graph,
+            captions=tuple(tuple(caption.text for caption in sample) for sample in captions),
+            caption_seconds=prompt.inserted.seconds if prompt.inserted is not None else 0.0,
         )

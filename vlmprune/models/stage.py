@@ -14,7 +14,7 @@ from vlmprune.models.choice import Counts, apply, carry_out
 from vlmprune.models.decoder_reads import read_own_attention
 from vlmprune.models.fused import Case, Passed, Passes, why_not
 from vlmprune.models.graphs.reads import HostRead
-from vlmprune.models.host.parts import Parts
+from vlmprune.models.host.parts import Parts, tokenizer_of
 from vlmprune.models.layout import Layout, last_rows, moved
 from vlmprune.models.prefill import Entering, Prefill, Rope
 from vlmprune.models.vision_reads import VisionReads
@@ -51,6 +51,7 @@ class StageRunner:
     def __init__(self, parts: Parts, policy: PruningPolicy, vision: VisionReads) -> None:
         self.parts, self.policy, self.vision = parts, policy, vision
         self.checked: set[int] = set()
+        self.loaded: Any = None
         self.passes = Passes()
 
     def __call__(self, prefill: Prefill, i: int, hidden: Tensor, rope: Rope) -> Tensor:
@@ -71,6 +72,7 @@ class StageRunner:
         short, numbers, made = passed
         if made is not None:
             _check_end(prefill, entering.first)
+            prefill.prompt.inserted = made.inserted or prefill.prompt.inserted
         layout = entering.layout
         prefill.prompt.record(i, layout, numbers, layout if made is None else made.layout, path)
         prefill.decisions[i] = made
@@ -102,7 +104,7 @@ class StageRunner:
         counts = self._counts(context, entering)
         if counts is not None and first and counts != _counted(choice):
             raise HostRead(f"{type(self.policy).__name__} keeps another number than its `kept` says")
-        return carry_out(choice, entering, counts)
+        return carry_out(choice, entering, counts, self.parts.text.rotary_emb)
 
     def _counts(self, context: TokenContext, entering: Entering) -> Counts | None:
         """How many tokens a choice keeps of each sample, as the policy promises; None where it is to be read."""
@@ -121,6 +123,11 @@ class StageRunner:
             self.checked.add(layer)
         if isinstance(choice, Reduction):
             self._check_positions(choice.positions)
+            if choice.inserted is not None and not self.parts.family.packs:
+                raise ModelError(
+                    f"model: expected rotary positions of one dimension, which texts that join a prompt can move up, got "
+                    f"{self.parts.config.model_type!r}"
+                )
 
     def _ranking(self, context: TokenContext) -> Ranking:
         """The policy's choice as data, refused in the same way."""
@@ -163,6 +170,8 @@ class StageRunner:
             seen["hidden"] = ops.gather_tokens([hidden], layout.visual)[0]
         if needs.embeds:
             seen |= {"embeds": unpruned.embeds, "image": unpruned.layout.visual}
+        if needs.tokens:
+            seen["tokens"] = self._tokens(prefill)
         if text is not None:
             words = None if layout.bound else text.words  # of a graph's many prompts
             seen |= {"text": unpruned.words, "words": words}
@@ -172,7 +181,29 @@ class StageRunner:
         fields["attention"] = attention
         fields["grids"], fields["sizes"], fields["shares"] = unpruned.grids, unpruned.sizes, unpruned.shares
         fields["device"], fields["shared"] = device, unpruned.shared
+        if needs.tokens:
+            fields["embed"], fields["tokenizer"] = self.parts.model.get_input_embeddings(), self.tokenizer
         return StageContext(layout, **fields)
+
+    @staticmethod
+    def _tokens(prefill: Prefill) -> Tensor:
+        """``[B, q]`` ids of a prompt, -1 at padding and at candidates behind it."""
+        assert prefill.unpruned is not None
+        layout, ids = prefill.unpruned.layout, prefill.call.ids
+        if layout.bound:
+            raise HostRead("what the prompt says is read on the host")
+        if ids is None:
+            raise ModelError(
+                "input_ids: expected them with a method that reads the prompt's words, got inputs_embeds"
+            )
+        inside = layout.prompt()
+        return ids if inside is None else torch.where(inside.to(ids.device), ids, -1)
+
+    def tokenizer(self) -> Any:
+        """The one that was saved with the model, loaded once."""
+        if self.loaded is None:
+            self.loaded = tokenizer_of(self.parts.model)
+        return self.loaded
 
 
 def _counted(choice: Tensor | Reduction) -> Counts:

@@ -6,8 +6,11 @@ here too.
 
 import inspect
 
+from vlmprune.policies.accm import ACCM as ACCM
+from vlmprune.policies.accm_selection import ACCMSelection as ACCMSelection
 from vlmprune.policies.base import AttentionInputs as AttentionInputs
 from vlmprune.policies.base import Grid as Grid
+from vlmprune.policies.base import Insertion as Insertion
 from vlmprune.policies.base import Needs as Needs
 from vlmprune.policies.base import PruningPolicy as PruningPolicy
 from vlmprune.policies.base import Ranking as Ranking

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlmprune.errors import check, require
 from vlmprune.policies.checks import check_word, plain, share_of
+from vlmprune.policies.chosen import Insertion as Insertion
 from vlmprune.policies.chosen import Positions as Positions
 from vlmprune.policies.chosen import Ranking as Ranking
 from vlmprune.policies.chosen import Reduction as Reduction
@@ -57,6 +58,9 @@ class TokenContext:
         shares: how many images each sample's visual tokens are, where chunked prefill has cut them up; else None. Then
             ordinals count from the prompt's first visual token and ``grids`` are those of all its images so far.
         words: how many tokens ``text`` has in each sample, host ints; None = not known.
+        tokens: ``[B, q]`` int64 ids of the whole prompt chunk, -1 = padding, or None if not asked for.
+        embed: the table, ids ``[...]`` to ``[..., D]``; given with ``tokens``.
+        tokenizer: gives the tokenizer that was saved with the model, or raises ModelError; given with ``tokens``.
         ordered: False if an earlier stage has rearranged the tokens.
         shared: what the stages of one prompt chunk share: a method may keep here what depends on the prompt alone, together
             with the tensors it was made of, as a changed copy of the context has others (``policies/raters.py``).
@@ -79,6 +83,9 @@ class TokenContext:
     sizes: tuple[tuple[int, ...], ...] | None = None
     shares: tuple[float, ...] | None = None
     words: tuple[int, ...] | None = None
+    tokens: Tensor | None = None
+    embed: Callable[[Tensor], Tensor] | None = None
+    tokenizer: Callable[[], Any] | None = None
     ordered: bool = True
     shared: dict[Any, Any] = field(default_factory=dict)
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from vlmprune.errors import check, require
+from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
 from vlmprune.policies.by_image import spent
 from vlmprune.policies.checks import check_keep, check_word
 from vlmprune.policies.choose import choose_greedily
+from vlmprune.policies.relevance import Relevance, check_relevance, relevance_of
 
 LEAST = 1e-6
 """Added to the least relevance in the released code, so that no token has none at all."""
@@ -55,14 +54,13 @@ class CDPruner(PruningPolicy):
     growth = "n^3"  # every further choice looks at all earlier ones, for each token
 
     keep: int | float = 64
-    relevance: Literal["text", "none"] | Callable[[TokenContext], Tensor] = "text"
+    relevance: Relevance = "text"
     positions: Positions = "pack"
     spend: Literal["prompt", "image"] = "image"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        known = self.relevance in ("text", "none") or callable(self.relevance)
-        check(known, "relevance", "'text', 'none' or a function of the context", repr(self.relevance))
+        check_relevance(self.relevance)
         check_word("positions", self.positions, "pack", "keep")
 
     layers = (0,)  # before the language model
@@ -73,31 +71,12 @@ class CDPruner(PruningPolicy):
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
-        relevance = scaled(self._relevance(ctx), ctx.mask)
+        found = relevance_of(ctx, self.relevance)
+        relevance = (
+            torch.ones_like(ctx.mask, dtype=torch.float32) if found is None else scaled(found, ctx.mask)
+        )
         index = spent(ctx, self, partial(choose_greedily, "dpp"), hidden, relevance)
         return outcome(index, self.positions)
-
-    def _relevance(self, ctx: TokenContext) -> Tensor:
-        if self.relevance == "none":
-            return torch.ones_like(ctx.mask, dtype=torch.float32)
-        if self.relevance == "text":
-            return text_similarity(ctx)
-        assert callable(self.relevance)
-        found = self.relevance(ctx)
-        right = found.shape == ctx.mask.shape
-        check(right, "relevance", f"a function that returns {tuple(ctx.mask.shape)}", tuple(found.shape))
-        return found.float()
-
-
-def text_similarity(ctx: TokenContext) -> Tensor:
-    """Mean cosine ``[B, N]`` float32 between each visual token and the text tokens; 0 where there is no text."""
-    hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
-    embeds = require(ctx.embeds, "ctx.embeds", "input embeddings (declare Needs(embeds=True))")
-    text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(embeds=True))")
-    at = text.clamp(min=0)[:, :, None].expand(-1, -1, embeds.shape[2])
-    unit = normalize(embeds.gather(1, at).float(), dim=-1).masked_fill(text[:, :, None] < 0, 0.0)
-    mean = unit.sum(1) / (text >= 0).sum(1, keepdim=True).clamp(min=1)
-    return (normalize(hidden.float(), dim=-1) @ mean[:, :, None])[..., 0]
 
 
 def scaled(relevance: Tensor, mask: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ from vlmprune.errors import check
 BEFORE = " (the score comes from the layer before)"
 """Why a stage cannot be at layer 0."""
 
+SEEDS = 1 << 63
+"""How many seeds a generator takes."""
+
 
 def plain(value: Any) -> Any:
     """``value`` with Python's own numbers for numpy's, and a tuple for every list and array."""
@@ -41,6 +44,12 @@ def check_whole(name: str, value: object, least: int | None = None, why: str = "
     """
     ok = isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
     check(ok, name, "a whole number" if least is None else f"a whole number >= {least}{why}", repr(value))
+
+
+def check_seed(seed: object) -> None:
+    """``seed`` is one that every generator takes."""
+    ok = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < SEEDS
+    check(ok, "seed", "a whole number in [0, 2**63)", repr(seed))
 
 
 def check_share(name: str, value: object) -> None:

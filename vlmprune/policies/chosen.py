@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
+from vlmprune.compensation.interface import Caption
 from vlmprune.constants import whole_numbers
 from vlmprune.ops.selection import Selection
 from vlmprune.policies.inputs import Rating
@@ -24,6 +25,26 @@ Positions = Literal["pack", "keep"]
 """Where the kept rows stand for RoPE: at 0, 1, 2, ... without gaps, or at the positions they had."""
 
 
+@dataclass(frozen=True, eq=False)
+class Insertion:
+    """Texts that join the prompts, each in the places of as many tokens that the same choice drops.
+
+    Attributes:
+        before: per sample, the positions in the prompt chunk of the tokens, dropped or not, in front of which they go,
+            ascending.
+        sizes: per sample, how many rows each of them has.
+        hidden: ``[B, C, D]`` the rows, those of a sample's texts one after the other, then padding.
+        captions: per sample, what they say, and what writing it cost.
+        seconds: how long all of it took to write.
+    """
+
+    before: tuple[Counts, ...]
+    sizes: tuple[Counts, ...]
+    hidden: Tensor
+    captions: tuple[tuple[Caption, ...], ...] = ()
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True)
 class Reduction:
     """A choice that also changes the tokens: rows merged or made anew, another order, other positions.
@@ -33,11 +54,13 @@ class Reduction:
             stand in this order where the image stood; a merged token may so follow the kept ones.
         hidden: ``[B, K, D]`` the rows' new hidden states, or None to keep theirs.
         positions: "keep" the rotary positions of the places used, or "pack" all rows to 0, 1, 2, ... without gaps.
+        inserted: texts that join the prompts; kept positions then move up behind them, as if they had been typed there.
     """
 
     index: Tensor
     hidden: Tensor | None = None
     positions: Positions = "keep"
+    inserted: Insertion | None = None
 
 
 def outcome(index: Tensor, positions: Positions, hidden: Tensor | None = None) -> Tensor | Reduction:

@@ -32,6 +32,7 @@ class Needs:
         embeds: the input embeddings of the whole prompt, and where its text is (one host read a prefill).
         vision: vision-tower layers whose query and key to read (-2 = the last but one); with any, also the features.
         keys_only: whether of that attention only the keys, and where the rows are, are read: then no query is projected.
+        tokens: the prompt's token ids, the table that embeds them, and the tokenizer; such a stage is the first one.
     """
 
     hidden: bool = False
@@ -40,6 +41,7 @@ class Needs:
     embeds: bool = False
     vision: tuple[int, ...] = ()
     keys_only: bool = False
+    tokens: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         """The needs of two policies that act at one layer. Raises ValueError where they cannot both be met."""
@@ -51,6 +53,7 @@ class Needs:
             embeds=self.embeds or other.embeds,
             vision=tuple(sorted({*self.vision, *other.vision})),
             keys_only=bool(reading) and all(need.keys_only for need in reading),
+            tokens=self.tokens or other.tokens,
         )
 
 

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from vlmprune.constants import remembered
-from vlmprune.errors import check
 from vlmprune.policies.base import PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
-from vlmprune.policies.checks import check_keep, check_layer
-
-SEEDS = 1 << 63
+from vlmprune.policies.checks import SEEDS, check_keep, check_layer, check_seed
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,7 @@ class Random(PruningPolicy):
     def __post_init__(self) -> None:
         check_layer(self.layer)
         check_keep(self.keep)
-        ok = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < SEEDS
-        check(ok, "seed", "a whole number in [0, 2**63)", repr(self.seed))
+        check_seed(self.seed)
 
     def rank(self, ctx: TokenContext) -> Ranking:
         return ranked(ctx, self, drawn(self.seed, ctx.counts, ctx.device), static=True)

@@ -115,7 +115,7 @@ def spell_type(hint: Any) -> str:
         return " or ".join(map(repr, args))
     if origin is tuple:
         return "/".join("..." if a is ... else spell_type(a) for a in args)
-    if origin is Callable:
+    if origin is Callable or _is_protocol(hint):
         return "a function as package.module:name"
     return getattr(hint, "__name__", str(hint)) if origin is None else f"a list of {spell_type(args[0])}"
 
@@ -141,7 +141,7 @@ def _fits(value: Any, hint: Any, name: str) -> list[Any]:
         kinds = args[:1] * len(entries) if origin is Sequence or args[-1:] == (...,) else args
         parts = [_fits(Word(e) if typed else e, kind, name) for e, kind in zip(entries, kinds, strict=False)]
         return [tuple(part[0] for part in parts)] if len(entries) == len(kinds) and all(parts) else []
-    if origin is Callable:
+    if origin is Callable or _is_protocol(hint):
         return [_imported(value, name)] if isinstance(value, str) and ":" in value else []
     if isinstance(hint, type) and issubclass(hint, PruningPolicy):
         return [policy_from(value)]
@@ -158,6 +158,11 @@ def _fits(value: Any, hint: Any, name: str) -> list[Any]:
             return []
     # A plain int is let through as a float: the policy says whether it takes one.
     return [value] if isinstance(value, int | float if hint is float else hint) else []
+
+
+def _is_protocol(hint: Any) -> bool:
+    """Whether it says what can be called or used, whatever its class: only code has such things."""
+    return isinstance(hint, type) and typing.Protocol in hint.__bases__
 
 
 def _imported(path: str, name: str) -> Any:

@@ -7,6 +7,8 @@ from dataclasses import MISSING, fields
 from importlib import metadata
 
 from vlmprune.errors import InputError, check, first_line
+from vlmprune.policies.accm import ACCM
+from vlmprune.policies.accm_selection import ACCMSelection
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.cdpruner import CDPruner
 from vlmprune.policies.compose import Intersection, Stages, Union
@@ -42,6 +44,8 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "vispruner": VisPruner,
     "divprune": DivPrune,
     "cdpruner": CDPruner,
+    "accm_selection": ACCMSelection,
+    "accm": ACCM,
     "random_deep": RandomDeep,
     "random": Random,
     "uniform": Uniform,

@@ -22,7 +22,7 @@ class Word(str):
 def parse(text: str) -> dict[str, Any]:
     """The dict of a policy written as ``NAME[:field=value,...]``, or of several with ``+``, ``&``, ``|`` and parentheses.
 
-    Its values are ``Word``. Names and fields are not looked up here.
+    Its values are ``Word``, and those in parentheses such dicts. Names and fields are not looked up here.
 
     Raises:
         InputError: a field without a value or given twice, or parentheses and operators that do not match.
@@ -65,9 +65,16 @@ def _operand(tokens: list[str]) -> dict[str, Any]:
         return found
     name, colon, rest = map(str.strip, token.partition(":"))
     found = {"policy": name}
-    for item in rest.split(",") if colon else ():
-        field, equals, value = map(str.strip, item.partition("="))
-        check(bool(equals), f"policy {name}", "field=value, ...", repr(item))
-        check(field not in found, f"policy {name}", "each field once", f"{field} twice")
-        found[field] = Word(value)
+    while colon:
+        for item in rest.split(","):
+            field, equals, value = map(str.strip, item.partition("="))
+            check(bool(equals), f"policy {name}", "field=value, ...", repr(item))
+            check(field not in found, f"policy {name}", "each field once", f"{field} twice")
+            found[field] = Word(value)
+        if value or tokens[:1] != ["("]:
+            break
+        found[field] = _operand(tokens)  # a policy in parentheses as a setting
+        if not tokens or not tokens[0].startswith(","):
+            break
+        rest = tokens.pop(0)[1:]
     return found

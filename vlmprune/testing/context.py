@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from vlmprune.policies.base import AttentionInputs, Grid, Needs, TokenContext, VisionAttention
+from vlmprune.testing.words import with_tokens
 
 PAST, BEFORE, BETWEEN, AFTER = 4, 3, 2, 5
 """Text tokens: of an earlier turn, before the images, after each image, after that one at the prompt's end."""
@@ -245,6 +246,8 @@ def make_context(needs: Needs, images: Sequence[Sequence[Grid]], layer: int, **s
         made = replace(worded, ctx=rows_too)
     if needs.vision:
         made = with_vision(made, needs.vision, few_values=few_values, **tower)
+    if needs.tokens:
+        made = replace(made, ctx=with_tokens(made.ctx, made.image, made.text))
     return bare(made.ctx, needs)
 
 
@@ -268,4 +271,7 @@ def bare(ctx: TokenContext, needs: Needs) -> TokenContext:
         vision={layer: ctx.vision[layer] for layer in needs.vision if layer in ctx.vision},
         features=ctx.features if needs.vision else None,
         project=ctx.project if needs.vision else None,
+        tokens=ctx.tokens if needs.tokens else None,
+        embed=ctx.embed if needs.tokens else None,
+        tokenizer=ctx.tokenizer if needs.tokens else None,
     )

@@ -110,6 +110,7 @@ def first_alone(ctx: TokenContext) -> TokenContext:
         attention=None if ctx.attention is None else _first_rows(ctx.attention),
         image=None if ctx.image is None else _real(ctx.image),
         text=None if ctx.text is None else _real(ctx.text),
+        tokens=None if ctx.tokens is None else _real(ctx.tokens),
     )
 
 

@@ -63,11 +63,14 @@ CHUNKED: Settings = {
 
 def situations(needs: Needs, layer: int) -> Iterator[tuple[str, TokenContext]]:
     """Name and context of each situation that a stage with these needs can meet."""
-    whole = needs.vision or needs.embeds or needs.rows == "text"  # what reads those refuses prefill in chunks
+    # what reads those refuses prefill in chunks
+    whole = needs.vision or needs.embeds or needs.rows == "text" or needs.tokens
     every = SITUATIONS | (WITH_TOWER if needs.vision else WITHOUT_TOWER)
     if layer:
         every |= LATER | ({} if whole else CHUNKED)
     for name, settings in every.items():
+        if needs.tokens and 0 in settings.get("after", ()):
+            continue  # who reads what is asked may refuse a prompt that asks nothing
         told = {key: value for key, value in settings.items() if key != "then"}
         ctx = make_context(needs, layer=layer, **told)
         yield name, settings["then"](ctx) if "then" in settings else ctx

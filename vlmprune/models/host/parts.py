@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from vlmprune.errors import ModelError, check
+from vlmprune.errors import ModelError, check, first_line
 from vlmprune.flops import DecoderShape
 from vlmprune.models.host.families import (
     DECODERS,
@@ -144,6 +144,18 @@ def find_parts(model: Any) -> Parts:
         tower=TOWERS[config.vision_config.model_type],
         token_ids={kind: attribute(config, f"{kind}_token_id") for kind in kinds},
     )
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The tokenizer saved beside a model. Raises ModelError if it was not loaded from anywhere, or there is none."""
+    source = model.name_or_path
+    got = f"a model made in memory, {type(model).__name__}"
+    try:
+        if source:
+            return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        got = first_line(error)
+    raise ModelError(f"tokenizer: expected one saved with the model (or the policy's own), got {got}")
 
 
 def tower_layers(parts: Parts) -> list[Any]:

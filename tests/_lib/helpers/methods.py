@@ -1,0 +1,29 @@
+"""Every method with its default settings; those that cannot do without some get them here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vlmprune.compensation import Discarded
+from vlmprune.policies import FasterVLM, PruningPolicy
+from vlmprune.policies.registry import BUILT_IN
+
+
+def echo(images: Sequence[Discarded], candidates: int) -> list[str]:
+    """A compensator that repeats the first words of the question."""
+    return [" ".join(image.question.split()[:3]) for image in images]
+
+
+REQUIRED: dict[str, dict[str, Any]] = {"accm": {"selection": FasterVLM(), "compensator": echo}}
+
+
+def usual(name: str, **settings: Any) -> PruningPolicy:
+    """The built-in method of this name."""
+    return BUILT_IN[name](**(REQUIRED.get(name, {}) | settings))
+
+
+def typed(name: str) -> str:
+    """The same as it is typed."""
+    more = {"accm": ":selection=fastervlm,compensator=helpers.methods:echo"}
+    return name + more.get(name, "")

@@ -1,0 +1,42 @@
+"""A compensator that lies in a folder, and is loaded when it is first asked."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmprune.compensation.interface import Caption, Compensator, Discarded
+from vlmprune.errors import check
+
+
+class Saved:
+    """What ``Describer.save_pretrained`` wrote, put where the first image's features are.
+
+    Args:
+        folder: with the compensator in it. Copies of this share nothing, each loads its own.
+
+    Raises:
+        InputError: no such folder, or, when called, no compensator in it.
+    """
+
+    def __init__(self, folder: str) -> None:
+        check(
+            Path(folder).is_dir(), "compensator", "a compensator, or the folder of a saved one", repr(folder)
+        )
+        self.folder = folder
+        self._loaded: Compensator | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return Saved, (self.folder,)
+
+    def __call__(self, images: Sequence[Discarded], candidates: int) -> Sequence[Caption | str]:
+        """What the loaded compensator says."""
+        with self._lock:
+            if self._loaded is None:
+                from vlmprune.compensation.describer import load_compensator
+
+                self._loaded = load_compensator(self.folder).to(images[0].features.device)
+        return self._loaded(images, candidates)

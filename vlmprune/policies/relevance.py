@@ -1,0 +1,45 @@
+"""How relevant visual tokens are to the text, for methods whose papers ask CLIP, which LLaVA checkpoints carry half of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlmprune.errors import check, require
+from vlmprune.policies.base import TokenContext
+
+Relevance = Literal["text", "none"] | Callable[[TokenContext], Tensor]
+"""``"text"``: ``text_similarity``; ``"none"``; or a function that returns ``[B, N]``, higher = more relevant."""
+
+
+def check_relevance(relevance: object) -> None:
+    """``relevance`` is a ``Relevance``."""
+    known = relevance in ("text", "none") or callable(relevance)
+    check(known, "relevance", "'text', 'none' or a function of the context", repr(relevance))
+
+
+def relevance_of(ctx: TokenContext, relevance: Relevance) -> Tensor | None:
+    """``[B, N]`` float32, or None for ``"none"``. Raises InputError if a function returns another shape."""
+    if relevance == "none":
+        return None
+    if relevance == "text":
+        return text_similarity(ctx)
+    assert callable(relevance)
+    found = relevance(ctx)
+    right = found.shape == ctx.mask.shape
+    check(right, "relevance", f"a function that returns {tuple(ctx.mask.shape)}", tuple(found.shape))
+    return found.float()
+
+
+def text_similarity(ctx: TokenContext) -> Tensor:
+    """Mean cosine ``[B, N]`` float32 between each visual token and the text tokens; 0 where there is no text."""
+    hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
+    embeds = require(ctx.embeds, "ctx.embeds", "input embeddings (declare Needs(embeds=True))")
+    text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(embeds=True))")
+    at = text.clamp(min=0)[:, :, None].expand(-1, -1, embeds.shape[2])
+    unit = normalize(embeds.gather(1, at).float(), dim=-1).masked_fill(text[:, :, None] < 0, 0.0)
+    mean = unit.sum(1) / (text >= 0).sum(1, keepdim=True).clamp(min=1)
+    return (normalize(hidden.float(), dim=-1) @ mean[:, :, None])[..., 0]
