@@ -45,7 +45,9 @@ class Batch:
     ids: Tensor  # [B, T] tokens of the questions and answers, one after the other
     labels: Tensor  # [B, T] the next token where it belongs to an answer, else -100
     segment: Tensor  # [B, T] number of the question from 1, 0 = padding
-    positions: Tensor  # [B, T] as if each question followed the picture directly; a blind one stands anywhere before
+    positions: (
+        Tensor  # [B, T] as if each question followed the picture directly; blind ones stand anywhere before
+    )
     blind: Tensor  # [B, T] 1 where the question does not see the picture
     patch_class: Tensor  # [B, P] below PATCH_CLASSES
     patch_color: Tensor  # [B, P] 1 + colour, 0 = none
