@@ -79,10 +79,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--notes",
-        type=float,
-        default=0.0,
-        help="share of the questions with notes before them, half of these without the picture: teaches the decoder of "
-        "--init to read, tower and projector frozen (wants --text 192 or more)",
+        type=int,
+        default=0,
+        help="rows of notes and questions about them without a picture, for each picture; half of the pictures get notes "
+        "too. Teaches the decoder of --init to read, tower and projector frozen (wants --text 192 or more)",
     )
     parser.add_argument(
         "--size", type=int, choices=SIDES, default=112, help="pixels: 196 or 576 visual tokens"
@@ -99,8 +99,8 @@ def _arguments() -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not value >= least:
             parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
-    if not 0 <= args.notes <= 1:
-        parser.error(f"--notes: expected a share from 0 to 1, got {args.notes}")
+    if args.notes < 0:
+        parser.error(f"--notes: expected at least 0, got {args.notes}")
     if args.notes and (args.init is None or args.decoder is not None or args.text < _NOTES_TEXT):
         parser.error(f"--notes: expected --init without --decoder, and --text from {_NOTES_TEXT}, got others")
     return args

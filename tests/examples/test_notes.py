@@ -1,18 +1,18 @@
-"""Notes are true and tell what they should; with them in front, a blind question has everything but the picture."""
+"""Notes are true and tell what they should; packed text says to the model what prompts would."""
 
 import numpy as np
 import pytest
 import torch
 import train
 from torch.nn.functional import cross_entropy
-from training.batches import IGNORED, make_batch
+from training.batches import IGNORED, NOTES, make_batch, make_text
 from training.captions import KINDS, caption_loss, make_sheets, score_captions
 from training.loop import Plan, Trainer
-from training.losses import answer_loss, packed_mask, see
+from training.losses import answer_loss, packed_mask
 from training.model import make_model, make_processor
 from training.wording import Wording
 from transformers import GPT2Config, GPT2LMHeadModel
-from world.notes import about, everything, name, place, says, some, take_notes
+from world.notes import about, complete, everything, name, place, says, some, take_notes
 from world.questions import ask_all
 from world.scenes import make_scene
 from world.words import LETTERS, SHAPES, TOKEN_ID, VOCABULARY
@@ -46,7 +46,6 @@ def test_every_note_is_of_the_vocabulary_and_ends():
             for note in [*notes, *everything(scene, rng)]:
                 assert note[-1] == "." and note.count(".") == 1
                 assert set(note) <= set(VOCABULARY)
-            assert take_notes(scene, question, rng, telling=True)
 
 
 @pytest.mark.parametrize("plain", [True, False])
@@ -67,63 +66,73 @@ def test_a_note_about_a_question_holds_the_words_of_its_answer(plain):
     assert asked > 100
 
 
-def test_a_blind_question_does_not_see_the_picture():
-    allowed = packed_mask(torch.tensor([[1, 1, 2, 2]]), 3, torch.tensor([[0, 0, 1, 1]]), prefix=1)[0, 0] == 0
+def test_a_question_sees_the_notes_of_its_document_alone():
+    segment, document = torch.tensor([[NOTES, 1, 2, NOTES, 3, 0]]), torch.tensor([[1, 1, 1, 2, 2, 0]])
+    allowed = packed_mask(segment, document, 1)[0, 0] == 0
     assert allowed.int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 1, 0, 0],
-        [1, 0, 0, 0, 0, 1, 0],
-        [1, 0, 0, 0, 0, 1, 1],
+        [1, 1, 0, 1, 0, 0, 0],
+        [1, 0, 0, 0, 1, 0, 0],
+        [1, 0, 0, 0, 1, 1, 0],
+        [1, 0, 0, 0, 0, 0, 1],
     ]
 
 
-def test_blind_questions_are_prompts_without_a_picture():
-    """Their loss is that of the same words asked of the model as text alone."""
+def test_questions_about_notes_are_prompts_without_a_picture():
+    """The loss of a packed row is that of the same words asked of the model as text, one question at a time."""
     torch.manual_seed(0)
     model = make_model(112, "eager", layers=(1, 2))
     torch.nn.init.normal_(model.lm_head.weight, std=0.5)
     for layer in model.model.language_model.layers:
         torch.nn.init.normal_(layer.self_attn.o_proj.weight, std=0.05)
-    batch = make_batch([SEED], 112, WORDING, 384, notes=1.0)
-    seeing = batch.blind[0] == 0
-    batch.labels[0][seeing] = IGNORED
+    text = make_text([3], 112, WORDING)
+    segment, document, start = text.segment[0], text.document[0], len(text.prefix)
     with torch.no_grad():
-        packed = answer_loss(model, see(model, batch.images)[1], batch)
+        packed = answer_loss(model, torch.zeros(1, 0, 256), text)
         alone = []
-        for number in batch.segment[0][~seeing].unique():
-            here = batch.segment[0] == number
-            ids, labels = batch.ids[0][here], batch.labels[0][here]
-            prompt = torch.cat([batch.prefix, ids])
-            start = int(batch.positions[0][here][0])  # a prompt from which pruning took some of the picture
-            places = torch.cat([torch.arange(len(batch.prefix)), start + torch.arange(len(ids))])
-            words = model(input_ids=prompt[None], position_ids=places[None]).logits[0, len(batch.prefix) :]
+        for number in range(1, int(segment.max()) + 1):
+            asked = segment == number
+            told = (segment == NOTES) & (document == document[asked][0])
+            prompt = torch.cat([text.prefix, text.ids[0][told], text.ids[0][asked]])
+            places = torch.cat([torch.arange(start), text.positions[0][told], text.positions[0][asked]])
+            assert (
+                places[start:].diff() == 1
+            ).all()  # one text, as pruning leaves it behind some of a picture
+            words = model(input_ids=prompt[None], position_ids=places[None]).logits[0, -int(asked.sum()) :]
+            labels = text.labels[0][asked]
             alone.append(cross_entropy(words[labels != IGNORED], labels[labels != IGNORED], reduction="none"))
-    assert len(alone) > 2
+    assert len(alone) > 3 and int(document.max()) > 1
     torch.testing.assert_close(packed, torch.cat(alone).mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_without_notes_nothing_is_blind_and_with_them_some_are():
-    plain, noted = make_batch([1, 2], 112, WORDING), make_batch([1, 2], 112, WORDING, 384, notes=1.0)
-    assert not plain.blind.any()
-    assert noted.blind.any() and not noted.blind.all()
-    full_stop = TOKEN_ID["."]
-    for row in range(2):
-        for number in range(1, int(noted.segment[row].max()) + 1):
-            here = noted.segment[row] == number
-            assert full_stop in noted.ids[row][here][:-2]
+def test_pictures_have_notes_only_where_they_are_wanted():
+    plain, noted = (make_batch(range(8), 112, WORDING, 192, notes=notes) for notes in (False, True))
+    assert not (plain.segment == NOTES).any()
+    behind = (noted.segment == NOTES).any(1)
+    assert behind.any() and not behind.all()
+
+
+def test_notes_are_completed_and_of_everything_where_many_are_asked_for():
+    scene, rng = make_scene(SEED), np.random.default_rng(0)
+    asked = list(ask_all(scene, rng))
+    sizes = {len(take_notes(scene, asked, rng, others=0)) for _ in range(20)}
+    assert sizes == {len(asked), len(scene.things) + 2}
+    notes = take_notes(scene, asked[:2], rng, others=1)
+    assert len(notes) == 3
+    completed = {question.words + question.answer for question in complete(notes, rng)}
+    assert completed == set(notes)
 
 
 def test_learning_to_read_changes_the_decoder_only():
     torch.manual_seed(0)
-    plan = Plan(steps=2, batch=1, text=192, looking=0.0, notes=0.8)
+    plan = Plan(steps=2, batch=1, text=192, looking=0.0, notes=2)
     trainer = Trainer(
         make_model(112, "eager", layers=(1, 1)), PROCESSOR, plan, torch.device("cpu"), mixed=False
     )
     before = {key: value.clone() for key, value in trainer.parts.state_dict().items()}
-    assert [set(losses) for losses in trainer.run()] == [{"answers"}] * 2
+    assert [set(losses) for losses in trainer.run()] == [{"answers", "told"}] * 2
     changed = {
         key for key, value in trainer.parts.state_dict().items() if not torch.equal(value, before[key])
     }
@@ -132,9 +141,7 @@ def test_learning_to_read_changes_the_decoder_only():
     )
 
 
-@pytest.mark.parametrize(
-    "options", [("--notes", "1.5"), ("--notes", "0.5"), ("--notes", "0.5", "--init", "x")]
-)
+@pytest.mark.parametrize("options", [("--notes", "-1"), ("--notes", "2"), ("--notes", "2", "--init", "x")])
 def test_notes_that_cannot_be_taught_are_refused(options, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train", *options, "--out", str(tmp_path / "run")])
     with pytest.raises(SystemExit, match="2"):

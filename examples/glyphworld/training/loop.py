@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from training.batches import Batch, make_batch
+from training.batches import Batch, Text, make_batch, make_text
 from training.losses import DenseHeads, answer_loss, see
 from training.wording import Wording
 
@@ -44,7 +44,9 @@ class Plan:
     looking: float = 0.08  # share of the budget at the start in which only the dense losses are trained
     first_seed: int = FIRST_SEED
     decoder_rate: float | None = None  # of a pretrained decoder against ``rate``; None: trained like the rest
-    notes: float = 0.0  # share of the questions with notes; if there are any, tower and projector are frozen
+    notes: int = (
+        0  # rows of notes without a picture, for each picture; if any, tower and projector are frozen
+    )
 
 
 class Trainer:
@@ -80,7 +82,7 @@ class Trainer:
             return self.step / self.plan.steps
         return self.elapsed / (60 * self.plan.minutes)
 
-    def train_step(self, batch: Batch) -> dict[str, float]:
+    def train_step(self, batch: Batch, told: Text | None = None) -> dict[str, float]:
         """One update. Returns the losses before it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
             patches, projected = self.see(self.model, batch.images)
@@ -90,7 +92,11 @@ class Trainer:
                 losses["dense"] = self.heads(patches, projected, batch)
             if not looking:
                 losses["answers"] = self.answer_loss(self.model, projected, batch)
-            total = losses["dense"] if looking else losses["answers"] + _DENSE_WEIGHT * losses.get("dense", 0)
+            if told is not None:
+                nothing = projected.new_zeros(len(told.ids), 0, projected.shape[2])
+                losses["told"] = self.answer_loss(self.model, nothing, told)
+            weights = {"dense": 1.0 if looking else _DENSE_WEIGHT}
+            total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
         total.backward()
         nn.utils.clip_grad_norm_(self.parts.parameters(), 1.0)
         rate = self.plan.rate * min(1.0, (self.step + 1) / _WARM_UP)
@@ -120,7 +126,7 @@ class Trainer:
         for batch in batches:
             if self.progress >= 1:
                 return
-            losses = self.train_step(batch.to(self.device))
+            losses = self.train_step(*(part.to(self.device) for part in batch))
             clock = clock or time.monotonic()
             self.elapsed = before + time.monotonic() - clock
             yield losses
@@ -145,16 +151,20 @@ class Trainer:
         self.step, self.elapsed = state["step"], state["elapsed"]
 
 
-class _Batches(Dataset[Batch]):
+class _Batches(Dataset[tuple[Text, ...]]):
     """Batch number i of a plan, made where it is asked for (in a worker process if there are any)."""
 
     def __init__(self, plan: Plan, wording: Wording) -> None:
         self.plan, self.wording = plan, wording
 
-    def __getitem__(self, step: int) -> Batch:
-        first = self.plan.first_seed + step * self.plan.batch
-        seeds = range(first, first + self.plan.batch)
-        return make_batch(seeds, self.plan.side, self.wording, self.plan.text, self.plan.notes)
+    def __getitem__(self, step: int) -> tuple[Text, ...]:
+        plan = self.plan
+        seeds = range(plan.first_seed + step * plan.batch, plan.first_seed + (step + 1) * plan.batch)
+        batch = make_batch(seeds, plan.side, self.wording, plan.text, plan.notes > 0)
+        if not plan.notes:
+            return (batch,)
+        told = range(seeds.start * plan.notes, seeds.stop * plan.notes)
+        return batch, make_text(told, plan.side, self.wording, plan.text)
 
 
 def _optimizers(

@@ -6,6 +6,8 @@ Each has several wordings; where no random numbers are given it has the first on
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from world.questions import Question
@@ -25,7 +27,7 @@ _TELLING = {"box": ("both", "box"), "cell": ("both", "cell"), "at": ("both", "ce
 _SAYS = ("sign {l}", "the sign does say {l}", "word {l}", "the word is {l}")
 _COUNTS = ("{k} {o}", "there are {k} {o}", "{o} {k}")
 _THERE = {True: ("a {o}", "there is a {o}", "yes {o}"), False: ("no {o}", "there is no {o}")}
-_EVERYTHING = 0.3  # share of the notes taken that are of everything
+_MANY, _EVERYTHING = 6, 0.5  # notes from which on, and share in which, they are of everything
 
 
 def name(thing: Thing) -> str:
@@ -78,15 +80,22 @@ def some(scene: Scene, rng: Rng, number: int) -> list[Words]:
     return [notes[i] for i in rng.permutation(len(notes))[:number]]
 
 
-def take_notes(scene: Scene, question: Question, rng: Rng, telling: bool) -> Words:
-    """Notes to stand before a question: of everything, or a few, with the answer among them where ``telling``."""
-    if telling and rng.random() < _EVERYTHING:
-        notes = everything(scene, rng, _any(_TELLING.get(question.family, tuple(_PLACES)), rng))
-    else:
-        notes = some(scene, rng, int(rng.integers(0 if telling else 1, 4)))
-        if telling:
-            notes.insert(int(rng.integers(len(notes) + 1)), about(scene, question, rng))
-    return tuple(word for note in notes for word in note)
+def take_notes(scene: Scene, questions: Sequence[Question], rng: Rng, others: int) -> list[Words]:
+    """Notes which answer all these questions, in a random order: one a question and some others, or of everything.
+
+    Everything is told only where about as many notes are asked for.
+    """
+    if len(questions) >= _MANY and rng.random() < _EVERYTHING:
+        return everything(scene, rng, "both")
+    notes = [about(scene, question, rng) for question in questions] + some(scene, rng, others)
+    return [notes[i] for i in rng.permutation(len(notes))]
+
+
+def complete(notes: Sequence[Words], rng: Rng) -> Iterator[Question]:
+    """Asks for the rest of each of these notes, in a random order: what a reader learns first."""
+    for i in rng.permutation(len(notes)):
+        cut = int(rng.integers(1, len(notes[i]) - 1))
+        yield Question("complete", notes[i][:cut], notes[i][cut:])
 
 
 def _any(choices: Words, rng: Rng | None) -> str:
