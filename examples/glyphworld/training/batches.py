@@ -8,7 +8,7 @@ Notes, where there are any, stand in front of the questions, and all of these se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain, zip_longest
 from typing import Self
@@ -29,6 +29,7 @@ IGNORED = -100  # a label without loss
 PATCH_CLASSES = 1 + len(SHAPES) + 1 + len(LETTERS)  # nothing, the shapes, the plate of a sign, the letters
 _PLATE = 1 + len(SHAPES)
 _FEWEST_PIXELS = 5  # of an object in a patch that is said to show it
+_TOLD_MIX = dict.fromkeys(FAMILIES, 1 / len(FAMILIES))  # nothing that is told is hard to see
 _SIZES = (1, 1, 2, 2, 4, 8)  # questions which the notes of a document answer
 NOTES = -1  # segment of the notes, which every question of the document sees
 _NOTED = 0.5  # share of the pictures with notes where there are notes at all
@@ -105,7 +106,7 @@ def make_text(seeds: Sequence[int], side: int, wording: Wording, text: int = 192
         while True:
             scene = make_scene(_FAR + int(rng.integers(_FAR)), side)
             size = int(rng.choice(_SIZES))
-            asked = [*_ask(scene, rng, size)]
+            asked = [*_ask(scene, rng, size, _TOLD_MIX)]
             notes = take_notes(scene, asked, rng, others=int(rng.integers(size)))
             # Where pruning leaves the text: behind some of the picture.
             first = len(wording.prefix) + int(rng.integers((side // PATCH) ** 2 + 1))
@@ -143,12 +144,14 @@ def _alternate(*several: Iterable[Question]) -> Iterator[Question]:
         yield from filter(None, some)
 
 
-def _ask(scene: Scene, rng: np.random.Generator, number: int | None = None) -> Iterator[Question]:
+def _ask(
+    scene: Scene, rng: np.random.Generator, number: int | None = None, mix: Mapping[str, float] = MIX
+) -> Iterator[Question]:
     """Different questions, until there are so many or too many draws gave no new one."""
     seen: set[Words] = set()
     misses = 0
     while misses < _MISSES and len(seen) != number:
-        question = ask(scene, rng.choice(FAMILIES, p=[MIX[family] for family in FAMILIES]), rng)
+        question = ask(scene, rng.choice(FAMILIES, p=[mix[family] for family in FAMILIES]), rng)
         if question is None or question.words in seen:
             misses += 1
             continue
