@@ -241,6 +241,8 @@ def generate(model: Any, inputs: Any, policy: PruningPolicy | None, **settings: 
     Greedy unless ``settings``, which are those of transformers' ``generate``, say otherwise.
     """
     settings = {"do_sample": False, "num_beams": 1} | settings
+    if policy is not None:
+        policy.forget()  # what is asked again, to be timed, costs what it did
     with meter(model) if policy is None else prune(model, policy) as run:
         output = model.generate(**inputs, **settings)
     return run, output[:, inputs["input_ids"].shape[1] :]

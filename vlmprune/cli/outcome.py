@@ -54,4 +54,5 @@ def median(outcomes: list[Outcome]) -> Outcome:
     """The first of several equal runs, with the median of each duration."""
     first, runs = outcomes[0].report, [astuple(outcome.report.seconds) for outcome in outcomes]
     seconds = Seconds(*map(statistics.median, zip(*runs, strict=True)))
-    return replace(outcomes[0], report=replace(first, seconds=seconds))
+    captions = statistics.median(outcome.report.caption_seconds for outcome in outcomes)
+    return replace(outcomes[0], report=replace(first, seconds=seconds, caption_seconds=captions))

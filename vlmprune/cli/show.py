@@ -17,14 +17,16 @@ SETTINGS = re.compile(r":([^()+&|]*[^()+&|\s])")
 
 
 def show(settings: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
-    """Print one column per run, one row per quantity; below, how all was measured."""
+    """Print one column per run, one row per quantity that any of them has; below, how all was measured."""
     out = Table("")
     for outcome in outcomes:
         out.add_column(Text(SETTINGS.sub("", outcome.label)), overflow="fold")
     out.columns[0].no_wrap = True
     for sections in zip(*map(cells, outcomes), strict=True):
         for name in sections[0]:
-            out.add_row(name, *(Text(section[name]) for section in sections))
+            found = [section[name] for section in sections]
+            if not ("captions" in name and set(found) == {"-"}):  # most methods write none
+                out.add_row(name, *map(Text, found))
         out.add_section()
     lines = [
         "{model} on {device}, {precision}, {attention} attention. Greedy, batch 1.",
@@ -42,9 +44,10 @@ def cells(outcome: Outcome) -> list[dict[str, str]]:
     report = outcome.report
     tokens, flops, seconds, steps = report.tokens, report.flops, report.seconds, report.decode_steps
     stages = (f"layer {layer}: {before}→{after}" for layer, before, after in report.stages)
+    captions = [text for sample in report.captions for text in sample]
     return [
         {"settings": "\n\n".join(SETTINGS.findall(outcome.label)).replace(",", "\n") or "-"},
-        {"answer": outcome.answer},
+        {"answer": outcome.answer, "captions": "\n".join(captions) or "-"},
         {
             "visual tokens": f"{report.visual_tokens:g}",
             "stages": "\n".join(stages) or "-",
@@ -58,11 +61,13 @@ def cells(outcome: Outcome) -> list[dict[str, str]]:
             "FLOPs, this run": _flops(flops.pruned, flops.full),
             "FLOPs cut": f"{flops.cut:.1%}",
             "FLOPs, vision": _flops(flops.vision, flops.full),
+            "FLOPs, captions": _flops(flops.captions, flops.full) if captions else "-",
         },
         {
             "vision": _time(seconds.vision),
             "prefill": _time(seconds.prefill),
             "selection": _time(seconds.selection) if outcome.kept else "-",
+            "captions, of it": _time(report.caption_seconds) if captions else "-",
             "decode (steps)": f"{_time(seconds.decode)} ({steps})" if steps else "-",
             "decode per token": _time(seconds.decode / steps) if steps else "-",
         },

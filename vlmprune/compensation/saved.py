@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vlmprune.compensation.interface import Caption, Compensator, Discarded
+from vlmprune.compensation.saving import standing
 from vlmprune.errors import check
 
 
@@ -23,7 +23,10 @@ class Saved:
 
     def __init__(self, folder: str) -> None:
         check(
-            Path(folder).is_dir(), "compensator", "a compensator, or the folder of a saved one", repr(folder)
+            standing(folder).is_dir(),
+            "compensator",
+            "a compensator, or the folder of a saved one",
+            repr(folder),
         )
         self.folder = folder
         self._loaded: Compensator | None = None

@@ -101,6 +101,10 @@ class ACCM(PruningPolicy):
     def kept(self, tokens: int, images: float, layer: int) -> int:
         return self._selection.kept(tokens, images, layer)
 
+    def forget(self) -> None:
+        if isinstance(self._compensator, Remembering):
+            self._compensator.clear()
+
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         check(
             ctx.whole, "prefill_chunk_size", "None with ACCM, which reads whole prompts", "a prompt in chunks"

@@ -269,6 +269,9 @@ class PruningPolicy:
         """
         return keep_count(self._setting("keep", KEEPS), tokens, images, self.spend)
 
+    def forget(self) -> None:
+        """Drop what is remembered of earlier prompts: the next one then costs what a new one does. Most remember nothing."""
+
     def _setting(self, name: str, expected: str) -> Any:
         if name not in self.__dataclass_fields__:
             check(False, type(self).__name__, expected, "none")

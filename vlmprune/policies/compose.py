@@ -79,6 +79,10 @@ class Stages(PruningPolicy):
     def kept(self, tokens: int, images: float, layer: int) -> int:
         return self._policy(layer).kept(tokens, images, layer)
 
+    def forget(self) -> None:
+        for policy in self.policies:
+            policy.forget()
+
     def _policy(self, layer: int) -> PruningPolicy:
         check(layer in self.layers, "layer", f"one of {self.layers}", layer)
         return next(policy for policy in self.policies if layer in policy.layers)
@@ -118,6 +122,10 @@ class Pair(PruningPolicy):
 
     def needs(self, layer: int) -> Needs:
         return self.first.needs(layer) | self.second.needs(layer)
+
+    def forget(self) -> None:
+        self.first.forget()
+        self.second.forget()
 
     def choices(self, ctx: TokenContext) -> tuple[Tensor, Tensor]:
         """What each policy keeps, as marks ``[B, N]`` bool."""

@@ -67,7 +67,7 @@ def _turn_of(tokenizer: Any, template: str) -> tuple[str, str]:
             for role, mark in zip(("user", "assistant", "user"), MARKS, strict=True)
         ]
         text = _rendered(tokenizer, talk)
-        if all(text.count(mark) == 1 for mark in MARKS) and "'text'" not in text:  # that is a list, printed
+        if all(text.count(mark) == 1 for mark in MARKS):
             first, rest = text.split(MARKS[0])
             later, footer = rest.split(MARKS[1])[1].split(MARKS[2])
             # what both user turns begin with; in the first a system prompt may stand before it, in later ones an end

@@ -51,21 +51,16 @@ def tokenizer(ends=False):
     return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=64, **special)
 
 
-def language_model(kind="gpt2", context=64, **settings):
+def language_model(kind="gpt2", context=64, size=23, **settings):
     """Weights large enough that captions differ between images."""
     torch.manual_seed(0)
-    size = len(tokenizer())
-    ends = {"bos_token_id": 1, "eos_token_id": 1, "initializer_range": 0.6}
+    ends = {"bos_token_id": 1, "eos_token_id": 1, "initializer_range": 0.6} | settings
     if kind == "gpt2":
-        config = GPT2Config(
-            vocab_size=size, n_positions=context, n_embd=WIDTH, n_layer=2, n_head=2, **ends, **settings
-        )
+        config = GPT2Config(vocab_size=size, n_positions=context, n_embd=WIDTH, n_layer=2, n_head=2, **ends)
         return GPT2LMHeadModel(config).eval()
     shape = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(
-        vocab_size=size, max_position_embeddings=context, **shape, **heads, **ends, **settings
-    )
+    config = LlamaConfig(vocab_size=size, max_position_embeddings=context, **shape, **heads, **ends)
     return LlamaForCausalLM(config).eval()
 
 

@@ -1,0 +1,103 @@
+"""What is asked, and where a text about an image belongs, under templates and tokens of many kinds."""
+
+import pytest
+
+from helpers.words import ASSISTANT, BLANK, CLOSE, OPEN, TEMPLATE, USER, make_tokenizer
+from vlmprune.errors import InputError
+from vlmprune.policies.prompt_words import closes, places_behind, question_of, turn_of
+
+I = 199  # noqa: E741
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<s> w80 w81 </s> {% endif %}{% for m in messages %}<s> {{ m['role'] }} "
+    "{{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+"""Of tokenizers of language models: contents are texts, a system prompt comes first."""
+STRICT = "{{ raise_exception('roles must alternate') }}"
+
+
+@pytest.mark.parametrize(
+    "template, turn",
+    [
+        (TEMPLATE, ("w90", "w91")),
+        (CHATML, ("</s> <s> user", "</s> <s> assistant")),
+        (None, ("", "")),
+        (STRICT, ("", "")),
+        ("{{ messages[0]['content'] }}", ("", "")),
+    ],
+    ids=["lists", "texts", "none", "refuses", "first turn only"],
+)
+def test_the_turn_of_a_template(template, turn):
+    assert turn_of(make_tokenizer(template=template)) == turn
+
+
+@pytest.mark.parametrize(
+    "ids, question",
+    [
+        ([USER, I, BLANK, 5, 6, ASSISTANT], "w5 w6"),
+        ([USER, I, CLOSE, 5, OPEN, I, CLOSE, BLANK, 6, 7, ASSISTANT], "w6 w7"),
+        ([USER, 5, I, ASSISTANT], ""),
+        ([USER, I, 5, ASSISTANT, 6, 2, USER, 7, 8, ASSISTANT], "w7 w8"),
+        ([USER, I, 5, ASSISTANT, 30, 31, 2], "w5"),
+        ([-1, -1, USER, I, 5, ASSISTANT, -1], "w5"),
+    ],
+    ids=["line end", "two images", "asked before", "latest turn", "with its answer", "padded"],
+)
+def test_the_question(ids, question):
+    last = max(i for i, token in enumerate(ids) if token == I)
+    assert question_of(ids, last, make_tokenizer()) == question
+
+
+def test_without_a_template_all_behind_the_image_is_asked():
+    assert question_of([USER, I, BLANK, 5, ASSISTANT], 1, make_tokenizer(template=None)) == "w5 w91"
+
+
+@pytest.mark.parametrize(
+    "ids, behind",
+    [
+        ([1, USER, I, I, 5, ASSISTANT], [4]),
+        ([1, USER, I, BLANK, BLANK, 5, ASSISTANT], [5]),
+        ([1, USER, OPEN, I, CLOSE, 5, ASSISTANT], [5]),
+        ([1, USER, OPEN, I, CLOSE, OPEN, I, CLOSE, 5, ASSISTANT], [5, 8]),
+        ([1, USER, OPEN, I, OPEN, I, OPEN, 5, ASSISTANT], [5, 7]),
+        ([1, USER, I, BLANK, I, BLANK, 5, ASSISTANT], [4, 6]),
+        ([1, USER, I, 5, I, 6, ASSISTANT], [3, 5]),
+        ([1, USER, 5, OPEN, I, CLOSE, 2, USER], [6]),
+        ([1, USER, I, BLANK], [3]),
+        ([1, USER, I, BLANK, -1, -1], [3]),
+    ],
+    ids=[
+        "nothing closes it",
+        "line ends",
+        "special tokens",
+        "closed, then opened",
+        "one token between, which closes",
+        "line ends between",
+        "words between",
+        "the turn ends",
+        "the prompt ends",
+        "padding follows",
+    ],
+)
+def test_places_behind_images(ids, behind):
+    images, at = [], 0
+    while at < len(ids):
+        if ids[at] == I:
+            end = at
+            while end + 1 < len(ids) and ids[end + 1] == I:
+                end += 1
+            images.append((at, end))
+            at = end
+        at += 1
+    assert places_behind(ids, images, make_tokenizer()) == behind
+
+
+def test_an_image_at_the_end():
+    with pytest.raises(InputError, match=r"^prompt: expected words behind its last image, got none$"):
+        places_behind([1, USER, 5, I], [(3, 3)], make_tokenizer())
+
+
+def test_what_closes_an_image():
+    tokenizer = make_tokenizer()
+    assert [closes(token, tokenizer) for token in (BLANK, CLOSE, 5, 0, 1, 2, -1)] == [True, True] + [
+        False
+    ] * 5
