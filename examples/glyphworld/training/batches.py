@@ -33,6 +33,7 @@ _TOLD_MIX = dict.fromkeys(FAMILIES, 1 / len(FAMILIES))  # nothing that is told i
 _SIZES = (1, 1, 2, 2, 4, 8)  # questions which the notes of a document answer
 NOTES = -1  # segment of the notes, which every question of the document sees
 _NOTED = 0.5  # share of the pictures with notes where there are notes at all
+_ELSEWHERE = 0.6  # share of these whose notes and questions are about another scene: what is written counts
 _FAR = 1_000_000_000  # seeds of the scenes that are told, not shown
 _MISSES = 6  # draws that gave no new question, after which a picture gets no more
 
@@ -118,19 +119,26 @@ def make_text(seeds: Sequence[int], side: int, wording: Wording, text: int = 192
 
 
 def _row(seed: int, scene: Scene, wording: Wording, text: int, notes: bool) -> tuple[Ints, ...]:
-    """The text behind one picture; notes, where there are any, answer some of the questions."""
+    """The text behind one picture; notes, where there are any, answer some of the questions.
+
+    Behind a picture that shows all that is asked notes would only be ignored: some tell of another scene, and only that is
+    asked then.
+    """
     rng, row = np.random.default_rng((seed, 7)), _Row(wording, text)
     first = len(wording.prefix) + (scene.side // PATCH) ** 2
     told: list[Question] = []
     noted: list[Words] = []
+    more = True
     if notes and rng.random() < _NOTED:
-        size = int(rng.choice(_SIZES))
-        told = [*_ask(scene, rng, size)]
-        noted = take_notes(scene, told, rng, others=int(rng.integers(size)))
+        size, about = int(rng.choice(_SIZES)), scene
+        if rng.random() < _ELSEWHERE:
+            about, more = make_scene(_FAR + int(rng.integers(_FAR)), scene.side), False
+        told = [*_ask(about, rng, size, MIX if more else _TOLD_MIX)]
+        noted = take_notes(about, told, rng, others=int(rng.integers(size)))
     if not row.tell(noted, first):
         raise ValueError(f"text: expected room for all notes, got {text}")
     misses = 0
-    for question in chain(told, _ask(scene, rng)):
+    for question in chain(told, _ask(scene, rng) if more else ()):
         if not row.ask(question):
             misses += 2  # a shorter one may still fit
         if misses >= _MISSES:
