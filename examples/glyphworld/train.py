@@ -28,6 +28,7 @@ from world.scenes import SIDES
 _LOG_EVERY = 20  # steps
 _SAVE_EVERY = 120  # seconds
 _LEAST = {"minutes": 0.01, "steps": 1, "batch": 1, "decoder_rate": 0, "text": 32}  # words: any question
+_NOTES_TEXT = 192  # words: notes of everything, and any question
 _GENTLE = 0.1  # learning rate of a pretrained decoder against the rest's
 
 
@@ -77,6 +78,13 @@ def _arguments() -> argparse.Namespace:
         f"case (default with --decoder: {_GENTLE})",
     )
     parser.add_argument(
+        "--notes",
+        type=int,
+        default=0,
+        help="rows of notes and questions about them without a picture, for each picture; half of the pictures get notes "
+        "too. Teaches the decoder of --init to read, tower and projector frozen (wants --text 192 or more)",
+    )
+    parser.add_argument(
         "--size", type=int, choices=SIDES, default=112, help="pixels: 196 or 576 visual tokens"
     )
     parser.add_argument("--device", default="cpu")
@@ -91,6 +99,10 @@ def _arguments() -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not value >= least:
             parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+    if args.notes < 0:
+        parser.error(f"--notes: expected at least 0, got {args.notes}")
+    if args.notes and (args.init is None or args.decoder is not None or args.text < _NOTES_TEXT):
+        parser.error(f"--notes: expected --init without --decoder, and --text from {_NOTES_TEXT}, got others")
     return args
 
 
@@ -100,7 +112,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     looking = 0.0 if args.init else Plan.looking
     gentle = args.decoder_rate if args.decoder_rate is not None else _GENTLE if args.decoder else None
     budget = (args.minutes, args.steps, args.batch, args.text)
-    return Plan(args.size, *budget, rate, looking, args.first_seed, gentle)
+    return Plan(args.size, *budget, rate, looking, args.first_seed, gentle, args.notes)
 
 
 def _model(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

@@ -71,7 +71,7 @@ def test_dense_targets_are_the_scene(side):
 
 
 def test_packed_mask_by_hand():
-    allowed = packed_mask(torch.tensor([[1, 1, 2, 0]]), first=1)[0, 0] == 0
+    allowed = packed_mask(torch.tensor([[1, 1, 2, 0]]), torch.tensor([[1, 1, 1, 0]]), first=1)[0, 0] == 0
     assert allowed.int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],

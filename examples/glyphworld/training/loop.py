@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from training.batches import Batch, make_batch
+from training.batches import Batch, Text, make_batch, make_text
 from training.losses import DenseHeads, answer_loss, see
 from training.wording import Wording
 
@@ -44,6 +44,9 @@ class Plan:
     looking: float = 0.08  # share of the budget at the start in which only the dense losses are trained
     first_seed: int = FIRST_SEED
     decoder_rate: float | None = None  # of a pretrained decoder against ``rate``; None: trained like the rest
+    notes: int = (
+        0  # rows of notes without a picture, for each picture; if any, tower and projector are frozen
+    )
 
 
 class Trainer:
@@ -63,7 +66,7 @@ class Trainer:
         sizes = config.vision_config.hidden_size, config.text_config.hidden_size
         self.heads = DenseHeads(*sizes).to(device)
         self.parts = nn.ModuleDict({"model": self.model, "heads": self.heads})
-        self.optimizers, self.shares = _optimizers(self.parts, plan.decoder_rate)
+        self.optimizers, self.shares = _optimizers(self.parts, plan)
         self.step, self.elapsed = 0, 0.0
         self.see: Callable[..., Any] = see
         self.answer_loss: Callable[..., Tensor] = answer_loss
@@ -79,18 +82,21 @@ class Trainer:
             return self.step / self.plan.steps
         return self.elapsed / (60 * self.plan.minutes)
 
-    def train_step(self, batch: Batch) -> dict[str, float]:
+    def train_step(self, batch: Batch, told: Text | None = None) -> dict[str, float]:
         """One update. Returns the losses before it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
             patches, projected = self.see(self.model, batch.images)
-            dense = self.heads(patches, projected, batch)
-            if self.progress < self.plan.looking:
-                losses = {"dense": dense}
-                total = dense
-            else:
-                answers = self.answer_loss(self.model, projected, batch)
-                losses = {"dense": dense, "answers": answers}
-                total = answers + _DENSE_WEIGHT * dense
+            looking = self.progress < self.plan.looking
+            losses = {}
+            if not self.plan.notes:
+                losses["dense"] = self.heads(patches, projected, batch)
+            if not looking:
+                losses["answers"] = self.answer_loss(self.model, projected, batch)
+            if told is not None:
+                nothing = projected.new_zeros(len(told.ids), 0, projected.shape[2])
+                losses["told"] = self.answer_loss(self.model, nothing, told)
+            weights = {"dense": 1.0 if looking else _DENSE_WEIGHT}
+            total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
         total.backward()
         nn.utils.clip_grad_norm_(self.parts.parameters(), 1.0)
         rate = self.plan.rate * min(1.0, (self.step + 1) / _WARM_UP)
@@ -120,7 +126,7 @@ class Trainer:
         for batch in batches:
             if self.progress >= 1:
                 return
-            losses = self.train_step(batch.to(self.device))
+            losses = self.train_step(*(part.to(self.device) for part in batch))
             clock = clock or time.monotonic()
             self.elapsed = before + time.monotonic() - clock
             yield losses
@@ -145,36 +151,46 @@ class Trainer:
         self.step, self.elapsed = state["step"], state["elapsed"]
 
 
-class _Batches(Dataset[Batch]):
+class _Batches(Dataset[tuple[Text, ...]]):
     """Batch number i of a plan, made where it is asked for (in a worker process if there are any)."""
 
     def __init__(self, plan: Plan, wording: Wording) -> None:
         self.plan, self.wording = plan, wording
 
-    def __getitem__(self, step: int) -> Batch:
-        first = self.plan.first_seed + step * self.plan.batch
-        seeds = range(first, first + self.plan.batch)
-        return make_batch(seeds, self.plan.side, self.wording, self.plan.text)
+    def __getitem__(self, step: int) -> tuple[Text, ...]:
+        plan = self.plan
+        seeds = range(plan.first_seed + step * plan.batch, plan.first_seed + (step + 1) * plan.batch)
+        batch = make_batch(seeds, plan.side, self.wording, plan.text, plan.notes > 0)
+        if not plan.notes:
+            return (batch,)
+        told = range(seeds.start * plan.notes, seeds.stop * plan.notes)
+        return batch, make_text(told, plan.side, self.wording, plan.text)
 
 
 def _optimizers(
-    parts: nn.ModuleDict, decoder_rate: float | None
+    parts: nn.ModuleDict, plan: Plan
 ) -> tuple[tuple[torch.optim.Optimizer, ...], tuple[list[float], ...]]:
     """Muon for the matrices inside the blocks, Adam for everything else, and the share of the rate of each group.
 
     A pretrained decoder is Adam's: Muon costs more than the rest of a step where the matrices are large and the batch is
-    small. Its table of words is left alone: Adam would move even the rows of words that never occur here.
+    small. Its table of words is left alone: Adam would move even the rows of words that never occur here. Who learns to
+    read notes goes on seeing as before.
     """
     matrices: list[nn.Parameter] = []
     others: dict[float, list[nn.Parameter]] = {}  # by share
     for name, parameter in parts.named_parameters():
         table = any(word in name for word in _TABLES)
-        pretrained = decoder_rate is not None and name.startswith(_DECODER)
-        share = 1.0 if not pretrained else 0.0 if table else decoder_rate
+        decoder = name.startswith(_DECODER)
+        pretrained = plan.decoder_rate is not None and decoder
+        share = plan.decoder_rate if pretrained else 1.0
+        if (pretrained and table) or (plan.notes and not decoder):
+            share = 0.0
         parameter.requires_grad_(share > 0)
+        if share == 0:
+            continue
         if name.startswith("model.") and parameter.ndim == 2 and not (table or pretrained):
             matrices.append(parameter)
-        elif share > 0:
+        else:
             others.setdefault(share, []).append(parameter)
     muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=0.01, momentum=0.95)
     groups = [{"params": some} for some in others.values()]

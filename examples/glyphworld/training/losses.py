@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from world.words import COLORS, NUMBERS, SHAPES
 
-from training.batches import IGNORED, PATCH_CLASSES, Batch
+from training.batches import IGNORED, NOTES, PATCH_CLASSES, Batch, Text
 
 _BACKGROUND = 0.15  # weight of a patch that shows nothing against one that shows something
 
@@ -64,8 +64,8 @@ def see(model: LlavaForConditionalGeneration, images: Tensor) -> tuple[Tensor, T
     return seen.hidden_states[-1][:, 1:], torch.stack(list(seen.pooler_output))
 
 
-def answer_loss(model: LlavaForConditionalGeneration, projected: Tensor, batch: Batch) -> Tensor:
-    """Mean cross entropy of the tokens of all answers, given the visual tokens."""
+def answer_loss(model: LlavaForConditionalGeneration, projected: Tensor, batch: Text) -> Tensor:
+    """Mean cross entropy of the tokens of all answers, given the visual tokens, of which there may be none."""
     embed = model.get_input_embeddings()
     prefix = embed(batch.prefix).expand(len(projected), -1, -1)
     inputs = torch.cat([prefix, projected.to(prefix.dtype), embed(batch.ids)], 1)
@@ -73,7 +73,7 @@ def answer_loss(model: LlavaForConditionalGeneration, projected: Tensor, batch: 
     pictures = torch.arange(first, device=projected.device).expand(len(projected), -1)
     hidden = model.model.language_model(
         inputs_embeds=inputs,
-        attention_mask=packed_mask(batch.segment, first),
+        attention_mask=packed_mask(batch.segment, batch.document, first),
         position_ids=torch.cat([pictures, batch.positions], 1),
         use_cache=False,
     ).last_hidden_state[:, first:]
@@ -81,11 +81,12 @@ def answer_loss(model: LlavaForConditionalGeneration, projected: Tensor, batch: 
     return F.cross_entropy(tokens, batch.labels.flatten(), ignore_index=IGNORED)
 
 
-def packed_mask(segment: Tensor, first: int) -> Tensor:
-    """Additive float32 mask ``[B, 1, S, S]``: causal; a question sees the ``first`` positions and itself."""
-    whole = F.pad(segment, (first, 0))
+def packed_mask(segment: Tensor, document: Tensor, first: int) -> Tensor:
+    """Additive float32 mask ``[B, 1, S, S]``: causal; a question sees the ``first`` positions, its document's notes and itself."""
+    whole, part = F.pad(segment, (first, 0)), F.pad(document, (first, 0))
     place = torch.arange(whole.shape[1], device=segment.device)
-    same = (place < first)[None, None, :] | (whole[:, :, None] == whole[:, None, :])
+    told = (whole == NOTES)[:, None, :] | (whole[:, :, None] == whole[:, None, :])
+    same = (place < first) | (told & (part[:, :, None] == part[:, None, :]))
     allowed = same & (place[:, None] >= place[None, :])
     return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
 

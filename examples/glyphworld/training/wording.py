@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import LlavaProcessor
 from world.questions import Question
 
@@ -36,6 +38,10 @@ class Wording:
         if whole[: len(asked)] != asked:
             raise ValueError(f"tokenizer: expected a token to begin with the answer of {prompt!r}, got none")
         return asked[len(self.prefix) + 1 :], [*whole[len(asked) :], self._tokenizer.eos_token_id]
+
+    def tokens(self, words: Sequence[str]) -> list[int]:
+        """Token ids of words that stand by themselves."""
+        return self._ids(" ".join(words))
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)

@@ -1,0 +1,1 @@
+"""ACCM, tested at equal FLOPs against what needs no words."""
