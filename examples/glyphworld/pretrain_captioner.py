@@ -3,7 +3,8 @@
     python -P examples/glyphworld/pretrain_captioner.py --kind general --minutes 10 --out DIR
 
 Features are what the checkpoint's projector gives of the places that pruning drops, at 90, 94 and 97 %. DIR/compensator is a
-compensator without selector, as `vlmprune accm train --init` and `vlmprune.ACCM` take it; DIR/log.jsonl has the losses.
+compensator, as `vlmprune accm train --init` and `vlmprune.ACCM` take it, whose selector has learned nothing yet; DIR/log.jsonl
+has the losses.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
-from transformers import AutoProcessor, GPT2Config, GPT2LMHeadModel, LlavaForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlavaForConditionalGeneration,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
 
@@ -26,7 +34,7 @@ from training.captions import KINDS, Sheet, caption_loss, make_sheets, score_cap
 from training.loop import FIRST_SEED
 from training.losses import see
 
-from vlmprune.compensation import Captioner, Describer, Discarded
+from vlmprune.compensation import Captioner, Describer, Discarded, Selector
 
 _LOG_EVERY = 50  # steps
 _WARM_UP = 50
@@ -48,7 +56,7 @@ def main() -> None:
     captioner.config.max_new_tokens = _LONGEST[args.kind]
     args.out.mkdir(parents=True, exist_ok=True)
     _train(captioner.train(), vlm, args)
-    Describer(captioner.eval()).save_pretrained(args.out / "compensator")
+    Describer(captioner.eval(), _selector(processor, vlm)).save_pretrained(args.out / "compensator")
     result = evaluate(captioner, vlm, args.kind)
     (args.out / "held_out.json").write_text(json.dumps(result) + "\n")
     print(json.dumps(result))
@@ -96,6 +104,22 @@ def _new(args: argparse.Namespace, vlm: LlavaForConditionalGeneration, processor
     end = None if args.kind == "scene" else "."
     settings = {"end": end, "max_new_tokens": _LONGEST[args.kind]}
     return Captioner.make(vlm.config.text_config.hidden_size, GPT2LMHeadModel(config), tokenizer, **settings)
+
+
+def _selector(processor: AutoProcessor, vlm: LlavaForConditionalGeneration) -> Selector:
+    """A new one, its text encoder too: a small BERT with the checkpoint's words, to be trained with the rest."""
+    words = vlm.config.text_config.vocab_size
+    config = BertConfig(
+        vocab_size=words,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=128,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+    encoder = BertModel(config, add_pooling_layer=False)
+    return Selector.make(encoder, processor.tokenizer, train_text_encoder=True)
 
 
 def _train(captioner: Captioner, vlm: LlavaForConditionalGeneration, args: argparse.Namespace) -> None:
