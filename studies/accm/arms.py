@@ -75,7 +75,7 @@ def make_arms(
     """
     bare = ACCM(selection, Known([]), keep=keep, candidates=CANDIDATES, wording="{}")
     # ACCM has given the selection its budget.
-    plain, at = bare._selection, f"{type(selection).__name__} {keep}"
+    plain, at = bare.selected, f"{type(selection).__name__} {keep}"
     arms = [
         Told("no words", keep, plain, name=f"{at}: no words"),
         Told("true note", keep, bare, name=f"{at}: true note", texts=notes),

@@ -74,7 +74,7 @@ def asked_of(policy, images=(((4, 5), (5, 4)), ((2, 10),)), **settings):
 def test_the_choice_is_the_selections(selection):
     keep = None if isinstance(selection, VisionZip) else 5
     shown, choice, ctx = asked_of(accm(selection, keep=keep))
-    inner = accm(selection, keep=keep)._selection.select(ctx)
+    inner = accm(selection, keep=keep).selected.select(ctx)
     inner = inner if isinstance(inner, Reduction) else Reduction(inner)
     assert torch.equal(choice.index, inner.index) and choice.positions == inner.positions
     assert (choice.hidden is None) == (inner.hidden is None)

@@ -48,6 +48,9 @@ class ACCM(PruningPolicy):
         tokenizer: the model's; None = the one saved beside it.
         question: makes of the words behind the image the question that the compensator gets; None = as they are.
 
+    Attributes:
+        selected: the selection with this budget.
+
     Raises:
         InputError: a setting is out of range; in ``select``, a prompt that asks nothing or has no text behind an image, a
             compensator that returns anything but a text for each image.
@@ -71,7 +74,7 @@ class ACCM(PruningPolicy):
     wording: str = WORDING
     tokenizer: Tokenizer | None = None
     question: Callable[[str], str] | None = None
-    _selection: PruningPolicy = field(init=False, repr=False, compare=False)
+    selected: PruningPolicy = field(init=False, repr=False, compare=False)
     _compensator: Compensator = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -84,7 +87,7 @@ class ACCM(PruningPolicy):
         for name, kind in (("tokenizer", "tokenizer"), ("question", "function of a text")):
             given = getattr(self, name)
             check(given is None or callable(given), name, f"a {kind}, or None", repr(given))
-        object.__setattr__(self, "_selection", self._fitted())
+        object.__setattr__(self, "selected", self._fitted())
         object.__setattr__(self, "_compensator", self._opened())
 
     layers = (0,)  # before the language model
@@ -96,13 +99,13 @@ class ACCM(PruningPolicy):
 
     def needs(self, layer: int) -> Needs:
         """What the selection reads, the projected features and the prompt's tokens."""
-        return self._selection.needs(layer) | Needs(hidden=True, tokens=True)
+        return self.selected.needs(layer) | Needs(hidden=True, tokens=True)
 
     def at(self, share: float) -> Self:
         return replace(self, selection=self.selection.at(share), keep=None)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
-        return self._selection.kept(tokens, images, layer)
+        return self.selected.kept(tokens, images, layer)
 
     def forget(self) -> None:
         if isinstance(self._compensator, Remembering):
@@ -112,7 +115,7 @@ class ACCM(PruningPolicy):
         check(
             ctx.whole, "prefill_chunk_size", "None with ACCM, which reads whole prompts", "a prompt in chunks"
         )
-        choice = self._selection.select(ctx)
+        choice = self.selected.select(ctx)
         change = choice if isinstance(choice, Reduction) else Reduction(choice)
         dropped = _dropped(change.index.tolist(), ctx.images())
         if not any(len(image) for sample in dropped for image in sample):
