@@ -21,7 +21,7 @@ from vlmprune.compensation import Discarded, Known
 
 SCENES = Path(__file__).parent / "glyphworld"
 READS = SCENES / "checkpoint-reads"
-QUESTION, IMAGE = "what does the sign say ?", SCENES / "images/scene_70001.png"
+QUESTION, IMAGE = "what does the sign say ?", SCENES / "images/scene_70002.png"
 
 
 class SceneGraph:
@@ -81,8 +81,9 @@ def main() -> None:
     other = LlavaForConditionalGeneration.from_pretrained(SCENES / "checkpoint", dtype=torch.float32).eval()
     compensators = {
         "no words": Known([""]),
-        "an OCR string": Known(["sign A B C ."]),  # not what is there: it is believed
-        "a scene graph": SceneGraph(["large red star at row 2 col 5 .", "sign E M S ."]),
+        "an OCR string": Known(["sign R Z C ."]),  # as a reader of signs would give it
+        "another's string": Known(["sign A B C ."]),  # words are believed, right or wrong
+        "a scene graph": SceneGraph(["medium red knight at row 1 col 1 .", "sign R Z C ."]),
         "another model": OtherModel(other, processor, picture),
     }
     inputs = prompt(processor, QUESTION, picture)
@@ -92,7 +93,7 @@ def main() -> None:
             output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         said = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         words = run.report().captions[0][0]
-        print(f"{name:14} {words or '-':24} -> {said.strip()}")
+        print(f"{name:18} {words or '-':24} -> {said.strip()}")
 
 
 if __name__ == "__main__":
