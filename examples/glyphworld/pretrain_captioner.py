@@ -118,8 +118,7 @@ def _selector(processor: AutoProcessor, vlm: LlavaForConditionalGeneration) -> S
         max_position_embeddings=128,
         pad_token_id=processor.tokenizer.pad_token_id,
     )
-    encoder = BertModel(config, add_pooling_layer=False)
-    return Selector.make(encoder, processor.tokenizer, train_text_encoder=True)
+    return Selector.make(BertModel(config), processor.tokenizer, train_text_encoder=True)
 
 
 def _train(captioner: Captioner, vlm: LlavaForConditionalGeneration, args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DistilBertConfig, DistilBertModel
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
 from helpers import tiny_compensator as tiny
 from vlmprune.compensation import Selector
@@ -129,3 +129,18 @@ def test_save_and_load(tmp_path, encoder):
     loaded = Selector.from_pretrained(tmp_path)
     assert torch.equal(loaded(QUESTIONS, TEXTS), selector(QUESTIONS, TEXTS))
     assert not any(weight.requires_grad for weight in loaded.text_encoder.parameters())
+
+
+def test_an_encoder_that_could_not_be_loaded_again():
+    """Its configuration would make a pooler, for which no weights would have been saved."""
+    shape = {
+        "hidden_size": tiny.WIDTH,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    encoder = BertModel(BertConfig(vocab_size=23, **shape), add_pooling_layer=False)
+    with pytest.raises(
+        InputError, match=r"^text_encoder: expected the weights of a BertModel .*, got \['pooler"
+    ):
+        Selector.make(encoder, tiny.tokenizer())

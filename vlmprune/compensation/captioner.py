@@ -25,7 +25,7 @@ from vlmprune.compensation.configs import CaptionerConfig
 from vlmprune.compensation.counting import generation_flops
 from vlmprune.compensation.interface import Discarded
 from vlmprune.compensation.mapper import Mapper
-from vlmprune.compensation.parts import Part, check_questions, evaluating, is_name
+from vlmprune.compensation.parts import Part, check_questions, check_rebuilt, evaluating, is_name
 from vlmprune.errors import check, require
 
 
@@ -85,7 +85,8 @@ class Captioner(Part):
             **settings: of ``CaptionerConfig``.
 
         Raises:
-            InputError: no tokenizer, none with an end, heads that do not divide the width, a context too short.
+            InputError: no tokenizer, none with an end, heads that do not divide the width, a context too short, a model with
+                other weights than its configuration says, which could not be loaded again.
         """
         if is_name(language_model):
             tokenizer = tokenizer or language_model
@@ -93,6 +94,7 @@ class Captioner(Part):
         if is_name(tokenizer):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         require(tokenizer, "tokenizer", "the language model's tokenizer")
+        check_rebuilt("language_model", language_model, AutoModelForCausalLM)
         config = CaptionerConfig(
             feature_width=feature_width, language_model=language_model.config, **settings
         )

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -51,6 +52,14 @@ class Part(PreTrainedModel):  # type: ignore[misc]
 def is_name(model: object) -> bool:
     """Whether it is the name or folder of a checkpoint rather than a model."""
     return isinstance(model, (str, Path))
+
+
+def check_rebuilt(name: str, model: nn.Module, maker: Any) -> None:
+    """Raise InputError unless ``maker.from_config`` makes a model with these weights: what is saved must be loadable."""
+    with torch.device("meta"):
+        made = maker.from_config(model.config)
+    odd = sorted({*made.state_dict()} ^ {*model.state_dict()})[:2]
+    check(not odd, name, f"the weights of a {type(made).__name__} as its configuration makes it", odd)
 
 
 def check_questions(questions: Sequence[str]) -> None:

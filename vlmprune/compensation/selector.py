@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 from vlmprune.compensation.blocks import Block, block_flops
 from vlmprune.compensation.configs import SelectorConfig
 from vlmprune.compensation.counting import attention_flops, weights
-from vlmprune.compensation.parts import Part, check_questions, is_name
+from vlmprune.compensation.parts import Part, check_questions, check_rebuilt, is_name
 from vlmprune.errors import check, require
 
 TEMPLATE = "Question: {question}  Supplemental information for questions: {caption}"
@@ -69,7 +69,8 @@ class Selector(Part):
             **settings: of ``SelectorConfig``.
 
         Raises:
-            InputError: no tokenizer, or one without a padding token; heads that do not divide the width.
+            InputError: no tokenizer, or one without a padding token; heads that do not divide the width; an encoder with
+                other weights than its configuration says, which could not be loaded again.
         """
         if is_name(text_encoder):
             tokenizer = tokenizer or text_encoder
@@ -78,6 +79,7 @@ class Selector(Part):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         require(tokenizer, "tokenizer", "the text encoder's tokenizer")
         require(tokenizer.pad_token, "tokenizer", "one with a padding token")
+        check_rebuilt("text_encoder", text_encoder, AutoModel)
         config = SelectorConfig(text_encoder=text_encoder.config, **settings)
         selector = cls(config, text_encoder, tokenizer)
         return selector.to(device=text_encoder.device, dtype=text_encoder.dtype)
