@@ -27,7 +27,7 @@ from world.scenes import SIDES
 
 _LOG_EVERY = 20  # steps
 _SAVE_EVERY = 120  # seconds
-_LEAST = {"minutes": 0.01, "steps": 1, "batch": 1, "decoder_rate": 0, "text": 32}  # words: any question
+_LEAST = {"minutes": 0.01, "steps": 1, "batch": 0, "decoder_rate": 0, "text": 32}  # words: any question
 _NOTES_TEXT = 192  # words: notes of everything, and any question
 _GENTLE = 0.1  # learning rate of a pretrained decoder against the rest's
 
@@ -81,8 +81,8 @@ def _arguments() -> argparse.Namespace:
         "--notes",
         type=int,
         default=0,
-        help="rows of notes and questions about them without a picture, for each picture; half of the pictures get notes "
-        "too. Teaches the decoder of --init to read, tower and projector frozen (wants --text 192 or more)",
+        help="rows of notes and questions about them without a picture, for each picture (of --batch 0: a step); half of "
+        "the pictures get notes too. Teaches the decoder of --init to read, tower and projector frozen (wants --text 192 or more)",
     )
     parser.add_argument(
         "--size", type=int, choices=SIDES, default=112, help="pixels: 196 or 576 visual tokens"
@@ -99,6 +99,8 @@ def _arguments() -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not value >= least:
             parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+    if not (args.batch or args.notes):
+        parser.error("--batch: expected at least 1 without --notes, got 0")
     if args.notes < 0:
         parser.error(f"--notes: expected at least 0, got {args.notes}")
     if args.notes and (args.init is None or args.decoder is not None or args.text < _NOTES_TEXT):

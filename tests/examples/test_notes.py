@@ -5,6 +5,7 @@ import pytest
 import torch
 import train
 from torch.nn.functional import cross_entropy
+from training import batches
 from training.batches import IGNORED, NOTES, make_batch, make_text
 from training.captions import KINDS, caption_loss, make_sheets, score_captions
 from training.loop import Plan, Trainer
@@ -125,14 +126,15 @@ def test_notes_are_completed_and_of_everything_where_many_are_asked_for():
     assert completed == set(notes)
 
 
-def test_learning_to_read_changes_the_decoder_only():
+@pytest.mark.parametrize("pictures", [0, 1])
+def test_learning_to_read_changes_the_decoder_only(pictures):
     torch.manual_seed(0)
-    plan = Plan(steps=2, batch=1, text=192, looking=0.0, notes=2)
+    plan = Plan(steps=2, batch=pictures, text=192, looking=0.0, notes=2)
     trainer = Trainer(
         make_model(112, "eager", layers=(1, 1)), PROCESSOR, plan, torch.device("cpu"), mixed=False
     )
     before = {key: value.clone() for key, value in trainer.parts.state_dict().items()}
-    assert [set(losses) for losses in trainer.run()] == [{"answers", "told"}] * 2
+    assert [set(losses) for losses in trainer.run()] == [{"told", *["answers"] * pictures}] * 2
     changed = {
         key for key, value in trainer.parts.state_dict().items() if not torch.equal(value, before[key])
     }
@@ -147,6 +149,24 @@ def test_notes_that_cannot_be_taught_are_refused(options, tmp_path, monkeypatch,
     with pytest.raises(SystemExit, match="2"):
         train.main()
     assert "--notes: expected" in capsys.readouterr().err
+
+
+def test_a_step_of_nothing_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", "--batch", "0", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
+    assert "--batch: expected at least 1 without --notes, got 0" in capsys.readouterr().err
+
+
+def test_notes_behind_a_picture_may_be_of_another_scene(monkeypatch):
+    """Then only they answer, and nothing is asked about the picture."""
+    monkeypatch.setattr(batches, "_NOTED", 1.0)
+    monkeypatch.setattr(batches, "_ELSEWHERE", 1.0)
+    elsewhere = make_batch(range(20, 24), 112, WORDING, 192, notes=True)
+    monkeypatch.setattr(batches, "_ELSEWHERE", 0.0)
+    here = make_batch(range(20, 24), 112, WORDING, 192, notes=True)
+    assert torch.equal(elsewhere.images, here.images) and not torch.equal(elsewhere.ids, here.ids)
+    assert (elsewhere.segment.amax(1) <= 8).all() and (here.segment.amax(1) > 8).any()
 
 
 @pytest.fixture(scope="module")

@@ -82,18 +82,19 @@ class Trainer:
             return self.step / self.plan.steps
         return self.elapsed / (60 * self.plan.minutes)
 
-    def train_step(self, batch: Batch, told: Text | None = None) -> dict[str, float]:
-        """One update. Returns the losses before it."""
+    def train_step(self, batch: Batch | None = None, told: Text | None = None) -> dict[str, float]:
+        """One update, by pictures, by text alone, or both. Returns the losses before it."""
+        looking, losses = self.progress < self.plan.looking, {}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
-            patches, projected = self.see(self.model, batch.images)
-            looking = self.progress < self.plan.looking
-            losses = {}
-            if not self.plan.notes:
-                losses["dense"] = self.heads(patches, projected, batch)
-            if not looking:
-                losses["answers"] = self.answer_loss(self.model, projected, batch)
+            if batch is not None:
+                patches, projected = self.see(self.model, batch.images)
+                if not self.plan.notes:
+                    losses["dense"] = self.heads(patches, projected, batch)
+                if not looking:
+                    losses["answers"] = self.answer_loss(self.model, projected, batch)
             if told is not None:
-                nothing = projected.new_zeros(len(told.ids), 0, projected.shape[2])
+                width = self.model.config.text_config.hidden_size
+                nothing = torch.zeros(len(told.ids), 0, width, device=self.device)
                 losses["told"] = self.answer_loss(self.model, nothing, told)
             weights = {"dense": 1.0 if looking else _DENSE_WEIGHT}
             total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
@@ -126,7 +127,7 @@ class Trainer:
         for batch in batches:
             if self.progress >= 1:
                 return
-            losses = self.train_step(*(part.to(self.device) for part in batch))
+            losses = self.train_step(*(None if part is None else part.to(self.device) for part in batch))
             clock = clock or time.monotonic()
             self.elapsed = before + time.monotonic() - clock
             yield losses
@@ -151,18 +152,21 @@ class Trainer:
         self.step, self.elapsed = state["step"], state["elapsed"]
 
 
-class _Batches(Dataset[tuple[Text, ...]]):
+class _Batches(Dataset[tuple[Batch | None, Text | None]]):
     """Batch number i of a plan, made where it is asked for (in a worker process if there are any)."""
 
     def __init__(self, plan: Plan, wording: Wording) -> None:
         self.plan, self.wording = plan, wording
 
-    def __getitem__(self, step: int) -> tuple[Text, ...]:
+    def __getitem__(self, step: int) -> tuple[Batch | None, Text | None]:
         plan = self.plan
+        if not plan.batch:
+            told = range(plan.first_seed + step * plan.notes, plan.first_seed + (step + 1) * plan.notes)
+            return None, make_text(told, plan.side, self.wording, plan.text)
         seeds = range(plan.first_seed + step * plan.batch, plan.first_seed + (step + 1) * plan.batch)
         batch = make_batch(seeds, plan.side, self.wording, plan.text, plan.notes > 0)
         if not plan.notes:
-            return (batch,)
+            return batch, None
         told = range(seeds.start * plan.notes, seeds.stop * plan.notes)
         return batch, make_text(told, plan.side, self.wording, plan.text)
 
