@@ -130,6 +130,7 @@ def test_bare_strings_are_captions():
         ("ab", "what reader returns: expected a list of 2 captions, got str"),
         (None, "what reader returns: expected a list of 2 captions, got NoneType"),
         (["a", 3], "what reader returns: expected str or Caption for each image, got int"),
+        (["a", Caption(None)], "what reader returns: expected captions of text, got None"),
     ],
 )
 def test_a_compensator_that_answers_something_else_is_named(answer, message):
@@ -158,6 +159,8 @@ def test_known_texts():
     message = "Known.texts: expected one text for each image of the prompts, 3, got 2"
     with pytest.raises(InputError, match=message):
         known([image()] * 3, 1)
+    several = [image(seed=seed) for seed in (0, 0, 1, 1)]  # copies of a prompt
+    assert [caption.text for caption in Known(["a", "b"])(several)] == ["a", "a", "b", "b"]
     with pytest.raises(
         InputError, match=r"texts: expected one text for each image, \[text, ...\], got 'STOP'"
     ):

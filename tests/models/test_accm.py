@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from helpers.recorder import Recorder
 from helpers.tiny import BOS, EOS, GRID, IMAGE, PAD, STEPS, TOLERANCE, generate, make_model, upstream
 from helpers.words import ASSISTANT, BLANK, CLOSE, OPEN, USER, make_tokenizer
 from vlmprune.compensation import Known
+from vlmprune.policies import Needs, Ranking, quotas
 
 TOKENIZER = make_tokenizer()
 I = "image"  # noqa: E741
@@ -21,6 +22,7 @@ PROMPTS = {
     "one": [[BOS, USER, I, BLANK, 5, 6, 7, ASSISTANT]],
     "two-images": [[BOS, USER, I, BLANK, I, BLANK, 5, 6, ASSISTANT]],
     "side-by-side": [[BOS, USER, I, I, 5, 6, ASSISTANT]],
+    "asked-before": [[BOS, USER, 5, 6, I, BLANK, ASSISTANT]],
     "batch": [
         [BOS, USER, I, 5, 6, 7, ASSISTANT],
         [BOS, USER, OPEN, I, CLOSE, 8, 9, OPEN, I, CLOSE, 10, ASSISTANT],
@@ -177,6 +179,16 @@ def test_beams(model, selection):
     assert torch.equal(got[:, batch["input_ids"].shape[1] :], want[:, other["input_ids"].shape[1] :])
 
 
+@pytest.mark.parametrize(
+    "copies", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}], ids=["beams", "answers"]
+)
+def test_copies_of_a_prompt_have_its_known_texts(model, copies):
+    policy = accm(SELECTIONS["packed"], Known(["w20", "w21", "w22"]))
+    with vlmprune.prune(model, policy) as run:
+        model.generate(**batch_of(PROMPTS["batch"]), max_new_tokens=2, suppress_tokens=[IMAGE], **copies)
+    assert run.report().captions == (("w20",),) * 3 + (("w21", "w22"),) * 3 + ((),) * 3
+
+
 @upstream("gets assistants wrong")
 def test_prompt_lookup(model):
     """Candidates behind the prompt are no part of the question."""
@@ -250,6 +262,32 @@ def test_a_later_stage_sees_the_words_as_text(model, kv):
     torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
 
 
+@dataclass(frozen=True)
+class ByText(vlmprune.PruningPolicy):
+    """Half of what the question's rows look at."""
+
+    layers = (3,)
+
+    def needs(self, layer):
+        return Needs(attention="previous", rows="text")
+
+    def kept(self, tokens, images, layer):
+        return (tokens + 1) // 2
+
+    def rank(self, ctx):
+        assert (ctx.attention.rows >= 0).sum(1).tolist() == [*ctx.words]
+        return Ranking(ctx.attention.received(), tuple(quotas(ctx, self)))
+
+
+def test_a_later_stage_that_reads_the_question(model):
+    """Words behind what closes the image lie among its rows."""
+    policy = vlmprune.Stages([accm(SELECTIONS["kept-positions"]), ByText()])
+    with vlmprune.prune(model, policy) as run:
+        generate(model, batch_of(PROMPTS["one"]), STEPS)
+        assert run.report().stages[1] == (3, 5, 3)
+        generate(model, batch_of(PROMPTS["one"] + PROMPTS["batch"]), STEPS)
+
+
 def test_what_the_compensator_is_shown(model):
     """Features as the projector gives them, the places that go, the question without template; images in prompt order."""
     shown = []
@@ -317,6 +355,27 @@ def test_a_long_text_is_cut_off_at_what_the_image_loses(model):
     with vlmprune.prune(model, SELECTIONS["packed"]):
         want = generate(model, batch_of(typed(samples, [[cut]])), STEPS)[1]
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
+
+
+def test_an_image_that_loses_nothing_beside_one_that_does(model):
+    class First(vlmprune.PruningPolicy):
+        layers = (0,)
+
+        def select(self, ctx):
+            return torch.tensor([[*range(5), *range(16, 32)]])
+
+    with vlmprune.prune(model, accm(First())) as run:
+        generate(model, batch_of(PROMPTS["two-images"]), 1)
+    (one, other), ((some, none),) = run.report().captions[0], run.inserted.sizes
+    assert one and some == 4 and other == "" and none == 0
+
+
+def test_special_tokens_in_a_text_are_no_special_tokens(model):
+    def generated(text):
+        with vlmprune.prune(model, accm(SELECTIONS["packed"], lambda images, k: [text])):
+            return generate(model, batch_of(PROMPTS["one"]), STEPS)[1]
+
+    torch.testing.assert_close(generated("w20</s> <image> w21"), generated("w20 w21"), rtol=0, atol=0)
 
 
 def test_what_loses_nothing_is_not_described(model):

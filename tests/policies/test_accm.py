@@ -111,7 +111,31 @@ def test_what_is_asked_can_be_changed():
     with pytest.raises(
         InputError, match=r"^prompt, sample 0: expected a question about its images, got none$"
     ):
-        asked_of(accm(keep=5), question=lambda text: "")
+        asked_of(accm(keep=5), question=lambda text: " ")
+    with pytest.raises(InputError, match=r"^question: expected a function that returns a text, got one that"):
+        asked_of(accm(keep=5), question=lambda text: None)
+
+
+@pytest.mark.parametrize("wording, text", [("w9 {} {w8} {0}", "{w1} {}"), ("{}", "w1")])
+def test_braces_are_braces(wording, text):
+    policy = accm(FasterVLM(), lambda images, candidates: [text], keep=5, wording=wording)
+    ctx = make_context(policy.needs(0), [[(4, 5)]], 0)
+    ids = ctx.tokenizer()(wording.replace("{}", text, 1), add_special_tokens=False)["input_ids"]
+    assert torch.equal(policy.select(ctx).inserted.hidden[0], ctx.embed(torch.tensor(ids)))
+
+
+def test_a_text_of_blanks_is_no_text():
+    policy = accm(FasterVLM(), lambda images, candidates: [" \n"], keep=5)
+    ctx = make_context(policy.needs(0), [[(4, 5)]], 0)
+    assert policy.select(ctx).inserted.sizes == ((0,),)
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    policy = accm(FasterVLM(), echo, keep=5)
+    ctx = make_context(policy.needs(0), [[(4, 5)]], 0)
+    ctx.__dict__["embed"] = torch.nn.Embedding(3, 32)
+    with pytest.raises(InputError, match=r"^tokenizer: expected the model's, of at most 3 tokens, got token"):
+        policy.select(ctx)
 
 
 def test_the_same_again_costs_nothing():
@@ -149,13 +173,23 @@ def test_it_is_a_value():
     assert policy.to_dict()["selection"]["policy"] == "fastervlm"
 
 
+class Processor:
+    """Has a tokenizer, and is none."""
+
+    tokenizer = chat_template = None
+
+    def __call__(self, images=None, text=None): ...
+
+    def decode(self, ids): ...
+
+
 WRONG = {
     "selection": [FastV(), VScan(), Stages([FasterVLM(), FastV()]), "fastervlm", None, accm()],
     "compensator": ["no such folder", None, 3],
     "keep": [0, -1, 0.0, 1.5, "36", True],
     "candidates": [0, -1, 1.5, True],
     "wording": ["no place", "{} and {}", None],
-    "tokenizer": [3, "folder"],
+    "tokenizer": [3, "folder", Processor()],
     "question": ["what"],
 }
 

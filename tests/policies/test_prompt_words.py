@@ -4,7 +4,7 @@ import pytest
 
 from helpers.words import ASSISTANT, BLANK, CLOSE, OPEN, TEMPLATE, USER, make_tokenizer
 from vlmprune.errors import InputError
-from vlmprune.policies.prompt_words import closes, places_behind, question_of, turn_of
+from vlmprune.policies.prompt_words import closes, places_behind, plain, question_of, turn_of
 
 I = 199  # noqa: E741
 CHATML = (
@@ -12,6 +12,11 @@ CHATML = (
     "{{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}<s> assistant {% endif %}"
 )
 """Of tokenizers of language models: contents are texts, a system prompt comes first."""
+TIGHT = (
+    "{% for m in messages %}<img>{{ 'w90' if m['role'] == 'user' else 'w91' }} {{ m['content'] }}</img>{% endfor %}"
+    "{% if add_generation_prompt %}<img>w91{% endif %}"
+)
+"""Its turns begin and end with special tokens, beside which decoding puts blanks."""
 STRICT = "{{ raise_exception('roles must alternate') }}"
 
 
@@ -23,8 +28,11 @@ STRICT = "{{ raise_exception('roles must alternate') }}"
         (None, ("", "")),
         (STRICT, ("", "")),
         ("{{ messages[0]['content'] }}", ("", "")),
+        (TIGHT, ("<img>w90", "</img><img>w91")),
+        ({"default": TEMPLATE, "tool_use": CHATML}, ("w90", "w91")),
+        ({"rag": TEMPLATE, "tool_use": CHATML}, ("", "")),
     ],
-    ids=["lists", "texts", "none", "refuses", "first turn only"],
+    ids=["lists", "texts", "none", "refuses", "first turn only", "special", "several", "several, no default"],
 )
 def test_the_turn_of_a_template(template, turn):
     assert turn_of(make_tokenizer(template=template)) == turn
@@ -35,16 +43,48 @@ def test_the_turn_of_a_template(template, turn):
     [
         ([USER, I, BLANK, 5, 6, ASSISTANT], "w5 w6"),
         ([USER, I, CLOSE, 5, OPEN, I, CLOSE, BLANK, 6, 7, ASSISTANT], "w6 w7"),
-        ([USER, 5, I, ASSISTANT], ""),
+        ([USER, 5, I, ASSISTANT], "w5"),
+        ([USER, I, ASSISTANT], ""),
+        ([USER, 8, I, 5, ASSISTANT, 6, 2, USER, 7, I, BLANK, ASSISTANT], "w7"),
+        ([USER, 8, I, 5, ASSISTANT, 6, 2, USER, I, ASSISTANT], ""),
+        ([USER, I, 5, USER, 6, ASSISTANT], "w5 w90 w6"),
         ([USER, I, 5, ASSISTANT, 6, 2, USER, 7, 8, ASSISTANT], "w7 w8"),
         ([USER, I, 5, ASSISTANT, 30, 31, 2], "w5"),
         ([-1, -1, USER, I, 5, ASSISTANT, -1], "w5"),
     ],
-    ids=["line end", "two images", "asked before", "latest turn", "with its answer", "padded"],
+    ids=[
+        "line end",
+        "two images",
+        "asked before",
+        "nothing asked",
+        "asked before, later",
+        "nothing asked later",
+        "a header within",
+        "latest turn",
+        "with its answer",
+        "padded",
+    ],
 )
 def test_the_question(ids, question):
     last = max(i for i, token in enumerate(ids) if token == I)
     assert question_of(ids, last, make_tokenizer()) == question
+
+
+def test_special_tokens_of_turns():
+    """Blanks beside them do not hide a turn's end, and none of them closes an image."""
+    tokenizer = make_tokenizer(template=TIGHT)
+    assert question_of([OPEN, USER, I, 5, 6, CLOSE, OPEN, ASSISTANT], 2, tokenizer) == "w5 w6"
+    later = [OPEN, USER, I, 5, CLOSE, OPEN, ASSISTANT, 6, CLOSE, OPEN, USER, 7, CLOSE, OPEN, ASSISTANT]
+    assert question_of(later, 2, tokenizer) == "w7"
+    before = [OPEN, USER, 5, I, CLOSE, OPEN, ASSISTANT]
+    assert question_of(before, 3, tokenizer) == "w5"
+    assert places_behind(before, [(3, 3)], tokenizer) == [4]
+
+
+def test_words_are_no_special_tokens():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens("<row>", special_tokens=True)  # which all_special_tokens does not have
+    assert plain("a\n{b}<image></s> <row>c", tokenizer) == "a\n{b}    c"
 
 
 def test_without_a_template_all_behind_the_image_is_asked():

@@ -25,7 +25,9 @@ def captions_of(compensator: Compensator, images: Sequence[Discarded], candidate
         f"{len(images)} captions, one an image",
         len(answer),
     )
-    for caption in answer:
-        known = isinstance(caption, (str, Caption))
+    captions = [Caption(caption) if isinstance(caption, str) else caption for caption in answer]
+    for caption in captions:
+        known = isinstance(caption, Caption)
         check(known, f"what {name} returns", "str or Caption for each image", type(caption).__name__)
-    return [Caption(caption) if isinstance(caption, str) else caption for caption in answer]
+        check(isinstance(caption.text, str), f"what {name} returns", "captions of text", repr(caption.text))
+    return captions

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlmprune.compensation.interface import Caption, Discarded
+from vlmprune.compensation.remembering import key_of
 from vlmprune.errors import check
 
 
 @dataclass(frozen=True)
 class Known:
     """One text for each image of the prompt (of a batch: of all its prompts, one after the other), in order.
+
+    Where ``generate`` runs copies of a prompt (beams, several answers), the copies have the texts of their images: more
+    images than texts are counted without those that are the same as an earlier one, in tokens and question.
 
     Args:
         texts: the texts; "" = nothing joins the prompt for that image.
@@ -34,6 +38,10 @@ class Known:
 
     def __call__(self, images: Sequence[Discarded], candidates: int = 1) -> list[Caption]:
         """The texts as they are; what is dropped and ``candidates`` are not looked at."""
+        places = [*range(len(images))]
+        if len(images) > len(self.texts):
+            first: dict[bytes, int] = {}
+            places = [first.setdefault(key_of(image, candidates), len(first)) for image in images]
         expected = f"one text for each image of the prompts, {len(images)}"
-        check(len(images) == len(self.texts), "Known.texts", expected, len(self.texts))
-        return [Caption(text) for text in self.texts]
+        check(len({*places}) == len(self.texts), "Known.texts", expected, len(self.texts))
+        return [Caption(self.texts[place]) for place in places]

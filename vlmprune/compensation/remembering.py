@@ -58,7 +58,7 @@ class Remembering:
         Raises:
             InputError: the compensator returns another number of captions than it was shown images, or no captions.
         """
-        keys = [_key(image, candidates) for image in images]
+        keys = [key_of(image, candidates) for image in images]
         with self._lock:
             captions = {key: self._captions[key] for key in keys if key in self._captions}
         unseen = {key: image for key, image in zip(keys, images, strict=True) if key not in captions}
@@ -83,7 +83,8 @@ class Remembering:
             self._captions.popitem(last=False)
 
 
-def _key(image: Discarded, candidates: int) -> bytes:
+def key_of(image: Discarded, candidates: int) -> bytes:
+    """What is the same for the same image, question and number of candidates."""
     digest = hashlib.sha256(repr((image.question, candidates)).encode())
     for tensor in (image.features, image.dropped):
         digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())

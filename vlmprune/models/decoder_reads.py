@@ -91,8 +91,8 @@ def _read(
         # nor is the last key position's rotation this query's
         cos, sin = (torch.cat([t[:, :-1], own], 1) for t, own in zip((cos, sin), wanted[1:3], strict=True))
     elif needs.rows == "text":
-        assert prefill.unpruned is not None and prefill.unpruned.text is not None
-        wanted = tuple(t[:, max(0, n - prefill.unpruned.text.reach) :] for t in wanted)
+        assert prefill.unpruned is not None
+        wanted = tuple(t[:, max(0, n - prefill.reach) :] for t in wanted)
         rows = _behind(past, prefill.unpruned.words_in(layout))
     else:
         order = counting(batch, n, hidden.device)

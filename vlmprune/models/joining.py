@@ -65,7 +65,12 @@ def join(layout: Layout, after: Layout, survivors: Tensor, texts: Insertion) -> 
         dropped = sorted(set(old) - {-1} - set(rows))
         wanted = [*zip(texts.before[b], texts.sizes[b], strict=True)]
         needed = sum(size for _, size in wanted)
-        check(needed <= len(dropped), f"inserted, sample {b}", f"{len(dropped)} rows at most", needed)
+        check(
+            needed <= len(dropped),
+            f"inserted, sample {b}",
+            f"{len(dropped)} rows at most, one for a token that goes (none that predicts a label does)",
+            needed,
+        )
         last = max(at for at, _ in wanted) if wanted else 0
         check(not wanted or last <= max(rows), f"inserted.before, sample {b}", "places in its prompt", last)
         made.append(_line(rows, wanted, dropped[len(dropped) - needed :]))

@@ -210,6 +210,13 @@ class Prefill:
         here = self.call.visual is not None and module in self.wants.scored
         return here and module.layer_idx + 1 not in self.decisions
 
+    @property
+    def reach(self) -> int:
+        """How many of the last rows the text after the last image is among: words that joined the prompt lie there, too."""
+        assert self.unpruned is not None and self.unpruned.text is not None
+        joined = None if self.prompt is None else self.prompt.inserted
+        return self.unpruned.text.reach + (0 if joined is None else joined.hidden.shape[1])
+
     def open(self, attention_mask: object, hidden: Tensor) -> None:
         """The chunk before any stage, described when its first layer runs on rows ``hidden [B, q, D]``.
 

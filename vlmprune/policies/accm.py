@@ -19,7 +19,7 @@ from vlmprune.compensation.saved import Saved
 from vlmprune.errors import check, require
 from vlmprune.policies.base import Growth, Insertion, Needs, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.checks import check_keep, check_whole
-from vlmprune.policies.prompt_words import Tokenizer, places_behind, question_of
+from vlmprune.policies.prompt_words import Tokenizer, is_tokenizer, places_behind, plain, question_of
 
 WORDING = "additional information: {}\n"
 """What joins a prompt; the authors' has no line end."""
@@ -53,7 +53,7 @@ class ACCM(PruningPolicy):
 
     Raises:
         InputError: a setting is out of range; in ``select``, a prompt that asks nothing or has no text behind an image, a
-            compensator that returns anything but a text for each image.
+            compensator that returns anything but a text for each image, a tokenizer with tokens that the model has not.
         ModelError: no tokenizer was saved with the model.
 
     Example:
@@ -72,7 +72,7 @@ class ACCM(PruningPolicy):
     keep: int | float | None = 36
     candidates: int = 3
     wording: str = WORDING
-    tokenizer: Tokenizer | None = None
+    tokenizer: Tokenizer | None = field(default=None, repr=False)  # pages long
     question: Callable[[str], str] | None = None
     selected: PruningPolicy = field(init=False, repr=False, compare=False)
     _compensator: Compensator = field(init=False, repr=False, compare=False)
@@ -84,9 +84,10 @@ class ACCM(PruningPolicy):
         check_whole("candidates", self.candidates, 1)
         one = isinstance(self.wording, str) and self.wording.count("{}") == 1
         check(one, "wording", "a text with one {} in it", repr(self.wording))
-        for name, kind in (("tokenizer", "tokenizer"), ("question", "function of a text")):
-            given = getattr(self, name)
-            check(given is None or callable(given), name, f"a {kind}, or None", repr(given))
+        told = self.tokenizer is None or is_tokenizer(self.tokenizer)
+        check(told, "tokenizer", "a tokenizer (of a processor its .tokenizer), or None", type(self.tokenizer))
+        asked = self.question is None or callable(self.question)
+        check(asked, "question", "a function of a text, or None", repr(self.question))
         object.__setattr__(self, "selected", self._fitted())
         object.__setattr__(self, "_compensator", self._opened())
 
@@ -142,7 +143,9 @@ class ACCM(PruningPolicy):
             images = [(positions[at], positions[at + n - 1]) for at, n in zip(firsts, sizes, strict=True)]
             asked = question_of(ids, images[-1][1], tokenizer)
             asked = asked if self.question is None else self.question(asked)
-            check(bool(asked), f"prompt, sample {sample}", "a question about its images", "none")
+            said = isinstance(asked, str)
+            check(said, "question", "a function that returns a text", f"one that returns {asked!r}")
+            check(bool(asked.strip()), f"prompt, sample {sample}", "a question about its images", "none")
             places = places_behind(ids, images, tokenizer)
             for first, n, own, before in zip(firsts, sizes, lost, places, strict=True):
                 at = torch.tensor(own, dtype=torch.int64, device=hidden.device)
@@ -190,11 +193,20 @@ def _dropped(index: list[list[int]], sizes: Sequence[Sequence[int]]) -> list[lis
 
 
 def _tokens(tokenizer: Tokenizer, wording: str, caption: Caption, case: _Case) -> list[int]:
-    """What joins the prompt: at most as many tokens as the image loses, nothing for an empty text."""
-    if not caption.text:
+    """What joins the prompt: at most as many tokens as the image loses, nothing for an empty text.
+
+    A caption's words are words, whatever stands in it (a reader of signs may have read "</s>").
+    """
+    text = plain(caption.text, tokenizer)
+    if not text.strip():
         return []
-    ids: list[int] = tokenizer(wording.format(caption.text), add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(wording.replace("{}", text), add_special_tokens=False)["input_ids"]
     return ids[: len(case.shown.dropped)]
+
+
+def _joining(caption: Caption, case: _Case) -> Caption:
+    """A caption as the report has it: none of an image that loses nothing."""
+    return caption if len(case.shown.dropped) else replace(caption, text="")
 
 
 def _insertion(
@@ -204,7 +216,9 @@ def _insertion(
     embed = require(ctx.embed, "ctx.embed", "the table of embeddings (declare Needs(tokens=True))")
     samples = [[i for i, case in enumerate(cases) if case.sample == b] for b in range(len(ctx.counts))]
     rows = [[token for i in own for token in texts[i]] for own in samples]
-    width = max(map(len, rows))
+    width, size = max(map(len, rows)), getattr(embed, "num_embeddings", None)
+    most = max((token for row in rows for token in row), default=0)
+    check(size is None or most < size, "tokenizer", f"the model's, of at most {size} tokens", f"token {most}")
     ids = torch.tensor(
         [[*row, *[0] * (width - len(row))] for row in rows], device=ctx.device, dtype=torch.int64
     )
@@ -212,6 +226,6 @@ def _insertion(
         before=tuple(tuple(cases[i].before for i in own) for own in samples),
         sizes=tuple(tuple(len(texts[i]) for i in own) for own in samples),
         hidden=embed(ids),
-        captions=tuple(tuple(said[i] for i in own) for own in samples),
+        captions=tuple(tuple(_joining(said[i], cases[i]) for i in own) for own in samples),
         seconds=seconds,
     )

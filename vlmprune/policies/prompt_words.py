@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
@@ -15,6 +16,7 @@ class Tokenizer(Protocol):
 
     chat_template: Any
     all_special_tokens: Sequence[str]
+    added_tokens_decoder: Mapping[int, Any]
     eos_token_id: int | None
     bos_token_id: int | None
     pad_token_id: int | None
@@ -28,6 +30,11 @@ class Tokenizer(Protocol):
         ...
 
 
+def is_tokenizer(given: object) -> bool:
+    """Whether it has all that is asked of one. A processor has not."""
+    return callable(given) and all(hasattr(given, name) for name in (*Tokenizer.__annotations__, "decode"))
+
+
 MARKS = ("firstquestion", "firstanswer", "secondquestion")
 """Stand-ins for the texts of a conversation, which no template contains."""
 
@@ -35,28 +42,65 @@ MARKS = ("firstquestion", "firstanswer", "secondquestion")
 def question_of(ids: Sequence[int], last: int, tokenizer: Tokenizer) -> str:
     """What is asked: the words of the latest user turn, or of its part behind the last image, at ``ids[last]``.
 
-    The tokenizer's chat template tells where a turn begins and ends; without one it is all text behind that image. Special
-    tokens are left out.
+    Where nothing stands behind an image in that turn, it is the words in front of it. The tokenizer's chat template tells
+    where a turn begins and ends; without one it is all text behind that image. Special tokens are left out.
 
     Args:
         ids: of one prompt, -1 = padding.
         last: the place of the last visual token.
         tokenizer: the model's.
     """
-    text = tokenizer.decode([i for i in ids[last + 1 :] if i >= 0])
     header, footer = turn_of(tokenizer)
-    if header:
-        text = text.rsplit(header, 1)[-1]
-    if footer:
-        text = text.split(footer, 1)[0]
-    for token in tokenizer.all_special_tokens:
+    asked = _words(_latest(_decoded(ids[last + 1 :], tokenizer), header, footer), tokenizer)
+    if asked or not header:
+        return asked
+    _, opened = _parted(_decoded(ids[:last], tokenizer), header)
+    return _words(_latest(opened or "", header, footer), tokenizer)
+
+
+def plain(text: str, tokenizer: Tokenizer) -> str:
+    """A text without what the tokenizer would read as special tokens: these end turns and stand for images."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    for token in {*tokenizer.all_special_tokens, *added}:
         text = text.replace(token, " ")
-    return " ".join(text.split())
+    return text
 
 
-def turn_of(tokenizer: Tokenizer) -> tuple[str, str]:
+def _words(text: str, tokenizer: Tokenizer) -> str:
+    """The same with single blanks."""
+    return " ".join(plain(text, tokenizer).split())
+
+
+def _decoded(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    return tokenizer.decode([i for i in ids if i >= 0])
+
+
+def _latest(text: str, header: str, footer: str) -> str:
+    """The latest user turn of a text that begins within one."""
+    turn, rest = _parted(text, footer)
+    while header and rest is not None:
+        _, later = _parted(rest, header)
+        if later is None:
+            break
+        turn, rest = _parted(later, footer)
+    return turn
+
+
+def _parted(text: str, mark: str) -> tuple[str, str | None]:
+    """What stands before and behind a mark's first place in a text, None = nowhere; no mark parts nothing.
+
+    Decoding may add blanks beside special tokens: they do not count.
+    """
+    if not mark:
+        return text, text
+    found = re.search(r"\s*".join(map(re.escape, "".join(mark.split()))), text)
+    return (text, None) if found is None else (text[: found.start()], text[found.end() :])
+
+
+def turn_of(tokenizer: Any) -> tuple[str, str]:
     """What a chat template writes in front of a further user turn, and behind it where the answer begins; "" = unknown."""
-    return _turn_of(tokenizer, tokenizer.chat_template) if tokenizer.chat_template else ("", "")
+    template = tokenizer.chat_template  # one, or several by name
+    return _turn_of(tokenizer, str(template)) if template else ("", "")
 
 
 @lru_cache(maxsize=8)
@@ -78,12 +122,12 @@ def _turn_of(tokenizer: Any, template: str) -> tuple[str, str]:
 
 
 def _rendered(tokenizer: Any, talk: list[dict[str, Any]]) -> str:
-    """A conversation up to where the next answer begins; "" if the template does not take this form."""
+    """A conversation up to where the next answer begins; "" if the template does not take this form, or none is the default."""
     from jinja2 import TemplateError
 
     try:
         return str(tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, TypeError, KeyError):
+    except (TemplateError, TypeError, KeyError, ValueError):
         return ""
 
 
@@ -128,4 +172,7 @@ def closes(token: int, tokenizer: Tokenizer) -> bool:
     """Whether a token behind an image still belongs to it: blank, or special and not the end of a turn."""
     if token < 0 or token in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         return False
-    return not tokenizer.decode([token], skip_special_tokens=True).strip()
+    if tokenizer.decode([token], skip_special_tokens=True).strip():
+        return False
+    text = tokenizer.decode([token]).strip()
+    return not text or all(text not in mark for mark in turn_of(tokenizer))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class Words:
     chat_template = None
     eos_token_id = bos_token_id = pad_token_id = None
     all_special_tokens: Sequence[str] = ()
+    added_tokens_decoder: Mapping[int, Any] = MappingProxyType({})
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The words, blanks between them."""
