@@ -391,6 +391,22 @@ def test_what_loses_nothing_is_not_described(model):
     assert run.report().captions == ()
 
 
+def test_a_compensator_may_ask_the_model_itself(model):
+    """In words: its prompts are no part of the report, nor of the time."""
+
+    def asking(images, candidates):
+        model.generate(torch.tensor([[BOS, 5, 6]]), max_new_tokens=2, suppress_tokens=[IMAGE])
+        return say(images, candidates)
+
+    for policy in (accm(SELECTIONS["packed"]), accm(SELECTIONS["packed"], asking)):
+        with vlmprune.prune(model, policy) as run:
+            generate(model, batch_of(PROMPTS["one"]), STEPS)
+        report = run.report()
+        assert report.captions == (("w20 w21 w22 w42",),) and report.stages == ((0, 16, 4),)
+        assert report.decode_steps == STEPS - 1
+        assert 0 < report.caption_seconds <= report.seconds.selection <= report.seconds.prefill
+
+
 REFUSED = {
     "nothing is asked": (
         [[BOS, USER, I, ASSISTANT]],

@@ -23,6 +23,7 @@ from vlmprune.policies import (
     VScan,
 )
 from vlmprune.testing.context import make_context
+from vlmprune.testing.words import Words
 
 
 def accm(selection=None, compensator=echo, **settings):
@@ -181,6 +182,18 @@ class Processor:
     def __call__(self, images=None, text=None): ...
 
     def decode(self, ids): ...
+
+
+def test_its_text_is_the_same_in_every_run():
+    """`vlmprune eval` goes on by it: no address, and functions of different modules differ."""
+    policy = accm(keep=18, question=echo, tokenizer=Words())
+    shown = (
+        "compensator=helpers.methods:echo, keep=18, candidates=3, wording='additional information: {}\\n', "
+    )
+    assert shown + "question=helpers.methods:echo)" in repr(policy)
+    assert repr(policy).startswith("ACCM(earlier_kv='full', selection=FasterVLM(") and " at 0x" not in repr(
+        policy
+    )
 
 
 WRONG = {

@@ -19,6 +19,7 @@ from vlmprune.policies.base import PruningPolicy
 from vlmprune.testing import check_model
 from vlmprune.testing.masked import masked_logits
 from vlmprune.testing.pictures import make_inputs
+from vlmprune.testing.words import Words
 
 COMPARED = ("unpruned", "keep all", "Random", "Stages", "Rewritten")
 
@@ -96,6 +97,14 @@ def test_finds_a_choice_that_is_not_the_policys(model, monkeypatch):
     report = check_model(model, vlmprune.Random(3), strict=False)
     (row,) = (row for row in report.rows if row.batch == "prompt" and row.compared.startswith("Random"))
     assert row.fault == "the runs differ"
+
+
+def test_words_cannot_be_checked_with_a_mask(model):
+    words = vlmprune.ACCM(
+        vlmprune.Uniform(layer=0), lambda images, k: ["w7"] * len(images), 0.5, tokenizer=Words()
+    )
+    with pytest.raises(vlmprune.InputError, match="policy: expected one without words"):
+        check_model(model, words)
 
 
 def test_finds_a_record_of_other_tokens(model, monkeypatch):

@@ -69,16 +69,22 @@ class Marks:
 
 
 class _Selecting:
-    """A context manager of few steps, as every stage enters two."""
+    """A context manager of few steps, as every stage enters two.
+
+    The time is that of the prompt under way when it began: a compensator may run the same model inside, whose prompts are
+    others. A thread that only replays layers (backward, on a GPU) has none.
+    """
 
     def __init__(self, clock: Clock, layer: int) -> None:
         self.clock, self.start, self.range = clock, clock.now(), begin("selection, layer %d", layer)
+        self.marks = clock.mine.marks
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
-        self.clock.mine.marks.chosen.append([self.start, self.clock.now()])
+        if self.marks is not None:
+            self.marks.chosen.append([self.start, self.clock.now()])
         end(self.range)
 
 

@@ -170,7 +170,11 @@ class Engine:
                     shift = None if layer is None else layer.shift
                     prefill.places = places_of(told(kwargs, "position_ids"), shift)
                 with self.clock.selection(i):
+                    entered = self.clock.mine.marks
                     hidden = (prefill.runner or self.stage)(prefill, i, hidden, rope)
+                    if self.clock.mine.marks is not entered and prefill.prompt is not None:
+                        # a compensator ran this very model: its prompts are over, this one goes on
+                        self.clock.mine.marks, self.prompts.latest = entered, prefill.prompt
         decided = prefill.decision(i)
         if decided is None and layer is None and not prefill.bound:
             return None

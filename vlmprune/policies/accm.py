@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from time import perf_counter
+from types import FunctionType
 from typing import NamedTuple, Self
 
 import torch
@@ -91,6 +92,11 @@ class ACCM(PruningPolicy):
         object.__setattr__(self, "selected", self._fitted())
         object.__setattr__(self, "_compensator", self._opened())
 
+    def __repr__(self) -> str:
+        """With functions by their names, as typed: an address is another in every run, and results go by this text."""
+        shown = [field for field in fields(self) if field.repr]
+        return f"ACCM({', '.join(f'{field.name}={_spelt(getattr(self, field.name))}' for field in shown)})"
+
     layers = (0,)  # before the language model
 
     @property
@@ -171,6 +177,13 @@ class ACCM(PruningPolicy):
         given = Saved(self.compensator) if isinstance(self.compensator, str) else self.compensator
         check(callable(given), "compensator", "a compensator, or the folder of a saved one", repr(given))
         return given if isinstance(given, Known | Remembering) else Remembering(given)
+
+
+def _spelt(setting: object) -> str:
+    """A setting as text, a function as ``policy_from`` reads it."""
+    return (
+        f"{setting.__module__}:{setting.__qualname__}" if isinstance(setting, FunctionType) else repr(setting)
+    )
 
 
 class _Case(NamedTuple):

@@ -63,6 +63,7 @@ def check_model(
     Raises:
         AssertionError: the report is not ok and ``strict``; the message is the report.
         ModelError, InputError: as for ``vlmprune.prune``, before anything has run.
+        InputError: a policy whose words join the prompt (``ACCM``): its selection is what can be checked.
 
     Example:
         Not run where the docs are tested: it takes a model.
@@ -198,6 +199,10 @@ class _Batch:
         except REFUSALS as error:
             return self._refused(compared, error)
         answers = recorded.answers
+        texts = any(as_reduction(answer).inserted is not None for _, answer in answers.values())
+        check(
+            not texts, "policy", "one without words, for which no mask can stand; its selection", repr(policy)
+        )
         masked = masked_logits(self.model, self.inputs, tokens, answers, policy.earlier_kv == "compact")
         row = self._row(compared, logits, masked, allowed)
         effect = _largest(masked[:, 0], self.reference[:, 0])
