@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from helpers.command_line import cli
+from helpers.command_line import EXAMPLE, ask, cli
 from helpers.describers import make_describer, write_data
 from vlmprune import ops
 from vlmprune.compensation import load_compensator
@@ -90,3 +90,19 @@ def test_nothing_to_start_from(train):
         "--init: expected a describer's folder as init, or else a captioner_lm, got neither"
         in train(init=None).stderr
     )
+
+
+def test_the_shipped_compensator_reads_the_sign():
+    """12 of 196 tokens do not show its letters; the captioner has seen the others, and the answer is what it says."""
+    policy = f"accm:selection=uniform:layer=0,compensator={EXAMPLE / 'compensator'},keep=12,wording={{}}"
+    done = ask(
+        *("--policy", "uniform:layer=0,keep=12", "--policy", policy, "--json", "--repeat", 1),
+        model=EXAMPLE / "checkpoint-reads",
+        image=EXAMPLE / "images" / "scene_70002.png",
+        prompt="what does the sign say ?",
+    )
+    assert done.exit_code == 0, done.stderr
+    plain, told = json.loads(done.stdout)["runs"]
+    assert plain["answer"] != "R Z C" and plain["report"]["captions"] == []
+    assert told["answer"] == "R Z C" and told["report"]["captions"] == [["sign R Z C ."]]
+    assert told["report"]["flops"]["captions"] > 0 and told["report"]["caption_seconds"] > 0
