@@ -179,6 +179,7 @@ def test_beams(model, selection):
     assert torch.equal(got[:, batch["input_ids"].shape[1] :], want[:, other["input_ids"].shape[1] :])
 
 
+@upstream("mixes up the images of copies with several per sample")
 @pytest.mark.parametrize(
     "copies", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}], ids=["beams", "answers"]
 )
@@ -436,9 +437,6 @@ def test_what_is_refused(model):
             vlmprune.ModelError, match=r"tokenizer: expected one saved with the model .* made in memory"
         ):
             generate(model, batch, 1)
-    with vlmprune.prune(model, accm(SELECTIONS["packed"])):
-        with pytest.raises(vlmprune.ModelError, match="prefill_chunk_size: expected None"):
-            generate(model, batch, 1, prefill_chunk_size=8)
     embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
     with (
         vlmprune.prune(model, accm(SELECTIONS["packed"])),
@@ -451,6 +449,13 @@ def test_what_is_refused(model):
         pytest.raises(vlmprune.InputError, match="1 captions, one an image, got 0"),
     ):
         generate(model, batch, 1)
+
+
+@upstream("loses the images of a chunked prefill")
+def test_a_prompt_in_chunks_is_refused(model):
+    with vlmprune.prune(model, accm(SELECTIONS["packed"])):
+        with pytest.raises(vlmprune.ModelError, match="prefill_chunk_size: expected None"):
+            generate(model, batch_of(PROMPTS["one"]), 1, prefill_chunk_size=8)
 
 
 def test_positions_of_three_dimensions_are_refused():
