@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, wraps
 from typing import Any, ClassVar, Literal, Self
@@ -24,11 +24,7 @@ from vlmprune.policies.inputs import AttentionInputs as AttentionInputs
 from vlmprune.policies.inputs import Grid as Grid
 from vlmprune.policies.inputs import Needs as Needs
 from vlmprune.policies.inputs import VisionAttention as VisionAttention
-
-
-def tokens_in(grids: Iterable[Grid]) -> int:
-    """Visual tokens of all these grids."""
-    return sum(rows * columns for rows, columns in grids)
+from vlmprune.policies.inputs import tokens_in as tokens_in
 
 
 @dataclass(frozen=True)
@@ -58,9 +54,8 @@ class TokenContext:
         shares: how many images each sample's visual tokens are, where chunked prefill has cut them up; else None. Then
             ordinals count from the prompt's first visual token and ``grids`` are those of all its images so far.
         words: how many tokens ``text`` has in each sample, host ints; None = not known.
-        tokens: ``[B, q]`` int64 ids of the whole prompt chunk, -1 = padding, or None if not asked for.
-        embed: the table, ids ``[...]`` to ``[..., D]``; given with ``tokens``.
-        tokenizer: gives the tokenizer that was saved with the model, or raises ModelError; given with ``tokens``.
+        tokens: ``[B, q]`` int64 ids of the whole prompt chunk, -1 = padding, or None if not asked for. Given with them:
+        embed, tokenizer: the table, ids ``[...]`` to ``[..., D]``, and what gives the model's tokenizer or raises ModelError.
         ordered: False if an earlier stage has rearranged the tokens.
         shared: what the stages of one prompt chunk share: a method may keep here what depends on the prompt alone, together
             with the tensors it was made of, as a changed copy of the context has others (``policies/raters.py``).
@@ -270,7 +265,7 @@ class PruningPolicy:
         return keep_count(self._setting("keep", KEEPS), tokens, images, self.spend)
 
     def forget(self) -> None:
-        """Drop what is remembered of earlier prompts: the next one then costs what a new one does. Most remember nothing."""
+        """Drop what is remembered of earlier prompts: the next one then costs what a new one does."""
 
     def _setting(self, name: str, expected: str) -> Any:
         if name not in self.__dataclass_fields__:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar, Unpack
 
@@ -17,6 +18,11 @@ from vlmprune.ops.scoring import ReductionKeywords, Scoring
 
 Grid = tuple[int, int]
 """Rows and columns of visual tokens: those of one image, of a video's frame, or of an image's small view or tiles."""
+
+
+def tokens_in(grids: Iterable[Grid]) -> int:
+    """Visual tokens of all these grids."""
+    return sum(rows * columns for rows, columns in grids)
 
 
 @dataclass(frozen=True)
