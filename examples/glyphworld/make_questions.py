@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout mu
 from world.questions import ask_all
 from world.scenes import SIDES, make_scene
 
-_STREAM = 99  # of a scene's random numbers: another than the one training draws its questions from
+STREAM = 99  # of a scene's random numbers: another than the one training draws its questions from
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def questions_of(seed: int, side: int, boxes: int = 1) -> Iterator[tuple[Image.I
     """The picture and the entries of one scene: every family once where it can be asked, ``boxes`` times "box"."""
     scene = make_scene(seed, side)
     image = Image.fromarray(scene.image)
-    for number, question in enumerate(ask_all(scene, np.random.default_rng((seed, _STREAM)), boxes)):
+    for number, question in enumerate(ask_all(scene, np.random.default_rng((seed, STREAM)), boxes)):
         entry: dict[str, Any] = {
             "id": f"{seed}-{number}-{question.family}",
             "image": f"scene_{seed}.png",

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples/glyphworld"))
 
 from feather.rows import Row, row, save
-from make_questions import _STREAM
+from make_questions import STREAM
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -124,7 +124,7 @@ def note_of(question: Question, side: int) -> str:
     """A true note that holds the answer to a question of make_questions.py, in the first wording."""
     seed, number, _ = question.id.split("-")
     scene = make_scene(int(seed), side)
-    asked = [*questions_about(scene, np.random.default_rng((int(seed), _STREAM)))][int(number)]
+    asked = [*questions_about(scene, np.random.default_rng((int(seed), STREAM)))][int(number)]
     assert " ".join(asked.words) in question.prompt, question
     return " ".join(about(scene, asked))
 

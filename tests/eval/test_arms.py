@@ -2,10 +2,11 @@
 
 import pytest
 
-from vlmprune.eval.arms import UNPRUNED, PromptSize, make_arms
+from helpers.methods import echo
+from vlmprune.eval.arms import UNPRUNED, Arm, PromptSize, make_arms
 from vlmprune.eval.oracle import Oracle
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
-from vlmprune.policies import FastV, PyramidDrop, Random, Uniform, policy_from
+from vlmprune.policies import ACCM, FastV, PyramidDrop, Random, Stages, Uniform, policy_from
 from vlmprune.policies.schedule import stage_counts
 
 PROMPT = PromptSize(
@@ -109,3 +110,17 @@ def test_every_batch_and_seed_draws_anew_under_one_key():
 def test_impossible(method, budget, said):
     with pytest.raises(ValueError, match=said):
         plan_of([method], [budget], BOTH, 1)
+
+
+def test_what_draws_inside_another_policy_draws_anew():
+    """A selection of ACCM's, a stage, one of a pair; what draws nothing stays the same object."""
+    drawing = Random(layer=0, keep=4)
+    for policy in (
+        ACCM(drawing, echo, keep=4),
+        Stages([ACCM(drawing, echo, keep=4), FastV()]),
+        drawing | Uniform(layer=0),
+    ):
+        one, two = (Arm("drawn", policy=policy).for_batch(number, []) for number in (0, 1))
+        assert one == policy != two
+    still = ACCM(Uniform(layer=0), echo, keep=4)
+    assert Arm("still", policy=still).for_batch(1, []) is still

@@ -1,11 +1,13 @@
 """ACCM's settings, its budget, and what it hands to its compensator; the words in a prompt: tests/models/test_accm.py."""
 
+import os
 import pickle
 from copy import deepcopy
 
 import pytest
 import torch
 
+from helpers import tiny_compensator as tiny
 from helpers.methods import echo
 from vlmprune.compensation import Caption, Known, Remembering
 from vlmprune.errors import InputError
@@ -219,3 +221,15 @@ def test_half_a_prompt_is_refused():
     ctx.__dict__["shares"] = (0.5,)
     with pytest.raises(InputError, match=r"^prefill_chunk_size: expected None with ACCM"):
         policy.select(ctx)
+
+
+def test_a_folder_is_named_with_the_time_of_its_weights(tmp_path):
+    """Results go by this text: trained further, the same folder says something else."""
+    tiny.describer().save_pretrained(tmp_path / "saved")
+    policy = accm(compensator=str(tmp_path / "saved"))
+    first = repr(policy)
+    assert f"compensator={str(tmp_path / 'saved')!r} of 20" in first
+    for weights in (tmp_path / "saved").rglob("*.safetensors"):
+        os.utime(weights, (0, 0))
+    assert repr(policy) == first.replace(first.split(" of ")[1].split(",")[0], "1970-01-01T00:00:00Z")
+    assert policy == accm(compensator=str(tmp_path / "saved"))

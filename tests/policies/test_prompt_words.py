@@ -4,7 +4,7 @@ import pytest
 
 from helpers.words import ASSISTANT, BLANK, CLOSE, OPEN, TEMPLATE, USER, make_tokenizer
 from vlmprune.errors import InputError
-from vlmprune.policies.prompt_words import closes, places_behind, plain, question_of, turn_of
+from vlmprune.policies.prompt_words import closes, places_behind, question_of, turn_of, without_special
 
 I = 199  # noqa: E741
 CHATML = (
@@ -84,7 +84,7 @@ def test_special_tokens_of_turns():
 def test_words_are_no_special_tokens():
     tokenizer = make_tokenizer()
     tokenizer.add_tokens("<row>", special_tokens=True)  # which all_special_tokens does not have
-    assert plain("a\n{b}<image></s> <row>c", tokenizer) == "a\n{b}    c"
+    assert without_special("a\n{b}<image></s> <row>c", tokenizer) == "a\n{b}    c"
 
 
 def test_without_a_template_all_behind_the_image_is_asked():

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from vlmprune.compensation.interface import Caption, Compensator, Discarded
 from vlmprune.compensation.saving import standing
 from vlmprune.errors import check
+
+
+def written_at(folder: str) -> str:
+    """When the weights in a compensator's folder were written, to the second; "" if there are none."""
+    times = [path.stat().st_mtime for path in standing(folder).rglob("*.safetensors")]
+    return datetime.fromtimestamp(max(times), UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if times else ""
 
 
 class Saved:

@@ -151,9 +151,8 @@ class Selector(Part):
         """One vector a text, ``[T, W]``."""
         with nullcontext() if self.config.train_text_encoder else torch.no_grad():
             given = self.text_encoder(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-            pooled = getattr(given, "pooler_output", None)
-            if pooled is not None:
-                return pooled
+            if "pooler_output" in given:  # an output lists what it has
+                return given["pooler_output"]
             real = tokens["attention_mask"][..., None].to(given.last_hidden_state.dtype)
             return (given.last_hidden_state * real).sum(1) / real.sum(1)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vlmprune.errors import InputError
 from vlmprune.eval.oracle import Oracle
 from vlmprune.eval.questions import Region
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs, mean_tokens
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.compose import Pair, Stages
 from vlmprune.policies.random import Random
 from vlmprune.policies.schedule import keep_for_flops, stage_counts
 from vlmprune.policies.uniform import Uniform
@@ -130,11 +130,17 @@ def _draws(arm: Arm) -> bool:
 
 
 def _seeded(policy: PruningPolicy, seed: int) -> PruningPolicy:
-    """The policy with its seed, or those of its parts, moved on by ``seed``; as it is, if it draws nothing."""
-    if isinstance(policy, Stages):
-        return dataclasses.replace(policy, policies=[_seeded(part, seed) for part in policy.policies])
-    if isinstance(policy, Pair):
-        first, second = _seeded(policy.first, seed), _seeded(policy.second, seed)
-        return dataclasses.replace(policy, first=first, second=second)
-    own = getattr(policy, "seed", None)
-    return policy if own is None else dataclasses.replace(policy, **{"seed": own + seed})
+    """The policy with its seed, or those of the policies it is made of, moved on by ``seed``; as it is, if none draws."""
+    settings = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy) if field.init}
+    moved = {name: _moved_on(name, value, seed) for name, value in settings.items()}
+    changed = {name: value for name, value in moved.items() if value != settings[name]}
+    return dataclasses.replace(policy, **changed) if changed else policy
+
+
+def _moved_on(name: str, value: Any, seed: int) -> Any:
+    """One setting of such a policy."""
+    if isinstance(value, PruningPolicy):
+        return _seeded(value, seed)
+    if isinstance(value, tuple):
+        return tuple(_moved_on("", part, seed) for part in value)
+    return value + seed if name == "seed" and value is not None else value

@@ -10,17 +10,23 @@ from types import FunctionType
 from typing import NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmprune.compensation.captions import captions_of
 from vlmprune.compensation.interface import Caption, Compensator, Discarded
 from vlmprune.compensation.known import Known
 from vlmprune.compensation.remembering import Remembering
-from vlmprune.compensation.saved import Saved
+from vlmprune.compensation.saved import Saved, written_at
 from vlmprune.errors import check, require
 from vlmprune.policies.base import Growth, Insertion, Needs, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.checks import check_keep, check_whole
-from vlmprune.policies.prompt_words import Tokenizer, is_tokenizer, places_behind, plain, question_of
+from vlmprune.policies.prompt_words import (
+    Tokenizer,
+    is_tokenizer,
+    places_behind,
+    question_of,
+    without_special,
+)
 
 WORDING = "additional information: {}\n"
 """What joins a prompt; the authors' has no line end."""
@@ -93,9 +99,14 @@ class ACCM(PruningPolicy):
         object.__setattr__(self, "_compensator", self._opened())
 
     def __repr__(self) -> str:
-        """With functions by their names, as typed: an address is another in every run, and results go by this text."""
-        shown = [field for field in fields(self) if field.repr]
-        return f"ACCM({', '.join(f'{field.name}={_spelt(getattr(self, field.name))}' for field in shown)})"
+        """With functions by their names, as typed: an address is another in every run, and results go by this text.
+
+        So a folder is followed by when it was written: trained further, it says something else.
+        """
+        shown = {field.name: _spelt(getattr(self, field.name)) for field in fields(self) if field.repr}
+        if isinstance(self.compensator, str):
+            shown["compensator"] += f" of {written_at(self.compensator)}"
+        return f"ACCM({', '.join(f'{name}={text}' for name, text in shown.items())})"
 
     layers = (0,)  # before the language model
 
@@ -210,7 +221,7 @@ def _tokens(tokenizer: Tokenizer, wording: str, caption: Caption, case: _Case) -
 
     A caption's words are words, whatever stands in it (a reader of signs may have read "</s>").
     """
-    text = plain(caption.text, tokenizer)
+    text = without_special(caption.text, tokenizer)
     if not text.strip():
         return []
     ids: list[int] = tokenizer(wording.replace("{}", text), add_special_tokens=False)["input_ids"]
@@ -229,7 +240,7 @@ def _insertion(
     embed = require(ctx.embed, "ctx.embed", "the table of embeddings (declare Needs(tokens=True))")
     samples = [[i for i, case in enumerate(cases) if case.sample == b] for b in range(len(ctx.counts))]
     rows = [[token for i in own for token in texts[i]] for own in samples]
-    width, size = max(map(len, rows)), getattr(embed, "num_embeddings", None)
+    width, size = max(map(len, rows)), embed.num_embeddings if isinstance(embed, nn.Embedding) else None
     most = max((token for row in rows for token in row), default=0)
     check(size is None or most < size, "tokenizer", f"the model's, of at most {size} tokens", f"token {most}")
     ids = torch.tensor(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from vlmprune.errors import check, require
+from vlmprune.errors import InputError, check, require
 from vlmprune.policies.checks import check_word, plain, share_of
 from vlmprune.policies.chosen import Insertion as Insertion
 from vlmprune.policies.chosen import Positions as Positions
@@ -204,8 +204,9 @@ class PruningPolicy:
             >>> Random(keep=3).rank(ctx).keep  # per image, of samples of one and of two
             (3, 6)
         """
-        check(False, type(self).__name__, "`rank` of its own at a stage where it ranks", "none")
-        raise AssertionError
+        raise InputError(
+            f"{type(self).__name__}: expected `rank` of its own at a stage where it ranks, got none"
+        )
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         """Which of the visual tokens entering the stage stay: ``[B, K]`` int64 in 0..N-1, ascending, -1 on the right.

@@ -58,7 +58,7 @@ def question_of(ids: Sequence[int], last: int, tokenizer: Tokenizer) -> str:
     return _words(_latest(opened or "", header, footer), tokenizer)
 
 
-def plain(text: str, tokenizer: Tokenizer) -> str:
+def without_special(text: str, tokenizer: Tokenizer) -> str:
     """A text without what the tokenizer would read as special tokens: these end turns and stand for images."""
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     for token in {*tokenizer.all_special_tokens, *added}:
@@ -68,7 +68,7 @@ def plain(text: str, tokenizer: Tokenizer) -> str:
 
 def _words(text: str, tokenizer: Tokenizer) -> str:
     """The same with single blanks."""
-    return " ".join(plain(text, tokenizer).split())
+    return " ".join(without_special(text, tokenizer).split())
 
 
 def _decoded(ids: Sequence[int], tokenizer: Tokenizer) -> str:
