@@ -100,9 +100,8 @@ class TokenContext:
 
     def images(self) -> tuple[tuple[int, ...], ...]:
         """Per sample, the visual tokens of each of its images and videos before any pruning."""
-        if self.sizes is not None:
-            return self.sizes
-        return tuple(tuple(rows * columns for rows, columns in grids) for grids in self.grids)
+        found = (tuple(rows * columns for rows, columns in grids) for grids in self.grids)
+        return tuple(found) if self.sizes is None else self.sizes
 
 
 KEEPS = "a setting 'keep', or `at` and `kept` of its own"
@@ -204,9 +203,8 @@ class PruningPolicy:
             >>> Random(keep=3).rank(ctx).keep  # per image, of samples of one and of two
             (3, 6)
         """
-        raise InputError(
-            f"{type(self).__name__}: expected `rank` of its own at a stage where it ranks, got none"
-        )
+        kind = type(self).__name__
+        raise InputError(f"{kind}: expected `rank` of its own at a stage where it ranks, got none")
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         """Which of the visual tokens entering the stage stay: ``[B, K]`` int64 in 0..N-1, ascending, -1 on the right.
