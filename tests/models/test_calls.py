@@ -8,7 +8,7 @@ import torch
 import vlmprune
 from helpers.tiny import generate, make_batch, make_model, oracle
 from vlmprune.errors import ModelError
-from vlmprune.models.host.families import Encoded
+from vlmprune.models.host.views import Encoded
 from vlmprune.models.visuals import Notes
 
 FASTV = vlmprune.FastV(layer=2, keep=0.5)

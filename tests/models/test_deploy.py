@@ -122,9 +122,7 @@ def test_every_family_on_accelerates_devices(how, name):
         "max_new_tokens": 3,
     }
     settings["suppress_tokens"] = [IMAGE, VIDEO]
-    policies = [FAMILY_POLICIES[name]] + (
-        [vlmprune.FasterVLM(keep=2)] if find_parts(model).family.tapped else []
-    )
+    policies = [FAMILY_POLICIES[name], vlmprune.FasterVLM(keep=2, positions="keep")]
     for policy in policies:
         model = family_model(case)
         with vlmprune.prune(model, policy):

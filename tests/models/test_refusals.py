@@ -118,15 +118,6 @@ def test_packed_positions_with_three_dimensions(qwen3vl):
         qwen3vl(**inputs)
 
 
-@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "qwen2vl", "qwen2_5_vl"])
-def test_methods_that_read_a_tower_which_says_nothing_about_tokens(name):
-    model = build(CASES[name])
-    message = r"^vision: expected a tower whose every patch is part of one visual token, got "
-    with pytest.raises(ModelError, match=message):
-        vlmprune.attach(model, vlmprune.FasterVLM())
-    assert hooks(model) == 0
-
-
 @pytest.mark.skipif(
     "mm_encoder_outputs" not in signature(hf.LlavaNextModel.forward).parameters,
     reason="transformers < 5.18 takes no features made ahead",

@@ -11,7 +11,6 @@ import vlmprune
 from helpers.families import CASES, build, prompts
 from helpers.families_oracle import TOLERANCE, Reader, dropped_from, generate, oracle
 from vlmprune.policies.base import TokenContext
-from vlmprune.policies.by_image import patch_attention
 
 
 def attention_of(tower, **inputs):
@@ -47,7 +46,7 @@ def test_vision_attention_is_the_towers_own(name):
     torch.testing.assert_close(seen.per_token(patches), blocks.mean(-1))
     rows = want[:, :, :1] if seen.cls else want
     received = rows.mean((1, 2))[:, int(seen.cls) :]
-    torch.testing.assert_close(patch_attention(seen), seen.per_token(received), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(seen.received(), seen.per_token(received), atol=1e-5, rtol=1e-4)
     features = contexts[0].features
     assert features.shape[:2] == (len(pixels), blocks.shape[1])
 
@@ -69,7 +68,7 @@ def test_padded_patches_of_a_tower_neither_attend_nor_count():
         model.model.vision_model, pixel_values=inputs["pixel_values"][0], patch_attention_mask=real[None]
     )
     rows = want[:, :, real.view(-1)].mean((1, 2))
-    torch.testing.assert_close(patch_attention(seen), seen.per_token(rows), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(seen.received(), seen.per_token(rows), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llava-llama", "internvl", "idefics3"])

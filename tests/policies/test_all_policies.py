@@ -232,7 +232,7 @@ def test_how_a_budget_is_spent(name, keep):
     choice = by_image.select(ctx)
     index = choice.index if isinstance(choice, Reduction) else choice
     assert ((index >= 0) & (index < 20)).sum(1).tolist() == [4, 0, 4]
-    with pytest.raises(ValueError, match=r"^spend: expected 'prompt' or 'image', got 'all'$"):
+    with pytest.raises(ValueError, match=r"^spend: expected 'prompt', 'image' or 'crop', got 'all'$"):
         stage(name, spend="all")
 
 

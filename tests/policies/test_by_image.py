@@ -10,11 +10,13 @@ from helpers.contexts import case, images_in, patch_scores, sight
 from vlmprune.ops.greedy_select import greedy_select
 from vlmprune.policies.accm_selection import ACCMSelection
 from vlmprune.policies.base import Reduction, outcome
-from vlmprune.policies.by_image import images_of, nearest, patch_attention, vision_of
+from vlmprune.policies.by_image import nearest, vision_of
 from vlmprune.policies.cdpruner import CDPruner
 from vlmprune.policies.choose import choose_greedily, others
+from vlmprune.policies.counts import even_shares
 from vlmprune.policies.divprune import DivPrune
 from vlmprune.policies.fastervlm import FasterVLM
+from vlmprune.policies.groups import Quota, crops_of, images_of
 from vlmprune.policies.visionzip import VisionZip
 from vlmprune.policies.vispruner import VisPruner
 from vlmprune.policies.vscan import VScan
@@ -28,14 +30,20 @@ BATCHES = [
 ]
 
 
+@pytest.mark.parametrize("groups_of", [images_of, crops_of])
 @pytest.mark.parametrize("images", BATCHES)
-def test_split_and_join(images):
+def test_split_and_join(images, groups_of):
     ctx = case(images, layer=0).ctx
-    found = images_of(ctx)
+    found = groups_of(ctx)
+    if not found.crops:
+        assert not any(ctx.counts)
+        return
     split = found.split(ctx.hidden)
     kept = [(n + 1) // 2 for n in found.tokens]
-    picked = torch.arange(max(kept, default=0)).expand(len(kept), -1)
-    index, rows = found.index(picked, kept), found.join(split, kept)
+    quota = Quota(tuple(kept), (0,) * len(kept))
+    picked = torch.arange(max(kept)).expand(len(kept), -1)
+    index, rows = found.index(picked, quota), found.join(split, quota)
+    assert torch.equal(found.spread(split), ctx.hidden.masked_fill(~ctx.mask[..., None], 0.0))
     assert index.shape[1] == max((index >= 0).sum(1).tolist(), default=0)
     for sample, here in enumerate(images_in(ctx)):
         expected = []
@@ -49,9 +57,9 @@ def test_split_and_join(images):
 
 @pytest.mark.parametrize("cls", [True, False])
 @pytest.mark.parametrize("few_values", [True, False])
-def test_patch_attention(cls, few_values):
+def test_attention_received(cls, few_values):
     ctx = sight(["tall", ((3, 7), (7, 3))], cls=cls, few_values=few_values)
-    got = patch_attention(ctx.vision[-2])
+    got = ctx.vision[-2].received()
     assert got.shape == (3, 21) and got.dtype == torch.float32
     for image in range(3):
         assert got[image].tolist() == pytest.approx(patch_scores(ctx, -2, image), abs=1e-6)
@@ -135,7 +143,7 @@ def test_errors(policy):
     with pytest.raises(ValueError, match=r"^ctx\.vision\[\S+\]: expected query and key \(declare Needs"):
         policy.select(replace(ctx, vision={}))
     with pytest.raises(
-        ValueError, match=r"^ctx\.vision\[\S+\]: expected images of \(36,\) patches, got 1 of 21$"
+        ValueError, match=r"^ctx\.vision\[\S+\]: expected 1 crops of up to 36 tokens, got 1 of 21$"
     ):
         policy.select(replace(ctx, vision=sight(["tall"], layers).vision))
     with pytest.raises(ValueError, match=r"^ctx\.counts: expected \(36,\), every token .*, got \(2,\)$"):
@@ -146,7 +154,21 @@ def test_errors(policy):
         replace(policy, vision_layer="last")
 
 
-def test_images_of_several_sizes_have_no_common_tower():
+def test_a_tower_of_other_crops():
     ctx = sight(["square", "square"])
-    with pytest.raises(ValueError, match=r"^ctx\.vision\[-2\]: expected images of \(20, 15\) patches"):
+    with pytest.raises(
+        ValueError, match=r"^ctx\.vision\[-2\]: expected 2 crops of up to 20 tokens, got 2 of 36$"
+    ):
         vision_of(ctx, -2, images_of(replace(ctx, grids=(((4, 5), (5, 3)),), counts=(35,))))
+
+
+@pytest.mark.parametrize("sizes", [[4], [2, 9, 9], [5, 5, 5], [1, 0, 7, 3]])
+def test_even_shares(sizes):
+    """The fairest there is: nobody who could take more has two fewer than another; the next one goes to somebody."""
+    before = [0] * len(sizes)
+    for total in range(sum(sizes) + 1):
+        shares = even_shares(total, sizes)
+        assert sum(shares) == total and all(n <= most for n, most in zip(shares, sizes, strict=True))
+        assert all(n == most or n >= max(shares) - 1 for n, most in zip(shares, sizes, strict=True))
+        assert all(a <= b for a, b in zip(before, shares, strict=True))
+        before = shares

@@ -17,11 +17,14 @@ from vlmprune import ops
 from vlmprune.constants import whole_numbers
 from vlmprune.errors import ModelError
 from vlmprune.models.call import Call
-from vlmprune.models.host.families import DECODERS, ImageGrids
+from vlmprune.models.crop_reads import Seen
+from vlmprune.models.host.cells import crops_of
+from vlmprune.models.host.families import DECODERS
+from vlmprune.models.host.views import crop_grid, image_tokens
 from vlmprune.models.layout import Layout, moved, open_layout, packed_rows, take
 from vlmprune.models.prompt import Prompt
 from vlmprune.models.text_span import TextSpan, find_text, text_rows
-from vlmprune.policies.base import AttentionInputs, Grid, Insertion, Needs, tokens_in
+from vlmprune.policies.base import AttentionInputs, Crop, Grid, Insertion, Needs, tokens_in
 
 RUNNING = "vlmprune"
 """Keyword that carries the running call to the layers."""
@@ -66,18 +69,20 @@ class Unpruned:
 
     Attributes:
         layout: its rows, which are its positions.
-        images: the grids of each sample's images; in a chunk of a prompt those of the whole prompt so far.
+        seen: each sample's images; in a chunk of a prompt those of the whole prompt so far.
         shares: how many images the visual tokens of each sample are, where chunked prefill cut them up; else None.
+        patches: rows and columns of a crop in patches, where images are cut into tiles.
         text: where the text after the last image is, if a stage asks for it.
         embeds: ``[B, q, D]`` input embeddings, if a stage asks for them.
         shared: what its stages have made of it for one another.
     """
 
     layout: Layout
-    images: tuple[tuple[ImageGrids, ...], ...]
+    seen: Seen
     shares: tuple[float, ...] | None = None
     text: TextSpan | None = None
     embeds: Tensor | None = None
+    patches: Grid | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
@@ -96,19 +101,27 @@ class Unpruned:
     @property
     def facts(self) -> tuple[Any, ...]:
         """What a policy is shown of it in numbers."""
-        return self.images, self.shares, None if self.text is None else self.text.words
+        return self.seen.images, self.shares, None if self.text is None else self.text.words
 
     @cached_property
     def grids(self) -> tuple[tuple[Grid, ...], ...]:
         """Those of each sample, whatever image they belong to."""
-        return tuple(tuple(grid for image in sample for grid in image) for sample in self.images)
+        found = (tuple(view.grid for image in sample for view in image) for sample in self.seen.images)
+        return tuple(tuple(grid for grid in own if tokens_in([grid])) for own in found)
 
     @cached_property
     def sizes(self) -> tuple[tuple[int, ...], ...]:
         """Visual tokens of each sample's images; of all their parts together, where they were cut up."""
         if self.shares is not None:
             return tuple((n,) for n in self.layout.counts)
-        return tuple(tuple(map(tokens_in, sample)) for sample in self.images)
+        return tuple(tuple(map(image_tokens, sample)) for sample in self.seen.images)
+
+    @cached_property
+    def crops(self) -> tuple[tuple[tuple[Crop, ...], ...], ...] | None:
+        """Those of each sample's images, where they are not its grids."""
+        if self.patches is None or self.shares is not None:
+            return None
+        return tuple(crops_of(sample, self.patches) for sample in self.seen.images)
 
 
 class Decision(NamedTuple):
@@ -234,9 +247,10 @@ class Prefill:
             self.unpruned = _part(call, layout, before, wants)
         else:
             videos = None if call.videos is None else take(call.videos.long(), layout.visual).tolist()
-            images = call.visuals.by_sample(layout.counts, videos)
+            parts, seen = call.visuals.parts, call.visuals.by_sample(layout.counts, videos)
+            patches = crop_grid(parts.config) if parts.family.tiles else None
             text = find_text(call.visual, layout.prompt()) if wants.text else None
-            self.unpruned = Unpruned(layout, images, None, text, hidden if wants.embeds else None)
+            self.unpruned = Unpruned(layout, seen, None, text, hidden if wants.embeds else None, patches)
 
     def decision(self, i: int) -> Decision | None:
         """What layer ``i`` runs under: the latest decision made at it or before it."""
@@ -275,7 +289,8 @@ def _part(call: Call, layout: Layout, before: tuple[int, ...], wants: Wants) -> 
             "prefill_chunk_size: expected None with a method that reads the prompt's text, got a prompt in chunks"
         )
     images = call.visuals.in_chunks([a + b for a, b in zip(before, layout.counts, strict=True)])
-    grids = [tokens_in(sample[0]) if sample else 1 for sample in images]
+    grids = [image_tokens(sample[0]) if sample else 1 for sample in images]
     shares = tuple(n / size for n, size in zip(layout.counts, grids, strict=True))
     start = whole_numbers(before, layout.visual.device)[:, None]
-    return Unpruned(replace(layout, first=start), images, shares)
+    seen = Seen(images, tuple((0,) * len(sample) for sample in images))
+    return Unpruned(replace(layout, first=start), seen, shares)

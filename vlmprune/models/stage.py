@@ -165,7 +165,7 @@ class StageRunner:
         seen: dict[str, Any] = {}
         if needs.vision:
             assert prefill.call.visuals is not None
-            seen |= self.vision.fields(needs.vision, prefill.call.visuals, [*map(len, unpruned.images)])
+            seen |= self.vision.fields(needs.vision, prefill.call.visuals, unpruned.seen)
         if needs.hidden:
             seen["hidden"] = ops.gather_tokens([hidden], layout.visual)[0]
         if needs.embeds:
@@ -180,6 +180,7 @@ class StageRunner:
         fields["layer"], fields["counts"], fields["ordered"] = i, layout.counts, layout.ordered
         fields["attention"] = attention
         fields["grids"], fields["sizes"], fields["shares"] = unpruned.grids, unpruned.sizes, unpruned.shares
+        fields["crops"] = unpruned.crops
         fields["device"], fields["shared"] = device, unpruned.shared
         if needs.tokens:
             fields["embed"], fields["tokenizer"] = self.parts.model.get_input_embeddings(), self.tokenizer

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from inspect import Signature, signature
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from vlmprune.constants import whole_numbers
 from vlmprune.errors import ModelError, check
-from vlmprune.models.host.families import Encoded, crop_grid
-from vlmprune.models.host.names import Arguments, Signature, attribute
+from vlmprune.models.crop_reads import CropReads, Seen, crops_in
+from vlmprune.models.host.names import ONEVISION, SIZES, Arguments, attribute
+from vlmprune.models.host.names import Signature as Names
 from vlmprune.models.host.parts import Parts, heads, tower_layers
+from vlmprune.models.host.views import Encoded
 from vlmprune.models.per_thread import PerThread
 from vlmprune.models.visuals import Notes, Visuals
-from vlmprune.policies.base import VisionAttention
 
 
 class VisionReads:
@@ -28,36 +29,39 @@ class VisionReads:
 
     def __init__(self, parts: Parts, layers: Iterable[int]) -> None:
         self.parts, self.blocks = parts, tower_layers(parts)
-        self.told = Signature(
+        self.told = Names(
             parts.vision, [n for n in (parts.tower.grids, parts.tower.padding) if n is not None]
         )
         self.notes = Notes()
-        self.mine = PerThread(note=None, runs=None, crops=())
+        self.mine = PerThread(note=None, runs=None, crops=(), sizes=None)
         self.attn = {layer: self._attention_of(layer) for layer in layers}
+        self.crops = CropReads(parts)
 
     def _attention_of(self, layer: int) -> Any:
-        """A block's attention. Raises ModelError where the tower's attention says nothing about visual tokens."""
-        if not self.parts.family.tapped:
-            raise ModelError(
-                "vision: expected a tower whose every patch is part of one visual token, got "
-                f"{self.parts.config.model_type!r} (methods that read the vision tower cannot prune it)"
-            )
+        """A block's attention."""
         depth = len(self.blocks)
         check(-depth <= layer < depth, "vision layer", f"{-depth}..{depth - 1}", layer)
         return attribute(self.blocks[layer], self.parts.tower.attention)
 
-    def register(self) -> list[RemovableHandle]:
+    def register(self) -> list[Any]:
         """Hook the tower; with layers wanted also their projections, and the projector's input."""
-        tower = self.parts.vision
-        handles = [
+        tower, fused = self.parts.vision, self.parts.tower.fused
+        handles: list[Any] = [
             tower.register_forward_pre_hook(self._start),
             tower.register_forward_hook(self._end, with_kwargs=True),
         ]
+        if self.parts.family.tiles:
+            handles.append(Instead(self.parts.base, self))
         for layer, attn in self.attn.items():
-            for name in ("q", "k"):
+            if fused is not None:
+                told = Names(attn, ("position_embeddings",))
+                handles.append(attn.register_forward_pre_hook(partial(self._turn, told), with_kwargs=True))
+                keep = partial(self._keep_fused, layer, attn)
+                handles.append(attribute(attn, fused).register_forward_hook(keep))
+            for name in ("q", "k") if fused is None else ():
                 # A norm behind the projection (InternVL) has the last word on it.
                 module = attribute(attn, f"{name}_norm" if self.parts.tower.normed else f"{name}_proj")
-                handles.append(module.register_forward_hook(partial(self._keep, layer, name)))
+                handles.append(module.register_forward_hook(partial(self._keep, layer, name, attn)))
         if self.attn:
             handles.append(self.parts.projector.register_forward_pre_hook(self._see))
         return handles
@@ -75,41 +79,31 @@ class VisionReads:
         self.mine.runs, self.mine.crops = None, ()
         return crops
 
-    def fields(self, layers: Iterable[int], visuals: Visuals, images: Sequence[int]) -> dict[str, Any]:
-        """The fields of a context that come from the tower, for samples with so many images each."""
-        parts, note = self.parts, self.note(visuals, images)
-        crops, grid = _crops_of(note, images), crop_grid(parts.config, note)
+    def fields(self, layers: Iterable[int], visuals: Visuals, seen: Seen) -> dict[str, Any]:
+        """The fields of a context that come from the tower, for the images of a call."""
+        scales = {layer: attribute(self.attn[layer], self.parts.tower.scale) for layer in layers}
+        return self.crops.fields(scales, self.note(visuals, seen), seen, len(self.blocks))
 
-        def mine(x: Tensor) -> Tensor:
-            return x if crops is None else x[whole_numbers(tuple(crops), x.device)]
-
-        mask, seen = None if note.mask is None else mine(note.mask), {}
-        for layer in layers:
-            attn, side = self.attn[layer], parts.family.side(parts.config)
-            query, key = (mine(heads(note.taken[layer, name], attn.head_dim)) for name in ("q", "k"))
-            seen[layer] = VisionAttention(query, key, attn.scale, parts.tower.cls, grid, side, mask)
-        assert note.features is not None
-        # project is no call of the module: no hook should see it
-        return {"vision": seen, "features": mine(note.features), "project": parts.projector.forward}
-
-    def note(self, visuals: Visuals, images: Sequence[int]) -> Encoded:
+    def note(self, visuals: Visuals, seen: Seen) -> Encoded:
         """The note on this call's images: features cut up, or encoded outside the scope, come without."""
-        note, *more = visuals.seen()
-        taken = not more and {(layer, "k") for layer in self.attn} <= {*note.taken}
-        wanted = sum(images)
-        if not taken or not note.crops or wanted % len(note.crops):
-            got = f"those of {len(note.crops)}" if taken else "none"
+        notes = visuals.seen()
+        wanted = {(layer, "k") for layer in self.attn}
+        taken = all(wanted <= {*note.taken} and note.features is not None for note in notes)
+        crops, have = sum(map(crops_in, seen.flat)), sum(len(note.crops) for note in notes)
+        if not taken or not have or crops % have:
+            got = f"those of {have}" if taken else "none"
             raise ModelError(
-                f"vision: expected query and key of the {wanted} images of this call, got {got} "
+                f"vision: expected query and key of the {crops} crops of this call's images, got {got} "
                 "(images must be encoded whole, by this model, inside the scope)"
             )
-        return note
+        return notes[0] if len(notes) == 1 else _together(notes)
 
     # Hooks
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _start(self, module: nn.Module, args: Any) -> None:
-        self.mine.note = Encoded()
+        sizes, ratio = self.mine.sizes or ((), None)
+        self.mine.note = Encoded(sizes=sizes, ratio=ratio)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -124,28 +118,95 @@ class VisionReads:
             note.mask = None if mask is None else mask.flatten(1)
         self.notes.add(output, note)
         self.mine.crops += note.crops
+        if tower.grids is not None:
+            self.mine.note = None  # the projector is inside it
         if self.mine.runs is not None:
             self.mine.runs.append(output)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _keep(self, layer: int, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+    def _keep(self, layer: int, name: str, attn: Any, module: nn.Module, args: Any, output: Tensor) -> None:
         if self.mine.note is not None:  # none is open where a checkpointed block is replayed
-            self.mine.note.taken[layer, name] = output.detach()
+            self.mine.note.taken[layer, name] = heads(output.detach(), attn.head_dim)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _turn(self, told: Names, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self.mine.note is not None:
+            self.mine.note.rope = told.read(args, kwargs)["position_embeddings"]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _keep_fused(self, layer: int, attn: Any, module: nn.Module, args: Any, output: Tensor) -> None:
+        note = self.mine.note
+        if note is not None:
+            cos, sin = (t.detach()[:, None].float() for t in note.rope)
+            query, key, _ = output.detach().view(len(output), 3, -1, attn.head_dim).unbind(1)
+            for name, x in (("q", query), ("k", key)):  # in float32, as the tower turns them
+                first, second = x.float().chunk(2, -1)
+                turned = torch.cat([-second, first], -1)
+                note.taken[layer, name] = (x.float() * cos + turned * sin).to(x)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self.mine.note is not None:
-            self.mine.note.features, self.mine.note = args[0].detach(), None
+            self.mine.note.features = args[0].detach()
+            if self.parts.tower.grids is None:
+                self.mine.note = None
 
 
-def _crops_of(note: Encoded, images: Sequence[int]) -> list[int] | None:
-    """Which crop each image of the call is; None = one after the other. Beam search repeats samples, not crops."""
-    copies = sum(images) // len(note.crops)
-    if copies == 1:
-        return None
-    crops: list[int] = []
-    first = 0
-    for b, count in enumerate(images):
-        crops += range(first, first + count)
-        first += count if (b + 1) % copies == 0 else 0
-    return crops
+def _together(notes: Sequence[Encoded]) -> Encoded:
+    """What was noted of the runs on images and on videos, as of one run."""
+    names = notes[0].taken.keys()
+    return Encoded(
+        crops=sum((note.crops for note in notes), ()),
+        thw=None if notes[0].thw is None else [thw for note in notes for thw in note.thw or ()],
+        taken={name: torch.cat([note.taken[name] for note in notes]) for name in names},
+        features=torch.cat([note.features for note in notes if note.features is not None]),
+    )
+
+
+class Instead:
+    """Stands on one base model in the place of ``get_image_features``, whose sizes of images reach no module of it.
+
+    Both the model's own forward and ``generate``, which encodes ahead, go through it. Acts as a hook's handle.
+    """
+
+    id = "get_image_features"
+
+    def __init__(self, base: Any, reads: VisionReads) -> None:
+        self.base, self.reads = base, reads
+        method = type(base).get_image_features
+        self.onevision = {*ONEVISION} <= {*signature(method).parameters}
+        self.told = Names(method, (SIZES, *(ONEVISION if self.onevision else ())))
+        vars(base)[self.id] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The class's own, whose run of the tower then knows of the sizes."""
+        mine, given = self.reads.mine, self.told.read(args, kwargs)
+        mine.sizes = self._sizes(given)
+        try:
+            return type(self.base).get_image_features(self.base, *args, **kwargs)
+        finally:
+            mine.sizes = None
+
+    def _sizes(self, given: dict[str, Any]) -> tuple[tuple[tuple[int, int] | None, ...], str | None]:
+        """Height and width of every image that is tiled, and LLaVA-OneVision's ratio. transformers reads them, too."""
+        sizes: Any = given[SIZES]
+        sizes = sizes.tolist() if isinstance(sizes, Tensor) else [list(size) for size in sizes]
+        counts = ratio = None
+        if self.onevision:
+            counts, ratio = (given[name] for name in ONEVISION)
+            ratio = self.base.config.vision_aspect_ratio if ratio is None else ratio
+        alone = [True] * len(sizes) if counts is None else [n == 1 for n in counts.tolist() for _ in range(n)]
+        return tuple((h, w) if tiles else None for (h, w), tiles in zip(sizes, alone, strict=True)), ratio
+
+    @property
+    def __signature__(self) -> Signature:
+        """The class's own: by its names ``generate`` knows what to hand over."""
+        return signature(MethodType(type(self.base).get_image_features, self.base))
+
+    def hooks_dict_ref(self) -> dict[str, Any]:
+        """Where it stands."""
+        return vars(self.base)
+
+    def remove(self) -> None:
+        """Leave."""
+        vars(self.base).pop(self.id, None)

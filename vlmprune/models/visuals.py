@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vlmprune.errors import ModelError
-from vlmprune.models.host.families import Encoded, ImageGrids
+from vlmprune.models.crop_reads import Seen
 from vlmprune.models.host.names import attribute
 from vlmprune.models.host.parts import Parts, patch_grid
+from vlmprune.models.host.views import Encoded, ImageViews, Shapes, View, image_tokens
 from vlmprune.policies.base import tokens_in
 
 
@@ -93,10 +94,10 @@ class Visuals:
         """How many visual tokens there are in all, known on the host."""
         if self.cut:
             return sum(len(f) for output in self.outputs for f in output.pooler_output)
-        return sum(tokens_in(grids) for images in self.images for grids in images)
+        return sum(map(image_tokens, (image for images in self.images for image in images)))
 
     @cached_property
-    def images(self) -> list[list[ImageGrids]]:
+    def images(self) -> list[list[ImageViews]]:
         """The grids of every image, by kind. Raises ModelError where nothing says what the images of these features were."""
         if len(self.runs) < len(self.kinds):
             raise ModelError(
@@ -105,7 +106,7 @@ class Visuals:
             )
         return [self._grids(*one) for one in zip(self.kinds, self.outputs, strict=True)]
 
-    def _grids(self, kind: str, output: Any) -> list[ImageGrids]:
+    def _grids(self, kind: str, output: Any) -> list[ImageViews]:
         family, note = self.parts.family, self.notes.of(output)
         adapter = family.videos if kind == "video" else family.images
         if adapter is None or (note is None and not family.square):
@@ -114,11 +115,10 @@ class Visuals:
                 f"{self.parts.config.model_type!r} differ in shape), got others"
             )
         features = [f for f in output.pooler_output if len(f)]  # Idefics3: none, for a sample without images
-        return adapter(self.parts.base, features, note or Encoded()) if features else []
+        shapes = Shapes(self.parts.config, family.side(self.parts.config))
+        return adapter(shapes, features, note or Encoded()) if features else []
 
-    def by_sample(
-        self, counts: Sequence[int], videos: Sequence[Sequence[int]] | None
-    ) -> tuple[tuple[ImageGrids, ...], ...]:
+    def by_sample(self, counts: Sequence[int], videos: Sequence[Sequence[int]] | None) -> Seen:
         """The images of each sample in prompt order.
 
         Args:
@@ -126,22 +126,25 @@ class Visuals:
             videos: for each sample 1 at a visual token that is a video's, else 0; None if the call brings one kind.
         """
         queues = [list(images) for images in self.images]
-        samples: list[list[ImageGrids]] = [[] for _ in counts]
+        samples: list[list[ImageViews]] = [[] for _ in counts]
+        kinds: list[list[int]] = [[] for _ in counts]
         for b, count in enumerate(counts):
             left = count
             while left:
-                queue = queues[videos[b][count - left] if videos else 0]
-                size = tokens_in(queue[0]) if queue else 0
+                kind = videos[b][count - left] if videos else 0
+                queue = queues[kind]
+                size = image_tokens(queue[0]) if queue else 0
                 if not 0 < size <= left:
                     raise ModelError(
                         f"prompt: expected whole images in every sample, got {left} visual tokens where an "
                         f"image has {size}"
                     )
                 samples[b].append(queue.pop(0))
+                kinds[b].append(kind)
                 left -= size
-        return tuple(map(tuple, samples))
+        return Seen(tuple(map(tuple, samples)), tuple(map(tuple, kinds)))
 
-    def in_chunks(self, ends: Sequence[int]) -> tuple[tuple[ImageGrids, ...], ...]:
+    def in_chunks(self, ends: Sequence[int]) -> tuple[tuple[ImageViews, ...], ...]:
         """The images that the first ``ends[b]`` visual tokens of each prompt are of, the last one perhaps in part.
 
         Raises ModelError where features cut out of the tower's output no longer say what their images were.
@@ -152,4 +155,4 @@ class Visuals:
                 "shape, and their parts do not say of what), got a prompt in chunks"
             )
         grid = patch_grid(self.parts.config)
-        return tuple((((grid,),) * -(-end // tokens_in([grid]))) for end in ends)
+        return tuple((((View(grid),),) * -(-end // tokens_in([grid]))) for end in ends)

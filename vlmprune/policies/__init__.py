@@ -19,7 +19,6 @@ from vlmprune.policies.base import TokenContext as TokenContext
 from vlmprune.policies.base import VisionAttention as VisionAttention
 from vlmprune.policies.base import attention_of as attention_of
 from vlmprune.policies.base import outcome as outcome
-from vlmprune.policies.by_image import images_of as images_of
 from vlmprune.policies.by_image import ranked as ranked
 from vlmprune.policies.by_image import spent as spent
 from vlmprune.policies.cdpruner import CDPruner as CDPruner
@@ -43,6 +42,8 @@ from vlmprune.policies.divprune import DivPrune as DivPrune
 from vlmprune.policies.fastervlm import FasterVLM as FasterVLM
 from vlmprune.policies.fastv import FastV as FastV
 from vlmprune.policies.feather import Feather as Feather
+from vlmprune.policies.groups import crops_of as crops_of
+from vlmprune.policies.groups import images_of as images_of
 from vlmprune.policies.pyramiddrop import PyramidDrop as PyramidDrop
 from vlmprune.policies.random import Random as Random
 from vlmprune.policies.random_deep import RandomDeep as RandomDeep

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,9 +21,10 @@ from vlmprune.policies.base import (
     TokenContext,
     VisionAttention,
 )
-from vlmprune.policies.by_image import Images, images_of, patch_attention, ranked, vision_of
+from vlmprune.policies.by_image import quota_of, ranked, vision_of
 from vlmprune.policies.checks import check_keep, check_seed, check_share, check_whole, check_word
 from vlmprune.policies.choose import marks
+from vlmprune.policies.groups import Groups, Kind, Quota, crops_of
 from vlmprune.policies.relevance import Relevance, check_relevance, relevance_of
 
 TEXT = {288: 150, 144: 70, 72: 40, 36: 20, 18: 12}
@@ -112,7 +114,7 @@ class ACCMSelection(PruningPolicy):
         check_word("positions", self.positions, "pack", "keep")
 
     layers = (0,)  # before the language model
-    spend = "image"
+    spend = "crop"
 
     def needs(self, layer: int) -> Needs:
         """Query and key of the vision layer; the projected features and the text's embeddings where the question chooses."""
@@ -125,42 +127,45 @@ class ACCMSelection(PruningPolicy):
 
     def rank(self, ctx: TokenContext) -> Ranking:
         """The same tokens in any order."""
-        images = images_of(ctx)
-        if not images.tokens:
+        crops = crops_of(ctx)
+        if not crops.tokens:
             return Ranking(ctx.mask.float(), ctx.counts)
-        turn, _ = self._turns(ctx, images)
-        return ranked(ctx, self, images.join(-turn.float()), self.positions)
+        quota = quota_of(ctx, self, crops)
+        turns = crops.together([(kind, turn) for kind, turn, _ in self._turns(ctx, crops, quota)])
+        last = 3 * max(crops.tokens)
+        return ranked(ctx, self, crops.spread(-turns.float(), fill=-last), self.positions)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         if self.order == "raster":
             return super().select(ctx)
-        images = images_of(ctx)
-        if not images.tokens:
+        crops = crops_of(ctx)
+        if not crops.tokens:
             return ctx.ordinals
-        turn, place = self._turns(ctx, images)
-        kept = self.kept(images.tokens[0], 1, ctx.layer)
-        index, _ = ops.select_topk(-turn.float(), kept)
-        found = index.gather(1, place.gather(1, index).argsort(dim=1))
-        return Reduction(images.index(found), None, self.positions)
+        quota, found = quota_of(ctx, self, crops), []
+        for kind, turn, place in self._turns(ctx, crops, quota):
+            index, _ = ops.select_topk(-turn.float(), kind.kept)
+            found.append((kind, index.gather(1, place.gather(1, index).argsort(dim=1))))
+        return Reduction(crops.index(crops.together(found), quota), None, self.positions)
 
-    def _turns(self, ctx: TokenContext, images: Images) -> tuple[Tensor, Tensor]:
-        """When each token's turn to be kept is, and its place among those found: ``[I, N]`` int64, the lower the sooner."""
-        N = images.tokens[0]
-        kept = self.kept(N, 1, ctx.layer)
-        seen = vision_of(ctx, self.vision_layer, images)
-        attention = patch_attention(seen) if self.heads == "split" else joined_attention(seen)
-        asked, (outlier, rank) = self._asked(ctx, images, kept), outliers(attention)
-        chosen, at = asked | outlier, counting(1, N, attention.device)
-        place = places(chosen, kept, at, shuffled(self.seed, N, attention.device))
-        first = N - 1 - at if self.overflow == "last" else rank.masked_fill(asked, -1)
-        return torch.where(chosen, first, place), place
-
-    def _asked(self, ctx: TokenContext, images: Images, kept: int) -> Tensor:
-        """Which tokens the question chooses, ``[I, N]`` bool: at most its quota, none where nothing sets them apart."""
+    def _turns(self, ctx: TokenContext, crops: Groups, quota: Quota) -> Iterator[tuple[Kind, Tensor, Tensor]]:
+        """When each token's turn to be kept is, and its place among those found: ``[i, N]`` int64, the lower the sooner."""
+        seen = vision_of(ctx, self.vision_layer, crops)
+        attention = seen.received() if self.heads == "split" else joined_attention(seen)
         relevance = relevance_of(ctx, self.relevance)
-        if relevance is None:
-            return torch.zeros(len(images.tokens), images.tokens[0], dtype=torch.bool, device=ctx.device)
-        score = images.split(relevance if self.nearest else -relevance)
+        relevance = None if relevance is None else crops.split(relevance if self.nearest else -relevance)
+        for kind in crops.kinds(quota):
+            paid = crops.take(attention, kind)
+            N, (outlier, rank) = paid.shape[1], outliers(paid)
+            asked = torch.zeros_like(outlier)
+            if relevance is not None:
+                asked = self._asked(crops.take(relevance, kind), kind.kept)
+            chosen, at = asked | outlier, counting(1, N, paid.device)
+            place = places(chosen, kind.kept, at, shuffled(self.seed, N, paid.device))
+            first = N - 1 - at if self.overflow == "last" else rank.masked_fill(asked, -1)
+            yield kind, torch.where(chosen, first, place), place
+
+    def _asked(self, score: Tensor, kept: int) -> Tensor:
+        """Which tokens of crops the question chooses, ``[i, N]`` bool: at most its quota, none where nothing sets them apart."""
         sound = score.isfinite()
         score = score.masked_fill(~sound, float("-inf"))
         apart = score.amax(1) > score.masked_fill(~sound, float("inf")).amin(1)
@@ -175,15 +180,16 @@ class ACCMSelection(PruningPolicy):
 
 
 def joined_attention(seen: VisionAttention) -> Tensor:
-    """As ``patch_attention``, with all heads as one: ``softmax(q k^T / sqrt(H D))``; a sum over heads before the softmax."""
+    """As ``received``, with all heads as one: ``softmax(q k^T / sqrt(H D))``; a sum over heads before the softmax."""
     query, key = (x.transpose(1, 2).flatten(2).float() for x in (seen.query, seen.key))
     rows = query[:, :1] if seen.cls else query
     logits = rows @ key.mT * key.shape[2] ** -0.5
     if seen.mask is None:
-        return seen.per_token(logits.softmax(2)[..., int(seen.cls) :].mean(1))
+        paid = logits.softmax(2)[..., int(seen.cls) :]
+        return seen.over_rows(paid.sum(1), paid.shape[1])
     share = logits.masked_fill(~seen.mask[:, None], float("-inf")).softmax(2)
     share = share.masked_fill(~seen.mask[:, :, None], 0.0)
-    return seen.per_token(share.sum(1) / seen.mask.sum(1, keepdim=True))
+    return seen.over_rows(share.sum(1), seen.mask.sum(1, keepdim=True))
 
 
 def outliers(attention: Tensor) -> tuple[Tensor, Tensor]:

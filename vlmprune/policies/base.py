@@ -23,8 +23,9 @@ from vlmprune.policies.growth import Growth as Growth
 from vlmprune.policies.inputs import AttentionInputs as AttentionInputs
 from vlmprune.policies.inputs import Grid as Grid
 from vlmprune.policies.inputs import Needs as Needs
-from vlmprune.policies.inputs import VisionAttention as VisionAttention
 from vlmprune.policies.inputs import tokens_in as tokens_in
+from vlmprune.policies.vision import Crop as Crop
+from vlmprune.policies.vision import VisionAttention as VisionAttention
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,12 @@ class TokenContext:
         text: ``[B, T]`` int64 positions in the prompt chunk of the text after the last image, -1 = padding; given with
             ``embeds`` or text rows. A prompt that ends with its image has none, and T may be 0.
         vision: query and key of the vision layers asked for, by the number they were asked with.
-        features: ``[I, P, Dv]`` what the projector got of every image, or None if no vision layer was asked for.
+        features: ``[I, T, Dv]`` what the projector got for the tokens of every crop, zeros where one has fewer, or None if no
+            vision layer was asked for.
         project: the projector, ``[..., Dv]`` to ``[..., D]``, for features made anew; given with ``features``.
         sizes: per sample, the visual tokens of each image or video; None where every grid is an image.
+        crops: per sample and image, the crops that the tower saw of it and that have tokens; None where every grid is one. A
+            newline token is of none.
         shares: how many images each sample's visual tokens are, where chunked prefill has cut them up; else None. Then
             ordinals count from the prompt's first visual token and ``grids`` are those of all its images so far.
         words: how many tokens ``text`` has in each sample, host ints; None = not known.
@@ -76,6 +80,7 @@ class TokenContext:
     features: Tensor | None = None
     project: Callable[[Tensor], Tensor] | None = None
     sizes: tuple[tuple[int, ...], ...] | None = None
+    crops: tuple[tuple[tuple[Crop, ...], ...], ...] | None = None
     shares: tuple[float, ...] | None = None
     words: tuple[int, ...] | None = None
     tokens: Tensor | None = None
@@ -113,7 +118,8 @@ class PruningPolicy:
 
     A budget is counted per image, as a share of its tokens (a float) or as a number of them (an int), and a prompt of m
     images has m times as much. A setting ``spend`` says how it is spent: "prompt", the best tokens of all images of the
-    prompt together stay, or "image", every image keeps its own. ``growth`` says what more tokens cost.
+    prompt together stay, "image", every image keeps its own, or "crop", shared out over what the tower sees as one image (a
+    tile, the small view, a video's frame). ``growth`` says what more tokens cost.
 
     A class checks its settings in ``__post_init__``; before that runs, numpy's numbers have become Python's, and lists and
     arrays tuples.
@@ -165,7 +171,7 @@ class PruningPolicy:
             if setting.init:
                 object.__setattr__(self, setting.name, plain(getattr(self, setting.name)))
         check_word("earlier_kv", self.earlier_kv, "full", "compact")
-        check_word("spend", self.spend, "prompt", "image")
+        check_word("spend", self.spend, "prompt", "image", "crop")
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -1,106 +1,46 @@
-"""The batch seen image by image: where the images lie, budgets spent by image, vision attention, nearest rows."""
+"""The batch seen image by image, or crop by crop: budgets spent so, vision attention, nearest rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, chain
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vlmprune import ops
 from vlmprune.constants import whole_numbers
 from vlmprune.errors import check, require
-from vlmprune.policies.base import Positions, PruningPolicy, Ranking, TokenContext, VisionAttention
-from vlmprune.policies.choose import padding, quotas
+from vlmprune.policies.base import Positions, PruningPolicy, Ranking, TokenContext, VisionAttention, outcome
+from vlmprune.policies.choose import marks, padding, quotas
+from vlmprune.policies.chosen import Reduction
+from vlmprune.policies.groups import Groups, Quota, crops_of, images_of
 from vlmprune.policies.inputs import Rating
 
 
-@dataclass(frozen=True)
-class Images:
-    """Where the I images of a call lie among the entering tokens; host ints only.
-
-    Attributes:
-        samples: which sample each image belongs to, ascending.
-        firsts: each image's first place among its sample's tokens.
-        tokens: how many tokens each image has.
-        batch: B, how many samples there are.
-        width: N, the places a sample has in the batch.
-    """
-
-    samples: tuple[int, ...]
-    firsts: tuple[int, ...]
-    tokens: tuple[int, ...]
-    batch: int
-    width: int
-
-    def split(self, x: Tensor) -> Tensor:
-        """Cut ``x [B, N, ...]`` into images ``[I, P, ...]``; P is the largest image's tokens, padding is zeros."""
-        P = max(self.tokens, default=0)
-        if set(self.tokens) == {P} and sum(self.tokens) == self.batch * self.width:
-            return x.reshape(len(self.tokens), P, *x.shape[2:])
-        samples, firsts, tokens = whole_numbers((self.samples, self.firsts, self.tokens), x.device)[..., None]
-        inside = torch.arange(P, device=x.device)
-        at = torch.where(inside < tokens, samples * self.width + firsts + inside, -1)
-        return _rows(x, at, 0)
-
-    def join(self, x: Tensor, kept: Sequence[int] | None = None, fill: int = 0) -> Tensor:
-        """Line up the first ``kept[i]`` rows of every image of ``x [I, k, ...]``, None = all: ``[B, K, ...]``, then ``fill``."""
-        counts = kept if kept is not None else [x.shape[1]] * len(self.samples)
-        lines: list[list[int]] = [[] for _ in range(self.batch)]
-        for image, (sample, count) in enumerate(zip(self.samples, counts, strict=True)):
-            lines[sample] += range(image * x.shape[1], image * x.shape[1] + count)
-        if lines and all(len(line) * self.batch == x.shape[0] * x.shape[1] for line in lines):
-            # Nothing to leave out or to fill.
-            return x.reshape(self.batch, -1, *x.shape[2:])
-        K = max(map(len, lines), default=0)
-        at = whole_numbers(tuple((*line, *[-1] * (K - len(line))) for line in lines), x.device)
-        return _rows(x, at.view(self.batch, K), fill)
-
-    def index(self, picked: Tensor, kept: Sequence[int] | None = None) -> Tensor:
-        """Turn places within each image ``[I, k]`` into places within the sample ``[B, K]``, -1 on the right."""
-        first = whole_numbers(self.firsts, picked.device)
-        return self.join(picked + first[:, None], kept, fill=-1)
-
-
-def _rows(x: Tensor, at: Tensor, fill: int) -> Tensor:
-    """Rows ``at`` (-1 = ``fill``) of ``x`` with its first two dims run together."""
-    flat = x.flatten(0, 1)
-    if not len(flat):
-        return x.new_full((*at.shape, *x.shape[2:]), fill)
-    rows = flat[at.clamp(min=0)]
-    return rows.masked_fill(at.view(*at.shape, *[1] * (x.ndim - 2)) < 0, fill)
-
-
-def images_of(ctx: TokenContext) -> Images:
-    """Where the images lie. Raises ValueError if an earlier stage has already dropped some of their tokens.
-
-    Example:
-        >>> images_of(ctx).firsts, images_of(ctx).tokens
-        ((0, 0, 4), (4, 4, 4))
-    """
-    sizes = ctx.images()
-    whole = tuple(map(sum, sizes))
-    check(ctx.counts == whole, "ctx.counts", f"{whole}, every token of every image", ctx.counts)
-    samples = tuple(sample for sample, own in enumerate(sizes) for _ in own)
-    firsts = tuple(first for own in sizes for first in [*accumulate(own, initial=0)][:-1])
-    return Images(samples, firsts, tuple(chain(*sizes)), *ctx.mask.shape)
+def quota_of(ctx: TokenContext, policy: PruningPolicy, groups: Groups) -> Quota:
+    """How many tokens of each group stay: what the policy keeps of an image, shared out evenly over its crops."""
+    return groups.shared_out([policy.kept(n, 1, ctx.layer) for own in ctx.images() for n in own])
 
 
 def spent(
-    ctx: TokenContext, policy: PruningPolicy, choose: Callable[..., Tensor], *tensors: Tensor
-) -> Tensor:
-    """Index ``[B, K]`` of what ``choose`` takes by the policy's counts from every prompt, or from every image of it.
+    ctx: TokenContext,
+    policy: PruningPolicy,
+    choose: Callable[..., Tensor],
+    *tensors: Tensor,
+    positions: Positions = "keep",
+) -> Tensor | Reduction:
+    """What ``choose`` takes by the policy's counts from every prompt, from every image of it, or from every crop.
 
     Args:
         ctx: the stage's context.
         policy: whose ``kept`` counts, and whose ``spend`` says of what.
         choose: ``choose_greedily`` of a rule, or alike: ``(counts, mask or None, *tensors)`` to places ``[G, k]``, ascending.
         tensors: ``[B, N, ...]``, what to choose by.
+        positions: of the tokens that stay. Packed they stand crop by crop.
 
     Raises:
-        InputError: by image, where images are not whole: after an earlier stage, or in prefill by chunks.
+        InputError: by image or crop, where images are not whole: after an earlier stage, or in prefill by chunks.
 
     Example:
         >>> from functools import partial
@@ -112,15 +52,40 @@ def spent(
         [tensor([0, 4]), tensor([0, 3])]
     """
     if policy.spend == "prompt":
-        return choose(quotas(ctx, policy), padding(ctx.counts, ctx.mask), *tensors)
-    _whole_images(ctx)
-    images = images_of(ctx)
-    kept = [policy.kept(tokens, 1, ctx.layer) for tokens in images.tokens]
-    if not kept:
-        return ctx.ordinals
-    mask = padding(images.tokens, images.split(ctx.mask))
-    places = choose(kept, mask, *map(images.split, tensors))
-    return images.index(places, kept)
+        index = choose(quotas(ctx, policy), padding(ctx.counts, ctx.mask), *tensors)
+        return outcome(index, positions)
+    groups = _groups(ctx, policy.spend)
+    if not groups.crops:
+        return outcome(ctx.ordinals, positions)
+    quota = quota_of(ctx, policy, groups)
+    places = choose(list(quota.kept), groups.padding(ctx.device), *map(groups.split, tensors))
+    return gathered(ctx, groups, quota, places, positions)
+
+
+def gathered(
+    ctx: TokenContext,
+    groups: Groups,
+    quota: Quota,
+    picked: Tensor,
+    positions: Positions,
+    rows: Tensor | None = None,
+) -> Tensor | Reduction:
+    """The choice of places ``picked [I, k]`` within each group, perhaps with new ``rows [I, k, D]``.
+
+    They stand group by group where positions are packed, in raster order where they are kept.
+    """
+    index, made = groups.index(picked, quota), None
+    if rows is not None:
+        made = groups.join(rows, quota)
+        if any(quota.rest):
+            own = ops.gather_tokens([require(ctx.hidden, "ctx.hidden", "rows")], index)[0]
+            made = torch.where((groups.numbers(rows.shape[1], quota, ctx.device) < 0)[..., None], own, made)
+    if positions == "keep" and not groups.in_line:
+        last = ctx.mask.shape[1]
+        index, order = torch.where(index < 0, last, index).sort(dim=1)
+        index = index.masked_fill(index == last, -1)
+        made = None if made is None else made.gather(1, order[..., None].expand_as(made))
+    return outcome(index, positions, made)
 
 
 def ranked(
@@ -130,12 +95,12 @@ def ranked(
     positions: Positions = "keep",
     static: bool = False,
 ) -> Ranking:
-    """The best by the policy's counts from every prompt or, where it spends by image, from every image of it.
+    """The best by the policy's counts from every prompt or, where it spends so, from every image or crop of it.
 
     ``static`` is the ranking's: True if no tensor has been looked at for ``scores``, and none made.
 
     Raises:
-        InputError: by image, where images are not whole: after an earlier stage, or in prefill by chunks.
+        InputError: by image or crop, where images are not whole: after an earlier stage, or in prefill by chunks.
 
     Example:
         >>> from vlmprune.policies import Random
@@ -145,32 +110,35 @@ def ranked(
     """
     if policy.spend == "prompt":
         return Ranking(scores, tuple(quotas(ctx, policy)), positions=positions, static=static)
-    images = _whole_images(ctx)
-    keep = tuple(tuple(policy.kept(tokens, 1, ctx.layer) for tokens in own) for own in images)
-    return Ranking(scores, keep, images, positions=positions, static=static)
+    groups = _groups(ctx, policy.spend)
+    quota = quota_of(ctx, policy, groups)
+    if groups.in_line:
+        sizes, keep = (groups.by_sample(n) for n in (groups.tokens, quota.kept))
+        return Ranking(scores, keep, sizes, positions=positions, static=static)
+    all_scores = scores.scores() if isinstance(scores, Rating) else scores
+    code = groups.padding(ctx.device)
+    absent = None if code is None else torch.where(code, 0, 2).to(torch.int8)
+    wanted = whole_numbers(quota.kept, ctx.device)
+    best = ops.select_topk(groups.split(all_scores), wanted, code=absent)[0][:, : max(quota.kept)]
+    chosen = marks(groups.index(best, quota), ctx.mask.shape[1])
+    return Ranking(
+        chosen.float(), tuple(map(sum, groups.by_sample(quota.kept, quota.rest))), positions=positions
+    )
 
 
-def _whole_images(ctx: TokenContext) -> tuple[tuple[int, ...], ...]:
-    check(ctx.whole, "spend", "'prompt' after an earlier stage, or in prefill by chunks", repr("image"))
-    return ctx.images()
+def _groups(ctx: TokenContext, spend: str) -> Groups:
+    check(ctx.whole, "spend", "'prompt' after an earlier stage, or in prefill by chunks", repr(spend))
+    return crops_of(ctx) if spend == "crop" else images_of(ctx)
 
 
-def vision_of(ctx: TokenContext, layer: int, images: Images) -> VisionAttention:
+def vision_of(ctx: TokenContext, layer: int, crops: Groups) -> VisionAttention:
     """One vision layer's query and key, or an error that says what the policy forgot to declare."""
     name = f"ctx.vision[{layer}]"
     seen = require(ctx.vision.get(layer), name, f"query and key (declare Needs(vision=({layer},)))")
-    patches = (seen.key.shape[2] - seen.cls) // seen.side**2
-    fits = images.tokens == (patches,) * seen.key.shape[0]
-    check(fits, name, f"images of {images.tokens} patches", f"{seen.key.shape[0]} of {patches}")
+    got = (seen.key.shape[0], seen.key.shape[2] - seen.cls) if seen.cells is None else seen.cells.shape[:2]
+    wanted = (len(crops.tokens), max(crops.tokens))
+    check(tuple(got) == wanted, name, "{} crops of up to {} tokens".format(*wanted), "{} of {}".format(*got))
     return seen
-
-
-def patch_attention(seen: VisionAttention) -> Tensor:
-    """Attention the patches of every visual token receive, head mean, ``[I, tokens]`` float32.
-
-    From CLS, or the mean over all rows without one.
-    """
-    return seen.per_token(seen.rating().scores())
 
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import require
-from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.by_image import spent
 from vlmprune.policies.checks import check_keep, check_word
 from vlmprune.policies.choose import choose_greedily
@@ -38,7 +38,9 @@ class CDPruner(PruningPolicy):
         relevance: ``"text"``, ``"none"`` (diversity alone), or a function of the TokenContext (which then has ``hidden`` and
             ``embeds``) that returns ``[B, N]``, higher = more relevant.
         positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
-        spend: "image": every image keeps its own budget; "prompt": all images of a prompt are chosen from together.
+        spend: "crop": an image's budget is shared out evenly over its crops, each chosen from by itself (released code: 128, 64
+            or 32 for each of LLaVA-NeXT's, and no newline token); "image": every image is chosen from as one; "prompt": all
+            images of a prompt are.
 
     Raises:
         ValueError: a setting is out of range; in ``select``, the function returns another shape.
@@ -56,7 +58,7 @@ class CDPruner(PruningPolicy):
     keep: int | float = 64
     relevance: Relevance = "text"
     positions: Positions = "pack"
-    spend: Literal["prompt", "image"] = "image"
+    spend: Literal["prompt", "image", "crop"] = "crop"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -75,8 +77,8 @@ class CDPruner(PruningPolicy):
         relevance = (
             torch.ones_like(ctx.mask, dtype=torch.float32) if found is None else scaled(found, ctx.mask)
         )
-        index = spent(ctx, self, partial(choose_greedily, "dpp"), hidden, relevance)
-        return outcome(index, self.positions)
+        choose = partial(choose_greedily, "dpp")
+        return spent(ctx, self, choose, hidden, relevance, positions=self.positions)
 
 
 def scaled(relevance: Tensor, mask: Tensor) -> Tensor:

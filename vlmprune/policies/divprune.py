@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from vlmprune.errors import require
-from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.by_image import spent
 from vlmprune.policies.checks import check_keep, check_word
 from vlmprune.policies.choose import choose_greedily
@@ -27,7 +27,8 @@ class DivPrune(PruningPolicy):
         keep: share of a sample's tokens (float, rounded to the nearest count as released: 0.098 of 576 is 56) or tokens
             per image (int; 192, 128, 64 in later papers' tables).
         positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
-        spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget.
+        spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget; "crop":
+            which is shared out evenly over its crops (tiles, small view, frames).
     """
 
     summary = "tokens most unlike each other (greedy max-min distance)"
@@ -37,7 +38,7 @@ class DivPrune(PruningPolicy):
 
     keep: int | float = 0.098
     positions: Positions = "pack"
-    spend: Literal["prompt", "image"] = "prompt"
+    spend: Literal["prompt", "image", "crop"] = "prompt"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -50,12 +51,11 @@ class DivPrune(PruningPolicy):
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
-        index = spent(ctx, self, partial(choose_greedily, "maxmin"), hidden)
-        return outcome(index, self.positions)
+        return spent(ctx, self, partial(choose_greedily, "maxmin"), hidden, positions=self.positions)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         """A share is rounded to the nearest count."""
         if isinstance(self.keep, int):
             return super().kept(tokens, images, layer)
-        budgets = images if self.spend == "image" and tokens else 1
+        budgets = images if self.spend != "prompt" and tokens else 1
         return min(tokens, round(budgets * max(1, round(self.keep * tokens / budgets))))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
-from vlmprune.policies.by_image import images_of, patch_attention, ranked, vision_of
+from vlmprune.policies.by_image import ranked, vision_of
 from vlmprune.policies.checks import check_keep, check_whole, check_word
+from vlmprune.policies.groups import crops_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class FasterVLM(PruningPolicy):
         keep: tokens per image (int; published budgets 192, 128, 64) or share (float; the paper's 1 - reduction ratio).
         vision_layer: vision-tower layer whose attention is read; -2 is the one whose output LLaVA projects.
         positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
-        spend: "image": every image keeps its own budget; "prompt": the best patches of all images of a prompt stay.
+        spend: "crop": an image's budget is shared out evenly over its crops (released code: 128, 64 or 32 for each of
+            LLaVA-NeXT's, and no newline token); "image": every image keeps its own; "prompt": the best patches of all images
+            of a prompt stay.
     """
 
     summary = "patches most attended by the vision tower's CLS"
@@ -31,7 +34,7 @@ class FasterVLM(PruningPolicy):
     keep: int | float = 64
     vision_layer: int = -2
     positions: Positions = "pack"
-    spend: Literal["prompt", "image"] = "image"
+    spend: Literal["prompt", "image", "crop"] = "crop"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -44,11 +47,12 @@ class FasterVLM(PruningPolicy):
         return Needs(vision=(self.vision_layer,))
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        images = images_of(ctx)
-        if not images.tokens:
+        crops = crops_of(ctx)
+        if not crops.tokens:
             return Ranking(ctx.mask.float(), ctx.counts)
-        seen = vision_of(ctx, self.vision_layer, images)
-        one_each = images.samples == tuple(range(images.batch))
+        seen = vision_of(ctx, self.vision_layer, crops)
+        one_each = crops.equal and len(crops.tokens) == crops.batch
         # patches are tokens where a sample is one crop
-        rating = seen.rating() if one_each and seen.side == 1 else images.join(patch_attention(seen))
+        plain = one_each and seen.cells is None
+        rating = seen.rating() if plain else crops.spread(seen.received(), fill=-1)
         return ranked(ctx, self, rating, self.positions)

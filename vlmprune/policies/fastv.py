@@ -21,7 +21,8 @@ class FastV(PruningPolicy):
         layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones; at least 1.
         keep: share (float) of the visual tokens, or visual tokens per image (int).
         rows: ``"last"`` (released code) or ``"mean"`` over all prompt rows (paper text).
-        spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget.
+        spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget; "crop":
+            which is shared out over its crops (tiles, small view, frames).
     """
 
     summary = "most attended tokens of the previous layer"
@@ -31,7 +32,7 @@ class FastV(PruningPolicy):
     layer: int = 2
     keep: int | float = 0.5
     rows: Literal["last", "mean"] = "last"
-    spend: Literal["prompt", "image"] = "prompt"
+    spend: Literal["prompt", "image", "crop"] = "prompt"
 
     def __post_init__(self) -> None:
         check_layer(self.layer, 1, BEFORE)

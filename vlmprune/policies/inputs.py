@@ -11,8 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from vlmprune import ops
-from vlmprune.constants import counting
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.ops.reference import join_heads
 from vlmprune.ops.scoring import ReductionKeywords, Scoring
 
@@ -200,48 +199,3 @@ class Rating(NamedTuple):
         check(isinstance(top, int) and top >= 1, "top_heads", "a whole number >= 1", repr(top))
         how |= {"head_reduce": "none", "top_heads": None}
         return join_heads(_joined(ops.received_attention(**how), "none", self.group), reduce, top)
-
-
-@dataclass(frozen=True)
-class VisionAttention:
-    """Query and key of one vision-tower layer, for the I images of a call in prompt order.
-
-    Attributes:
-        query, key: ``[I, H, P, D]``, or ``[I, H, 1 + P, D]`` with the CLS row first.
-        scale: softmax scale.
-        cls: whether row 0 is a CLS token.
-        grid: patch rows and columns, where ``side`` is not 1.
-        side: rows and columns of the block of patches that became one visual token.
-        mask: ``[I, P]`` bool, False at patches that are padding (no CLS then); None = none are.
-    """
-
-    query: Tensor
-    key: Tensor
-    scale: float
-    cls: bool
-    grid: Grid | None = None
-    side: int = 1
-    mask: Tensor | None = None
-
-    def rating(self) -> Rating:
-        """The attention that patches receive, one column each: from CLS, or without one the mean over all rows."""
-        images, _, places, _ = self.key.shape
-        rows = columns = every = counting(images, places, self.key.device)
-        if self.cls:
-            rows = counting(images, 1, self.key.device)
-            columns = counting(images, places - 1, self.key.device, 1)
-        if self.mask is not None:
-            patches = self.mask.shape[1]
-            rows = torch.where(self.mask, every, patches).sort(dim=1).values
-            rows = rows.masked_fill(rows == patches, -1)
-        scoring = Scoring(self.query, self.key, rows, columns, self.scale, key_mask=self.mask, causal=False)
-        return Rating(scoring, apart=True)
-
-    def per_token(self, patches: Tensor) -> Tensor:
-        """Mean over each visual token's block: ``[I, P, ...]`` to ``[I, P / side^2, ...]``."""
-        if self.side == 1:
-            return patches
-        rows, columns = require(self.grid, "grid", "patch rows and columns")
-        down, across = rows // self.side, columns // self.side
-        blocks = patches.reshape(len(patches), down, self.side, across, self.side, *patches.shape[2:])
-        return blocks.float().mean((2, 4)).flatten(1, 2)

@@ -24,7 +24,8 @@ class Random(PruningPolicy):
         layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones.
         keep: share (float) of the visual tokens, or visual tokens per image (int).
         seed: which draw.
-        spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget.
+        spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget; "crop":
+            which is shared out over its crops (tiles, small view, frames).
     """
 
     summary = "a random subset, fixed by a seed"
@@ -35,7 +36,7 @@ class Random(PruningPolicy):
     layer: int = 2
     keep: int | float = 0.5
     seed: int = 0
-    spend: Literal["prompt", "image"] = "prompt"
+    spend: Literal["prompt", "image", "crop"] = "prompt"
 
     def __post_init__(self) -> None:
         check_layer(self.layer)

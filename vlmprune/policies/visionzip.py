@@ -11,11 +11,12 @@ from torch import Tensor
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
 from vlmprune.errors import check, require
-from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
-from vlmprune.policies.by_image import images_of, nearest, patch_attention, rows_at, vision_of
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.by_image import gathered, nearest, quota_of, rows_at, vision_of
 from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word, share_of
 from vlmprune.policies.choose import others
 from vlmprune.policies.counts import keep_count
+from vlmprune.policies.groups import Kind, crops_of
 
 PRESETS = {192: (162, 30), 128: (108, 20), 64: (54, 10), 32: (27, 5)}
 """Published budgets as (dominant, contextual); 32 is the one per crop of LLaVA-NeXT at 160 tokens."""
@@ -81,33 +82,49 @@ class VisionZip(PruningPolicy):
         check(not self.count_cls, "count_cls", "False with shares", True)
 
     layers = (0,)  # before the language model
+    spend = "crop"
 
     def needs(self, layer: int) -> Needs:
         return Needs(hidden=True, vision=(self.vision_layer,))
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        images = images_of(ctx)
-        if not images.tokens:
+        crops = crops_of(ctx)
+        if not crops.tokens:
             return ctx.ordinals
-        hidden = images.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
+        hidden = crops.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
         features = require(ctx.features, "ctx.features", "features (declare a vision layer)")
+        seen, quota = vision_of(ctx, self.vision_layer, crops), quota_of(ctx, self, crops)
+        scores, keys = seen.received(), seen.per_token(seen.key[:, :, int(seen.cls) :].float().mean(1))
+        firsts = crops.shared_out([self._counts(n)[0] for own in ctx.images() for n in own]).kept
+        picked, rows = [], []
+        for kind in crops.kinds(quota, firsts):
+            own = [crops.take(x, kind) for x in (scores, features, keys, hidden)]
+            chosen, made = self._zipped(ctx, kind, firsts[kind.members[0]], *own)
+            picked.append((kind, chosen))
+            rows.append((kind, made))
+        return gathered(ctx, crops, quota, crops.together(picked), self.positions, crops.together(rows))
+
+    def _zipped(
+        self,
+        ctx: TokenContext,
+        kind: Kind,
+        first: int,
+        scores: Tensor,
+        features: Tensor,
+        keys: Tensor,
+        hidden: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Of crops alike: the places ``[i, k]`` of dominant and contextual tokens, and their rows ``[i, k, D]``."""
         project = require(ctx.project, "ctx.project", "the projector (declare a vision layer)")
-        seen = vision_of(ctx, self.vision_layer, images)
-        P = images.tokens[0]
-        first, contextual = self._counts(P)
-        dominant, _ = ops.select_topk(patch_attention(seen), first)
-        targets, merged = merge_rest(
-            features,
-            seen.per_token(seen.key[:, :, int(seen.cls) :].float().mean(1)),
-            others(dominant, P),
-            contextual,
-        )
+        dominant, _ = ops.select_topk(scores, first)
+        left = others(dominant, scores.shape[1])
+        targets, merged = merge_rest(features, keys, left, kind.kept - first)
         picked = torch.cat([dominant, targets], 1)
         rows = torch.cat([rows_at(hidden, dominant), project(merged).to(hidden.dtype)], 1)
         if self.positions == "keep":
             picked, order = picked.sort(dim=1)
             rows = rows_at(rows, order)
-        return outcome(images.index(picked), self.positions, images.join(rows))
+        return picked, rows
 
     def at(self, share: float) -> Self:
         """``share`` as both, in the proportion that they have."""

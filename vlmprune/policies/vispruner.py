@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmprune.errors import require
-from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
-from vlmprune.policies.by_image import images_of, patch_attention, rows_at, vision_of
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.by_image import gathered, quota_of, rows_at, vision_of
 from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word
+from vlmprune.policies.groups import crops_of
 
 ROUND = 8
 """Duplicates removed per round in the released code."""
@@ -56,24 +57,27 @@ class VisPruner(PruningPolicy):
         check_word("positions", self.positions, "pack", "keep")
 
     layers = (0,)  # before the language model
-    spend = "image"
+    spend = "crop"
 
     def needs(self, layer: int) -> Needs:
         """Query and key of the vision layer; the features come with them."""
         return Needs(vision=(self.vision_layer,))
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        images = images_of(ctx)
-        if not images.tokens:
+        crops = crops_of(ctx)
+        if not crops.tokens:
             return ctx.ordinals
-        kept = self.kept(images.tokens[0], 1, ctx.layer)
-        scores = patch_attention(vision_of(ctx, self.vision_layer, images))
+        quota = quota_of(ctx, self, crops)
+        scores = vision_of(ctx, self.vision_layer, crops).received()
         features = require(ctx.features, "ctx.features", "what the projector got (declare Needs(vision=...))")
-        order = scores.argsort(dim=1, descending=True, stable=True)
-        important = int(kept * self.important_ratio)
-        diverse = remove_duplicates(features, order[:, important:], kept - important)
-        picked = torch.cat([order[:, :important], diverse], 1).sort(dim=1).values
-        return outcome(images.index(picked), self.positions)
+        picked = []
+        for kind in crops.kinds(quota):
+            order = crops.take(scores, kind).argsort(dim=1, descending=True, stable=True)
+            important = int(kind.kept * self.important_ratio)
+            rest = order[:, important:]
+            diverse = remove_duplicates(crops.take(features, kind), rest, kind.kept - important)
+            picked.append((kind, torch.cat([order[:, :important], diverse], 1).sort(dim=1).values))
+        return gathered(ctx, crops, quota, crops.together(picked), self.positions)
 
 
 def remove_duplicates(features: Tensor, order: Tensor, keep: int) -> Tensor:

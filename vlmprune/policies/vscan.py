@@ -13,6 +13,7 @@ from vlmprune import ops
 from vlmprune.constants import whole_numbers
 from vlmprune.errors import require
 from vlmprune.policies.base import (
+    Crop,
     Grid,
     Needs,
     Positions,
@@ -21,12 +22,12 @@ from vlmprune.policies.base import (
     Reduction,
     TokenContext,
     attention_of,
-    outcome,
 )
-from vlmprune.policies.by_image import images_of, nearest, patch_attention, ranked, rows_at, vision_of
+from vlmprune.policies.by_image import gathered, nearest, quota_of, ranked, rows_at, vision_of
 from vlmprune.policies.checks import check_keep, check_layer, check_share, check_whole, check_word, share_of
 from vlmprune.policies.choose import others
 from vlmprune.policies.counts import keep_count
+from vlmprune.policies.groups import crops_of
 
 
 @dataclass(frozen=True)
@@ -112,29 +113,30 @@ class VScan(PruningPolicy):
         return keep_count(self.then, tokens, images)
 
     def _scan(self, ctx: TokenContext) -> Tensor | Reduction:
-        images = images_of(ctx)
-        if not images.tokens:
+        crops = crops_of(ctx)
+        if not crops.tokens:
             return ctx.ordinals
-        hidden = images.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
-        kept = self.kept(images.tokens[0], 1, 0)
-        shallow, deep = (
-            patch_attention(vision_of(ctx, layer, images))
-            for layer in (self.shallow_layer, self.vision_layer)
-        )
-        local, sizes = self._local(shallow, ctx, int(kept * self.local_ratio))
-        quota = whole_numbers(tuple(kept - size for size in sizes), deep.device)
-        picked = ops.select_topk(deep, quota, code=local.to(torch.int8))[0][:, :kept]
-        rows = images.join(merge_dropped(hidden, picked))
-        return outcome(images.index(picked), self.positions, rows)
+        hidden = crops.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
+        quota = quota_of(ctx, self, crops)
+        layers = (self.shallow_layer, self.vision_layer)
+        scores = [vision_of(ctx, layer, crops).received() for layer in layers]
+        picked, rows = [], []
+        for kind in crops.kinds(quota):
+            shallow, deep = (crops.take(x, kind) for x in scores)
+            local, count = self._local(shallow, kind.crop, int(kind.kept * self.local_ratio))
+            code = local.to(torch.int8)
+            chosen = ops.select_topk(deep, kind.kept - count, code=code)[0][:, : kind.kept]
+            picked.append((kind, chosen))
+            rows.append((kind, merge_dropped(crops.take(hidden, kind), chosen)))
+        return gathered(ctx, crops, quota, crops.together(picked), self.positions, crops.together(rows))
 
-    def _local(self, scores: Tensor, ctx: TokenContext, share: int) -> tuple[Tensor, list[int]]:
-        """Marks ``[I, P]`` of each window's best patches, ``share`` divided by the windows, and how many an image has."""
-        windows = [windows_of(grid, self.window) for sample in ctx.grids for grid in sample]
-        patches = [Counter(numbers) for numbers in windows]
-        each = [share // len(of) for of in patches]
-        sizes = [sum(min(n, most) for n in of.values()) for of, most in zip(patches, each, strict=True)]
-        layout, quota = (whole_numbers(x, scores.device) for x in (tuple(map(tuple, windows)), tuple(each)))
-        return rank_within(scores, layout) < quota[:, None], sizes
+    def _local(self, scores: Tensor, crop: Crop, share: int) -> tuple[Tensor, int]:
+        """Marks ``[i, P]`` of each window's best patches, ``share`` divided by the windows, and how many a crop has."""
+        windows = windows_of((crop.rows, crop.columns), self.window)
+        patches = Counter(windows)
+        each = share // len(patches)
+        layout = whole_numbers(tuple(windows), scores.device).expand_as(scores)
+        return rank_within(scores, layout) < each, sum(min(each, most) for most in patches.values())
 
 
 def windows_of(grid: Grid, window: int) -> list[int]:

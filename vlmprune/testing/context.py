@@ -222,10 +222,10 @@ def with_vision(
         return made
     rows, columns = grids[0]
     tokens, patches = rows * columns, rows * columns * side**2 + cls
-    seen = {}
+    cells, seen = None if side == 1 else blocks(len(grids), rows, columns, side), {}
     for layer in layers:
         query, key = draw((len(grids), 2 * H, patches, D), patches, few_values, g)
-        seen[layer] = VisionAttention(query[:, :H], key, D**-0.5, cls, (rows * side, columns * side), side)
+        seen[layer] = VisionAttention(query[:, :H], key, D**-0.5, cls, cells=cells)
     features = torch.randn(len(grids), tokens, FEATURES, generator=g)
     weight = torch.randn(FEATURES, WIDTH, generator=g) / 4
 
@@ -233,6 +233,13 @@ def with_vision(
         return torch.tanh(x.float() @ weight)
 
     return replace(made, ctx=replace(made.ctx, vision=seen, features=features, project=project))
+
+
+def blocks(crops: int, rows: int, columns: int, side: int) -> Tensor:
+    """``[I, T, m]`` the patches of every token, where each is a block of ``side`` times ``side`` of its crop's."""
+    patches = torch.arange(crops * rows * columns * side**2)
+    parted = patches.view(crops, rows, side, columns, side)
+    return parted.transpose(2, 3).reshape(crops, rows * columns, side**2)
 
 
 def make_context(needs: Needs, images: Sequence[Sequence[Grid]], layer: int, **settings: Any) -> TokenContext:

@@ -16,7 +16,7 @@ from vlmprune.models.graphs.bindings import Bindings
 from vlmprune.models.graphs.prompt_rows import PromptRows
 from vlmprune.models.graphs.recorder import Recorder
 from vlmprune.models.graphs.store import Graph, Inputs
-from vlmprune.models.host.families import Encoded
+from vlmprune.models.host.views import Encoded
 from vlmprune.models.layout import open_bound
 from vlmprune.models.prefill import RUNNING, Prefill, Unpruned, Wants
 from vlmprune.models.prompt import Prompt
@@ -79,7 +79,7 @@ def capture(
     rows.fill(inputs, prompt)
     assert prefill.call.visuals is not None
     visuals = _of_graph(prefill.call.visuals, bucket.note, inputs.seen)
-    batch, counts, images = len(unpruned.layout.counts), unpruned.layout.counts, unpruned.images
+    batch, counts, seen = len(unpruned.layout.counts), unpruned.layout.counts, unpruned.seen
 
     def run() -> tuple[Prefill, Any]:
         cache = DynamicCache()
@@ -89,7 +89,7 @@ def capture(
             text = TextSpan(inputs.text, (bucket.words,) * batch, bucket.length)
         layout = open_bound(inputs.visual, inputs.rows, counts)
         embeds = inputs.embeds if subject.wants.embeds else None
-        first = Unpruned(layout, images, None, text, embeds)
+        first = Unpruned(layout, seen, None, text, embeds, unpruned.patches)
         inner = Prefill(
             subject.wants, call, Prompt(batch), unpruned=first, runner=runner, planes=inputs.planes
         )

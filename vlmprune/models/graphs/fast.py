@@ -163,7 +163,7 @@ class FastPath:
         """That of a prompt. Raises ModelError where stages read the vision tower, and its run was not seen."""
         layout, text, note = unpruned.layout, unpruned.text, None
         if self.vision.attn and prefill.call.visuals is not None:
-            note = self.vision.note(prefill.call.visuals, [*map(len, unpruned.images)])
+            note = self.vision.note(prefill.call.visuals, unpruned.seen)
         words = 0 if text is None else rounded(max(1, *text.words))
         return Bucket(bucket(layout.real, layout.counts), words, note)
 
@@ -197,7 +197,7 @@ class FastPath:
             note,
             len(prompt.positions),
             unpruned.layout.counts,
-            unpruned.images,
+            unpruned.seen,
             *map(tuple, shapes),
         )
 

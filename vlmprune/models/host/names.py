@@ -7,7 +7,7 @@ a wrong answer without a word.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -28,6 +28,10 @@ ATTENTION = ("hidden_states", "position_embeddings")
 MODEL = ("labels", "logits_to_keep")
 DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")
 """Where visual tokens are, and what the text model adds to them behind its first layers (Qwen3-VL)."""
+SIZES = "image_sizes"
+"""Argument of ``get_image_features`` where an image's tiles depend on its size."""
+ONEVISION = ("batch_num_images", "vision_aspect_ratio")
+"""More arguments of LLaVA-OneVision's: images of each sample, and by how many tiles an image's tokens are bounded."""
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 """Bounds of the samples of a packed batch, which travel among a call's other keywords (FlashAttentionKwargs)."""
 
@@ -48,12 +52,13 @@ def attribute(owner: Any, name: str) -> Any:
 
 
 class Signature:
-    """The arguments of a module's ``forward``, found by name however the caller passed them."""
+    """The arguments of a module's ``forward``, or of a method, found by name however the caller passed them."""
 
-    def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
-        self.where = f"{type(module).__name__}.forward"
-        # The class's: accelerate and others put their own function in front of an instance's.
-        parameters = inspect.signature(type(module).forward).parameters
+    def __init__(self, module: nn.Module | Callable[..., Any], names: Iterable[str]) -> None:
+        # A module's is its class's: accelerate and others put their own function in front of an instance's.
+        function = type(module).forward if isinstance(module, nn.Module) else module
+        self.where = function.__qualname__
+        parameters = inspect.signature(function).parameters
         self.order = [name for name in parameters if name != "self"]
         for name in names:
             if name not in parameters:

@@ -1,0 +1,106 @@
+"""Crops that lie in one another's rows, with newline tokens between: each is chosen from as if it stood alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import vlmprune
+from helpers.contexts import sight
+from vlmprune.policies.base import Crop, Reduction
+from vlmprune.policies.groups import places_of
+
+ROWS, COLUMNS = 4, 5
+CROPS = (Crop(0, 5, 4, 5), Crop(20, 11, 4, 5), Crop(25, 11, 4, 5))
+"""A small view, and two tiles side by side with a newline behind each line."""
+NEWLINES = (30, 41, 52, 63)
+POLICIES = [
+    vlmprune.FasterVLM(keep=18),
+    vlmprune.FasterVLM(keep=17, positions="keep"),
+    vlmprune.VisPruner(keep=18),
+    vlmprune.VisionZip(dominant=12, contextual=6),
+    vlmprune.VisionZip(dominant=12, contextual=5, positions="keep"),
+    vlmprune.VScan(keep=18, window=2),
+    vlmprune.ACCMSelection(keep=18, relevance="none"),
+    vlmprune.ACCMSelection(keep=18, relevance="none", order="selected"),
+    vlmprune.CDPruner(keep=18, relevance="none"),
+    vlmprune.CDPruner(keep=18, relevance="none", positions="keep"),
+]
+
+
+def mosaic(alone):
+    """The context of three crops, which were samples of their own, as one sample of one image."""
+    places = [places_of(crop) for crop in CROPS]
+    count = 20 + 4 * 11
+    hidden = torch.full((1, count, alone.hidden.shape[2]), 7.0)
+    for crop, at in enumerate(places):
+        hidden[0, at] = alone.hidden[crop]
+    order = torch.arange(count)[None]
+    return replace(
+        alone,
+        mask=torch.ones(1, count, dtype=torch.bool),
+        counts=(count,),
+        ordinals=order,
+        positions=order + 3,
+        grids=(((4, 5), (4, 11)),),
+        sizes=((count,),),
+        crops=((CROPS,),),
+        hidden=hidden,
+    )
+
+
+def answer(policy, ctx):
+    made = policy.select(ctx)
+    return made if isinstance(made, Reduction) else Reduction(made)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_each_crop_as_if_alone(policy):
+    alone = sight([((ROWS, COLUMNS),)] * 3, layers=tuple(policy.needs(0).vision) or (-2,))
+    got = answer(policy, mosaic(alone))
+    index, rows = got.index[0].tolist(), got.hidden
+    assert not {*index} & {*NEWLINES} and len({*index}) == len(index)
+    total = policy.kept(64, 1, 0)
+    for i, crop in enumerate(CROPS):
+        each = total // 3 + (i < total % 3)
+        if isinstance(policy, vlmprune.VisionZip):
+            first, more = 4, each - 4
+            own = replace(policy, dominant=first, contextual=more)
+        else:
+            own = replace(policy, keep=each)
+        want = answer(own, alone)
+        here, places = [n for n in index if n in places_of(crop)], places_of(crop)
+        assert sorted(here) == sorted(places[n] for n in want.index[i].tolist())
+        if rows is not None:
+            made = {n: rows[0, index.index(n)] for n in here}
+            for n, row in zip(want.index[i].tolist(), want.hidden[i], strict=True):
+                torch.testing.assert_close(made[places[n]], row)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_kept_positions_ascend_and_packed_ones_stand_crop_by_crop(policy):
+    alone = sight([((ROWS, COLUMNS),)] * 3, layers=tuple(policy.needs(0).vision) or (-2,))
+    index = answer(policy, mosaic(alone)).index[0].tolist()
+    raster = policy.positions == "keep" or policy.ranks(0)
+    owner = [next(i for i, crop in enumerate(CROPS) if n in places_of(crop)) for n in index]
+    assert index == sorted(index) if raster else owner == sorted(owner)
+
+
+@pytest.mark.parametrize("keep", [61, 64, 1.0])
+def test_newlines_stay_when_all_others_do(keep):
+    alone = sight([((ROWS, COLUMNS),)] * 3)
+    for policy in (
+        vlmprune.FasterVLM(keep=keep),
+        vlmprune.VisPruner(keep=keep),
+        vlmprune.VScan(keep=keep, window=2),
+    ):
+        ctx = mosaic(sight([((ROWS, COLUMNS),)] * 3, layers=tuple(policy.needs(0).vision)))
+        got = answer(policy, ctx)
+        index = got.index[0].tolist()
+        some = policy.kept(64, 1, 0) - 60
+        assert sorted({*index} & {*NEWLINES}) == [*NEWLINES[:some]] and len(index) == 60 + some
+        if got.hidden is not None:
+            assert all((got.hidden[0, index.index(n)] == 7).all() for n in NEWLINES[:some])
+    assert alone.counts == (20, 20, 20)

@@ -1,0 +1,168 @@
+"""What a policy is shown of the vision tower: its query, key and features, put into the crops and tokens of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlmprune.constants import remembered, whole_numbers
+from vlmprune.models.host.cells import (
+    Packed,
+    group_rows,
+    mosaic_cells,
+    mosaic_shares,
+    packed_cells,
+    packed_frames,
+    packed_units,
+    plain,
+)
+from vlmprune.models.host.parts import Parts
+from vlmprune.models.host.views import Encoded, ImageViews, crop_grid
+from vlmprune.policies.base import VisionAttention
+from vlmprune.policies.vision import mixed
+
+
+class Seen(NamedTuple):
+    """The images of a call.
+
+    Attributes:
+        images: those of each sample, in prompt order.
+        kinds: which of the call's runs of the tower each is from, images before videos.
+    """
+
+    images: tuple[tuple[ImageViews, ...], ...]
+    kinds: tuple[tuple[int, ...], ...]
+
+    @property
+    def flat(self) -> tuple[ImageViews, ...]:
+        """All of them."""
+        return tuple(chain(*self.images))
+
+    def numbers(self, copies: int) -> tuple[int, ...]:
+        """Which image of the tower's runs each is: beam search repeats samples, ``copies`` times each, not their images."""
+        found, first = [], 0
+        for kind in sorted({*chain(*self.kinds)}):
+            places = [[i for i, k in enumerate(own) if k == kind] for own in self.kinds]
+            for b, own in enumerate(places):
+                found += [((b, i), first + j) for j, i in enumerate(own)]
+                first += len(own) if (b + 1) % copies == 0 else 0
+        return tuple(number for _, number in sorted(found))
+
+
+def crops_in(image: ImageViews) -> int:
+    """How many crops the tower saw of an image."""
+    return sum(view.crops[0] * view.crops[1] for view in image)
+
+
+class CropReads:
+    """Puts a note of the vision tower into the order of a call's images."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.side = parts, parts.family.side(parts.config)
+
+    def fields(self, scales: Mapping[int, float], note: Encoded, seen: Seen, depth: int) -> dict[str, Any]:
+        """The fields of a context, with the layers of these softmax scales; the tower has ``depth`` of them."""
+        assert note.features is not None
+        copies = sum(map(crops_in, seen.flat)) // len(note.crops)
+        order = seen.numbers(copies)
+        if note.thw is not None:
+            return self._packed(scales, note, seen, order, depth)
+        mine = _Mine(self._ranges(seen, order))
+        grid, mask = crop_grid(self.parts.config, note), None if note.mask is None else mine(note.mask)
+        cells = shares = None
+        features = mine(note.features)
+        if not plain(seen.flat, self.side):
+            how = seen.flat, grid, self.side, features.device
+            cells, shares = mosaic_cells(*how), mosaic_shares(*how)
+            if self.side == 1:
+                features = mixed(features, cells, shares).to(features)
+        vision = {}
+        for layer, scale in scales.items():
+            query, key = (mine(note.taken[layer, name]) for name in ("q", "k"))
+            vision[layer] = VisionAttention(query, key, scale, self.parts.tower.cls, mask, cells, shares)
+        # project is no call of the module: no hook should see it
+        return {"vision": vision, "features": features, "project": self.parts.projector.forward}
+
+    def _ranges(self, seen: Seen, order: tuple[int, ...]) -> tuple[tuple[int, int], ...] | None:
+        """The crops of each image among the tower's, first and behind the last; None = they are in order, each once."""
+        if order == tuple(range(len(order))):
+            return None
+        sizes = dict(zip(order, map(crops_in, seen.flat), strict=True))
+        return _ranges([sizes[number] for number in sorted(sizes)], order)
+
+    def _packed(
+        self, scales: Mapping[int, float], note: Encoded, seen: Seen, order: tuple[int, ...], depth: int
+    ) -> dict[str, Any]:
+        assert note.thw is not None and note.features is not None
+        patches = [t * h * w for t, h, w in note.thw]
+        mine = _Mine(None if order == tuple(range(len(patches))) else _ranges(patches, order))
+        frames = tuple(view.grid for image in seen.flat for view in image)
+        config, m = self.parts.config.vision_config, self.side**2
+        window = full = None
+        if self.parts.tower.windows is not None:
+            window = config.window_size // config.patch_size // self.side
+            full = {*getattr(config, self.parts.tower.windows)}
+        vision = {}
+        for layer, scale in scales.items():
+            inside = None if full is None or layer % depth in full else window
+            packed = packed_frames(frames, self.side, inside, window)
+            vision[layer] = self._attention(note, layer, scale, packed, mine, inside is not None)
+        units = packed_units(packed_frames(frames, self.side, None, window), note.features.device)
+        blocks = mine(note.features).view(-1, m * note.features.shape[1])
+        features = mixed(blocks[None], units, None).to(blocks)
+        return {"vision": vision, "features": features, "project": _OfBlocks(self.parts.projector, m)}
+
+    def _attention(
+        self, note: Encoded, layer: int, scale: float, packed: Packed, mine: _Mine, windowed: bool
+    ) -> VisionAttention:
+        """Of packed patches, in frames or windows."""
+        query, key = (mine(note.taken[layer, name]) for name in ("q", "k"))
+        cells, rows, mask = packed_cells(packed, self.side, key.device), None, None
+        if len(set(packed.groups)) > 1:
+            at = group_rows(packed.groups, key.device)
+            mask = at >= 0
+            query, key = (x[at.clamp(min=0)] for x in (query, key))
+        else:
+            query, key = (x.view(len(packed.groups), -1, *x.shape[1:]) for x in (query, key))
+        if windowed:
+            rows = whole_numbers(tuple(len(units) * self.side**2 for units in packed.units), key.device)
+            rows = rows[:, None].float()
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        return VisionAttention(query, key, scale, False, mask, cells, None, rows)
+
+
+class _OfBlocks:
+    """A projector that takes patches, for features ``[..., m Dv]`` of the m patches of each token."""
+
+    def __init__(self, projector: Any, patches: int) -> None:
+        self.projector, self.patches = projector, patches
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """``[..., D]``."""
+        rows = features.reshape(-1, features.shape[-1] // self.patches)
+        # project is no call of the module: no hook should see it
+        made = self.projector.forward(rows)
+        return made.view(*features.shape[:-1], made.shape[-1])
+
+
+class _Mine(NamedTuple):
+    """Takes a call's own rows from what the tower gave, by ranges; None = all of them, as they are."""
+
+    ranges: tuple[tuple[int, int], ...] | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x if self.ranges is None else x[_rows_of(self.ranges, x.device)]
+
+
+def _ranges(sizes: list[int], order: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    ends = [*accumulate(sizes, initial=0)]
+    return tuple((ends[i], ends[i + 1]) for i in order)
+
+
+@remembered(64)
+def _rows_of(ranges: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    return torch.cat([torch.arange(first, end) for first, end in ranges]).to(device)
