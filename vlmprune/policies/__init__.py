@@ -36,14 +36,14 @@ from vlmprune.policies.compose import Intersection as Intersection
 from vlmprune.policies.compose import Stages as Stages
 from vlmprune.policies.compose import Union as Union
 from vlmprune.policies.counts import keep_count as keep_count
+from vlmprune.policies.crops import crops_of as crops_of
+from vlmprune.policies.crops import images_of as images_of
 from vlmprune.policies.custom import Custom as Custom
 from vlmprune.policies.dart import DART as DART
 from vlmprune.policies.divprune import DivPrune as DivPrune
 from vlmprune.policies.fastervlm import FasterVLM as FasterVLM
 from vlmprune.policies.fastv import FastV as FastV
 from vlmprune.policies.feather import Feather as Feather
-from vlmprune.policies.groups import crops_of as crops_of
-from vlmprune.policies.groups import images_of as images_of
 from vlmprune.policies.pyramiddrop import PyramidDrop as PyramidDrop
 from vlmprune.policies.random import Random as Random
 from vlmprune.policies.random_deep import RandomDeep as RandomDeep

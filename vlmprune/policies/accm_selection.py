@@ -24,7 +24,8 @@ from vlmprune.policies.base import (
 from vlmprune.policies.by_image import quota_of, ranked, vision_of
 from vlmprune.policies.checks import check_keep, check_seed, check_share, check_whole, check_word
 from vlmprune.policies.choose import marks
-from vlmprune.policies.groups import Groups, Kind, Quota, crops_of
+from vlmprune.policies.crops import crops_of
+from vlmprune.policies.groups import Groups, Kind, Quota
 from vlmprune.policies.relevance import Relevance, check_relevance, relevance_of
 
 TEXT = {288: 150, 144: 70, 72: 40, 36: 20, 18: 12}

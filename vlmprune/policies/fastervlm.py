@@ -8,7 +8,7 @@ from typing import Literal
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked, vision_of
 from vlmprune.policies.checks import check_keep, check_whole, check_word
-from vlmprune.policies.groups import crops_of
+from vlmprune.policies.crops import crops_of
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from vlmprune.policies.by_image import gathered, nearest, quota_of, rows_at, vis
 from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word, share_of
 from vlmprune.policies.choose import others
 from vlmprune.policies.counts import keep_count
-from vlmprune.policies.groups import Kind, crops_of
+from vlmprune.policies.crops import crops_of
+from vlmprune.policies.groups import Kind
 
 PRESETS = {192: (162, 30), 128: (108, 20), 64: (54, 10), 32: (27, 5)}
 """Published budgets as (dominant, contextual); 32 is the one per crop of LLaVA-NeXT at 160 tokens."""

@@ -12,7 +12,7 @@ from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.by_image import gathered, quota_of, rows_at, vision_of
 from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word
-from vlmprune.policies.groups import crops_of
+from vlmprune.policies.crops import crops_of
 
 ROUND = 8
 """Duplicates removed per round in the released code."""

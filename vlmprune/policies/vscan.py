@@ -27,7 +27,7 @@ from vlmprune.policies.by_image import gathered, nearest, quota_of, ranked, rows
 from vlmprune.policies.checks import check_keep, check_layer, check_share, check_whole, check_word, share_of
 from vlmprune.policies.choose import others
 from vlmprune.policies.counts import keep_count
-from vlmprune.policies.groups import crops_of
+from vlmprune.policies.crops import crops_of
 
 
 @dataclass(frozen=True)
