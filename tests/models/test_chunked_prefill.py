@@ -91,7 +91,7 @@ REFUSED_IN_CHUNKS = {
     ),
     "vision": (
         vlmprune.VisionZip(),
-        r"^vision: expected query and key of the 1 images of this call, got none",
+        r"^vision: expected query and key of the 1 crops of this call, got none",
     ),
 }
 

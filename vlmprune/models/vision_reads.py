@@ -93,7 +93,7 @@ class VisionReads:
         if not taken or not have or crops % have:
             got = f"those of {have}" if taken else "none"
             raise ModelError(
-                f"vision: expected query and key of the {crops} crops of this call's images, got {got} "
+                f"vision: expected query and key of the {crops} crops of this call, got {got} "
                 "(images must be encoded whole, by this model, inside the scope)"
             )
         return notes[0] if len(notes) == 1 else _together(notes)
@@ -175,7 +175,7 @@ class Instead:
         self.base, self.reads = base, reads
         method = type(base).get_image_features
         self.onevision = {*ONEVISION} <= {*signature(method).parameters}
-        self.told = Names(method, (SIZES, *(ONEVISION if self.onevision else ())))
+        self.told = Names(base, (SIZES, *(ONEVISION if self.onevision else ())), self.id)
         vars(base)[self.id] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ a wrong answer without a word.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -52,13 +52,13 @@ def attribute(owner: Any, name: str) -> Any:
 
 
 class Signature:
-    """The arguments of a module's ``forward``, or of a method, found by name however the caller passed them."""
+    """The arguments of a module's ``forward``, or of another method, found by name however the caller passed them."""
 
-    def __init__(self, module: nn.Module | Callable[..., Any], names: Iterable[str]) -> None:
-        # A module's is its class's: accelerate and others put their own function in front of an instance's.
-        function = type(module).forward if isinstance(module, nn.Module) else module
-        self.where = function.__qualname__
-        parameters = inspect.signature(function).parameters
+    def __init__(self, module: nn.Module, names: Iterable[str], method: str = "forward") -> None:
+        # The class's: accelerate and others put their own function in front of an instance's.
+        kind = type(module)
+        self.where = f"{kind.__name__}.{method}"
+        parameters = inspect.signature(attribute(kind, method)).parameters
         self.order = [name for name in parameters if name != "self"]
         for name in names:
             if name not in parameters:
