@@ -118,10 +118,17 @@ def test_every_method_is_in_one_of_the_tables():
     assert {policies()[name] for name in BUILT_IN} <= made | elsewhere
 
 
+INSIDE, TOWER = (
+    vlmprune.FastV(layer=3, keep=0.4),
+    vlmprune.VScan(0.6, 0.5, layer=3, window=2, shallow_layer=0, positions="keep"),
+)
+
+
 @pytest.mark.parametrize("samples", ["one", "padded"])
+@pytest.mark.parametrize("policy", [INSIDE, TOWER], ids=["inside", "tower"])
 @pytest.mark.parametrize("name", CASES)
-def test_families(name, samples):
-    case, policy = CASES[name], vlmprune.FastV(layer=3, keep=0.4)
+def test_families(name, policy, samples):
+    case = CASES[name]
     model, graphs = build(case), Graphs(recorder=(recorder := Recorder()))
     for seed in range(3):
         batch, _ = prompts(case, (case.one,) if samples == "one" else case.padded, seed)

@@ -269,6 +269,10 @@ class PruningPolicy:
         """
         return keep_count(self._setting("keep", KEEPS), tokens, images, self.spend)
 
+    def spends(self, layer: int) -> str:
+        """How the budget is spent at this stage: what the setting ``spend`` says."""
+        return self.spend
+
     def forget(self) -> None:
         """Drop what is remembered of earlier prompts: the next one then costs what a new one does."""
 

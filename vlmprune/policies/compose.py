@@ -79,6 +79,9 @@ class Stages(PruningPolicy):
     def kept(self, tokens: int, images: float, layer: int) -> int:
         return self._policy(layer).kept(tokens, images, layer)
 
+    def spends(self, layer: int) -> str:
+        return self._policy(layer).spends(layer)
+
     def forget(self) -> None:
         for policy in self.policies:
             policy.forget()

@@ -27,6 +27,9 @@ PRESETS = {192: (162, 30), 128: (108, 20), 64: (54, 10), 32: (27, 5)}
 class VisionZip(PruningPolicy):
     """Keeps the dominant patches of every image and merges the rest into contextual ones.
 
+    Both budgets of an image are shared out evenly over its crops (tiles, small view, a video's frames), each of which is reduced
+    by itself, as released for LLaVA-NeXT; newline tokens go. Where a token is a mix of patches, so are its features and key.
+
     Dominant are the patches with the most CLS attention (its sum over heads ranks as its mean). Of the rest, in raster
     order, every ``step``-th is a target, ``step`` their number divided by ``contextual`` and rounded down; each other one
     goes to the target whose key, averaged over heads, is most cosine-similar. A contextual token is its target plus the

@@ -31,7 +31,8 @@ class VisPruner(PruningPolicy):
     such a round keeps all the even ones that are due, or removes no more than there are.
 
     Args:
-        keep: T, tokens per image (int; published budgets 192, 128, 64) or share (float).
+        keep: T, tokens per image (int; published budgets 192, 128, 64) or share (float), shared out evenly over its crops:
+            640 for five of LLaVA-NeXT are the released code's 128 for each.
         important_ratio: share of T chosen by attention, in [0, 1].
         vision_layer: vision-tower layer whose attention is read.
         positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.

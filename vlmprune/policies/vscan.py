@@ -45,7 +45,7 @@ class VScan(PruningPolicy):
     released code leaves them out (there are none in a 24 x 24 grid).
 
     Args:
-        keep: T, tokens per image (int) or share (float). LLaVA-1.5 at 64 tokens on average: 96, then 32. 128 and 192 follow
+        keep: T, tokens per image (int) or share (float), shared out evenly over its crops. LLaVA-1.5 at 64 tokens on average: 96, then 32. 128 and 192 follow
             from the same two ratios: 192 and 64, 288 and 96.
         then: tokens per image (int) or share of the entering ones (float) that stage 2 keeps.
         layer: decoder layer of stage 2; at least 1.
@@ -106,6 +106,9 @@ class VScan(PruningPolicy):
 
     def at(self, share: float) -> Self:
         return replace(self, keep=share_of(share), then=share_of(share))
+
+    def spends(self, layer: int) -> str:
+        return "crop" if layer == 0 else "prompt"
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         if layer == 0:
