@@ -17,6 +17,7 @@ from vlmprune import ops
 from vlmprune.constants import whole_numbers
 from vlmprune.errors import ModelError
 from vlmprune.models.call import Call
+from vlmprune.models.host.cache_view import pruned_layer
 from vlmprune.models.host.families import DECODERS, ImageGrids
 from vlmprune.models.layout import Layout, moved, open_layout, packed_rows, take
 from vlmprune.models.prompt import Prompt
@@ -122,6 +123,8 @@ class Decision(NamedTuple):
         contents: ``[B, K, D]`` new contents of the visual rows, or None.
         joined: ``[B, C]`` the rows of texts that join the prompts, -1 = padding, or None.
         inserted: these texts.
+        weights: ``[B, n]`` float32 how many tokens each row stands for, in whose place it is attended to (``rectify=True``),
+            or None.
     """
 
     layout: Layout
@@ -131,6 +134,7 @@ class Decision(NamedTuple):
     contents: Tensor | None = None
     joined: Tensor | None = None
     inserted: Insertion | None = None
+    weights: Tensor | None = None
 
 
 class Entering(NamedTuple):
@@ -209,6 +213,12 @@ class Prefill:
         """Whether a stage still to come scores from this module's attention in this call."""
         here = self.call.visual is not None and module in self.wants.scored
         return here and module.layer_idx + 1 not in self.decisions
+
+    def rectified(self, i: int) -> bool:
+        """Whether some key that layer ``i``, which has run, holds stands for others."""
+        decided, layer = self.decision(i), pruned_layer(self.cache, i)
+        here = decided is not None and decided.weights is not None
+        return here or (layer is not None and layer.bias is not None)
 
     @property
     def reach(self) -> int:
