@@ -33,6 +33,7 @@ METHODS = {
     ],
     "sparsevlm_plus": [dict(layers=(2, 4), keep=(9, 4), heads=3)],
     "dart": [dict(layer=2, keep=8, pivots=(2, 2), count="exact")],
+    "knorm": [dict(layer=2, keep=0.4), dict(layer=3, keep=6)],
     "vscan": [dict(keep=8, then=4, layer=3, window=2, shallow_layer=1)],
     "fastervlm": [dict(keep=6), dict(keep=0.5, positions="keep")],
     "visionzip": [dict(dominant=5, contextual=2), dict(dominant=5, contextual=2, positions="keep")],
