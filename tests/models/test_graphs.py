@@ -45,6 +45,7 @@ FIXED = {
     ),
     "random": vlmprune.Random(layer=0, keep=0.3),
     "uniform": vlmprune.Uniform(layer=1, keep=0.25),
+    "without-sinks": vlmprune.WithoutSinks(vlmprune.FastV(layer=2, keep=0.4), tau=2.5, dimensions=(1, 5, 9)),
     "two": vlmprune.Stages([vlmprune.FasterVLM(keep=8), vlmprune.FastV(layer=3, keep=0.5)]),
 }
 ADAPTIVE = {

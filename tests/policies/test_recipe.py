@@ -32,6 +32,7 @@ from vlmprune.policies import (
     Uniform,
     Union,
     VisionZip,
+    WithoutSinks,
     registry,
 )
 from vlmprune.policies.registry import BUILT_IN
@@ -79,6 +80,7 @@ POLICIES = [
     *map(usual, BUILT_IN),
     FastV(3, 64, "mean", earlier_kv="compact"),
     FastV(3, rectify=True) | Random(3, rectify=True),
+    WithoutSinks(Stages([FastV(), FastV(5)]), dimensions=(3, 4)),
     FastV(keep=1),
     FastV(keep=1.0),
     FastV(keep=np.float64(0.5)),
@@ -240,6 +242,11 @@ def test_functions_that_cannot_be_imported(monkeypatch):
             ),
         ),
         ("fastv:rectify=false | random", FastV() | Random()),
+        ("without_sinks:method=fastv", WithoutSinks(FastV())),
+        (
+            "divprune + without_sinks:method=(fastv:layer=3,keep=64),tau=12.5,dimensions=1415/2533",
+            Stages([DivPrune(), WithoutSinks(FastV(3, 64), 12.5, (1415, 2533))]),
+        ),
         (f"custom:layer=2,select={__name__}:keep_all", Custom(2, keep_all)),
     ],
 )

@@ -22,6 +22,7 @@ from vlmprune.policies.knorm import KNorm
 from vlmprune.policies.pyramiddrop import PyramidDrop
 from vlmprune.policies.random import Random
 from vlmprune.policies.random_deep import RandomDeep
+from vlmprune.policies.sinks import WithoutSinks
 from vlmprune.policies.sparsevlm import SparseVLM
 from vlmprune.policies.sparsevlm_plus import SparseVLMPlus
 from vlmprune.policies.uniform import Uniform
@@ -59,6 +60,7 @@ OURS: Mapping[str, type[PruningPolicy]] = {
     "stages": Stages,
     "union": Union,
     "intersection": Intersection,
+    "without_sinks": WithoutSinks,
     "custom": Custom,
 }
 """With what is made of policies or of a function: no methods of their own, so they are not listed."""
