@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -41,6 +41,7 @@ POLICIES = {
     "merged-compacted": vlmprune.SparseVLM(layers=(1, 3, 4), keep=(10, 6, 3), **COMPACT),
 }
 ATOL = {"rtol": 0, "atol": 1e-4}
+SAMPLES = {"one": [("square", 5)]}
 CROPS = Version(transformers.__version__) >= Version("5.24")
 
 
@@ -108,6 +109,29 @@ def test_as_many_as_are_like_it(model):
     bias = cache[2].past_key_values.layers[0].bias
     torch.testing.assert_close(bias[0, 5:8].exp(), torch.tensor([9.0, 2.0, 5.0]))
     assert bias[0, :5].eq(0).all() and bias[0, 8:].eq(0).all()
+
+
+@dataclass(frozen=True)
+class Joined(vlmprune.PruningPolicy):
+    """Keeps the tokens 0, 3 and 9; says of some whom they were merged with, however unlike they are."""
+
+    layer: int = 0
+
+    def select(self, ctx):
+        index = torch.tensor([[0, 3, 9]])
+        merged = torch.full(ctx.mask.shape, -1)
+        merged[0, 10:] = 3
+        merged[0, 3] = 9  # who stays stands for itself all the same
+        return vlmprune.Reduction(index, merged=merged)
+
+
+def test_as_many_as_were_merged_with_it(model):
+    cache = run_of(model, make_batch(ONE), Joined(rectify=True), 1)[2].past_key_values
+    stood = cache.layers[0].bias[0, 5:8].exp().round().tolist()
+    assert stood[1] >= 7 and sum(stood) == 16
+    assert [row.verdict for row in check_model(model, Joined(rectify=True), samples=SAMPLES).rows] == [
+        "ok"
+    ] * 3
 
 
 @pytest.mark.parametrize("specs", [ONE, PADDED], ids=["one", "padded"])

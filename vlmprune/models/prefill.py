@@ -125,6 +125,7 @@ class Decision(NamedTuple):
         inserted: these texts.
         weights: ``[B, n]`` float32 how many tokens each row stands for, in whose place it is attended to (``rectify=True``),
             or None.
+        merged: ``[B, N]`` the number of the token in whose place each that entered was merged, -1 = in none; None = unknown.
     """
 
     layout: Layout
@@ -135,6 +136,7 @@ class Decision(NamedTuple):
     joined: Tensor | None = None
     inserted: Insertion | None = None
     weights: Tensor | None = None
+    merged: Tensor | None = None
 
 
 class Entering(NamedTuple):

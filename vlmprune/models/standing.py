@@ -4,7 +4,7 @@ Softmax over few keys gives each more weight than it had among many, and the tex
 that stands for m has log m added to every logit it receives, as if it were there m times: proportional attention (ToMe,
 Bolya et al. 2023, arXiv 2210.09461) inside the language model, as ERA has it (arXiv 2606.31982). A reading: who stands for
 whom is not published in full. Here every token that goes is stood for by the one of its sample that stays, as it is behind
-the stage, whose hidden state is closest to its own by cosine.
+the stage, whose hidden state is closest to its own by cosine; unless the method says which token it was merged into.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.models.layout import put, take
+from vlmprune.models.layout import inverse, put, take
 from vlmprune.models.prefill import Decision, Entering
 
 
@@ -44,6 +44,9 @@ def stood_for(entering: Entering, made: Decision, short: Tensor, earlier: Decisi
     likeness = (F.normalize(one.float(), dim=2) @ F.normalize(other.float(), dim=2).mT).nan_to_num(-1.0)
     closest = likeness.masked_fill(places[:, None] < 0, -torch.inf).argmax(2)
     order = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers)
+    if made.merged is not None:
+        said = take(inverse(numbers, old.shape[1]), made.merged.to(old.device))
+        closest = torch.where(said >= 0, said, closest)
     closest = put(closest, numbers, order)  # who stays stands for itself
     sums = torch.zeros_like(numbers, dtype=torch.float32).scatter_add_(1, closest, count)
     return put(torch.ones(short.shape[:2], device=short.device), places, sums)

@@ -104,7 +104,8 @@ def standing(ctx: TokenContext, change: Reduction, before: Standing | None) -> S
             if position < 0:
                 continue
             alike = torch.cosine_similarity(ctx.hidden[b, number][None].float(), rows.float(), dim=1)
-            best = positions[number if number in kept else kept[int(alike.argmax())]]
+            into = -1 if change.merged is None else int(change.merged[b, number])
+            best = positions[number if number in kept else into if into >= 0 else kept[int(alike.argmax())]]
             counts[best] += 1.0 if before is None else before[b][position]
         made.append(counts)
     return made
