@@ -265,6 +265,7 @@ def test_what_is_written_over_a_cropped_entry_stands_for_itself(model, static):
     assert kept[5:].exp().sum() >= 2 and layer.bias[0, 7:].eq(0).all()
 
 
+@pytest.mark.real("checkpointing asks PyTorch for the device's module")
 def test_steps_of_training(model):
     """Checkpointed layers run twice, under the same logs."""
     model, batch = make_model(), make_batch(PADDED[:2], pad="right")

@@ -46,9 +46,9 @@ RANKS = [
 def massive(ctx, share=0.3, dimension=5, value=50.0):
     """A context in which a random share of the tokens has a massive activation; and which they are."""
     torch.manual_seed(3)
-    sinks = (torch.rand(ctx.mask.shape) < share) & ctx.mask.cpu()
+    sinks = (torch.rand(ctx.mask.shape) < share) & ctx.mask
     hidden = ctx.hidden.clone()
-    hidden[..., dimension] = torch.where(sinks.to(hidden.device), -value, hidden[..., dimension])
+    hidden[..., dimension] = torch.where(sinks, -value, hidden[..., dimension])
     return replace(ctx, hidden=hidden), sinks
 
 
