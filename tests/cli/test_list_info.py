@@ -28,6 +28,7 @@ def test_list_json_has_every_policy():
         "rows": "last",
         "spend": "prompt",
         "earlier_kv": "full",
+        "rectify": False,
     }
     assert "2403.06764" in found["fastv"]["paper"]
     assert all(policy["summary"] for policy in found.values())

@@ -250,15 +250,17 @@ def test_checkpointed_layers_have_the_same_gradients(model):
         torch.testing.assert_close(plain, replayed)
 
 
+@pytest.mark.parametrize("rectify", [False, True])
 @pytest.mark.parametrize("kv", ["full", "compact"])
-def test_a_later_stage_sees_the_words_as_text(model, kv):
-    """And compacting the layers before it leaves them in the cache."""
+def test_a_later_stage_sees_the_words_as_text(model, kv, rectify):
+    """And compacting the layers before it leaves them in the cache; each stands for itself, as words do that were typed."""
     later = vlmprune.FastV(layer=3, keep=0.5)
     first = SELECTIONS["kept-positions"]
     samples = PROMPTS["batch"]
-    with vlmprune.prune(model, vlmprune.Stages([accm(first), later], earlier_kv=kv)) as run:
+    whole = {"earlier_kv": kv, "rectify": rectify}
+    with vlmprune.prune(model, vlmprune.Stages([accm(first), later], **whole)) as run:
         got = generate(model, batch_of(samples), STEPS)[1]
-    with vlmprune.prune(model, vlmprune.Stages([first, later], earlier_kv=kv)):
+    with vlmprune.prune(model, vlmprune.Stages([first, later], **whole)):
         want = generate(model, batch_of(typed(samples, run.report().captions)), STEPS)[1]
     torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
 

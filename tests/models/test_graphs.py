@@ -32,6 +32,7 @@ FIXED = {
     "sparsevlm": vlmprune.SparseVLM(layers=(2, 4), keep=(9, 4)),
     "sparsevlm+": vlmprune.SparseVLMPlus(layers=(2, 4), keep=(9, 4), heads=3),
     "dart": vlmprune.DART(layer=2, keep=8, pivots=(2, 2), count="exact"),
+    "knorm": vlmprune.KNorm(layer=2, keep=0.4),
     "vscan": vlmprune.VScan(keep=8, then=4, layer=3, window=2, shallow_layer=1),
     "fastervlm": vlmprune.FasterVLM(keep=6),
     "visionzip": vlmprune.VisionZip(dominant=5, contextual=2),
@@ -44,6 +45,7 @@ FIXED = {
     ),
     "random": vlmprune.Random(layer=0, keep=0.3),
     "uniform": vlmprune.Uniform(layer=1, keep=0.25),
+    "without-sinks": vlmprune.WithoutSinks(vlmprune.FastV(layer=2, keep=0.4), tau=2.5, dimensions=(1, 5, 9)),
     "two": vlmprune.Stages([vlmprune.FasterVLM(keep=8), vlmprune.FastV(layer=3, keep=0.5)]),
 }
 ADAPTIVE = {

@@ -33,6 +33,7 @@ METHODS = {
     ],
     "sparsevlm_plus": [dict(layers=(2, 4), keep=(9, 4), heads=3)],
     "dart": [dict(layer=2, keep=8, pivots=(2, 2), count="exact")],
+    "knorm": [dict(layer=2, keep=0.4), dict(layer=3, keep=6)],
     "vscan": [dict(keep=8, then=4, layer=3, window=2, shallow_layer=1)],
     "fastervlm": [dict(keep=6), dict(keep=0.5, positions="keep")],
     "visionzip": [dict(dominant=5, contextual=2), dict(dominant=5, contextual=2, positions="keep")],
@@ -197,6 +198,31 @@ def test_the_guard_can_fail(model):
         ):
             model(**batch)
     assert len(pruned) > len(plain)
+
+
+@pytest.mark.real("the guard's methods would be noted twice")
+def test_without_sinks(model):
+    """A ranking whose scores are changed runs in one pass, keeps other tokens, and reads nothing back."""
+    plain, batch = vlmprune.FastV(layer=2, keep=0.4), make_batch(BATCHES["padded-2-1-0-images"])
+    heard, kept = Heard(vlmprune.WithoutSinks(plain, tau=2.5)), []
+    for policy in (plain, heard):
+        with vlmprune.prune(model, policy) as run:
+            tokens, logits, _ = generate(model, batch, STEPS)
+            kept.append(run.kept().tolist())
+    assert kept[0] != kept[1] and len(kept[0]) == len(kept[1])
+    assert run.report().paths[0].startswith("one pass")
+    want_tokens, want_logits = slow(model, batch, heard.said, STEPS)
+    torch.testing.assert_close(logits, want_logits, atol=1e-4, rtol=0)
+    assert torch.equal(tokens, want_tokens)
+    one = make_batch(BATCHES["one"])
+    one.pop("attention_mask")
+    with torch.no_grad(), HostReads(model.device, (unpruned := []).append):
+        model(**one)
+    with torch.no_grad(), vlmprune.prune(model, heard.inner):
+        model(**one)
+        with HostReads(model.device, (pruned := []).append):
+            model(**one)
+    assert len(pruned) <= len(unpruned), pruned
 
 
 def test_two_phases_and_intersection(model):

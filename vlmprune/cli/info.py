@@ -87,7 +87,8 @@ def _facts(policy: PruningPolicy) -> dict[str, Any]:
     """Where a policy acts, what it reads, and how its work grows."""
     needs = [policy.needs(layer) for layer in policy.layers]
     reads = {
-        "decoder attention": any(n.attention for n in needs),
+        "decoder attention": any(n.attention and not n.keys_only for n in needs),
+        "decoder keys": any(n.keys_only for n in needs),
         "prompt text": any(n.embeds or n.rows == "text" for n in needs),
         "vision attention": any(n.vision for n in needs),
         "hidden states": any(n.hidden for n in needs),

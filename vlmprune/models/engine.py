@@ -19,6 +19,7 @@ from vlmprune.models.graphs.fast import FastPath
 from vlmprune.models.graphs.store import Graphs
 from vlmprune.models.host.cache_layers import PrunedLayer
 from vlmprune.models.host.cache_view import is_started, pruned_layer, resident_bytes
+from vlmprune.models.host.masks import check_adds
 from vlmprune.models.host.names import missing
 from vlmprune.models.host.parts import Parts, check_stages
 from vlmprune.models.layer_inputs import chunk_mask, decode_step, places_of, shifted
@@ -46,6 +47,8 @@ class Engine:
         self.run = Run(parts, policy, self.prompts)
         if policy is not None:
             check_stages(policy, parts.config)
+            if policy.rectify:
+                check_adds(parts.text.config)
         needs = {} if policy is None else {layer: policy.needs(layer) for layer in policy.layers}
         self.wants = Wants.of(needs, parts.layers, parts.text.config)
         self.vision = VisionReads(parts, sorted({layer for need in needs.values() for layer in need.vision}))

@@ -18,6 +18,7 @@ from vlmprune.constants import whole_numbers
 from vlmprune.errors import ModelError
 from vlmprune.models.call import Call
 from vlmprune.models.crop_reads import Seen
+from vlmprune.models.host.cache_view import pruned_layer
 from vlmprune.models.host.cells import crops_of
 from vlmprune.models.host.families import DECODERS
 from vlmprune.models.host.views import crop_grid, image_tokens
@@ -135,6 +136,9 @@ class Decision(NamedTuple):
         contents: ``[B, K, D]`` new contents of the visual rows, or None.
         joined: ``[B, C]`` the rows of texts that join the prompts, -1 = padding, or None.
         inserted: these texts.
+        weights: ``[B, n]`` float32 how many tokens each row stands for, in whose place it is attended to (``rectify=True``),
+            or None.
+        merged: ``[B, N]`` the number of the token in whose place each that entered was merged, -1 = in none; None = unknown.
     """
 
     layout: Layout
@@ -144,6 +148,8 @@ class Decision(NamedTuple):
     contents: Tensor | None = None
     joined: Tensor | None = None
     inserted: Insertion | None = None
+    weights: Tensor | None = None
+    merged: Tensor | None = None
 
 
 class Entering(NamedTuple):
@@ -222,6 +228,12 @@ class Prefill:
         """Whether a stage still to come scores from this module's attention in this call."""
         here = self.call.visual is not None and module in self.wants.scored
         return here and module.layer_idx + 1 not in self.decisions
+
+    def rectified(self, i: int) -> bool:
+        """Whether some key that layer ``i``, which has run, holds stands for others."""
+        decided, layer = self.decision(i), pruned_layer(self.cache, i)
+        here = decided is not None and decided.weights is not None
+        return here or (layer is not None and layer.bias is not None)
 
     @property
     def reach(self) -> int:

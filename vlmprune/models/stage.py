@@ -17,6 +17,7 @@ from vlmprune.models.graphs.reads import HostRead
 from vlmprune.models.host.parts import Parts, tokenizer_of
 from vlmprune.models.layout import Layout, last_rows, moved
 from vlmprune.models.prefill import Entering, Prefill, Rope
+from vlmprune.models.standing import stood_for
 from vlmprune.models.vision_reads import VisionReads
 from vlmprune.policies.answer import check_ranking, check_selection
 from vlmprune.policies.base import (
@@ -72,6 +73,8 @@ class StageRunner:
         short, numbers, made = passed
         if made is not None:
             _check_end(prefill, entering.first)
+            if self.policy.rectify:
+                made = made._replace(weights=stood_for(entering, made, short, prefill.decision(i)))
             prefill.prompt.inserted = made.inserted or prefill.prompt.inserted
         layout = entering.layout
         prefill.prompt.record(i, layout, numbers, layout if made is None else made.layout, path)

@@ -127,6 +127,8 @@ class PruningPolicy:
     Args:
         earlier_kv: what the layers before the last stage hold in the KV cache once the prompt has run: "full", every
             token they saw, or "compact", only what survived the last stage (the answer then attends to nothing else).
+        rectify: whether a token that stays stands for those most like it that go, m with itself, by log m on every
+            attention logit it receives from there on (``models/standing.py``); with sdpa, eager or "vlmprune" attention.
 
     Raises:
         InputError: a setting is out of range; so does every method.
@@ -143,6 +145,7 @@ class PruningPolicy:
     """Settings, as typed on the command line, for a mean of 192, 128 and 64 visual tokens of 576 over 32 layers."""
 
     earlier_kv: Literal["full", "compact"] = field(default="full", kw_only=True)
+    rectify: bool = field(default=False, kw_only=True)
     spend = "prompt"  # a setting of some methods: annotated there
     _ranks: ClassVar[bool] = False
 
@@ -171,6 +174,7 @@ class PruningPolicy:
             if setting.init:
                 object.__setattr__(self, setting.name, plain(getattr(self, setting.name)))
         check_word("earlier_kv", self.earlier_kv, "full", "compact")
+        check(isinstance(self.rectify, bool), "rectify", "True or False", repr(self.rectify))
         check_word("spend", self.spend, "prompt", "image", "crop")
 
     @property
@@ -247,7 +251,7 @@ class PruningPolicy:
         Example:
             >>> from vlmprune import FastV
             >>> FastV(layer=2, keep=0.5).to_dict()
-            {'policy': 'fastv', 'layer': 2, 'keep': 0.5, 'rows': 'last', 'spend': 'prompt', 'earlier_kv': 'full'}
+            {'policy': 'fastv', 'layer': 2, 'keep': 0.5, 'rows': 'last', 'spend': 'prompt', 'earlier_kv': 'full', 'rectify': False}
         """
         from vlmprune.policies.recipe import write
 
@@ -283,20 +287,15 @@ class PruningPolicy:
 
     def __or__(self, other: PruningPolicy) -> PruningPolicy:
         """The union of what both keep, at the same layers."""
-        from vlmprune.policies.compose import Union
+        from vlmprune.policies.compose import Union, joint
 
-        return Union(self, other, earlier_kv=_joint(self, other))
+        return Union(self, other, **joint(self, other))
 
     def __and__(self, other: PruningPolicy) -> PruningPolicy:
         """What both keep, at the same layers."""
-        from vlmprune.policies.compose import Intersection
+        from vlmprune.policies.compose import Intersection, joint
 
-        return Intersection(self, other, earlier_kv=_joint(self, other))
-
-
-def _joint(one: PruningPolicy, other: PruningPolicy) -> Literal["full", "compact"]:
-    """The setting of two policies made one; where they differ, the one that their combination then refuses."""
-    return one.earlier_kv if one.earlier_kv == other.earlier_kv else "full"
+        return Intersection(self, other, **joint(self, other))
 
 
 def attention_of(ctx: TokenContext) -> AttentionInputs:

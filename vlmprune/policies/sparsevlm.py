@@ -135,7 +135,8 @@ class SparseVLM(PruningPolicy):
         rating, kept = self._rated(ctx)
         scores = rating.scores() if isinstance(rating, Rating) else rating
         hidden = require(ctx.hidden, "ctx.hidden", "hidden states (declare Needs(hidden=True))")
-        return Reduction(*recycled(scores, hidden, ctx, kept, self.merge), self.positions)
+        index, rows, merged = recycled(scores, hidden, ctx, kept, self.merge)
+        return Reduction(index, rows, self.positions, merged=merged)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         """Exact for version "1.5", recycled tokens included. Raises InputError for the others, whose ranks are not known."""

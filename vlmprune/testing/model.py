@@ -192,7 +192,7 @@ class _Batch:
     def _pruned(self, policy: PruningPolicy, allowed: float) -> Row:
         """A policy's run, with the run in which what it dropped is masked."""
         compared = f"{type(policy).__name__} at {', '.join(map(str, policy.layers))} with masked"
-        recorded = Recorded(policy, earlier_kv=policy.earlier_kv)
+        recorded = Recorded(policy, earlier_kv=policy.earlier_kv, rectify=policy.rectify)
         try:
             with prune(self.model, recorded) as run:
                 tokens, logits = self.generate()
@@ -203,7 +203,8 @@ class _Batch:
         check(
             not texts, "policy", "one without words, for which no mask can stand; its selection", repr(policy)
         )
-        masked = masked_logits(self.model, self.inputs, tokens, answers, policy.earlier_kv == "compact")
+        compact, standing = policy.earlier_kv == "compact", recorded.standing
+        masked = masked_logits(self.model, self.inputs, tokens, answers, compact, standing)
         row = self._row(compared, logits, masked, allowed)
         effect = _largest(masked[:, 0], self.reference[:, 0])
         blind = effect <= allowed and any(_drops(answer) for answer in answers.values())
