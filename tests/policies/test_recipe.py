@@ -117,7 +117,14 @@ def test_the_dict():
         "spend": "prompt",
         "earlier_kv": "full",
     }
-    feather = {"policy": "feather", "layers": [8, 16], "keep": 0.3, "stride": 3, "earlier_kv": "full"}
+    feather = {
+        "policy": "feather",
+        "layers": [8, 16],
+        "keep": 0.3,
+        "stride": 3,
+        "rounding": "exact",
+        "earlier_kv": "full",
+    }
     assert FastV().to_dict() == fastv and list(FastV().to_dict()) == list(fastv)
     assert Stages([Feather(), FastV()]).to_dict() == {
         "policy": "stages",

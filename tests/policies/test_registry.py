@@ -142,7 +142,13 @@ def test_fields_of():
         ("spend", "prompt"),
         every,
     ]
-    assert [*fields_of(Feather).items()] == [("layers", (8, 16)), ("keep", 0.3), ("stride", 3), every]
+    assert [*fields_of(Feather).items()] == [
+        ("layers", (8, 16)),
+        ("keep", 0.3),
+        ("stride", 3),
+        ("rounding", "exact"),
+        every,
+    ]
     assert [*fields_of(Random).items()] == [
         ("layer", 2),
         ("keep", 0.5),
