@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
+from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import spent
 from vlmprune.policies.checks import check_keep, check_word
 from vlmprune.policies.choose import choose_relevant
@@ -57,7 +58,7 @@ class CDPruner(PruningPolicy):
         "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (NeurIPS 2025), "
         "arXiv 2506.10967"
     )
-    presets = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
+    presets = each("keep={}")
     checked = "reading"
     growth = "n^3"  # every further choice looks at all earlier ones, for each token
 

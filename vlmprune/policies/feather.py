@@ -31,7 +31,8 @@ class Feather(PruningPolicy):
 
     summary = "RoPE-free attention with a coarse grid, then a harder cut"
     paper = "Feather the Throttle: Revisiting Visual Token Pruning for Vision-Language Model Acceleration, arXiv 2412.13180"
-    presets = {192: "keep=0.22"}  # eight full layers alone are a mean of 144
+    # a quarter of the layers is full: of less than that, budgets cannot be met
+    presets = {192: "keep=0.22", 0.333: "layers=7/14,keep=0.217"}
     growth = "n"
 
     layers: tuple[int, int] = (8, 16)

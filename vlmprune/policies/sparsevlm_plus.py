@@ -48,7 +48,14 @@ class SparseVLMPlus(PruningPolicy):
 
     summary = "SparseVLM freed from RoPE's decay, by priority heads, positions kept"
     paper = "SparseVLM+, the released version 2.0 of SparseVLM, arXiv 2410.04417"
-    presets = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
+    presets = {
+        192: "tokens=192",
+        128: "tokens=128",
+        64: "tokens=64",
+        640: "keep=0.4027/0.4027/0.4027",  # no schedule is released for these: one share, for the mean over all layers
+        0.333: "keep=0.5256/0.5256/0.5256",
+        0.222: "keep=0.364/0.364/0.364",
+    }
     growth = "n"
 
     tokens: int = 192

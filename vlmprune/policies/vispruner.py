@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
+from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import images_of, patch_attention, rows_at, vision_of
 from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word
 
@@ -46,7 +47,7 @@ class VisPruner(PruningPolicy):
         "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs (ICCV 2025), "
         "arXiv 2412.01818"
     )
-    presets = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
+    presets = each("keep={}")
     growth = "n^3"  # rounds as many as an eighth of what is removed, of all pairs each
 
     keep: int | float = 64
