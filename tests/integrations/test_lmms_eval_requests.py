@@ -29,6 +29,7 @@ from vlmprune.integrations.lmms_eval.requests import (
 )
 from vlmprune.models.clock import Seconds
 from vlmprune.models.report import FlopCounts, Report, TokenCounts
+from vlmprune.policies.budgets import PUBLISHED
 from vlmprune.policies.registry import BUILT_IN
 from vlmprune.policies.schedule import stage_counts
 
@@ -113,12 +114,13 @@ def test_bad_count(given):
         read_count("batch_size", given)
 
 
-@pytest.mark.parametrize("tokens", [192, 128, 64])
-def test_docs_list_every_preset(tokens):
+@pytest.mark.parametrize("budget", [budget for model in PUBLISHED for budget in model.budgets])
+def test_docs_list_every_preset(budget):
     found = [
-        f"{name}:{policy.presets[tokens]}" for name, policy in BUILT_IN.items() if tokens in policy.presets
+        f"{name}:{policy.presets[budget]}" for name, policy in BUILT_IN.items() if budget in policy.presets
     ]
-    assert listed(f"at_{tokens}") == {text.replace(",", ";") for text in found}
+    title = f"at_{budget}" if isinstance(budget, int) else f"at_{budget * 100:.0f}_percent"
+    assert listed(title) == {text.replace(",", ";") for text in found}
 
 
 @pytest.mark.parametrize("name", ["at_64_percent", "at_48_percent"])

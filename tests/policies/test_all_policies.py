@@ -9,6 +9,7 @@ from helpers.methods import echo, usual
 from vlmprune.policies import (
     ACCM,
     ACCMSelection,
+    CDPruner,
     Custom,
     FasterVLM,
     Feather,
@@ -179,7 +180,16 @@ def chooses_by_more_than_scores(policy):
         return chooses_by_more_than_scores(policy.selection)
     return isinstance(
         policy,
-        ACCMSelection | Custom | Feather | Intersection | Random | Uniform | Union | VisionZip | VisPruner,
+        ACCMSelection
+        | CDPruner
+        | Custom
+        | Feather
+        | Intersection
+        | Random
+        | Uniform
+        | Union
+        | VisionZip
+        | VisPruner,
     )
 
 

@@ -125,7 +125,14 @@ def test_the_dict():
         "earlier_kv": "full",
         "rectify": False,
     }
-    feather = {"policy": "feather", "layers": [8, 16], "keep": 0.3, "stride": 3, **EVERY}
+    feather = {
+        "policy": "feather",
+        "layers": [8, 16],
+        "keep": 0.3,
+        "stride": 3,
+        "rounding": "exact",
+        **EVERY,
+    }
     assert FastV().to_dict() == fastv and list(FastV().to_dict()) == list(fastv)
     assert Stages([Feather(), FastV()]).to_dict() == {
         "policy": "stages",

@@ -221,13 +221,16 @@ def check_command(
 
 @app.command("list")
 def list_command(
+    name: Annotated[
+        str | None, typer.Argument(help="One policy, with its settings for published budgets.")
+    ] = None,
     as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="The README's table.")] = False,
 ) -> None:
     """The pruning policies, their fields with defaults, and where they come from."""
     from vlmprune.cli.info import show_policies
 
-    show_policies(as_json, markdown)
+    show_policies(as_json, markdown, name)
 
 
 @app.command()

@@ -141,8 +141,8 @@ class PruningPolicy:
     checked: ClassVar[str] = "formula"
     """"formula": compared with an independent implementation of the published formula; "reading": the sources leave
     room, and the docstring says how it was used."""
-    presets: ClassVar[Mapping[int, str]] = {}
-    """Settings, as typed on the command line, for a mean of 192, 128 and 64 visual tokens of 576 over 32 layers."""
+    presets: ClassVar[Mapping[float, str]] = {}
+    """Settings, as typed on the command line, by the budget of a published table that they meet: ``budgets.PUBLISHED``."""
 
     earlier_kv: Literal["full", "compact"] = field(default="full", kw_only=True)
     rectify: bool = field(default=False, kw_only=True)

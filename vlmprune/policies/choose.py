@@ -79,6 +79,37 @@ def choose_greedily(
     return index.masked_fill(index == N, -1)
 
 
+def choose_relevant(
+    kept: Sequence[int], mask: Tensor | None, features: Tensor, relevance: Tensor, spread: Tensor
+) -> Tensor:
+    """``choose_greedily`` by "dpp", whose ties go to the more relevant token, and of those to the one of larger ``spread``.
+
+    The op sees the tokens in that order. So where tokens tie at the start, or the kernel's rank is used up and all that is
+    left ties at zero, what is taken is no matter of numbering.
+
+    Args:
+        kept: one number per row.
+        mask: ``[G, P]`` bool, False = padding; None = no padding.
+        features: ``[G, P, D]``.
+        relevance: ``[G, P]`` float32; NaN and infinities are none.
+        spread: ``[G, P]``, of which the largest are spread evenly, however many (``lattice_scores`` with nothing kept).
+
+    Returns:
+        ``[G, K]`` ascending, -1 on the right.
+    """
+    weight = relevance.nan_to_num(0.0, 0.0, 0.0)
+    if mask is not None:
+        weight = weight.masked_fill(~mask, float("-inf"))
+    order = spread.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, weight.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    features, relevance = ops.gather_tokens([features, relevance], order)
+    found = choose_greedily("dpp", kept, None if mask is None else mask.gather(1, order), features, relevance)
+    if found.shape[1] == 0:
+        return found
+    index = order.gather(1, found.clamp(min=0)).masked_fill(found < 0, order.shape[1]).sort(dim=1).values
+    return index.masked_fill(index == order.shape[1], -1)
+
+
 def marks(index: Tensor, tokens: int) -> Tensor:
     """Turn an index ``[B, K]`` int64 (-1 = padding) into bool ``[B, tokens]``, True = kept.
 

@@ -46,6 +46,11 @@ class DART(PruningPolicy):
         192: "layer=2,keep=166,count=exact",
         128: "layer=2,keep=98,count=exact",
         64: "layer=2,keep=30,count=exact",
+        640: "layer=2,keep=490,count=exact",
+        320: "layer=2,keep=149,count=exact",  # two full layers alone are a mean of 180
+        0.333: "layer=2,keep=0.2816,count=exact",
+        0.222: "layer=2,keep=0.1621,count=exact",
+        0.111: "layer=2,keep=0.0426,count=exact",
     }
     checked = "reading"
     growth = "n"  # a few pivots, each compared with all

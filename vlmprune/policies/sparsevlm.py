@@ -74,7 +74,14 @@ class SparseVLM(PruningPolicy):
 
     summary = "rated by the question's words; pruned tokens recycled as cluster means"
     paper = "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv 2410.04417"
-    presets = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
+    presets = {
+        192: "tokens=192",
+        128: "tokens=128",
+        64: "tokens=64",
+        640: "keep=0.3839/0.3839/0.3839",  # no schedule is released for these: one share, for the mean over all layers
+        0.333: "keep=0.51/0.51/0.51",
+        0.222: "keep=0.3439/0.3439/0.3439",
+    }
 
     tokens: int = 192
     layers: tuple[int, ...] = ()

@@ -53,7 +53,17 @@ class VisionZip(PruningPolicy):
 
     summary = "patches most attended by CLS, the rest merged into contextual tokens"
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025), arXiv 2412.04467"
-    presets = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
+    presets = {
+        192: "tokens=192",
+        128: "tokens=128",
+        64: "tokens=64",
+        640: "dominant=540,contextual=100",  # of five crops: 108 + 20 each
+        320: "dominant=270,contextual=50",  # 54 + 10
+        160: "dominant=135,contextual=25",  # 27 + 5
+        0.333: "dominant=0.281,contextual=0.052",
+        0.222: "dominant=0.1873,contextual=0.0347",
+        0.111: "dominant=0.0937,contextual=0.0173",
+    }
     growth = "n^2"  # every merged token is compared with every contextual one
 
     dominant: int | float | None = None

@@ -61,7 +61,17 @@ class VScan(PruningPolicy):
         "VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models (TMLR 2026), "
         "arXiv 2505.22654"
     )
-    presets = {192: "keep=288,then=96", 128: "keep=192,then=64", 64: "keep=96,then=32"}
+    presets = {
+        192: "keep=288,then=96",
+        128: "keep=192,then=64",
+        64: "keep=96,then=32",
+        640: "keep=960,then=320",
+        320: "keep=480,then=160",
+        160: "keep=240,then=80",
+        0.333: "keep=0.5,then=0.333,layer=14",
+        0.222: "keep=0.333,then=0.333,layer=14",
+        0.111: "keep=0.167,then=0.333,layer=14",  # the authors'; the two above follow from the same ratio
+    }
     growth = "n^2"  # every dropped token is compared with every kept one
 
     keep: int | float = 96
