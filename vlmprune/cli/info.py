@@ -88,7 +88,7 @@ def _facts(policy: PruningPolicy) -> dict[str, Any]:
     needs = [policy.needs(layer) for layer in policy.layers]
     reads = {
         "decoder attention": any(n.attention for n in needs),
-        "prompt text": any(n.embeds or n.rows == "text" for n in needs),
+        "prompt text": any(n.reads_text for n in needs),
         "vision attention": any(n.vision for n in needs),
         "hidden states": any(n.hidden for n in needs),
     }

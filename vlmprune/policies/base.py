@@ -46,7 +46,7 @@ class TokenContext:
         image: ``[B, N0]`` int64 positions in the prompt chunk of all its visual tokens, before any pruning, -1 = padding;
             given with ``embeds``.
         text: ``[B, T]`` int64 positions in the prompt chunk of the text after the last image, -1 = padding; given with
-            ``embeds`` or text rows. A prompt that ends with its image has none, and T may be 0.
+            ``embeds``, ``text`` or text rows. A prompt that ends with its image has none, and T may be 0.
         vision: query and key of the vision layers asked for, by the number they were asked with.
         features: ``[I, P, Dv]`` what the projector got of every image, or None if no vision layer was asked for.
         project: the projector, ``[..., Dv]`` to ``[..., D]``, for features made anew; given with ``features``.
@@ -56,6 +56,9 @@ class TokenContext:
         words: how many tokens ``text`` has in each sample, host ints; None = not known.
         tokens: ``[B, q]`` int64 ids of the whole prompt chunk, -1 = padding, or None if not asked for. Given with them:
         embed, tokenizer: the table, ids ``[...]`` to ``[..., D]``, and what gives the model's tokenizer or raises ModelError.
+        text_hidden: ``[B, T, D]`` hidden states of that text entering the stage, zeros at padding, or None. With them come
+        norm, start: the text model's last norm, ``[..., D]`` to the same, and ``[B, 1]`` int64 in the prompt chunk each
+            sample's first position that is no padding.
         ordered: False if an earlier stage has rearranged the tokens.
         shared: what the stages of one prompt chunk share: a method may keep here what depends on the prompt alone, together
             with the tensors it was made of, as a changed copy of the context has others (``policies/raters.py``).
@@ -81,6 +84,9 @@ class TokenContext:
     tokens: Tensor | None = None
     embed: Callable[[Tensor], Tensor] | None = None
     tokenizer: Callable[[], Any] | None = None
+    text_hidden: Tensor | None = None
+    norm: Callable[[Tensor], Tensor] | None = None
+    start: Tensor | None = None
     ordered: bool = True
     shared: dict[Any, Any] = field(default_factory=dict)
 
@@ -267,26 +273,20 @@ class PruningPolicy:
         """Drop what is remembered of earlier prompts: the next one then costs what a new one does."""
 
     def _setting(self, name: str, expected: str) -> Any:
-        if name not in self.__dataclass_fields__:
-            check(False, type(self).__name__, expected, "none")
+        check(name in self.__dataclass_fields__, type(self).__name__, expected, "none")
         return getattr(self, name)
 
     def __or__(self, other: PruningPolicy) -> PruningPolicy:
         """The union of what both keep, at the same layers."""
-        from vlmprune.policies.compose import Union
+        from vlmprune.policies.compose import Union, joint_kv
 
-        return Union(self, other, earlier_kv=_joint(self, other))
+        return Union(self, other, earlier_kv=joint_kv(self, other))
 
     def __and__(self, other: PruningPolicy) -> PruningPolicy:
         """What both keep, at the same layers."""
-        from vlmprune.policies.compose import Intersection
+        from vlmprune.policies.compose import Intersection, joint_kv
 
-        return Intersection(self, other, earlier_kv=_joint(self, other))
-
-
-def _joint(one: PruningPolicy, other: PruningPolicy) -> Literal["full", "compact"]:
-    """The setting of two policies made one; where they differ, the one that their combination then refuses."""
-    return one.earlier_kv if one.earlier_kv == other.earlier_kv else "full"
+        return Intersection(self, other, earlier_kv=joint_kv(self, other))
 
 
 def attention_of(ctx: TokenContext) -> AttentionInputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ def check_member(whole: PruningPolicy, member: PruningPolicy, name: str) -> None
     """Raise ValueError if a member asks for less KV memory than the whole, whose own setting is the one that counts."""
     ok = member.earlier_kv in (whole.earlier_kv, "full")
     check(ok, name, f"earlier_kv={whole.earlier_kv!r} as {type(whole).__name__} itself has it", repr(member))
+
+
+def joint_kv(one: PruningPolicy, other: PruningPolicy) -> Literal["full", "compact"]:
+    """The setting of two policies made one; where they differ, the one that their combination then refuses."""
+    return one.earlier_kv if one.earlier_kv == other.earlier_kv else "full"
 
 
 @dataclass(frozen=True)
