@@ -32,7 +32,11 @@ METHODS = {
         dict(layers=(2, 4), version="paper"),
     ],
     "sparsevlm_plus": [dict(layers=(2, 4), keep=(9, 4), heads=3)],
-    "dart": [dict(layer=2, keep=8, pivots=(2, 2), count="exact")],
+    "dart": [
+        dict(layer=2, keep=8, pivots=(2, 2), count="exact"),
+        dict(layer=3, keep=6, pivots=(1, 3)),
+        dict(layer=0, keep=8, pivots=(2, 2), count="exact", order="norm"),
+    ],
     "knorm": [dict(layer=2, keep=0.4), dict(layer=3, keep=6)],
     "vscan": [dict(keep=8, then=4, layer=3, window=2, shallow_layer=1)],
     "fastervlm": [dict(keep=6), dict(keep=0.5, positions="keep")],
@@ -179,7 +183,7 @@ def test_fixed_counts_read_nothing_back(model, name):
             model(**batch)  # the first choice at each layer is read back, to be checked
             with HostReads(model.device, (pruned := []).append):
                 model(**batch)
-    text = any(policy.needs(k).embeds or policy.needs(k).rows == "text" for k in policy.layers)
+    text = any(policy.needs(k).reads_text for k in policy.layers)
     extra = len(pruned) - len(plain)
     draws = isinstance(policy, vlmprune.Random)
     # Where the text lies is data, read once a prefill. Random's one list comes from its own generator on the host.

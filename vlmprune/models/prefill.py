@@ -58,7 +58,7 @@ class Wants:
         """Those of a policy with these needs, on a model with these decoder layers and this text configuration."""
         scored = [layer - 1 for layer, need in needs.items() if need.attention == "previous"]
         embeds = any(need.embeds for need in needs.values())
-        text = embeds or any(need.rows == "text" or need.tokens for need in needs.values())
+        text = any(need.reads_text or need.tokens for need in needs.values())
         attns = frozenset(layers[layer].self_attn for layer in scored)
         normed = DECODERS[config.model_type].normed
         return cls(needs, attns, embeds, text, config.num_attention_heads, normed)

@@ -47,7 +47,7 @@ class TokenContext:
         image: ``[B, N0]`` int64 positions in the prompt chunk of all its visual tokens, before any pruning, -1 = padding;
             given with ``embeds``.
         text: ``[B, T]`` int64 positions in the prompt chunk of the text after the last image, -1 = padding; given with
-            ``embeds`` or text rows. A prompt that ends with its image has none, and T may be 0.
+            ``embeds``, ``text`` or text rows. A prompt that ends with its image has none, and T may be 0.
         vision: query and key of the vision layers asked for, by the number they were asked with.
         features: ``[I, T, Dv]`` what the projector got for the tokens of every crop, zeros where one has fewer, or None if no
             vision layer was asked for.
@@ -60,6 +60,9 @@ class TokenContext:
         words: how many tokens ``text`` has in each sample, host ints; None = not known.
         tokens: ``[B, q]`` int64 ids of the whole prompt chunk, -1 = padding, or None if not asked for. Given with them:
         embed, tokenizer: the table, ids ``[...]`` to ``[..., D]``, and what gives the model's tokenizer or raises ModelError.
+        text_hidden: ``[B, T, D]`` hidden states of that text entering the stage, zeros at padding, or None. With them come
+        norm, start: the text model's last norm, ``[..., D]`` to the same, and ``[B, 1]`` int64 in the prompt chunk each
+            sample's first position that is no padding.
         ordered: False if an earlier stage has rearranged the tokens.
         shared: what the stages of one prompt chunk share: a method may keep here what depends on the prompt alone, together
             with the tensors it was made of, as a changed copy of the context has others (``policies/raters.py``).
@@ -86,6 +89,9 @@ class TokenContext:
     tokens: Tensor | None = None
     embed: Callable[[Tensor], Tensor] | None = None
     tokenizer: Callable[[], Any] | None = None
+    text_hidden: Tensor | None = None
+    norm: Callable[[Tensor], Tensor] | None = None
+    start: Tensor | None = None
     ordered: bool = True
     shared: dict[Any, Any] = field(default_factory=dict)
 
@@ -281,8 +287,7 @@ class PruningPolicy:
         """Drop what is remembered of earlier prompts: the next one then costs what a new one does."""
 
     def _setting(self, name: str, expected: str) -> Any:
-        if name not in self.__dataclass_fields__:
-            check(False, type(self).__name__, expected, "none")
+        check(name in self.__dataclass_fields__, type(self).__name__, expected, "none")
         return getattr(self, name)
 
     def __or__(self, other: PruningPolicy) -> PruningPolicy:
