@@ -31,6 +31,7 @@ ONE_SIZE = ("llava",)
 """Families whose tower takes one size: it is shown a smaller square."""
 ANY_SIZE = ("llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Families whose tokens follow from the size of the picture: it is resized before the processor."""
+CUBIC = Image.Resampling.BICUBIC
 BENT = 0.02
 """How much a picture's shape may change when its smaller sides are rounded to whole pixels."""
 Size = tuple[int, int]
@@ -159,17 +160,15 @@ class SmallPictures:
         settings = {}
         if self._resizes:
             images = [
-                [
-                    image.resize(plan.size, Image.Resampling.BICUBIC)
-                    for image, plan in zip(some, its, strict=True)
-                ]
+                [image.resize(plan.size, CUBIC) for image, plan in zip(some, its, strict=True)]
                 for some, its in zip(images, plans, strict=True)
             ]
         elif any(images):
             settings = self._square_settings(self._square(keep))
         inputs = make_inputs(self._processor, texts, images, name, **settings)
         got = as_they_are(self._config, inputs).shown
-        shown, whole = (tuple(sum(plan[i] for plan in its) for its in plans) for i in (1, 0))
+        shown = tuple(sum(plan.shown for plan in its) for its in plans)
+        whole = tuple(sum(plan.whole for plan in its) for its in plans)
         check(got == shown, name, f"{shown} visual tokens from the processor, as it said", got)
         return Shown(inputs, whole, shown)
 
