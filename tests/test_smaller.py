@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from helpers.families import CASES, build
 from helpers.tiny import GRID, make_model
 from vlmprune import FastV, meter, prune
 from vlmprune.checkpoints import make_inputs
@@ -182,6 +183,34 @@ def test_a_resized_picture_has_as_many_tokens_as_fit(no_videos, kind, size):
             other = tokens(one.resize((size[0] * n // 20, size[1] * n // 20)))
             assert not shown.shown[0] < other <= budget
     assert pictures.inputs(["w3 <image> w4"], [[one]], 1.0, "q").shown == (whole,)
+
+
+@pytest.mark.parametrize("name", ["qwen2vl", "llava_next"])
+def test_the_model_takes_the_resized_picture(no_videos, name):
+    """Tiny models with processors to fit: what the model saw is what was counted, and the report says what it saves."""
+    model, prompt = build(CASES[name]), ["w5 <image> w6 w7"]
+    size = {"shortest_edge": 16} if name == "llava_next" else {"shortest_edge": 64, "longest_edge": 4096}
+    tiles = {"size": size, "crop_size": {"height": 16, "width": 16}}
+    processor = {
+        "qwen2vl": lambda: hf.Qwen2VLProcessor(
+            hf.Qwen2VLImageProcessor(patch_size=4, merge_size=2, size=size), tokenizer()
+        ),
+        "llava_next": lambda: hf.LlavaNextProcessor(
+            hf.LlavaNextImageProcessor(image_grid_pinpoints=model.config.image_grid_pinpoints, **tiles),
+            tokenizer(),
+            patch_size=4,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        ),
+    }[name]()
+    pictures = SmallPictures(model.config, processor)
+    shown = pictures.inputs(prompt, [[picture(60, 45)]], 0.7, "q").to(model.device, model.dtype)
+    with torch.inference_mode(), pictures.tower(model), meter(model) as run:
+        model.generate(**shown.inputs, max_new_tokens=2, do_sample=False)
+    report = run.report()
+    assert (report.visual_tokens,) == shown.shown < shown.whole and report.flops.cut == 0
+    beside = shown.report(report, model.config)
+    assert (beside.visual_tokens,) == shown.whole and 0 < beside.flops.cut < 1
 
 
 def test_several_pictures_of_one_prompt(no_videos):
