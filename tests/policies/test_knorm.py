@@ -62,7 +62,7 @@ def test_reads_keys_alone():
             r"^layer: expected a whole number >= 1 \(the keys come from the layer before\), got 0$",
         ),
         (dict(keep=0), "^keep: expected a share"),
-        (dict(spend="all"), "^spend: expected 'prompt' or 'image', got 'all'$"),
+        (dict(spend="all"), "^spend: expected 'prompt', 'image' or 'crop', got 'all'$"),
     ],
 )
 def test_rejects(settings, message):
