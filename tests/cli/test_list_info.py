@@ -74,7 +74,7 @@ def test_list_of_one_shows_its_presets(monkeypatch):
     assert ["LLaVA-1.5-7B", "576", "64", "visionzip:tokens=64"] in rows
     assert ["LLaVA-NeXT-7B", "2880", "160", "visionzip:dominant=135,contextual=25"] in rows
     typed = next(row[3] for row in rows if row[2:3] == ["11.1%"])
-    assert policy_from(typed) == vlmprune.VisionZip(dominant=0.0937, contextual=0.0173)
+    assert policy_from(typed) == vlmprune.VisionZip(0.0937, 0.0173, positions="keep")
     assert "fastv" not in done.stdout
     assert "LLaVA" not in cli("list", "random_deep").stdout
     found = json.loads(cli("list", "fastv", "--json").stdout)

@@ -142,6 +142,14 @@ def test_presets_meet_their_budget(name, model):
     assert known == list(model.budgets[: len(known)])  # what lacks a preset lacks those below it
 
 
+@pytest.mark.parametrize("name", registry.BUILT_IN)
+def test_presets_for_three_axes_pack_nothing(name):
+    for budget, settings in policies()[name].presets.items():
+        policy = policy_from(f"{name}:{settings}")
+        if isinstance(budget, float) and "positions" in fields_of(type(policy)):
+            assert policy.positions == "keep"
+
+
 def test_presets_are_of_published_budgets():
     every = {budget for model in PUBLISHED for budget in model.budgets}
     for name, kind in registry.BUILT_IN.items():

@@ -83,7 +83,7 @@ class ACCMSelection(PruningPolicy):
 
     summary = "some by the question, outliers of CLS attention, the rest evenly spaced"
     paper = "the selection of ACCM, Adaptive Content Compensation Method (ACM MM 2025)"
-    presets = each("keep={}")
+    presets = each("keep={}", shares=",positions=keep")
     checked = "reading"
     growth = "n"  # of a tower with CLS; without, every patch looks at every other: n^2
 

@@ -60,7 +60,7 @@ class CDPruner(PruningPolicy):
         "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (NeurIPS 2025), "
         "arXiv 2506.10967"
     )
-    presets = each("keep={}")
+    presets = each("keep={}", shares=",positions=keep")
     checked = "reading"
     growth = "n^3"  # every further choice looks at all earlier ones, for each token
 

@@ -34,7 +34,7 @@ class DivPrune(PruningPolicy):
 
     summary = "tokens most unlike each other (greedy max-min distance)"
     paper = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (CVPR 2025), arXiv 2503.02175"
-    presets = each("keep={}")
+    presets = each("keep={}", shares=",positions=keep")
     growth = "n^2"  # cosines of all pairs
 
     keep: int | float = 0.098

@@ -29,7 +29,7 @@ class FasterVLM(PruningPolicy):
 
     summary = "patches most attended by the vision tower's CLS"
     paper = "[CLS] Attention is All You Need for Training-Free Visual Token Pruning, arXiv 2412.01818v1"
-    presets = each("keep={}")
+    presets = each("keep={}", shares=",positions=keep")
     growth = "n"  # of a tower with CLS; without, every patch looks at every other: n^2
 
     keep: int | float = 64

@@ -35,7 +35,7 @@ class PyramidDrop(PruningPolicy):
         "arXiv 2410.17247"
     )
     # a quarter of the layers is full: of less than that, budgets cannot be met
-    presets = {192: "ratio=0.255", 0.333: "layers=7/14/21,ratio=0.252"}
+    presets = {192: "ratio=0.255", 0.333: "layers=7/14/21,ratio=0.252,positions=keep"}
     growth = "n"
 
     layers: tuple[int, ...] = (8, 16, 24)

@@ -79,8 +79,8 @@ class SparseVLM(PruningPolicy):
         128: "tokens=128",
         64: "tokens=64",
         640: "keep=0.3839/0.3839/0.3839",  # no schedule is released for these: one share, for the mean over all layers
-        0.333: "keep=0.51/0.51/0.51",
-        0.222: "keep=0.3439/0.3439/0.3439",
+        0.333: "keep=0.51/0.51/0.51,positions=keep",
+        0.222: "keep=0.3439/0.3439/0.3439,positions=keep",
     }
 
     tokens: int = 192

@@ -60,9 +60,9 @@ class VisionZip(PruningPolicy):
         640: "dominant=540,contextual=100",  # of five crops: 108 + 20 each
         320: "dominant=270,contextual=50",  # 54 + 10
         160: "dominant=135,contextual=25",  # 27 + 5
-        0.333: "dominant=0.281,contextual=0.052",
-        0.222: "dominant=0.1873,contextual=0.0347",
-        0.111: "dominant=0.0937,contextual=0.0173",
+        0.333: "dominant=0.281,contextual=0.052,positions=keep",
+        0.222: "dominant=0.1873,contextual=0.0347,positions=keep",
+        0.111: "dominant=0.0937,contextual=0.0173,positions=keep",
     }
     growth = "n^2"  # every merged token is compared with every contextual one
 

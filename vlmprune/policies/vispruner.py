@@ -49,7 +49,7 @@ class VisPruner(PruningPolicy):
         "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs (ICCV 2025), "
         "arXiv 2412.01818"
     )
-    presets = each("keep={}")
+    presets = each("keep={}", shares=",positions=keep")
     growth = "n^3"  # rounds as many as an eighth of what is removed, of all pairs each
 
     keep: int | float = 64

@@ -68,9 +68,9 @@ class VScan(PruningPolicy):
         640: "keep=960,then=320",
         320: "keep=480,then=160",
         160: "keep=240,then=80",
-        0.333: "keep=0.5,then=0.333,layer=14",
-        0.222: "keep=0.333,then=0.333,layer=14",
-        0.111: "keep=0.167,then=0.333,layer=14",  # the authors'; the two above follow from the same ratio
+        0.333: "keep=0.5,then=0.333,layer=14,positions=keep",
+        0.222: "keep=0.333,then=0.333,layer=14,positions=keep",
+        0.111: "keep=0.167,then=0.333,layer=14,positions=keep",  # the authors'; the two above follow from the same ratio
     }
     growth = "n^2"  # every dropped token is compared with every kept one
 
