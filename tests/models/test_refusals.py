@@ -91,14 +91,6 @@ def qwen3vl():
     return build(CASES["qwen3vl"])
 
 
-@pytest.mark.parametrize("policy", [vlmprune.Random(layer=0), vlmprune.FastV(layer=1)])
-def test_a_stage_below_qwen3_vls_deepstack_layers(qwen3vl, policy):
-    message = rf"^layer: expected at least 2 \(qwen3_vl adds visual features .* up to layer 1\), got {policy.layer}$"
-    with pytest.raises(ValueError, match=message):
-        vlmprune.attach(qwen3vl, policy)
-    assert hooks(qwen3vl) == 0
-
-
 @dataclass(frozen=True)
 class Packed(PruningPolicy):
     """Asks for positions without gaps."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from vlmprune import ops
@@ -22,7 +24,7 @@ from vlmprune.models.host.cache_view import pruned_layer
 from vlmprune.models.host.cells import crops_of
 from vlmprune.models.host.families import DECODERS
 from vlmprune.models.host.views import crop_grid, image_tokens
-from vlmprune.models.layout import Layout, moved, open_layout, packed_rows, take
+from vlmprune.models.layout import Layout, moved, open_layout, packed_rows, spread, take
 from vlmprune.models.prompt import Prompt
 from vlmprune.models.text_span import TextSpan, find_text, text_rows
 from vlmprune.policies.base import AttentionInputs, Crop, Grid, Insertion, Needs, tokens_in
@@ -201,8 +203,8 @@ class Prefill:
         masks: built masks, shared by the layers that need the same one.
         runner: what runs its stages, if that is not the engine's own: of a prefill that a graph captures.
         places: ``[B or 1, q]`` int64 rotary positions of its rows, behind those of a packed cache; None = not known.
-        planes: ``[B, q, D]`` each, added to the rows that enter layers 1, 2, ... of one (Qwen3-VL's text model would do so
-            by an index that reads the device).
+        planes: ``[M, D]`` each, the features of all samples' visual tokens, one sample behind the other, that are added to
+            those entering layers 1, 2, ... (Qwen3-VL's text model would add them to unpruned rows).
     """
 
     wants: Wants
@@ -263,6 +265,21 @@ class Prefill:
             patches = crop_grid(parts.config) if parts.family.tiles else None
             text = find_text(call.visual, layout.prompt()) if wants.text else None
             self.unpruned = Unpruned(layout, seen, None, text, hidden if wants.embeds else None, patches)
+
+    def deepened(self, i: int, hidden: Tensor) -> Tensor:
+        """Rows ``hidden [B, n, D]`` that enter layer ``i``, each visual token's with its features of the plane added."""
+        if not 0 < i <= len(self.planes):
+            return hidden
+        assert self.unpruned is not None
+        # those before a stage at i, also where that was made before: the layer may be replayed
+        layout = moved(self.layout(i - 1), hidden.device)
+        numbers, counts = layout.ordinals, self.unpruned.layout.counts
+        if len(counts) > 1:
+            begins = whole_numbers((0, *accumulate(counts[:-1])), hidden.device)[:, None]
+            numbers = torch.where(layout.mask, numbers + begins, -1)
+        plane = self.planes[i - 1].to(hidden)
+        added = ops.gather_tokens([plane[None]], numbers.view(1, -1))[0].view(*numbers.shape, -1)
+        return hidden + spread(layout.visual, added, layout.length)
 
     def decision(self, i: int) -> Decision | None:
         """What layer ``i`` runs under: the latest decision made at it or before it."""

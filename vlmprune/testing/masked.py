@@ -157,6 +157,7 @@ def _hooked(text: Any, state: _State) -> Iterator[None]:
     """The text model with the attention function above, told by ``state`` what each layer sees."""
     usual = text.config._attn_implementation
     with ExitStack() as stack:
+        stack.callback(text.register_forward_pre_hook(state.before_text, with_kwargs=True).remove)
         stack.callback(setattr, text.config, "_attn_implementation", usual)
         text.config._attn_implementation = NAME
         for layer in text.layers:
@@ -172,8 +173,11 @@ class _State:
         alive: ``[B, S]`` the columns that are seen from here on.
         place: ``[B, S]`` the column in which each token stands: stages may reorder those they keep.
         position: ``[B, S]`` rotary position of each column; used once a stage packed them.
+        tables: ``[B, S]`` the column whose rotary tables each one has; used until then.
         answered: the last so many rows are an answer that sees the last stage's survivors only.
         standing: who stands for how many, by stage; ``latest``, from here on.
+        features: what the text model adds to the visual columns behind its first layers, ``[M, D]`` each (Qwen3-VL).
+        numbers: ``[B, S]`` which row of these a visual column gets.
     """
 
     def __init__(
@@ -189,6 +193,18 @@ class _State:
         self.latest: Standing = [{} for _ in real]
         self.alive, self.position, self.packed = real.clone(), places(real), False
         self.place = torch.arange(real.shape[1], device=real.device).repeat(len(real), 1)
+        self.tables = self.place.clone()
+        self.features: list[Tensor] = []
+        self.numbers = self.place
+
+    def before_text(self, text: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Keep hold of the features that the text model is about to add: they move with their tokens."""
+        if kwargs.get("deepstack_visual_embeds") is None:
+            return None
+        visual = kwargs["visual_pos_masks"]
+        self.features, self.numbers = list(kwargs["deepstack_visual_embeds"]), visual.flatten().cumsum(0) - 1
+        self.numbers = self.numbers.view_as(visual).to(self.place.device)
+        return args, {**kwargs, "deepstack_visual_embeds": self.features}
 
     def before_layer(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Hide, move and renumber what the stage at this layer did; then tell the layer what it sees."""
@@ -198,12 +214,19 @@ class _State:
             self.latest = self.standing.get(i, self.latest)
         if self.packed:
             kwargs = {**kwargs, "position_embeddings": self.text.rotary_emb(hidden, self.position)}
+        else:
+            kwargs = {**kwargs, "position_embeddings": tuple(map(self._moved, kwargs["position_embeddings"]))}
         return (hidden, *args[1:]), {**kwargs, "attention_mask": self._seen().to(hidden.device)}
+
+    def _moved(self, table: Tensor) -> Tensor:
+        """Rows of ``[B or 1, S, D]`` where their tokens stand now."""
+        at = self.tables.to(table.device)[..., None].expand(-1, -1, table.shape[2])
+        return table.expand(len(at), -1, -1).gather(1, at)
 
     def _stage(self, hidden: Tensor, positions: Tensor, answer: Tensor | Reduction) -> Tensor:
         """The kept rows stand, in the order of the policy's answer, in the columns that the kept ones had."""
         change, device = as_reduction(answer), self.place.device
-        before, numbers = hidden.clone(), self.position.clone()
+        before, numbers, tables = hidden.clone(), self.position.clone(), self.tables.clone()
         for b, (entered, row) in enumerate(zip(positions.to(device), change.index.to(device), strict=True)):
             entered, row = entered[entered >= 0], row[row >= 0]
             source = self.place[b, entered[row]]
@@ -212,7 +235,12 @@ class _State:
             self.alive[b, slots] = True
             self.place[b, entered[row]] = slots
             self.position[b, slots] = numbers[b, source]
+            self.tables[b, slots] = tables[b, source]
             hidden[b, slots] = before[b, source] if change.hidden is None else change.hidden[b, : len(row)]
+            for i, rows in enumerate(self.features):
+                moved = rows.clone()
+                moved[self.numbers[b, slots]] = rows[self.numbers[b, source]]
+                self.features[i] = moved
         if change.positions == "pack":
             self.position, self.packed = places(self.alive), True
         return hidden

@@ -141,10 +141,6 @@ class Family:
             told if isinstance(told, int) else round(1 / told)
         )  # InternVL: the share of the side that is left
 
-    def first(self, config: Any) -> int:
-        """The first decoder layer that can be a stage."""
-        return len(config.vision_config.deepstack_visual_indexes) if self.deepstack else 0
-
 
 def idefics(name: str) -> Family:
     """Idefics3 and its small relative: other names, and a connector that folds blocks of patches."""
