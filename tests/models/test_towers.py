@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches as tiles
 from transformers.vision_utils import get_vision_window_index
 
 import vlmprune
@@ -80,8 +82,6 @@ def tiled_scores(model, inputs, kind):
     if kind == "video":
         crops = pixels.flatten(0, 1)
     elif pixels.ndim == 5:
-        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches as tiles
-
         alone = [True] * len(sizes) if counts is None else [n == 1 for n in counts for _ in range(n)]
         pinpoints, side = model.config.image_grid_pinpoints, model.config.vision_config.image_size
         split = [tiles(s, pinpoints, side) if a else 1 for s, a in zip(sizes, alone, strict=True)]
@@ -146,13 +146,11 @@ def test_features_are_what_the_projector_turns_into_the_tokens(name):
     model = build(case)
     inputs, _ = prompts(case, case.padded)
     contexts: list[TokenContext] = []
-    first = 3 if name.startswith("qwen3vl") else 0  # no DeepStack yet there
-    reader = Reader(contexts.append, Needs(hidden=True, vision=(-2,)), at=first)
+
+    reader = Reader(contexts.append, Needs(hidden=True, vision=(-2,)), at=0)
     with torch.no_grad(), vlmprune.prune(model, reader):
         model(**inputs)
     ctx = contexts[0]
-    if first:
-        pytest.skip("the rows that enter the third layer are no features")
     made = crops_of(ctx).split(ctx.hidden)
     shares = ctx.vision[-2].shares
     mixed = torch.zeros(made.shape[:2], dtype=torch.bool)
@@ -210,8 +208,6 @@ def test_packed_runs_are_masked_runs(case, model, policy):
     "policy", [vlmprune.FasterVLM(keep=1.0), vlmprune.VisPruner(keep=1.0)], ids=["f", "v"]
 )
 def test_keep_all_is_the_unpruned_model(case, model, policy):
-    from dataclasses import replace
-
     inputs, _ = prompts(case, case.padded)
     plain = generate(model, inputs)[1]
     with vlmprune.prune(model, replace(policy, positions="keep")) as run:

@@ -111,3 +111,26 @@ def test_newlines_stay_when_all_others_do(keep):
         if got.hidden is not None:
             assert all((got.hidden[0, index.index(n)] == 7).all() for n in NEWLINES[:some])
     assert alone.counts == (20, 20, 20)
+
+
+def test_a_merged_row_is_the_mean_of_those_it_stands_for():
+    policy = vlmprune.VScan(keep=18, window=2)
+    ctx = mosaic(sight([((ROWS, COLUMNS),)] * 3, layers=tuple(policy.needs(0).vision)))
+    got = answer(policy, ctx)
+    merged, index = got.merged[0].tolist(), got.index[0].tolist()
+    assert [n for n, into in enumerate(merged) if into < 0] == sorted([*index, *NEWLINES])
+    for n, row in zip(index, got.hidden[0], strict=True):
+        stands = [n, *(m for m, into in enumerate(merged) if into == n)]
+        torch.testing.assert_close(row, ctx.hidden[0, stands].mean(0))
+
+
+def test_tokens_merge_within_their_crop_and_into_contextual_ones():
+    policy = vlmprune.VisionZip(dominant=12, contextual=6)
+    ctx = mosaic(sight([((ROWS, COLUMNS),)] * 3))
+    got = answer(policy, ctx)
+    merged, index = got.merged[0].tolist(), got.index[0].tolist()
+    for crop in CROPS:
+        own = set(places_of(crop))
+        targets = {merged[n] for n in own if merged[n] >= 0}
+        assert targets <= own & {*index} and len(targets) <= 2
+        assert sum(merged[n] >= 0 for n in own) == 20 - 6 and all(merged[n] < 0 for n in index)

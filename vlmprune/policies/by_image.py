@@ -70,10 +70,12 @@ def gathered(
     picked: Tensor,
     positions: Positions,
     rows: Tensor | None = None,
+    merged: Tensor | None = None,
 ) -> Tensor | Reduction:
     """The choice of places ``picked [I, k]`` within each group, perhaps with new ``rows [I, k, D]``.
 
-    They stand group by group where positions are packed, in raster order where they are kept.
+    ``merged [I, T]`` says into which place of its group each token was merged, -1 = into none. What stays
+    stands group by group where positions are packed, in raster order where they are kept.
     """
     index, made = groups.index(picked, quota), None
     if rows is not None:
@@ -86,7 +88,9 @@ def gathered(
         index, order = torch.where(index < 0, last, index).sort(dim=1)
         index = index.masked_fill(index == last, -1)
         made = None if made is None else made.gather(1, order[..., None].expand_as(made))
-    return outcome(index, positions, made)
+    if merged is None:
+        return outcome(index, positions, made)
+    return Reduction(index, made, positions, merged=groups.spread(groups.places(merged), fill=-1))
 
 
 def ranked(

@@ -119,17 +119,18 @@ class Groups:
             return x.reshape(self.batch, -1, *x.shape[2:])
         return rows_or(x, self.numbers(x.shape[1], quota, x.device), 0)
 
+    def places(self, within: Tensor) -> Tensor:
+        """Turn places within each group ``[I, k]`` into places within the sample; -1 stays."""
+        numbers = tuple((crop.first, crop.width, crop.columns) for crop in self.crops)
+        first, wide, columns = whole_numbers(numbers, within.device)[:, :, None].unbind(1)
+        places = within + first
+        if not all(crop.width == crop.columns or crop.rows == 1 for crop in self.crops):
+            places += within.clamp(min=0) // columns * (wide - columns)
+        return torch.where(within < 0, -1, places)
+
     def index(self, picked: Tensor, quota: Quota) -> Tensor:
         """Turn places within each group ``[I, k]`` into places within the sample ``[B, K]``, -1 on the right."""
-        first, wide, columns = whole_numbers(
-            tuple((c.first, c.width, c.columns) for c in self.crops), picked.device
-        ).unbind(1)
-        if all(crop.width == crop.columns or crop.rows == 1 for crop in self.crops):
-            places = picked + first[:, None]
-        else:
-            row = picked // columns[:, None]
-            places = first[:, None] + row * wide[:, None] + picked - row * columns[:, None]
-        k = picked.shape[1]
+        places, k = self.places(picked), picked.shape[1]
         if self._all(k, quota):
             return places.reshape(self.batch, -1)
         index = rows_or(places, self.numbers(k, quota, picked.device), -1)
@@ -170,7 +171,7 @@ class Groups:
         return x if len(kind.members) == len(self.crops) else x[whole_numbers(kind.members, x.device)]
 
     def together(self, parts: Sequence[tuple[Kind, Tensor]]) -> Tensor:
-        """``[I, k, ...]`` of what each kind's groups gave, ``[i, k', ...]``; the shorter ones filled with zeros."""
+        """``[I, k, ...]`` of what each kind's groups gave, ``[i, k', ...]``; the shorter ones end in zeros."""
         if len(parts) == 1:
             return parts[0][1]
         most, device = max(x.shape[1] for _, x in parts), parts[0][1].device

@@ -40,8 +40,8 @@ class VisionAttention:
         scale: softmax scale.
         cls: whether row 0 is a CLS token.
         mask: ``[G, P]`` bool, False at patches that are padding (no CLS then); None = none are.
-        cells: ``[I, T, m]`` int64, the patches (``g P + p``) of each of the at most T tokens of the I crops, -1 = no such token; None
-            = the tokens are the patches in their order.
+        cells: ``[I, T, m]`` int64, the patches (``g P + p``) of each of the at most T tokens of the I crops, -1 = no such
+            token; None = the tokens are the patches in their order.
         shares: ``[I, T, m]`` float32, how much of a token each of its patches is; None = equal parts.
         rows: ``[I, 1]`` float32, the patches of each crop, where the layer attends in windows; else None.
     """

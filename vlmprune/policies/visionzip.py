@@ -110,13 +110,15 @@ class VisionZip(PruningPolicy):
         seen, quota = vision_of(ctx, self.vision_layer, crops), quota_of(ctx, self, crops)
         scores, keys = seen.received(), seen.per_token(seen.key[:, :, int(seen.cls) :].float().mean(1))
         firsts = crops.shared_out([self._counts(n)[0] for own in ctx.images() for n in own]).kept
-        picked, rows = [], []
+        picked, rows, into = [], [], []
         for kind in crops.kinds(quota, firsts):
             own = [crops.take(x, kind) for x in (scores, features, keys, hidden)]
-            chosen, made = self._zipped(ctx, kind, firsts[kind.members[0]], *own)
+            chosen, made, merged = self._zipped(ctx, kind, firsts[kind.members[0]], *own)
             picked.append((kind, chosen))
             rows.append((kind, made))
-        return gathered(ctx, crops, quota, crops.together(picked), self.positions, crops.together(rows))
+            into.append((kind, merged))
+        made, merged = crops.together(rows), crops.together(into)
+        return gathered(ctx, crops, quota, crops.together(picked), self.positions, made, merged)
 
     def _zipped(
         self,
@@ -127,18 +129,20 @@ class VisionZip(PruningPolicy):
         features: Tensor,
         keys: Tensor,
         hidden: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Of crops alike: the places ``[i, k]`` of dominant and contextual tokens, and their rows ``[i, k, D]``."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of crops alike: the places ``[i, k]`` of dominant and contextual tokens, their rows ``[i, k, D]``, and into which
+        place every token was merged, ``[i, T]``, -1 = into none.
+        """
         project = require(ctx.project, "ctx.project", "the projector (declare a vision layer)")
         dominant, _ = ops.select_topk(scores, first)
         left = others(dominant, scores.shape[1])
-        targets, merged = merge_rest(features, keys, left, kind.kept - first)
+        targets, merged, into = merge_rest(features, keys, left, kind.kept - first)
         picked = torch.cat([dominant, targets], 1)
         rows = torch.cat([rows_at(hidden, dominant), project(merged).to(hidden.dtype)], 1)
         if self.positions == "keep":
             picked, order = picked.sort(dim=1)
             rows = rows_at(rows, order)
-        return picked, rows
+        return picked, rows, into
 
     def at(self, share: float) -> Self:
         """``share`` as both, in the proportion that they have."""
@@ -164,15 +168,20 @@ class VisionZip(PruningPolicy):
         return self.dominant, self.contextual
 
 
-def merge_rest(features: Tensor, keys: Tensor, rest: Tensor, contextual: int) -> tuple[Tensor, Tensor]:
-    """Targets ``[I, C]`` strided over ``rest [I, R]``; their features ``[I, C, Dv]``, the rest of the rest merged in."""
+def merge_rest(
+    features: Tensor, keys: Tensor, rest: Tensor, contextual: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets ``[I, C]`` strided over ``rest [I, R]``; their features ``[I, C, Dv]``, the rest of the rest merged in.
+
+    And into which place every token was merged, ``[I, P]``, -1 = into none.
+    """
     R = rest.shape[1]
-    C = min(contextual, R)
+    C, into = min(contextual, R), torch.full(keys.shape[:2], -1, dtype=torch.int64, device=rest.device)
     if C == 0:
-        return rest[:, :0], features[:, :0]
+        return rest[:, :0], features[:, :0], into
     strided = list(range(0, R, R // C))[:C]
     followers = sorted(set(range(R)) - set(strided))
     chosen, merging = (rest[:, whole_numbers(tuple(at), rest.device)] for at in (strided, followers))
     assigned = nearest(rows_at(keys, merging), rows_at(keys, chosen))
     mean = ops.merge_tokens(rows_at(features, merging), assigned, C, mode="mean")
-    return chosen, rows_at(features, chosen) + mean
+    return chosen, rows_at(features, chosen) + mean, into.scatter(1, merging, chosen.gather(1, assigned))

@@ -45,8 +45,8 @@ class VScan(PruningPolicy):
     released code leaves them out (there are none in a 24 x 24 grid).
 
     Args:
-        keep: T, tokens per image (int) or share (float), shared out evenly over its crops. LLaVA-1.5 at 64 tokens on average: 96, then 32. 128 and 192 follow
-            from the same two ratios: 192 and 64, 288 and 96.
+        keep: T, tokens per image (int) or share (float), shared out evenly over its crops. LLaVA-1.5 at 64 tokens on average:
+            96, then 32. 128 and 192 follow from the same two ratios: 192 and 64, 288 and 96.
         then: tokens per image (int) or share of the entering ones (float) that stage 2 keeps.
         layer: decoder layer of stage 2; at least 1.
         local_ratio: share of T chosen within windows, in [0, 1].
@@ -133,15 +133,18 @@ class VScan(PruningPolicy):
         quota = quota_of(ctx, self, crops)
         layers = (self.shallow_layer, self.vision_layer)
         scores = [vision_of(ctx, layer, crops).received() for layer in layers]
-        picked, rows = [], []
+        picked, rows, into = [], [], []
         for kind in crops.kinds(quota):
             shallow, deep = (crops.take(x, kind) for x in scores)
             local, count = self._local(shallow, kind.crop, int(kind.kept * self.local_ratio))
             code = local.to(torch.int8)
             chosen = ops.select_topk(deep, kind.kept - count, code=code)[0][:, : kind.kept]
             picked.append((kind, chosen))
-            rows.append((kind, merge_dropped(crops.take(hidden, kind), chosen)))
-        return gathered(ctx, crops, quota, crops.together(picked), self.positions, crops.together(rows))
+            made, own = merge_dropped(crops.take(hidden, kind), chosen)
+            rows.append((kind, made))
+            into.append((kind, own))
+        made, own = crops.together(rows), crops.together(into)
+        return gathered(ctx, crops, quota, crops.together(picked), self.positions, made, own)
 
     def _local(self, scores: Tensor, crop: Crop, share: int) -> tuple[Tensor, int]:
         """Marks ``[i, P]`` of each window's best patches, ``share`` divided by the windows, and how many a crop has."""
@@ -171,13 +174,17 @@ def rank_within(scores: Tensor, groups: Tensor) -> Tensor:
     return torch.zeros_like(order).scatter(1, order, place - start)
 
 
-def merge_dropped(hidden: Tensor, picked: Tensor) -> Tensor:
-    """Rows ``[I, k, D]`` of the picked tokens ``[I, k]``, each the mean of itself and the dropped ones nearest to it."""
+def merge_dropped(hidden: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[I, k, D]`` of the picked tokens ``[I, k]``, each the mean of itself and the dropped ones nearest to it.
+
+    And into which place every token was merged, ``[I, P]``, -1 = it was picked.
+    """
     P, k = hidden.shape[1], picked.shape[1]
     if k == P:
-        return hidden
+        return hidden, torch.full(hidden.shape[:2], -1, dtype=torch.int64, device=hidden.device)
     dropped = others(picked, P)
     own = torch.arange(k, device=picked.device).expand_as(picked)
     assigned = picked.new_zeros(picked.shape[0], P).scatter(1, picked, own)
     assigned = assigned.scatter(1, dropped, nearest(rows_at(hidden, dropped), rows_at(hidden, picked)))
-    return ops.merge_tokens(hidden, assigned, k, mode="mean")
+    into = picked.gather(1, assigned).scatter(1, picked, -1)
+    return ops.merge_tokens(hidden, assigned, k, mode="mean"), into

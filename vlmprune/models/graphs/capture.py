@@ -18,10 +18,11 @@ from vlmprune.models.graphs.recorder import Recorder
 from vlmprune.models.graphs.store import Graph, Inputs
 from vlmprune.models.host.views import Encoded
 from vlmprune.models.layout import open_bound
-from vlmprune.models.prefill import RUNNING, Prefill, Unpruned, Wants
+from vlmprune.models.prefill import RUNNING, Prefill, Wants
 from vlmprune.models.prompt import Prompt
 from vlmprune.models.stage import StageRunner
 from vlmprune.models.text_span import TextSpan
+from vlmprune.models.unpruned import Unpruned
 from vlmprune.models.visuals import Notes, Visuals
 
 

@@ -21,8 +21,9 @@ from vlmprune.models.graphs.store import Graph, Graphs, Inputs
 from vlmprune.models.graphs.unfit import hooked, unfit_call, unfit_model
 from vlmprune.models.host.names import CACHE, Signature
 from vlmprune.models.host.parts import Parts
-from vlmprune.models.prefill import RUNNING, Prefill, Unpruned, Wants
+from vlmprune.models.prefill import RUNNING, Prefill, Wants
 from vlmprune.models.stage import StageRunner
+from vlmprune.models.unpruned import Unpruned
 from vlmprune.models.vision_reads import VisionReads
 from vlmprune.policies.base import PruningPolicy
 
