@@ -36,6 +36,8 @@ POLICIES = [
     vlmprune.CDPruner(keep=18, relevance=first_column, positions="keep"),
 ]
 
+NAMES = [f"{type(policy).__name__}-{i}" for i, policy in enumerate(POLICIES)]
+
 
 def mosaic(alone):
     """The context of three crops, which were samples of their own, as one sample of one image."""
@@ -63,7 +65,7 @@ def answer(policy, ctx):
     return made if isinstance(made, Reduction) else Reduction(made)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+@pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
 def test_each_crop_as_if_alone(policy):
     alone = sight([((ROWS, COLUMNS),)] * 3, layers=tuple(policy.needs(0).vision) or (-2,))
     got = answer(policy, mosaic(alone))
@@ -86,7 +88,7 @@ def test_each_crop_as_if_alone(policy):
                 torch.testing.assert_close(made[places[n]], row)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+@pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
 def test_kept_positions_ascend_and_packed_ones_stand_crop_by_crop(policy):
     alone = sight([((ROWS, COLUMNS),)] * 3, layers=tuple(policy.needs(0).vision) or (-2,))
     index = answer(policy, mosaic(alone)).index[0].tolist()
