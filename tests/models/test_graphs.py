@@ -10,6 +10,7 @@ from transformers import CompileConfig
 import vlmprune
 from helpers.families import CASES, build, prompts
 from helpers.recorder import Recorder
+from helpers.table import CELLS, KINDS
 from helpers.tiny import BEFORE_PREFILL, STEPS, generate, make_batch, make_model, upstream
 from vlmprune import Graphs
 from vlmprune.policies import PruningPolicy
@@ -119,9 +120,9 @@ def test_every_method_is_in_one_of_the_tables():
 
 
 @pytest.mark.parametrize("samples", ["one", "padded"])
-@pytest.mark.parametrize("name", CASES)
-def test_families(name, samples):
-    case, policy = CASES[name], vlmprune.FastV(layer=3, keep=0.4)
+@pytest.mark.parametrize("family, kind", CELLS)
+def test_families(family, kind, samples):
+    case, policy = CASES[family], KINDS[kind]
     model, graphs = build(case), Graphs(recorder=(recorder := Recorder()))
     for seed in range(3):
         batch, _ = prompts(case, (case.one,) if samples == "one" else case.padded, seed)
