@@ -23,6 +23,8 @@ def quotas(ctx: TokenContext, keep: float | PruningPolicy) -> list[int]:
     counts = zip(ctx.counts, ctx.image_counts(), strict=True)
     if isinstance(keep, int | float):
         return [keep_count(keep, tokens, images) for tokens, images in counts]
+    if keep.spend != "prompt" and ctx.whole:  # images of unequal size round apart
+        return [sum(keep.kept(n, 1, ctx.layer) for n in own) for own in ctx.images()]
     return [keep.kept(tokens, images, ctx.layer) for tokens, images in counts]
 
 

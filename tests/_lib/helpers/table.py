@@ -26,11 +26,11 @@ FAMILIES = (
     "qwen3vl-video",
 )
 KINDS: dict[str, PruningPolicy] = {
-    "before": vlmprune.DivPrune(keep=5, positions="keep"),
-    "before-tower": vlmprune.VisionZip(dominant=3, contextual=2, positions="keep"),
+    "before": vlmprune.DivPrune(keep=0.4, positions="keep"),
+    "before-tower": vlmprune.VisionZip(dominant=0.3, contextual=0.2, positions="keep"),
     "inside": vlmprune.PyramidDrop(layers=(3, 4), positions="keep"),
     "both": vlmprune.Stages(
-        [vlmprune.FasterVLM(keep=6, positions="keep"), vlmprune.FastV(layer=3, keep=0.5)]
+        [vlmprune.FasterVLM(keep=0.6, positions="keep"), vlmprune.FastV(layer=3, keep=0.5)]
     ),
 }
 """Before the decoder and inside it, with the vision tower's attention and without."""
