@@ -22,7 +22,8 @@ ALLOWED = {
     "models": BASE | {"compensation", "constants", "flops", "ops", "policies", "register"},
     "checkpoints": BASE | {"policies", "models", "precision"},
     "testing": BASE | {"policies", "models"},
-    "eval": BASE | {"flops", "images", "policies", "models", "checkpoints"},
+    "smaller": BASE | {"flops", "policies", "models", "checkpoints"},
+    "eval": BASE | {"flops", "images", "policies", "models", "checkpoints", "smaller"},
     "training": BASE | {"compensation", "images", "policies", "models", "checkpoints"},
     "bench": BASE | {"flops", "policies", "models", "testing", "checkpoints", "eval"},
     "cli": BASE
@@ -39,7 +40,7 @@ ALLOWED = {
         "bench",
     }
     | {"training"},
-    "integrations": BASE | {"images", "policies", "models", "checkpoints"},
+    "integrations": BASE | {"images", "policies", "models", "checkpoints", "smaller"},
 }
 """Part of the package -> the other parts it may import."""
 ONLY_IN = {

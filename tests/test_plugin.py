@@ -41,13 +41,18 @@ def installed(folder, monkeypatch):
 def test_it_is_listed():
     out = CliRunner().invoke(app, ["list", "--json"])
     assert out.exit_code == 0, out.output
-    assert json.loads(out.stdout)["norm"]["fields"] == {"layer": 2, "keep": 0.5, "earlier_kv": "full"}
+    assert json.loads(out.stdout)["norm"]["fields"] == {
+        "layer": 2,
+        "keep": 0.5,
+        "earlier_kv": "full",
+        "rectify": False,
+    }
 
 
 @pytest.mark.usefixtures("installed")
 def test_it_is_written_by_its_name():
     policy = vlmprune.policy_from("divprune + norm:layer=3,keep=49")
-    norm = {"policy": "norm", "layer": 3, "keep": 49, "earlier_kv": "full"}
+    norm = {"policy": "norm", "layer": 3, "keep": 49, "earlier_kv": "full", "rectify": False}
     assert policy.to_dict()["policies"][1] == norm and vlmprune.policy_from(policy.to_dict()) == policy
 
 

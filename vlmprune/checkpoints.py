@@ -193,7 +193,13 @@ def build_text(processor: Any, prompt: str, images: int) -> str:
     return text
 
 
-def make_inputs(processor: Any, texts: Sequence[str], images: Sequence[list[Image.Image]], name: str) -> Any:
+def make_inputs(
+    processor: Any,
+    texts: Sequence[str],
+    images: Sequence[list[Image.Image]],
+    name: str,
+    **image_settings: Any,
+) -> Any:
     """Token ids, padded on the left, and pixel values of a batch, on the CPU.
 
     Args:
@@ -201,6 +207,7 @@ def make_inputs(processor: Any, texts: Sequence[str], images: Sequence[list[Imag
         texts: full prompts, as ``build_text`` makes them.
         images: those of each prompt, in its order.
         name: what errors call the images.
+        image_settings: for the image processor, in place of its own.
 
     Raises:
         InputError: what the processor does not take, or several prompts where nothing can pad them.
@@ -210,6 +217,7 @@ def make_inputs(processor: Any, texts: Sequence[str], images: Sequence[list[Imag
         "padding": len(texts) > 1,
         "padding_side": "left",
         "add_special_tokens": not has_bos(processor, texts),
+        **image_settings,
     }
     given = list(images) if any(images) else None
     try:

@@ -94,15 +94,21 @@ def test_results(evaluate, tmp_path):
     assert done.stderr == ""
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == FILES
-    assert len(answers(out)) == 6 * (1 + 1 + 1 + 2)
+    assert len(answers(out)) == 6 * (1 + 1 + 1 + 1 + 2 + 1)
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert [row["method"] for row in rows] == [
         "unpruned",
         "fastv:layer=2",
         "uniform:layer=2",
+        "uniform:layer=2,order=raster",
         "random:layer=2",
+        "smaller",
     ]
-    unpruned, *pruned = rows
+    unpruned, *pruned, smaller = rows
+    assert (smaller["tokens"], smaller["policy"]) == (100, "Smaller(keep=0.52)")
+    assert smaller["cut"] == pytest.approx(0.51, abs=0.01) and smaller["prefill"] > 0
+    small = {a["question"]: a for key, a in answers(out).items() if key[0].startswith("Smaller")}
+    assert len(small) == 6 and not any(a["kept"] for a in small.values())
     assert unpruned["all"]["right"]["mean"] == 1.0 and unpruned["cut"] == 0.0 and unpruned["tokens"] == 196
     assert unpruned["families"].keys() == {"box", "color", "exist"}
     for row in pruned:
@@ -189,7 +195,11 @@ def test_an_oracle_keeps_the_boxes_of_its_own_questions_also_after_a_kill(
 
     asked = {q.id: q for q in read_questions(folder)}
     kept = {key[1]: int(a["kept"][0][1], 16) for key, a in found.items() if key[0].startswith("Oracle")}
-    even = {key[1]: int(a["kept"][0][1], 16) for key, a in found.items() if key[0].startswith("Uniform")}
+    even = {
+        key[1]: int(a["kept"][0][1], 16)
+        for key, a in found.items()
+        if "lattice" in key[0] and key[0].startswith("Uniform")
+    }
     assert kept.keys() == asked.keys() and len({*kept.values()}) == 3  # two boxes, and evenly spaced
     for name, bits in kept.items():
         assert bits.bit_count() == even[name].bit_count()
@@ -234,6 +244,12 @@ def test_batches_answer_like_single_questions(evaluate, no_pictures, tmp_path):
             ("--policy", "uniform:stride=2"),
             "uniform:stride=2 at budget 0.48: keep: expected either keep or stride",
         ),
+        (("--baseline", "best"), "--baseline: expected some of lattice, raster, random, smaller, got best"),
+        (
+            ("--baseline", "random", "--no-baselines"),
+            "--baseline: expected either --baseline or --no-baselines, got both",
+        ),
+        (("--baseline", "smaller", "--budgets", "0.999"), "cut: expected a share between"),
         (("--questions", "/none"), "--questions: expected a folder with a questions.jsonl, got '/none'"),
         (("--oracle", "--family", "exist"), "--oracle: expected questions with a box, got none"),
         (("--out", "/none/out"), "--out: expected a folder inside an existing one, got '/none/out'"),

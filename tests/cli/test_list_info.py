@@ -28,6 +28,7 @@ def test_list_json_has_every_policy():
         "rows": "last",
         "spend": "prompt",
         "earlier_kv": "full",
+        "rectify": False,
     }
     assert "2403.06764" in found["fastv"]["paper"]
     assert all(policy["summary"] for policy in found.values())
@@ -63,6 +64,27 @@ def test_a_broken_plugin_is_named_and_the_others_listed(how, monkeypatch):
     assert asked.stderr.startswith(
         "error: policy broken: expected a policy in nosuchmodule:Broken, got Module"
     )
+
+
+def test_list_of_one_shows_its_presets(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    done = cli("list", "visionzip")
+    assert done.exit_code == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines()]
+    assert ["LLaVA-1.5-7B", "576", "64", "visionzip:tokens=64"] in rows
+    assert ["LLaVA-NeXT-7B", "2880", "160", "visionzip:dominant=135,contextual=25"] in rows
+    typed = next(row[3] for row in rows if row[2:3] == ["11.1%"])
+    assert policy_from(typed) == vlmprune.VisionZip(0.0937, 0.0173, positions="keep")
+    assert "fastv" not in done.stdout
+    assert "LLaVA" not in cli("list", "random_deep").stdout
+    found = json.loads(cli("list", "fastv", "--json").stdout)
+    assert list(found) == ["fastv"]
+    assert found["fastv"]["presets"] == {str(k): v for k, v in vlmprune.FastV.presets.items()}
+
+
+def test_list_of_a_name_that_is_none():
+    done = cli("list", "nope")
+    assert done.exit_code == 2 and done.stderr.startswith("error: policy: expected one of fastv, ")
 
 
 def test_list_table_can_be_typed_back():

@@ -3,8 +3,7 @@
 import pytest
 
 from helpers.methods import echo
-from vlmprune.eval.arms import UNPRUNED, Arm, PromptSize, make_arms
-from vlmprune.eval.oracle import Oracle
+from vlmprune.eval.arms import BASELINES, ORACLE, UNPRUNED, Arm, PromptSize, cost, make_arms
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
 from vlmprune.policies import ACCM, FastV, PyramidDrop, Random, Stages, Uniform, policy_from
 from vlmprune.policies.schedule import stage_counts
@@ -13,7 +12,7 @@ PROMPT = PromptSize(
     DecoderShape(layers=8, hidden=64, heads=4, kv_heads=4, head_dim=16, intermediate=96), 196, 12
 )
 
-BOTH = (Uniform, Random)
+BOTH = ("lattice", "random")
 
 
 def plan_of(texts, budgets, baselines, seeds):
@@ -62,7 +61,7 @@ def test_a_baseline_that_is_given_is_not_added():
 
 
 def test_an_oracle_meets_the_budget_and_is_told_the_regions_of_its_batch():
-    *_, uniform, oracle = plan_of(["fastv:layer=3"], [0.5], (Uniform, Oracle), 2)
+    *_, uniform, oracle = plan_of(["fastv:layer=3"], [0.5], ("lattice", ORACLE), 2)
     assert (oracle.method, oracle.budget, oracle.seed) == ("oracle:layer=3", 0.5, 0)
     assert oracle.policy.keep == uniform.policy.keep
     regions = ((0.0, 0.0, 0.5, 0.5), None)
@@ -88,6 +87,35 @@ def test_every_batch_and_seed_draws_anew_under_one_key():
     assert one.for_batch(1, [None]) == one.for_batch(1, [None])
     (fastv,) = plan_of(["fastv"], [0.5], (), 2)[1:]
     assert fastv.for_batch(3, [None]) is fastv.policy
+
+
+def test_by_default_the_lattice_the_raster_random_tokens_and_a_smaller_picture():
+    arms = plan_of([], [0.5], BASELINES, 1)
+    assert [arm.method for arm in arms] == [
+        UNPRUNED,
+        "uniform:layer=2",
+        "uniform:layer=2,order=raster",
+        "random:layer=2",
+        "smaller",
+    ]
+    assert len({arm.key for arm in arms}) == 5
+    given = plan_of(["uniform:order=raster"], [0.5], BASELINES, 1)
+    assert [arm.method for arm in given][1:3] == ["uniform:order=raster", "uniform:layer=2"]
+    assert len(given) == len(arms)
+
+
+def test_the_smaller_picture_has_the_most_tokens_that_meet_the_cut():
+    (arm,) = plan_of([], [0.5], ("smaller",), 3)[1:]
+    assert arm.policy is None and arm.for_batch(0, [None]) is None
+    tokens = int(arm.smaller.keep * 196 + 1e-6)
+    assert cost(PROMPT, [(0, tokens)])[0] >= 0.5 > cost(PROMPT, [(0, tokens + 1)])[0]
+
+
+def test_an_unknown_baseline():
+    with pytest.raises(
+        ValueError, match=r"^baselines: expected some of lattice, raster, random, smaller, got 'best'$"
+    ):
+        plan_of([], [0.5], ("best",), 1)
 
 
 @pytest.mark.parametrize(

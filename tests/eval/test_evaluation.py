@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from vlmprune import ops
+from vlmprune.errors import ModelError
 from vlmprune.eval import Checkpoint, read_questions, run
+from vlmprune.eval.ask import text_lengths, with_template
+from vlmprune.flops import decoder_flops
+from vlmprune.models.host.parts import decoder_shape
 from vlmprune.policies import FastV
 
 pytest.importorskip("matplotlib")
@@ -59,11 +63,53 @@ def test_a_loaded_model_is_asked_and_progress_is_told(checkpoint, questions, tmp
     assert capfd.readouterr() == ("", "")
 
 
+def test_pictures_that_cannot_be_made_so_small_are_left_out_with_the_reason(
+    checkpoint, questions, tmp_path, monkeypatch
+):
+    """By default; an error, before the weights are loaded, where they were asked for by name."""
+    for name in ("draw_pareto", "draw_families", "draw_heat"):
+        monkeypatch.setattr(f"vlmprune.eval.evaluation.{name}", lambda results: b"png")
+    monkeypatch.setattr("vlmprune.smaller.ONE_SIZE", ())
+    with monkeypatch.context() as unloaded, pytest.raises(ModelError, match=r"^smaller: expected a model of"):
+        unloaded.setattr("vlmprune.checkpoints.AutoModelForImageTextToText", None)
+        run(checkpoint, questions, tmp_path / "none", budgets=(0.5,), baselines=("smaller",))
+    with ops.use_backend("reference"):
+        found = run(checkpoint, questions, tmp_path / "out", budgets=(0.5,), seeds=1)
+    assert [result.method.partition(":")[0] for result in found.results] == [
+        "unpruned",
+        "uniform",
+        "uniform",
+        "random",
+    ]
+    assert found.settings["left_out"].startswith("smaller at 50.0%: smaller: expected a model of type")
+    assert "smaller at 50.0%" in found.page.read_text()
+
+
+def test_the_smaller_pictures_answers_cost_what_ran(checkpoint, questions, tmp_path, monkeypatch):
+    for name in ("draw_pareto", "draw_families", "draw_heat"):
+        monkeypatch.setattr(f"vlmprune.eval.evaluation.{name}", lambda results: b"png")
+    found = run(checkpoint, questions, tmp_path / "out", budgets=(0.6,), baselines=("smaller",))
+    (small,) = (result for result in found.results if result.method == "smaller")
+    shape = decoder_shape(checkpoint.config)
+    lengths = text_lengths(
+        checkpoint.processor, with_template(checkpoint.processor, read_questions(questions))
+    )
+    cuts = [
+        1
+        - decoder_flops(shape, [small.tokens + text] * shape.layers)
+        / decoder_flops(shape, [196 + text] * shape.layers)
+        for text in lengths
+    ]
+    assert small.tokens == 64 and small.seeds == 1  # 8 x 8 of at most 80
+    assert small.cut == pytest.approx(sum(cuts) / len(cuts), abs=1e-6) and small.cut >= 0.6
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
         ({"budgets": (0.5, 1.5)}, r"^budgets: expected FLOPs cuts between 0 and 1, got 0.5,1.5$"),
         ({"seeds": 0}, r"^seeds: expected at least 1, got 0$"),
+        ({"baselines": ("uniform",)}, r"^baselines: expected some of lattice, raster, random, smaller"),
         ({"batch_size": 0}, r"^batch_size: expected at least 1, got 0$"),
         ({"policies": ["fastv:layer=8"]}, r"^layer: expected at most 7"),
     ],

@@ -109,6 +109,32 @@ def test_our_attention_answers_as_sdpa_does():
     assert answers == evaluated(FEATHER, 4)[0]
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_smaller_pictures_and_their_cost(size):
+    """64 tokens a picture: the model's own answers to pictures made small by hand, the cost beside whole pictures."""
+    answers, results = evaluated("smaller:keep=64", size)
+    assert answers == smaller_by_hand()
+    costs = results["throughput"]
+    pictures = [len(doc["images"]) for doc in DOCS]
+    got = {name: costs[f"avg_glyphworld/{name}"] for name in ("visual_tokens", "visual_tokens_in_kv_cache")}
+    mean = sum(pictures) / len(pictures)
+    assert got == pytest.approx({"visual_tokens": 196 * mean, "visual_tokens_in_kv_cache": 64 * mean})
+    assert costs["avg_glyphworld/flops_cut"] > 0.5
+
+
+@cache
+def smaller_by_hand():
+    model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(CHECKPOINT)
+    processor.image_processor.size = {"shortest_edge": 64}
+    processor.image_processor.crop_size = {"height": 64, "width": 64}
+    tower = model.model.vision_tower
+    own = tower.forward
+    tower.forward = lambda *args, **kwargs: own(*args, **kwargs, interpolate_pos_encoding=True)
+    with torch.inference_mode():
+        return [ask(model, processor, None, doc)[0] for doc in DOCS]
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_results_hold_the_cost(policy):
     costs = evaluated(policy, 1)[1]["throughput"]
@@ -148,6 +174,7 @@ def test_generation_settings_are_the_tasks_or_the_command_lines():
         ({"policy": "throttle"}, "policy: expected one of fastv, feather"),
         ({"policy": "fastv:layer=99"}, "layer: expected at most"),
         ({"policy": "fastv:keep=2.0"}, "keep: expected"),
+        ({"policy": "smaller:keep=2.0"}, "keep: expected a share in (0, 1]"),
         ({"dtype": "int8"}, "dtype: expected one of auto, float32, float16, bfloat16, got 'int8'"),
         ({"batch_size": "auto"}, "batch_size: expected a whole number, at least 1, got 'auto'"),
     ],
@@ -204,7 +231,7 @@ def test_images_as_people_have_them():
         for image in (grey, turned, deep)
     )
     for other in others:
-        assert torch.equal(other["pixel_values"], plain["pixel_values"])
+        assert torch.equal(other.inputs["pixel_values"], plain.inputs["pixel_values"])
 
 
 def test_what_is_not_offered_says_so():

@@ -29,8 +29,10 @@ from vlmprune.integrations.lmms_eval.requests import (
 )
 from vlmprune.models.clock import Seconds
 from vlmprune.models.report import FlopCounts, Report, TokenCounts
+from vlmprune.policies.budgets import PUBLISHED
 from vlmprune.policies.registry import BUILT_IN
 from vlmprune.policies.schedule import stage_counts
+from vlmprune.smaller import Smaller
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "benchmarks.md"
@@ -56,6 +58,11 @@ def test_policy_has_semicolons_between_its_fields():
     assert read_policy("none") is None
 
 
+def test_smaller_pictures_instead_of_a_policy():
+    assert read_policy("smaller:keep=64") == Smaller(64)
+    assert read_policy("smaller:keep=0.25") == Smaller(0.25)
+
+
 def test_policies_made_of_policies(tmp_path):
     recipe = Stages([DivPrune(keep=0.5), RandomDeep(layer=20, keep=0.25)])
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
@@ -69,6 +76,7 @@ def test_policies_made_of_policies(tmp_path):
     [
         ("throttle", "policy: expected one of fastv"),
         ("fastv:layer=2:keep=0.5", "layer: expected int, got '2:keep=0.5'"),
+        ("smaller:tokens=64", "smaller: expected the field keep, got 'tokens'"),
         ("fastv:depth=2", "policy fastv: expected one of the fields layer"),
         (64, r"policy: expected NAME\[:field=value;...\] or none, got 64"),
     ],
@@ -113,12 +121,13 @@ def test_bad_count(given):
         read_count("batch_size", given)
 
 
-@pytest.mark.parametrize("tokens", [192, 128, 64])
-def test_docs_list_every_preset(tokens):
+@pytest.mark.parametrize("budget", [budget for model in PUBLISHED for budget in model.budgets])
+def test_docs_list_every_preset(budget):
     found = [
-        f"{name}:{policy.presets[tokens]}" for name, policy in BUILT_IN.items() if tokens in policy.presets
+        f"{name}:{policy.presets[budget]}" for name, policy in BUILT_IN.items() if budget in policy.presets
     ]
-    assert listed(f"at_{tokens}") == {text.replace(",", ";") for text in found}
+    title = f"at_{budget}" if isinstance(budget, int) else f"at_{budget * 100:.0f}_percent"
+    assert listed(title) == {text.replace(",", ";") for text in found}
 
 
 @pytest.mark.parametrize("name", ["at_64_percent", "at_48_percent"])

@@ -11,6 +11,7 @@ import vlmprune
 from helpers.families import CASES, build, prompts
 from helpers.recorder import Recorder
 from helpers.table import CELLS, KINDS
+from helpers.table import FAMILIES as TABLE
 from helpers.tiny import BEFORE_PREFILL, STEPS, generate, make_batch, make_model, upstream
 from vlmprune import Graphs
 from vlmprune.policies import PruningPolicy
@@ -33,6 +34,9 @@ FIXED = {
     "sparsevlm": vlmprune.SparseVLM(layers=(2, 4), keep=(9, 4)),
     "sparsevlm+": vlmprune.SparseVLMPlus(layers=(2, 4), keep=(9, 4), heads=3),
     "dart": vlmprune.DART(layer=2, keep=8, pivots=(2, 2), count="exact"),
+    "knorm": vlmprune.KNorm(layer=2, keep=0.4),
+    "dart-first": vlmprune.DART(layer=0, keep=8, pivots=(2, 2), order="norm"),
+    "dart-then": vlmprune.Stages([vlmprune.DART(layer=0, keep=12), vlmprune.DART(layer=3, keep=5)]),
     "vscan": vlmprune.VScan(keep=8, then=4, layer=3, window=2, shallow_layer=1),
     "fastervlm": vlmprune.FasterVLM(keep=6),
     "visionzip": vlmprune.VisionZip(dominant=5, contextual=2),
@@ -45,6 +49,7 @@ FIXED = {
     ),
     "random": vlmprune.Random(layer=0, keep=0.3),
     "uniform": vlmprune.Uniform(layer=1, keep=0.25),
+    "without-sinks": vlmprune.WithoutSinks(vlmprune.FastV(layer=2, keep=0.4), tau=2.5, dimensions=(1, 5, 9)),
     "two": vlmprune.Stages([vlmprune.FasterVLM(keep=8), vlmprune.FastV(layer=3, keep=0.5)]),
 }
 ADAPTIVE = {
@@ -119,10 +124,13 @@ def test_every_method_is_in_one_of_the_tables():
     assert {policies()[name] for name in BUILT_IN} <= made | elsewhere
 
 
+BOTH = {"both-tower": vlmprune.VScan(0.6, 0.5, layer=3, window=2, shallow_layer=0, positions="keep")}
+
+
 @pytest.mark.parametrize("samples", ["one", "padded"])
-@pytest.mark.parametrize("family, kind", CELLS)
+@pytest.mark.parametrize("family, kind", [*CELLS, *((family, "both-tower") for family in TABLE)])
 def test_families(family, kind, samples):
-    case, policy = CASES[family], KINDS[kind]
+    case, policy = CASES[family], (KINDS | BOTH)[kind]
     model, graphs = build(case), Graphs(recorder=(recorder := Recorder()))
     for seed in range(3):
         batch, _ = prompts(case, (case.one,) if samples == "one" else case.padded, seed)

@@ -32,7 +32,12 @@ METHODS = {
         dict(layers=(2, 4), version="paper"),
     ],
     "sparsevlm_plus": [dict(layers=(2, 4), keep=(9, 4), heads=3)],
-    "dart": [dict(layer=2, keep=8, pivots=(2, 2), count="exact")],
+    "dart": [
+        dict(layer=2, keep=8, pivots=(2, 2), count="exact"),
+        dict(layer=3, keep=6, pivots=(1, 3)),
+        dict(layer=0, keep=8, pivots=(2, 2), count="exact", order="norm"),
+    ],
+    "knorm": [dict(layer=2, keep=0.4), dict(layer=3, keep=6)],
     "vscan": [dict(keep=8, then=4, layer=3, window=2, shallow_layer=1)],
     "fastervlm": [dict(keep=6), dict(keep=0.5, positions="keep")],
     "visionzip": [dict(dominant=5, contextual=2), dict(dominant=5, contextual=2, positions="keep")],
@@ -178,7 +183,7 @@ def test_fixed_counts_read_nothing_back(model, name):
             model(**batch)  # the first choice at each layer is read back, to be checked
             with HostReads(model.device, (pruned := []).append):
                 model(**batch)
-    text = any(policy.needs(k).embeds or policy.needs(k).rows == "text" for k in policy.layers)
+    text = any(policy.needs(k).reads_text for k in policy.layers)
     extra = len(pruned) - len(plain)
     draws = isinstance(policy, vlmprune.Random)
     # Where the text lies is data, read once a prefill. Random's one list comes from its own generator on the host.
@@ -197,6 +202,31 @@ def test_the_guard_can_fail(model):
         ):
             model(**batch)
     assert len(pruned) > len(plain)
+
+
+@pytest.mark.real("the guard's methods would be noted twice")
+def test_without_sinks(model):
+    """A ranking whose scores are changed runs in one pass, keeps other tokens, and reads nothing back."""
+    plain, batch = vlmprune.FastV(layer=2, keep=0.4), make_batch(BATCHES["padded-2-1-0-images"])
+    heard, kept = Heard(vlmprune.WithoutSinks(plain, tau=2.5)), []
+    for policy in (plain, heard):
+        with vlmprune.prune(model, policy) as run:
+            tokens, logits, _ = generate(model, batch, STEPS)
+            kept.append(run.kept().tolist())
+    assert kept[0] != kept[1] and len(kept[0]) == len(kept[1])
+    assert run.report().paths[0].startswith("one pass")
+    want_tokens, want_logits = slow(model, batch, heard.said, STEPS)
+    torch.testing.assert_close(logits, want_logits, atol=1e-4, rtol=0)
+    assert torch.equal(tokens, want_tokens)
+    one = make_batch(BATCHES["one"])
+    one.pop("attention_mask")
+    with torch.no_grad(), HostReads(model.device, (unpruned := []).append):
+        model(**one)
+    with torch.no_grad(), vlmprune.prune(model, heard.inner):
+        model(**one)
+        with HostReads(model.device, (pruned := []).append):
+            model(**one)
+    assert len(pruned) <= len(unpruned), pruned
 
 
 def test_two_phases_and_intersection(model):

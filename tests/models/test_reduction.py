@@ -291,7 +291,7 @@ def test_vision_of_another_call_is_refused(model):
             twice["pixel_values"]
         )  # bypasses nothing we hook, but is no call of ours
         with pytest.raises(
-            ModelError, match=r"^vision: expected query and key of the 1 images of this call, got none"
+            ModelError, match=r"^vision: expected query and key of the 1 crops of this call, got none"
         ):
             features = model.get_image_features(pixel_values=twice["pixel_values"])
             embeds = model.get_input_embeddings()(batch["input_ids"])

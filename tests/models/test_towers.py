@@ -13,7 +13,7 @@ import vlmprune
 from helpers.families import CASES, build, prompts
 from helpers.families_oracle import Reader, generate
 from vlmprune.policies.base import Needs, TokenContext
-from vlmprune.policies.groups import crops_of
+from vlmprune.policies.crops import crops_of
 from vlmprune.testing import check_model
 
 SEEN: list[torch.Tensor] = []

@@ -193,9 +193,9 @@ def test_its_text_is_the_same_in_every_run():
         "compensator=helpers.methods:echo, keep=18, candidates=3, wording='additional information: {}\\n', "
     )
     assert shown + "question=helpers.methods:echo)" in repr(policy)
-    assert repr(policy).startswith("ACCM(earlier_kv='full', selection=FasterVLM(") and " at 0x" not in repr(
-        policy
-    )
+    assert repr(policy).startswith(
+        "ACCM(earlier_kv='full', rectify=False, selection=FasterVLM("
+    ) and " at 0x" not in repr(policy)
 
 
 WRONG = {

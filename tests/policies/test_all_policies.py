@@ -9,6 +9,7 @@ from helpers.methods import echo, usual
 from vlmprune.policies import (
     ACCM,
     ACCMSelection,
+    CDPruner,
     Custom,
     FasterVLM,
     Feather,
@@ -45,7 +46,10 @@ METHODS = {
         dict(keep=0.3, pivots=(2, 3), count="exact"),
         dict(keep=2, pivots=(0, 4)),
         dict(keep=2, pivots=(0, 4), count="exact"),
+        dict(layer=0, keep=8, count="exact", order="norm"),
+        dict(layer=0, keep=0.3),
     ],
+    "knorm": [dict(), dict(keep=5)],
     "vscan": [dict(keep=8, then=4, window=2, shallow_layer=1)],
     "fastervlm": [dict(keep=6), dict(keep=0.5, positions="keep"), dict(keep=6, spend="prompt")],
     "visionzip": [
@@ -79,7 +83,8 @@ KEEP_ALL = {
     "pyramiddrop": [dict(ratio=1.0), dict(ratio=(1.0, 1.0, 1.0), positions="keep")],
     "sparsevlm": [dict(layers=(3,), keep=(1.0,)), dict(layers=(3,), keep=(1.0,), recycle=False)],
     "sparsevlm_plus": [dict(layers=(3,), keep=(1.0,))],
-    "dart": [dict(keep=1.0, count="exact")],
+    "dart": [dict(keep=1.0, count="exact"), dict(layer=0, keep=1.0, count="exact")],
+    "knorm": [dict(keep=1.0), dict(keep=10_000)],
     "vscan": [dict(keep=1.0, then=1.0, window=2)],
     "fastervlm": [dict(keep=1.0)],
     "visionzip": [dict(dominant=10_000, contextual=3), dict(dominant=0.75, contextual=0.25)],
@@ -177,7 +182,16 @@ def chooses_by_more_than_scores(policy):
         return chooses_by_more_than_scores(policy.selection)
     return isinstance(
         policy,
-        ACCMSelection | Custom | Feather | Intersection | Random | Uniform | Union | VisionZip | VisPruner,
+        ACCMSelection
+        | CDPruner
+        | Custom
+        | Feather
+        | Intersection
+        | Random
+        | Uniform
+        | Union
+        | VisionZip
+        | VisPruner,
     )
 
 
@@ -220,7 +234,9 @@ def test_a_share_of_1_is_everything_and_an_int_is_tokens_per_image(name):
             assert usual(name, keep=keep).kept(1152, 2, whole.layers[0]) == 2 * keep
 
 
-@pytest.mark.parametrize("name", ["fastv", "random", "random_deep", "fastervlm", "divprune", "cdpruner"])
+@pytest.mark.parametrize(
+    "name", ["fastv", "knorm", "random", "random_deep", "fastervlm", "divprune", "cdpruner"]
+)
 @pytest.mark.parametrize("keep", [4, 0.2])
 def test_how_a_budget_is_spent(name, keep):
     """By image each one keeps its own; by prompt they may win each other's."""

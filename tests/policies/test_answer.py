@@ -134,6 +134,14 @@ def test_accepts_nothing_of_nothing():
             Reduction(index(*GOOD), CTX.hidden[:, :3].to("meta")),
             "P().select(ctx).hidden: expected a tensor on cpu, got meta",
         ),
+        (
+            Reduction(index(*GOOD), merged=index(*GOOD)),
+            "P().select(ctx).merged: expected an int64 tensor [3, 12], got torch.int64 [3, 3]",
+        ),
+        (
+            Reduction(index(*GOOD), merged=torch.full((3, 12), 11)),
+            "P().select(ctx).merged, sample 1: expected -1, or numbers in its index, got [11]",
+        ),
     ],
 )
 def test_refuses(choice, message):

@@ -14,9 +14,10 @@ from vlmprune.policies.by_image import nearest, vision_of
 from vlmprune.policies.cdpruner import CDPruner
 from vlmprune.policies.choose import choose_greedily, others
 from vlmprune.policies.counts import even_shares
+from vlmprune.policies.crops import crops_of, images_of
 from vlmprune.policies.divprune import DivPrune
 from vlmprune.policies.fastervlm import FasterVLM
-from vlmprune.policies.groups import Quota, crops_of, images_of
+from vlmprune.policies.groups import Quota
 from vlmprune.policies.visionzip import VisionZip
 from vlmprune.policies.vispruner import VisPruner
 from vlmprune.policies.vscan import VScan

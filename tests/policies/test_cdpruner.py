@@ -9,6 +9,7 @@ import torch
 from helpers.contexts import case, images_in, kept_lists, sight, text_case
 from vlmprune.policies.base import Needs
 from vlmprune.policies.cdpruner import CDPruner
+from vlmprune.policies.choose import choose_greedily, choose_relevant, marks
 
 BATCHES = [["square"], ["two", "none", "tall"], [((2, 3), (4, 6)), ((3, 3),)], [((1, 1),)], ["none"]]
 
@@ -35,8 +36,12 @@ def slow_relevance(ctx, sample, relevance):
     return (raw - raw.min() + 1e-6) / span if span > 0 else np.ones(n)
 
 
-def slow(features, relevance, count):
-    """Add the token whose kernel minor is largest, by log-determinants of the whole minor."""
+def slow(features, relevance, columns, count):
+    """Add the token whose kernel minor is largest, by log-determinants of the whole minor; ties by relevance, then evenly."""
+    even = [
+        (j // columns * 0.7548776662466927 + j % columns * 0.5698402909980532) % 1
+        for j in range(len(features))
+    ]
     x = features.double().cpu().numpy()
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     kernel = relevance[:, None] * (x @ x.T) * relevance[None, :]
@@ -46,7 +51,7 @@ def slow(features, relevance, count):
         for j in range(len(x)):
             if j not in chosen:
                 gain[j] = round(np.linalg.slogdet(kernel[np.ix_([*chosen, j], [*chosen, j])])[1], 9)
-        chosen.append(max(gain, key=gain.get))
+        chosen.append(max(gain, key=lambda j: (gain[j], relevance[j], even[j])))
     return sorted(chosen)
 
 
@@ -67,7 +72,7 @@ def test_equals_the_formula(images, relevance, keep):
         for _, first, (r, c) in here:
             count = min(r * c, keep) if isinstance(keep, int) else max(1, int(keep * r * c))
             at = slice(first, first + r * c)
-            expected += [first + p for p in slow(hidden[sample, at], weight[at], count)]
+            expected += [first + p for p in slow(hidden[sample, at], weight[at], c, count)]
         assert kept_lists(got.index)[sample] == expected
 
 
@@ -104,11 +109,54 @@ def test_no_text_is_diversity_alone():
 
 
 def test_rank_below_the_budget_still_keeps_distinct_tokens():
-    """Two directions only: the released code re-picks; the lowest tokens fill up here."""
+    """Two directions only: the released code re-picks; here the most relevant tokens fill up."""
     ctx = case(["square"], layer=0).ctx
-    hidden = torch.eye(8)[torch.arange(36) // 30][None]
-    kept = CDPruner(5, "none").select(replace(ctx, hidden=hidden)).index
-    assert kept.tolist() == [[0, 1, 2, 3, 30]]
+    ctx = replace(ctx, hidden=torch.eye(8)[torch.arange(36) // 30][None])
+    relevance = torch.tensor([[10 + n * 7 % 30 for n in range(30)] + [0, 1, 2, 3, 4, 5]])
+    kept = CDPruner(8, lambda ctx: relevance).select(ctx).index[0].tolist()
+    best = sorted(range(30), key=lambda n: -(n * 7 % 30))[:7]
+    assert kept == [*sorted(best), 35] and best != list(range(7))
+    none = CDPruner(8, "none").select(ctx).index[0]
+    assert (none >= 30).sum() in (1, 2) and len({j // 6 for j in none.tolist()}) >= 5
+
+
+@pytest.mark.parametrize("keep", [128, 64, 32])
+def test_one_colour_keeps_tokens_spread_over_the_image(keep):
+    """Quarters, sixteenths and columns hold their share to within a few tokens: no patch stands out, so no region may."""
+    ctx = sight([((24, 24),)])
+    ctx = replace(ctx, hidden=ctx.hidden[:, 5:6].expand_as(ctx.hidden))
+    kept = CDPruner(keep).select(ctx).index
+    marked = marks(kept, 576).view(24, 24).float()
+    assert marked.sum() == keep
+    for rows, columns in ((12, 12), (6, 6), (24, 3), (3, 24)):
+        cells = marked.unfold(0, rows, rows).unfold(1, columns, columns).sum((2, 3))
+        assert (cells - keep * rows * columns / 576).abs().max() <= 2
+    assert torch.equal(kept, CDPruner(keep, "none").select(ctx).index)
+    for broken in (0.0, float("nan")):  # no direction at all, and relevance of none
+        ctx = replace(ctx, hidden=torch.full_like(ctx.hidden, broken))
+        assert torch.equal(kept, CDPruner(keep).select(ctx).index)
+
+
+def test_rounding_is_no_relevance():
+    """577 equal tokens, of which a matrix product rounds the last otherwise: still all are equally relevant."""
+    ctx = sight([((24, 24), (1, 1))])
+    ctx = replace(ctx, hidden=torch.randn(64, generator=torch.Generator().manual_seed(3)).expand(1, 577, 64))
+    noise = torch.linspace(0, 1e-8, 577)[None] + 0.05
+    kept = [CDPruner(20, r, spend="prompt").select(ctx).index for r in ("none", lambda ctx: noise)]
+    assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize("kept", [(30, 30), (30, 11)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_where_nothing_ties_the_order_of_ties_is_no_matter(kept, padded):
+    """Below the rank the choice is that of the op on the tokens as they are numbered."""
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        features, relevance = torch.randn(2, 90, 64, generator=g), torch.rand(2, 90, generator=g)
+        mask = torch.arange(90) < torch.tensor([[90], [60]]) if padded else None
+        plain = choose_greedily("dpp", kept, mask, features, relevance)
+        spread = torch.rand(2, 90, generator=g)
+        assert torch.equal(choose_relevant(kept, mask, features, relevance, spread), plain)
 
 
 @pytest.mark.parametrize("keep", [192, 128, 64])

@@ -16,6 +16,13 @@ ROWS, COLUMNS = 4, 5
 CROPS = (Crop(0, 5, 4, 5), Crop(20, 11, 4, 5), Crop(25, 11, 4, 5))
 """A small view, and two tiles side by side with a newline behind each line."""
 NEWLINES = (30, 41, 52, 63)
+
+
+def first_column(ctx):
+    """So that nothing ties: what does goes by the place in the whole grid."""
+    return ctx.hidden[..., 0].abs()
+
+
 POLICIES = [
     vlmprune.FasterVLM(keep=18),
     vlmprune.FasterVLM(keep=17, positions="keep"),
@@ -25,8 +32,8 @@ POLICIES = [
     vlmprune.VScan(keep=18, window=2),
     vlmprune.ACCMSelection(keep=18, relevance="none"),
     vlmprune.ACCMSelection(keep=18, relevance="none", order="selected"),
-    vlmprune.CDPruner(keep=18, relevance="none"),
-    vlmprune.CDPruner(keep=18, relevance="none", positions="keep"),
+    vlmprune.CDPruner(keep=18, relevance=first_column),
+    vlmprune.CDPruner(keep=18, relevance=first_column, positions="keep"),
 ]
 
 

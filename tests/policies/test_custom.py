@@ -89,9 +89,14 @@ def test_is_a_value_like_every_policy():
     policy = Custom(2, first_two)
     moved = dataclasses.replace(policy, layer=3)
     assert moved == Custom(layer=3, select=first_two) and hash(moved) == hash(Custom(3, first_two))
-    assert repr(moved) == "Custom(earlier_kv='full', layer=3, select=first_two)"
+    assert repr(moved) == "Custom(earlier_kv='full', rectify=False, layer=3, select=first_two)"
     assert dataclasses.replace(policy, select=len) == Custom(2, len) != policy
-    assert [field.name for field in dataclasses.fields(policy)] == ["earlier_kv", "layer", "select"]
+    assert [field.name for field in dataclasses.fields(policy)] == [
+        "earlier_kv",
+        "rectify",
+        "layer",
+        "select",
+    ]
     assert pickle.loads(pickle.dumps(moved)) == moved
     kept = dataclasses.replace(policy, earlier_kv="compact")
     assert kept.earlier_kv == "compact" and Stages([kept], earlier_kv="compact").layers == (2,)

@@ -1,4 +1,4 @@
-"""DART against its procedure in plain loops: pivots by key norm, then the least similar tokens of each in turn."""
+"""DART against its procedure in plain loops and real sets: pivots by norm, then the least similar tokens of each in turn."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.contexts import kept_lists, text_case, top
-from vlmprune.policies.base import Needs
+from vlmprune.policies.base import AttentionInputs, Needs
 from vlmprune.policies.dart import DART
 from vlmprune.policies.schedule import stage_counts
 
@@ -21,56 +21,127 @@ CASES = [
 ]
 
 
+class AsOneOfTwo(AttentionInputs):
+    """Attention of which this rank holds half the heads: the other's norms are the same."""
+
+    @property
+    def joined(self):
+        return self.__dict__.setdefault("_joined", [])
+
+    def chunk(self):
+        return self
+
+    def across_ranks(self, x, head_reduce):
+        self.joined.append((head_reduce, len(x)))
+        return 2 * x
+
+
 def cosine(a, b):
     return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
 
 
-def slow_dart(made, sample, keep, pivots, count):
-    """The kept tokens, following the released procedure with pivots in the order of the prompt."""
-    seen, n = made.ctx.attention, made.ctx.counts[sample]
-    rotated = seen.key[sample].double().cpu().numpy()
-    plain = made.key[sample].double().cpu().numpy()
-    columns = [c for c in seen.columns[sample].tolist() if c >= 0]
-    words = [r for r in seen.rows[sample].tolist() if r >= 0]
-    hidden = made.ctx.hidden[sample].double().cpu().numpy()
-    norms = [np.abs(rotated[:, c]).sum() for c in columns]
-    total = min(
-        n, max(1, int(n * keep + 1e-6)) if isinstance(keep, float) else keep * len(made.ctx.grids[sample])
-    )
-    first = min(pivots[0], n if count == "released" else total)
-    chosen = top(norms, first)
-    texts = [words[i] for i in top([np.abs(rotated[:, w]).sum() for w in words], pivots[1])]
-    if count == "released":
-        shares = [total // sum(pivots)] * sum(pivots)
-        total = min(n, max(1, first + sum(shares)))
+def falling(norms, count):
+    """The ``count`` largest, the largest first."""
+    return sorted(range(len(norms)), key=lambda j: (-norms[j], j))[:count]
+
+
+def slow_dart(made, sample, policy):
+    """The kept tokens of one sample, one after the other."""
+    ctx = made.ctx
+    n, t, start = ctx.counts[sample], int((ctx.text[sample] >= 0).sum()), int(ctx.start[sample])
+    states = [*ctx.hidden[sample, :n], *ctx.text_hidden[sample, :t]]
+    places = [int(p) - start for p in (*ctx.positions[sample, :n], *ctx.text[sample, :t])]
+    if policy.layer == 0:
+        norms = [float(x.double().abs().sum()) for x in states]
     else:
-        share, extra = divmod(total - first, sum(pivots))
-        shares = [share + (i < extra) for i in range(sum(pivots))]
-    kept = list(chosen)
-    takers = [(i, [cosine(hidden[p], hidden[j]) for j in range(n)]) for i, p in enumerate(chosen)]
-    for i, word in enumerate(texts):
-        near = [cosine(plain[:, word].ravel(), plain[:, c].ravel()) for c in columns]
-        takers.append((pivots[0] + i, near))
-    for i, near in takers:
+        rows = [*ctx.attention.columns[sample, :n].tolist(), *ctx.attention.rows[sample, :t].tolist()]
+        norms = [float(ctx.attention.key[sample, :, row].double().abs().sum()) for row in rows]
+        states = [ctx.norm(x) for x in states]
+    states = [x.double().cpu().numpy() for x in states]
+
+    keep, all_pivots = policy.keep, sum(policy.pivots)
+    total = min(n, max(1, int(n * keep + 1e-6)) if isinstance(keep, float) else keep * len(ctx.grids[sample]))
+    first = min(policy.pivots[0], n if policy.count == "released" else total)
+    if policy.count == "released":
+        total = min(n, max(1, first + total // all_pivots * all_pivots))
+    image = falling(norms[:n], first)
+    words = [n + w for w in falling(norms[n:], policy.pivots[1])]
+    by_place = {places[p]: p for p in image + words}
+    takers = image + words
+    if policy.order == "released":
+        takers = [by_place[place] for place in set([places[p] for p in takers])]
+    kept = list(image)
+    for turn, pivot in enumerate(takers):
+        share, extra = divmod(total - first, len(takers))
         free = [j for j in range(n) if j not in kept]
-        kept += [free[f] for f in top([-near[j] for j in free], shares[i])]
+        near = [cosine(states[pivot], states[j]) for j in free]
+        kept += [free[f] for f in top([-c for c in near], share + (turn < extra))]
     free = [j for j in range(n) if j not in kept]
     kept += [free[f] for f in top([norms[j] for j in free], total - len(kept))]
     return sorted(kept)
 
 
+def assert_equals_the_procedure(made, policy):
+    index = policy.select(made.ctx)
+    got = kept_lists(index)
+    assert got == [slow_dart(made, sample, policy) for sample in range(len(got))]
+    assert index.shape[1] == max(map(len, got))
+
+
 @pytest.mark.parametrize("settings", CASES)
 @pytest.mark.parametrize("count", ["released", "exact"])
+@pytest.mark.parametrize("order", ["released", "norm"])
 @pytest.mark.parametrize(
     "keep, pivots", [(16, (4, 4)), (0.5, (2, 1)), (3, (4, 4)), (11, (0, 9)), (10, (3, 0)), (1.0, (4, 4))]
 )
-def test_equals_the_procedure(settings, count, keep, pivots):
+def test_equals_the_procedure(settings, count, order, keep, pivots):
     made = text_case(**settings, layer=2)
-    index = DART(keep=keep, pivots=pivots, count=count).select(made.ctx)
-    got = kept_lists(index)
-    for sample in range(len(got)):
-        assert got[sample] == slow_dart(made, sample, keep, pivots, count)
-    assert index.shape[1] == max(map(len, got))
+    assert_equals_the_procedure(made, DART(keep=keep, pivots=pivots, count=count, order=order))
+
+
+@pytest.mark.parametrize(
+    "settings", [case for case in CASES if case.id not in ("cached-past", "after-a-stage")]
+)
+@pytest.mark.parametrize("order", ["released", "norm"])
+@pytest.mark.parametrize("keep, pivots", [(16, (4, 4)), (0.5, (2, 1)), (11, (0, 3)), (10, (3, 0))])
+def test_before_the_language_model(settings, order, keep, pivots):
+    """Layer 0: embeddings have the norms and are compared as they are."""
+    made = text_case(**settings, layer=0)
+    made = replace(made, ctx=replace(made.ctx, attention=None, norm=None))
+    assert_equals_the_procedure(made, DART(layer=0, keep=keep, pivots=pivots, count="exact", order=order))
+
+
+def test_released_order_where_it_tells():
+    """More rows than slots, so places collide; the order by norm mostly chooses otherwise."""
+    others = 0
+    for seed in range(20):
+        made = text_case([((24, 24),)], layer=2, seed=seed, H=2, D=4)
+        assert_equals_the_procedure(made, DART(keep=64))
+        choices = (DART(keep=64, order=order).select(made.ctx) for order in ("released", "norm"))
+        others += not torch.equal(*choices)
+    assert others > 10
+
+
+def test_padding_does_not_change_the_order():
+    """Positions count from the prompt's first token on."""
+    others = 0
+    for seed in range(20):
+        ctx = text_case([((24, 24),)], layer=2, seed=seed).ctx
+        moved = replace(ctx, positions=ctx.positions + 5, text=ctx.text + 5, start=ctx.start + 5)
+        wrong = replace(moved, start=ctx.start)
+        want, got, other = (DART(keep=64).select(c) for c in (ctx, moved, wrong))
+        assert torch.equal(got, want)
+        others += not torch.equal(other, want)
+    assert others
+
+
+def test_heads_on_several_ranks():
+    """The norms of keys count the heads of all ranks."""
+    made = text_case(["square"])
+    half = AsOneOfTwo(**vars(replace(made.ctx.attention, key=made.ctx.attention.key / 2)))
+    policy = DART(keep=9)
+    assert torch.equal(policy.select(replace(made.ctx, attention=half)), policy.select(made.ctx))
+    assert half.joined == [("sum", made.ctx.attention.rows.shape[0])]
 
 
 def test_equal_tokens():
@@ -81,25 +152,29 @@ def test_equal_tokens():
     assert kept_lists(DART(keep=16, pivots=(4, 0)).select(ctx)) == [list(range(20))]
 
 
-def test_a_sample_with_fewer_tokens_than_pivots_keeps_one():
-    """No visual pivot, and less than one token for each text pivot: the one of largest key norm stays."""
-    made = text_case([((1, 2),), ((2, 3),)])
-    policy, norms = DART(keep=3, pivots=(0, 4)), made.ctx.attention.key.abs().sum((1, 3))
-    best = norms.gather(1, made.ctx.attention.columns.clamp(min=0)).masked_fill(~made.ctx.mask, 0).argmax(1)
-    assert kept_lists(policy.select(made.ctx)) == [[i] for i in best.tolist()]
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("after", [None, [0, 5, 0], [0, 0, 0]])
+@pytest.mark.parametrize("pivots", [(0, 4), (0, 1), (4, 0), (1, 7)])
+@pytest.mark.parametrize("count", ["released", "exact"])
+@pytest.mark.parametrize("keep", [1, 3, 0.01])
+def test_a_sample_keeps_a_token(layer, after, pivots, count, keep):
+    """Fewer tokens than pivots, less than a token for each, no visual pivot, no text: one stays at least."""
+    made = text_case([((1, 1),), ((1, 2),), ((2, 3),)], layer=layer, after=after)
+    policy = DART(layer=layer, keep=keep, pivots=pivots, count=count)
+    assert_equals_the_procedure(made, policy)
+    assert all(kept_lists(policy.select(made.ctx)))
 
 
 @pytest.mark.parametrize("count", ["released", "exact"])
 @pytest.mark.parametrize("pivots", [(2, 2), (0, 4)])
 def test_no_text_after_the_image(count, pivots):
-    """Visual pivots take their share, key norms decide on the text pivots' share; a neighbour keeps its own."""
+    """Visual pivots take what text pivots would, without any the key norms decide; a neighbour keeps its own."""
     mixed = text_case(["square", "tall"], after=[0, 5])
-    got = kept_lists(DART(keep=9, pivots=pivots, count=count).select(mixed.ctx))
-    assert got == [slow_dart(mixed, sample, 9, pivots, count) for sample in (0, 1)]
+    policy = DART(keep=9, pivots=pivots, count=count)
+    assert_equals_the_procedure(mixed, policy)
     alone = text_case(["square"], after=[0])
     assert alone.ctx.text.shape == (1, 0)
-    got = kept_lists(DART(keep=9, pivots=pivots, count=count).select(alone.ctx))
-    assert got == [slow_dart(alone, 0, 9, pivots, count)]
+    assert_equals_the_procedure(alone, policy)
 
 
 def test_published_counts():
@@ -111,7 +186,8 @@ def test_published_counts():
 
 def test_needs():
     keys = DART().needs(2)
-    assert keys == Needs(hidden=True, attention="previous", rows="text", keys_only=True)
+    assert keys == Needs(hidden=True, text=True, attention="previous", rows="text", keys_only=True)
+    assert DART(layer=0).needs(0) == Needs(hidden=True, text=True)
     assert (keys | Needs(hidden=True)).keys_only
     assert not (keys | Needs(attention="previous")).keys_only
 
@@ -119,7 +195,7 @@ def test_needs():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"layer": 0}, r"^layer: expected a whole number >= 1 \(the keys .*\), got 0$"),
+        ({"layer": -1}, r"^layer: expected a whole number >= 0, got -1$"),
         (
             {"keep": 0},
             r"^keep: expected a share in \(0, 1\] or a whole number of tokens per image >= 1, got 0$",
@@ -131,8 +207,17 @@ def test_needs():
         ({"pivots": (4,)}, r"^pivots: expected a number of visual"),
         ({"pivots": (4, -1)}, r"^pivots: expected a number of visual"),
         ({"count": "all"}, r"^count: expected 'released' or 'exact', got 'all'$"),
+        ({"order": "position"}, r"^order: expected 'released' or 'norm', got 'position'$"),
     ],
 )
 def test_rejects(settings, message):
     with pytest.raises(ValueError, match=message):
         DART(**settings)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_says_what_is_missing(layer):
+    ctx = text_case(["square"], layer=layer).ctx
+    for name in ("hidden", "text", "text_hidden", "start", *(("norm", "attention") if layer else ())):
+        with pytest.raises(ValueError, match=rf"^ctx.{name}: expected .* \(declare Needs\("):
+            DART(layer=layer).select(replace(ctx, **{name: None}))

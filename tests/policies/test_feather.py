@@ -89,6 +89,35 @@ def test_paper_counts():
     assert policy.select(second.ctx).shape == (1, int(0.09 * len(kept)))
 
 
+def test_released_rounding_is_that_of_the_float():
+    """Every share of the paper's r in hundredths, typed as 1 - r or as a decimal, and every n up to 1000, at both stages."""
+    fewer = 0
+    for hundredths in range(1, 100):
+        r = hundredths / 100
+        for keep in (1 - r, (100 - hundredths) / 100):
+            released, exact = (Feather(keep=keep, rounding=how) for how in ("released", "exact"))
+            for n in range(1001):
+                first, second = int(n * (1 - r)), int(n * ((1 - r) * (1 - r)))
+                assert [released._best(n, layer) for layer in (8, 16)] == [
+                    min(n, max(1, k)) for k in (first, second)
+                ]
+                off = exact._best(n, 8) - released._best(n, 8)
+                assert off in (0, 1) and exact._best(n, 8) == min(n, max(1, n * (100 - hundredths) // 100))
+                fewer += off
+    assert fewer == 2 * 641
+    assert [Feather(keep=0.7, rounding=how)._best(90, 8) for how in ("released", "exact")] == [62, 63]
+
+
+@pytest.mark.parametrize("rounding, best", [("exact", 63), ("released", 62)])
+def test_rounding_is_what_a_run_keeps(rounding, best):
+    """90 tokens at r = 0.3: the best ones together with the first one, which is the grid."""
+    policy = Feather(layers=LAYERS, keep=0.7, stride=10, rounding=rounding)
+    made = case([((9, 10),)], layer=2)
+    assert kept_lists(policy.select(made.ctx)) == [sorted({*top(slow_scores(made, 0), best), 0})]
+    later = case([((9, 10),)], layer=5)
+    assert policy.select(later.ctx).shape[1] == policy.kept(90, 1, 5) == int(90 * 0.49)
+
+
 def test_width_is_what_the_fullest_sample_keeps():
     """The wiring takes the width of a batch of one as its count."""
     index = Feather(layers=LAYERS, keep=0.3).select(case(["two", "tall"], layer=2).ctx)
@@ -117,6 +146,7 @@ def test_lists_become_tuples():
             {"keep": float("nan")},
             r"^keep: expected a share in \(0, 1\] as a float \(1\.0 is everything\), got nan$",
         ),
+        ({"rounding": "up"}, r"^rounding: expected 'exact' or 'released', got 'up'$"),
         ({"stride": 0}, r"^stride: expected a whole number >= 1, got 0$"),
     ],
 )

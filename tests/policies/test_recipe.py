@@ -32,6 +32,7 @@ from vlmprune.policies import (
     Uniform,
     Union,
     VisionZip,
+    WithoutSinks,
     registry,
 )
 from vlmprune.policies.registry import BUILT_IN
@@ -78,6 +79,8 @@ def announced(monkeypatch):
 POLICIES = [
     *map(usual, BUILT_IN),
     FastV(3, 64, "mean", earlier_kv="compact"),
+    FastV(3, rectify=True) | Random(3, rectify=True),
+    WithoutSinks(Stages([FastV(), FastV(5)]), dimensions=(3, 4)),
     FastV(keep=1),
     FastV(keep=1.0),
     FastV(keep=np.float64(0.5)),
@@ -108,6 +111,10 @@ def test_there_and_back(policy, tmp_path):
         assert again.to_dict() == data
 
 
+EVERY = {"earlier_kv": "full", "rectify": False}
+"""What every policy has."""
+
+
 def test_the_dict():
     fastv = {
         "policy": "fastv",
@@ -116,19 +123,28 @@ def test_the_dict():
         "rows": "last",
         "spend": "prompt",
         "earlier_kv": "full",
+        "rectify": False,
     }
-    feather = {"policy": "feather", "layers": [8, 16], "keep": 0.3, "stride": 3, "earlier_kv": "full"}
+    feather = {
+        "policy": "feather",
+        "layers": [8, 16],
+        "keep": 0.3,
+        "stride": 3,
+        "rounding": "exact",
+        **EVERY,
+    }
     assert FastV().to_dict() == fastv and list(FastV().to_dict()) == list(fastv)
     assert Stages([Feather(), FastV()]).to_dict() == {
         "policy": "stages",
         "policies": [fastv, feather],
         "earlier_kv": "full",
+        "rectify": False,
     }
-    pair = {"first": fastv, "second": fastv, "earlier_kv": "full"}
+    pair = {"first": fastv, "second": fastv, **EVERY}
     assert (FastV() | FastV()).to_dict() == {"policy": "union", **pair}
     assert (FastV() & FastV()).to_dict() == {"policy": "intersection", **pair}
     path = f"{__name__}:Methods.keep_all"
-    made = {"policy": "custom", "layer": 2, "select": path, "earlier_kv": "full"}
+    made = {"policy": "custom", "layer": 2, "select": path, **EVERY}
     assert Custom(2, Methods.keep_all).to_dict() == made
     assert type(FastV(keep=np.float64(0.5)).to_dict()["keep"]) is float
 
@@ -162,6 +178,7 @@ def test_foreign_policies(announced):
         "name": "007",
         "anything": None,
         "earlier_kv": "full",
+        "rectify": False,
     }
     rest = {"scale": 1, "name": "007"}
     assert policy_from({"policy": "far", **rest}) == policy_from("far:scale=1.0,name=007") == policy
@@ -224,6 +241,19 @@ def test_functions_that_cannot_be_imported(monkeypatch):
             "fastv:earlier_kv=compact | uniform:earlier_kv=compact",
             FastV(earlier_kv="compact") | Uniform(earlier_kv="compact"),
         ),
+        (
+            "divprune:rectify=true + (fastv:rectify=true & random:rectify=true)",
+            Stages(
+                [DivPrune(rectify=True), FastV(rectify=True) & Random(rectify=True)],
+                rectify=True,
+            ),
+        ),
+        ("fastv:rectify=false | random", FastV() | Random()),
+        ("without_sinks:method=fastv", WithoutSinks(FastV())),
+        (
+            "divprune + without_sinks:method=(fastv:layer=3,keep=64),tau=12.5,dimensions=1415/2533",
+            Stages([DivPrune(), WithoutSinks(FastV(3, 64), 12.5, (1415, 2533))]),
+        ),
         (f"custom:layer=2,select={__name__}:keep_all", Custom(2, keep_all)),
     ],
 )
@@ -258,6 +288,10 @@ A_DICT = r"^policy: expected a dict with a name under 'policy', a text or a YAML
         ("fastv + random", r"^policies: expected one policy per layer, got FastV"),
         ("fastv | random:layer=3", r"^second: expected a policy with the layers \(2,\), got \(3,\)$"),
         (
+            "fastv:rectify=true + random:layer=3",
+            r"^policies: expected rectify=False as Stages itself has it, got FastV",
+        ),
+        (
             "fastv:earlier_kv=compact | random",
             r"^first: expected earlier_kv='full' as Union itself has it, got ",
         ),
@@ -270,7 +304,7 @@ A_DICT = r"^policy: expected a dict with a name under 'policy', a text or a YAML
         ({"policy": "fastvv"}, r"^policy: expected one of fastv, .*, got 'fastvv'$"),
         (
             FASTV | {"layr": 2},
-            r"^policy fastv: expected one of the fields layer, keep, rows, spend, earlier_kv, got 'layr'$",
+            r"^policy fastv: expected one of the fields layer, keep, rows, spend, earlier_kv, rectify, got 'layr'$",
         ),
         (FASTV | {3: 2}, r"^policy fastv: expected one of the fields .*, got 3$"),
         (FASTV | {"layer": 2.0}, r"^layer: expected int, got 2\.0$"),

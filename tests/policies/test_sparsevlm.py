@@ -79,7 +79,7 @@ def slow_clusters(x, count):
 
 
 def slow_recycle(x, scores, kept, merge):
-    """Places of kept and merged tokens, and their contents."""
+    """Places of kept and merged tokens, their contents, and the place into which each token was merged, -1 = none."""
     pruned = [j for j in range(len(scores)) if j not in kept]
     m = int(len(pruned) * 0.3) + 1 if pruned else 0
     count = int(m / 10) + 1 if m else 0
@@ -87,7 +87,10 @@ def slow_recycle(x, scores, kept, merge):
     centers, joins = slow_clusters(x[pool], count) if m else ([], [])
     merged = [x[[pool[i] for i in range(m) if joins[i] == c]] for c in range(count)]
     merged = [rows.mean(0) if merge == "mean" else rows.sum(0) for rows in merged]
-    return kept + [pool[c] for c in centers], [*x[kept], *merged]
+    into = [-1] * len(scores)
+    for i, j in enumerate(pool):
+        into[j] = pool[centers[joins[i]]]
+    return kept + [pool[c] for c in centers], [*x[kept], *merged], into
 
 
 @pytest.mark.parametrize("settings", [case for case in CASES if case.id != "equal-raters"])
@@ -99,15 +102,17 @@ def test_equals_the_formula(settings, keep, merge):
     for sample, n in enumerate(made.ctx.counts):
         index, rows = got.index[sample].tolist(), got.hidden[sample]
         count = int(n * keep) if isinstance(keep, float) else keep * len(made.ctx.grids[sample])
-        expected, contents = [], []
+        expected, contents, into = [], [], []
         if n:
             scores = slow_matrix(made, sample).mean(0).round(12)
             x = made.ctx.hidden[sample, :n].double().cpu().numpy()
             kept = top(scores, min(n, max(1, min(count, n - 1))))
-            expected, contents = slow_recycle(x, scores, kept, merge)
+            expected, contents, into = slow_recycle(x, scores, kept, merge)
         assert index == expected + [-1] * (len(index) - len(expected))
         for row, content in zip(rows, contents, strict=False):
             np.testing.assert_allclose(row.cpu(), content, rtol=1e-5, atol=1e-6)
+        merged = got.merged[sample].tolist()
+        assert merged == into + [-1] * (len(merged) - n)
     assert got.index.shape[1] == int((got.index >= 0).sum(1).max())
 
 
@@ -129,8 +134,8 @@ def test_degenerate_features(kind):
     made = replace(made, ctx=replace(made.ctx, hidden=hidden))
     got = SparseVLM(keep=(3, 1, 1)).select(made.ctx)
     scores = slow_matrix(made, 0).mean(0).round(12)
-    index, rows = slow_recycle(hidden[0].double().cpu().numpy(), scores, top(scores, 3), "mean")
-    assert got.index[0].tolist() == index
+    index, rows, into = slow_recycle(hidden[0].double().cpu().numpy(), scores, top(scores, 3), "mean")
+    assert got.index[0].tolist() == index and got.merged[0].tolist() == into
     np.testing.assert_allclose(got.hidden[0].cpu(), np.array(rows), rtol=1e-5)
 
 

@@ -30,8 +30,14 @@ def kernel(distance, D, base, stretch=1.0):
     return stretch**2 * sum(waves) / math.sqrt(D)
 
 
+def safe(distance, D, base, stretch=1.0):
+    """R, or R(0) / 20 where it is not more than R(0) / 1000."""
+    own, most = kernel(distance, D, base, stretch), kernel(0, D, base, stretch)
+    return own if own > most / 1000 else most / 20
+
+
 def slow_scores(made, sample, settings, heads):
-    """Sum over raters and priority heads of A / max(R, R(0) / 20), with distances from the prompt's positions."""
+    """Sum over raters and priority heads of A / R, with distances from the prompt's positions."""
     seen, stretch = made.ctx.attention, settings.get("stretch", 1.0)
     raters = rater_weights(made.ctx)[sample].nonzero().flatten().tolist()
     columns = [p for p in made.ctx.positions[sample].tolist() if p >= 0]
@@ -41,8 +47,7 @@ def slow_scores(made, sample, settings, heads):
             row = attention_row(made, sample, seen.rows[sample, i].item(), h)
             for j, position in enumerate(columns):
                 distance = 0 if settings.get("few_values") else made.ctx.text[sample, i].item() - position
-                floor = 0.05 * kernel(0, 16, 100.0, stretch)
-                per_head[h, j] += row[j] / max(kernel(distance, 16, 100.0, stretch), floor)
+                per_head[h, j] += row[j] / safe(distance, 16, 100.0, stretch)
     total = per_head.sum(1).round(9)
     first = sorted(range(len(total)), key=lambda h: (-total[h], h))[:heads]
     return per_head[first].sum(0).round(10)
@@ -76,9 +81,9 @@ def test_no_text_after_the_image():
     assert len(kept_lists(policy.select(sound))[1]) == 9 and kept_lists(policy.select(sound))[1] != even
 
 
-def test_the_cases_reach_the_floor():
-    """At the distances of the cases the kernel of the tests goes below its floor, so the formula above tests it."""
-    assert min(kernel(d, 16, 100.0) for d in range(40)) < 0.05 * kernel(0, 16, 100.0)
+def test_the_cases_reach_what_is_not_positive():
+    """At the distances of the cases the kernel of the tests is replaced, so the formula above tests it."""
+    assert min(kernel(d, 16, 100.0) for d in range(40)) < 0
 
 
 def far_apart(distances, D=128, base=10000.0):
@@ -97,15 +102,25 @@ def far_apart(distances, D=128, base=10000.0):
     )
 
 
-def test_published_kernel():
-    """Head dim 128, base 10000: the published values, and the floor where they fall below it or turn negative."""
-    distances = [0, 1, 100, 600, 1000, 1108, 1109, 1707, 2629, 17156]
-    got = rope_kernel(far_apart(distances))[0, 0].tolist()
-    plain = [kernel(d, 128, 10000.0) for d in distances]
-    floor = 0.05 * plain[0]
-    np.testing.assert_allclose(got, [max(r, floor) for r in plain], rtol=1e-4)
-    np.testing.assert_allclose(plain[:5], [11.31, 10.98, 5.40, 2.35, 1.80], atol=0.005)
-    assert plain[7] < 0 and plain[6] < floor and all(kernel(d, 128, 10000.0) > floor for d in range(1109))
+@pytest.mark.parametrize("D, first", [(64, 725), (128, 1707)])
+def test_released_kernel_as_long_as_it_is_positive(D, first):
+    """Base 10000, every distance: the released formula before the first that is not positive, finite and positive after it."""
+    plain = [kernel(d, D, 10000.0) for d in range(first + 1)]
+    assert min(plain[:first]) > 0 >= plain[first]
+    got = rope_kernel(far_apart(range(4097), D))[0, 0]
+    np.testing.assert_allclose(got[:first].numpy(), plain[:first], rtol=1e-4, atol=2e-6)
+    assert got[first] == pytest.approx(plain[0] / 20)
+    assert got.isfinite().all() and (got > 0.0009 * plain[0]).all()
+    far = [2629, 4096]
+    np.testing.assert_allclose(got[far].numpy(), [safe(d, D, 10000.0) for d in far], rtol=1e-4)
+
+
+def test_published_values():
+    np.testing.assert_allclose(
+        rope_kernel(far_apart([0, 1, 100, 600, 1000]))[0, 0].numpy(),
+        [11.31, 10.98, 5.40, 2.35, 1.80],
+        atol=0.005,
+    )
 
 
 @pytest.mark.parametrize(

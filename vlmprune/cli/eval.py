@@ -24,6 +24,12 @@ def read_budgets(text: str | None, keep: bool) -> tuple[float, ...]:
         raise InputError(f"budgets: expected numbers separated by commas, got {text!r}") from error
 
 
+def read_baselines(wanted: bool, named: Sequence[str]) -> bool | tuple[str, ...]:
+    """All or none, or the named ones. Raises InputError for names beside ``--no-baselines``."""
+    check(wanted or not named, "baseline", "either --baseline or --no-baselines", "both")
+    return tuple(named) or wanted
+
+
 def show(found: Evaluation) -> None:
     """Print the table, the families below it, and where everything is."""
     console, results = Console(), found.results
@@ -31,6 +37,8 @@ def show(found: Evaluation) -> None:
     for heads, cells in ((HEADS, summary_cells), (families, family_cells)):
         rows = (_one_setting_a_line(cells(result)) for result in results)
         console.print(table(heads, rows, show_lines=True))
+    if "left_out" in found.settings:
+        console.print(Text(f"left out: {found.settings['left_out']}", style="dim"))
     rate = f"{found.speed:.1f} answers/s, everything included" if found.speed else "nothing left to ask"
     precision, batch = found.settings["precision"], found.settings["batch_size"]
     note = f"{results[0].all.questions} questions, {precision}, batches of {batch}; {rate}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import MISSING
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,9 +16,9 @@ from rich.console import Console
 from vlmprune.cli.console import table
 from vlmprune.ops._dispatch import TABLES, explain
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.registry import fields_of, load_policies
+from vlmprune.policies.budgets import PUBLISHED
+from vlmprune.policies.registry import fields_of, load_policies, policy_class
 
-BUDGETS = (192, 128, 64)
 PACKAGES = ("vlmprune", "torch", "triton", "transformers", "numpy", "pillow", "flash-attn")
 FACTS = {
     "keeps": "summary",
@@ -31,12 +32,19 @@ AS_SET = ("acts", "reads", "text_aware", "cls", "growth")
 """What is not known of a policy that cannot be made without settings."""
 
 
-def show_policies(as_json: bool, as_markdown: bool = False) -> None:
-    """Print every policy; JSON maps a name to its fields and facts, Markdown is the README's table.
+def show_policies(as_json: bool, as_markdown: bool = False, name: str | None = None) -> None:
+    """Print every policy, or the one called ``name`` with its presets; JSON maps a name to its fields and facts, Markdown is
+    the README's table.
 
     Entry points that cannot be used are named on stderr.
+
+    Raises:
+        InputError: there is no policy of this name.
     """
-    classes, faults = load_policies()
+    if name is None:
+        classes, faults = load_policies()
+    else:
+        classes, faults = {name: policy_class(name)}, []
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)  # noqa: T201
     found = {name: describe_policy(cls) for name, cls in classes.items()}
@@ -52,15 +60,29 @@ def show_policies(as_json: bool, as_markdown: bool = False) -> None:
             facts = f"{policy['acts']}\nreads {policy['reads']}\ngrows as {policy['growth'] or 'unknown'}\n{policy['checked']}"
             rows.append((name, fields, policy["summary"], facts, policy["paper"]))
         Console().print(table(heads, rows, show_lines=True))
+        if name is not None:
+            show_presets(name, found[name]["presets"])
+
+
+def show_presets(name: str, presets: Mapping[float, str]) -> None:
+    """Print what meets published budgets, as typed; a budget that the method cannot meet is not there."""
+    rows = []
+    for model, _, visual, budgets in PUBLISHED:
+        for budget in (b for b in budgets if b in presets):
+            size = f"{budget}" if visual else f"{budget:.1%}"
+            rows.append((model, str(visual or "any"), size, f"{name}:{presets[budget]}"))
+    if rows:
+        Console().print(table(("model", "visual tokens", "budget", "--policy"), rows))
 
 
 def markdown_table(found: dict[str, dict[str, Any]]) -> str:
     """The table of methods in the README."""
     words = {True: "yes", False: "no", None: "unknown"}
-    heads = ["name", "class", *FACTS, " / ".join(map(str, BUDGETS)), "checked", "from"]
+    budgets = PUBLISHED[0].budgets
+    heads = ["name", "class", *FACTS, " / ".join(map(str, budgets)), "checked", "from"]
     rows = [heads, ["---"] * len(heads)]
     for name, policy in found.items():
-        presets = " / ".join(f"`{policy['presets'][b]}`" for b in BUDGETS if b in policy["presets"])
+        presets = " / ".join(f"`{policy['presets'][b]}`" for b in budgets if b in policy["presets"])
         cells = (words.get(policy[fact], policy[fact]) for fact in FACTS.values())
         rows.append(
             [f"`{name}`", f"`{policy['class']}`", *cells, presets, policy["checked"], policy["paper"]]
@@ -87,8 +109,9 @@ def _facts(policy: PruningPolicy) -> dict[str, Any]:
     """Where a policy acts, what it reads, and how its work grows."""
     needs = [policy.needs(layer) for layer in policy.layers]
     reads = {
-        "decoder attention": any(n.attention for n in needs),
-        "prompt text": any(n.embeds or n.rows == "text" for n in needs),
+        "decoder attention": any(n.attention and not n.keys_only for n in needs),
+        "decoder keys": any(n.keys_only for n in needs),
+        "prompt text": any(n.reads_text for n in needs),
         "vision attention": any(n.vision for n in needs),
         "hidden states": any(n.hidden for n in needs),
     }

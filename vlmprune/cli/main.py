@@ -34,9 +34,15 @@ SHAPE_NAMES = (
 )
 """Those of ``vlmprune.bench.SHAPES``, which knows transformers."""
 
-OPTIONS = {"attention": "attn", "checkpoint": "model", "dpo": "beta", "families": "family"}
+OPTIONS = {
+    "attention": "attn",
+    "baselines": "baseline",
+    "checkpoint": "model",
+    "dpo": "beta",
+    "families": "family",
+}
 ALIKE = (
-    "batch|batch_size|budgets|captioner_lm|captioner_rate|clip|data|device|dtype|epochs|images|init|max_new_tokens|model"
+    "baseline|batch|batch_size|budgets|captioner_lm|captioner_rate|clip|data|device|dtype|epochs|images|init|max_new_tokens|model"
     "|new_tokens|oracle|out|profile|prompt|questions|resume|rounds|seeds|selector_rate|shape|text_encoder|train_mapper"
 )
 """Arguments of the library that are called otherwise on the command line, and those that are not."""
@@ -132,8 +138,16 @@ def eval_command(
         list[str] | None, typer.Option(help="Only these families of questions; repeatable.")
     ] = None,
     baselines: Annotated[
-        bool, typer.Option("--baselines/--no-baselines", help="Also uniform and random tokens.")
+        bool,
+        typer.Option(
+            "--baselines/--no-baselines",
+            help="Also uniform tokens (lattice and raster), random ones, and a smaller picture.",
+        ),
     ] = True,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this of lattice, raster, random and smaller; repeatable."),
+    ] = None,
     oracle: Annotated[
         bool, typer.Option("--oracle", help="Also an oracle that is told where the answer is seen (box).")
     ] = False,
@@ -147,7 +161,7 @@ def eval_command(
     """Accuracy of policies at equal FLOPs on a set of questions: table, plots and a report."""
     checkpoint = open_checkpoint(model, device, dtype, attn)
     from vlmprune.cli.console import progress_bar
-    from vlmprune.cli.eval import read_budgets, show
+    from vlmprune.cli.eval import read_baselines, read_budgets, show
     from vlmprune.eval import run as evaluate
 
     with progress_bar() as progress:
@@ -158,7 +172,7 @@ def eval_command(
             policy or (),
             budgets=read_budgets(budgets, keep),
             families=family or (),
-            baselines=baselines,
+            baselines=read_baselines(baselines, baseline or ()),
             oracle=oracle,
             seeds=seeds,
             batch_size=batch_size,
@@ -221,13 +235,16 @@ def check_command(
 
 @app.command("list")
 def list_command(
+    name: Annotated[
+        str | None, typer.Argument(help="One policy, with its settings for published budgets.")
+    ] = None,
     as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="The README's table.")] = False,
 ) -> None:
     """The pruning policies, their fields with defaults, and where they come from."""
     from vlmprune.cli.info import show_policies
 
-    show_policies(as_json, markdown)
+    show_policies(as_json, markdown, name)
 
 
 @app.command()

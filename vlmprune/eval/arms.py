@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmprune.errors import InputError
+from vlmprune.errors import InputError, check
 from vlmprune.eval.oracle import Oracle
 from vlmprune.eval.questions import Region
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs, mean_tokens
@@ -15,9 +15,13 @@ from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.random import Random
 from vlmprune.policies.schedule import keep_for_flops, stage_counts
 from vlmprune.policies.uniform import Uniform
+from vlmprune.smaller import NAME as SMALLER
+from vlmprune.smaller import Smaller
 
 UNPRUNED = "unpruned"
-Baseline = Uniform | Random | Oracle
+BASELINES = ("lattice", "raster", "random", SMALLER)
+"""Evenly spaced tokens in two dimensions and in raster order, random ones, and the picture made smaller."""
+ORACLE = "oracle"
 
 
 @dataclass(frozen=True)
@@ -38,17 +42,20 @@ class Arm:
         budget: the FLOPs cut it was fitted to, or None.
         policy: what prunes, or None.
         seed: which of several draws, for policies that draw.
+        smaller: how small the pictures are instead, or None.
     """
 
     method: str
     budget: float | None = None
     policy: PruningPolicy | None = None
     seed: int = 0
+    smaller: Smaller | None = None
 
     @property
     def key(self) -> str:
-        """The policy with all its settings, but for the seed and what an oracle is told."""
-        return UNPRUNED if self.policy is None else repr(self.policy)
+        """What it does with all its settings, but for the seed and what an oracle is told."""
+        does = self.smaller or self.policy
+        return UNPRUNED if does is None else repr(does)
 
     def for_batch(self, number: int, regions: Sequence[Region | None]) -> PruningPolicy | None:
         """The policy for batch ``number``, whose answers are seen in these regions.
@@ -71,27 +78,54 @@ def groups_of(arms: Sequence[Arm]) -> dict[tuple[str, float | None], list[Arm]]:
 def make_arms(
     methods: Mapping[str, PruningPolicy],
     budgets: Sequence[float],
-    baselines: Sequence[type[Baseline]],
+    baselines: Sequence[str],
     seeds: int,
     prompt: PromptSize,
 ) -> list[Arm]:
     """All arms, the unpruned one first. Without budgets the policies are taken as they are, and the baselines are
-    fitted to each policy's own cut. A baseline acts at the first layer of any policy; one that is given is not added.
+    fitted to each policy's own cut. A baseline that prunes acts at the first layer of any policy; one that is given is not added.
 
     Raises:
-        InputError: a policy that has no share to fit, or that cannot meet a budget.
+        InputError: a policy that has no share to fit, or that cannot meet a budget; an unknown baseline.
     """
     arms = [
         fit_arm(text, policy, cut, prompt) for text, policy in methods.items() for cut in budgets or (None,)
     ]
     cuts = budgets or sorted({round(cut_of(arm, prompt), 6) for arm in arms if baselines})
     first = min((policy.layers[0] for policy in methods.values()), default=2)
-    for kind in baselines:
-        if not any(isinstance(policy, kind) for policy in methods.values()):
-            text = f"{kind.__name__.lower()}:layer={first}"
-            arms += [fit_arm(text, kind(layer=first), cut, prompt) for cut in cuts]
+    for name in baselines:
+        if name == SMALLER:
+            arms += [_smaller(cut, prompt) for cut in cuts]
+            continue
+        text, baseline = _baseline(name, first)
+        if not any(_same_method(policy, baseline) for policy in methods.values()):
+            arms += [fit_arm(text, baseline, cut, prompt) for cut in cuts]
     draws = [dataclasses.replace(arm, seed=i) for arm in arms for i in range(seeds if _draws(arm) else 1)]
     return [Arm(UNPRUNED), *draws]
+
+
+def _baseline(name: str, layer: int) -> tuple[str, PruningPolicy]:
+    """How a baseline that prunes is called in tables, and the policy."""
+    known: dict[str, tuple[str, PruningPolicy]] = {
+        "lattice": (f"uniform:layer={layer}", Uniform(layer=layer)),
+        "raster": (f"uniform:layer={layer},order=raster", Uniform(layer=layer, order="raster")),
+        "random": (f"random:layer={layer}", Random(layer=layer)),
+        ORACLE: (f"oracle:layer={layer}", Oracle(layer=layer)),
+    }
+    check(name in known, "baselines", f"some of {', '.join(BASELINES)}", repr(name))
+    return known[name]
+
+
+def _same_method(policy: PruningPolicy, baseline: PruningPolicy) -> bool:
+    if isinstance(policy, Uniform) and isinstance(baseline, Uniform):
+        return policy.order == baseline.order
+    return isinstance(policy, type(baseline))
+
+
+def _smaller(cut: float, prompt: PromptSize) -> Arm:
+    """The largest pictures that meet a budget: all layers see as few tokens as behind a stage at the first."""
+    share = keep_for_flops(Uniform(layer=0), cut, prompt.shape, prompt.visual, prompt.text)
+    return Arm(SMALLER, cut, smaller=Smaller(share))
 
 
 def fit_arm(text: str, policy: PruningPolicy, cut: float | None, prompt: PromptSize) -> Arm:

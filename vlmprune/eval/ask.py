@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from PIL.Image import Image
 
 from vlmprune import __version__
 from vlmprune.checkpoints import Checkpoint, build_text, generate, has_bos, make_inputs
@@ -19,6 +23,7 @@ from vlmprune.images import open_rgb
 from vlmprune.models import Run
 from vlmprune.models.host.parts import decoder_shape
 from vlmprune.policies.base import PruningPolicy
+from vlmprune.smaller import Shown, Smaller, SmallPictures, as_they_are
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class Subject:
     checkpoint: Checkpoint
     batch_size: int
     max_new_tokens: int
+
+    @cached_property
+    def pictures(self) -> SmallPictures:
+        """What makes pictures smaller for it. Raises ModelError for a family whose pictures cannot be."""
+        return SmallPictures(self.checkpoint.config, self.checkpoint.processor)
 
     def settings(self, questions: Path) -> dict[str, Any]:
         """All that answers to a folder of questions depend on besides policy, question and seed.
@@ -107,10 +117,25 @@ def batch_inputs(processor: Any, questions: Sequence[Question]) -> Any:
     Raises:
         InputError: an image that cannot be read, or that the processor does not take.
     """
+    return make_inputs(processor, *_asked(questions))
+
+
+def _asked(questions: Sequence[Question]) -> tuple[list[str], list[list[Image]], str]:
+    """Texts and pictures of a batch, and what errors call it."""
     texts = [question.prompt for question in questions]
     images = [[open_rgb(question.image, "questions")] for question in questions]
-    asked = ", ".join(question.id for question in questions)
-    return make_inputs(processor, texts, images, f"questions {asked}")
+    return texts, images, f"questions {', '.join(question.id for question in questions)}"
+
+
+def show(subject: Subject, questions: Sequence[Question], smaller: Smaller | None = None) -> Shown:
+    """A batch on the device, its pictures as they are or smaller. Errors as ``batch_inputs``."""
+    checkpoint = subject.checkpoint
+    if smaller is not None:
+        texts, images, name = _asked(questions)
+        shown = subject.pictures.inputs(texts, images, smaller.keep, name)
+    else:
+        shown = as_they_are(checkpoint.config, batch_inputs(checkpoint.processor, questions))
+    return shown.to(checkpoint.model.device, checkpoint.model.dtype)
 
 
 def missing(questions: Sequence[Question], arms: Sequence[Arm], store: Store) -> int:
@@ -124,37 +149,48 @@ def ask_all(
 ) -> Iterator[Answer]:
     """Every answer the store does not have yet, in the store before it is handed on. Arms take turns batch by batch."""
     warm: set[str] = set()
-    model, processor = subject.checkpoint.model, subject.checkpoint.processor
-    for number, batch in enumerate(make_batches(processor, questions, subject.batch_size)):
+    batches = make_batches(subject.checkpoint.processor, questions, subject.batch_size)
+    for number, batch in enumerate(batches):
         open_arms = [arm for arm in arms if missing(batch, [arm], store)]
         if not open_arms:
             continue
-        inputs = batch_inputs(processor, batch).to(model.device, dtype=model.dtype)
+        whole = show(subject, batch)
         for arm in open_arms:
+            shown = whole if arm.smaller is None else show(subject, batch, arm.smaller)
             policy = arm.for_batch(number, [question.region for question in batch])
             if arm.key not in warm:  # kernels and caches are made in the first pass, which is not timed
-                generate(model, inputs, policy, max_new_tokens=1)
+                _generate(subject, shown, arm, policy, 1)
                 warm.add(arm.key)
-            for answer in _answers(subject, batch, inputs, arm, policy):
+            for answer in _answers(subject, batch, shown, arm, policy):
                 if answer.key not in store.answers:
                     store.add(answer)
                     yield answer
 
 
+def _generate(
+    subject: Subject, shown: Shown, arm: Arm, policy: PruningPolicy | None, longest: int
+) -> tuple[Run, Any]:
+    """One batch, answered by one arm."""
+    model = subject.checkpoint.model
+    with subject.pictures.tower(model) if arm.smaller is not None else nullcontext():
+        return generate(model, shown.inputs, policy, max_new_tokens=longest)
+
+
 def _answers(
-    subject: Subject, batch: Sequence[Question], inputs: Any, arm: Arm, policy: PruningPolicy | None
+    subject: Subject, batch: Sequence[Question], shown: Shown, arm: Arm, policy: PruningPolicy | None
 ) -> Iterator[Answer]:
     """The answers of one arm to one batch, scored and with their cost, padding not counted."""
     checkpoint = subject.checkpoint
-    run, new = generate(checkpoint.model, inputs, policy, max_new_tokens=subject.max_new_tokens)
+    run, new = _generate(subject, shown, arm, policy, subject.max_new_tokens)
     texts = checkpoint.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
     prefill, shape = run.report().seconds.prefill / len(batch), decoder_shape(checkpoint.config)
-    lengths = inputs["attention_mask"].sum(1).tolist()
+    lengths = shown.inputs["attention_mask"].sum(1).tolist()
     for sample, (question, said) in enumerate(zip(batch, texts, strict=True)):
         kept = [(stage.layer, run.kept_at(i, sample).tolist()) for i, stage in enumerate(run.stages)]
-        visual = len(run.kept_at(-1, sample))
-        prompt = PromptSize(shape, visual, lengths[sample] - visual)
+        prompt = PromptSize(shape, shown.whole[sample], lengths[sample] - shown.shown[sample])
         stages = [(layer, len(some)) for layer, some in kept]
+        if arm.smaller is not None:  # every layer sees so many of them
+            stages = [(0, shown.shown[sample])]
         cut, tokens = cost(prompt, stages, *_joined(run, sample))
         right, exact = judge(said, question.answer)
         yield Answer(

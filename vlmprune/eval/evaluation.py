@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune.checkpoints import Checkpoint, check_padding
-from vlmprune.errors import ModelError, check
-from vlmprune.eval.arms import Arm, groups_of, make_arms
+from vlmprune.errors import InputError, ModelError, check
+from vlmprune.eval.arms import BASELINES, ORACLE, Arm, groups_of, make_arms
 from vlmprune.eval.ask import Subject, ask_all, missing, typical_prompt, with_template
-from vlmprune.eval.oracle import Oracle, check_oracle
+from vlmprune.eval.oracle import check_oracle
 from vlmprune.eval.page import make_page
 from vlmprune.eval.plots import check_matplotlib, draw_families, draw_heat, draw_pareto
 from vlmprune.eval.questions import Question, read_questions
@@ -21,9 +21,7 @@ from vlmprune.eval.store import Answer, Key, Store, check_out, write
 from vlmprune.eval.summary import Result, answers_of, kept_share, summarize
 from vlmprune.models import patch_grid
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.random import Random
 from vlmprune.policies.recipe import policy_from
-from vlmprune.policies.uniform import Uniform
 
 BUDGETS = (0.48, 0.64)
 """FLOPs cuts where none are given: those of FEATHER's tables."""
@@ -36,7 +34,7 @@ class Evaluation:
     """What came out.
 
     Attributes:
-        settings: all that the answers depend on, and the prompt that budgets were counted for.
+        settings: all that the answers depend on, the prompt that budgets were counted for, and what could not be run and why.
         results: one per method and budget, the unpruned model first.
         answers: every answer, by policy with its settings, question id and seed.
         speed: answers per second, everything included; None if all of them were there already.
@@ -58,7 +56,7 @@ def run(
     *,
     budgets: Sequence[float] = BUDGETS,
     families: Sequence[str] = (),
-    baselines: bool = True,
+    baselines: bool | Sequence[str] = True,
     oracle: bool = False,
     seeds: int = 3,
     batch_size: int = 16,
@@ -77,7 +75,8 @@ def run(
         budgets: shares of the prefill's FLOPs to save, for each of which every policy's ``keep`` is fitted; empty: the
             policies keep what they say, and the baselines are fitted to their cuts.
         families: only these families of questions; empty: all.
-        baselines: also uniform and random tokens.
+        baselines: names of ``BASELINES``, evenly spaced tokens ("lattice", "raster"), "random" ones, and pictures made
+            "smaller" instead; True: all, and where pictures cannot be made so small the settings say why; False: none.
         oracle: also one that is told where the answer is seen.
         seeds: draws of each policy that draws.
         batch_size: questions asked at once.
@@ -85,8 +84,9 @@ def run(
         progress: called at every step and answer.
 
     Raises:
-        InputError: bad input, a policy that cannot meet a budget, or results of other settings in ``out``.
-        ModelError: a model that cannot be pruned, or whose patches the oracle cannot match to boxes.
+        InputError: bad input, a policy or named baseline that cannot meet a budget, or results of other settings in ``out``.
+        ModelError: a model that cannot be pruned, whose patches the oracle cannot match to boxes, or whose pictures
+            cannot be made smaller.
         OSError: a file cannot be written.
 
     Not run here, as it needs questions (``examples/glyphworld/make_questions.py`` makes some):
@@ -109,10 +109,14 @@ def run(
     check_padding(checkpoint.processor, min(batch_size, len(asked)))
     asked = with_template(checkpoint.processor, asked)
     prompt = typical_prompt(checkpoint, asked)
-    arms = make_arms(methods, cuts, (Uniform, Random) * baselines + (Oracle,) * oracle, seeds, prompt)
+    names = tuple(dict.fromkeys(BASELINES if baselines is True else baselines or ()))
+    known = all(name in BASELINES for name in names)
+    check(known, "baselines", f"some of {', '.join(BASELINES)}", ", ".join(names))
+    arms = make_arms(methods, cuts, names + (ORACLE,) * oracle, seeds, prompt)
+    subject = Subject(checkpoint, batch_size, max_new_tokens)
+    arms, left_out = _possible(subject, arms, asked, named=baselines is not True)
     checkpoint.check_depth(arm.policy for arm in arms if arm.policy is not None)
     progress(f"loading {checkpoint.source}", 0, 0)
-    subject = Subject(checkpoint, batch_size, max_new_tokens)
     settings = subject.settings(questions)
     store = Store(out, settings)
     total, start = missing(asked, arms, store), time.perf_counter()
@@ -127,8 +131,28 @@ def run(
         "visual_tokens": prompt.visual,
         "precision": checkpoint.precision,
     }
+    settings |= {"left_out": "; ".join(left_out)} if left_out else {}
     page = _write_all(out, settings, results, _heat(checkpoint.config, arms, asked, store.answers))
     return Evaluation(settings, results, store.answers, speed, page)
+
+
+def _possible(
+    subject: Subject, arms: Sequence[Arm], questions: Sequence[Question], named: bool
+) -> tuple[list[Arm], list[str]]:
+    """The arms without those whose pictures cannot be made so small, and why not; an error if they were asked for by name."""
+    sizes = dict.fromkeys(question.size for question in questions)
+    possible, reasons = [], []
+    for arm in arms:
+        try:
+            if arm.smaller is not None:
+                for size in sizes:
+                    subject.pictures.plan(size, arm.smaller.keep)
+            possible.append(arm)
+        except (InputError, ModelError) as error:
+            if named:
+                raise
+            reasons.append(f"{arm.method} at {arm.budget:.1%}: {error}")
+    return possible, reasons
 
 
 def _heat(

@@ -22,7 +22,9 @@ Right: a box overlaps the true one with IoU &ge; 0.5; every other answer equals 
 space. In brackets 95&nbsp;% intervals: Wilson's for one draw, the bootstrap over questions for several draws and for
 differences, which are taken question by question. Uniform is the baseline of the nearest FLOPs cut, if that is within
 {NEAR:g}. FLOPs are the decoder's prefill, 2 x multiply-adds from shapes, each question by itself; time is the measured
-prefill of a batch with selection divided by its questions, the median. Neither counts the vision tower.
+prefill of a batch with selection divided by its questions, the median. Neither counts the vision tower. Smaller: nothing
+is pruned, and the picture is made smaller to at most as many tokens as the cut leaves (the cut says how near); its tower works
+less, too.
 """
 
 

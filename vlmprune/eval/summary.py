@@ -82,7 +82,8 @@ def summarize(
     found = {group: answers_of(some, questions, answers) for group, some in groups.items()}
     rights = {group: per_question(some, lambda answer: answer.right) for group, some in found.items()}
     cuts = {group: statistics.fmean(a.cut for a in some) for group, some in found.items()}
-    uniform = [group for group, some in groups.items() if isinstance(some[0].policy, Uniform)]
+    orders = {g: p.order for g, some in groups.items() if isinstance(p := some[0].policy, Uniform)}
+    uniform = sorted(orders, key=lambda group: orders[group] == "raster")  # of two as near, the lattice
     families: dict[str, list[str]] = {}
     for question in questions:
         families.setdefault(question.family, []).append(question.id)

@@ -62,7 +62,7 @@ def carry_out(
     else:
         cos, sin = ops.gather_tokens([*entering.rope], survivors)
         rope = cos, sin
-    made = Decision(after, survivors, rope, shift, choice.hidden)
+    made = Decision(after, survivors, rope, shift, choice.hidden, merged=choice.merged)
     if texts is not None:
         made = made._replace(joined=texts.rows, inserted=choice.inserted)
     return apply(made, hidden), numbers, made

@@ -8,8 +8,15 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from vlmprune.errors import ModelError
 from vlmprune.models.host.cache_layers import QUANTIZED, keep_entries
-from vlmprune.models.host.cache_view import entries, extend_validity, make_prunable, past_validity
-from vlmprune.models.layout import Layout, ascending, inverse, take
+from vlmprune.models.host.cache_view import (
+    entries,
+    extend_bias,
+    extend_validity,
+    make_prunable,
+    past_validity,
+    pruned_layer,
+)
+from vlmprune.models.layout import Layout, ascending, inverse, spread, take
 from vlmprune.models.prefill import Decision, Prefill
 
 
@@ -52,18 +59,23 @@ def _compact(cache: Cache, prefill: Prefill, last: Decision, members: list[int],
     if away:
         first.prefetch()
     past = held - layout.length
-    at = _kept(layout, last.layout, past, call.length, first.keys.device)
-    at = ascending(at) if static else at
+    rows = _kept(layout, last.layout, past, call.length, first.keys.device)
+    at = ascending(rows) if static else rows
     keep_entries(layers, at, static)
     new = None if last.layout.valid is None else at[:, past:] >= 0
+    weights = None if last.weights is None else last.weights.to(at.device)
     # layers that knew the same share what they know now, and so the masks of decode steps
-    shared: dict[object, Tensor | None] = {}
-    for i, layer in zip(members, layers, strict=True):
-        known = type(layer), id(getattr(layer, "valid", None))
+    shared: dict[object, tuple[Tensor | None, Tensor | None]] = {}
+    for i in members:
+        layer = pruned_layer(cache, i)
+        known = None if layer is None else (id(layer.valid), id(layer.bias))
         if known not in shared:
             old = past_validity(cache, i, call.valid, past)
-            shared[known] = extend_validity(old, past, new, last.layout.length)
-        make_prunable(cache, i).forget(held - at.shape[1], shared[known])
+            bias = extend_bias(layer, past, weights, last.layout.length)
+            if static and bias is not None:  # as the entries
+                bias = spread(rows, bias, held).gather(1, at.clamp(min=0))
+            shared[known] = extend_validity(old, past, new, last.layout.length), bias
+        make_prunable(cache, i).forget(held - at.shape[1], *shared[known])
     if away:
         first.offload()
 

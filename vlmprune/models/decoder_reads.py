@@ -46,6 +46,8 @@ def read_attention(attn: Any, hidden: Tensor, rope: Rope, prefill: Prefill, cloc
         else:
             key = held_keys(cache.layers[i], past + layout.length, hidden.device)
         needs, lse = prefill.wants.needs[i + 1], prefill.lse.pop(i, None)
+        if prefill.rectified(i):  # scores are of attention to which nothing is added
+            lse = None
         prefill.attention[i + 1] = _read(attn, hidden, rope, key, layout, prefill, needs, lse)
 
 

@@ -19,8 +19,9 @@ from vlmprune.models.graphs.fast import FastPath
 from vlmprune.models.graphs.store import Graphs
 from vlmprune.models.host.cache_layers import PrunedLayer
 from vlmprune.models.host.cache_view import is_started, pruned_layer, resident_bytes
-from vlmprune.models.host.names import missing
-from vlmprune.models.host.parts import Parts, check_stages
+from vlmprune.models.host.masks import check_adds
+from vlmprune.models.host.names import DEEPSTACK, missing
+from vlmprune.models.host.parts import Parts, check_features, check_stages
 from vlmprune.models.layer_inputs import chunk_mask, decode_step, places_of, shifted
 from vlmprune.models.layout import spread
 from vlmprune.models.prefill import RUNNING, Prefill, Wants
@@ -46,6 +47,8 @@ class Engine:
         self.run = Run(parts, policy, self.prompts)
         if policy is not None:
             check_stages(policy, parts.config)
+            if policy.rectify:
+                check_adds(parts.text.config)
         needs = {} if policy is None else {layer: policy.needs(layer) for layer in policy.layers}
         self.wants = Wants.of(needs, parts.layers, parts.text.config)
         self.vision = VisionReads(parts, sorted({layer for need in needs.values() for layer in need.vision}))
@@ -65,6 +68,8 @@ class Engine:
                 add(parts.model.register_forward_pre_hook(self.before_model, with_kwargs=True))
             add(parts.base.register_forward_pre_hook(self.before_base, with_kwargs=True))
             self.handles += self.clock.register(parts)
+            if prunes and parts.family.deepstack:
+                add(parts.text.register_forward_pre_hook(self.before_text, with_kwargs=True))
             add(parts.text.register_forward_hook(self.after_text, with_kwargs=True))
             self.handles += self.vision.register()
             for attn in self.wants.scored:
@@ -123,6 +128,18 @@ class Engine:
             prompt.graph = self.fast.said
         return args, {**kwargs, RUNNING: Prefill(self.wants, call, prompt)}
 
+    def before_text(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Take over what the text model would add to all rows of the prompt, if a stage comes before."""
+        prefill = self._running(kwargs)
+        if prefill is None or prefill.call.visual is None:
+            return None
+        given = self.host.deepstack(args, kwargs)
+        if min(self.wants.needs) >= len(given):
+            return None
+        check_features(self.parts, given)
+        prefill.planes = given
+        return args, {**kwargs, **dict.fromkeys(DEEPSTACK)}
+
     def after_attention(self, module: Any, args: Any, kwargs: Kwargs, output: Any) -> None:
         """Read the query rows and keys that the next layer's stage will score with."""
         prefill = self._running(kwargs)
@@ -158,26 +175,26 @@ class Engine:
         self, i: int, prefill: Prefill, layer: PrunedLayer | None, args: Args, kwargs: Kwargs
     ) -> tuple[Any, Kwargs] | None:
         hidden, text, told = args[0], self.parts.text, self.host.told
-        if 0 < i <= len(prefill.planes):
-            hidden = hidden + prefill.planes[i - 1]
         rope = told(kwargs, "position_embeddings")
         if layer is not None and layer.shift is not None:
             rope = shifted(text, prefill, hidden, told(kwargs, "position_ids"), layer.shift)
-        if prefill.call.visual is not None and self.stage is not None:
+        stage = None if prefill.call.visual is None else self.stage
+        if stage is not None:
             prefill.open(told(kwargs, "attention_mask"), hidden)
-            if i in self.wants.needs:
-                if self.wants.needs[i].tokens and self.parts.family.packs:
-                    shift = None if layer is None else layer.shift
-                    prefill.places = places_of(told(kwargs, "position_ids"), shift)
-                with self.clock.selection(i):
-                    entered = self.clock.mine.marks
-                    hidden = (prefill.runner or self.stage)(prefill, i, hidden, rope)
-                    if self.clock.mine.marks is not entered and prefill.prompt is not None:
-                        # a compensator ran this very model: its prompts are over, this one goes on
-                        self.clock.mine.marks, self.prompts.latest = entered, prefill.prompt
+        hidden = prefill.deepened(i, hidden)
+        if stage is not None and i in self.wants.needs:
+            if self.wants.needs[i].tokens and self.parts.family.packs:
+                shift = None if layer is None else layer.shift
+                prefill.places = places_of(told(kwargs, "position_ids"), shift)
+            with self.clock.selection(i):
+                entered = self.clock.mine.marks
+                hidden = (prefill.runner or stage)(prefill, i, hidden, rope)
+                if self.clock.mine.marks is not entered and prefill.prompt is not None:
+                    # a compensator ran this very model: its prompts are over, this one goes on
+                    self.clock.mine.marks, self.prompts.latest = entered, prefill.prompt
         decided = prefill.decision(i)
         if decided is None and layer is None and not prefill.bound:
-            return None
+            return None if hidden is args[0] else ((hidden, *args[1:]), kwargs)
         kwargs = {**kwargs, "position_ids": None}  # FlashAttention reads gaps in them as packed sequences
         kwargs["position_embeddings"] = rope if decided is None else decided.rope
         kwargs["attention_mask"] = chunk_mask(text.config, prefill, decided, hidden, i)

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from vlmprune.constants import whole_numbers
 from vlmprune.models.host.cache_layers import PrunedLayer
-from vlmprune.models.host.cache_view import entries, extend_validity, make_prunable, past_validity
+from vlmprune.models.host.cache_view import (
+    entries,
+    extend_bias,
+    extend_validity,
+    make_prunable,
+    past_validity,
+)
 from vlmprune.models.host.masks import pruned_mask
 from vlmprune.models.host.parts import Parts
 from vlmprune.models.prefill import Decision, Prefill, Rope
@@ -26,18 +32,20 @@ def chunk_mask(config: Any, prefill: Prefill, decided: Decision | None, hidden: 
     past = entries(cache, i, call.past)
     old = past_validity(cache, i, call.valid, past)
     layer = None if cache is None else make_prunable(cache, i)
-    known = (None, None) if layer is None else (layer.valid, layer.shift)
+    known = (None,) * 3 if layer is None else (layer.valid, layer.shift, layer.bias)
     key = (past, id(decided), *map(id, known))
     if key not in prefill.masks:
         new = call.padding() if decided is None else decided.layout.valid
         # Padding behind every row that matters needs no mask: causality hides it.
         valid = extend_validity(old, past, None if prefill.bound else new, rows)
-        mask = pruned_mask(config, hidden, valid, past, layer, left=decided is not None)
+        bias = extend_bias(layer, past, None if decided is None else decided.weights, rows)
+        mask = pruned_mask(config, hidden, valid, past, layer, left=decided is not None, bias=bias)
         shift = add_shift(known[1], None if decided is None else decided.shift, hidden.device)
-        prefill.masks[key] = (mask, valid, shift, known)  # known: kept alive, so that its ids stay its own
-    mask, valid, shift, _ = prefill.masks[key]
+        told = valid, call.length - rows, shift, bias
+        prefill.masks[key] = (mask, told, known)  # known: kept alive, so that its ids stay its own
+    mask, told, _ = prefill.masks[key]
     if layer is not None:
-        layer.announce(valid, call.length - rows, shift)
+        layer.announce(*told)
     return mask
 
 
@@ -46,11 +54,11 @@ def decode_step(
 ) -> Kwargs | None:
     """What a pruned layer needs for one new token ``hidden [B, 1, D]``, or None if it can run as it is.
 
-    Reads nothing but the cache layer. With neither holes nor packed positions that is no work at all: one new row
+    Reads nothing but the cache layer. With neither holes nor packed positions nor a bias that is no work at all: one new row
     sees everything, in any attention implementation, when there is no mask.
     """
-    told = parts.host.told
-    if layer.valid is None and layer.shift is None and not layer.static:
+    told, config = parts.host.told, parts.text.config
+    if layer.valid is None and layer.shift is None and layer.bias is None and not layer.static:
         return None if told(kwargs, "attention_mask") is None else {**kwargs, "attention_mask": None}
     rope = told(kwargs, "position_embeddings")
     if layer.shift is not None:
@@ -58,11 +66,11 @@ def decode_step(
     layer.admit()
     mask, stored = None, layer.stored()
     if layer.static:  # its step is compiled, and there is no Python number to tell its masks apart by
-        mask = pruned_mask(parts.text.config, hidden, layer.valid, stored, layer)
-    elif layer.valid is not None:  # layers that need the same mask share it
-        key = (stored, id(layer.valid))
+        mask = pruned_mask(config, hidden, layer.valid, stored, layer, bias=layer.bias)
+    elif layer.valid is not None or layer.bias is not None:  # layers that need the same mask share it
+        key = (stored, id(layer.valid), id(layer.bias))
         if key not in prefill.masks:
-            prefill.masks[key] = pruned_mask(parts.text.config, hidden, layer.valid, stored, layer)
+            prefill.masks[key] = pruned_mask(config, hidden, layer.valid, stored, layer, bias=layer.bias)
         mask = prefill.masks[key]
     # position_ids: FlashAttention reads gaps in them as packed sequences
     return {**kwargs, "position_embeddings": rope, "position_ids": None, "attention_mask": mask}

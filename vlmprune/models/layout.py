@@ -77,6 +77,13 @@ class Layout:
         return torch.where(self.visual >= 0, order if self.first is None else order + self.first, -1)
 
     @cached_property
+    def start(self) -> Tensor:
+        """``[B, 1]`` each sample's first row that is no padding."""
+        if self.valid is None:
+            return self.visual.new_zeros(len(self.counts), 1)
+        return self.valid.long().argmax(1, keepdim=True).to(self.visual.device)
+
+    @cached_property
     def mask(self) -> Tensor:
         """``[B, N]`` False at the padding of ``visual``."""
         return self.visual >= 0

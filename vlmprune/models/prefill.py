@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from vlmprune import ops
@@ -18,10 +20,11 @@ from vlmprune.constants import whole_numbers
 from vlmprune.errors import ModelError
 from vlmprune.models.call import Call
 from vlmprune.models.crop_reads import Seen
+from vlmprune.models.host.cache_view import pruned_layer
 from vlmprune.models.host.cells import crops_of
 from vlmprune.models.host.families import DECODERS
 from vlmprune.models.host.views import crop_grid, image_tokens
-from vlmprune.models.layout import Layout, moved, open_layout, packed_rows, take
+from vlmprune.models.layout import Layout, moved, open_layout, packed_rows, spread, take
 from vlmprune.models.prompt import Prompt
 from vlmprune.models.text_span import TextSpan, find_text, text_rows
 from vlmprune.policies.base import AttentionInputs, Crop, Grid, Insertion, Needs, tokens_in
@@ -57,7 +60,7 @@ class Wants:
         """Those of a policy with these needs, on a model with these decoder layers and this text configuration."""
         scored = [layer - 1 for layer, need in needs.items() if need.attention == "previous"]
         embeds = any(need.embeds for need in needs.values())
-        text = embeds or any(need.rows == "text" or need.tokens for need in needs.values())
+        text = any(need.reads_text or need.tokens for need in needs.values())
         attns = frozenset(layers[layer].self_attn for layer in scored)
         normed = DECODERS[config.model_type].normed
         return cls(needs, attns, embeds, text, config.num_attention_heads, normed)
@@ -135,6 +138,9 @@ class Decision(NamedTuple):
         contents: ``[B, K, D]`` new contents of the visual rows, or None.
         joined: ``[B, C]`` the rows of texts that join the prompts, -1 = padding, or None.
         inserted: these texts.
+        weights: ``[B, n]`` float32 how many tokens each row stands for, in whose place it is attended to (``rectify=True``),
+            or None.
+        merged: ``[B, N]`` the number of the token in whose place each that entered was merged, -1 = in none; None = unknown.
     """
 
     layout: Layout
@@ -144,6 +150,8 @@ class Decision(NamedTuple):
     contents: Tensor | None = None
     joined: Tensor | None = None
     inserted: Insertion | None = None
+    weights: Tensor | None = None
+    merged: Tensor | None = None
 
 
 class Entering(NamedTuple):
@@ -195,8 +203,8 @@ class Prefill:
         masks: built masks, shared by the layers that need the same one.
         runner: what runs its stages, if that is not the engine's own: of a prefill that a graph captures.
         places: ``[B or 1, q]`` int64 rotary positions of its rows, behind those of a packed cache; None = not known.
-        planes: ``[B, q, D]`` each, added to the rows that enter layers 1, 2, ... of one (Qwen3-VL's text model would do so
-            by an index that reads the device).
+        planes: ``[M, D]`` each, the features of all samples' visual tokens, one sample behind the other, that are added to
+            those entering layers 1, 2, ... (Qwen3-VL's text model would add them to unpruned rows).
     """
 
     wants: Wants
@@ -222,6 +230,12 @@ class Prefill:
         """Whether a stage still to come scores from this module's attention in this call."""
         here = self.call.visual is not None and module in self.wants.scored
         return here and module.layer_idx + 1 not in self.decisions
+
+    def rectified(self, i: int) -> bool:
+        """Whether some key that layer ``i``, which has run, holds stands for others."""
+        decided, layer = self.decision(i), pruned_layer(self.cache, i)
+        here = decided is not None and decided.weights is not None
+        return here or (layer is not None and layer.bias is not None)
 
     @property
     def reach(self) -> int:
@@ -251,6 +265,21 @@ class Prefill:
             patches = crop_grid(parts.config) if parts.family.tiles else None
             text = find_text(call.visual, layout.prompt()) if wants.text else None
             self.unpruned = Unpruned(layout, seen, None, text, hidden if wants.embeds else None, patches)
+
+    def deepened(self, i: int, hidden: Tensor) -> Tensor:
+        """Rows ``hidden [B, n, D]`` that enter layer ``i``, each visual token's with its features of the plane added."""
+        if not 0 < i <= len(self.planes):
+            return hidden
+        assert self.unpruned is not None
+        # those before a stage at i, also where that was made before: the layer may be replayed
+        layout = moved(self.layout(i - 1), hidden.device)
+        numbers, counts = layout.ordinals, self.unpruned.layout.counts
+        if len(counts) > 1:
+            begins = whole_numbers((0, *accumulate(counts[:-1])), hidden.device)[:, None]
+            numbers = torch.where(layout.mask, numbers + begins, -1)
+        plane = self.planes[i - 1].to(hidden)
+        added = ops.gather_tokens([plane[None]], numbers.view(1, -1))[0].view(*numbers.shape, -1)
+        return hidden + spread(layout.visual, added, layout.length)
 
     def decision(self, i: int) -> Decision | None:
         """What layer ``i`` runs under: the latest decision made at it or before it."""

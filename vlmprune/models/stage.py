@@ -17,6 +17,7 @@ from vlmprune.models.graphs.reads import HostRead
 from vlmprune.models.host.parts import Parts, tokenizer_of
 from vlmprune.models.layout import Layout, last_rows, moved
 from vlmprune.models.prefill import Entering, Prefill, Rope
+from vlmprune.models.standing import stood_for
 from vlmprune.models.vision_reads import VisionReads
 from vlmprune.policies.answer import check_ranking, check_selection
 from vlmprune.policies.base import (
@@ -72,6 +73,8 @@ class StageRunner:
         short, numbers, made = passed
         if made is not None:
             _check_end(prefill, entering.first)
+            if self.policy.rectify:
+                made = made._replace(weights=stood_for(entering, made, short, prefill.decision(i)))
             prefill.prompt.inserted = made.inserted or prefill.prompt.inserted
         layout = entering.layout
         prefill.prompt.record(i, layout, numbers, layout if made is None else made.layout, path)
@@ -172,6 +175,9 @@ class StageRunner:
             seen |= {"embeds": unpruned.embeds, "image": unpruned.layout.visual}
         if needs.tokens:
             seen["tokens"] = self._tokens(prefill)
+        if needs.text:
+            seen["text_hidden"] = ops.gather_tokens([hidden], unpruned.words_in(layout))[0]
+            seen["start"] = unpruned.layout.start
         if text is not None:
             words = None if layout.bound else text.words  # of a graph's many prompts
             seen |= {"text": unpruned.words, "words": words}
@@ -184,6 +190,8 @@ class StageRunner:
         fields["device"], fields["shared"] = device, unpruned.shared
         if needs.tokens:
             fields["embed"], fields["tokenizer"] = self.parts.model.get_input_embeddings(), self.tokenizer
+        if needs.text:
+            fields["norm"] = self.norm
         return StageContext(layout, **fields)
 
     @staticmethod
@@ -199,6 +207,11 @@ class StageRunner:
             )
         inside = layout.prompt()
         return ids if inside is None else torch.where(inside.to(ids.device), ids, -1)
+
+    def norm(self, states: Tensor) -> Tensor:
+        """The text model's last norm, of states wherever they are."""
+        normed: Tensor = self.parts.text.norm(states)
+        return normed.to(states.device)
 
     def tokenizer(self) -> Any:
         """The one that was saved with the model, loaded once."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlmprune.errors import ModelError, check
 from vlmprune.models.crop_reads import CropReads, Seen, crops_in
-from vlmprune.models.host.names import ONEVISION, SIZES, Arguments, attribute
+from vlmprune.models.host.names import Arguments, attribute
 from vlmprune.models.host.names import Signature as Names
 from vlmprune.models.host.parts import Parts, heads, tower_layers
 from vlmprune.models.host.views import Encoded
@@ -93,7 +93,7 @@ class VisionReads:
         if not taken or not have or crops % have:
             got = f"those of {have}" if taken else "none"
             raise ModelError(
-                f"vision: expected query and key of the {crops} crops of this call's images, got {got} "
+                f"vision: expected query and key of the {crops} crops of this call, got {got} "
                 "(images must be encoded whole, by this model, inside the scope)"
             )
         return notes[0] if len(notes) == 1 else _together(notes)
@@ -174,9 +174,8 @@ class Instead:
 
     def __init__(self, base: Any, reads: VisionReads) -> None:
         self.base, self.reads, self.before = base, reads, vars(base).get(self.id)
-        method = type(base).get_image_features
-        self.onevision = {*ONEVISION} <= {*signature(method).parameters}
-        self.told = Names(method, (SIZES, *(ONEVISION if self.onevision else ())))
+        self.names = reads.parts.family.tiles
+        self.told = Names(base, self.names, self.id)
         vars(base)[self.id] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -190,12 +189,11 @@ class Instead:
 
     def _sizes(self, given: dict[str, Any]) -> tuple[tuple[tuple[int, int] | None, ...], str | None]:
         """Height and width of every image that is tiled, and LLaVA-OneVision's ratio. transformers reads them, too."""
-        sizes: Any = given[SIZES]
+        sizes, *more = (given[name] for name in self.names)
         sizes = sizes.tolist() if isinstance(sizes, Tensor) else [list(size) for size in sizes]
-        counts = ratio = None
-        if self.onevision:
-            counts, ratio = (given[name] for name in ONEVISION)
-            ratio = self.base.config.vision_aspect_ratio if ratio is None else ratio
+        counts, ratio = more or (None, None)
+        if more and ratio is None:
+            ratio = self.base.config.vision_aspect_ratio
         alone = [True] * len(sizes) if counts is None else [n == 1 for n in counts.tolist() for _ in range(n)]
         return tuple((h, w) if tiles else None for (h, w), tiles in zip(sizes, alone, strict=True)), ratio
 

@@ -36,14 +36,15 @@ from vlmprune.policies.compose import Intersection as Intersection
 from vlmprune.policies.compose import Stages as Stages
 from vlmprune.policies.compose import Union as Union
 from vlmprune.policies.counts import keep_count as keep_count
+from vlmprune.policies.crops import crops_of as crops_of
+from vlmprune.policies.crops import images_of as images_of
 from vlmprune.policies.custom import Custom as Custom
 from vlmprune.policies.dart import DART as DART
 from vlmprune.policies.divprune import DivPrune as DivPrune
 from vlmprune.policies.fastervlm import FasterVLM as FasterVLM
 from vlmprune.policies.fastv import FastV as FastV
 from vlmprune.policies.feather import Feather as Feather
-from vlmprune.policies.groups import crops_of as crops_of
-from vlmprune.policies.groups import images_of as images_of
+from vlmprune.policies.knorm import KNorm as KNorm
 from vlmprune.policies.pyramiddrop import PyramidDrop as PyramidDrop
 from vlmprune.policies.random import Random as Random
 from vlmprune.policies.random_deep import RandomDeep as RandomDeep
@@ -51,6 +52,7 @@ from vlmprune.policies.recipe import policy_from as policy_from
 from vlmprune.policies.registry import list_policies as list_policies
 from vlmprune.policies.schedule import keep_for_flops as keep_for_flops
 from vlmprune.policies.schedule import keep_for_mean_tokens as keep_for_mean_tokens
+from vlmprune.policies.sinks import WithoutSinks as WithoutSinks
 from vlmprune.policies.sparsevlm import SparseVLM as SparseVLM
 from vlmprune.policies.sparsevlm_plus import SparseVLMPlus as SparseVLMPlus
 from vlmprune.policies.uniform import Uniform as Uniform

@@ -122,6 +122,9 @@ class ACCM(PruningPolicy):
     def at(self, share: float) -> Self:
         return replace(self, selection=self.selection.at(share), keep=None)
 
+    def spends(self, layer: int) -> str:
+        return self.selected.spends(layer)
+
     def kept(self, tokens: int, images: float, layer: int) -> int:
         return self.selected.kept(tokens, images, layer)
 

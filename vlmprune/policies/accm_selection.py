@@ -21,10 +21,12 @@ from vlmprune.policies.base import (
     TokenContext,
     VisionAttention,
 )
+from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import quota_of, ranked, vision_of
 from vlmprune.policies.checks import check_keep, check_seed, check_share, check_whole, check_word
 from vlmprune.policies.choose import marks
-from vlmprune.policies.groups import Groups, Kind, Quota, crops_of
+from vlmprune.policies.crops import crops_of
+from vlmprune.policies.groups import Groups, Kind, Quota
 from vlmprune.policies.relevance import Relevance, check_relevance, relevance_of
 
 TEXT = {288: 150, 144: 70, 72: 40, 36: 20, 18: 12}
@@ -81,7 +83,7 @@ class ACCMSelection(PruningPolicy):
 
     summary = "some by the question, outliers of CLS attention, the rest evenly spaced"
     paper = "the selection of ACCM, Adaptive Content Compensation Method (ACM MM 2025)"
-    presets = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
+    presets = each("keep={}", shares=",positions=keep")
     checked = "reading"
     growth = "n"  # of a tower with CLS; without, every patch looks at every other: n^2
 

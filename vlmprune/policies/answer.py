@@ -40,6 +40,21 @@ def check_selection(choice: object, ctx: TokenContext, who: str, like: Tensor | 
     check(width == used, who, f"the {used} columns that the fullest sample uses", hint)
     if isinstance(choice, Reduction) and choice.hidden is not None:
         _check_rows(choice.hidden, index, ctx.hidden if like is None else like, f"{who}.hidden")
+    if isinstance(choice, Reduction) and choice.merged is not None:
+        _check_merged(choice.merged, index, ctx, f"{who}.merged")
+
+
+def _check_merged(merged: object, index: Tensor, ctx: TokenContext, who: str) -> None:
+    """Where a Reduction says that tokens were merged."""
+    shape = list(ctx.mask.shape)
+    fits = isinstance(merged, Tensor) and merged.dtype == torch.int64 and list(merged.shape) == shape
+    got = f"{merged.dtype} {list(merged.shape)}" if isinstance(merged, Tensor) else type(merged).__name__
+    check(fits, who, f"an int64 tensor {shape}", got)
+    assert isinstance(merged, Tensor)
+    check(merged.device == index.device, who, f"a tensor on {index.device}", merged.device)
+    for sample, (row, kept) in enumerate(zip(merged.tolist(), index.tolist(), strict=True)):
+        odd = set(row) - set(kept) - {-1}
+        check(not odd, f"{who}, sample {sample}", "-1, or numbers in its index", sorted(odd)[:1])
 
 
 def check_ranking(ranking: object, ctx: TokenContext, who: str) -> None:

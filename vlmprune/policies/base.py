@@ -47,7 +47,7 @@ class TokenContext:
         image: ``[B, N0]`` int64 positions in the prompt chunk of all its visual tokens, before any pruning, -1 = padding;
             given with ``embeds``.
         text: ``[B, T]`` int64 positions in the prompt chunk of the text after the last image, -1 = padding; given with
-            ``embeds`` or text rows. A prompt that ends with its image has none, and T may be 0.
+            ``embeds``, ``text`` or text rows. A prompt that ends with its image has none, and T may be 0.
         vision: query and key of the vision layers asked for, by the number they were asked with.
         features: ``[I, T, Dv]`` what the projector got for the tokens of every crop, zeros where one has fewer, or None if no
             vision layer was asked for.
@@ -60,6 +60,9 @@ class TokenContext:
         words: how many tokens ``text`` has in each sample, host ints; None = not known.
         tokens: ``[B, q]`` int64 ids of the whole prompt chunk, -1 = padding, or None if not asked for. Given with them:
         embed, tokenizer: the table, ids ``[...]`` to ``[..., D]``, and what gives the model's tokenizer or raises ModelError.
+        text_hidden: ``[B, T, D]`` hidden states of that text entering the stage, zeros at padding, or None. With them come
+        norm, start: the text model's last norm, ``[..., D]`` to the same, and ``[B, 1]`` int64 in the prompt chunk each
+            sample's first position that is no padding.
         ordered: False if an earlier stage has rearranged the tokens.
         shared: what the stages of one prompt chunk share: a method may keep here what depends on the prompt alone, together
             with the tensors it was made of, as a changed copy of the context has others (``policies/raters.py``).
@@ -86,6 +89,9 @@ class TokenContext:
     tokens: Tensor | None = None
     embed: Callable[[Tensor], Tensor] | None = None
     tokenizer: Callable[[], Any] | None = None
+    text_hidden: Tensor | None = None
+    norm: Callable[[Tensor], Tensor] | None = None
+    start: Tensor | None = None
     ordered: bool = True
     shared: dict[Any, Any] = field(default_factory=dict)
 
@@ -127,6 +133,8 @@ class PruningPolicy:
     Args:
         earlier_kv: what the layers before the last stage hold in the KV cache once the prompt has run: "full", every
             token they saw, or "compact", only what survived the last stage (the answer then attends to nothing else).
+        rectify: whether a token that stays stands for those most like it that go, m with itself, by log m on every
+            attention logit it receives from there on (``models/standing.py``); with sdpa, eager or "vlmprune" attention.
 
     Raises:
         InputError: a setting is out of range; so does every method.
@@ -139,10 +147,11 @@ class PruningPolicy:
     checked: ClassVar[str] = "formula"
     """"formula": compared with an independent implementation of the published formula; "reading": the sources leave
     room, and the docstring says how it was used."""
-    presets: ClassVar[Mapping[int, str]] = {}
-    """Settings, as typed on the command line, for a mean of 192, 128 and 64 visual tokens of 576 over 32 layers."""
+    presets: ClassVar[Mapping[float, str]] = {}
+    """Settings, as typed on the command line, by the budget of a published table that they meet: ``budgets.PUBLISHED``."""
 
     earlier_kv: Literal["full", "compact"] = field(default="full", kw_only=True)
+    rectify: bool = field(default=False, kw_only=True)
     spend = "prompt"  # a setting of some methods: annotated there
     _ranks: ClassVar[bool] = False
 
@@ -171,6 +180,7 @@ class PruningPolicy:
             if setting.init:
                 object.__setattr__(self, setting.name, plain(getattr(self, setting.name)))
         check_word("earlier_kv", self.earlier_kv, "full", "compact")
+        check(isinstance(self.rectify, bool), "rectify", "True or False", repr(self.rectify))
         check_word("spend", self.spend, "prompt", "image", "crop")
 
     @property
@@ -247,7 +257,7 @@ class PruningPolicy:
         Example:
             >>> from vlmprune import FastV
             >>> FastV(layer=2, keep=0.5).to_dict()
-            {'policy': 'fastv', 'layer': 2, 'keep': 0.5, 'rows': 'last', 'spend': 'prompt', 'earlier_kv': 'full'}
+            {'policy': 'fastv', 'layer': 2, 'keep': 0.5, 'rows': 'last', 'spend': 'prompt', 'earlier_kv': 'full', 'rectify': False}
         """
         from vlmprune.policies.recipe import write
 
@@ -269,30 +279,28 @@ class PruningPolicy:
         """
         return keep_count(self._setting("keep", KEEPS), tokens, images, self.spend)
 
+    def spends(self, layer: int) -> str:
+        """How the budget is spent at this stage: what the setting ``spend`` says."""
+        return self.spend
+
     def forget(self) -> None:
         """Drop what is remembered of earlier prompts: the next one then costs what a new one does."""
 
     def _setting(self, name: str, expected: str) -> Any:
-        if name not in self.__dataclass_fields__:
-            check(False, type(self).__name__, expected, "none")
+        check(name in self.__dataclass_fields__, type(self).__name__, expected, "none")
         return getattr(self, name)
 
     def __or__(self, other: PruningPolicy) -> PruningPolicy:
         """The union of what both keep, at the same layers."""
-        from vlmprune.policies.compose import Union
+        from vlmprune.policies.compose import Union, joint
 
-        return Union(self, other, earlier_kv=_joint(self, other))
+        return Union(self, other, **joint(self, other))
 
     def __and__(self, other: PruningPolicy) -> PruningPolicy:
         """What both keep, at the same layers."""
-        from vlmprune.policies.compose import Intersection
+        from vlmprune.policies.compose import Intersection, joint
 
-        return Intersection(self, other, earlier_kv=_joint(self, other))
-
-
-def _joint(one: PruningPolicy, other: PruningPolicy) -> Literal["full", "compact"]:
-    """The setting of two policies made one; where they differ, the one that their combination then refuses."""
-    return one.earlier_kv if one.earlier_kv == other.earlier_kv else "full"
+        return Intersection(self, other, **joint(self, other))
 
 
 def attention_of(ctx: TokenContext) -> AttentionInputs:

@@ -14,7 +14,8 @@ from vlmprune.errors import check, require
 from vlmprune.policies.base import Positions, PruningPolicy, Ranking, TokenContext, VisionAttention, outcome
 from vlmprune.policies.choose import marks, padding, quotas
 from vlmprune.policies.chosen import Reduction
-from vlmprune.policies.groups import Groups, Quota, crops_of, images_of
+from vlmprune.policies.crops import crops_of, images_of
+from vlmprune.policies.groups import Groups, Quota
 from vlmprune.policies.inputs import Rating
 
 

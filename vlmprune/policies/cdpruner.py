@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -11,13 +10,18 @@ from torch import Tensor
 
 from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import spent
 from vlmprune.policies.checks import check_keep, check_word
-from vlmprune.policies.choose import choose_greedily
+from vlmprune.policies.choose import choose_relevant
+from vlmprune.policies.lattice import lattice_scores
 from vlmprune.policies.relevance import Relevance, check_relevance, relevance_of
 
 LEAST = 1e-6
 """Added to the least relevance in the released code, so that no token has none at all."""
+
+ROUNDING = torch.finfo(torch.float32).eps
+"""By how much the relevance of equal tokens may differ: a product of matrices may round its last rows otherwise."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,11 @@ class CDPruner(PruningPolicy):
     Relevance is scaled to 0..1 over the tokens of a sample; the released code scales over the whole batch, so there a
     neighbour changes the choice. If all tokens are equally relevant, only diversity counts; so it is with no text after
     the image. NaN and infinite tokens are unlike all others, NaN and infinite relevance is none.
+
+    Where candidates tie, the more relevant one is taken, and of equally relevant ones the one next in an order that is spread
+    evenly over the image. So it goes once the kept tokens span all others (as many as features have dims, or fewer: an image of
+    one colour has one direction, a second token adds nothing): the rest are the most relevant ones, and evenly spread ones
+    where all are equally relevant. The released code divides by zero there and may keep fewer.
 
     Args:
         keep: tokens per image (int; published budgets 192, 128, 64) or share of its tokens (float).
@@ -51,7 +60,7 @@ class CDPruner(PruningPolicy):
         "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (NeurIPS 2025), "
         "arXiv 2506.10967"
     )
-    presets = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
+    presets = each("keep={}", shares=",positions=keep")
     checked = "reading"
     growth = "n^3"  # every further choice looks at all earlier ones, for each token
 
@@ -77,14 +86,14 @@ class CDPruner(PruningPolicy):
         relevance = (
             torch.ones_like(ctx.mask, dtype=torch.float32) if found is None else scaled(found, ctx.mask)
         )
-        choose = partial(choose_greedily, "dpp")
-        return spent(ctx, self, choose, hidden, relevance, positions=self.positions)
+        spread = lattice_scores(ctx, [0] * len(ctx.counts))
+        return spent(ctx, self, choose_relevant, hidden, relevance, spread, positions=self.positions)
 
 
 def scaled(relevance: Tensor, mask: Tensor) -> Tensor:
-    """Relevance ``[B, N]`` mapped to 0..1 within each sample's real tokens; 1 for all where they are equal."""
+    """Relevance ``[B, N]`` mapped to 0..1 within each sample's real tokens; 1 for all where they are equal to within ROUNDING."""
     if not mask.shape[1]:
         return relevance
     least = relevance.masked_fill(~mask, float("inf")).amin(1, keepdim=True)
     span = relevance.masked_fill(~mask, float("-inf")).amax(1, keepdim=True) - least
-    return torch.where(span > 0, (relevance - least + LEAST) / span, 1.0)
+    return torch.where(span > ROUNDING, (relevance - least + LEAST) / span, 1.0)

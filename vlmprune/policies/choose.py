@@ -23,7 +23,7 @@ def quotas(ctx: TokenContext, keep: float | PruningPolicy) -> list[int]:
     counts = zip(ctx.counts, ctx.image_counts(), strict=True)
     if isinstance(keep, int | float):
         return [keep_count(keep, tokens, images) for tokens, images in counts]
-    if keep.spend != "prompt" and ctx.whole:  # images of unequal size round apart
+    if keep.spends(ctx.layer) != "prompt" and ctx.whole:  # exactly, where images differ in size
         return [sum(keep.kept(n, 1, ctx.layer) for n in own) for own in ctx.images()]
     return [keep.kept(tokens, images, ctx.layer) for tokens, images in counts]
 
@@ -77,6 +77,37 @@ def choose_greedily(
     late = torch.arange(K, device=order.device) >= quota[:, None]
     index = order.masked_fill(late, N).sort(dim=1).values
     return index.masked_fill(index == N, -1)
+
+
+def choose_relevant(
+    kept: Sequence[int], mask: Tensor | None, features: Tensor, relevance: Tensor, spread: Tensor
+) -> Tensor:
+    """``choose_greedily`` by "dpp", whose ties go to the more relevant token, and of those to the one of larger ``spread``.
+
+    The op sees the tokens in that order. So where tokens tie at the start, or the kernel's rank is used up and all that is
+    left ties at zero, what is taken is no matter of numbering.
+
+    Args:
+        kept: one number per row.
+        mask: ``[G, P]`` bool, False = padding; None = no padding.
+        features: ``[G, P, D]``.
+        relevance: ``[G, P]`` float32; NaN and infinities are none.
+        spread: ``[G, P]``, of which the largest are spread evenly, however many (``lattice_scores`` with nothing kept).
+
+    Returns:
+        ``[G, K]`` ascending, -1 on the right.
+    """
+    weight = relevance.nan_to_num(0.0, 0.0, 0.0)
+    if mask is not None:
+        weight = weight.masked_fill(~mask, float("-inf"))
+    order = spread.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, weight.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    features, relevance = ops.gather_tokens([features, relevance], order)
+    found = choose_greedily("dpp", kept, None if mask is None else mask.gather(1, order), features, relevance)
+    if found.shape[1] == 0:
+        return found
+    index = order.gather(1, found.clamp(min=0)).masked_fill(found < 0, order.shape[1]).sort(dim=1).values
+    return index.masked_fill(index == order.shape[1], -1)
 
 
 def marks(index: Tensor, tokens: int) -> Tensor:

@@ -55,12 +55,15 @@ class Reduction:
         hidden: ``[B, K, D]`` the rows' new hidden states, or None to keep theirs.
         positions: "keep" the rotary positions of the places used, or "pack" all rows to 0, 1, 2, ... without gaps.
         inserted: texts that join the prompts; kept positions then move up behind them, as if they had been typed there.
+        merged: ``[B, N]`` int64 the number of the entering token, one in ``index``, in whose place each was merged; -1 = in
+            none. With ``rectify=True`` that one stands for it; for what is in none, and without, the most similar does.
     """
 
     index: Tensor
     hidden: Tensor | None = None
     positions: Positions = "keep"
     inserted: Insertion | None = None
+    merged: Tensor | None = None
 
 
 def outcome(index: Tensor, positions: Positions, hidden: Tensor | None = None) -> Tensor | Reduction:

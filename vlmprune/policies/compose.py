@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,11 +17,22 @@ from vlmprune.policies.choose import index_of, marks
 from vlmprune.policies.counts import union_count
 from vlmprune.policies.growth import worst
 
+SHARED: Mapping[str, Any] = {"earlier_kv": "full", "rectify": False}
+"""The settings of every policy, with what a member says that leaves them to the whole."""
+
 
 def check_member(whole: PruningPolicy, member: PruningPolicy, name: str) -> None:
-    """Raise ValueError if a member asks for less KV memory than the whole, whose own setting is the one that counts."""
-    ok = member.earlier_kv in (whole.earlier_kv, "full")
-    check(ok, name, f"earlier_kv={whole.earlier_kv!r} as {type(whole).__name__} itself has it", repr(member))
+    """Raise ValueError if a member asks for more than the whole, whose own settings are the ones that count."""
+    for setting, usual in SHARED.items():
+        own, asked = getattr(whole, setting), getattr(member, setting)
+        expected = f"{setting}={own!r} as {type(whole).__name__} itself has it"
+        check(asked in (own, usual), name, expected, repr(member))
+
+
+def joint(one: PruningPolicy, other: PruningPolicy) -> dict[str, Any]:
+    """Those settings of two policies made one; where they differ, the one that their combination then refuses."""
+    both = {setting: (getattr(one, setting), getattr(other, setting)) for setting in SHARED}
+    return {setting: a if a == b else SHARED[setting] for setting, (a, b) in both.items()}
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class Stages(PruningPolicy):
 
     Raises:
         ValueError: no policy, something that is not a policy, two policies at one layer, or one with
-            ``earlier_kv="compact"`` where the whole has not (its own setting counts).
+            ``earlier_kv="compact"`` or ``rectify=True`` where the whole has not (its own settings count).
     """
 
     summary = "several policies, each at its own layers"
@@ -79,6 +90,9 @@ class Stages(PruningPolicy):
     def kept(self, tokens: int, images: float, layer: int) -> int:
         return self._policy(layer).kept(tokens, images, layer)
 
+    def spends(self, layer: int) -> str:
+        return self._policy(layer).spends(layer)
+
     def forget(self) -> None:
         for policy in self.policies:
             policy.forget()
@@ -97,8 +111,8 @@ class Pair(PruningPolicy):
         second: another one with the same layers. Both only drop tokens: what one changes the other cannot know.
 
     Raises:
-        ValueError: one of them is not a policy, their layers differ, or one has ``earlier_kv="compact"`` where the
-            pair has not (its own setting counts; ``p | q`` and ``p & q`` take theirs from both).
+        ValueError: one of them is not a policy, their layers differ, or one has ``earlier_kv="compact"`` or
+            ``rectify=True`` where the pair has not (its own settings count; ``p | q`` and ``p & q`` take theirs from both).
     """
 
     first: PruningPolicy

@@ -41,7 +41,7 @@ class Custom(PruningPolicy):
         layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones.
         select: takes a TokenContext, returns ``[B, K]`` int64: which of the entering tokens stay, as numbers in
             0..count-1 of each sample, ascending, -1 padding on the right, at least one where a sample has any.
-        earlier_kv: as for every policy.
+        earlier_kv, rectify: as for every policy.
 
     Raises:
         InputError: ``layer`` is out of range, ``select`` is no callable or what it returned is not as above.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import spent
 from vlmprune.policies.checks import check_keep, check_word
 from vlmprune.policies.choose import choose_greedily
@@ -33,7 +34,7 @@ class DivPrune(PruningPolicy):
 
     summary = "tokens most unlike each other (greedy max-min distance)"
     paper = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (CVPR 2025), arXiv 2503.02175"
-    presets = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
+    presets = each("keep={}", shares=",positions=keep")
     growth = "n^2"  # cosines of all pairs
 
     keep: int | float = 0.098

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
+from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import ranked, vision_of
 from vlmprune.policies.checks import check_keep, check_whole, check_word
-from vlmprune.policies.groups import crops_of
+from vlmprune.policies.crops import crops_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class FasterVLM(PruningPolicy):
 
     summary = "patches most attended by the vision tower's CLS"
     paper = "[CLS] Attention is All You Need for Training-Free Visual Token Pruning, arXiv 2412.01818v1"
-    presets = {192: "keep=192", 128: "keep=128", 64: "keep=64"}
+    presets = each("keep={}", shares=",positions=keep")
     growth = "n"  # of a tower with CLS; without, every patch looks at every other: n^2
 
     keep: int | float = 64

@@ -27,7 +27,16 @@ class FastV(PruningPolicy):
 
     summary = "most attended tokens of the previous layer"
     paper = "An Image is Worth 1/2 Tokens After Layer 2 (ECCV 2024), arXiv 2403.06764"
-    presets = {192: "layer=2,keep=166", 128: "layer=2,keep=98", 64: "layer=2,keep=30"}
+    presets = {
+        192: "layer=2,keep=166",
+        128: "layer=2,keep=98",
+        64: "layer=2,keep=30",
+        640: "layer=2,keep=490",
+        320: "layer=2,keep=149",  # two full layers alone are a mean of 180
+        0.333: "layer=2,keep=0.2816",
+        0.222: "layer=2,keep=0.1621",
+        0.111: "layer=2,keep=0.0426",
+    }
 
     layer: int = 2
     keep: int | float = 0.5

@@ -38,6 +38,8 @@ class Needs:
         vision: vision-tower layers whose query and key to read (-2 = the last but one); with any, also the features.
         keys_only: whether of that attention only the keys, and where the rows are, are read: then no query is projected.
         tokens: the prompt's token ids, the table that embeds them, and the tokenizer; such a stage is the first one.
+        text: the hidden states entering the stage of the text after the last image (one host read a prefill), where the
+            prompt begins, and the text model's last norm.
     """
 
     hidden: bool = False
@@ -47,6 +49,12 @@ class Needs:
     vision: tuple[int, ...] = ()
     keys_only: bool = False
     tokens: bool = False
+    text: bool = False
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the text after the last image must be found, for its rows, states or embeddings."""
+        return self.embeds or self.text or self.rows == "text"
 
     def __or__(self, other: Needs) -> Needs:
         """The needs of two policies that act at one layer. Raises ValueError where they cannot both be met."""
@@ -59,6 +67,7 @@ class Needs:
             vision=tuple(sorted({*self.vision, *other.vision})),
             keys_only=bool(reading) and all(need.keys_only for need in reading),
             tokens=self.tokens or other.tokens,
+            text=self.text or other.text,
         )
 
 

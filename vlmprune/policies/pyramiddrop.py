@@ -34,7 +34,8 @@ class PyramidDrop(PruningPolicy):
         "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction, "
         "arXiv 2410.17247"
     )
-    presets = {192: "ratio=0.255"}  # eight full layers alone are a mean of 144
+    # a quarter of the layers is full: of less than that, budgets cannot be met
+    presets = {192: "ratio=0.255", 0.333: "layers=7/14/21,ratio=0.252,positions=keep"}
     growth = "n"
 
     layers: tuple[int, ...] = (8, 16, 24)

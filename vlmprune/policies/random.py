@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmprune.constants import remembered
 from vlmprune.policies.base import PruningPolicy, Ranking, TokenContext
+from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import SEEDS, check_keep, check_layer, check_seed
 
@@ -30,7 +31,7 @@ class Random(PruningPolicy):
 
     summary = "a random subset, fixed by a seed"
     paper = "baseline; random tokens of FastV (K = 0), arXiv 2403.06764"
-    presets = {192: "layer=0,keep=192", 128: "layer=0,keep=128", 64: "layer=0,keep=64"}
+    presets = each("layer=0,keep={}")
     growth = "n"
 
     layer: int = 2

@@ -26,8 +26,9 @@ def recycle_counts(pruned: int) -> tuple[int, int]:
 
 def recycled(
     scores: Tensor, hidden: Tensor, ctx: TokenContext, kept: Sequence[int], merge: str
-) -> tuple[Tensor, Tensor]:
-    """Places ``[B, K]`` of the kept tokens and, after them, of the merged ones; and the contents of both ``[B, K, D]``.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Places ``[B, K]`` of the kept tokens and, after them, of the merged ones; the contents of both ``[B, K, D]``; and into
+    which place each token was merged, ``[B, N]``, -1 = into none.
 
     Samples that keep as many of as many go together: one round for a batch of equal images.
     """
@@ -37,28 +38,31 @@ def recycled(
     width = max(k + clusters for k, _, clusters in sizes)
     index = torch.full((len(sizes), width), -1, dtype=torch.int64, device=hidden.device)
     rows = hidden.new_zeros(len(sizes), width, hidden.shape[2])
+    merged = torch.full(ctx.mask.shape, -1, dtype=torch.int64, device=hidden.device)
     for size in sorted(set(sizes)):
         at = whole_numbers(tuple(b for b, other in enumerate(sizes) if other == size), hidden.device)
-        some, contents = _thin(scores[at], hidden[at], ctx.mask[at], *size, merge)
+        some, contents, merged[at] = _thin(scores[at], hidden[at], ctx.mask[at], *size, merge)
         index[at, : some.shape[1]], rows[at, : some.shape[1]] = some, contents
-    return index, rows
+    return index, rows, merged
 
 
 def _thin(
     scores: Tensor, hidden: Tensor, mask: Tensor, keep: int, pool: int, clusters: int, merge: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Keep the best ``keep`` of each row; merge the ``pool`` next best into ``clusters`` tokens.
 
     Numbers out of range (an overflow, a broken image) are clustered as the nearest in range, NaN as 0.
     """
     absent = torch.where(mask, 0, 2).to(torch.int8)
     best = ops.select_topk(scores, keep, code=absent)[0][:, :keep]
+    merged = torch.full_like(absent, -1, dtype=torch.int64)
     if clusters == 0:
-        return best, ops.gather_tokens([hidden], best)[0]
+        return best, ops.gather_tokens([hidden], best)[0], merged
     spent = absent.masked_fill(marks(best, mask.shape[1]), 2)
     spare = ops.select_topk(scores, pool, code=spent)[0][:, :pool]
     features = ops.gather_tokens([hidden], spare)[0]
     assignment, centers = ops.cluster_dpc(features.float().clamp(-MOST, MOST).nan_to_num(0.0), clusters)
-    merged = ops.merge_tokens(features, assignment, clusters, mode=merge)
-    index = torch.cat([best, spare.gather(1, centers)], 1)
-    return index, torch.cat([ops.gather_tokens([hidden], best)[0], merged], 1)
+    means = ops.merge_tokens(features, assignment, clusters, mode=merge)
+    places = spare.gather(1, centers)
+    index, rows = torch.cat([best, places], 1), torch.cat([ops.gather_tokens([hidden], best)[0], means], 1)
+    return index, rows, merged.scatter_(1, spare, places.gather(1, assignment))

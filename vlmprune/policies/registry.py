@@ -18,9 +18,11 @@ from vlmprune.policies.divprune import DivPrune
 from vlmprune.policies.fastervlm import FasterVLM
 from vlmprune.policies.fastv import FastV
 from vlmprune.policies.feather import Feather
+from vlmprune.policies.knorm import KNorm
 from vlmprune.policies.pyramiddrop import PyramidDrop
 from vlmprune.policies.random import Random
 from vlmprune.policies.random_deep import RandomDeep
+from vlmprune.policies.sinks import WithoutSinks
 from vlmprune.policies.sparsevlm import SparseVLM
 from vlmprune.policies.sparsevlm_plus import SparseVLMPlus
 from vlmprune.policies.uniform import Uniform
@@ -38,6 +40,7 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "sparsevlm": SparseVLM,
     "sparsevlm_plus": SparseVLMPlus,
     "dart": DART,
+    "knorm": KNorm,
     "vscan": VScan,
     "fastervlm": FasterVLM,
     "visionzip": VisionZip,
@@ -57,6 +60,7 @@ OURS: Mapping[str, type[PruningPolicy]] = {
     "stages": Stages,
     "union": Union,
     "intersection": Intersection,
+    "without_sinks": WithoutSinks,
     "custom": Custom,
 }
 """With what is made of policies or of a function: no methods of their own, so they are not listed."""

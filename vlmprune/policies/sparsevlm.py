@@ -74,7 +74,14 @@ class SparseVLM(PruningPolicy):
 
     summary = "rated by the question's words; pruned tokens recycled as cluster means"
     paper = "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv 2410.04417"
-    presets = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
+    presets = {
+        192: "tokens=192",
+        128: "tokens=128",
+        64: "tokens=64",
+        640: "keep=0.3839/0.3839/0.3839",  # no schedule is released for these: one share, for the mean over all layers
+        0.333: "keep=0.51/0.51/0.51,positions=keep",
+        0.222: "keep=0.3439/0.3439/0.3439,positions=keep",
+    }
 
     tokens: int = 192
     layers: tuple[int, ...] = ()
@@ -135,7 +142,8 @@ class SparseVLM(PruningPolicy):
         rating, kept = self._rated(ctx)
         scores = rating.scores() if isinstance(rating, Rating) else rating
         hidden = require(ctx.hidden, "ctx.hidden", "hidden states (declare Needs(hidden=True))")
-        return Reduction(*recycled(scores, hidden, ctx, kept, self.merge), self.positions)
+        index, rows, merged = recycled(scores, hidden, ctx, kept, self.merge)
+        return Reduction(index, rows, self.positions, merged=merged)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         """Exact for version "1.5", recycled tokens included. Raises InputError for the others, whose ranks are not known."""

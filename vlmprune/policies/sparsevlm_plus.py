@@ -21,8 +21,8 @@ SCHEDULES: Mapping[int, tuple[int, ...]] = {
     96: (246, 54, 28),
     64: (66, 34, 20),
 }
-FLOOR = 0.05
-"""The kernel is taken to be at least this share of its value at distance 0."""
+LEAST, INSTEAD = 1e-3, 0.05
+"""Shares of the kernel's value at distance 0: at or below the first it is taken to be the second."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class SparseVLMPlus(PruningPolicy):
     ``heads`` with the largest total from raters to visual tokens are averaged. Nothing is merged, positions stay.
     A sample without text after its image keeps tokens spread evenly, one whose attention is all NaN its first ones.
 
-    Deviation (reading): for head dim 128 and base 10000, R falls with ripples from 11.3, is first below 0.57 at
-    distance 1109 and negative from 1707 on, where the released code flips signs. Here R is at least 0.05 of its value
-    at distance 0. Up to distance 1108 (LLaVA-1.5 with up to 500 text tokens) nothing differs; beyond it the correction
-    stays positive and at most 20 times that of distance 0.
+    Deviation (reading): with distance R falls, with ripples, until it is no longer positive: for base 10000 first at distance
+    725 with head dim 64, at 1707 with 128. From there on the released code flips signs or divides by almost nothing. Here R
+    is 0.05 of its value at distance 0 wherever it is at most 0.001 of it, so the correction is 20 times that of distance 0.
+    Before those distances nothing differs (LLaVA-1.5 with up to 1100 text tokens).
 
     Args:
         tokens: budget 192, 128, 96 or 64, which names the released schedule for an image of 576; counts are per image.
@@ -48,7 +48,14 @@ class SparseVLMPlus(PruningPolicy):
 
     summary = "SparseVLM freed from RoPE's decay, by priority heads, positions kept"
     paper = "SparseVLM+, the released version 2.0 of SparseVLM, arXiv 2410.04417"
-    presets = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
+    presets = {
+        192: "tokens=192",
+        128: "tokens=128",
+        64: "tokens=64",
+        640: "keep=0.4027/0.4027/0.4027",  # no schedule is released for these: one share, for the mean over all layers
+        0.333: "keep=0.5256/0.5256/0.5256",
+        0.222: "keep=0.364/0.364/0.364",
+    }
     growth = "n"
 
     tokens: int = 192
@@ -78,7 +85,7 @@ class SparseVLMPlus(PruningPolicy):
 
 
 def rope_kernel(seen: AttentionInputs) -> Tensor:
-    """``R [B, rows, columns]`` float32: ``<rope(1, i), rope(1, j)> / sqrt(D)``, at least FLOOR of the same at ``i = j``."""
+    """``R [B, rows, columns]`` float32: ``<rope(1, i), rope(1, j)> / sqrt(D)``, INSTEAD of the same at ``i = j`` up to LEAST."""
     cos, sin = (t.expand(len(seen.rows), -1, -1).float() for t in seen.rope)
     half = cos.shape[-1] // 2
     ones = cos + torch.cat([-sin[..., :half], sin[..., half:]], -1)  # rotate-half of a vector of ones
@@ -88,4 +95,5 @@ def rope_kernel(seen: AttentionInputs) -> Tensor:
     )
     scale = ones.shape[-1] ** -0.5
     most = ones.square().sum(-1).amax(1)[:, None, None] * scale
-    return torch.maximum(rows @ columns.transpose(1, 2) * scale, FLOOR * most)
+    found = rows @ columns.transpose(1, 2) * scale
+    return torch.where(found > LEAST * most, found, INSTEAD * most)

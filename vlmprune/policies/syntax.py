@@ -43,16 +43,18 @@ def _joined(tokens: list[str], level: int) -> dict[str, Any]:
         del tokens[0]
         parts.append(_joined(tokens, level + 1))
     if len(parts) > 1 and name == "stages":
-        return {"policy": name, "policies": parts, "earlier_kv": _common_kv(parts)}
-    return reduce(
-        lambda a, b: {"policy": name, "first": a, "second": b, "earlier_kv": _common_kv([a, b])}, parts
-    )
+        return {"policy": name, "policies": parts, **_common(parts)}
+    return reduce(lambda a, b: {"policy": name, "first": a, "second": b, **_common([a, b])}, parts)
 
 
-def _common_kv(parts: list[dict[str, Any]]) -> str:
+SHARED = {"earlier_kv": Word("full"), "rectify": Word("false")}
+"""The settings of every policy, with their defaults."""
+
+
+def _common(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """As for ``p | q``: what all say, else the setting that their combination then refuses."""
-    said = {str(part.get("earlier_kv", "full")) for part in parts}
-    return said.pop() if len(said) == 1 else "full"
+    said = {setting: {part.get(setting, usual) for part in parts} for setting, usual in SHARED.items()}
+    return {setting: min(words) if len(words) == 1 else SHARED[setting] for setting, words in said.items()}
 
 
 def _operand(tokens: list[str]) -> dict[str, Any]:

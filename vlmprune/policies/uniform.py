@@ -11,6 +11,7 @@ from torch import Tensor
 from vlmprune.constants import remembered
 from vlmprune.errors import check
 from vlmprune.policies.base import PruningPolicy, Ranking, TokenContext
+from vlmprune.policies.budgets import each
 from vlmprune.policies.checks import check_keep, check_layer, check_whole, check_word
 from vlmprune.policies.choose import quotas
 from vlmprune.policies.lattice import grid_count, lattice_scores, stride_code
@@ -43,7 +44,7 @@ class Uniform(PruningPolicy):
 
     summary = "evenly spaced tokens, or a coarse grid"
     paper = "baseline; the uniform criterion of FEATHER, arXiv 2412.13180"
-    presets = {192: "layer=0,keep=192", 128: "layer=0,keep=128", 64: "layer=0,keep=64"}
+    presets = each("layer=0,keep={}")
     growth = "n"
 
     layer: int = 2

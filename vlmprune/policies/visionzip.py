@@ -16,7 +16,8 @@ from vlmprune.policies.by_image import gathered, nearest, quota_of, rows_at, vis
 from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word, share_of
 from vlmprune.policies.choose import others
 from vlmprune.policies.counts import keep_count
-from vlmprune.policies.groups import Kind, crops_of
+from vlmprune.policies.crops import crops_of
+from vlmprune.policies.groups import Kind
 
 PRESETS = {192: (162, 30), 128: (108, 20), 64: (54, 10), 32: (27, 5)}
 """Published budgets as (dominant, contextual); 32 is the one per crop of LLaVA-NeXT at 160 tokens."""
@@ -25,6 +26,9 @@ PRESETS = {192: (162, 30), 128: (108, 20), 64: (54, 10), 32: (27, 5)}
 @dataclass(frozen=True)
 class VisionZip(PruningPolicy):
     """Keeps the dominant patches of every image and merges the rest into contextual ones.
+
+    Both budgets of an image are shared out evenly over its crops (tiles, small view, a video's frames), each of which is reduced
+    by itself, as released for LLaVA-NeXT; newline tokens go. Where a token is a mix of patches, so are its features and key.
 
     Dominant are the patches with the most CLS attention (its sum over heads ranks as its mean). Of the rest, in raster
     order, every ``step``-th is a target, ``step`` their number divided by ``contextual`` and rounded down; each other one
@@ -49,7 +53,17 @@ class VisionZip(PruningPolicy):
 
     summary = "patches most attended by CLS, the rest merged into contextual tokens"
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025), arXiv 2412.04467"
-    presets = {192: "tokens=192", 128: "tokens=128", 64: "tokens=64"}
+    presets = {
+        192: "tokens=192",
+        128: "tokens=128",
+        64: "tokens=64",
+        640: "dominant=540,contextual=100",  # of five crops: 108 + 20 each
+        320: "dominant=270,contextual=50",  # 54 + 10
+        160: "dominant=135,contextual=25",  # 27 + 5
+        0.333: "dominant=0.281,contextual=0.052,positions=keep",
+        0.222: "dominant=0.1873,contextual=0.0347,positions=keep",
+        0.111: "dominant=0.0937,contextual=0.0173,positions=keep",
+    }
     growth = "n^2"  # every merged token is compared with every contextual one
 
     dominant: int | float | None = None

@@ -27,7 +27,7 @@ from vlmprune.policies.by_image import gathered, nearest, quota_of, ranked, rows
 from vlmprune.policies.checks import check_keep, check_layer, check_share, check_whole, check_word, share_of
 from vlmprune.policies.choose import others
 from vlmprune.policies.counts import keep_count
-from vlmprune.policies.groups import crops_of
+from vlmprune.policies.crops import crops_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class VScan(PruningPolicy):
     released code leaves them out (there are none in a 24 x 24 grid).
 
     Args:
-        keep: T, tokens per image (int) or share (float). LLaVA-1.5 at 64 tokens on average: 96, then 32. 128 and 192 follow
+        keep: T, tokens per image (int) or share (float), shared out evenly over its crops. LLaVA-1.5 at 64 tokens on average: 96, then 32. 128 and 192 follow
             from the same two ratios: 192 and 64, 288 and 96.
         then: tokens per image (int) or share of the entering ones (float) that stage 2 keeps.
         layer: decoder layer of stage 2; at least 1.
@@ -61,7 +61,17 @@ class VScan(PruningPolicy):
         "VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models (TMLR 2026), "
         "arXiv 2505.22654"
     )
-    presets = {192: "keep=288,then=96", 128: "keep=192,then=64", 64: "keep=96,then=32"}
+    presets = {
+        192: "keep=288,then=96",
+        128: "keep=192,then=64",
+        64: "keep=96,then=32",
+        640: "keep=960,then=320",
+        320: "keep=480,then=160",
+        160: "keep=240,then=80",
+        0.333: "keep=0.5,then=0.333,layer=14,positions=keep",
+        0.222: "keep=0.333,then=0.333,layer=14,positions=keep",
+        0.111: "keep=0.167,then=0.333,layer=14,positions=keep",  # the authors'; the two above follow from the same ratio
+    }
     growth = "n^2"  # every dropped token is compared with every kept one
 
     keep: int | float = 96
@@ -106,6 +116,9 @@ class VScan(PruningPolicy):
 
     def at(self, share: float) -> Self:
         return replace(self, keep=share_of(share), then=share_of(share))
+
+    def spends(self, layer: int) -> str:
+        return "crop" if layer == 0 else "prompt"
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         if layer == 0:

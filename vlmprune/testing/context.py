@@ -179,7 +179,7 @@ def make_case(
 
 
 def with_text(made: Case, few_values: bool = False, seed: int = 1) -> Case:
-    """The same with input embeddings, the positions of images and text, and the text's rows in place of all rows."""
+    """The same with input embeddings, the text's states, where images and text are, and its rows in place of all rows."""
     g, attention = torch.Generator().manual_seed(seed), made.ctx.attention
     assert attention is not None
     S, B = made.key.shape[2], len(made.ctx.counts)
@@ -191,10 +191,25 @@ def with_text(made: Case, few_values: bool = False, seed: int = 1) -> Case:
     count = (made.text >= 0).sum(1, keepdim=True)
     rows = torch.arange(made.text.shape[1]) - count + S
     rows = torch.where(made.text >= 0, rows, -1)
+    entering = torch.randn(B, made.text.shape[1], WIDTH, generator=g).masked_fill(rows[..., None] < 0, 0.0)
     ctx = replace(
-        made.ctx, attention=replace(attention, rows=rows), image=made.image, text=made.text, embeds=embeds
+        made.ctx,
+        attention=replace(attention, rows=rows),
+        image=made.image,
+        text=made.text,
+        embeds=embeds,
+        text_hidden=entering,
+        norm=last_norm,
+        start=torch.zeros(B, 1, dtype=torch.int64),
     )
     return replace(made, ctx=ctx)
+
+
+def last_norm(states: Tensor) -> Tensor:
+    """What stands for a text model's last norm: to unit root mean square, times a weight for each channel."""
+    wide = states.float()
+    weight = torch.linspace(0.5, 2.0, states.shape[-1], device=states.device)
+    return (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight).to(states.dtype)
 
 
 def with_vision(
@@ -247,7 +262,7 @@ def make_context(needs: Needs, images: Sequence[Sequence[Grid]], layer: int, **s
     tower = {name: settings.pop(name) for name in ("cls", "side") if name in settings}
     few_values = settings.get("few_values", False)
     made = make_case(images, layer, **settings)
-    if needs.embeds or needs.rows == "text":
+    if needs.reads_text:
         worded = with_text(made, few_values)
         rows_too = worded.ctx if needs.rows == "text" else replace(worded.ctx, attention=made.ctx.attention)
         made = replace(worded, ctx=rows_too)
@@ -274,7 +289,10 @@ def bare(ctx: TokenContext, needs: Needs) -> TokenContext:
         attention=attention,
         embeds=ctx.embeds if needs.embeds else None,
         image=ctx.image if needs.embeds else None,
-        text=ctx.text if needs.embeds or needs.rows == "text" else None,
+        text=ctx.text if needs.reads_text else None,
+        text_hidden=ctx.text_hidden if needs.text else None,
+        norm=ctx.norm if needs.text else None,
+        start=ctx.start if needs.text else None,
         vision={layer: ctx.vision[layer] for layer in needs.vision if layer in ctx.vision},
         features=ctx.features if needs.vision else None,
         project=ctx.project if needs.vision else None,

@@ -20,7 +20,7 @@ def changed(ctx: TokenContext, change: Callable[[str, Tensor], Tensor]) -> Token
         return replace(holder, **{n: change(prefix + n, x) for n, x in inputs.items() if x is not None})
 
     pair = ("query", "key")
-    ctx = among(ctx, ("hidden", "embeds", "features"))
+    ctx = among(ctx, ("hidden", "text_hidden", "embeds", "features"))
     attention = None if ctx.attention is None else among(ctx.attention, pair)
     vision = {layer: among(seen, pair, f"vision[{layer}].") for layer, seen in ctx.vision.items()}
     return replace(ctx, attention=attention, vision=vision)
@@ -80,7 +80,7 @@ def _one_token(ctx: TokenContext, name: str, sample: int, x: Tensor) -> int:
         return int(ctx.attention.columns[sample, 0])
     if name == "embeds" and ctx.image is not None:
         return int(ctx.image[sample, 0])
-    return 0 if name in ("hidden", "features") else x.shape[-2] - 1
+    return 0 if name in ("hidden", "text_hidden", "features") else x.shape[-2] - 1
 
 
 def with_other_values(ctx: TokenContext) -> TokenContext:
@@ -98,6 +98,8 @@ def first_alone(ctx: TokenContext) -> TokenContext:
     """The first sample of a batch without an earlier turn, cut out and rid of all padding."""
     n, images = ctx.counts[0], len(ctx.grids[0])
     ctx = changed(ctx, lambda name, x: x[: images if by_image(name) else 1])
+    text = None if ctx.text is None else _real(ctx.text)
+    words = 0 if text is None else text.shape[1]
     return replace(
         ctx,
         counts=ctx.counts[:1],
@@ -109,7 +111,9 @@ def first_alone(ctx: TokenContext) -> TokenContext:
         hidden=None if ctx.hidden is None else ctx.hidden[:, :n],
         attention=None if ctx.attention is None else _first_rows(ctx.attention),
         image=None if ctx.image is None else _real(ctx.image),
-        text=None if ctx.text is None else _real(ctx.text),
+        text=text,
+        text_hidden=None if ctx.text_hidden is None else ctx.text_hidden[:, :words],
+        start=None if ctx.start is None else ctx.start[:1],
         tokens=None if ctx.tokens is None else _real(ctx.tokens),
     )
 

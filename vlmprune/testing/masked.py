@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import log
 from typing import Any
 
 import torch
@@ -32,11 +33,11 @@ def attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as a formula, in float32 or better. ``attention_mask [B, 1, S, S]`` bool, True = seen."""
+    """Attention as a formula, in float32 or better. ``attention_mask [B, 1, S, S]`` is added: -inf = not seen."""
     exact = torch.promote_types(query.dtype, torch.float32)
     heads = query.shape[1] // key.shape[1]
     scores = (query.to(exact) * scaling) @ key.to(exact).repeat_interleave(heads, 1).mT
-    weights = scores.masked_fill_(~attention_mask, -torch.inf).softmax(-1)
+    weights = scores.add_(attention_mask).softmax(-1)
     out = weights @ value.to(exact).repeat_interleave(heads, 1)
     return out.transpose(1, 2).to(query.dtype).contiguous(), None
 
@@ -47,13 +48,17 @@ AttentionInterface.register(NAME, attention)
 Answer = tuple[Tensor, Tensor | Reduction]
 """Positions in the prompt of the tokens that entered a stage, ``[B, N]`` and -1 = padding, and what the policy said."""
 
+Standing = list[dict[int, float]]
+"""Per sample, for how many tokens of the prompt each position stands that a stage kept."""
+
 
 @dataclass(frozen=True, repr=False)
 class Recorded(PruningPolicy):
-    """Another policy, whose latest answers are remembered by layer."""
+    """Another policy, whose latest answers are remembered by layer; with ``rectify`` also who stands for how many."""
 
     policy: PruningPolicy
     answers: dict[int, Answer] = field(default_factory=dict)
+    standing: dict[int, Standing] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return repr(self.policy)
@@ -64,8 +69,9 @@ class Recorded(PruningPolicy):
         return self.policy.layers
 
     def needs(self, layer: int) -> Needs:
-        """The policy's."""
-        return self.policy.needs(layer)
+        """The policy's, and the rows where it is to be told how alike they are."""
+        needs = self.policy.needs(layer)
+        return replace(needs, hidden=True) if self.rectify else needs
 
     def ranks(self, layer: int) -> bool:
         """As the policy: what is recorded runs along its road."""
@@ -80,12 +86,39 @@ class Recorded(PruningPolicy):
         """What the policy says."""
         answer = self.policy.select(ctx)
         self.answers[ctx.layer] = (ctx.positions, answer)
+        if self.rectify:
+            before = [self.standing[layer] for layer in self.layers if layer < ctx.layer]
+            self.standing[ctx.layer] = standing(ctx, as_reduction(answer), before[-1] if before else None)
         return answer
+
+
+def standing(ctx: TokenContext, change: Reduction, before: Standing | None) -> Standing:
+    """Who stands for how many behind a stage: one token after the other, each by the closest by cosine of those that stay."""
+    assert ctx.hidden is not None
+    made: Standing = []
+    for b, (positions, row) in enumerate(zip(ctx.positions.tolist(), change.index.tolist(), strict=True)):
+        kept = [number for number in row if number >= 0]
+        rows = ctx.hidden[b, kept] if change.hidden is None else change.hidden[b, : len(kept)]
+        counts = {positions[number]: 0.0 for number in kept}
+        for number, position in enumerate(positions):
+            if position < 0:
+                continue
+            alike = torch.cosine_similarity(ctx.hidden[b, number][None].float(), rows.float(), dim=1)
+            into = -1 if change.merged is None else int(change.merged[b, number])
+            best = positions[number if number in kept else into if into >= 0 else kept[int(alike.argmax())]]
+            counts[best] += 1.0 if before is None else before[b][position]
+        made.append(counts)
+    return made
 
 
 @torch.no_grad()
 def masked_logits(
-    model: Any, inputs: dict[str, Tensor], tokens: Tensor, answers: dict[int, Answer], compact: bool = False
+    model: Any,
+    inputs: dict[str, Tensor],
+    tokens: Tensor,
+    answers: dict[int, Answer],
+    compact: bool = False,
+    standing: dict[int, Standing] | None = None,
 ) -> Tensor:
     """The logits of which greedy decoding chose ``tokens``, had it been pruned by ``answers``.
 
@@ -95,6 +128,7 @@ def masked_logits(
         tokens: ``[B, T]`` the answer that was given, whatever this run would have chosen.
         answers: what was chosen at each stage's layer; empty = nothing is hidden.
         compact: whether the answer's rows see the last stage's survivors only, also in earlier layers.
+        standing: who stands for how many from each stage's layer on; None = every token for itself.
 
     Returns:
         ``[B, T, V]``, in the model's dtype.
@@ -107,7 +141,8 @@ def masked_logits(
     else:
         inputs["position_ids"] = places(inputs["attention_mask"])
     text = find_parts(model).text
-    state = _State(text, inputs["attention_mask"].bool(), answers, said.shape[1] if compact else 0)
+    answered = said.shape[1] if compact else 0
+    state = _State(text, inputs["attention_mask"].bool(), answers, answered, standing or {})
     with _hooked(text, state):
         return model(**inputs, use_cache=False, logits_to_keep=tokens.shape[1]).logits
 
@@ -122,6 +157,7 @@ def _hooked(text: Any, state: _State) -> Iterator[None]:
     """The text model with the attention function above, told by ``state`` what each layer sees."""
     usual = text.config._attn_implementation
     with ExitStack() as stack:
+        stack.callback(text.register_forward_pre_hook(state.before_text, with_kwargs=True).remove)
         stack.callback(setattr, text.config, "_attn_implementation", usual)
         text.config._attn_implementation = NAME
         for layer in text.layers:
@@ -137,27 +173,60 @@ class _State:
         alive: ``[B, S]`` the columns that are seen from here on.
         place: ``[B, S]`` the column in which each token stands: stages may reorder those they keep.
         position: ``[B, S]`` rotary position of each column; used once a stage packed them.
+        tables: ``[B, S]`` the column whose rotary tables each one has; used until then.
         answered: the last so many rows are an answer that sees the last stage's survivors only.
+        standing: who stands for how many, by stage; ``latest``, from here on.
+        features: what the text model adds to the visual columns behind its first layers, ``[M, D]`` each (Qwen3-VL).
+        numbers: ``[B, S]`` which row of these a visual column gets.
     """
 
-    def __init__(self, text: Any, real: Tensor, answers: dict[int, Answer], answered: int) -> None:
+    def __init__(
+        self,
+        text: Any,
+        real: Tensor,
+        answers: dict[int, Answer],
+        answered: int,
+        standing: dict[int, Standing],
+    ) -> None:
         self.text, self.answers, self.answered = text, answers, answered
+        self.standing = standing
+        self.latest: Standing = [{} for _ in real]
         self.alive, self.position, self.packed = real.clone(), places(real), False
         self.place = torch.arange(real.shape[1], device=real.device).repeat(len(real), 1)
+        self.tables = self.place.clone()
+        self.features: list[Tensor] = []
+        self.numbers = self.place
+
+    def before_text(self, text: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Keep hold of the features that the text model is about to add: they move with their tokens."""
+        if kwargs.get("deepstack_visual_embeds") is None:
+            return None
+        visual = kwargs["visual_pos_masks"]
+        self.features, self.numbers = list(kwargs["deepstack_visual_embeds"]), visual.flatten().cumsum(0) - 1
+        self.numbers = self.numbers.view_as(visual).to(self.place.device)
+        return args, {**kwargs, "deepstack_visual_embeds": self.features}
 
     def before_layer(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Hide, move and renumber what the stage at this layer did; then tell the layer what it sees."""
         hidden, i = args[0], layer.self_attn.layer_idx
         if i in self.answers:
             hidden = self._stage(hidden.clone(), *self.answers[i])
+            self.latest = self.standing.get(i, self.latest)
         if self.packed:
             kwargs = {**kwargs, "position_embeddings": self.text.rotary_emb(hidden, self.position)}
+        else:
+            kwargs = {**kwargs, "position_embeddings": tuple(map(self._moved, kwargs["position_embeddings"]))}
         return (hidden, *args[1:]), {**kwargs, "attention_mask": self._seen().to(hidden.device)}
+
+    def _moved(self, table: Tensor) -> Tensor:
+        """Rows of ``[B or 1, S, D]`` where their tokens stand now."""
+        at = self.tables.to(table.device)[..., None].expand(-1, -1, table.shape[2])
+        return table.expand(len(at), -1, -1).gather(1, at)
 
     def _stage(self, hidden: Tensor, positions: Tensor, answer: Tensor | Reduction) -> Tensor:
         """The kept rows stand, in the order of the policy's answer, in the columns that the kept ones had."""
         change, device = as_reduction(answer), self.place.device
-        before, numbers = hidden.clone(), self.position.clone()
+        before, numbers, tables = hidden.clone(), self.position.clone(), self.tables.clone()
         for b, (entered, row) in enumerate(zip(positions.to(device), change.index.to(device), strict=True)):
             entered, row = entered[entered >= 0], row[row >= 0]
             source = self.place[b, entered[row]]
@@ -166,20 +235,36 @@ class _State:
             self.alive[b, slots] = True
             self.place[b, entered[row]] = slots
             self.position[b, slots] = numbers[b, source]
+            self.tables[b, slots] = tables[b, source]
             hidden[b, slots] = before[b, source] if change.hidden is None else change.hidden[b, : len(row)]
+            for i, rows in enumerate(self.features):
+                moved = rows.clone()
+                moved[self.numbers[b, slots]] = rows[self.numbers[b, source]]
+                self.features[i] = moved
         if change.positions == "pack":
             self.position, self.packed = places(self.alive), True
         return hidden
 
     def _seen(self) -> Tensor:
-        """``[B, 1, S, S]``; rows that would see nothing (padding) see themselves."""
+        """``[B, 1, S, S]`` -inf = not seen; rows that would see nothing (padding) see themselves."""
         length = self.alive.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.alive.device).tril()
         seen = causal & self.alive[:, None]
         if self.answered:
             seen[:, -self.answered :] &= self._survivors()[:, None]
         seen |= causal & causal.mT & ~seen.any(-1, keepdim=True)
-        return seen[:, None]
+        more = self._more(self.latest)[:, None].repeat(1, length, 1)
+        if self.answered and self.standing:
+            more[:, -self.answered :] = self._more(self.standing[max(self.standing)])[:, None]
+        return more.masked_fill(~seen, -torch.inf)[:, None]
+
+    def _more(self, latest: Standing) -> Tensor:
+        """``[B, S]`` float32 the log of how many tokens each column stands for."""
+        more = torch.zeros(self.alive.shape, device=self.alive.device)
+        for b, counts in enumerate(latest):
+            for position, count in counts.items():
+                more[b, self.place[b, position]] = log(count)
+        return more
 
     def _survivors(self) -> Tensor:
         """``[B, S]`` False where a visual token stands that some stage will drop."""

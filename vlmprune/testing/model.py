@@ -124,13 +124,12 @@ class Rewritten(PruningPolicy):
 
 
 def default_policies(config: Any) -> list[PruningPolicy]:
-    """One that drops, one with two stages, one that changes all it may: at layers that are legal for the family."""
+    """One that drops, one with two stages, one that changes all it may."""
     family, depth = FAMILIES[config.model_type], config.text_config.num_hidden_layers
-    early = family.first(config)
-    late = (early + depth) // 2
+    late = depth // 2
     found: list[PruningPolicy] = [Random(late, keep=0.3)]
-    if early < late:
-        found.append(Stages([Random(early, keep=0.6, seed=1), FastV(late)]))
+    if late > 0:
+        found.append(Stages([Random(0, keep=0.6, seed=1), FastV(late)]))
     if family.packs:
         found.append(Rewritten(late))
     return found
@@ -147,7 +146,6 @@ class _Batch:
     def __init__(self, model: Any, name: str, samples: Samples) -> None:
         parts = find_parts(model)
         self.model, self.name = model, name
-        self.first = parts.family.first(parts.config)
         self.placeholders = list(parts.token_ids.values())
         inputs, _ = make_inputs(parts.config, samples)
         dtype, device = parts.model.dtype, parts.model.device
@@ -183,7 +181,7 @@ class _Batch:
         """Pruning that drops nothing, with the unpruned model."""
         compared = "keep all with unpruned"
         try:
-            with prune(self.model, Uniform(self.first, keep=1.0)):
+            with prune(self.model, Uniform(0, keep=1.0)):
                 _, logits = self.generate()
         except REFUSALS as error:
             return self._refused(compared, error)
@@ -192,7 +190,7 @@ class _Batch:
     def _pruned(self, policy: PruningPolicy, allowed: float) -> Row:
         """A policy's run, with the run in which what it dropped is masked."""
         compared = f"{type(policy).__name__} at {', '.join(map(str, policy.layers))} with masked"
-        recorded = Recorded(policy, earlier_kv=policy.earlier_kv)
+        recorded = Recorded(policy, earlier_kv=policy.earlier_kv, rectify=policy.rectify)
         try:
             with prune(self.model, recorded) as run:
                 tokens, logits = self.generate()
@@ -203,7 +201,8 @@ class _Batch:
         check(
             not texts, "policy", "one without words, for which no mask can stand; its selection", repr(policy)
         )
-        masked = masked_logits(self.model, self.inputs, tokens, answers, policy.earlier_kv == "compact")
+        compact, standing = policy.earlier_kv == "compact", recorded.standing
+        masked = masked_logits(self.model, self.inputs, tokens, answers, compact, standing)
         row = self._row(compared, logits, masked, allowed)
         effect = _largest(masked[:, 0], self.reference[:, 0])
         blind = effect <= allowed and any(_drops(answer) for answer in answers.values())

@@ -64,7 +64,7 @@ CHUNKED: Settings = {
 def situations(needs: Needs, layer: int) -> Iterator[tuple[str, TokenContext]]:
     """Name and context of each situation that a stage with these needs can meet."""
     # what reads those refuses prefill in chunks
-    whole = needs.vision or needs.embeds or needs.rows == "text" or needs.tokens
+    whole = needs.vision or needs.reads_text or needs.tokens
     every = SITUATIONS | (WITH_TOWER if needs.vision else WITHOUT_TOWER)
     if layer:
         every |= LATER | ({} if whole else CHUNKED)

@@ -14,6 +14,7 @@ ACROSS = (
     vlmprune.Feather(layers=(2, 4), keep=0.5),
     vlmprune.PyramidDrop(layers=(2, 4)),
     vlmprune.SparseVLMPlus(layers=(2, 3), keep=(10, 5), heads=3),
+    vlmprune.DART(layer=2, keep=8, pivots=(2, 2)),
 )
 
 

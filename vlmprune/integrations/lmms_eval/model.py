@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from accelerate import Accelerator
@@ -30,6 +31,7 @@ from vlmprune.integrations.lmms_eval.requests import (
     read_policy,
 )
 from vlmprune.models import Report
+from vlmprune.smaller import Shown, Smaller, SmallPictures, as_they_are
 
 
 class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
@@ -39,7 +41,8 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
 
     Args:
         pretrained: checkpoint folder or hub id.
-        policy: ``NAME[:field=value;...]`` as in ``vlmprune list``, with ``;`` between the fields; ``none`` = unpruned.
+        policy: ``NAME[:field=value;...]`` as in ``vlmprune list``, with ``;`` between the fields; ``none`` = unpruned;
+            ``smaller:keep=64`` = unpruned, pictures made smaller to at most 64 visual tokens each (0.25: to a quarter).
         revision: of the checkpoint on the hub.
         processor: where tokenizer, image processor and chat template are, if not in ``pretrained``.
         dtype: auto (the checkpoint's), float32, float16 or bfloat16.
@@ -52,7 +55,7 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
 
     Raises:
         InputError: an argument that does not fit, before the weights are loaded; or weights that are not all there.
-        ModelError: the checkpoint cannot be pruned.
+        ModelError: the checkpoint cannot be pruned, or its pictures cannot be made smaller.
     """
 
     is_simple = False
@@ -72,7 +75,9 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
         system_prompt: str | None = None,
     ) -> None:
         super().__init__()
-        self.policy = read_policy(policy)
+        asked = read_policy(policy)
+        self.smaller = asked if isinstance(asked, Smaller) else None
+        self.policy = None if isinstance(asked, Smaller) else asked
         self.batch_size = read_count("batch_size", batch_size)
         self.max_new_tokens = read_count("max_new_tokens", max_new_tokens)
         self.accelerator = Accelerator()
@@ -86,6 +91,9 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
         templated = self.processor.chat_template is not None
         check(templated, "processor", "one with a chat template", repr(processor or pretrained))
         check_padding(self.processor, self.batch_size)
+        self.config = checkpoint.config
+        if self.smaller is not None:
+            self.pictures = SmallPictures(self.config, self.processor)
         self.model = checkpoint.model
         self.device = self.model.device
         self.system_prompt = self._resolve_system_prompt(system_prompt)
@@ -125,23 +133,29 @@ class VLMPrune(lmms):  # type: ignore[misc]  # untyped base
     def _answer(self, batch: Sequence[Instance]) -> tuple[Report, list[GenerationResult]]:
         """What one batch cost, and the answers to it."""
         settings = batch[0].args[2]
-        inputs = self._make_inputs(batch)
+        shown = self._make_inputs(batch)
         tokenizer = self.processor.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         asked = read_generation(settings, self.max_new_tokens)
-        run, new = generate(self.model, inputs, self.policy, **asked, pad_token_id=pad)
+        with nullcontext() if self.smaller is None else self.pictures.tower(self.model):
+            run, new = generate(self.model, shown.inputs, self.policy, **asked, pad_token_id=pad)
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        read, written = inputs["attention_mask"].sum(1).tolist(), (new != pad).sum(1).tolist()
-        return run.report(), [
+        read, written = shown.inputs["attention_mask"].sum(1).tolist(), (new != pad).sum(1).tolist()
+        return shown.report(run.report(), self.config), [
             GenerationResult(cut(text, settings.get("until")), TokenCounts(*counts))
             for text, *counts in zip(texts, read, written, strict=True)
         ]
 
-    def _make_inputs(self, batch: Sequence[Instance]) -> Any:
-        """Token ids, padded on the left, and pixel values of a batch, on the device."""
+    def _make_inputs(self, batch: Sequence[Instance]) -> Shown:
+        """A batch on the device, its pictures as they are or smaller."""
         texts, images = zip(*map(self._read, batch), strict=True)
-        logger.debug("a prompt of {}: {!r}", batch[0].args[4], texts[0])
-        return make_inputs(self.processor, texts, images, batch[0].args[4]).to(self.device, self.model.dtype)
+        task = batch[0].args[4]
+        logger.debug("a prompt of {}: {!r}", task, texts[0])
+        if self.smaller is None:
+            shown = as_they_are(self.config, make_inputs(self.processor, texts, images, task))
+        else:
+            shown = self.pictures.inputs(texts, images, self.smaller.keep, task)
+        return shown.to(self.device, self.model.dtype)
 
     def _read(self, request: Instance) -> tuple[str, list[Any]]:
         """The prompt of a request, and its images in order."""

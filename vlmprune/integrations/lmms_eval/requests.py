@@ -13,23 +13,26 @@ from vlmprune.errors import check
 from vlmprune.images import as_rgb, open_rgb
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.recipe import policy_from
+from vlmprune.smaller import Smaller
 
 UNPRUNED = "none"
 PARAGRAPH = "\n\n"
 SAMPLING = ("temperature", "top_p", "top_k")
 
 
-def read_policy(given: str | Mapping[str, Any]) -> PruningPolicy | None:
-    """Make a policy from what ``policy_from`` reads; None for ``none``.
+def read_policy(given: str | Mapping[str, Any]) -> PruningPolicy | Smaller | None:
+    """Make a policy from what ``policy_from`` reads; None for ``none``, and ``smaller:keep=...`` for smaller pictures.
 
     In a text ``;`` stands between the fields, ``NAME[:field=value;...]``: lmms-eval splits its ``--model_args`` at commas.
 
     Raises:
-        InputError: as ``policy_from``.
+        InputError: as ``policy_from``, or as ``Smaller.read``.
     """
     check(isinstance(given, str | Mapping), "policy", "NAME[:field=value;...] or none", repr(given))
     source = given.replace(";", ",") if isinstance(given, str) else given
-    return None if source == UNPRUNED else policy_from(source)
+    if source == UNPRUNED:
+        return None
+    return (Smaller.read(source) if isinstance(source, str) else None) or policy_from(source)
 
 
 def read_count(name: str, given: object) -> int:

@@ -116,7 +116,7 @@ def _inputs_like(prompt: Inputs, length: int) -> Inputs:
         room(prompt.visual),
         tuple(map(room, prompt.positions)),
         None if prompt.text is None else room(prompt.text),
-        tuple(map(room, prompt.planes)),
+        tuple(map(torch.zeros_like, prompt.planes)),
         tuple(map(torch.zeros_like, prompt.seen)),
     )
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from vlmprune.constants import counting
@@ -20,7 +19,7 @@ from vlmprune.models.graphs.prompt_rows import PromptRows
 from vlmprune.models.graphs.reads import HostRead
 from vlmprune.models.graphs.store import Graph, Graphs, Inputs
 from vlmprune.models.graphs.unfit import hooked, unfit_call, unfit_model
-from vlmprune.models.host.names import CACHE, DEEPSTACK, Signature
+from vlmprune.models.host.names import CACHE, Signature
 from vlmprune.models.host.parts import Parts
 from vlmprune.models.prefill import RUNNING, Prefill, Unpruned, Wants
 from vlmprune.models.stage import StageRunner
@@ -49,10 +48,8 @@ class FastPath:
         clock: Clock,
         graphs: Graphs,
     ) -> None:
-        text, self.added = parts.text, DEEPSTACK if parts.family.deepstack else ()
-        self.told = Signature(
-            text, ("inputs_embeds", "attention_mask", "position_ids", "use_cache", *self.added)
-        )
+        text = parts.text
+        self.told = Signature(text, ("inputs_embeds", "attention_mask", "position_ids", "use_cache"))
         self.parts, self.policy, self.vision = parts, policy, vision
         self.named = policy, repr(policy)  # keep=1 and keep=1.0 are equal, though one token is not all
         self.clock, self.graphs = clock, graphs
@@ -175,11 +172,14 @@ class FastPath:
             positions is None
         ):  # as the model counts; of its own count the rows behind the prompt would be a part
             positions = counting(visual.shape[0], visual.shape[1], visual.device)
-        planes = (positions,) if positions.ndim == 2 else positions.unbind(0)
+        axes = (positions,) if positions.ndim == 2 else positions.unbind(0)
         text = None if prefill.unpruned.text is None else prefill.unpruned.text.mask
         seen = () if fixed.note is None else parts_of(fixed.note)
-        added = _added(embeds, *(given[name] for name in self.added))
-        return Inputs(rows.rows, embeds, visual, planes, text, added, seen)
+        planes = prefill.planes
+        if self.parts.family.deepstack and not planes:  # left to the text model, which would read the device
+            planes = self.parts.host.deepstack((), given)
+        added = tuple(x.to(embeds) for x in planes)
+        return Inputs(rows.rows, embeds, visual, axes, text, added, seen)
 
     def _key(self, prefill: Prefill, prompt: Inputs, fixed: Bucket) -> Any:
         """All that two prompts of one graph have in common."""
@@ -187,7 +187,10 @@ class FastPath:
         assert unpruned is not None
         stream = torch.cuda.current_stream(embeds.device).cuda_stream if embeds.is_cuda else 0
         note = None if fixed.note is None else (fixed.note.crops, str(fixed.note.thw))
-        shapes = [(x.shape[2:], x.dtype) for x in prompt.by_row()], [(x.shape, x.dtype) for x in prompt.seen]
+        shapes = (
+            [(x.shape[2:], x.dtype) for x in prompt.by_row()],
+            [(x.shape, x.dtype) for x in prompt.whole()],
+        )
         return (
             text,
             self.named,
@@ -200,13 +203,3 @@ class FastPath:
             unpruned.seen,
             *map(tuple, shapes),
         )
-
-
-def _added(
-    embeds: Tensor, where: Tensor | None = None, what: Sequence[Tensor] | None = None
-) -> tuple[Tensor, ...]:
-    """What the text model adds to visual tokens behind its first layers, each as ``[B, S, D]`` with zeros elsewhere."""
-    if where is None or what is None:
-        return ()
-    empty = torch.zeros_like(embeds)
-    return tuple(empty.masked_scatter(where[..., None], x.to(embeds.dtype)) for x in what)

@@ -34,7 +34,7 @@ class PromptRows:
     def fill(self, into: Inputs, prompt: Inputs) -> None:
         """Write what the prompt brings into a graph's inputs."""
         made = ops.gather_tokens(prompt.by_row(), self.rows)
-        torch._foreach_copy_(into.every(), [self.rows, *made, *prompt.seen])
+        torch._foreach_copy_(into.every(), [self.rows, *made, *prompt.whole()])
 
     def unpruned(self) -> Tensor:
         """``[B, S]`` the graph's row of every position of the prompt, -1 = padding."""

@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
         visual: ``[B, L]`` bool, True at visual tokens.
         positions: planes ``[B, L]`` of what the model is told as positions.
         text: ``[B, L]`` bool, the text after the last image; None = no stage reads it.
-        planes: ``[B, L, D]`` each, what is added to the rows behind the first layers (Qwen3-VL).
+        planes: ``[M, D]`` each, what is added to visual tokens behind the first layers (Qwen3-VL).
         seen: what stages read of the vision tower.
     """
 
@@ -43,11 +43,15 @@ class Inputs(NamedTuple):
     def by_row(self) -> list[Tensor]:
         """Those with a row for each of the prompt's positions."""
         text = () if self.text is None else (self.text,)
-        return [self.embeds, self.visual, *self.positions, *text, *self.planes]
+        return [self.embeds, self.visual, *self.positions, *text]
+
+    def whole(self) -> list[Tensor]:
+        """Those that are the same in the prompt's rows and in a graph's."""
+        return [*self.planes, *self.seen]
 
     def every(self) -> list[Tensor]:
         """All of them."""
-        return [self.rows, *self.by_row(), *self.seen]
+        return [self.rows, *self.by_row(), *self.whole()]
 
 
 @dataclass(eq=False)

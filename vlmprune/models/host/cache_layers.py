@@ -28,9 +28,9 @@ Length = int | Tensor
 """Entries held; a 0-d tensor in a static cache, whose decode step must not depend on a Python number."""
 
 
-def lengthen(valid: Tensor, length: int) -> Tensor:
-    """Validity of the first ``length`` entries; those it says nothing about are valid."""
-    return F.pad(valid, (0, max(0, length - valid.shape[1])), value=True)[:, :length]
+def lengthen(known: Tensor, length: int, fill: float = True) -> Tensor:
+    """Validity of the first ``length`` entries, or another number; those that nothing is known about are valid, or ``fill``."""
+    return F.pad(known, (0, max(0, length - known.shape[1])), value=fill)[:, :length]
 
 
 Plain: Any = CacheLayerMixin  # Any: what a subclass finds above it depends on the other base
@@ -46,6 +46,8 @@ class PrunedLayer(Plain):  # type: ignore[misc]
         dropped: tokens seen but not held.
         valid: bool ``[B, P]`` for the first P stored entries (entries after them are valid); None = all are.
         shift: ``[B, 1]`` by how much rotary positions were packed (the tokens to come go on from there), or None.
+        bias: ``[B, P]`` float32 what is added to the logits that the first P stored entries receive (0 to those of entries
+            after them); None = nothing is.
         pending: what ``announce`` or ``admit`` said about the next ``update``.
     """
 
@@ -54,7 +56,8 @@ class PrunedLayer(Plain):  # type: ignore[misc]
     dropped: int = 0
     valid: Tensor | None = None
     shift: Tensor | None = None
-    pending: tuple[Tensor | None, int, Tensor | None] | tuple[()] | None = None
+    bias: Tensor | None = None
+    pending: tuple[Tensor | None, int, Tensor | None, Tensor | None] | tuple[()] | None = None
     static: ClassVar[bool] = False
 
     def stored(self) -> Any:
@@ -69,9 +72,16 @@ class PrunedLayer(Plain):  # type: ignore[misc]
         """Mask length and offset: key j of the mask is the token seen at j + dropped, so causality stays right-aligned."""
         return int(self.stored()) + query_length, self.dropped
 
-    def announce(self, valid: Tensor | None, newly_dropped: int, shift: Tensor | None = None) -> None:
-        """Say what the next ``update`` means: validity of all then stored, tokens seen but not stored, shift from then on."""
-        self.pending = (valid, newly_dropped, shift)
+    def announce(
+        self,
+        valid: Tensor | None,
+        newly_dropped: int,
+        shift: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        """Say what the next ``update`` means: validity of all then stored, tokens seen but not stored, shift from then on,
+        and what is added to the logits of all then stored."""
+        self.pending = (valid, newly_dropped, shift, bias)
 
     def admit(self) -> None:
         """Say that the next ``update`` is a decode step with the right mask and positions: it changes nothing here."""
@@ -93,20 +103,21 @@ class PrunedLayer(Plain):  # type: ignore[misc]
     def settle(self) -> None:
         """The ``update`` that was announced has happened."""
         if self.pending:
-            self.valid, newly_dropped, self.shift = self.pending
+            self.valid, newly_dropped, self.shift, self.bias = self.pending
             self.dropped += newly_dropped
         self.pending = None
 
     def _needs_scope(self, rows: int) -> bool:
-        return self.valid is not None or self.shift is not None or (self.dropped > 0 and rows > 1)
+        told = any(known is not None for known in (self.valid, self.shift, self.bias))
+        return told or (self.dropped > 0 and rows > 1)
 
     def key_mask(self, valid: Tensor | None, past: Length, hidden: Tensor) -> Tensor | None:
         """Which keys the rows ``hidden [B, n, D]`` to come may see at all: bool ``[B, past + n]``, None = all."""
         return None if valid is None else lengthen(valid, int(past) + hidden.shape[1])
 
-    def forget(self, count: int, valid: Tensor | None) -> None:
-        """Count as dropped what ``keep_entries`` removes; ``valid`` is of the entries that stay."""
-        self.valid, self.dropped = valid, self.dropped + count
+    def forget(self, count: int, valid: Tensor | None, bias: Tensor | None = None) -> None:
+        """Count as dropped what ``keep_entries`` removes; ``valid`` and ``bias`` are of the entries that stay."""
+        self.valid, self.bias, self.dropped = valid, bias, self.dropped + count
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens, which must lie behind the pruned ones: not down to a length, as a positive one means."""
@@ -120,6 +131,9 @@ class PrunedLayer(Plain):  # type: ignore[misc]
         super().crop(tokens_to_remove)
         if self.valid is not None and not self.static:  # what a static one writes next is valid as well
             self.valid = self.valid[:, : self.stored()]
+        if self.bias is not None:  # nothing is added to what is written next
+            written = torch.arange(self.bias.shape[1], device=self.bias.device) < self.stored()
+            self.bias = self.bias.masked_fill(~written, 0.0)
 
     def _all_valid(self, start: int, end: int) -> bool:
         return self.valid is None or bool(self.valid[:, start:end].all())
@@ -143,11 +157,12 @@ class PrunedLayer(Plain):  # type: ignore[misc]
         """Change what is kept per sample."""
         self.valid = None if self.valid is None else change(self.valid)
         self.shift = None if self.shift is None else change(self.shift)
+        self.bias = None if self.bias is None else change(self.bias)
 
     def reset(self) -> None:
         """Forget everything, also that it was ever pruned."""
         super().reset()
-        for name in ("dropped", "valid", "shift", "pending"):
+        for name in ("dropped", "valid", "shift", "bias", "pending"):
             self.__dict__.pop(name, None)
         self.__class__ = type(self).__bases__[1]
 
@@ -168,10 +183,19 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):  # type: ignore[misc]  # unty
         """Every mask spans the whole allocation."""
         return self.max_cache_len, self.dropped
 
-    def announce(self, valid: Tensor | None, newly_dropped: int, shift: Tensor | None = None) -> None:
-        """As above; the validity gets its final size, so that a compiled decode step sees one shape."""
-        valid = None if valid is None else lengthen(valid, self.max_cache_len)
-        super().announce(valid, newly_dropped, shift)
+    def announce(
+        self,
+        valid: Tensor | None,
+        newly_dropped: int,
+        shift: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        """As above; validity and bias get their final size, so that a compiled decode step sees one shape."""
+        super().announce(self._whole(valid), newly_dropped, shift, self._whole(bias, 0.0))
+
+    def _whole(self, known: Tensor | None, fill: float = True) -> Tensor | None:
+        """What is known of the entries, for the whole allocation."""
+        return None if known is None else lengthen(known, self.max_cache_len, fill)
 
     def _needs_scope(self, rows: int) -> bool:
         return True  # a mask made for the tokens seen would show entries that hold nothing
@@ -182,9 +206,9 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):  # type: ignore[misc]  # unty
         written = (order < past + hidden.shape[1]).expand(hidden.shape[0], -1)
         return written if valid is None else written & lengthen(valid, self.max_cache_len)
 
-    def forget(self, count: int, valid: Tensor | None) -> None:
+    def forget(self, count: int, valid: Tensor | None, bias: Tensor | None = None) -> None:
         """The same; the allocation stays, and the freed entries are written next."""
-        super().forget(count, None if valid is None else lengthen(valid, self.max_cache_len))
+        super().forget(count, self._whole(valid), self._whole(bias, 0.0))
         self.cumulative_length.sub_(count)
 
 

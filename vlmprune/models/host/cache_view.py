@@ -109,3 +109,16 @@ def extend_validity(old: Tensor | None, past: int, new: Tensor | None, rows: int
     old = torch.ones(batch, past, dtype=torch.bool, device=device) if old is None else old.to(device)
     new = torch.ones(batch, rows, dtype=torch.bool, device=device) if new is None else new
     return torch.cat([old, new], dim=1)
+
+
+def extend_bias(layer: PrunedLayer | None, past: int, weights: Tensor | None, rows: int) -> Tensor | None:
+    """What is added to the logits of ``past`` entries of a layer and of ``rows`` new ones, ``[B, past + rows]``; None = nothing.
+
+    To those of a row that stands for so many tokens, ``weights [B, rows]``, their log is (None = each for itself).
+    """
+    old = None if layer is None else layer.bias
+    if weights is not None:
+        new = weights.log()
+        old = new.new_zeros(len(new), past) if old is None else lengthen(old.to(new.device), past, 0.0)
+        return torch.cat([old, new], dim=1)
+    return None if old is None else lengthen(lengthen(old, past, 0.0), past + rows, 0.0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
+from vlmprune.models.host.names import ONEVISION, SIZES
 from vlmprune.models.host.views import (
     Adapter,
     anyres,
@@ -110,7 +111,7 @@ class Family:
         images, videos: which grids the features of the images and videos are.
         block: setting for the side of the block of patches that the projector turns into one visual token; None = one patch.
         selects: whether the configuration has a strategy for which states of the tower are features.
-        tiles: whether the base model is told sizes of images, by which it cuts them into tiles.
+        tiles: arguments of the base model's ``get_image_features`` that say how images are cut into tiles; () = they are not.
         packs: whether positions can be packed (not with the three-dimensional positions of Qwen-VL).
         deepstack: whether the first decoder layers add intermediate features of the tower to the full sequence (Qwen3-VL).
     """
@@ -124,7 +125,7 @@ class Family:
     videos: Adapter | None = None
     block: str | None = None
     selects: bool = True
-    tiles: bool = False
+    tiles: tuple[str, ...] = ()
     packs: bool = True
     deepstack: bool = False
 
@@ -139,10 +140,6 @@ class Family:
         return (
             told if isinstance(told, int) else round(1 / told)
         )  # InternVL: the share of the side that is left
-
-    def first(self, config: Any) -> int:
-        """The first decoder layer that can be a stage."""
-        return len(config.vision_config.deepstack_visual_indexes) if self.deepstack else 0
 
 
 def idefics(name: str) -> Family:
@@ -175,8 +172,8 @@ def qwen(name: str, deepstack: bool = False) -> Family:
 
 FAMILIES = {
     "llava": Family(),
-    "llava_next": Family(images=anyres, tiles=True),
-    "llava_onevision": Family(images=anyres, videos=pooled_frames, tiles=True),
+    "llava_next": Family(images=anyres, tiles=(SIZES,)),
+    "llava_onevision": Family(images=anyres, videos=pooled_frames, tiles=(SIZES, *ONEVISION)),
     "internvl": Family(towers=("internvl_vision",), block="downsample_ratio"),
     "idefics3": idefics("idefics3"),
     "smolvlm": idefics("smolvlm"),

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
-from vlmprune.models.host.cache_layers import Length, PrunedLayer
+from vlmprune.errors import ModelError
+from vlmprune.models.host.cache_layers import Length, PrunedLayer, lengthen
 from vlmprune.register import NAME
+
+ADDS = ("sdpa", "eager", NAME)
+"""Implementations whose masks may be numbers that are added to the logits."""
+
+
+def check_adds(config: Any) -> None:
+    """Raise ModelError for an attention implementation that cannot give some keys more weight than others."""
+    if config._attn_implementation not in ADDS:
+        raise ModelError(
+            f"attn_implementation: expected {', '.join(map(repr, ADDS[:-1]))} or {ADDS[-1]!r} with rectify=True (others add "
+            f"nothing to the logits of single keys), got {config._attn_implementation!r}"
+        )
 
 
 def pruned_mask(
@@ -18,6 +32,7 @@ def pruned_mask(
     past: Length,
     layer: PrunedLayer | None,
     left: bool = False,
+    bias: Tensor | None = None,
 ) -> Any:
     """The causal mask in the format of the attention implementation (None where it needs none).
 
@@ -28,14 +43,20 @@ def pruned_mask(
         past: entries the cache layer holds already.
         layer: the cache layer, or None without a cache.
         left: every sample's padding among the rows is known to stand on their left, as a stage leaves it.
+        bias: float32 ``[B, P]`` what is added to the logits of the first keys, 0 to those of the others; None = nothing.
+
+    Raises:
+        ModelError: a bias, and an implementation that has no place for it.
     """
     batch, rows = hidden.shape[:2]
     build = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
     if build is None:  # as transformers has it for implementations without a mask function
         return None
-    static = layer is not None and layer.static
+    if bias is not None:
+        check_adds(config)
+    plain, static = bias is None, layer is not None and layer.static
     valid = None if valid is None else valid.to(hidden.device)
-    return build(
+    mask = build(
         batch_size=batch,
         q_length=rows,
         kv_length=rows if layer is None else layer.get_mask_sizes(rows)[0],
@@ -44,10 +65,18 @@ def pruned_mask(
         mask_function=causal_mask_function,
         attention_mask=valid if layer is None else layer.key_mask(valid, past, hidden),
         # Leaving the mask out is only asked for where no value has to be read from the device to decide it.
-        allow_is_causal_skip=valid is None and not (static and rows == 1),
+        allow_is_causal_skip=plain and valid is None and not (static and rows == 1),
         dtype=hidden.dtype,
         config=config,
         use_vmap=False,
         device=hidden.device,
-        **({"left_padded": True} if left and config._attn_implementation == NAME else {}),
+        **({"left_padded": True} if plain and left and config._attn_implementation == NAME else {}),
     )
+    return mask if bias is None else _added(mask, bias, hidden)
+
+
+def _added(mask: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
+    """``bias [B, P]`` where a mask ``[B, 1, n, S]``, bool or to be added, shows a key; in the dtype of the rows."""
+    more = lengthen(bias.to(hidden.device, hidden.dtype), mask.shape[-1], 0.0)[:, None, None]
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    return torch.where(seen, more, torch.finfo(hidden.dtype).min)

@@ -7,7 +7,7 @@ a wrong answer without a word.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -52,13 +52,13 @@ def attribute(owner: Any, name: str) -> Any:
 
 
 class Signature:
-    """The arguments of a module's ``forward``, or of a method, found by name however the caller passed them."""
+    """The arguments of a module's ``forward``, or of another method, found by name however the caller passed them."""
 
-    def __init__(self, module: nn.Module | Callable[..., Any], names: Iterable[str]) -> None:
-        # A module's is its class's: accelerate and others put their own function in front of an instance's.
-        function = type(module).forward if isinstance(module, nn.Module) else module
-        self.where = function.__qualname__
-        parameters = inspect.signature(function).parameters
+    def __init__(self, module: nn.Module, names: Iterable[str], method: str = "forward") -> None:
+        # The class's: accelerate and others put their own function in front of an instance's.
+        kind = type(module)
+        self.where = f"{kind.__name__}.{method}"
+        parameters = inspect.signature(attribute(kind, method)).parameters
         self.order = [name for name in parameters if name != "self"]
         for name in names:
             if name not in parameters:
@@ -117,18 +117,27 @@ class Host:
     Args:
         model, base, layers: the model, its base model, its decoder layers.
         pixels: the base model's argument for the pixels of each kind.
+        deep: the text model, if it adds features to visual tokens behind its first layers; else None.
 
     Raises:
         VersionError: one of them is not there.
     """
 
-    def __init__(self, model: nn.Module, base: nn.Module, layers: list[Any], pixels: dict[str, str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        base: nn.Module,
+        layers: list[Any],
+        pixels: dict[str, str],
+        deep: nn.Module | None = None,
+    ) -> None:
         self.model = Signature(model, MODEL)
         self.ahead = release(transformers.__version__) >= (5, 18)
         ahead = (ENCODED,) if self.ahead else ()
         self.base, self.pixels = Signature(base, (*BASE, *ahead, *pixels.values())), pixels
         self.cache = Signature(layers[0], LAYER).first(CACHE)
         Signature(layers[0].self_attn, (*ATTENTION, self.cache))
+        self.deep = None if deep is None else Signature(deep, DEEPSTACK)
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         """Read a call of the base model."""
@@ -149,6 +158,12 @@ class Host:
             pixels=tuple(kind for kind, x in pixels.items() if x is not None and len(x)),
             packed=any(name in given and given[name] is not None for name in PACKED),
         )
+
+    def deepstack(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """What a call of the text model is to add to visual tokens behind its first layers, ``[M, D]`` each."""
+        assert self.deep is not None
+        features = self.deep.read(args, kwargs)[DEEPSTACK[1]]
+        return () if features is None else tuple(features)
 
     def told(self, kwargs: Mapping[str, Any], name: str) -> Any:
         """An argument that the text model gives every decoder layer by keyword."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -101,12 +102,26 @@ def _check_attention(text: Any) -> None:
 
 
 def check_stages(policy: PruningPolicy, config: Any) -> None:
-    """Raise ValueError if a stage lies beyond the last decoder layer, or before the first at which it can be."""
-    depth, first = config.text_config.num_hidden_layers, FAMILIES[config.model_type].first(config)
+    """Raise ValueError if a stage lies beyond the last decoder layer."""
+    depth = config.text_config.num_hidden_layers
     for layer in policy.layers:
         check(layer < depth, "layer", f"at most {depth - 1} (the decoder has {depth} layers)", layer)
-        why = f"{config.model_type} adds visual features to the whole prompt up to layer {first - 1}"
-        check(layer >= first, "layer", f"at least {first} ({why})", layer)
+
+
+def check_features(parts: Parts, features: Sequence[Tensor]) -> None:
+    """Raise ModelError where ``features`` cannot be added to the rows that enter the decoder layers 1, 2, ..."""
+    layer, count = parts.layers[0], len(parts.layers)
+    if len(features) >= count:
+        raise ModelError(
+            f"deepstack_visual_indexes: expected fewer than the {count} decoder layers, got {len(features)}"
+        )
+    if layer.training and layer.gradient_checkpointing and any(x.requires_grad for x in features):
+        run = attribute(layer, "_gradient_checkpointing_func")
+        if isinstance(run, partial) and run.keywords.get("use_reentrant") is True:
+            raise ModelError(
+                "gradient checkpointing: expected use_reentrant=False with stages at or before the layers that a vision "
+                "tower in training adds features to, got True (it has no way for their gradients)"
+            )
 
 
 def patch_grid(config: Any) -> Grid:
@@ -139,7 +154,9 @@ def find_parts(model: Any) -> Parts:
         vision=getattr(base, family.vision),
         projector=base.get_submodule(family.projector),
         config=config,
-        host=Host(model, base, layers, {kind: PIXELS[kind] for kind in kinds}),
+        host=Host(
+            model, base, layers, {kind: PIXELS[kind] for kind in kinds}, text if family.deepstack else None
+        ),
         family=family,
         tower=TOWERS[config.vision_config.model_type],
         token_ids={kind: attribute(config, f"{kind}_token_id") for kind in kinds},
