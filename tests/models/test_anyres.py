@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import wraps
+
 import pytest
 import torch
 import transformers as hf
@@ -10,7 +13,7 @@ from PIL import Image
 import vlmprune
 from helpers import families_oracle as family
 from helpers.device import placed
-from helpers.families import CASES, IMAGE, build
+from helpers.families import CASES, IMAGE, build, prompts
 
 SIZES = [(10_000, 10), (1_500, 20), (700, 10), (10, 10_000), (10, 700), (1, 1), (100, 12)]
 """Width and height."""
@@ -50,3 +53,43 @@ def test_extreme_shapes_equal_the_masked_run(name, size):
     want = family.oracle(model, inputs, family.dropped_from(run, inputs))[1]
     got = torch.stack(out.logits, 1)
     torch.testing.assert_close(got, want[:, : got.shape[1]], rtol=0, atol=family.TOLERANCE)
+
+
+def test_other_codes_way_of_encoding_is_kept():
+    """What stood in the place of get_image_features is called in the scope, and stands there again after it."""
+    case = CASES["llava_next"]
+    model, policy = build(case), vlmprune.FasterVLM(keep=3)
+    inputs, _ = prompts(case, case.padded)
+    with vlmprune.prune(model, policy):
+        want = family.generate(model, inputs)[1]
+    calls, usual = [], model.model.get_image_features
+
+    @wraps(usual)
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return usual(*args, **kwargs)
+
+    model.model.get_image_features = counting
+    with vlmprune.prune(model, policy):
+        assert torch.equal(family.generate(model, inputs)[1], want)
+    assert calls == [1] and vars(model.model)["get_image_features"] is counting
+    with vlmprune.prune(model, policy):
+        del model.model.get_image_features
+        model.model.get_image_features = counting  # put there within the scope: it stays, too
+    assert vars(model.model)["get_image_features"] is counting
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "qwen2_5_vl"])
+def test_a_copy_of_an_attached_model_prunes_by_itself(name):
+    case = CASES[name]
+    model, policy = build(case), vlmprune.FasterVLM(keep=3, positions="keep")
+    inputs, _ = prompts(case, case.padded)
+    plain = family.generate(model, inputs)[1]
+    vlmprune.attach(model, policy)
+    copy = deepcopy(model)
+    want = family.generate(model, inputs)[1]
+    vlmprune.detach(model)
+    assert torch.equal(family.generate(copy, inputs)[1], want)
+    assert torch.equal(family.generate(model, inputs)[1], plain)
+    vlmprune.detach(copy)
+    assert torch.equal(family.generate(copy, inputs)[1], plain) and not torch.equal(want, plain)

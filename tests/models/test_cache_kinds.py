@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
-from transformers.cache_utils import DynamicLayer, QuantizedLayer
+from transformers.cache_utils import DynamicLayer
 
 import vlmprune
+from helpers.caches import rounded_cache, without_streams
 from helpers.tiny import LAYERS, dropped_from, generate, make_batch, make_model, oracle
 from vlmprune.errors import ModelError
-from vlmprune.models.host import cache_layers
 
 ONE = [[4, "I", 7]]
 PADDED = [["I", 9, "I", 4], [3, "I", 5], [12]]
@@ -117,20 +115,9 @@ def test_compiled_prefill():
 # Offloaded, quantized, none
 
 
-class Stream(nullcontext):
-    """transformers' offloading uses CUDA streams whatever the device; without one there is nothing to wait for."""
-
-    def wait_stream(self, other):
-        pass
-
-    synchronize = nullcontext.__enter__
-
-
 @pytest.fixture
 def streams(monkeypatch):
-    if not torch.cuda.is_available():
-        monkeypatch.setattr("torch.Stream", Stream)
-        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    without_streams(monkeypatch)
 
 
 @pytest.mark.parametrize("policy", [SAVES_KEYS, PACKS, vlmprune.FastV(layer=2, keep=3, earlier_kv="compact")])
@@ -148,28 +135,9 @@ def test_no_cache(model):
     same(pruned(model, batch, SAVES_KEYS, 1, use_cache=False), want)
 
 
-class Rounded(QuantizedLayer):
-    """A stand-in for the integer backends, which need other packages: 16 bits, one scale."""
-
-    def _quantize(self, tensor, axis):
-        scale = tensor.abs().amax() / 32767
-        return (tensor / scale).round().to(torch.int16), scale
-
-    def _dequantize(self, q_tensor):
-        return q_tensor[0] * q_tensor[1]
-
-
-class PrunedRounded(cache_layers.PrunedLayer, Rounded):
-    pass
-
-
 @pytest.fixture
 def rounded(monkeypatch, model):
-    """A quantized cache of the residual-window kind; the window overflows while decoding."""
-    monkeypatch.setitem(cache_layers.PRUNED, Rounded, PrunedRounded)
-    cache = DynamicCache(config=model.config)
-    cache.layers = [Rounded(residual_length=3) for _ in range(LAYERS)]
-    return cache
+    return rounded_cache(monkeypatch, model.config, LAYERS)
 
 
 @pytest.mark.parametrize("policy", [SAVES_KEYS, PACKS])

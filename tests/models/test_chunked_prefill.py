@@ -7,7 +7,6 @@ import torch
 
 import vlmprune
 from helpers.tiny import IMAGE, STEPS, assert_equals_oracle, generate, make_batch, make_model, upstream
-from vlmprune.errors import ModelError
 
 FASTV = vlmprune.FastV(layer=2, keep=0.4)
 
@@ -82,25 +81,6 @@ def test_chunks_share_the_budget_the_grid_and_the_record(model):
         whole = run.report().flops
         generate(model, batch, 2, prefill_chunk_size=8)
         assert run.report().flops.full == whole.full
-
-
-REFUSED_IN_CHUNKS = {
-    "text": (
-        vlmprune.SparseVLM(layers=(2, 3), keep=(10, 5)),
-        r"^prefill_chunk_size: expected None with a method that",
-    ),
-    "vision": (
-        vlmprune.VisionZip(),
-        r"^vision: expected query and key of the 1 crops of this call, got none",
-    ),
-}
-
-
-@upstream("loses the images of a chunked prefill")
-@pytest.mark.parametrize("policy, message", REFUSED_IN_CHUNKS.values(), ids=REFUSED_IN_CHUNKS)
-def test_methods_that_need_the_whole_prompt_refuse_chunks(model, policy, message):
-    with pytest.raises(ModelError, match=message), vlmprune.prune(model, policy):
-        generate(model, make_batch([[8, "I", 7]]), 1, prefill_chunk_size=10)
 
 
 @upstream("loses the images of a chunked prefill")

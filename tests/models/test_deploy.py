@@ -16,6 +16,8 @@ from helpers.families import IMAGE, VIDEO
 from helpers.families import build as family_model
 from helpers.families import prompts as family_prompts
 from helpers.rank import chosen, one_rank
+from helpers.table import CELLS, KINDS
+from helpers.table import FAMILIES as TABLE
 from helpers.tiny import LAYERS, TOLERANCE, dropped_from, generate, make_batch, make_model, oracle
 from vlmprune.errors import ModelError
 from vlmprune.models.decoder_reads import _ranks
@@ -95,17 +97,10 @@ def spread(model):
     return places | dict.fromkeys(own, "cpu")
 
 
-FAMILY_POLICIES = {
-    name: vlmprune.Feather(layers=(2, 4), keep=0.5)
-    for name in FAMILIES
-    if "-video" not in name or "2_5" in name
-}
-
-
 # Unpruned, transformers itself fails with these offloaded: it encodes images outside of any forward.
 NOT_OFFLOADED = ("llava_next", "llava_onevision", "idefics3")
-PLACED = [("dispatched", name) for name in FAMILY_POLICIES]
-PLACED += [("offloaded", name) for name in FAMILY_POLICIES if name not in NOT_OFFLOADED]
+PLACED = [("dispatched", name) for name in TABLE]
+PLACED += [("offloaded", name) for name in TABLE if not name.startswith(NOT_OFFLOADED)]
 
 
 @pytest.mark.parametrize("how, name", PLACED)
@@ -122,8 +117,7 @@ def test_every_family_on_accelerates_devices(how, name):
         "max_new_tokens": 3,
     }
     settings["suppress_tokens"] = [IMAGE, VIDEO]
-    policies = [FAMILY_POLICIES[name], vlmprune.FasterVLM(keep=2, positions="keep")]
-    for policy in policies:
+    for policy in [KINDS[kind] for family, kind in CELLS if family == name]:
         model = family_model(case)
         with vlmprune.prune(model, policy):
             want = torch.stack(model.generate(**inputs, **settings).logits)

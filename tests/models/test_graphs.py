@@ -10,6 +10,8 @@ from transformers import CompileConfig
 import vlmprune
 from helpers.families import CASES, build, prompts
 from helpers.recorder import Recorder
+from helpers.table import CELLS, KINDS
+from helpers.table import FAMILIES as TABLE
 from helpers.tiny import BEFORE_PREFILL, STEPS, generate, make_batch, make_model, upstream
 from vlmprune import Graphs
 from vlmprune.policies import PruningPolicy
@@ -122,17 +124,13 @@ def test_every_method_is_in_one_of_the_tables():
     assert {policies()[name] for name in BUILT_IN} <= made | elsewhere
 
 
-INSIDE, TOWER = (
-    vlmprune.FastV(layer=3, keep=0.4),
-    vlmprune.VScan(0.6, 0.5, layer=3, window=2, shallow_layer=0, positions="keep"),
-)
+BOTH = {"both-tower": vlmprune.VScan(0.6, 0.5, layer=3, window=2, shallow_layer=0, positions="keep")}
 
 
 @pytest.mark.parametrize("samples", ["one", "padded"])
-@pytest.mark.parametrize("policy", [INSIDE, TOWER], ids=["inside", "tower"])
-@pytest.mark.parametrize("name", CASES)
-def test_families(name, policy, samples):
-    case = CASES[name]
+@pytest.mark.parametrize("family, kind", [*CELLS, *((family, "both-tower") for family in TABLE)])
+def test_families(family, kind, samples):
+    case, policy = CASES[family], (KINDS | BOTH)[kind]
     model, graphs = build(case), Graphs(recorder=(recorder := Recorder()))
     for seed in range(3):
         batch, _ = prompts(case, (case.one,) if samples == "one" else case.padded, seed)

@@ -11,6 +11,7 @@ import torch
 import vlmprune
 from helpers.families import CASES as FAMILIES
 from helpers.families import build, prompts
+from helpers.table import CELLS, KINDS
 from helpers.tiny import BEFORE_PREFILL, generate, make_batch, make_model
 
 THREADS, ROUNDS = 4, 3
@@ -83,21 +84,16 @@ def test_threads_do_not_meet(name, how, quick_switches):
     vlmprune.detach(model)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_next"])
-def test_threads_with_images_of_unequal_size(name, quick_switches):
-    case = FAMILIES[name]
-    model, kinds = build(case), ("wide", "tall", "wide")
-    calls = [prompts(case, ((2 + i, kind, 4 + i),), i)[0] for i, kind in enumerate(kinds)]
-    settings = {
-        "do_sample": False,
-        "output_logits": True,
-        "return_dict_in_generate": True,
-        "max_new_tokens": 3,
-    }
+@pytest.mark.parametrize("family, kind", CELLS)
+def test_threads_with_images_of_unequal_size(family, kind, quick_switches):
+    case = FAMILIES[family]
+    model, shapes = build(case), ("wide", "tall", "wide")
+    calls = [prompts(case, ((2 + i, shape, 4 + i),), i)[0] for i, shape in enumerate(shapes)]
+    settings = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
     def answer(i):
-        return torch.stack(model.generate(**calls[i], **settings).logits)
+        return torch.stack(model.generate(**calls[i], **settings, max_new_tokens=3).logits)
 
-    with vlmprune.prune(model, vlmprune.Feather(layers=(2, 4), keep=0.5)):
+    with vlmprune.prune(model, KINDS[kind]):
         alone = [answer(i) for i in range(3)]
         all_equal(answers_in_threads(answer, 3), alone)

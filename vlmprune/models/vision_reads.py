@@ -166,23 +166,24 @@ def _together(notes: Sequence[Encoded]) -> Encoded:
 class Instead:
     """Stands on one base model in the place of ``get_image_features``, whose sizes of images reach no module of it.
 
-    Both the model's own forward and ``generate``, which encodes ahead, go through it. Acts as a hook's handle.
+    Both the model's own forward and ``generate``, which encodes ahead, go through it. What other code has put in that place
+    before is called, and stands there again afterwards. Acts as a hook's handle.
     """
 
     id = "get_image_features"
 
     def __init__(self, base: Any, reads: VisionReads) -> None:
-        self.base, self.reads = base, reads
+        self.base, self.reads, self.before = base, reads, vars(base).get(self.id)
         self.names = reads.parts.family.tiles
         self.told = Names(base, self.names, self.id)
         vars(base)[self.id] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The class's own, whose run of the tower then knows of the sizes."""
+        """What stood here before, else the class's own; its run of the tower then knows of the sizes."""
         mine, given = self.reads.mine, self.told.read(args, kwargs)
         mine.sizes = self._sizes(given)
         try:
-            return type(self.base).get_image_features(self.base, *args, **kwargs)
+            return self._method(*args, **kwargs)
         finally:
             mine.sizes = None
 
@@ -198,13 +199,24 @@ class Instead:
 
     @property
     def __signature__(self) -> Signature:
-        """The class's own: by its names ``generate`` knows what to hand over."""
-        return signature(MethodType(type(self.base).get_image_features, self.base))
+        """That of what it stands for: by its names ``generate`` knows what to hand over."""
+        return signature(self._method)
+
+    @property
+    def _method(self) -> Any:
+        return (
+            MethodType(type(self.base).get_image_features, self.base) if self.before is None else self.before
+        )
 
     def hooks_dict_ref(self) -> dict[str, Any]:
         """Where it stands."""
         return vars(self.base)
 
     def remove(self) -> None:
-        """Leave."""
-        vars(self.base).pop(self.id, None)
+        """Leave, unless other code stands there now."""
+        place = vars(self.base)
+        if place.get(self.id) is not self:
+            return
+        del place[self.id]
+        if self.before is not None:
+            place[self.id] = self.before
