@@ -86,6 +86,16 @@ def test_each_crop_as_if_alone(policy):
                 torch.testing.assert_close(made[places[n]], row)
 
 
+@pytest.mark.parametrize("share", [0.01, 0.04])
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_with_fewer_tokens_than_crops_the_first_crops_keep_one_each(policy, share):
+    policy = policy.at(share)
+    ctx = mosaic(sight([((ROWS, COLUMNS),)] * 3, layers=tuple(policy.needs(0).vision) or (-2,)))
+    index = answer(policy, ctx).index[0].tolist()
+    owner = [next(i for i, crop in enumerate(CROPS) if n in places_of(crop)) for n in index]
+    assert sorted(owner) == [*range(max(1, int(64 * share)))]
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 def test_kept_positions_ascend_and_packed_ones_stand_crop_by_crop(policy):
     alone = sight([((ROWS, COLUMNS),)] * 3, layers=tuple(policy.needs(0).vision) or (-2,))

@@ -174,8 +174,8 @@ def rank_within(scores: Tensor, groups: Tensor) -> Tensor:
 def merge_dropped(hidden: Tensor, picked: Tensor) -> Tensor:
     """Rows ``[I, k, D]`` of the picked tokens ``[I, k]``, each the mean of itself and the dropped ones nearest to it."""
     P, k = hidden.shape[1], picked.shape[1]
-    if k == P:
-        return hidden
+    if k in (0, P):  # nothing to merge into, or nothing to merge
+        return hidden[:, :k]
     dropped = others(picked, P)
     own = torch.arange(k, device=picked.device).expand_as(picked)
     assigned = picked.new_zeros(picked.shape[0], P).scatter(1, picked, own)
