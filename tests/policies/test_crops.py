@@ -121,3 +121,25 @@ def test_newlines_stay_when_all_others_do(keep):
         if got.hidden is not None:
             assert all((got.hidden[0, index.index(n)] == 7).all() for n in NEWLINES[:some])
     assert alone.counts == (20, 20, 20)
+
+
+@pytest.mark.parametrize(
+    "method", [vlmprune.FasterVLM(keep=18), vlmprune.Random(0, keep=16, spend="crop")], ids=repr
+)
+def test_without_sinks_every_crop_keeps_its_share_of_others(method):
+    """Tiles lie in one another's rows: what takes a sink's place is the next best of its own crop."""
+    alone = sight([((ROWS, COLUMNS),)] * 3)
+    alone = replace(alone, hidden=torch.ones_like(alone.hidden))
+    plain, ctx = answer(method, mosaic(alone)).index[0].tolist(), mosaic(alone)
+    ctx.hidden[0, plain[::2], 3] = 100.0  # every second one that would stay is a sink
+    policy = vlmprune.WithoutSinks(method, tau=1.5)
+    sinks, got = {*plain[::2]}, answer(policy, ctx).index[0].tolist()
+    assert policy.spends(0) == "crop" and {*ctx.hidden[0, :, 3].gt(1.5).nonzero()[:, 0].tolist()} == {
+        *sinks,
+        *NEWLINES,
+    }
+    for i, crop in enumerate(CROPS):
+        here = {*places_of(crop)}
+        more = method.kept(64, 1, 0) // 3 + (i < method.kept(64, 1, 0) % 3)
+        assert {*got} & here >= {*plain} & here - sinks and len({*got} & here) == more
+    assert not {*got} & sinks and not {*got} & {*NEWLINES}
