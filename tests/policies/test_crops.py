@@ -88,6 +88,16 @@ def test_each_crop_as_if_alone(policy):
                 torch.testing.assert_close(made[places[n]], row)
 
 
+@pytest.mark.parametrize("share", [0.01, 0.04])
+@pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
+def test_with_fewer_tokens_than_crops_the_first_crops_keep_one_each(policy, share):
+    policy = policy.at(share)
+    ctx = mosaic(sight([((ROWS, COLUMNS),)] * 3, layers=tuple(policy.needs(0).vision) or (-2,)))
+    index = answer(policy, ctx).index[0].tolist()
+    owner = [next(i for i, crop in enumerate(CROPS) if n in places_of(crop)) for n in index]
+    assert sorted(owner) == [*range(max(1, int(64 * share)))]
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
 def test_kept_positions_ascend_and_packed_ones_stand_crop_by_crop(policy):
     alone = sight([((ROWS, COLUMNS),)] * 3, layers=tuple(policy.needs(0).vision) or (-2,))
@@ -136,3 +146,25 @@ def test_tokens_merge_within_their_crop_and_into_contextual_ones():
         targets = {merged[n] for n in own if merged[n] >= 0}
         assert targets <= own & {*index} and len(targets) <= 2
         assert sum(merged[n] >= 0 for n in own) == 20 - 6 and all(merged[n] < 0 for n in index)
+
+
+@pytest.mark.parametrize(
+    "method", [vlmprune.FasterVLM(keep=18), vlmprune.Random(0, keep=16, spend="crop")], ids=repr
+)
+def test_without_sinks_every_crop_keeps_its_share_of_others(method):
+    """Tiles lie in one another's rows: what takes a sink's place is the next best of its own crop."""
+    alone = sight([((ROWS, COLUMNS),)] * 3)
+    alone = replace(alone, hidden=torch.ones_like(alone.hidden))
+    plain, ctx = answer(method, mosaic(alone)).index[0].tolist(), mosaic(alone)
+    ctx.hidden[0, plain[::2], 3] = 100.0  # every second one that would stay is a sink
+    policy = vlmprune.WithoutSinks(method, tau=1.5)
+    sinks, got = {*plain[::2]}, answer(policy, ctx).index[0].tolist()
+    assert policy.spends(0) == "crop" and {*ctx.hidden[0, :, 3].gt(1.5).nonzero()[:, 0].tolist()} == {
+        *sinks,
+        *NEWLINES,
+    }
+    for i, crop in enumerate(CROPS):
+        here = {*places_of(crop)}
+        more = method.kept(64, 1, 0) // 3 + (i < method.kept(64, 1, 0) % 3)
+        assert {*got} & here >= {*plain} & here - sinks and len({*got} & here) == more
+    assert not {*got} & sinks and not {*got} & {*NEWLINES}

@@ -120,15 +120,22 @@ def ranked(
     if groups.in_line:
         sizes, keep = (groups.by_sample(n) for n in (groups.tokens, quota.kept))
         return Ranking(scores, keep, sizes, positions=positions, static=static)
-    all_scores = scores.scores() if isinstance(scores, Rating) else scores
-    code = groups.padding(ctx.device)
-    absent = None if code is None else torch.where(code, 0, 2).to(torch.int8)
+    return _chosen(ctx, groups, quota, scores.scores() if isinstance(scores, Rating) else scores, positions)
+
+
+def _chosen(ctx: TokenContext, groups: Groups, quota: Quota, scores: Tensor, positions: Positions) -> Ranking:
+    """The best of every group, where groups lie in one another's rows: what is chosen has score 1, all else 0."""
+
+    def behind(last: Tensor) -> Ranking:
+        return _chosen(ctx, groups, quota, scores.masked_fill(last, -torch.inf), positions)
+
+    there = groups.padding(ctx.device)
+    absent = None if there is None else torch.where(there, 0, 2).to(torch.int8)
     wanted = whole_numbers(quota.kept, ctx.device)
-    best = ops.select_topk(groups.split(all_scores), wanted, code=absent)[0][:, : max(quota.kept)]
-    chosen = marks(groups.index(best, quota), ctx.mask.shape[1])
-    return Ranking(
-        chosen.float(), tuple(map(sum, groups.by_sample(quota.kept, quota.rest))), positions=positions
-    )
+    best = ops.select_topk(groups.split(scores), wanted, code=absent)[0][:, : max(quota.kept)]
+    chosen = marks(groups.index(best, quota), ctx.mask.shape[1]).float()
+    keep = tuple(map(sum, groups.by_sample(quota.kept, quota.rest)))
+    return Ranking(chosen, keep, positions=positions, again=behind)
 
 
 def _groups(ctx: TokenContext, spend: str) -> Groups:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -94,6 +94,8 @@ class Ranking:
         positions: "keep" their rotary positions, or "pack" all rows to 0, 1, 2, ... without gaps.
         static: whether all of this is the same for prompts of the same counts, grids and shapes, but for the attention that a
             ``Rating`` reads: such a prompt is then pruned without asking the policy again.
+        again: where ``scores`` say what a choice of another kind has found (by crop): that choice made anew with the tokens
+            ``[B, N]`` bool behind all others; None = scores are what tokens compete by.
     """
 
     scores: Tensor | Rating
@@ -103,6 +105,7 @@ class Ranking:
     extra: Counts | None = None
     positions: Positions = "keep"
     static: bool = False
+    again: Callable[[Tensor], Ranking] | None = None
 
     @property
     def least(self) -> Counts:
@@ -150,6 +153,12 @@ class Ranking:
     def ahead(self, first: Tensor) -> Ranking:
         """The same with the tokens ``first [B, N]`` before all others."""
         return replace(self, scores=self.scored().masked_fill(first, float("inf")))
+
+    def behind(self, last: Tensor) -> Ranking:
+        """The same with the tokens ``last [B, N]`` behind all others that they compete with."""
+        if self.again is not None:
+            return self.again(last)
+        return replace(self, scores=self.scored().masked_fill(last, float("-inf")), static=False)
 
     def index(self, ctx: TokenContext) -> Tensor:
         """Numbers ``[B, K]`` of the tokens that stay, ascending, -1 on the right; with ``extra`` one host read."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from vlmprune.constants import whole_numbers
@@ -82,9 +81,7 @@ class WithoutSinks(PruningPolicy):
         return self.method.needs(layer) | Needs(hidden=True)
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        ranking = self.method.rank(ctx)
-        last = ranking.scored().masked_fill(self.sinks(ctx), -torch.inf)
-        return replace(ranking, scores=last, static=False)
+        return self.method.rank(ctx).behind(self.sinks(ctx))
 
     def sinks(self, ctx: TokenContext) -> Tensor:
         """``[B, N]`` bool, True at sinks. What is not finite is none."""
@@ -101,6 +98,9 @@ class WithoutSinks(PruningPolicy):
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         return self.method.kept(tokens, images, layer)
+
+    def spends(self, layer: int) -> str:
+        return self.method.spends(layer)
 
     def forget(self) -> None:
         self.method.forget()

@@ -180,8 +180,8 @@ def merge_dropped(hidden: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
     And into which place every token was merged, ``[I, P]``, -1 = it was picked.
     """
     P, k = hidden.shape[1], picked.shape[1]
-    if k == P:
-        return hidden, torch.full(hidden.shape[:2], -1, dtype=torch.int64, device=hidden.device)
+    if k in (0, P):  # nothing to merge into, or nothing to merge
+        return hidden[:, :k], torch.full(hidden.shape[:2], -1, dtype=torch.int64, device=hidden.device)
     dropped = others(picked, P)
     own = torch.arange(k, device=picked.device).expand_as(picked)
     assigned = picked.new_zeros(picked.shape[0], P).scatter(1, picked, own)
