@@ -102,11 +102,17 @@ def test_compiled_decode_is_one_graph(specs):
     assert not counters["graph_break"]
 
 
-def test_compiled_prefill():
-    """Graph breaks are allowed there; the results are the same."""
+COMPILED = {
+    "inside": vlmprune.FastV(layer=1, keep=5, earlier_kv="compact"),
+    "tower": vlmprune.FasterVLM(keep=5),
+}
+
+
+@pytest.mark.parametrize("policy", COMPILED.values(), ids=COMPILED)
+def test_compiled_prefill(policy):
+    """Graph breaks are allowed there; the results are the same, also with one layer of a tower read that is not its first."""
     torch._dynamo.reset()
     model, batch = make_model(num_hidden_layers=2), make_batch(ONE)
-    policy = vlmprune.FastV(layer=1, keep=5, earlier_kv="compact")
     want = pruned(model, batch, policy, 2)
     model.forward = torch.compile(model.forward, backend="eager")
     same(pruned(model, batch, policy, 2), want)

@@ -59,12 +59,19 @@ class VisionReads:
                 keep = partial(self._keep_fused, layer, attn)
                 handles.append(attribute(attn, fused).register_forward_hook(keep))
             for name in ("q", "k") if fused is None else ():
-                # A norm behind the projection (InternVL) has the last word on it.
-                module = attribute(attn, f"{name}_norm" if self.parts.tower.normed else f"{name}_proj")
-                handles.append(module.register_forward_hook(partial(self._keep, layer, name, attn)))
+                keep = partial(self._keep, layer, name, attn)
+                handles.append(self._projection(attn, name).register_forward_hook(keep))
+        if self.attn and fused is None:
+            # torch.compile runs what it made of the first block as every block: it must have seen hooks there
+            first = self._attention_of(0)
+            handles += [self._projection(first, name).register_forward_hook(_nothing) for name in ("q", "k")]
         if self.attn:
             handles.append(self.parts.projector.register_forward_pre_hook(self._see))
         return handles
+
+    def _projection(self, attn: Any, name: str) -> Any:
+        """Of the query ("q") or key ("k"); a norm behind it (InternVL) has the last word."""
+        return attribute(attn, f"{name}_norm" if self.parts.tower.normed else f"{name}_proj")
 
     def visuals(self, given: Arguments) -> Visuals | None:
         """The images and videos that a call brings, or None; until ``done``, runs of the tower in this thread are its own."""
@@ -150,6 +157,11 @@ class VisionReads:
             self.mine.note.features = args[0].detach()
             if self.parts.tower.grids is None:
                 self.mine.note = None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _nothing(module: nn.Module, args: Any, output: Tensor) -> None:
+    """A hook that is only there."""
 
 
 def _together(notes: Sequence[Encoded]) -> Encoded:
