@@ -166,7 +166,8 @@ def _together(notes: Sequence[Encoded]) -> Encoded:
 class Instead:
     """Stands on one base model in the place of ``get_image_features``, whose sizes of images reach no module of it.
 
-    Both the model's own forward and ``generate``, which encodes ahead, go through it. Acts as a hook's handle.
+    Both the model's own forward and ``generate``, which encodes ahead, go through it. What others have put there is called,
+    and put back. Acts as a hook's handle.
     """
 
     id = "get_image_features"
@@ -175,14 +176,16 @@ class Instead:
         self.base, self.reads = base, reads
         self.names = reads.parts.family.tiles
         self.told = Names(base, self.names, self.id)
+        self.others = vars(base).get(self.id)
         vars(base)[self.id] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The class's own, whose run of the tower then knows of the sizes."""
+        """What stood here, else the class's own, whose run of the tower then knows of the sizes."""
         mine, given = self.reads.mine, self.told.read(args, kwargs)
         mine.sizes = self._sizes(given)
         try:
-            return type(self.base).get_image_features(self.base, *args, **kwargs)
+            usual = self.others or MethodType(type(self.base).get_image_features, self.base)
+            return usual(*args, **kwargs)
         finally:
             mine.sizes = None
 
@@ -206,5 +209,9 @@ class Instead:
         return vars(self.base)
 
     def remove(self) -> None:
-        """Leave."""
-        vars(self.base).pop(self.id, None)
+        """Leave. What somebody has put there in the meantime stays."""
+        if vars(self.base).get(self.id) is not self:
+            return
+        del vars(self.base)[self.id]
+        if self.others is not None:
+            vars(self.base)[self.id] = self.others
