@@ -124,3 +124,23 @@ def test_methods_before_the_decoder_where_a_token_is_a_block_of_patches(name, po
     ):  # the others merge or pack, which the oracle cannot
         want = oracle(model, inputs, dropped_from(run, inputs))[1]
         torch.testing.assert_close(logits, want, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_what_others_put_before_the_encoding_of_images_is_called_and_stays(name):
+    model, (inputs, _) = build(CASES[name]), prompts(CASES[name], [CASES[name].one])
+    usual, calls = model.model.get_image_features, []
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs)
+        return usual(*args, **kwargs)
+
+    vars(model.model)["get_image_features"] = counted
+    with torch.no_grad(), vlmprune.prune(model, vlmprune.FastV(layer=2, keep=0.5)) as run:
+        model(**inputs)
+    assert len(calls) == 1 and run.stages[0].tokens_kept < run.stages[0].tokens_in
+    assert vars(model.model)["get_image_features"] is counted
+    vlmprune.attach(model, vlmprune.FastV(layer=2, keep=0.5))
+    vars(model.model)["get_image_features"] = usual
+    vlmprune.detach(model)
+    assert vars(model.model)["get_image_features"] is usual

@@ -34,7 +34,16 @@ class KNorm(PruningPolicy):
         "(AAAI 2026), arXiv 2601.17818; A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, "
         "arXiv 2406.11430"
     )
-    presets = {192: "layer=2,keep=166", 128: "layer=2,keep=98", 64: "layer=2,keep=30"}
+    presets = {
+        192: "layer=2,keep=166",
+        128: "layer=2,keep=98",
+        64: "layer=2,keep=30",
+        640: "layer=2,keep=490",
+        320: "layer=2,keep=149",  # two full layers alone are a mean of 180
+        0.333: "layer=2,keep=0.2816",
+        0.222: "layer=2,keep=0.1621",
+        0.111: "layer=2,keep=0.0426",
+    }
     growth = "n"
 
     layer: int = 2

@@ -35,7 +35,7 @@ class Uniform(PruningPolicy):
         layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones.
         keep: share (float) of the visual tokens, or visual tokens per image (int); 0.25 if neither this nor
             ``stride`` is given.
-        stride: instead of ``keep``: the tokens ``[::stride, ::stride]`` of every image's patch grid.
+        stride: instead of ``keep``: the tokens ``[::stride, ::stride]`` of every grid.
         order: how ``keep`` spaces them: ``"lattice"``, or ``"raster"`` (the paper's).
 
     Raises:
