@@ -207,8 +207,7 @@ def with_text(made: Case, few_values: bool = False, seed: int = 1) -> Case:
 
 def last_norm(states: Tensor) -> Tensor:
     """What stands for a text model's last norm: to unit root mean square, times a weight for each channel."""
-    wide = states.float()
-    weight = torch.linspace(0.5, 2.0, states.shape[-1], device=states.device)
+    wide, weight = states.float(), torch.linspace(0.5, 2.0, states.shape[-1], device=states.device)
     return (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight).to(states.dtype)
 
 
@@ -252,9 +251,8 @@ def with_vision(
 
 def blocks(crops: int, rows: int, columns: int, side: int) -> Tensor:
     """``[I, T, m]`` the patches of every token, where each is a block of ``side`` times ``side`` of its crop's."""
-    patches = torch.arange(crops * rows * columns * side**2)
-    parted = patches.view(crops, rows, side, columns, side)
-    return parted.transpose(2, 3).reshape(crops, rows * columns, side**2)
+    patches = torch.arange(crops * rows * columns * side**2).view(crops, rows, side, columns, side)
+    return patches.transpose(2, 3).reshape(crops, rows * columns, side**2)
 
 
 def make_context(needs: Needs, images: Sequence[Sequence[Grid]], layer: int, **settings: Any) -> TokenContext:
