@@ -135,6 +135,21 @@ def packed():
     call_llava(FASTV, position_ids=where, use_cache=False, without=("attention_mask",))
 
 
+def rectified_flash():
+    model = made("llava-llama")
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    vlmprune.attach(model, vlmprune.FastV(layer=3, rectify=True))
+
+
+def reentrant_checkpoints():
+    case = CASES["qwen3vl"]
+    model, (inputs, _) = made("qwen3vl"), prompts(case, [case.one])
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with vlmprune.prune(model, vlmprune.Random(layer=0)):
+        model(**inputs, use_cache=False)
+
+
 def no_hooks_in_the_tower():
     """As where torch.compile has compiled it before the scope; compiling takes too long here."""
     model = made("llava-llama")
@@ -180,6 +195,8 @@ DONE = [
     (lambda _: call_llava(FASTV, attention_mask=torch.ones(1, 1, 28, 28)), ("llava",), ()),
     (lambda _: call_llava(FASTV, without=("input_ids", "pixel_values"), inputs_embeds=()), ("llava",), ()),
     (lambda _: call_llava(accm(), without=("input_ids",), inputs_embeds=()), ("llava",), ()),
+    (lambda _: rectified_flash(), ("llava",), ()),
+    (lambda _: reentrant_checkpoints(), ("qwen3vl",), ()),
     (lambda _: no_hooks_in_the_tower(), ("llava",), ()),
 ]
 
