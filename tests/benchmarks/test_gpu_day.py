@@ -241,6 +241,7 @@ def test_a_check_of_one_shape_is_a_line_that_its_program_takes(monkeypatch):
     assert probes.arguments().shape == "qwen2.5-vl-7b-4k"
 
 
+@pytest.mark.slow
 def test_every_stage_runs_small(tmp_path):
     """The real command lines, on what there is here; a library that does not load is no end."""
     folder = tmp_path / "kit"

@@ -16,8 +16,8 @@ def walked(rows):
     return [[n for n in row if n >= 0] for row in numbers.gather(1, order).tolist()]
 
 
-@pytest.mark.parametrize("most", [12, 40, 700, 5000, 2**20, 2**34])
-@pytest.mark.parametrize("size", [0, 1, 4, 5, 6, 8, 12, 18, 19, 20, 76, 77, 80])
+@pytest.mark.parametrize("most", [12, 700, 2**34])
+@pytest.mark.parametrize("size", [0, 1, 4, 5, 8, 18, 19, 76, 77])
 def test_equals_sets(most, size):
     """The tables grow at the 5th, 19th and 77th number."""
     draw = random.Random(f"{most} {size}")

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from vlmprune.policies.base import AttentionInputs, Grid, Needs, TokenContext, VisionAttention
-from vlmprune.testing.words import with_tokens
+from vlmprune.testing.words import last_norm, with_tokens
 
 PAST, BEFORE, BETWEEN, AFTER = 4, 3, 2, 5
 """Text tokens: of an earlier turn, before the images, after each image, after that one at the prompt's end."""
@@ -203,12 +203,6 @@ def with_text(made: Case, few_values: bool = False, seed: int = 1) -> Case:
         start=torch.zeros(B, 1, dtype=torch.int64),
     )
     return replace(made, ctx=ctx)
-
-
-def last_norm(states: Tensor) -> Tensor:
-    """What stands for a text model's last norm: to unit root mean square, times a weight for each channel."""
-    wide, weight = states.float(), torch.linspace(0.5, 2.0, states.shape[-1], device=states.device)
-    return (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight).to(states.dtype)
 
 
 def with_vision(

@@ -1,4 +1,4 @@
-"""Prompts' words for contexts to try a policy on: token ids, a table that embeds them, and a tokenizer of numbered words."""
+"""What contexts to try a policy on have of words: token ids, a table that embeds them, a tokenizer of numbered words, a last norm."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from vlmprune.policies.base import TokenContext
 
@@ -52,3 +53,9 @@ def with_tokens(ctx: TokenContext, image: Tensor, text: Tensor, seed: int = 2) -
     ids = torch.where(visual, IMAGE, ids).masked_fill(order > last, -1)
     table = torch.randn(WORDS, ctx.hidden.shape[2], generator=g)
     return replace(ctx, tokens=ids, embed=lambda at: table[at], tokenizer=Words)
+
+
+def last_norm(states: Tensor) -> Tensor:
+    """What stands for a text model's last norm: to unit root mean square, times a weight for each channel."""
+    weight = torch.linspace(0.5, 2.0, states.shape[-1], device=states.device)
+    return rms_norm(states.float(), states.shape[-1:], weight, 1e-6).to(states.dtype)
