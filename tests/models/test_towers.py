@@ -14,6 +14,7 @@ from transformers.vision_utils import get_vision_window_index
 import vlmprune
 from helpers.families import CASES, build, prompts
 from helpers.families_oracle import Reader, generate
+from vlmprune.models.host.parts import find_parts, tower_layers
 from vlmprune.policies.base import Needs, TokenContext
 from vlmprune.policies.crops import crops_of
 from vlmprune.testing import check_model
@@ -245,3 +246,17 @@ def test_an_images_budget_is_shared_out_over_its_crops(name):
 
 def places(crop):
     return [crop.first + i * crop.width + j for i in range(crop.rows) for j in range(crop.columns)]
+
+
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
+def test_a_projection_of_another_name_is_an_error_and_leaves_no_hook(name):
+    model = build(CASES[name])
+    tower = find_parts(model)
+    attn = getattr(tower_layers(tower)[1], tower.tower.attention)
+    lost = "qkv" if name == "qwen2_5_vl" else "k_proj"
+    attn.something_new = getattr(attn, lost)
+    delattr(attn, lost)
+    with pytest.raises(vlmprune.VersionError, match=f"expected '{lost}' in "):
+        vlmprune.attach(model, vlmprune.FasterVLM())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in tower.vision.modules())
+    assert "get_image_features" not in vars(model.model)

@@ -20,6 +20,7 @@ from vlmprune.models.host.cells import (
     packed_units,
     plain,
 )
+from vlmprune.models.host.names import attribute
 from vlmprune.models.host.parts import Parts
 from vlmprune.models.host.views import Encoded, ImageViews, crop_grid
 from vlmprune.policies.base import VisionAttention
@@ -71,7 +72,8 @@ class CropReads:
         order = seen.numbers(copies)
         if note.thw is not None:
             return self._packed(scales, note, seen, order, depth)
-        mine = _Mine(self._ranges(seen, order))
+        sizes = dict(zip(order, map(crops_in, seen.flat), strict=True))
+        mine = _Mine.of(order, [sizes[number] for number in sorted(sizes)])
         grid, mask = crop_grid(self.parts.config, note), None if note.mask is None else mine(note.mask)
         cells = shares = None
         features = mine(note.features)
@@ -87,25 +89,17 @@ class CropReads:
         # project is no call of the module: no hook should see it
         return {"vision": vision, "features": features, "project": self.parts.projector.forward}
 
-    def _ranges(self, seen: Seen, order: tuple[int, ...]) -> tuple[tuple[int, int], ...] | None:
-        """The crops of each image among the tower's, first and behind the last; None = they are in order, each once."""
-        if order == tuple(range(len(order))):
-            return None
-        sizes = dict(zip(order, map(crops_in, seen.flat), strict=True))
-        return _ranges([sizes[number] for number in sorted(sizes)], order)
-
     def _packed(
         self, scales: Mapping[int, float], note: Encoded, seen: Seen, order: tuple[int, ...], depth: int
     ) -> dict[str, Any]:
         assert note.thw is not None and note.features is not None
-        patches = [t * h * w for t, h, w in note.thw]
-        mine = _Mine(None if order == tuple(range(len(patches))) else _ranges(patches, order))
+        mine = _Mine.of(order, [t * h * w for t, h, w in note.thw])
         frames = tuple(view.grid for image in seen.flat for view in image)
         config, m = self.parts.config.vision_config, self.side**2
         window = full = None
         if self.parts.tower.windows is not None:
             window = config.window_size // config.patch_size // self.side
-            full = {*getattr(config, self.parts.tower.windows)}
+            full = {*attribute(config, self.parts.tower.windows)}
         vision = {}
         for layer, scale in scales.items():
             inside = None if full is None or layer % depth in full else window
@@ -154,13 +148,15 @@ class _Mine(NamedTuple):
 
     ranges: tuple[tuple[int, int], ...] | None
 
+    @classmethod
+    def of(cls, order: tuple[int, ...], sizes: list[int]) -> _Mine:
+        """For images in this order, of which the tower gave so many rows each."""
+        ends = [*accumulate(sizes, initial=0)]
+        once = order == tuple(range(len(sizes)))
+        return cls(None if once else tuple((ends[i], ends[i + 1]) for i in order))
+
     def __call__(self, x: Tensor) -> Tensor:
         return x if self.ranges is None else x[_rows_of(self.ranges, x.device)]
-
-
-def _ranges(sizes: list[int], order: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    ends = [*accumulate(sizes, initial=0)]
-    return tuple((ends[i], ends[i + 1]) for i in order)
 
 
 @remembered(64)

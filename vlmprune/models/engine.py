@@ -71,7 +71,8 @@ class Engine:
             if prunes and parts.family.deepstack:
                 add(parts.text.register_forward_pre_hook(self.before_text, with_kwargs=True))
             add(parts.text.register_forward_hook(self.after_text, with_kwargs=True))
-            self.handles += self.vision.register()
+            for handle in self.vision.register():
+                add(handle)
             for attn in self.wants.scored:
                 add(attn.register_forward_hook(self.after_attention, with_kwargs=True))
             for module in parts.layers if follows else ():

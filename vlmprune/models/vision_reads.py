@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from inspect import Signature, signature
 from types import MethodType
@@ -43,31 +43,29 @@ class VisionReads:
         check(-depth <= layer < depth, "vision layer", f"{-depth}..{depth - 1}", layer)
         return attribute(self.blocks[layer], self.parts.tower.attention)
 
-    def register(self) -> list[Any]:
-        """Hook the tower; with layers wanted also their projections, and the projector's input."""
+    def register(self) -> Iterator[Any]:
+        """Hook the tower; with layers wanted also their projections, and the projector's input. Each handle as it is made."""
         tower, fused = self.parts.vision, self.parts.tower.fused
-        handles: list[Any] = [
-            tower.register_forward_pre_hook(self._start),
-            tower.register_forward_hook(self._end, with_kwargs=True),
-        ]
+        yield tower.register_forward_pre_hook(self._start)
+        yield tower.register_forward_hook(self._end, with_kwargs=True)
         if self.parts.family.tiles:
-            handles.append(Instead(self.parts.base, self))
+            yield Instead(self.parts.base, self)
         for layer, attn in self.attn.items():
             if fused is not None:
                 told = Names(attn, ("position_embeddings",))
-                handles.append(attn.register_forward_pre_hook(partial(self._turn, told), with_kwargs=True))
+                yield attn.register_forward_pre_hook(partial(self._turn, told), with_kwargs=True)
                 keep = partial(self._keep_fused, layer, attn)
-                handles.append(attribute(attn, fused).register_forward_hook(keep))
+                yield attribute(attn, fused).register_forward_hook(keep)
             for name in ("q", "k") if fused is None else ():
                 keep = partial(self._keep, layer, name, attn)
-                handles.append(self._projection(attn, name).register_forward_hook(keep))
+                yield self._projection(attn, name).register_forward_hook(keep)
         if self.attn and fused is None:
             # torch.compile runs what it made of the first block as every block: it must have seen hooks there
             first = self._attention_of(0)
-            handles += [self._projection(first, name).register_forward_hook(_nothing) for name in ("q", "k")]
+            for name in ("q", "k"):
+                yield self._projection(first, name).register_forward_hook(_nothing)
         if self.attn:
-            handles.append(self.parts.projector.register_forward_pre_hook(self._see))
-        return handles
+            yield self.parts.projector.register_forward_pre_hook(self._see)
 
     def _projection(self, attn: Any, name: str) -> Any:
         """Of the query ("q") or key ("k"); a norm behind it (InternVL) has the last word."""

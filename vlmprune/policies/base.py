@@ -189,7 +189,7 @@ class PruningPolicy:
         Raises:
             InputError: how many stay is known only when they are chosen.
         """
-        return keep_count(self._setting("keep", KEEPS), tokens, images, self.spend)
+        return keep_count(self._setting("keep", KEEPS), tokens, images, self.spends(layer))
 
     def spends(self, layer: int) -> str:
         """How the budget is spent at this stage: what the setting ``spend`` says."""

@@ -35,7 +35,7 @@ def spent(
 
     Args:
         ctx: the stage's context.
-        policy: whose ``kept`` counts, and whose ``spend`` says of what.
+        policy: whose ``kept`` counts, and whose ``spends`` says of what.
         choose: ``choose_greedily`` of a rule, or alike: ``(counts, mask or None, *tensors)`` to places ``[G, k]``, ascending.
         tensors: ``[B, N, ...]``, what to choose by.
         positions: of the tokens that stay. Packed they stand crop by crop.
@@ -52,10 +52,11 @@ def spent(
         >>> [spent(ctx, Random(keep=1, spend=by), farthest, features)[1] for by in ("image", "prompt")]
         [tensor([0, 4]), tensor([0, 3])]
     """
-    if policy.spend == "prompt":
+    spend = policy.spends(ctx.layer)
+    if spend == "prompt":
         index = choose(quotas(ctx, policy), padding(ctx.counts, ctx.mask), *tensors)
         return outcome(index, positions)
-    groups = _groups(ctx, policy.spend)
+    groups = _groups(ctx, spend)
     if not groups.crops:
         return outcome(ctx.ordinals, positions)
     quota = quota_of(ctx, policy, groups)
@@ -113,9 +114,10 @@ def ranked(
         >>> [ranked(ctx, Random(keep=1, spend=by), best).index(ctx)[1] for by in ("image", "prompt")]
         [tensor([3, 7]), tensor([6, 7])]
     """
-    if policy.spend == "prompt":
+    spend = policy.spends(ctx.layer)
+    if spend == "prompt":
         return Ranking(scores, tuple(quotas(ctx, policy)), positions=positions, static=static)
-    groups = _groups(ctx, policy.spend)
+    groups = _groups(ctx, spend)
     quota = quota_of(ctx, policy, groups)
     if groups.in_line:
         sizes, keep = (groups.by_sample(n) for n in (groups.tokens, quota.kept))

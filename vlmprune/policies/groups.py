@@ -71,6 +71,14 @@ class Groups:
         return tuple(crop.rows * crop.columns for crop in self.crops)
 
     @cached_property
+    def members(self) -> tuple[Counts, ...]:
+        """Of each image, its groups."""
+        found: list[list[int]] = [[] for _ in self.owners]
+        for group, image in enumerate(self.images):
+            found[image].append(group)
+        return tuple(map(tuple, found))
+
+    @cached_property
     def in_line(self) -> bool:
         """Whether the groups follow one another in each sample, and are all of its tokens."""
         full = all(crop.rows == 1 or crop.width == crop.columns for crop in self.crops)
@@ -106,7 +114,7 @@ class Groups:
         lines: list[list[int]] = [[] for _ in range(self.batch)]
         spare = iter(self._rest(quota))
         for image, owner in enumerate(self.owners):
-            for group in self._of(image):
+            for group in self.members[image]:
                 lines[owner] += range(group * k, group * k + quota.kept[group])
             lines[owner] += [-1] * len(next(spare))
         K = max(map(len, lines), default=0)
@@ -141,7 +149,7 @@ class Groups:
         kept: list[int] = []
         left: list[int] = []
         for image, budget in enumerate(budgets):
-            sizes = [self.tokens[group] for group in self._of(image)]
+            sizes = [self.tokens[group] for group in self.members[image]]
             shares = even_shares(min(budget, sum(sizes)), sizes)
             kept += shares
             left.append(budget - sum(shares))
@@ -180,9 +188,6 @@ class Groups:
         back = tuple(sorted(range(len(order)), key=order.__getitem__))
         return torch.cat(wide)[whole_numbers(back, device)]
 
-    def _of(self, image: int) -> list[int]:
-        return [group for group, owner in enumerate(self.images) if owner == image]
-
     def _rest(self, quota: Quota) -> list[Counts]:
         return [places[:n] for places, n in zip(self.rest, quota.rest, strict=True)]
 
@@ -196,7 +201,7 @@ class Groups:
         """``[B, K]`` the places of tokens of no group, -1 elsewhere."""
         lines: list[list[int]] = [[] for _ in range(self.batch)]
         for image, (owner, places) in enumerate(zip(self.owners, self._rest(quota), strict=True)):
-            lines[owner] += [-1] * sum(quota.kept[group] for group in self._of(image))
+            lines[owner] += [-1] * sum(quota.kept[group] for group in self.members[image])
             lines[owner] += places
         K = index.shape[1]
         return whole_numbers(tuple((*line, *[-1] * (K - len(line))) for line in lines), index.device)

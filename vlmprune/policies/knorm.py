@@ -11,6 +11,7 @@ from vlmprune import ops
 from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext, attention_of
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import check_keep, check_layer
+from vlmprune.policies.fastv import FastV
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class KNorm(PruningPolicy):
     Args:
         layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones; at least 1.
         keep: share (float) of the visual tokens, or visual tokens per image (int).
-        spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget.
+        spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget; "crop":
+            which is shared out over its crops (tiles, small view, frames).
     """
 
     summary = "tokens with the shortest keys in the previous layer, without attention"
@@ -34,21 +36,12 @@ class KNorm(PruningPolicy):
         "(AAAI 2026), arXiv 2601.17818; A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, "
         "arXiv 2406.11430"
     )
-    presets = {
-        192: "layer=2,keep=166",
-        128: "layer=2,keep=98",
-        64: "layer=2,keep=30",
-        640: "layer=2,keep=490",
-        320: "layer=2,keep=149",  # two full layers alone are a mean of 180
-        0.333: "layer=2,keep=0.2816",
-        0.222: "layer=2,keep=0.1621",
-        0.111: "layer=2,keep=0.0426",
-    }
+    presets = FastV.presets  # as many tokens at the same layer
     growth = "n"
 
     layer: int = 2
     keep: int | float = 0.5
-    spend: Literal["prompt", "image"] = "prompt"
+    spend: Literal["prompt", "image", "crop"] = "prompt"
 
     def __post_init__(self) -> None:
         check_layer(self.layer, 1, " (the keys come from the layer before)")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vlmprune import ops
 from vlmprune.constants import counting
 from vlmprune.ops.scoring import Scoring
 from vlmprune.policies.inputs import Rating
@@ -95,13 +96,18 @@ class VisionAttention:
 
     def per_token(self, patches: Tensor) -> Tensor:
         """Mean over the patches that each token is made of: ``[G, P, ...]`` to ``[I, T, ...]`` float32; 0 = no such token."""
-        return patches.float() if self.cells is None else mixed(patches, self.cells, self.shares)
+        return (patches if self.cells is None else mixed(patches, self.cells, self.shares)).float()
 
 
 def mixed(parts: Tensor, cells: Tensor, shares: Tensor | None) -> Tensor:
-    """Means ``[I, T, ...]`` float32 of ``parts [G, P, ...]``, run together, at ``cells [I, T, m]``, -1 = none, by ``shares``."""
-    flat = parts.flatten(0, 1)
-    real = cells >= 0
+    """Means ``[I, T, ...]`` of ``parts [G, P, ...]``, run together, at ``cells [I, T, m]``, -1 = zeros, by ``shares``.
+
+    In float32; of one part each in its own precision.
+    """
+    if cells.shape[2] == 1:  # nothing to mix
+        rows = ops.gather_tokens([parts.flatten(0, 1)[None]], cells.view(1, -1))[0]
+        return rows.view(*cells.shape[:2], *parts.shape[2:])
+    flat, real = parts.flatten(0, 1), cells >= 0
     weight = real / cells.shape[2] if shares is None else shares
     weight = weight.view(*cells.shape, *[1] * (flat.ndim - 1))
     blank = ~real.view(weight.shape)

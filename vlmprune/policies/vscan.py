@@ -121,9 +121,7 @@ class VScan(PruningPolicy):
         return "crop" if layer == 0 else "prompt"
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
-        if layer == 0:
-            return keep_count(self.keep, tokens, images, "image")
-        return keep_count(self.then, tokens, images)
+        return keep_count(self.keep if layer == 0 else self.then, tokens, images, self.spends(layer))
 
     def _scan(self, ctx: TokenContext) -> Tensor | Reduction:
         crops = crops_of(ctx)

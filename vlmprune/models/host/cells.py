@@ -83,6 +83,7 @@ def mosaic_shares(images: tuple[ImageViews, ...], patches: Grid, side: int, devi
     return _mosaic(images, patches, side)[1].float().to(device)
 
 
+@lru_cache(64)
 def _mosaic(images: tuple[ImageViews, ...], patches: Grid, side: int) -> Tensor:
     """Both, ``[2, I, T, m]`` float64."""
     found, crop = [], 0
