@@ -11,8 +11,7 @@ from vlmprune import ops
 REDUCTIONS = list(itertools.product(("mean", "max", "sum"), ("mean", "max", "sum", "none")))
 
 
-@pytest.mark.parametrize("R", [1, 2, 3, 17])
-@pytest.mark.parametrize("G", [1, 2, 5, 7])
+@pytest.mark.parametrize("G, R", [(1, 1), (1, 17), (2, 1), (2, 3), (5, 3), (7, 1), (7, 2), (7, 3)])
 def test_triton_equals_reference(G, R, device):
     """G x R up to 16 and beyond; two KV heads; padded rows, weights of rows and of pairs."""
     query, key, rows, columns = slow.inputs(B=2, H=2 * G, Hkv=2, S=60, Sq=50, R=R, D=8, N=40, device=device)
