@@ -33,6 +33,7 @@ FIXED = {
     "sparsevlm+": vlmprune.SparseVLMPlus(layers=(2, 4), keep=(9, 4), heads=3),
     "dart": vlmprune.DART(layer=2, keep=8, pivots=(2, 2), count="exact"),
     "knorm": vlmprune.KNorm(layer=2, keep=0.4),
+    "greedyprune": vlmprune.GreedyPrune(layer=2, keep=6, tau=0.8),
     "dart-first": vlmprune.DART(layer=0, keep=8, pivots=(2, 2), order="norm"),
     "dart-then": vlmprune.Stages([vlmprune.DART(layer=0, keep=12), vlmprune.DART(layer=3, keep=5)]),
     "vscan": vlmprune.VScan(keep=8, then=4, layer=3, window=2, shallow_layer=1),

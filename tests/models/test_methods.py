@@ -38,6 +38,7 @@ METHODS = {
         dict(layer=0, keep=8, pivots=(2, 2), count="exact", order="norm"),
     ],
     "knorm": [dict(layer=2, keep=0.4), dict(layer=3, keep=6)],
+    "greedyprune": [dict(layer=2, keep=6, tau=0.8)],
     "vscan": [dict(keep=8, then=4, layer=3, window=2, shallow_layer=1)],
     "fastervlm": [dict(keep=6), dict(keep=0.5, positions="keep")],
     "visionzip": [dict(dominant=5, contextual=2), dict(dominant=5, contextual=2, positions="keep")],

@@ -50,6 +50,7 @@ METHODS = {
         dict(layer=0, keep=0.3),
     ],
     "knorm": [dict(), dict(keep=5)],
+    "greedyprune": [dict(keep=6, tau=0.3)],
     "vscan": [dict(keep=8, then=4, window=2, shallow_layer=1)],
     "fastervlm": [dict(keep=6), dict(keep=0.5, positions="keep"), dict(keep=6, spend="prompt")],
     "visionzip": [
@@ -85,6 +86,7 @@ KEEP_ALL = {
     "sparsevlm_plus": [dict(layers=(3,), keep=(1.0,))],
     "dart": [dict(keep=1.0, count="exact"), dict(layer=0, keep=1.0, count="exact")],
     "knorm": [dict(keep=1.0), dict(keep=10_000)],
+    "greedyprune": [dict(keep=1.0)],
     "vscan": [dict(keep=1.0, then=1.0, window=2)],
     "fastervlm": [dict(keep=1.0)],
     "visionzip": [dict(dominant=10_000, contextual=3), dict(dominant=0.75, contextual=0.25)],

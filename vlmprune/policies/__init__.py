@@ -44,6 +44,7 @@ from vlmprune.policies.divprune import DivPrune as DivPrune
 from vlmprune.policies.fastervlm import FasterVLM as FasterVLM
 from vlmprune.policies.fastv import FastV as FastV
 from vlmprune.policies.feather import Feather as Feather
+from vlmprune.policies.greedyprune import GreedyPrune as GreedyPrune
 from vlmprune.policies.knorm import KNorm as KNorm
 from vlmprune.policies.pyramiddrop import PyramidDrop as PyramidDrop
 from vlmprune.policies.random import Random as Random

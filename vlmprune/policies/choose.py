@@ -63,14 +63,20 @@ def padding(tokens: Sequence[int], mask: Tensor) -> Tensor | None:
 
 
 def choose_greedily(
-    rule: str, kept: Sequence[int], mask: Tensor | None, features: Tensor, relevance: Tensor | None = None
+    rule: str,
+    kept: Sequence[int],
+    mask: Tensor | None,
+    features: Tensor,
+    relevance: Tensor | None = None,
+    threshold: float | None = None,
 ) -> Tensor:
     """``ops.greedy_select`` with its own count ``kept[b]`` for every row: ``[B, K]`` ascending, -1 on the right.
 
-    The first choices do not depend on how many follow, so the rows share one run as long as the longest.
+    The first choices do not depend on how many follow, so the rows share one run as long as the longest. ``threshold`` is that
+    of "nms".
     """
     K, N = max(kept, default=0), features.shape[1]
-    index, order = ops.greedy_select(features, K, rule, relevance=relevance, mask=mask)
+    index, order = ops.greedy_select(features, K, rule, relevance=relevance, threshold=threshold, mask=mask)
     if len(set(kept)) <= 1:
         return index
     quota = whole_numbers(tuple(kept), order.device)

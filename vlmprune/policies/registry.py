@@ -18,6 +18,7 @@ from vlmprune.policies.divprune import DivPrune
 from vlmprune.policies.fastervlm import FasterVLM
 from vlmprune.policies.fastv import FastV
 from vlmprune.policies.feather import Feather
+from vlmprune.policies.greedyprune import GreedyPrune
 from vlmprune.policies.knorm import KNorm
 from vlmprune.policies.pyramiddrop import PyramidDrop
 from vlmprune.policies.random import Random
@@ -41,6 +42,7 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "sparsevlm_plus": SparseVLMPlus,
     "dart": DART,
     "knorm": KNorm,
+    "greedyprune": GreedyPrune,
     "vscan": VScan,
     "fastervlm": FasterVLM,
     "visionzip": VisionZip,
