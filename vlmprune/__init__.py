@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vlmprune.policies import (
         ACCM,
         DART,
+        STAR,
         ACCMSelection,
         AttentionInputs,
         CDPruner,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         FasterVLM,
         FastV,
         Feather,
+        FiCoCo,
         Grid,
         Insertion,
         Intersection,
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ACCM",
     "DART",
+    "STAR",
     "ACCMSelection",
     "AttentionInputs",
     "BackendError",
@@ -78,6 +81,7 @@ __all__ = [
     "FastV",
     "FasterVLM",
     "Feather",
+    "FiCoCo",
     "Graphs",
     "Grid",
     "InputError",
