@@ -117,14 +117,14 @@ class FiCoCo(PruningPolicy):
         return min(tokens, max(1, round(tokens - self.drop * images)))
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        kept, N = quotas(ctx, self), ctx.mask.shape[1]
+        kept = quotas(ctx, self)
         most = max((n - k for n, k in zip(ctx.counts, kept, strict=True)), default=0)
         if most == 0:
             return select_counts(ctx.mask.float(), ctx, kept)
-        return self._merged(ctx, kept, most, N)
+        return self._merged(ctx, kept, most)
 
-    def _merged(self, ctx: TokenContext, kept: list[int], most: int, N: int) -> Reduction:
-        seen = attention_of(ctx)
+    def _merged(self, ctx: TokenContext, kept: list[int], most: int) -> Reduction:
+        seen, N = attention_of(ctx), ctx.mask.shape[1]
         sides = Sides.of(seen.chunk())
         score = seen.across_ranks(sides.lacking(self.g), "mean")
         score[:, :1].fill_(torch.inf)
@@ -189,8 +189,8 @@ class Sides(NamedTuple):
         flat = [x.transpose(1, 2).reshape(B, S, heads * D).float() for x in (query, seen.key)]
         after = seen.rows > seen.columns.amax(1, keepdim=True)
         text = torch.where(after, seen.rows, -1)
-        sides = [ops.gather_tokens([x], at)[0] for at in (seen.columns, text) for x in flat]
-        return cls(*sides, after.sum(1, keepdim=True).clamp(min=1))
+        visual, words = (ops.gather_tokens(flat, at) for at in (seen.columns, text))
+        return cls(visual[0], visual[1], words[0], words[1], after.sum(1, keepdim=True).clamp(min=1))
 
     def lacking(self, g: float) -> Tensor:
         """The negative of redundancy, ``[B, N]``: of the ranks' own heads."""
