@@ -54,7 +54,9 @@ TABLE = {
     "pyramiddrop": "layers=4/8/12,ratio=0.255",
     "sparsevlm": "layers=2/4/8,tokens=192",
     "sparsevlm_plus": "layers=2/4/8,tokens=192",
+    "ficoco": "layers=1/2/3,drop=0.365",
     "vscan": "layer=8,keep=288,then=96",
+    "star": "layer=8,keep=288,then=96",
     "random_deep": "layer=10,keep=0.33",
 }
 """Methods whose stages do not fit into 16 layers: here at half their layers."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vlmprune.policies import (
         ACCM,
         DART,
+        STAR,
         ACCMSelection,
         AttentionInputs,
         CDPruner,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         FasterVLM,
         FastV,
         Feather,
+        FiCoCo,
         GreedyPrune,
         Grid,
         Insertion,
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ACCM",
     "DART",
+    "STAR",
     "ACCMSelection",
     "AttentionInputs",
     "BackendError",
@@ -79,6 +82,7 @@ __all__ = [
     "FastV",
     "FasterVLM",
     "Feather",
+    "FiCoCo",
     "Graphs",
     "GreedyPrune",
     "Grid",

@@ -36,6 +36,7 @@ def test_list_json_has_every_policy():
     assert facts["fastv"] == ("layer 2", True, "no")
     assert facts["fastervlm"] == ("before the LM", False, "used if there")
     assert facts["cdpruner"][1] and not facts["divprune"][1]
+    assert facts["ficoco"] == ("layer 6 to 31", True, "no")
     assert facts["vscan"] == ("before the LM and layer 16", True, "used if there")
     growth = {name: policy["growth"] for name, policy in found.items()}
     assert (growth["fastv"], growth["divprune"], growth["cdpruner"]) == ("n", "n^2", "n^3")

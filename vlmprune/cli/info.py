@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -116,7 +116,7 @@ def _facts(policy: PruningPolicy) -> dict[str, Any]:
         "hidden states": any(n.hidden for n in needs),
     }
     before = "before the LM" if policy.layers[0] == 0 else ""
-    inside = ", ".join(str(layer) for layer in policy.layers if layer)
+    inside = ", ".join(_runs([layer for layer in policy.layers if layer]))
     return {
         "acts": " and ".join(part for part in (before, f"layer {inside}" if inside else "") if part),
         "reads": ", ".join(k for k, used in reads.items() if used) or "positions only",
@@ -124,6 +124,17 @@ def _facts(policy: PruningPolicy) -> dict[str, Any]:
         "cls": "used if there" if reads["vision attention"] else "no",
         "growth": policy.growth,
     }
+
+
+def _runs(layers: Sequence[int]) -> list[str]:
+    """Ascending layers, three or more without a gap as "first to last"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return [text for run in runs for text in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
 
 
 def show_info(as_json: bool) -> None:

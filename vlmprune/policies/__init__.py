@@ -44,6 +44,7 @@ from vlmprune.policies.divprune import DivPrune as DivPrune
 from vlmprune.policies.fastervlm import FasterVLM as FasterVLM
 from vlmprune.policies.fastv import FastV as FastV
 from vlmprune.policies.feather import Feather as Feather
+from vlmprune.policies.ficoco import FiCoCo as FiCoCo
 from vlmprune.policies.greedyprune import GreedyPrune as GreedyPrune
 from vlmprune.policies.knorm import KNorm as KNorm
 from vlmprune.policies.pyramiddrop import PyramidDrop as PyramidDrop
@@ -56,6 +57,7 @@ from vlmprune.policies.schedule import keep_for_mean_tokens as keep_for_mean_tok
 from vlmprune.policies.sinks import WithoutSinks as WithoutSinks
 from vlmprune.policies.sparsevlm import SparseVLM as SparseVLM
 from vlmprune.policies.sparsevlm_plus import SparseVLMPlus as SparseVLMPlus
+from vlmprune.policies.star import STAR as STAR
 from vlmprune.policies.uniform import Uniform as Uniform
 from vlmprune.policies.visionzip import VisionZip as VisionZip
 from vlmprune.policies.vispruner import VisPruner as VisPruner

@@ -18,6 +18,7 @@ from vlmprune.policies.divprune import DivPrune
 from vlmprune.policies.fastervlm import FasterVLM
 from vlmprune.policies.fastv import FastV
 from vlmprune.policies.feather import Feather
+from vlmprune.policies.ficoco import FiCoCo
 from vlmprune.policies.greedyprune import GreedyPrune
 from vlmprune.policies.knorm import KNorm
 from vlmprune.policies.pyramiddrop import PyramidDrop
@@ -26,6 +27,7 @@ from vlmprune.policies.random_deep import RandomDeep
 from vlmprune.policies.sinks import WithoutSinks
 from vlmprune.policies.sparsevlm import SparseVLM
 from vlmprune.policies.sparsevlm_plus import SparseVLMPlus
+from vlmprune.policies.star import STAR
 from vlmprune.policies.uniform import Uniform
 from vlmprune.policies.visionzip import VisionZip
 from vlmprune.policies.vispruner import VisPruner
@@ -43,7 +45,9 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "dart": DART,
     "knorm": KNorm,
     "greedyprune": GreedyPrune,
+    "ficoco": FiCoCo,
     "vscan": VScan,
+    "star": STAR,
     "fastervlm": FasterVLM,
     "visionzip": VisionZip,
     "vispruner": VisPruner,
