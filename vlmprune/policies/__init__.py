@@ -59,5 +59,6 @@ from vlmprune.policies.uniform import Uniform as Uniform
 from vlmprune.policies.visionzip import VisionZip as VisionZip
 from vlmprune.policies.vispruner import VisPruner as VisPruner
 from vlmprune.policies.vscan import VScan as VScan
+from vlmprune.policies.vtw import VTW as VTW
 
 __all__ = sorted(name for name, found in globals().items() if name[0] != "_" and not inspect.ismodule(found))
