@@ -45,6 +45,9 @@ from vlmprune.policies.fastervlm import FasterVLM as FasterVLM
 from vlmprune.policies.fastv import FastV as FastV
 from vlmprune.policies.feather import Feather as Feather
 from vlmprune.policies.knorm import KNorm as KNorm
+from vlmprune.policies.layer_shares import g_search as g_search
+from vlmprune.policies.layer_shares import p_sigmoid as p_sigmoid
+from vlmprune.policies.layer_shares import scheduled as scheduled
 from vlmprune.policies.pyramiddrop import PyramidDrop as PyramidDrop
 from vlmprune.policies.random import Random as Random
 from vlmprune.policies.random_deep import RandomDeep as RandomDeep
