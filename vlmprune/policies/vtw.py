@@ -15,16 +15,18 @@ from vlmprune.policies.checks import check_layer, check_word
 class VTW(PruningPolicy):
     """Drops every visual token at ``layer``: by then, the papers find, text has taken over what they had to say.
 
-    VTW names K = 15 for LLaVA-1.5-7B, and searches K for other models: the first layer (its code looks from 5 on) where the
-    KL divergence between the next-token distributions of the pruned and the full model, a mean over some 20 prompts, is at
-    most 0.003 (0.0005 for 13B). Its code keeps the rows' RoPE positions by default ("keep"); its other branch counts prompt
-    and answer anew from 0 ("pack").
+    VTW's code has K = 15 for LLaVA-1.5-7B, and searches K for other models: the first layer, from 5 on, where the KL
+    divergence between the next-token distributions of the pruned and the full model, a mean over some 20 prompts, is at most
+    0.003 (0.0005 for LLaVA-1.5-13B). It keeps the rows' RoPE positions by default ("keep"); its other branch counts prompt
+    and answer anew from 0 ("pack"). The rows left here are those of its cut; a run equals the one with all visual columns
+    masked from the layer on.
 
-    It is also YOPO's layer drop, the one of its four cuts that concerns tokens (at layer 20 of LLaVA-1.5's training script,
-    24 of 28 for Qwen2-VL). Its released code simulates the cut: it zeroes the weights of visual columns behind the softmax
-    and does not sum the rest to one again, where a shorter sequence, here and in VTW, leaves all weight to the text. YOPO's
-    other cuts drop no token and are not here: attention of visual tokens to their neighbours in the image only, heads
-    that visual tokens do without, and half of the feed-forward neurons for them.
+    It is also YOPO's layer drop, the one of its four cuts that concerns tokens (at layer 20 of 40 in its script for
+    LLaVA-1.5-13B, 24 of 28 for Qwen2-VL-7B). Its released code simulates the cut with masks. That for Qwen2-VL masks before
+    the softmax, which is the same for the text's rows; that for LLaVA zeroes the weights of visual columns behind the
+    softmax, so that the rest no longer sums to one, which no shorter sequence does. YOPO's other cuts drop no token and are
+    not here: attention of visual tokens to their neighbours in the image only, heads that visual tokens do without, and
+    part of the feed-forward neurons for them.
 
     A visual token that ends the prompt stays, as its row is what the answer goes on from. Whether one does is read once a
     prefill, so prompts cannot come in chunks; in a captured prefill every prompt has text behind its image.
