@@ -42,6 +42,7 @@ METHODS = {
     "ficoco": [dict(layers=(2, 4), drop=4)],
     "vscan": [dict(keep=8, then=4, layer=3, window=2, shallow_layer=1)],
     "star": [dict(keep=8, then=4, layer=3)],
+    "vtw": [dict(layer=3), dict(layer=2, positions="pack")],
     "fastervlm": [dict(keep=6), dict(keep=0.5, positions="keep")],
     "visionzip": [dict(dominant=5, contextual=2), dict(dominant=5, contextual=2, positions="keep")],
     "vispruner": [dict(keep=6), dict(keep=6, positions="keep")],
@@ -86,6 +87,9 @@ class Heard(PruningPolicy):
 
     def ranks(self, layer: int) -> bool:
         return self.inner.ranks(layer)
+
+    def empties(self, layer: int) -> bool:
+        return self.inner.empties(layer)
 
     def rank(self, ctx: TokenContext) -> Ranking:
         self.select(ctx)

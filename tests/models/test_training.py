@@ -42,6 +42,7 @@ CAPTIONED = {
     "random": vlmprune.Random(layer=2, keep=0.25),
     "fastv": vlmprune.FastV(layer=2, keep=0.25),
     "two-stages": vlmprune.PyramidDrop(layers=(2, 4), positions="keep"),
+    "none": vlmprune.VTW(layer=2),
     "before": vlmprune.Random(layer=0, keep=1),
 }
 

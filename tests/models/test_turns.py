@@ -17,6 +17,7 @@ POLICIES = {
     "keeps-positions": vlmprune.FastV(layer=2, keep=0.4, rows="mean"),
     "compacted": vlmprune.FastV(layer=2, keep=5, earlier_kv="compact"),
     "packs": vlmprune.PyramidDrop(layers=(2, 4)),
+    "all-leave": vlmprune.VTW(layer=2),
     "merges-and-packs": vlmprune.VisionZip(dominant=5, contextual=2),
     "packs-and-compacted": vlmprune.FasterVLM(keep=6, earlier_kv="compact"),
 }

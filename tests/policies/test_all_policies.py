@@ -8,6 +8,7 @@ import torch
 from helpers.methods import echo, usual
 from vlmprune.policies import (
     ACCM,
+    VTW,
     ACCMSelection,
     CDPruner,
     Custom,
@@ -54,6 +55,7 @@ METHODS = {
     "ficoco": [dict(layers=(2, 4), drop=5), dict(layers=(3,), drop=0.4, targets="kept", merge="mean")],
     "vscan": [dict(keep=8, then=4, window=2, shallow_layer=1)],
     "star": [dict(keep=8, then=4)],
+    "vtw": [dict(layer=3)],
     "fastervlm": [dict(keep=6), dict(keep=0.5, positions="keep"), dict(keep=6, spend="prompt")],
     "visionzip": [
         dict(dominant=5, contextual=2),
@@ -103,6 +105,7 @@ KEEP_ALL = {
     "random": [dict(keep=1.0), dict(keep=10_000)],
     "uniform": [dict(keep=1.0), dict(keep=10_000), dict(stride=1)],
 }
+KEEPS_NONE = {"vtw"}
 
 
 def every_other(ctx):
@@ -136,7 +139,7 @@ ALL_STAY = [*made(KEEP_ALL), *COMPOSED_KEEP_ALL]
 
 def test_every_method_is_here():
     assert METHODS.keys() == BUILT_IN.keys()
-    assert KEEP_ALL.keys() == BUILT_IN.keys()
+    assert KEEP_ALL.keys() == BUILT_IN.keys() - KEEPS_NONE
     assert len(set(POLICIES)) == len(POLICIES)
 
 
@@ -197,7 +200,8 @@ def chooses_by_more_than_scores(policy):
         | Uniform
         | Union
         | VisionZip
-        | VisPruner,
+        | VisPruner
+        | VTW,
     )
 
 
@@ -231,7 +235,7 @@ def test_a_budget_is_what_a_run_keeps(policy):
         kept = [range(n) for n in told(policy, ctx)]
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name not in KEEPS_NONE])
 def test_a_share_of_1_is_everything_and_an_int_is_tokens_per_image(name):
     cls, whole = policy_class(name), usual(name).at(1.0)
     assert [whole.kept(1152, 2, layer) for layer in whole.layers] == [1152] * len(whole.layers)

@@ -111,7 +111,8 @@ def _facts(policy: PruningPolicy) -> dict[str, Any]:
     reads = {
         "decoder attention": any(n.attention and not n.keys_only for n in needs),
         "decoder keys": any(n.keys_only for n in needs),
-        "prompt text": any(n.reads_text for n in needs),
+        # rows of nothing that is read say where the text is, and no more
+        "prompt text": any(n.reads_text and (n.embeds or n.text or n.attention) for n in needs),
         "vision attention": any(n.vision for n in needs),
         "hidden states": any(n.hidden for n in needs),
     }

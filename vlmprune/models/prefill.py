@@ -211,6 +211,8 @@ class Prefill:
         assert self.unpruned is not None
         # those before a stage at i, also where that was made before: the layer may be replayed
         layout = moved(self.layout(i - 1), hidden.device)
+        if not any(layout.counts):
+            return hidden
         numbers, counts = layout.ordinals, self.unpruned.layout.counts
         if len(counts) > 1:
             begins = whole_numbers((0, *accumulate(counts[:-1])), hidden.device)[:, None]

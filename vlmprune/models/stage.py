@@ -122,7 +122,8 @@ class StageRunner:
         """Refuse a choice that means nothing. The first one at each layer is read in full: one host read."""
         layer = context.layer
         if layer not in self.checked and not hidden.is_meta:  # tensors without values have none to check
-            check_selection(choice, context, repr(self.policy), hidden)
+            empties = self.policy.empties(layer)
+            check_selection(choice, context, repr(self.policy), hidden, empties)
             self.checked.add(layer)
         if isinstance(choice, Reduction):
             self._check_positions(choice.positions)
@@ -136,7 +137,7 @@ class StageRunner:
         """The policy's choice as data, refused in the same way."""
         ranking = self.policy.rank(context)
         if context.layer not in self.checked and context.device.type != "meta":
-            check_ranking(ranking, context, repr(self.policy))
+            check_ranking(ranking, context, repr(self.policy), self.policy.empties(context.layer))
             self.checked.add(context.layer)
         self._check_positions(ranking.positions)
         return ranking

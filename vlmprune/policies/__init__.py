@@ -47,6 +47,9 @@ from vlmprune.policies.feather import Feather as Feather
 from vlmprune.policies.ficoco import FiCoCo as FiCoCo
 from vlmprune.policies.greedyprune import GreedyPrune as GreedyPrune
 from vlmprune.policies.knorm import KNorm as KNorm
+from vlmprune.policies.layer_shares import g_search as g_search
+from vlmprune.policies.layer_shares import p_sigmoid as p_sigmoid
+from vlmprune.policies.layer_shares import scheduled as scheduled
 from vlmprune.policies.pyramiddrop import PyramidDrop as PyramidDrop
 from vlmprune.policies.random import Random as Random
 from vlmprune.policies.random_deep import RandomDeep as RandomDeep
@@ -62,5 +65,6 @@ from vlmprune.policies.uniform import Uniform as Uniform
 from vlmprune.policies.visionzip import VisionZip as VisionZip
 from vlmprune.policies.vispruner import VisPruner as VisPruner
 from vlmprune.policies.vscan import VScan as VScan
+from vlmprune.policies.vtw import VTW as VTW
 
 __all__ = sorted(name for name, found in globals().items() if name[0] != "_" and not inspect.ismodule(found))

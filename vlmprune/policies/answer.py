@@ -14,7 +14,9 @@ from vlmprune.policies.base import Ranking, Reduction, TokenContext
 from vlmprune.policies.inputs import Rating
 
 
-def check_selection(choice: object, ctx: TokenContext, who: str, like: Tensor | None = None) -> None:
+def check_selection(
+    choice: object, ctx: TokenContext, who: str, like: Tensor | None = None, empties: bool = False
+) -> None:
     """Raise InputError unless ``choice`` is what ``PruningPolicy.select`` may return; one host read.
 
     A sample with visual tokens keeps at least one, a sample without keeps none, and K is what the fullest keeps.
@@ -24,6 +26,7 @@ def check_selection(choice: object, ctx: TokenContext, who: str, like: Tensor | 
         ctx: the context it was asked with.
         who: what errors call the policy, for example its repr.
         like: ``[..., D]`` of the dtype and on the device that new rows must have; None = ``ctx.hidden`` if it is there.
+        empties: whether a sample may keep none: what ``PruningPolicy.empties`` says of the stage.
 
     Raises:
         InputError: with the policy, the sample and what is wrong there.
@@ -33,7 +36,7 @@ def check_selection(choice: object, ctx: TokenContext, who: str, like: Tensor | 
     if isinstance(choice, Reduction):
         index, positions = choice.index, choice.positions
         check(positions in ("keep", "pack"), f"{who}.positions", "'keep' or 'pack'", repr(positions))
-    used = check_index(index, ctx, who, ascending=not isinstance(choice, Reduction))
+    used = check_index(index, ctx, who, not isinstance(choice, Reduction), empties)
     assert isinstance(index, Tensor)
     width = index.shape[1]
     hint = f"{width - used} more that are -1 everywhere (cut them off: index[:, :{used}])"
@@ -57,7 +60,7 @@ def _check_merged(merged: object, index: Tensor, ctx: TokenContext, who: str) ->
         check(not odd, f"{who}, sample {sample}", "-1, or numbers in its index", sorted(odd)[:1])
 
 
-def check_ranking(ranking: object, ctx: TokenContext, who: str) -> None:
+def check_ranking(ranking: object, ctx: TokenContext, who: str, empties: bool = False) -> None:
     """Raise InputError unless ``ranking`` is what ``PruningPolicy.rank`` may return; one host read where it has codes.
 
     Raises:
@@ -81,12 +84,12 @@ def check_ranking(ranking: object, ctx: TokenContext, who: str) -> None:
         fits = scores.is_floating_point() and list(scores.shape) == shape and scores.device == ctx.device
         got = f"{scores.dtype} {list(scores.shape)} on {scores.device}"
         check(fits, f"{who}.scores", f"floats {shape} on {ctx.device}", got)
-    _check_counts(ranking, ctx, who)
+    _check_counts(ranking, ctx, who, empties)
     if ranking.code is not None:
         _check_codes(ranking, ctx, who, shape)
 
 
-def _check_counts(ranking: Ranking, ctx: TokenContext, who: str) -> None:
+def _check_counts(ranking: Ranking, ctx: TokenContext, who: str, empties: bool) -> None:
     """How many stay: of every sample, or of every one of its images, and how many more its codes may add."""
     sizes: Sequence[Sequence[int]] = [(n,) for n in ctx.counts]
     keep: Any = [(k,) for k in ranking.keep] if _whole(ranking.keep) else ranking.keep
@@ -106,7 +109,7 @@ def _check_counts(ranking: Ranking, ctx: TokenContext, who: str) -> None:
     check(fits, f"{who}.extra", f"{len(ctx.counts)} whole numbers >= 0, one a sample, or None", extra)
     most = ranking.most(ctx.counts)
     check(
-        all(k or not n for k, n in zip(most, ctx.counts, strict=True)),
+        empties or all(k or not n for k, n in zip(most, ctx.counts, strict=True)),
         f"{who}.keep",
         "at least one token",
         most,
@@ -134,7 +137,9 @@ def _check_codes(ranking: Ranking, ctx: TokenContext, who: str, shape: list[int]
         check(stay <= more, f"{name}, sample {b}", said, stay)
 
 
-def check_index(index: object, ctx: TokenContext, who: str, ascending: bool = True) -> int:
+def check_index(
+    index: object, ctx: TokenContext, who: str, ascending: bool = True, empties: bool = False
+) -> int:
     """Return how many columns of ``index`` the fullest sample uses; raise InputError unless it is valid up to there."""
     batch = len(ctx.counts)
     check(isinstance(index, Tensor), who, f"an int64 tensor [{batch}, K] or a Reduction", _described(index))
@@ -147,11 +152,13 @@ def check_index(index: object, ctx: TokenContext, who: str, ascending: bool = Tr
     check(not view or index.numel() == 0, who, "numbers among the entering tokens", "ctx.positions")
     rows = index.tolist()
     for sample, row in enumerate(rows):
-        _check_row(row, ctx, sample, f"{who}, sample {sample}", ascending)
+        _check_row(row, ctx, sample, f"{who}, sample {sample}", ascending, empties)
     return max((sum(i != -1 for i in row) for row in rows), default=0)
 
 
-def _check_row(row: list[int], ctx: TokenContext, sample: int, who: str, ascending: bool) -> None:
+def _check_row(
+    row: list[int], ctx: TokenContext, sample: int, who: str, ascending: bool, empties: bool
+) -> None:
     """One sample's numbers."""
     tokens, kept = ctx.counts[sample], [i for i in row if i != -1]
     hole = row.index(-1) if -1 in row else len(row)
@@ -163,7 +170,7 @@ def _check_row(row: list[int], ctx: TokenContext, sample: int, who: str, ascendi
     check(not twice, who, "each number once", f"{twice[:1]} again")
     falls = [pair for pair in pairwise(kept) if ascending and pair[0] > pair[1]]
     check(not falls, who, "ascending numbers (a Reduction may reorder)", falls[:1])
-    check(bool(kept) or tokens == 0, who, f"at least one of its {tokens} tokens", "none")
+    check(empties or bool(kept) or tokens == 0, who, f"at least one of its {tokens} tokens", "none")
 
 
 def _hint(kept: list[int], ctx: TokenContext, sample: int) -> str:

@@ -123,8 +123,16 @@ class PruningPolicy:
         """
         return self._ranks
 
+    def empties(self, layer: int) -> bool:
+        """Whether a sample may lose all of its visual tokens at this stage; elsewhere keeping none is refused.
+
+        Layers behind it then run on text alone. A visual token that ends a prompt stays even so, as generation goes on from
+        its row: a ranking must leave it room (``vtw.VTW``).
+        """
+        return False
+
     def rank(self, ctx: TokenContext) -> Ranking:
-        """The choice as data, for a method that scores tokens and keeps the best ones. A sample with tokens keeps one at least.
+        """The choice as data, for a method that scores tokens and keeps the best ones. A sample with tokens keeps one at least (but see ``empties``).
 
         Example:
             >>> from vlmprune import Random
@@ -138,7 +146,7 @@ class PruningPolicy:
         """Which of the visual tokens entering the stage stay: ``[B, K]`` int64 in 0..N-1, ascending, -1 on the right.
 
         By default what ``rank`` says; a method that is no ranking overrides this. K is what the fullest sample keeps; a
-        sample with tokens keeps at least one. A method that merges tokens, reorders them or packs their positions returns
+        sample with tokens keeps at least one (but see ``empties``). A method that merges tokens, reorders them or packs their positions returns
         a ``Reduction``. One broken sample (NaN, infinities) must change nothing for the others;
         ``vlmprune.testing.check_policy`` tries all of this.
         """

@@ -78,6 +78,9 @@ class Stages(PruningPolicy):
     def ranks(self, layer: int) -> bool:
         return self._policy(layer).ranks(layer)
 
+    def empties(self, layer: int) -> bool:
+        return self._policy(layer).empties(layer)
+
     def rank(self, ctx: TokenContext) -> Ranking:
         return self._policy(ctx.layer).rank(ctx)
 

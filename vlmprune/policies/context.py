@@ -43,7 +43,7 @@ class TokenContext:
             newline token is of none.
         shares: how many images each sample's visual tokens are, where chunked prefill has cut them up; else None. Then
             ordinals count from the prompt's first visual token and ``grids`` are those of all its images so far.
-        words: how many tokens ``text`` has in each sample, host ints; None = not known.
+        words: how many tokens ``text`` has in each sample, host ints; None = not known (in a captured prefill).
         tokens: ``[B, q]`` int64 ids of the whole prompt chunk, -1 = padding, or None if not asked for. Given with them:
         embed, tokenizer: the table, ids ``[...]`` to ``[..., D]``, and what gives the model's tokenizer or raises ModelError.
         text_hidden: ``[B, T, D]`` hidden states of that text entering the stage, zeros at padding, or None. With them come

@@ -32,6 +32,7 @@ from vlmprune.policies.uniform import Uniform
 from vlmprune.policies.visionzip import VisionZip
 from vlmprune.policies.vispruner import VisPruner
 from vlmprune.policies.vscan import VScan
+from vlmprune.policies.vtw import VTW
 
 GROUP = "vlmprune.policies"
 """Entry-point group: ``name = "package.module:PolicyClass"``."""
@@ -48,6 +49,7 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "ficoco": FiCoCo,
     "vscan": VScan,
     "star": STAR,
+    "vtw": VTW,
     "fastervlm": FasterVLM,
     "visionzip": VisionZip,
     "vispruner": VisPruner,

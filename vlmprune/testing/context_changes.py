@@ -112,6 +112,7 @@ def first_alone(ctx: TokenContext) -> TokenContext:
         attention=None if ctx.attention is None else _first_rows(ctx.attention),
         image=None if ctx.image is None else _real(ctx.image),
         text=text,
+        words=None if ctx.words is None else ctx.words[:1],
         text_hidden=None if ctx.text_hidden is None else ctx.text_hidden[:, :words],
         start=None if ctx.start is None else ctx.start[:1],
         tokens=None if ctx.tokens is None else _real(ctx.tokens),

@@ -77,6 +77,10 @@ class Recorded(PruningPolicy):
         """As the policy: what is recorded runs along its road."""
         return self.policy.ranks(layer)
 
+    def empties(self, layer: int) -> bool:
+        """As the policy."""
+        return self.policy.empties(layer)
+
     def rank(self, ctx: TokenContext) -> Ranking:
         """What the policy says; remembered as what it would select."""
         self.select(ctx)
@@ -101,7 +105,7 @@ def standing(ctx: TokenContext, change: Reduction, before: Standing | None) -> S
         rows = ctx.hidden[b, kept] if change.hidden is None else change.hidden[b, : len(kept)]
         counts = {positions[number]: 0.0 for number in kept}
         for number, position in enumerate(positions):
-            if position < 0:
+            if position < 0 or not kept:  # where none stays, none stands for those that go
                 continue
             alike = torch.cosine_similarity(ctx.hidden[b, number][None].float(), rows.float(), dim=1)
             into = -1 if change.merged is None else int(change.merged[b, number])

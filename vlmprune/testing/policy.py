@@ -134,7 +134,7 @@ def _ask(policy: PruningPolicy, ctx: TokenContext, case: str) -> Reduction:
     for name, x in _tensors(own).items():
         same = torch.equal(x.nan_to_num(), before[name].nan_to_num())
         check(same, f"{case}: {policy!r}.select(ctx)", f"ctx.{name} as it was", "other values written to it")
-    check_selection(choice, own, f"{case}: {policy!r}")
+    check_selection(choice, own, f"{case}: {policy!r}", empties=policy.empties(ctx.layer))
     return choice if isinstance(choice, Reduction) else Reduction(choice)
 
 

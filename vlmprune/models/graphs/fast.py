@@ -18,7 +18,7 @@ from vlmprune.models.graphs.hand_over import hand_over
 from vlmprune.models.graphs.prompt_rows import PromptRows
 from vlmprune.models.graphs.reads import HostRead
 from vlmprune.models.graphs.store import Graph, Graphs, Inputs
-from vlmprune.models.graphs.unfit import hooked, unfit_call, unfit_model
+from vlmprune.models.graphs.unfit import ends_with_image, hooked, unfit_call, unfit_model
 from vlmprune.models.host.names import CACHE, Signature
 from vlmprune.models.host.parts import Parts
 from vlmprune.models.prefill import RUNNING, Prefill, Wants
@@ -56,6 +56,7 @@ class FastPath:
         self.clock, self.graphs = clock, graphs
         projector = (parts.projector,) if vision.attn else ()
         self.subject = Subject(text, type(text).forward, self.told.first(CACHE), wants, projector)
+        self.empties = policy is not None and any(map(policy.empties, policy.layers))
         self.refused = graphs.recorder.refusal(text.device) or unfit_model(text, policy)
 
     @property
@@ -104,6 +105,8 @@ class FastPath:
             return f"{PLAIN}padding on the right", None  # which is an error there
         if layout.hidden:
             return f"{PLAIN}the attention mask hides visual tokens", None
+        if self.empties and ends_with_image(prefill.unpruned):
+            return f"{PLAIN}a prompt that ends with its image, whose last row stays", None
         fixed = self._bucket(prefill, prefill.unpruned)
         rows = PromptRows(layout, fixed.length)
         prompt = self._inputs(prefill, given, rows, fixed)

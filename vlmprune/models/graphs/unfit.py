@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from vlmprune.models.host.cache_layers import PrunedLayer
 from vlmprune.models.host.names import CACHE, DEEPSTACK
 from vlmprune.models.prefill import RUNNING, Prefill
+from vlmprune.models.unpruned import Unpruned
 
 GIVEN = {"inputs_embeds", "attention_mask", "position_ids", *CACHE, RUNNING, *DEEPSTACK}
 """Arguments of the text model that a graph has its own of."""
@@ -94,3 +95,9 @@ def _unfit_arguments(given: Mapping[str, Any], text: Any) -> str | None:
             return f"{name} is asked for, or given"
     asked = [name for name in ASKS if getattr(text.config, name)]
     return f"{asked[0]} is asked for" if asked else None
+
+
+def ends_with_image(unpruned: Unpruned) -> bool:
+    """Whether some sample's last token is a visual one, as far as a stage reads where the text is."""
+    words = () if unpruned.text is None else unpruned.text.words
+    return any(n and not text for n, text in zip(unpruned.layout.counts, words, strict=False))
