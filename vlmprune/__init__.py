@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vlmprune.models import Graphs, Report, Run, StageRecord, attach, detach, meter, prune, warmup
     from vlmprune.policies import (
         ACCM,
+        AIM,
         DART,
         ACCMSelection,
         AttentionInputs,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         FasterVLM,
         FastV,
         Feather,
+        Folder,
         Grid,
         Insertion,
         Intersection,
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ACCM",
+    "AIM",
     "DART",
     "ACCMSelection",
     "AttentionInputs",
@@ -78,6 +81,7 @@ __all__ = [
     "FastV",
     "FasterVLM",
     "Feather",
+    "Folder",
     "Graphs",
     "Grid",
     "InputError",

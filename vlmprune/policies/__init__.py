@@ -8,6 +8,7 @@ import inspect
 
 from vlmprune.policies.accm import ACCM as ACCM
 from vlmprune.policies.accm_selection import ACCMSelection as ACCMSelection
+from vlmprune.policies.aim import AIM as AIM
 from vlmprune.policies.base import AttentionInputs as AttentionInputs
 from vlmprune.policies.base import Grid as Grid
 from vlmprune.policies.base import Insertion as Insertion
@@ -44,6 +45,7 @@ from vlmprune.policies.divprune import DivPrune as DivPrune
 from vlmprune.policies.fastervlm import FasterVLM as FasterVLM
 from vlmprune.policies.fastv import FastV as FastV
 from vlmprune.policies.feather import Feather as Feather
+from vlmprune.policies.folder import Folder as Folder
 from vlmprune.policies.knorm import KNorm as KNorm
 from vlmprune.policies.pyramiddrop import PyramidDrop as PyramidDrop
 from vlmprune.policies.random import Random as Random

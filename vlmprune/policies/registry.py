@@ -9,6 +9,7 @@ from importlib import metadata
 from vlmprune.errors import InputError, check, first_line
 from vlmprune.policies.accm import ACCM
 from vlmprune.policies.accm_selection import ACCMSelection
+from vlmprune.policies.aim import AIM
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.cdpruner import CDPruner
 from vlmprune.policies.compose import Intersection, Stages, Union
@@ -18,6 +19,7 @@ from vlmprune.policies.divprune import DivPrune
 from vlmprune.policies.fastervlm import FasterVLM
 from vlmprune.policies.fastv import FastV
 from vlmprune.policies.feather import Feather
+from vlmprune.policies.folder import Folder
 from vlmprune.policies.knorm import KNorm
 from vlmprune.policies.pyramiddrop import PyramidDrop
 from vlmprune.policies.random import Random
@@ -45,6 +47,8 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "fastervlm": FasterVLM,
     "visionzip": VisionZip,
     "vispruner": VisPruner,
+    "folder": Folder,
+    "aim": AIM,
     "divprune": DivPrune,
     "cdpruner": CDPruner,
     "accm_selection": ACCMSelection,
