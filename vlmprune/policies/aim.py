@@ -176,7 +176,7 @@ def page_rank(seen: AttentionInputs, temperature: float, rounds: int) -> Tensor:
     sees = sees.view(-1, 1, Sq, S)
     start = (start / start.sum(1, keepdim=True).clamp(min=1))[:, None, None]
     squares = start.new_zeros(B, S)
-    for query, key in zip(seen.query.chunk(heads, 1), seen.key.split(1, 1), strict=True):
+    for query, key in zip(seen.query.chunk(heads, 1), seen.key.chunk(heads, 1), strict=True):
         logits = (query.float() @ key.float().mT).mul_(seen.scale / temperature)
         pays = logits.masked_fill_(~sees, torch.finfo(torch.float32).min).softmax(3)
         rank = start.expand(-1, query.shape[1], -1, -1)

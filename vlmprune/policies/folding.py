@@ -91,10 +91,12 @@ def fold(metric: Tensor, rows: Tensor, keep: int, rounds: Rounds, penalty: Tenso
 
     Each round splits what is left into sources and destinations by turns, and merges the sources most like their
     nearest destination into it: rows and metric become means, and a token stands where its destination stood. A source's
-    ``penalty [I, T]`` is taken off that likeness, and is a plain mean itself from one round to the next.
+    ``penalty [I, T]`` is taken off that likeness, and is a plain mean itself from one round to the next. With ``keep`` 0 all go.
     """
     n, device = metric.shape[1], metric.device
     own = places = torch.arange(n, device=device).expand(metric.shape[:2])
+    if keep == 0:  # of a crop of an image that keeps fewer tokens than it has crops
+        return Folded(places[:, :0], rows[:, :0], metric.new_zeros(len(rows), 0), torch.full_like(places, -1))
     sizes = torch.ones(metric.shape[:2], device=device)
     same = rows is metric
     metric, rows = metric.contiguous(), rows.contiguous()  # a tower's rows may lie across one another
