@@ -58,6 +58,7 @@ TABLE = {
     "vscan": "layer=8,keep=288,then=96",
     "star": "layer=8,keep=288,then=96",
     "vtw": "layer=5",
+    "aim": "layer=7,stages=4,keep=350",
     "random_deep": "layer=10,keep=0.33",
 }
 """Methods whose stages do not fit into 16 layers: here at half their layers. VTW leaves 180 of 576 tokens in the mean."""

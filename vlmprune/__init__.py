@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vlmprune.models import Graphs, Report, Run, StageRecord, attach, detach, meter, prune, warmup
     from vlmprune.policies import (
         ACCM,
+        AIM,
         DART,
         STAR,
         VTW,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         FastV,
         Feather,
         FiCoCo,
+        Folder,
         GreedyPrune,
         Grid,
         Insertion,
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ACCM",
+    "AIM",
     "DART",
     "STAR",
     "VTW",
@@ -85,6 +88,7 @@ __all__ = [
     "FasterVLM",
     "Feather",
     "FiCoCo",
+    "Folder",
     "Graphs",
     "GreedyPrune",
     "Grid",

@@ -45,6 +45,8 @@ FIXED = {
     "fastervlm": vlmprune.FasterVLM(keep=6),
     "visionzip": vlmprune.VisionZip(dominant=5, contextual=2),
     "vispruner": vlmprune.VisPruner(keep=6, positions="keep"),
+    "folder": vlmprune.Folder(keep=6),
+    "aim": vlmprune.AIM(keep=9, layer=2, stages=2),
     "divprune": vlmprune.DivPrune(keep=6),
     "cdpruner": vlmprune.CDPruner(keep=6),
     "accm-selection": vlmprune.ACCMSelection(keep=6),

@@ -46,6 +46,11 @@ METHODS = {
     "fastervlm": [dict(keep=6), dict(keep=0.5, positions="keep")],
     "visionzip": [dict(dominant=5, contextual=2), dict(dominant=5, contextual=2, positions="keep")],
     "vispruner": [dict(keep=6), dict(keep=6, positions="keep")],
+    "folder": [dict(keep=6), dict(keep=6, place="projected", positions="keep")],
+    "aim": [
+        dict(keep=9, layer=2, stages=2),
+        dict(keep=9, features="keys", layer=3, stages=1, last=0.4, positions="keep"),
+    ],
     "divprune": [dict(keep=6), dict(keep=6, positions="keep")],
     "cdpruner": [dict(keep=6), dict(keep=6, relevance="none", positions="keep")],
     "accm_selection": [

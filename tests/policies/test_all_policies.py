@@ -8,12 +8,14 @@ import torch
 from helpers.methods import echo, usual
 from vlmprune.policies import (
     ACCM,
+    AIM,
     VTW,
     ACCMSelection,
     CDPruner,
     Custom,
     FasterVLM,
     Feather,
+    Folder,
     Intersection,
     Random,
     Reduction,
@@ -63,6 +65,11 @@ METHODS = {
         dict(dominant=0.3, contextual=0.1),
     ],
     "vispruner": [dict(keep=6), dict(keep=5, positions="keep")],
+    "folder": [dict(keep=6), dict(keep=0.3, place="projected", positions="keep")],
+    "aim": [
+        dict(keep=8, layer=2, stages=2),
+        dict(keep=0.6, features="keys", layer=2, stages=2, last=0.3, positions="keep"),
+    ],
     "divprune": [dict(keep=6), dict(positions="keep"), dict(keep=0.3, spend="image")],
     "cdpruner": [
         dict(keep=6),
@@ -97,6 +104,8 @@ KEEP_ALL = {
     "fastervlm": [dict(keep=1.0)],
     "visionzip": [dict(dominant=10_000, contextual=3), dict(dominant=0.75, contextual=0.25)],
     "vispruner": [dict(keep=1.0)],
+    "folder": [dict(keep=1.0)],
+    "aim": [dict(keep=1.0, layer=2, stages=2, last=1.0)],
     "divprune": [dict(keep=1.0)],
     "cdpruner": [dict(keep=1.0)],
     "accm": [dict(selection=FasterVLM(), compensator=echo, keep=1.0)],
@@ -192,9 +201,11 @@ def chooses_by_more_than_scores(policy):
     return isinstance(
         policy,
         ACCMSelection
+        | AIM
         | CDPruner
         | Custom
         | Feather
+        | Folder
         | Intersection
         | Random
         | Uniform

@@ -30,6 +30,8 @@ POLICIES = [
     vlmprune.VisionZip(dominant=12, contextual=6),
     vlmprune.VisionZip(dominant=12, contextual=5, positions="keep"),
     vlmprune.VScan(keep=18, window=2),
+    vlmprune.Folder(keep=18),
+    vlmprune.AIM(keep=17, positions="keep"),
     vlmprune.ACCMSelection(keep=18, relevance="none"),
     vlmprune.ACCMSelection(keep=18, relevance="none", order="selected"),
     vlmprune.CDPruner(keep=18, relevance=first_column),
@@ -114,6 +116,7 @@ def test_newlines_stay_when_all_others_do(keep):
         vlmprune.FasterVLM(keep=keep),
         vlmprune.VisPruner(keep=keep),
         vlmprune.VScan(keep=keep, window=2),
+        vlmprune.Folder(keep=keep),
     ):
         ctx = mosaic(sight([((ROWS, COLUMNS),)] * 3, layers=tuple(policy.needs(0).vision)))
         got = answer(policy, ctx)

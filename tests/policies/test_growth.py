@@ -51,6 +51,10 @@ def measured(policy, monkeypatch, **settings):
     return exponent(works)
 
 
+FEWER = {"aim": {"stages": 1}}
+"""Where stages are alike and many: one, which takes as long as all others."""
+
+
 def assert_grows(policy, growth, monkeypatch, **settings):
     low, high = WITHIN[growth]
     assert low <= measured(policy, monkeypatch, **settings) <= high

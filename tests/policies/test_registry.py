@@ -157,6 +157,8 @@ def test_presets_are_of_published_budgets():
     assert {name for name, kind in registry.BUILT_IN.items() if kind.presets.keys() == every} == {
         *("accm_selection", "cdpruner", "divprune", "fastervlm", "random", "uniform"),
         *("visionzip", "vispruner", "vscan", "star"),
+        *("aim", "folder"),
+        *("visionzip", "vispruner", "vscan"),
     }
 
 

@@ -8,6 +8,7 @@ import inspect
 
 from vlmprune.policies.accm import ACCM as ACCM
 from vlmprune.policies.accm_selection import ACCMSelection as ACCMSelection
+from vlmprune.policies.aim import AIM as AIM
 from vlmprune.policies.base import AttentionInputs as AttentionInputs
 from vlmprune.policies.base import Grid as Grid
 from vlmprune.policies.base import Insertion as Insertion
@@ -45,6 +46,7 @@ from vlmprune.policies.fastervlm import FasterVLM as FasterVLM
 from vlmprune.policies.fastv import FastV as FastV
 from vlmprune.policies.feather import Feather as Feather
 from vlmprune.policies.ficoco import FiCoCo as FiCoCo
+from vlmprune.policies.folder import Folder as Folder
 from vlmprune.policies.greedyprune import GreedyPrune as GreedyPrune
 from vlmprune.policies.knorm import KNorm as KNorm
 from vlmprune.policies.layer_shares import g_search as g_search

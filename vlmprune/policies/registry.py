@@ -9,6 +9,7 @@ from importlib import metadata
 from vlmprune.errors import InputError, check, first_line
 from vlmprune.policies.accm import ACCM
 from vlmprune.policies.accm_selection import ACCMSelection
+from vlmprune.policies.aim import AIM
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.cdpruner import CDPruner
 from vlmprune.policies.compose import Intersection, Stages, Union
@@ -19,6 +20,7 @@ from vlmprune.policies.fastervlm import FasterVLM
 from vlmprune.policies.fastv import FastV
 from vlmprune.policies.feather import Feather
 from vlmprune.policies.ficoco import FiCoCo
+from vlmprune.policies.folder import Folder
 from vlmprune.policies.greedyprune import GreedyPrune
 from vlmprune.policies.knorm import KNorm
 from vlmprune.policies.pyramiddrop import PyramidDrop
@@ -53,6 +55,8 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "fastervlm": FasterVLM,
     "visionzip": VisionZip,
     "vispruner": VisPruner,
+    "folder": Folder,
+    "aim": AIM,
     "divprune": DivPrune,
     "cdpruner": CDPruner,
     "accm_selection": ACCMSelection,
