@@ -44,7 +44,9 @@ from vlmprune.policies.divprune import DivPrune as DivPrune
 from vlmprune.policies.fastervlm import FasterVLM as FasterVLM
 from vlmprune.policies.fastv import FastV as FastV
 from vlmprune.policies.feather import Feather as Feather
+from vlmprune.policies.glance import GlanceScorer as GlanceScorer
 from vlmprune.policies.knorm import KNorm as KNorm
+from vlmprune.policies.learned import Learned as Learned
 from vlmprune.policies.pyramiddrop import PyramidDrop as PyramidDrop
 from vlmprune.policies.random import Random as Random
 from vlmprune.policies.random_deep import RandomDeep as RandomDeep
@@ -52,6 +54,7 @@ from vlmprune.policies.recipe import policy_from as policy_from
 from vlmprune.policies.registry import list_policies as list_policies
 from vlmprune.policies.schedule import keep_for_flops as keep_for_flops
 from vlmprune.policies.schedule import keep_for_mean_tokens as keep_for_mean_tokens
+from vlmprune.policies.scorer import Scorer as Scorer
 from vlmprune.policies.sinks import WithoutSinks as WithoutSinks
 from vlmprune.policies.sparsevlm import SparseVLM as SparseVLM
 from vlmprune.policies.sparsevlm_plus import SparseVLMPlus as SparseVLMPlus

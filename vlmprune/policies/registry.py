@@ -19,6 +19,7 @@ from vlmprune.policies.fastervlm import FasterVLM
 from vlmprune.policies.fastv import FastV
 from vlmprune.policies.feather import Feather
 from vlmprune.policies.knorm import KNorm
+from vlmprune.policies.learned import Learned
 from vlmprune.policies.pyramiddrop import PyramidDrop
 from vlmprune.policies.random import Random
 from vlmprune.policies.random_deep import RandomDeep
@@ -49,6 +50,7 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "cdpruner": CDPruner,
     "accm_selection": ACCMSelection,
     "accm": ACCM,
+    "learned": Learned,
     "random_deep": RandomDeep,
     "random": Random,
     "uniform": Uniform,
