@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "glyphworld"))  # the folder only: a checkout must stay off the path
+sys.path.insert(
+    0, str(Path(__file__).parents[1] / "glyphworld")
+)  # the folder only: a checkout must stay off the path
 
 from training.wording import full_prompt
 from world.questions import Question, ask_all
@@ -29,6 +31,8 @@ PATCH = 8
 FIRST_SEED = 3_000_000  # scenes below 1,000,000 are for evaluation
 _STREAM = 17  # of a scene's random numbers: another than that of the questions which evaluations ask
 _FEWEST_PIXELS = 8  # of a box in a patch that is said to show it
+_WARM_UP = 20  # steps
+_CONSTANT = 0.5  # share of the steps before the learning rate falls to zero
 _SMOOTH = 1.0  # of the dice loss: what keeps it finite
 
 
@@ -70,7 +74,9 @@ def _counted(scene: Scene, question: Question) -> list[Box]:
     ]
 
 
-def lessons(model: nn.Module, processor: Any, scorer: Scorer, seeds: Sequence[int], scenes: int) -> Iterator[Lesson]:
+def lessons(
+    model: nn.Module, processor: Any, scorer: Scorer, seeds: Sequence[int], scenes: int
+) -> Iterator[Lesson]:
     """One lesson for every ``scenes`` of these seeds: each scene's picture with every question that has an answer in it."""
     side, layer = model.config.vision_config.image_size, scorer.layer or 0
     for start in range(0, len(seeds), scenes):
@@ -83,7 +89,9 @@ def lessons(model: nn.Module, processor: Any, scorer: Scorer, seeds: Sequence[in
                     images.append(Image.fromarray(scene.image))
                     texts.append(full_prompt(processor, " ".join(question.words)))
                     truth.append(patches)
-        inputs = processor(text=texts, images=images, padding=True, return_tensors="pt", add_special_tokens=False)
+        inputs = processor(
+            text=texts, images=images, padding=True, return_tensors="pt", add_special_tokens=False
+        )
         ctx = context_of(model, inputs.to(model.device, model.dtype), scorer.needs, layer)
         yield Lesson(ctx, torch.from_numpy(np.stack(truth)).to(model.device))
 
@@ -98,9 +106,29 @@ def loss_of(scorer: Scorer, lesson: Lesson) -> Tensor:
     return (dice + 0.1 * each.sum(1) / there.sum(1)).mean()
 
 
+def teach(scorer: Scorer, taught: Iterable[Lesson], steps: int, rate: float) -> Iterator[float]:
+    """One update for each of so many lessons, by AdamW; yields the loss before it. Leaves the scorer in training mode."""
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr=rate, weight_decay=0.01)
+    scorer.train()
+    for step, lesson in enumerate(taught):
+        loss = loss_of(scorer, lesson)
+        loss.backward()
+        nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / _WARM_UP, (1 - step / steps) / (1 - _CONSTANT))
+        optimizer.step()
+        optimizer.zero_grad()
+        yield float(loss.detach())
+
+
 @torch.no_grad()
-def found_in(scorer: Scorer, lesson: Lesson, share: float) -> Tensor:
-    """Of each sample's tokens that show what is asked for, the share that is among the best ``share`` of all: ``[B]``."""
-    scores = scorer(lesson.ctx).float().masked_fill(~lesson.ctx.mask, float("-inf"))
-    best = scores.topk(max(1, int(share * scores.shape[1])), dim=1).indices
-    return lesson.shown.gather(1, best).sum(1) / lesson.shown.sum(1).clamp(max=best.shape[1])
+def found(scorer: Scorer, lessons: Iterable[Lesson], share: float) -> float:
+    """Of the tokens that show what is asked for, which part is among the best ``share`` of all: the mean over all samples."""
+    parts, training = [], scorer.training
+    scorer.eval()
+    for lesson in lessons:
+        scores = scorer(lesson.ctx).float().masked_fill(~lesson.ctx.mask, float("-inf"))
+        best = scores.topk(max(1, int(share * scores.shape[1])), dim=1).indices
+        parts.append(lesson.shown.gather(1, best).sum(1) / lesson.shown.sum(1).clamp(max=best.shape[1]))
+    scorer.train(training)
+    return float(torch.cat(parts).mean())

@@ -13,25 +13,20 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.progress import track
-from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
 
-from lessons import FIRST_SEED, Lesson, found_in, lessons, loss_of
+from lessons import FIRST_SEED, Lesson, found, lessons, teach
 
-from vlmprune.policies import GlanceScorer, Scorer
+from vlmprune.policies import GlanceScorer
 
 GLYPHWORLD = Path(__file__).parents[1] / "glyphworld"
-SHARES = (0.05, 0.1, 0.2)  # of the tokens, at which is told how much of what is asked for they show
 _HELD_OUT = range(60001, 60033)
 _LOG_EVERY = 50  # steps
-_WARM_UP = 20
-_CONSTANT = 0.5  # share of the steps before the learning rate falls to zero
 
 
 def main() -> None:
@@ -44,7 +39,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     scorer.save_pretrained(args.out / "start")
     held_out = list(lessons(model, processor, scorer, _HELD_OUT[: args.held_out], args.scenes))
-    start, log = time.perf_counter(), [{"step": 0, "found": found(scorer, held_out)}]
+    start, log = time.perf_counter(), [{"step": 0, "found": _shares(scorer, held_out)}]
     seeds = range(FIRST_SEED, FIRST_SEED + args.steps * args.scenes)
     taught = lessons(model, processor, scorer, seeds, args.scenes)
     for step, loss in enumerate(
@@ -52,41 +47,31 @@ def main() -> None:
     ):
         if step % _LOG_EVERY == 0 or step == args.steps:
             seconds = round(time.perf_counter() - start, 1)
-            log.append({"step": step, "seconds": seconds, "loss": round(loss, 4), "found": found(scorer, held_out)})
+            log.append(
+                {"step": step, "seconds": seconds, "loss": round(loss, 4), "found": _shares(scorer, held_out)}
+            )
             print(json.dumps(log[-1]), flush=True)
     scorer.eval().save_pretrained(args.out / "trained")
     (args.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")
 
 
-def teach(scorer: Scorer, taught: Any, steps: int, rate: float) -> Any:
-    """One update for every lesson, by AdamW; yields the loss before it."""
-    optimizer = torch.optim.AdamW(scorer.parameters(), lr=rate, weight_decay=0.01)
-    scorer.train()
-    for step, lesson in enumerate(taught):
-        loss = loss_of(scorer, lesson)
-        loss.backward()
-        nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / _WARM_UP, (1 - step / steps) / (1 - _CONSTANT))
-        optimizer.step()
-        optimizer.zero_grad()
-        yield float(loss.detach())
-
-
-def found(scorer: Scorer, held_out: list[Lesson]) -> dict[str, float]:
-    """By share of the tokens, how much of what is asked for is among the best."""
-    training = scorer.training
-    scorer.eval()
-    shares = {f"{s:.0%}": torch.cat([found_in(scorer, lesson, s) for lesson in held_out]) for s in SHARES}
-    scorer.train(training)
-    return {share: round(float(each.mean()), 4) for share, each in shares.items()}
+def _shares(scorer: GlanceScorer, held_out: list[Lesson]) -> dict[str, float]:
+    """How much of what is asked for is among so many of the best."""
+    return {f"{share:.0%}": round(found(scorer, held_out, share), 4) for share in (0.05, 0.1, 0.2)}
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the run")
-    add("--checkpoint", type=Path, default=GLYPHWORLD / "checkpoint-576", help="the model, which stays as it is")
+    add(
+        "--checkpoint",
+        type=Path,
+        default=GLYPHWORLD / "checkpoint-576",
+        help="the model, which stays as it is",
+    )
     add("--layer", type=int, default=0, help="the stage")
     add("--steps", type=int, default=300)
     add("--scenes", type=int, default=4, help="a step, each with some seven questions")

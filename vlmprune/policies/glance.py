@@ -44,7 +44,7 @@ class GlanceScorer(Scorer):
         inner = heads * size
         self.glance = nn.Parameter(torch.randn(heads, size))
         self.read, self.see = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.words = nn.Conv1d(width, inner, 3, padding=1)
+        self.words = nn.Linear(3 * width, inner)
         self.word_keys, self.word_values = nn.Linear(inner, inner), nn.Linear(inner, inner)
         self.ask = nn.Sequential(nn.Linear(inner, 2 * inner), nn.GELU(), nn.Linear(2 * inner, inner))
         self.token_keys, self.token_state = nn.Linear(width, inner), nn.Linear(width, inner)
@@ -54,7 +54,12 @@ class GlanceScorer(Scorer):
         """Logits ``[B, N]`` of showing what is asked, in the type of the weights."""
         hidden = require(ctx.hidden, "ctx.hidden", "entering states (declare Needs(hidden=True))")
         width = hidden.shape[2]
-        check(width == self.width, "ctx.hidden", f"rows of width {self.width}, as the scorer was made for", width)
+        check(
+            width == self.width,
+            "ctx.hidden",
+            f"rows of width {self.width}, as the scorer was made for",
+            width,
+        )
         seen = self.see(hidden.to(self.dtype))
         keys = self.token_keys(seen).unflatten(-1, (self.heads, self.size))
         logits = torch.einsum("bhd,bnhd->bnh", self.question(ctx), keys) * self.size**-0.5
@@ -67,8 +72,11 @@ class GlanceScorer(Scorer):
         rows = require(ctx.text_hidden, "ctx.text_hidden", "the text's states (declare Needs(text=True))")
         there = (text >= 0)[..., None]
         words = self.read(rows.to(self.dtype)).masked_fill(~there, 0.0)
-        words = gelu(self.words(words.transpose(1, 2)).transpose(1, 2))
-        keys, values = (f(words).unflatten(-1, (self.heads, self.size)) for f in (self.word_keys, self.word_values))
+        padded = nn.functional.pad(words, (0, 0, 1, 1))
+        words = gelu(self.words(torch.cat([padded[:, :-2], words, padded[:, 2:]], -1)))
+        keys, values = (
+            f(words).unflatten(-1, (self.heads, self.size)) for f in (self.word_keys, self.word_values)
+        )
         pull = torch.einsum("hd,bthd->bth", self.glance, keys) * self.size**-0.5
         # one more place, at zero, that says nothing: all there is where there is no text
         pull = nn.functional.pad(pull.masked_fill(~there, float("-inf")), (0, 0, 0, 1)).softmax(1)[:, :-1]

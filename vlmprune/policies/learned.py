@@ -5,29 +5,28 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from vlmprune.compensation.saved import written_at
 from vlmprune.compensation.saving import standing
 from vlmprune.errors import InputError, check
 from vlmprune.policies.base import Growth, Needs, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import check_keep, check_layer
 from vlmprune.policies.choose import marks, quotas, select_counts
-from vlmprune.policies.scorer import Scorer
+from vlmprune.policies.scorer import Scorer, fingerprint_of
 
 
 class Held:
-    """A scorer, or the folder of one, which is read when first asked for; for every device a copy of its own."""
+    """A scorer, or the folder of one, which is read when first asked for; copied to where it is asked for and is not."""
 
     def __init__(self, given: Scorer | str) -> None:
         self._given, self._lock = given, threading.Lock()
-        self._at: dict[torch.device, Scorer] = {}
-        self._read: Scorer | None = None
+        self._scorer = given if isinstance(given, Scorer) else None
+        self._copies: dict[torch.device, Scorer] = {}
 
     def __reduce__(self) -> Any:
         return Held, (self._given,)
@@ -35,27 +34,22 @@ class Held:
     @property
     def scorer(self) -> Scorer:
         """As it was given, or on the CPU."""
-        if isinstance(self._given, Scorer):
-            return self._given
-        with self._lock:
-            if self._read is None:
-                with torch.inference_mode(False):  # else its weights could never be trained on
-                    self._read = Scorer.from_pretrained(self._given)
-            return self._read
+        with self._lock, torch.inference_mode(False):  # else nobody could ever train it on
+            if self._scorer is None:
+                self._scorer = Scorer.from_pretrained(str(self._given))
+            return self._scorer
 
     def on(self, device: torch.device) -> Scorer:
-        """The one to use for rows there. Raises InputError for one that was given, and is elsewhere or in training mode."""
+        """The one for rows there. Raises InputError if it is in training mode."""
         scorer = self.scorer
-        if scorer is self._given:
-            weight = next(scorer.parameters(), None)
-            there = weight is None or weight.device == device
-            check(there, "scorer", f"weights on {device}, where the prompt is", weight is not None and weight.device)
-            check(not scorer.training, "scorer", "a module in evaluation mode (.eval())", "one in training mode")
+        check(not scorer.training, "scorer", "a module in evaluation mode (.eval())", "one in training mode")
+        weight = next(scorer.parameters(), None)
+        if weight is None or weight.device == device:
             return scorer
-        if device not in self._at:
-            with self._lock, torch.inference_mode(False):
-                self._at.setdefault(device, copy.deepcopy(scorer).to(device))
-        return self._at[device]
+        with self._lock, torch.inference_mode(False):
+            if device not in self._copies:
+                self._copies[device] = copy.deepcopy(scorer).to(device)
+            return self._copies[device]
 
 
 @dataclass(frozen=True)
@@ -67,17 +61,19 @@ class Learned(PruningPolicy):
     and at least one of a prompt.
 
     Args:
-        scorer: a ``Scorer`` in evaluation mode where the prompts will be, or the folder of a saved one, which is loaded when
-            it is first needed and put where they are. It computes in the type of its weights, whatever the model's is.
+        scorer: a ``Scorer`` in evaluation mode, or the folder of a saved one, which is loaded when it is first needed. Where
+            prompts are on another device it is copied there, once. It computes in the type of its weights, not the model's.
         layer: the stage: layers 0..layer-1 see every token. A scorer that was trained at a layer takes no other.
         keep: share (float) of the visual tokens, or visual tokens per image (int).
         threshold: a probability in (0, 1), with ``spend="prompt"``; None = as many as ``keep`` says stay.
         spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget; "crop":
             which is shared out over its crops (tiles, small view, frames).
+        weights: fingerprint of the scorer's weights when the policy is made, so that other weights are another policy;
+            "" = whatever they are.
 
     Raises:
-        InputError: a setting is out of range; when it is first needed, a folder without a usable scorer or one of another layer;
-            in ``select``, a module elsewhere or in training mode, or scores of another shape.
+        InputError: a setting is out of range, or the weights are others than said; when it is first needed, a folder without a
+            usable scorer or one of another layer; in ``select``, a module in training mode, or scores of another shape.
     """
 
     summary = "what a trained scorer scores highest"
@@ -89,6 +85,7 @@ class Learned(PruningPolicy):
     keep: int | float = 0.25
     threshold: float | None = None
     spend: Literal["prompt", "image", "crop"] = "prompt"
+    weights: str = ""
     _held: Held = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -101,15 +98,15 @@ class Learned(PruningPolicy):
         check(right, "threshold", "a probability in (0, 1) as a float, or None", repr(level))
         fits = level is None or self.spend == "prompt"
         check(fits, "spend", "'prompt' with a threshold, which counts no images", repr(self.spend))
+        there = fingerprint_of(given)
+        check(
+            self.weights in ("", there),
+            "weights",
+            f"{there!r}, those of {given!r}, or ''",
+            repr(self.weights),
+        )
+        object.__setattr__(self, "weights", there)
         object.__setattr__(self, "_held", Held(given))
-
-    def __repr__(self) -> str:
-        """With the time at which a folder's weights were written, or a module's fingerprint: results go by this text."""
-        shown = {f.name: repr(getattr(self, f.name)) for f in fields(self) if f.repr}
-        given = self.scorer
-        of = written_at(given) if isinstance(given, str) else given.fingerprint()
-        shown["scorer"] += f" of {of}"
-        return f"Learned({', '.join(f'{name}={text}' for name, text in shown.items())})"
 
     @property
     def growth(self) -> Growth | None:

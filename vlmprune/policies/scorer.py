@@ -69,16 +69,10 @@ class Scorer(nn.Module):
         """The arguments that make another one of this shape. Raises InputError if one is not kept as an attribute."""
         names, kept = inspect.signature(type(self)).parameters, vars(self)
         for name in names:
-            check(name in kept, type(self).__name__, f"an attribute {name!r}, as its argument is called", "none")
+            check(
+                name in kept, type(self).__name__, f"an attribute {name!r}, as its argument is called", "none"
+            )
         return {name: kept[name] for name in names}
-
-    def fingerprint(self) -> str:
-        """Eight letters that other weights do not share; reads all of them."""
-        found = hashlib.sha256()
-        for name, x in self.state_dict().items():
-            found.update(name.encode())
-            found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return found.hexdigest()[:8]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
@@ -116,10 +110,33 @@ class Scorer(nn.Module):
         made = f"a {cls.__name__} in {folder}"
         check(issubclass(kind, cls), "folder", made, f"a {kind.__name__}")
         names = [*inspect.signature(kind).parameters]
-        check([*settings] == names, CONTENTS, f"settings {', '.join(names)}", f"{', '.join(settings)} in {folder}")
+        check(
+            [*settings] == names,
+            CONTENTS,
+            f"settings {', '.join(names)}",
+            f"{', '.join(settings)} in {folder}",
+        )
         scorer = kind(**settings)
         scorer.load_state_dict(_weights(found / WEIGHTS, scorer.state_dict()), assign=True)
         return scorer.eval()
+
+
+def fingerprint_of(scorer: Scorer | str) -> str:
+    """Eight letters that other weights do not share, of a module or of a folder; reads all of them.
+
+    Raises:
+        InputError: a folder without weights.
+    """
+    found = hashlib.sha256()
+    if isinstance(scorer, Scorer):
+        for name, x in scorer.state_dict().items():
+            found.update(name.encode())
+            found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    else:
+        file = standing(scorer) / WEIGHTS
+        check(file.is_file(), "scorer", f"a folder with {WEIGHTS}", scorer)
+        found.update(file.read_bytes())
+    return found.hexdigest()[:8]
 
 
 def _read(contents: Path) -> tuple[type[Any], dict[str, Any]]:
@@ -132,7 +149,9 @@ def _read(contents: Path) -> tuple[type[Any], dict[str, Any]]:
         kind = reduce(getattr, name.split("."), import_module(module))
     except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         got = f"{type(error).__name__}: {first_line(error)} in {contents}"
-        raise InputError(f"{CONTENTS}: expected a scorer that can be imported and its settings, got {got}") from error
+        raise InputError(
+            f"{CONTENTS}: expected a scorer that can be imported and its settings, got {got}"
+        ) from error
     right = isinstance(kind, type) and issubclass(kind, Scorer)
     check(right, CONTENTS, "a class of Scorer", f"{path} in {contents}")
     return kind, settings
@@ -144,10 +163,14 @@ def _weights(file: Path, made: dict[str, Tensor]) -> dict[str, Tensor]:
     try:
         found = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{WEIGHTS}: expected weights of a scorer, got {first_line(error)} in {file}") from error
+        raise InputError(
+            f"{WEIGHTS}: expected weights of a scorer, got {first_line(error)} in {file}"
+        ) from error
     have, want = ({name: tuple(x.shape) for name, x in some.items()} for some in (found, made))
     odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
     if odd:
-        expected, got = (f"{odd[0]} {some[odd[0]]}" if odd[0] in some else f"no {odd[0]}" for some in (want, have))
+        expected, got = (
+            f"{odd[0]} {some[odd[0]]}" if odd[0] in some else f"no {odd[0]}" for some in (want, have)
+        )
         raise InputError(f"{WEIGHTS}: expected {expected}, got {got} in {file}")
     return found

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmprune.constants import whole_numbers
 from vlmprune.errors import check
 from vlmprune.models import prune
 from vlmprune.policies.base import Needs, PruningPolicy, TokenContext
@@ -49,4 +48,4 @@ class _Watch(PruningPolicy):
 
     def select(self, ctx: TokenContext) -> Tensor:
         self.seen.append(ctx)
-        return whole_numbers(tuple(min(n, 1) - 1 for n in ctx.counts), ctx.device)[:, None]
+        return torch.where(ctx.mask[:, :1], 0, -1)
