@@ -25,7 +25,7 @@ from world.scenes import Box, Scene, make_scene
 from world.words import COLOR_NAMES, SHAPES
 
 from vlmprune.policies import Scorer, TokenContext
-from vlmprune.training.contexts import context_of
+from vlmprune.training import context_of
 
 PATCH = 8
 FIRST_SEED = 3_000_000  # scenes below 1,000,000 are for evaluation

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -270,6 +271,13 @@ def test_a_scorer_is_held_to_its_layer_its_width_and_its_shape():
             )
     with pytest.raises(NotImplementedError, match="Scorer: expected a `forward` of its own, got none"):
         Scorer()(ctx)
+
+
+def test_what_the_documentation_shows():
+    text = (Path(__file__).parents[2] / "docs" / "scorers.md").read_text()
+    names = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert "settings are a value" in check_policy(Learned(names["Bilinear"](WIDTH).eval(), layer=2))
 
 
 # ---- the glance, against itself said slowly

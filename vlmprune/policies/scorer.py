@@ -146,7 +146,7 @@ def _read(contents: Path) -> tuple[type[Any], dict[str, Any]]:
         data = json.loads(contents.read_text())
         path, settings = data["scorer"], dict(data["settings"])
         module, _, name = path.partition(":")
-        kind = reduce(getattr, name.split("."), import_module(module))
+        kind: Any = reduce(getattr, name.split("."), import_module(module))
     except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         got = f"{type(error).__name__}: {first_line(error)} in {contents}"
         raise InputError(
