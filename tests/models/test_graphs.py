@@ -12,6 +12,7 @@ from transformers import CompileConfig
 import vlmprune
 from helpers.families import CASES, build, prompts
 from helpers.recorder import Recorder
+from helpers.scorers import glance
 from helpers.table import CELLS, KINDS
 from helpers.table import FAMILIES as TABLE
 from helpers.tiny import BEFORE_PREFILL, STEPS, generate, make_batch, make_model, upstream
@@ -53,6 +54,7 @@ FIXED = {
     "accm-selection-released": vlmprune.ACCMSelection(
         keep=6, nearest=False, vision_layer=-1, heads="joined", overflow="last", order="selected"
     ),
+    "learned": vlmprune.Learned(glance(64), layer=0, keep=6),
     "random": vlmprune.Random(layer=0, keep=0.3),
     "uniform": vlmprune.Uniform(layer=1, keep=0.25),
     "without-sinks": vlmprune.WithoutSinks(vlmprune.FastV(layer=2, keep=0.4), tau=2.5, dimensions=(1, 5, 9)),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers.methods import echo, usual
+from helpers.scorers import SLOPE, glance
 from vlmprune.policies import (
     ACCM,
     AIM,
@@ -85,6 +86,10 @@ METHODS = {
         dict(keep=6, text=4, nearest=False, heads="joined", overflow="last", order="selected"),
         dict(keep=0.3, relevance="none", order="selected", positions="keep"),
     ],
+    "learned": [
+        dict(scorer=SLOPE, layer=2, keep=0.3),
+        dict(scorer=glance(8), layer=0, keep=5, spend="image"),
+    ],
     "random_deep": [dict(keep=0.2)],
     "random": [dict(keep=0.4, seed=7), dict(layer=0, keep=3), dict(layer=0, keep=3, spend="image")],
     "uniform": [dict(), dict(keep=5), dict(stride=2)],
@@ -110,6 +115,7 @@ KEEP_ALL = {
     "cdpruner": [dict(keep=1.0)],
     "accm": [dict(selection=FasterVLM(), compensator=echo, keep=1.0)],
     "accm_selection": [dict(keep=1.0), dict(keep=10_000, order="selected")],
+    "learned": [dict(scorer=SLOPE, layer=2, keep=1.0)],
     "random_deep": [dict(keep=1.0)],
     "random": [dict(keep=1.0), dict(keep=10_000)],
     "uniform": [dict(keep=1.0), dict(keep=10_000), dict(stride=1)],

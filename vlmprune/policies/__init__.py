@@ -47,11 +47,13 @@ from vlmprune.policies.fastv import FastV as FastV
 from vlmprune.policies.feather import Feather as Feather
 from vlmprune.policies.ficoco import FiCoCo as FiCoCo
 from vlmprune.policies.folder import Folder as Folder
+from vlmprune.policies.glance import GlanceScorer as GlanceScorer
 from vlmprune.policies.greedyprune import GreedyPrune as GreedyPrune
 from vlmprune.policies.knorm import KNorm as KNorm
 from vlmprune.policies.layer_shares import g_search as g_search
 from vlmprune.policies.layer_shares import p_sigmoid as p_sigmoid
 from vlmprune.policies.layer_shares import scheduled as scheduled
+from vlmprune.policies.learned import Learned as Learned
 from vlmprune.policies.pyramiddrop import PyramidDrop as PyramidDrop
 from vlmprune.policies.random import Random as Random
 from vlmprune.policies.random_deep import RandomDeep as RandomDeep
@@ -59,6 +61,7 @@ from vlmprune.policies.recipe import policy_from as policy_from
 from vlmprune.policies.registry import list_policies as list_policies
 from vlmprune.policies.schedule import keep_for_flops as keep_for_flops
 from vlmprune.policies.schedule import keep_for_mean_tokens as keep_for_mean_tokens
+from vlmprune.policies.scorer import Scorer as Scorer
 from vlmprune.policies.sinks import WithoutSinks as WithoutSinks
 from vlmprune.policies.sparsevlm import SparseVLM as SparseVLM
 from vlmprune.policies.sparsevlm_plus import SparseVLMPlus as SparseVLMPlus

@@ -23,6 +23,7 @@ from vlmprune.policies.ficoco import FiCoCo
 from vlmprune.policies.folder import Folder
 from vlmprune.policies.greedyprune import GreedyPrune
 from vlmprune.policies.knorm import KNorm
+from vlmprune.policies.learned import Learned
 from vlmprune.policies.pyramiddrop import PyramidDrop
 from vlmprune.policies.random import Random
 from vlmprune.policies.random_deep import RandomDeep
@@ -61,6 +62,7 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "cdpruner": CDPruner,
     "accm_selection": ACCMSelection,
     "accm": ACCM,
+    "learned": Learned,
     "random_deep": RandomDeep,
     "random": Random,
     "uniform": Uniform,

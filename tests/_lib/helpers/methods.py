@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from helpers.scorers import SLOPE
 from vlmprune.compensation import Discarded
 from vlmprune.policies import FasterVLM, PruningPolicy
 from vlmprune.policies.registry import BUILT_IN
@@ -15,7 +17,11 @@ def echo(images: Sequence[Discarded], candidates: int) -> list[str]:
     return [" ".join(image.question.split()[:3]) for image in images]
 
 
-REQUIRED: dict[str, dict[str, Any]] = {"accm": {"selection": FasterVLM(), "compensator": echo}}
+WEIGHTS = Path(__file__).parents[3] / "examples" / "glance" / "weights"
+REQUIRED: dict[str, dict[str, Any]] = {
+    "accm": {"selection": FasterVLM(), "compensator": echo},
+    "learned": {"scorer": SLOPE, "layer": 2},
+}
 
 
 def usual(name: str, **settings: Any) -> PruningPolicy:
@@ -25,5 +31,8 @@ def usual(name: str, **settings: Any) -> PruningPolicy:
 
 def typed(name: str) -> str:
     """The same as it is typed."""
-    more = {"accm": ":selection=fastervlm,compensator=helpers.methods:echo"}
+    more = {
+        "accm": ":selection=fastervlm,compensator=helpers.methods:echo",
+        "learned": f":scorer={WEIGHTS},layer=0",
+    }
     return name + more.get(name, "")

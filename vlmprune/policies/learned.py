@@ -1,0 +1,145 @@
+"""Any trained scorer as a policy: the visual tokens that it scores highest stay."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vlmprune.compensation.saving import standing
+from vlmprune.errors import InputError, check
+from vlmprune.policies.base import Growth, Needs, PruningPolicy, Ranking, TokenContext
+from vlmprune.policies.by_image import ranked
+from vlmprune.policies.checks import check_keep, check_layer
+from vlmprune.policies.choose import marks, quotas, select_counts
+from vlmprune.policies.scorer import Scorer, fingerprint_of
+
+
+class Held:
+    """A scorer, or the folder of one, which is read when first asked for; copied to where it is asked for and is not."""
+
+    def __init__(self, given: Scorer | str) -> None:
+        self._given, self._lock = given, threading.Lock()
+        self._scorer = given if isinstance(given, Scorer) else None
+        self._copies: dict[torch.device, Scorer] = {}
+
+    def __reduce__(self) -> Any:
+        return Held, (self._given,)
+
+    @property
+    def scorer(self) -> Scorer:
+        """As it was given, or on the CPU."""
+        with self._lock, torch.inference_mode(False):  # else nobody could ever train it on
+            if self._scorer is None:
+                self._scorer = Scorer.from_pretrained(str(self._given))
+            return self._scorer
+
+    def on(self, device: torch.device) -> Scorer:
+        """The one for rows there. Raises InputError if it is in training mode."""
+        scorer = self.scorer
+        check(not scorer.training, "scorer", "a module in evaluation mode (.eval())", "one in training mode")
+        weight = next(scorer.parameters(), None)
+        if weight is None or weight.device == device:
+            return scorer
+        with self._lock, torch.inference_mode(False):
+            if device not in self._copies:
+                self._copies[device] = copy.deepcopy(scorer).to(device)
+            return self._copies[device]
+
+
+@dataclass(frozen=True)
+class Learned(PruningPolicy):
+    """Keeps the visual tokens that a trained scorer scores highest.
+
+    How many stay is said by ``keep``, so nothing is read back to the host; or, with ``threshold``, by the scores, which costs
+    one host read a prefill: all tokens stay whose probability, the sigmoid of the score, lies above it, but at most ``keep``
+    and at least one of a prompt.
+
+    Args:
+        scorer: a ``Scorer`` in evaluation mode, or the folder of a saved one, which is loaded when it is first needed. Where
+            prompts are on another device it is copied there, once. It computes in the type of its weights, not the model's.
+        layer: the stage: layers 0..layer-1 see every token. A scorer that was trained at a layer takes no other.
+        keep: share (float) of the visual tokens, or visual tokens per image (int).
+        threshold: a probability in (0, 1), with ``spend="prompt"``; None = as many as ``keep`` says stay.
+        spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget; "crop":
+            which is shared out over its crops (tiles, small view, frames).
+        weights: fingerprint of the scorer's weights when the policy is made, so that other weights are another policy;
+            "" = whatever they are.
+
+    Raises:
+        InputError: a setting is out of range, or the weights are others than said; when it is first needed, a folder without a
+            usable scorer or one of another layer; in ``select``, a module in training mode, or scores of another shape.
+    """
+
+    summary = "what a trained scorer scores highest"
+    paper = "none: an interface for trained scorers; GlanceScorer after GlimpsePrune, arXiv 2508.01548"
+    checked = "reading"
+
+    scorer: Scorer | str
+    layer: int
+    keep: int | float = 0.25
+    threshold: float | None = None
+    spend: Literal["prompt", "image", "crop"] = "prompt"
+    weights: str = ""
+    _held: Held = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        given, level = self.scorer, self.threshold
+        known = isinstance(given, Scorer) or (isinstance(given, str) and standing(given).is_dir())
+        check(known, "scorer", "a Scorer, or the folder of a saved one", repr(given))
+        check_layer(self.layer)
+        check_keep(self.keep)
+        right = level is None or (isinstance(level, float) and 0 < level < 1)
+        check(right, "threshold", "a probability in (0, 1) as a float, or None", repr(level))
+        fits = level is None or self.spend == "prompt"
+        check(fits, "spend", "'prompt' with a threshold, which counts no images", repr(self.spend))
+        there = fingerprint_of(given)
+        check(
+            self.weights in ("", there),
+            "weights",
+            f"{there!r}, those of {given!r}, or ''",
+            repr(self.weights),
+        )
+        object.__setattr__(self, "weights", there)
+        object.__setattr__(self, "_held", Held(given))
+
+    @property
+    def growth(self) -> Growth | None:
+        """The scorer's."""
+        return self._held.scorer.growth
+
+    def needs(self, layer: int) -> Needs:
+        scorer = self._held.scorer
+        check(scorer.layer in (None, layer), "layer", f"{scorer.layer}, where {scorer!r} was trained", layer)
+        return scorer.needs
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        if self.threshold is None:
+            return super().kept(tokens, images, layer)
+        raise InputError("threshold: expected None where counts must be known beforehand, got one; see keep")
+
+    def rank(self, ctx: TokenContext) -> Ranking:
+        scores = self.scores(ctx)
+        if self.threshold is None:
+            return ranked(ctx, self, scores)
+        most = quotas(ctx, self.keep)
+        best = marks(select_counts(scores, ctx, most), scores.shape[1])
+        stay = best & (scores > math.log(self.threshold / (1 - self.threshold)))
+        least, extra = tuple(min(1, n) for n in most), tuple(max(n - 1, 0) for n in most)
+        # coded 3, a token competes for the one place and stays in any case
+        return Ranking(scores, least, code=torch.where(stay, 3, 0).to(torch.int8), extra=extra)
+
+    @torch.no_grad()
+    def scores(self, ctx: TokenContext) -> Tensor:
+        """What the scorer says ``[B, N]`` float32."""
+        found = self._held.on(ctx.device)(ctx)
+        right = isinstance(found, Tensor) and found.shape == ctx.mask.shape and found.is_floating_point()
+        expected = f"a scorer that returns {tuple(ctx.mask.shape)} floating"
+        got = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+        check(right, "scorer", expected, got)
+        return found.float()
