@@ -29,7 +29,7 @@ from vlmprune.testing.context import make_context
 
 pytestmark = pytest.mark.cpu("operations are counted, which are the same everywhere")
 GRIDS = ((16, 32), (32, 32), (32, 64), (64, 64))
-FEWER = {"ficoco": {"layers": (6,)}}  # one of its 26 stages, which are alike
+FEWER = {"ficoco": {"layers": (6,)}, "aim": {"stages": 1}}  # of many stages that are alike: one
 WITHIN = {"n": (0.9, 1.2), "n^2": (1.6, 2.2), "n^3": (2.6, 3.2)}
 
 
@@ -51,10 +51,6 @@ def measured(policy, monkeypatch, **settings):
     return exponent(works)
 
 
-FEWER = {"aim": {"stages": 1}}
-"""Where stages are alike and many: one, which takes as long as all others."""
-
-
 def assert_grows(policy, growth, monkeypatch, **settings):
     low, high = WITHIN[growth]
     assert low <= measured(policy, monkeypatch, **settings) <= high
@@ -62,8 +58,8 @@ def assert_grows(policy, growth, monkeypatch, **settings):
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_method_grows_as_it_says(name, monkeypatch):
-    policy = usual(name, **FEWER.get(name, {})).at(0.25)
-    policy = usual(name) if name == "vtw" else usual(name).at(0.25)  # which keeps nothing
+    policy = usual(name, **FEWER.get(name, {}))
+    policy = policy if name == "vtw" else policy.at(0.25)  # it keeps nothing
     assert_grows(policy, policy.growth, monkeypatch)
 
 
