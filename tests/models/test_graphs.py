@@ -87,8 +87,10 @@ def model():
     return make_model()
 
 
-@pytest.mark.parametrize("specs", SPECS)
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize(
+    "name, specs",  # "padded" alone is part of what the unequal batch is: once, and in the tests below
+    [(name, specs) for name in FIXED for specs in SPECS if specs != "padded" or name == "fastv"],
+)
 def test_replays_equal_plain_runs(model, name, specs):
     """The second prompt of a shape is captured; it and the next ones, one with a longer text, answer as ever."""
     graphs, policy = Graphs(recorder=(recorder := Recorder())), FIXED[name]
