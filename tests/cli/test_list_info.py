@@ -77,7 +77,7 @@ def test_list_of_one_shows_its_presets(monkeypatch):
     typed = next(row[3] for row in rows if row[2:3] == ["11.1%"])
     assert policy_from(typed) == vlmprune.VisionZip(0.0937, 0.0173, positions="keep")
     assert "fastv" not in done.stdout
-    assert "LLaVA" not in cli("list", "random_deep").stdout
+    assert "LLaVA-NeXT" not in cli("list", "random_deep").stdout
     found = json.loads(cli("list", "fastv", "--json").stdout)
     assert list(found) == ["fastv"]
     assert found["fastv"]["presets"] == {str(k): v for k, v in vlmprune.FastV.presets.items()}

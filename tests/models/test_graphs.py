@@ -98,7 +98,12 @@ def model():
 
 
 @pytest.mark.parametrize(
-    "name, specs", [case for case in product(FIXED, SPECS) if case != ("vtw", "ends-with-its-image")]
+    "name, specs",  # "padded" alone is part of what the unequal batch is: once, and in the tests below
+    [
+        (name, specs)
+        for name, specs in product(FIXED, SPECS)
+        if (specs != "padded" or name == "fastv") and (name, specs) != ("vtw", "ends-with-its-image")
+    ],
 )
 def test_replays_equal_plain_runs(model, name, specs):
     """The second prompt of a shape is captured; it and the next ones, one with a longer text, answer as ever."""

@@ -13,7 +13,7 @@ from helpers.scorers import glance
 from helpers.tiny import IMAGE, dropped_from, generate, make_batch, make_model, oracle, slow
 from vlmprune.models.graphs.reads import HostReads
 from vlmprune.policies.base import Needs, PruningPolicy, Ranking, Reduction, TokenContext
-from vlmprune.policies.registry import BUILT_IN, policies
+from vlmprune.policies.registry import BUILT_IN
 
 STEPS = 3
 BATCHES = {
@@ -75,7 +75,21 @@ READS_THE_DEVICE = {
 
 def make(name: str) -> PruningPolicy:
     method, settings = MADE[name]
-    return policies()[method](**settings)
+    return BUILT_IN[method](**settings)
+
+
+def reads_the_tower(name: str) -> bool:
+    policy = make(name)
+    return any(policy.needs(layer).vision for layer in policy.layers)
+
+
+# Another tower is another case for who reads it; the others meet other features, which one of them tries.
+BY_TOWER = pytest.mark.parametrize(
+    "model, name",
+    [("clip", name) for name in MADE]
+    + [("siglip", name) for name in MADE if name == "fastv-0" or reads_the_tower(name)],
+    indirect=["model"],
+)
 
 
 @dataclass(frozen=True)
@@ -130,7 +144,7 @@ def model(request):
 
 
 @pytest.mark.parametrize("specs", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("name", MADE)
+@BY_TOWER
 def test_equals_the_oracle(model, name, specs):
     policy, batch = Heard(make(name)), make_batch(specs)
     with vlmprune.prune(model, policy) as run:
@@ -145,7 +159,7 @@ def test_equals_the_oracle(model, name, specs):
         assert torch.equal(tokens, plain_tokens)
 
 
-@pytest.mark.parametrize("name", MADE)
+@BY_TOWER
 def test_a_sample_in_a_padded_batch_keeps_what_it_keeps_alone(model, name):
     """Neither padding nor neighbours change a choice."""
     alone = make_batch([[3, "I", 5]])
@@ -181,7 +195,7 @@ def test_text_only_is_a_no_op(model, text_only, name):
     assert run.stages == []
 
 
-@pytest.mark.parametrize("name", MADE)
+@BY_TOWER
 @pytest.mark.real("the guard's methods would be noted twice")
 def test_fixed_counts_read_nothing_back(model, name):
     """The whole prefill of an unpadded prompt under a guard: our hooks add no read to those of transformers itself."""

@@ -8,7 +8,7 @@ import torch
 
 from helpers.methods import usual
 from helpers.work import Work, work_of
-from vlmprune.cli.info import describe_policy, markdown_table
+from vlmprune.cli.listing import describe_policy, markdown_table
 from vlmprune.errors import InputError
 from vlmprune.policies import (
     CDPruner,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -42,7 +42,7 @@ OPTIONS = {
     "families": "family",
 }
 ALIKE = (
-    "baseline|batch|batch_size|budgets|captioner_lm|captioner_rate|clip|data|device|dtype|epochs|images|init|max_new_tokens|model"
+    "baseline|batch|batch_size|budgets|captioner_lm|captioner_rate|clip|data|device|dtype|epochs|family|images|init|max_new_tokens|model"
     "|new_tokens|oracle|out|profile|prompt|questions|resume|rounds|seeds|selector_rate|shape|text_encoder|train_mapper"
 )
 """Arguments of the library that are called otherwise on the command line, and those that are not."""
@@ -236,15 +236,31 @@ def check_command(
 @app.command("list")
 def list_command(
     name: Annotated[
-        str | None, typer.Argument(help="One policy, with its settings for published budgets.")
+        str | None,
+        typer.Argument(
+            help="One policy in full: schedule, settings, how it was checked. NAME[:field=value,...]"
+        ),
+    ] = None,
+    where: Annotated[
+        Literal["before", "inside", "both"] | None,
+        typer.Option(help="Only those that act before the language model, inside it, or both."),
+    ] = None,
+    text_aware: Annotated[
+        bool | None,
+        typer.Option(
+            "--text-aware/--no-text-aware", help="Only those that look at the prompt's text, or not."
+        ),
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option(help="Only those that work on models of this type, e.g. qwen2_5_vl.")
     ] = None,
     as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="The README's table.")] = False,
 ) -> None:
     """The pruning policies, their fields with defaults, and where they come from."""
-    from vlmprune.cli.info import show_policies
+    from vlmprune.cli.listing import Filters, show_policies
 
-    show_policies(as_json, markdown, name)
+    show_policies(as_json, markdown, name, Filters(where, text_aware, family))
 
 
 @app.command()

@@ -109,6 +109,12 @@ class ACCM(PruningPolicy):
         return f"ACCM({', '.join(f'{name}={text}' for name, text in shown.items())})"
 
     layers = (0,)  # before the language model
+    inserts = True
+
+    @property
+    def packs(self) -> bool:
+        """Where the selection's tokens stand."""
+        return self.selected.packs
 
     @property
     def growth(self) -> Growth | None:

@@ -82,7 +82,7 @@ class ACCMSelection(PruningPolicy):
     """
 
     summary = "some by the question, outliers of CLS attention, the rest evenly spaced"
-    paper = "the selection of ACCM, Adaptive Content Compensation Method (ACM MM 2025)"
+    paper = "the selection of ACCM, Adaptive Content Compensation Method (ACM MM 2025), arXiv 2508.01236"
     presets = each("keep={}", shares=",positions=keep")
     checked = "reading"
     growth = "n"  # of a tower with CLS; without, every patch looks at every other: n^2

@@ -65,6 +65,7 @@ class PruningPolicy:
     earlier_kv: Literal["full", "compact"] = field(default="full", kw_only=True)
     rectify: bool = field(default=False, kw_only=True)
     spend = "prompt"  # a setting of some methods: annotated there
+    positions = "keep"  # so is this
     _ranks: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
@@ -111,6 +112,16 @@ class PruningPolicy:
         for prompts of one kind is counted as it is from the second one on.
         """
         return None
+
+    @property
+    def packs(self) -> bool:
+        """Whether what stays moves up to positions 0, 1, 2, ...: what the setting ``positions`` says, if there is one."""
+        return self.positions == "pack"
+
+    @property
+    def inserts(self) -> bool:
+        """Whether texts join the prompt (``Reduction.inserted``)."""
+        return False
 
     def needs(self, layer: int) -> Needs:
         """What ``select`` reads from its context at this stage."""

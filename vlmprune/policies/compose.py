@@ -72,6 +72,14 @@ class Stages(PruningPolicy):
         """The worst of its policies."""
         return worst(policy.growth for policy in self.policies)
 
+    @property
+    def packs(self) -> bool:
+        return any(policy.packs for policy in self.policies)
+
+    @property
+    def inserts(self) -> bool:
+        return any(policy.inserts for policy in self.policies)
+
     def needs(self, layer: int) -> Needs:
         return self._policy(layer).needs(layer)
 

@@ -77,6 +77,10 @@ class WithoutSinks(PruningPolicy):
         """The method's: who is a sink costs every token the same."""
         return self.method.growth
 
+    @property
+    def packs(self) -> bool:
+        return self.method.packs
+
     def needs(self, layer: int) -> Needs:
         return self.method.needs(layer) | Needs(hidden=True)
 
