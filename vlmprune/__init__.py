@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vlmprune import errors as errors
     from vlmprune import eval as eval
     from vlmprune import flops as flops
+    from vlmprune import guidance as guidance
     from vlmprune import images as images
     from vlmprune import models as models
     from vlmprune import ops as ops
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from vlmprune.policies import (
         ACCM,
         DART,
+        SGL,
         ACCMSelection,
         AttentionInputs,
         CDPruner,
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ACCM",
     "DART",
+    "SGL",
     "ACCMSelection",
     "AttentionInputs",
     "BackendError",

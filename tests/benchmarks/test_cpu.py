@@ -37,7 +37,7 @@ def test_prefill_has_a_row_for_each_policy(monkeypatch, capsys, tmp_path):
 def test_every_method_of_the_table_fits_the_model():
     chosen = [vlmprune.policy_from(text) for text in cpu_prefill.table()]
     layers = cpu_prefill.REAL.text["num_hidden_layers"]
-    without = [vlmprune.ACCM]  # made of other methods
+    without = [vlmprune.ACCM, vlmprune.SGL]  # made of other methods, or of another model's scores
     assert [type(policy) for policy in chosen] == [
         k for k in cpu_prefill.BUILT_IN.values() if k not in without
     ]

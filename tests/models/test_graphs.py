@@ -9,6 +9,7 @@ from transformers import CompileConfig
 
 import vlmprune
 from helpers.families import CASES, build, prompts
+from helpers.methods import shuffled
 from helpers.recorder import Recorder
 from helpers.table import CELLS, KINDS
 from helpers.table import FAMILIES as TABLE
@@ -45,6 +46,7 @@ FIXED = {
     "accm-selection-released": vlmprune.ACCMSelection(
         keep=6, nearest=False, vision_layer=-1, heads="joined", overflow="last", order="selected"
     ),
+    "sgl": vlmprune.SGL(shuffled, layer=3, keep=0.4),
     "random": vlmprune.Random(layer=0, keep=0.3),
     "uniform": vlmprune.Uniform(layer=1, keep=0.25),
     "without-sinks": vlmprune.WithoutSinks(vlmprune.FastV(layer=2, keep=0.4), tau=2.5, dimensions=(1, 5, 9)),

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers.methods import echo, usual
+from helpers.methods import echo, shuffled, usual
 from vlmprune.policies import (
     ACCM,
+    SGL,
     ACCMSelection,
     CDPruner,
     Custom,
@@ -73,6 +74,7 @@ METHODS = {
         dict(keep=6, text=4, nearest=False, heads="joined", overflow="last", order="selected"),
         dict(keep=0.3, relevance="none", order="selected", positions="keep"),
     ],
+    "sgl": [dict(guide=shuffled), dict(guide=shuffled, layer=0, keep=3, spend="image")],
     "random_deep": [dict(keep=0.2)],
     "random": [dict(keep=0.4, seed=7), dict(layer=0, keep=3), dict(layer=0, keep=3, spend="image")],
     "uniform": [dict(), dict(keep=5), dict(stride=2)],
@@ -93,6 +95,7 @@ KEEP_ALL = {
     "cdpruner": [dict(keep=1.0)],
     "accm": [dict(selection=FasterVLM(), compensator=echo, keep=1.0)],
     "accm_selection": [dict(keep=1.0), dict(keep=10_000, order="selected")],
+    "sgl": [dict(guide=shuffled, keep=1.0)],
     "random_deep": [dict(keep=1.0)],
     "random": [dict(keep=1.0), dict(keep=10_000)],
     "uniform": [dict(keep=1.0), dict(keep=10_000), dict(stride=1)],
@@ -188,6 +191,7 @@ def chooses_by_more_than_scores(policy):
         | Feather
         | Intersection
         | Random
+        | SGL
         | Uniform
         | Union
         | VisionZip

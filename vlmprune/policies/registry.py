@@ -22,6 +22,7 @@ from vlmprune.policies.knorm import KNorm
 from vlmprune.policies.pyramiddrop import PyramidDrop
 from vlmprune.policies.random import Random
 from vlmprune.policies.random_deep import RandomDeep
+from vlmprune.policies.sgl import SGL
 from vlmprune.policies.sinks import WithoutSinks
 from vlmprune.policies.sparsevlm import SparseVLM
 from vlmprune.policies.sparsevlm_plus import SparseVLMPlus
@@ -49,6 +50,7 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "cdpruner": CDPruner,
     "accm_selection": ACCMSelection,
     "accm": ACCM,
+    "sgl": SGL,
     "random_deep": RandomDeep,
     "random": Random,
     "uniform": Uniform,

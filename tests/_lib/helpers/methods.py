@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vlmprune.compensation import Discarded
-from vlmprune.policies import FasterVLM, PruningPolicy
+from vlmprune.policies import FasterVLM, PruningPolicy, TokenContext
 from vlmprune.policies.registry import BUILT_IN
 
 
@@ -15,7 +18,15 @@ def echo(images: Sequence[Discarded], candidates: int) -> list[str]:
     return [" ".join(image.question.split()[:3]) for image in images]
 
 
-REQUIRED: dict[str, dict[str, Any]] = {"accm": {"selection": FasterVLM(), "compensator": echo}}
+def shuffled(ctx: TokenContext) -> Tensor:
+    """A guide that likes some ordinals more than others."""
+    return torch.remainder(ctx.ordinals * 7 + 3, 11).float()
+
+
+REQUIRED: dict[str, dict[str, Any]] = {
+    "accm": {"selection": FasterVLM(), "compensator": echo},
+    "sgl": {"guide": shuffled},
+}
 
 
 def usual(name: str, **settings: Any) -> PruningPolicy:
@@ -25,5 +36,8 @@ def usual(name: str, **settings: Any) -> PruningPolicy:
 
 def typed(name: str) -> str:
     """The same as it is typed."""
-    more = {"accm": ":selection=fastervlm,compensator=helpers.methods:echo"}
+    more = {
+        "accm": ":selection=fastervlm,compensator=helpers.methods:echo",
+        "sgl": ":guide=helpers.methods:shuffled",
+    }
     return name + more.get(name, "")
