@@ -56,6 +56,7 @@ class Watch(AbstractContextManager["Watch"]):
     Summed over layers, heads and rows: those of the prompt from its last visual token on, and those of the answer. That is
     the importance of SGL's released code (arXiv 2412.03324); each row's softmax spans all it sees, nothing is normalised.
     Query and key are taken from the model's own projections and cache, by hooks on this instance that are gone at the end.
+    The block is one prompt's, in one thread: what it counts stands here, not on the model.
 
     Args:
         model: as for ``prune``; answers greedily, with a cache, and a prompt in one call.
@@ -75,7 +76,7 @@ class Watch(AbstractContextManager["Watch"]):
         self.steps = 0
         self.scores = self.columns = torch.empty(0)
         self.valid: Tensor | None = None
-        self.alive = torch.empty(0)
+        self.alive = self.stops = torch.empty(0)
 
     def __enter__(self) -> Self:
         """Hook the model."""
@@ -134,6 +135,7 @@ class Watch(AbstractContextManager["Watch"]):
             got = "none" if cache is None else "another, or a part of one"
             raise ModelError(f"prompt: expected one in a block, in one call, to fill a cache, got {got}")
         self.cache, device = cache, hidden.device
+        self.stops = torch.tensor([*self.ends], dtype=torch.int64, device=device)
         self.alive = torch.ones(call.batch, 1, dtype=torch.bool, device=device)
         self.scores = torch.zeros(call.batch, 0, device=device)
         self.columns, self.step = self.scores.long(), _Step(0, self.scores.long(), call.length)
@@ -161,8 +163,7 @@ class Watch(AbstractContextManager["Watch"]):
         check(self.fed is not None, "generate", "token ids at every step", "embeddings")
         assert self.fed is not None
         length, self.steps = self.step.length + 1, self.steps + 1
-        ended = torch.isin(self.fed, torch.tensor([*self.ends], dtype=torch.int64, device=self.fed.device))
-        self.alive = self.alive & ~ended.to(self.alive.device)
+        self.alive = self.alive & ~torch.isin(self.fed.to(self.stops.device), self.stops)
         if self.valid is not None:
             self.valid = torch.cat([self.valid, torch.ones_like(self.valid[:, :1])], 1)
         self.step = _Step(0, torch.where(self.alive, length - 1, -1), length)
