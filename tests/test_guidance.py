@@ -10,8 +10,9 @@ from torch.testing import assert_close
 import vlmprune
 from helpers.tiny import IMAGE, PAD, dropped_from, generate, make_batch, make_model, masked, oracle
 from vlmprune.checkpoints import Checkpoint
-from vlmprune.errors import InputError
+from vlmprune.errors import InputError, ModelError
 from vlmprune.guidance import Guidance, Stitch, answer_first, consistency
+from vlmprune.models.watching import Watch
 from vlmprune.policies import SGL
 
 GLYPHWORLD = "examples/glyphworld"
@@ -237,3 +238,11 @@ def test_a_model_with_a_policy_is_no_guide(large):
         pytest.raises(InputError, match=r"^model: expected no policy"),
     ):
         answer_first(large, batch, 2)
+
+
+def test_steps_that_no_hook_sees_are_an_error(small, monkeypatch):
+    """As where transformers compiles the whole step of a static cache."""
+    received = Watch.received
+    monkeypatch.setattr(Watch, "received", lambda self: received(self)._replace(steps=0))
+    with pytest.raises(ModelError, match=r"^generate: expected 2 steps that hooks see, got 0$"):
+        answer_first(small, make_batch([[3, "I", 4]]), 3)

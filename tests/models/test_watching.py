@@ -33,13 +33,13 @@ def slow(model, batch, places, spoken, steps=STEPS):
     model.set_attn_implementation(kind)
     found = []
     for b, columns in enumerate(places):
-        total = torch.zeros(len(columns), dtype=torch.float64)
+        total = torch.zeros(len(columns), dtype=torch.float64, device=out.sequences.device)
         for step, layers in enumerate(out.attentions if columns else ()):
             if step < spoken[b]:
                 for weights in layers:
                     real = batch["attention_mask"][b].nonzero()[:, 0]
                     rows = [i for i in real.tolist() if i >= columns[-1]] if step == 0 else [0]
-                    total += weights[b, :, rows][..., columns].double().sum((0, 1)).cpu()
+                    total += weights[b, :, rows][..., columns].double().sum((0, 1))
         found.append(total.float())
     return found, out.sequences[:, batch["input_ids"].shape[1] :]
 
@@ -51,7 +51,7 @@ def visual(batch, *tokens):
 
 def assert_sums(received, want):
     for got, own in zip(received.scores, want, strict=True):
-        assert_close(got[: len(own)].cpu(), own, rtol=1e-4, atol=1e-4)
+        assert_close(got[: len(own)], own, rtol=1e-4, atol=1e-4)
         assert not got[len(own) :].any()
 
 
