@@ -22,6 +22,7 @@ ALLOWED = {
     "models": BASE | {"compensation", "constants", "flops", "ops", "policies", "register"},
     "checkpoints": BASE | {"policies", "models", "precision"},
     "testing": BASE | {"policies", "models"},
+    "guidance": BASE | {"policies", "models", "checkpoints"},
     "smaller": BASE | {"flops", "policies", "models", "checkpoints"},
     "eval": BASE | {"flops", "images", "policies", "models", "checkpoints", "smaller"},
     "training": BASE | {"compensation", "images", "policies", "models", "checkpoints"},

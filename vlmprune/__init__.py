@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vlmprune import errors as errors
     from vlmprune import eval as eval
     from vlmprune import flops as flops
+    from vlmprune import guidance as guidance
     from vlmprune import images as images
     from vlmprune import models as models
     from vlmprune import ops as ops
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         ACCM,
         AIM,
         DART,
+        SGL,
         STAR,
         VTW,
         ACCMSelection,
@@ -77,6 +79,7 @@ __all__ = [
     "ACCM",
     "AIM",
     "DART",
+    "SGL",
     "STAR",
     "VTW",
     "ACCMSelection",

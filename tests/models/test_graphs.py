@@ -11,6 +11,7 @@ from transformers import CompileConfig
 
 import vlmprune
 from helpers.families import CASES, build, prompts
+from helpers.methods import shuffled
 from helpers.recorder import Recorder
 from helpers.scorers import glance
 from helpers.table import CELLS, KINDS
@@ -55,6 +56,7 @@ FIXED = {
         keep=6, nearest=False, vision_layer=-1, heads="joined", overflow="last", order="selected"
     ),
     "learned": vlmprune.Learned(glance(64), layer=0, keep=6),
+    "sgl": vlmprune.SGL(shuffled, layer=3, keep=0.4),
     "random": vlmprune.Random(layer=0, keep=0.3),
     "uniform": vlmprune.Uniform(layer=1, keep=0.25),
     "without-sinks": vlmprune.WithoutSinks(vlmprune.FastV(layer=2, keep=0.4), tau=2.5, dimensions=(1, 5, 9)),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import vlmprune
+from helpers.methods import shuffled
 from helpers.scorers import glance
 from helpers.tiny import IMAGE, dropped_from, generate, make_batch, make_model, oracle, slow
 from vlmprune.models.graphs.reads import HostReads
@@ -60,6 +61,7 @@ METHODS = {
         dict(keep=6, relevance="none", order="selected", positions="keep"),
     ],
     "learned": [dict(scorer=glance(64, layer=3), layer=3, keep=6)],
+    "sgl": [dict(guide=shuffled, layer=3, keep=0.4)],
     "random_deep": [dict(layer=4, keep=0.5)],
     "random": [dict(layer=0, keep=0.3)],
     "uniform": [dict(layer=1, keep=0.25), dict(layer=1, keep=None, stride=2)],

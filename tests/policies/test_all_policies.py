@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers.methods import echo, usual
+from helpers.methods import echo, shuffled, usual
 from helpers.scorers import SLOPE, glance
 from vlmprune.policies import (
     ACCM,
     AIM,
+    SGL,
     VTW,
     ACCMSelection,
     CDPruner,
@@ -90,6 +91,7 @@ METHODS = {
         dict(scorer=SLOPE, layer=2, keep=0.3),
         dict(scorer=glance(8), layer=0, keep=5, spend="image"),
     ],
+    "sgl": [dict(guide=shuffled), dict(guide=shuffled, layer=0, keep=3, spend="image")],
     "random_deep": [dict(keep=0.2)],
     "random": [dict(keep=0.4, seed=7), dict(layer=0, keep=3), dict(layer=0, keep=3, spend="image")],
     "uniform": [dict(), dict(keep=5), dict(stride=2)],
@@ -116,6 +118,7 @@ KEEP_ALL = {
     "accm": [dict(selection=FasterVLM(), compensator=echo, keep=1.0)],
     "accm_selection": [dict(keep=1.0), dict(keep=10_000, order="selected")],
     "learned": [dict(scorer=SLOPE, layer=2, keep=1.0)],
+    "sgl": [dict(guide=shuffled, keep=1.0)],
     "random_deep": [dict(keep=1.0)],
     "random": [dict(keep=1.0), dict(keep=10_000)],
     "uniform": [dict(keep=1.0), dict(keep=10_000), dict(stride=1)],
@@ -214,6 +217,7 @@ def chooses_by_more_than_scores(policy):
         | Folder
         | Intersection
         | Random
+        | SGL
         | Uniform
         | Union
         | VisionZip

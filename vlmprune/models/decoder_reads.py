@@ -17,7 +17,7 @@ from vlmprune.models.host.cache_view import entries, extend_validity, held_keys,
 from vlmprune.models.host.names import attribute
 from vlmprune.models.host.parts import heads
 from vlmprune.models.layout import Layout, last_rows, moved
-from vlmprune.models.prefill import Prefill, Rope
+from vlmprune.models.prefill import Prefill, Rope, Wants
 from vlmprune.policies.base import AttentionInputs, Needs
 
 
@@ -60,6 +60,35 @@ def read_own_attention(
     past = entries(prefill.cache, attn.layer_idx, prefill.call.past)
     key = _keys(attn, hidden, rope, prefill, past)
     return _read(attn, hidden, rope, key, layout, prefill, needs)
+
+
+def read_rows(
+    attn: Any,
+    hidden: Tensor,
+    rope: Rope,
+    key: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    key_mask: Tensor | None,
+    wants: Wants,
+) -> AttentionInputs:
+    """What some of a layer's last rows, ``hidden [B, R, D]`` with their tables, look at: no stage, no layout.
+
+    ``rows [B, R]`` and ``columns [B, N]`` are key positions of the layer's keys ``[B, Hkv, S, D]``, -1 = padding.
+    """
+    cos, sin = (t.expand(len(hidden), -1, -1) for t in rope)
+    query = rotate(_project(attn, "q", hidden, wants.normed), cos, sin)
+    return AttentionInputs(
+        query=query,
+        key=key,
+        last=rows[:, -1:],
+        rows=rows,
+        columns=columns,
+        key_mask=key_mask,
+        rope=(cos, sin),
+        scale=attn.scaling,
+        group=_ranks(attn, query.shape[1], wants.heads),
+    )
 
 
 def _read(

@@ -27,6 +27,7 @@ from vlmprune.policies.learned import Learned
 from vlmprune.policies.pyramiddrop import PyramidDrop
 from vlmprune.policies.random import Random
 from vlmprune.policies.random_deep import RandomDeep
+from vlmprune.policies.sgl import SGL
 from vlmprune.policies.sinks import WithoutSinks
 from vlmprune.policies.sparsevlm import SparseVLM
 from vlmprune.policies.sparsevlm_plus import SparseVLMPlus
@@ -63,6 +64,7 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "accm_selection": ACCMSelection,
     "accm": ACCM,
     "learned": Learned,
+    "sgl": SGL,
     "random_deep": RandomDeep,
     "random": Random,
     "uniform": Uniform,

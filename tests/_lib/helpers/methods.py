@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from helpers.scorers import SLOPE
 from vlmprune.compensation import Discarded
-from vlmprune.policies import FasterVLM, PruningPolicy
+from vlmprune.policies import FasterVLM, PruningPolicy, TokenContext
 from vlmprune.policies.registry import BUILT_IN
 
 
@@ -18,9 +21,17 @@ def echo(images: Sequence[Discarded], candidates: int) -> list[str]:
 
 
 WEIGHTS = Path(__file__).parents[3] / "examples" / "glance" / "weights"
+
+
+def shuffled(ctx: TokenContext) -> Tensor:
+    """A guide that likes some ordinals more than others."""
+    return torch.remainder(ctx.ordinals * 7 + 3, 11).float()
+
+
 REQUIRED: dict[str, dict[str, Any]] = {
     "accm": {"selection": FasterVLM(), "compensator": echo},
     "learned": {"scorer": SLOPE, "layer": 2},
+    "sgl": {"guide": shuffled},
 }
 
 
@@ -34,5 +45,6 @@ def typed(name: str) -> str:
     more = {
         "accm": ":selection=fastervlm,compensator=helpers.methods:echo",
         "learned": f":scorer={WEIGHTS},layer=0",
+        "sgl": ":guide=helpers.methods:shuffled",
     }
     return name + more.get(name, "")
