@@ -55,6 +55,7 @@ TABLE = {
     "sparsevlm": "layers=2/4/8,tokens=192",
     "sparsevlm_plus": "layers=2/4/8,tokens=192",
     "vscan": "layer=8,keep=288,then=96",
+    "lvlm_csp": "scatter=4,prune=6,cluster=137,then=137",
     "random_deep": "layer=10,keep=0.33",
 }
 """Methods whose stages do not fit into 16 layers: here at half their layers."""

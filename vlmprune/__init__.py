@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vlmprune.policies import (
         ACCM,
         DART,
+        LVLMCSP,
         ACCMSelection,
         AttentionInputs,
         CDPruner,
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ACCM",
     "DART",
+    "LVLMCSP",
     "ACCMSelection",
     "AttentionInputs",
     "BackendError",

@@ -8,6 +8,7 @@ import torch
 from helpers.methods import echo, usual
 from vlmprune.policies import (
     ACCM,
+    LVLMCSP,
     ACCMSelection,
     CDPruner,
     Custom,
@@ -51,6 +52,7 @@ METHODS = {
     ],
     "knorm": [dict(), dict(keep=5)],
     "vscan": [dict(keep=8, then=4, window=2, shallow_layer=1)],
+    "lvlm_csp": [dict(cluster=6, then=3, rows="text"), dict(cluster=0.3, scatter=2, prune=3, by="cls")],
     "fastervlm": [dict(keep=6), dict(keep=0.5, positions="keep"), dict(keep=6, spend="prompt")],
     "visionzip": [
         dict(dominant=5, contextual=2),
@@ -86,6 +88,7 @@ KEEP_ALL = {
     "dart": [dict(keep=1.0, count="exact"), dict(layer=0, keep=1.0, count="exact")],
     "knorm": [dict(keep=1.0), dict(keep=10_000)],
     "vscan": [dict(keep=1.0, then=1.0, window=2)],
+    "lvlm_csp": [dict(cluster=1.0, then=1.0)],
     "fastervlm": [dict(keep=1.0)],
     "visionzip": [dict(dominant=10_000, contextual=3), dict(dominant=0.75, contextual=0.25)],
     "vispruner": [dict(keep=1.0)],
@@ -187,6 +190,7 @@ def chooses_by_more_than_scores(policy):
         | Custom
         | Feather
         | Intersection
+        | LVLMCSP
         | Random
         | Uniform
         | Union

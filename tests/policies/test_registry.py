@@ -156,7 +156,7 @@ def test_presets_are_of_published_budgets():
         assert kind.presets.keys() <= every, name
     assert {name for name, kind in registry.BUILT_IN.items() if kind.presets.keys() == every} == {
         *("accm_selection", "cdpruner", "divprune", "fastervlm", "random", "uniform"),
-        *("visionzip", "vispruner", "vscan"),
+        *("lvlm_csp", "visionzip", "vispruner", "vscan"),
     }
 
 

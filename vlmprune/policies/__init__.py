@@ -45,6 +45,7 @@ from vlmprune.policies.fastervlm import FasterVLM as FasterVLM
 from vlmprune.policies.fastv import FastV as FastV
 from vlmprune.policies.feather import Feather as Feather
 from vlmprune.policies.knorm import KNorm as KNorm
+from vlmprune.policies.lvlm_csp import LVLMCSP as LVLMCSP
 from vlmprune.policies.pyramiddrop import PyramidDrop as PyramidDrop
 from vlmprune.policies.random import Random as Random
 from vlmprune.policies.random_deep import RandomDeep as RandomDeep

@@ -19,6 +19,7 @@ from vlmprune.policies.fastervlm import FasterVLM
 from vlmprune.policies.fastv import FastV
 from vlmprune.policies.feather import Feather
 from vlmprune.policies.knorm import KNorm
+from vlmprune.policies.lvlm_csp import LVLMCSP
 from vlmprune.policies.pyramiddrop import PyramidDrop
 from vlmprune.policies.random import Random
 from vlmprune.policies.random_deep import RandomDeep
@@ -42,6 +43,7 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "dart": DART,
     "knorm": KNorm,
     "vscan": VScan,
+    "lvlm_csp": LVLMCSP,
     "fastervlm": FasterVLM,
     "visionzip": VisionZip,
     "vispruner": VisPruner,
