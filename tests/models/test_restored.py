@@ -16,6 +16,8 @@ from helpers.tiny import IMAGE, STEPS, generate, make_batch, make_model, upstrea
 from vlmprune import LVLMCSP, FastV, Graphs, Random, SparseVLM, Stages, VisionZip
 from vlmprune.errors import InputError
 from vlmprune.flops import decoder_flops, layer_inputs
+from vlmprune.models import layer_inputs as layer_inputs_of
+from vlmprune.models.host.masks import pruned_mask
 from vlmprune.models.host.parts import decoder_shape
 from vlmprune.models.prefill import Prefill
 from vlmprune.policies import Needs, keep_for_mean_tokens
@@ -42,6 +44,7 @@ POLICIES = {
         [PACKED, SparseVLM(layers=(1,), keep=(5,)), Back(3), SparseVLM(layers=(4,), keep=(6,))]
     ),
     "rectified": Stages([Random(0, keep=0.3), Back(2), FastV(layer=4, keep=0.4)], rectify=True),
+    "rectified-some-back": Stages([Random(0, keep=0.3), Back(2, keep=0.5), FastV(layer=4)], rectify=True),
 }
 
 
@@ -59,6 +62,20 @@ def test_equals_the_masked_run(model, policy):
 @pytest.mark.parametrize("attn", ["eager", "vlmprune"])
 def test_other_attention(attn):
     assert all(row.verdict == "ok" for row in check_model(make_model(attn=attn), CSP).rows)
+
+
+def test_only_a_stage_that_drops_rows_leaves_padding_on_the_left(model, monkeypatch):
+    """Where all are back padding stands where the prompt had it: kernels on a GPU are told so, once for each mask."""
+    told = []
+
+    def recorded(*args, left, **kwargs):
+        told.append(left)
+        return pruned_mask(*args, left=left, **kwargs)
+
+    monkeypatch.setattr(layer_inputs_of, "pruned_mask", recorded)
+    with torch.no_grad(), vlmprune.prune(model, CSP):
+        model(**make_batch([[4, "I", 7], [2, "I", 3]], pad="right"))
+    assert told == [True, False, True]
 
 
 def test_the_check_can_fail(model, monkeypatch):

@@ -45,7 +45,6 @@ def attention(
 
 AttentionInterface.register(NAME, attention)
 
-
 Answer = tuple[Tensor, Tensor | Reduction]
 """Positions in the prompt of the tokens that entered a stage, ``[B, N]`` and -1 = padding, and what the policy said."""
 
