@@ -6,7 +6,7 @@ import torch
 from helpers.families import CASES, build
 from helpers.recorder import Recorder
 from helpers.tiny import GRID, TOLERANCE, generate, make_batch, make_model
-from vlmprune import DivPrune, FastV, Graphs, Stages, meter, ops, prune
+from vlmprune import LVLMCSP, DivPrune, FastV, Graphs, Stages, meter, ops, prune
 from vlmprune.bench import Checkpoint, FullSize, arms, run
 from vlmprune.bench.measure import answer
 from vlmprune.bench.prompts import Prompt, smaller, why_not_smaller
@@ -84,7 +84,8 @@ def test_a_trained_tower_has_one_size():
 
 
 POLICIES = {"early": FastV(layer=2, keep=4), "first": DivPrune(keep=3), "idle": FastV(layer=1, keep=1.0)}
-KEPT = {"early": [(2, 4)], "first": [(0, 3)], "idle": []}
+POLICIES["back"] = LVLMCSP(scatter=1, prune=2)
+KEPT = {"early": [(2, 4)], "first": [(0, 3)], "idle": [], "back": [(0, 4), (2, 4)]}
 
 
 def test_all_arms_and_why_some_cannot_run():
@@ -97,6 +98,7 @@ def test_all_arms_and_why_some_cannot_run():
     reasons = {arm.name: arm.reason for arm in made}
     assert reasons["early"] is None and reasons["early [published style]"] is None
     assert "layer 0 has none" in reasons["first [published style]"]
+    assert reasons["back [published style]"] == "the published style brings no tokens back"
     assert reasons["idle [published style]"] == "the policy did not prune this prompt"
     assert "is fixed" in reasons["early [smaller image]"]
     assert reasons["early + graphs"] == reasons["unpruned + graphs"] == Graphs.refusal(torch.device("cpu"))

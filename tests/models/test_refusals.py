@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 import vlmprune
 from helpers.caches import rounded_cache
 from helpers.families import CASES, DECODERS, IMAGE, LAYERS, TOWER, build, prompts
+from helpers.table import Back
 from helpers.tiny import BEFORE_PREFILL
 from helpers.words import make_tokenizer
 from vlmprune.errors import InputError, ModelError, NotPrunedError
@@ -150,6 +152,14 @@ def reentrant_checkpoints():
         model(**inputs, use_cache=False)
 
 
+def checkpoints_of_the_scattered():
+    model, (inputs, _) = made("llava-llama"), prompts(CASES["llava-llama"], [CASES["llava-llama"].one])
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with vlmprune.prune(model, CSP):
+        model(**inputs, use_cache=False)
+
+
 def no_hooks_in_the_tower():
     """As where torch.compile has compiled it before the scope; compiling takes too long here."""
     model = made("llava-llama")
@@ -161,6 +171,7 @@ def no_hooks_in_the_tower():
 
 TOWERS = vlmprune.FasterVLM(keep=2, positions="keep")
 TEXT = vlmprune.SparseVLM(layers=(3, 4), keep=(3, 2))
+CSP = vlmprune.LVLMCSP(cluster=2, then=2, scatter=2, prune=3)
 EACH = vlmprune.FastV(layer=3, keep=2, spend="image")
 PACK = vlmprune.FasterVLM(keep=2, positions="pack")
 EXISTS = "mm_encoder_outputs" in signature(hf.LlavaNextModel.forward).parameters
@@ -197,6 +208,9 @@ DONE = [
     (lambda _: call_llava(accm(), without=("input_ids",), inputs_embeds=()), ("llava",), ()),
     (lambda _: rectified_flash(), ("llava",), ()),
     (lambda _: reentrant_checkpoints(), ("qwen3vl",), ()),
+    (lambda _: vlmprune.attach(made("llava-llama"), replace(CSP, earlier_kv="compact")), ("llava",), ()),
+    (lambda _: checkpoints_of_the_scattered(), ("llava",), ()),
+    (lambda name: call(name, vlmprune.Stages([replace(accm(), keep=None), Back()])), ("llava-llama",), ()),
     (lambda _: no_hooks_in_the_tower(), ("llava",), ()),
 ]
 

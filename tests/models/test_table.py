@@ -13,7 +13,7 @@ from transformers import StaticCache
 
 from helpers.caches import rounded_cache, without_streams
 from helpers.families import CASES, LAYERS, STEPS, build, prompts
-from helpers.table import CELLS, KINDS, TOLERANCE, answer, joined, logits_of, rows_of
+from helpers.table import CELLS, KINDS, SCATTERED, TOLERANCE, answer, joined, logits_of, rows_of
 from helpers.tiny import upstream
 from vlmprune.testing.masked import masked_logits
 from vlmprune.testing.pictures import ALBUMS
@@ -21,12 +21,18 @@ from vlmprune.testing.pictures import ALBUMS
 MODELS: dict[str, torch.nn.Module] = {}
 
 
-@pytest.fixture(scope="module", params=CELLS, ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[
+        *CELLS,
+        *((family, "scattered") for family in ("llava-llama", "llava_onevision", "qwen3vl-video")),
+    ],
+    ids="-".join,
+)
 def cell(request):
     """A family's case, model and padded batch, and a method."""
     family, kind = request.param
-    case = CASES[family]
-    return case, model_of(family), KINDS[kind]
+    return CASES[family], model_of(family), (KINDS | {"scattered": SCATTERED})[kind]
 
 
 def model_of(family):

@@ -10,6 +10,7 @@ from helpers.scorers import SLOPE, glance
 from vlmprune.policies import (
     ACCM,
     AIM,
+    LVLMCSP,
     SGL,
     VTW,
     ACCMSelection,
@@ -60,6 +61,7 @@ METHODS = {
     "vscan": [dict(keep=8, then=4, window=2, shallow_layer=1)],
     "star": [dict(keep=8, then=4)],
     "vtw": [dict(layer=3)],
+    "lvlm_csp": [dict(cluster=6, then=3, rows="text"), dict(cluster=0.3, scatter=2, prune=3, by="cls")],
     "fastervlm": [dict(keep=6), dict(keep=0.5, positions="keep"), dict(keep=6, spend="prompt")],
     "visionzip": [
         dict(dominant=5, contextual=2),
@@ -108,6 +110,7 @@ KEEP_ALL = {
     "ficoco": [dict(layers=(2, 4), drop=0)],
     "vscan": [dict(keep=1.0, then=1.0, window=2)],
     "star": [dict(keep=1.0, then=1.0)],
+    "lvlm_csp": [dict(cluster=1.0, then=1.0)],
     "fastervlm": [dict(keep=1.0)],
     "visionzip": [dict(dominant=10_000, contextual=3), dict(dominant=0.75, contextual=0.25)],
     "vispruner": [dict(keep=1.0)],
@@ -216,6 +219,7 @@ def chooses_by_more_than_scores(policy):
         | Feather
         | Folder
         | Intersection
+        | LVLMCSP
         | Random
         | SGL
         | Uniform

@@ -9,6 +9,7 @@ from vlmprune.errors import InputError
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs, mean_tokens
 from vlmprune.policies import (
     DART,
+    LVLMCSP,
     Custom,
     FastV,
     Feather,
@@ -35,6 +36,7 @@ POLICIES = [
     DART(count="exact"),
     SparseVLM(),
     SparseVLMPlus(),
+    LVLMCSP(),
     FastV() | Random(),
     FastV() & Random() & Uniform(),
 ]

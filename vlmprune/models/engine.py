@@ -229,7 +229,7 @@ class Engine:
             )
         depth = len(self.parts.layers)
         decided = prefill.decision(depth)
-        if decided is not None:
+        if decided is not None and decided.layout.origin is not None:
             if self.policy is not None and self.policy.earlier_kv == "compact" and cache is not None:
                 with self.clock.selection(max(self.wants.needs)):
                     compact_earlier(cache, prefill, depth)

@@ -39,7 +39,8 @@ def chunk_mask(config: Any, prefill: Prefill, decided: Decision | None, hidden: 
         # Padding behind every row that matters needs no mask: causality hides it.
         valid = extend_validity(old, past, None if prefill.bound else new, rows)
         bias = extend_bias(layer, past, None if decided is None else decided.weights, rows)
-        mask = pruned_mask(config, hidden, valid, past, layer, left=decided is not None, bias=bias)
+        short = decided is not None and decided.layout.origin is not None  # its padding is on the left
+        mask = pruned_mask(config, hidden, valid, past, layer, left=short, bias=bias)
         shift = add_shift(known[1], None if decided is None else decided.shift, hidden.device)
         told = valid, call.length - rows, shift, bias
         prefill.masks[key] = (mask, told, known)  # known: kept alive, so that its ids stay its own

@@ -44,6 +44,7 @@ class Wants:
         embeds: whether some stage reads the input embeddings.
         text: whether some stage reads the prompt's text.
         heads: query heads of every layer, those of all ranks.
+        restores: the last stage that brings back what others have set aside; -1 = there is none.
         normed: whether the layers normalize query and key behind their projections.
     """
 
@@ -52,6 +53,7 @@ class Wants:
     embeds: bool
     text: bool
     heads: int
+    restores: int
     normed: bool
 
     @classmethod
@@ -61,8 +63,9 @@ class Wants:
         embeds = any(need.embeds for need in needs.values())
         text = any(need.reads_text or need.tokens for need in needs.values())
         attns = frozenset(layers[layer].self_attn for layer in scored)
+        restores = max((layer for layer, need in needs.items() if need.restored), default=-1)
         normed = DECODERS[config.model_type].normed
-        return cls(needs, attns, embeds, text, config.num_attention_heads, normed)
+        return cls(needs, attns, embeds, text, config.num_attention_heads, restores, normed)
 
 
 class Decision(NamedTuple):
@@ -143,6 +146,7 @@ class Prefill:
         places: ``[B or 1, q]`` int64 rotary positions of its rows, behind those of a packed cache; None = not known.
         planes: ``[M, D]`` each, the features of all samples' visual tokens, one sample behind the other, that are added to
             those entering layers 1, 2, ... (Qwen3-VL's text model would add them to unpruned rows).
+        aside: ``[B, q, D]`` all rows with the hidden states that those have which a later stage brings back; None = none does.
     """
 
     wants: Wants
@@ -158,6 +162,7 @@ class Prefill:
     runner: Any = None
     places: Tensor | None = None
     planes: tuple[Tensor, ...] = ()
+    aside: Tensor | None = None
 
     @property
     def bound(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.errors import InputError, ModelError
+from vlmprune.models.aside import brought_back, set_aside
 from vlmprune.models.choice import Counts, apply, carry_out
 from vlmprune.models.decoder_reads import read_own_attention
 from vlmprune.models.fused import Case, Passed, Passes, why_not
@@ -64,7 +65,7 @@ class StageRunner:
         if i in prefill.decisions:
             made = prefill.decisions[i]
             return hidden if made is None else apply(made, hidden)
-        entering = prefill.entering(i, hidden, rope)
+        entering, back = brought_back(prefill, prefill.entering(i, hidden, rope))
         path = f"one pass ({ops.backend_of('prune_tokens', hidden)})"
         case = Case(entering, self._attention(prefill, entering), prefill.unpruned.facts, path)
         passed = self.passes.again(case)
@@ -73,12 +74,13 @@ class StageRunner:
         short, numbers, made = passed
         if made is not None:
             _check_end(prefill, entering.first)
+            set_aside(prefill, entering, made, self.parts.layers[i])
             if self.policy.rectify:
-                made = made._replace(weights=stood_for(entering, made, short, prefill.decision(i)))
+                made = made._replace(weights=stood_for(entering, made, short, back or prefill.decision(i)))
             prefill.prompt.inserted = made.inserted or prefill.prompt.inserted
         layout = entering.layout
         prefill.prompt.record(i, layout, numbers, layout if made is None else made.layout, path)
-        prefill.decisions[i] = made
+        prefill.decisions[i] = made or back
         return short
 
     def _asked(self, prefill: Prefill, case: Case) -> tuple[Passed, str]:

@@ -54,6 +54,7 @@ from vlmprune.policies.layer_shares import g_search as g_search
 from vlmprune.policies.layer_shares import p_sigmoid as p_sigmoid
 from vlmprune.policies.layer_shares import scheduled as scheduled
 from vlmprune.policies.learned import Learned as Learned
+from vlmprune.policies.lvlm_csp import LVLMCSP as LVLMCSP
 from vlmprune.policies.pyramiddrop import PyramidDrop as PyramidDrop
 from vlmprune.policies.random import Random as Random
 from vlmprune.policies.random_deep import RandomDeep as RandomDeep

@@ -40,6 +40,9 @@ class Needs:
         tokens: the prompt's token ids, the table that embeds them, and the tokenizer; such a stage is the first one.
         text: the hidden states entering the stage of the text after the last image (one host read a prefill), where the
             prompt begins, and the text model's last norm.
+        restored: whether every visual token enters, also those that earlier stages have set aside: in their places and at
+            their positions, with the hidden states with which they left. Beside it ``attention`` is "own" or None: the
+            layer before knows nothing of them.
     """
 
     hidden: bool = False
@@ -50,6 +53,11 @@ class Needs:
     keys_only: bool = False
     tokens: bool = False
     text: bool = False
+    restored: bool = False
+
+    def __post_init__(self) -> None:
+        known = not (self.restored and self.attention == "previous")
+        check(known, "attention", "'own' or None where tokens are restored", repr(self.attention))
 
     @property
     def reads_text(self) -> bool:
@@ -68,6 +76,7 @@ class Needs:
             keys_only=bool(reading) and all(need.keys_only for need in reading),
             tokens=self.tokens or other.tokens,
             text=self.text or other.text,
+            restored=self.restored or other.restored,
         )
 
 

@@ -24,6 +24,7 @@ from vlmprune.policies.folder import Folder
 from vlmprune.policies.greedyprune import GreedyPrune
 from vlmprune.policies.knorm import KNorm
 from vlmprune.policies.learned import Learned
+from vlmprune.policies.lvlm_csp import LVLMCSP
 from vlmprune.policies.pyramiddrop import PyramidDrop
 from vlmprune.policies.random import Random
 from vlmprune.policies.random_deep import RandomDeep
@@ -54,6 +55,7 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "vscan": VScan,
     "star": STAR,
     "vtw": VTW,
+    "lvlm_csp": LVLMCSP,
     "fastervlm": FasterVLM,
     "visionzip": VisionZip,
     "vispruner": VisPruner,

@@ -66,10 +66,10 @@ def keep_for_mean_tokens(policy: PruningPolicy, mean: float, layers: int, visual
 
 def stage_counts(policy: PruningPolicy, visual: int) -> list[tuple[int, int]]:
     """Visual tokens after each stage ``(layer, tokens)`` for one image of ``visual`` tokens, as ``policy.kept`` says."""
-    counts = []
+    counts, left = [], visual
     for layer in policy.layers:
-        visual = policy.kept(visual, 1, layer)
-        counts.append((layer, visual))
+        left = policy.kept(visual if policy.needs(layer).restored else left, 1, layer)
+        counts.append((layer, left))
     return counts
 
 

@@ -1,7 +1,8 @@
 """The masked run, which says what a pruned run should give: nothing is removed, the columns of dropped tokens are hidden.
 
 It shares no code with the wiring: one forward without a cache over prompt and answer, an attention function of its own in
-plain PyTorch, and hooks that hide columns (and move rows, where a policy moved them) from a stage's layer on.
+plain PyTorch, and hooks that hide columns (and move rows, where a policy moved them) from a stage's layer on. Hidden tokens
+that enter a later stage are seen again, their rows as they were when they were hidden.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ def attention(
 
 
 AttentionInterface.register(NAME, attention)
-
 
 Answer = tuple[Tensor, Tensor | Reduction]
 """Positions in the prompt of the tokens that entered a stage, ``[B, N]`` and -1 = padding, and what the policy said."""
@@ -92,7 +92,8 @@ class Recorded(PruningPolicy):
         self.answers[ctx.layer] = (ctx.positions, answer)
         if self.rectify:
             before = [self.standing[layer] for layer in self.layers if layer < ctx.layer]
-            self.standing[ctx.layer] = standing(ctx, as_reduction(answer), before[-1] if before else None)
+            alone = not before or self.needs(ctx.layer).restored  # who comes back stands for itself again
+            self.standing[ctx.layer] = standing(ctx, as_reduction(answer), None if alone else before[-1])
         return answer
 
 
@@ -182,6 +183,7 @@ class _State:
         standing: who stands for how many, by stage; ``latest``, from here on.
         features: what the text model adds to the visual columns behind its first layers, ``[M, D]`` each (Qwen3-VL).
         numbers: ``[B, S]`` which row of these a visual column gets.
+        aside: by sample and position, the row of each token as it was when it was hidden.
     """
 
     def __init__(
@@ -199,22 +201,24 @@ class _State:
         self.place = torch.arange(real.shape[1], device=real.device).repeat(len(real), 1)
         self.tables = self.place.clone()
         self.features: list[Tensor] = []
+        self.given = self.features
         self.numbers = self.place
+        self.aside: dict[tuple[int, int], Tensor] = {}
 
     def before_text(self, text: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Keep hold of the features that the text model is about to add: they move with their tokens."""
         if kwargs.get("deepstack_visual_embeds") is None:
             return None
         visual = kwargs["visual_pos_masks"]
-        self.features, self.numbers = list(kwargs["deepstack_visual_embeds"]), visual.flatten().cumsum(0) - 1
-        self.numbers = self.numbers.view_as(visual).to(self.place.device)
+        self.given, self.features = kwargs["deepstack_visual_embeds"], [*kwargs["deepstack_visual_embeds"]]
+        self.numbers = (visual.flatten().cumsum(0) - 1).view_as(visual).to(self.place.device)
         return args, {**kwargs, "deepstack_visual_embeds": self.features}
 
     def before_layer(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Hide, move and renumber what the stage at this layer did; then tell the layer what it sees."""
         hidden, i = args[0], layer.self_attn.layer_idx
         if i in self.answers:
-            hidden = self._stage(hidden.clone(), *self.answers[i])
+            hidden = self._stage(self._back(hidden, self.answers[i][0]).clone(), *self.answers[i])
             self.latest = self.standing.get(i, self.latest)
         if self.packed:
             kwargs = {**kwargs, "position_embeddings": self.text.rotary_emb(hidden, self.position)}
@@ -227,6 +231,17 @@ class _State:
         at = self.tables.to(table.device)[..., None].expand(-1, -1, table.shape[2])
         return table.expand(len(at), -1, -1).gather(1, at)
 
+    def _back(self, hidden: Tensor, entered: Tensor) -> Tensor:
+        """If hidden tokens enter, every token is back in its own column, as it is or was when it was hidden."""
+        found = [(b, p) for b, row in enumerate(entered.tolist()) for p in row if (b, p) in self.aside]
+        if found:
+            hidden = hidden.gather(1, self.place.to(hidden.device)[..., None].expand_as(hidden))
+            for b, p in found:
+                hidden[b, p], self.alive[b, p] = self.aside.pop((b, p)), True
+            self.place.copy_(torch.arange(self.place.shape[1]))
+            self.tables, self.packed, self.features[:] = self.place.clone(), False, self.given
+        return hidden
+
     def _stage(self, hidden: Tensor, positions: Tensor, answer: Tensor | Reduction) -> Tensor:
         """The kept rows stand, in the order of the policy's answer, in the columns that the kept ones had."""
         change, device = as_reduction(answer), self.place.device
@@ -235,6 +250,8 @@ class _State:
             entered, row = entered[entered >= 0], row[row >= 0]
             source = self.place[b, entered[row]]
             slots = source.sort().values
+            for p in sorted({*entered.tolist()} - {*entered[row].tolist()}):
+                self.aside[b, p] = hidden[b, self.place[b, p]].clone()
             self.alive[b, self.place[b, entered]] = False
             self.alive[b, slots] = True
             self.place[b, entered[row]] = slots

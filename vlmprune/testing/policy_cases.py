@@ -67,7 +67,8 @@ def situations(needs: Needs, layer: int) -> Iterator[tuple[str, TokenContext]]:
     whole = needs.vision or needs.reads_text or needs.tokens
     every = SITUATIONS | (WITH_TOWER if needs.vision else WITHOUT_TOWER)
     if layer:
-        every |= LATER | ({} if whole else CHUNKED)
+        # who brings tokens back sees all of them
+        every |= ({} if needs.restored else LATER) | ({} if whole else CHUNKED)
     for name, settings in every.items():
         if needs.tokens and 0 in settings.get("after", ()):
             continue  # who reads what is asked may refuse a prompt that asks nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import vlmprune
 from helpers.families import CASES, IMAGE, STEPS, VIDEO
-from vlmprune.policies.base import PruningPolicy, Reduction
+from vlmprune.policies.base import Needs, PruningPolicy, Ranking, Reduction, TokenContext
 from vlmprune.testing.masked import Answer, Recorded, as_reduction
 
 FAMILIES = (
@@ -35,6 +36,28 @@ KINDS: dict[str, PruningPolicy] = {
 }
 """Before the decoder and inside it, with the vision tower's attention and without."""
 CELLS = [(family, kind) for family in FAMILIES for kind in KINDS]
+SCATTERED = vlmprune.LVLMCSP(cluster=0.4, then=0.3, scatter=2, prune=4)
+"""A stage that brings back what the first one has set aside; on some families."""
+
+
+@dataclass(frozen=True)
+class Back(PruningPolicy):
+    """Every token is back at a layer; a share of all, drawn, stays."""
+
+    layer: int = 2
+    keep: float = 1.0
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def needs(self, layer: int) -> Needs:
+        return Needs(restored=True)
+
+    def rank(self, ctx: TokenContext) -> Ranking:
+        return vlmprune.Random(self.layer, self.keep).rank(ctx)
+
+
 TOLERANCE = 2e-4  # absolute, on float32 logits of order 10
 
 assert {*FAMILIES} <= {*CASES}

@@ -213,6 +213,7 @@ def dropped_from(
 def slow(model, batch, said, steps):
     """The oracle for stages that also merge, reorder or renumber: contents and positions are moved in place.
 
+    What a stage drops is put back, as it was, where it enters a later one again.
     ``said`` maps a stage layer to what the policy answered there: (index, new rows or None, its context, positions).
     """
     text, state = model.get_decoder(), {}
@@ -221,15 +222,21 @@ def slow(model, batch, said, steps):
         real = kwargs["attention_mask"].bool()
         state.update(alive=real.clone(), position=(real.long().cumsum(-1) - 1).clamp(min=0))
         state["place"] = torch.arange(real.shape[1]).expand_as(real).clone()  # where each token now stands
+        state["aside"] = {}
 
     def before(module, args, kwargs):
         hidden, i = args[0].clone(), module.self_attn.layer_idx
         alive, position = state["alive"], state["position"]
         if i in said:
             index, rows, ctx, positions = said[i]
+            for b, row in enumerate(ctx.positions):
+                for token in [token for token in row[row >= 0].tolist() if (b, token) in state["aside"]]:
+                    hidden[b, token] = state["aside"].pop((b, token))
             old_hidden, old_position = hidden.clone(), position.clone()
             for b, row in enumerate(index):
                 token = ctx.positions[b, row[row >= 0]]
+                for gone in {*ctx.positions[b][ctx.mask[b]].tolist()} - {*token.tolist()}:
+                    state["aside"][b, gone] = hidden[b, state["place"][b, gone]].clone()
                 source = state["place"][b, token]
                 place = source.sort().values
                 alive[b, state["place"][b, ctx.positions[b][ctx.mask[b]]]] = False
