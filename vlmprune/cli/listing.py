@@ -11,6 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from vlmprune.cli.console import table
+from vlmprune.errors import check
 from vlmprune.policies.base import Needs, PruningPolicy
 from vlmprune.policies.budgets import PUBLISHED
 from vlmprune.policies.recipe import policy_from
@@ -38,18 +39,28 @@ class Filters:
         where: "before" the language model, "inside" its layers, or "both".
         text_aware: whether a choice depends on the prompt's text.
         family: a ``model_type`` that it must work on, with the setting ``positions="keep"`` if it has one.
+        budget: a published budget that one of its presets meets.
+
+    Raises:
+        InputError: nobody published at this budget.
     """
 
     where: Where | None = None
     text_aware: bool | None = None
     family: str | None = None
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        known = [budget for model in PUBLISHED for budget in model.budgets]
+        check(self.budget in (None, *known), "budget", f"one of {', '.join(map(str, known))}", self.budget)
 
     def __str__(self) -> str:
         """As they are typed."""
         text = {None: "", True: "--text-aware", False: "--no-text-aware"}[self.text_aware]
         where = "" if self.where is None else f"--where {self.where}"
         family = "" if self.family is None else f"--family {self.family}"
-        return " ".join(filter(None, (where, text, family)))
+        budget = "" if self.budget is None else f"--budget {self.budget:g}"
+        return " ".join(filter(None, (where, text, family, budget)))
 
 
 def show_policies(
@@ -81,6 +92,9 @@ def show_policies(
         print(f"no policy fits {filters}")  # noqa: T201
     elif as_markdown:
         print(markdown_table(found))  # noqa: T201
+    elif filters.budget is not None:
+        for fitting, policy in found.items():
+            print(f"{fitting}:{policy['presets'][filters.budget]}")  # noqa: T201
     elif name is not None:
         from vlmprune.cli.method import show_method
 
@@ -211,7 +225,7 @@ def _fitting(
     if filters == Filters():
         return found
     unknown = [name for name, policy in made.items() if policy is None]
-    if unknown:
+    if unknown and filters != Filters(budget=filters.budget):
         print(f"left out, as it depends on their settings: {', '.join(unknown)}", file=sys.stderr)  # noqa: T201
     if filters.family is not None:
         for name, settings in _settings_for(filters.family, made).items():
@@ -223,6 +237,7 @@ def _fitting(
         and filters.where in (None, facts["where"])
         and filters.text_aware in (None, facts["text_aware"])
         and (filters.family is None or "with" in facts)
+        and (filters.budget is None or filters.budget in facts["presets"])
     }
 
 

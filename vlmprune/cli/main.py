@@ -254,13 +254,19 @@ def list_command(
     family: Annotated[
         str | None, typer.Option(help="Only those that work on models of this type, e.g. qwen2_5_vl.")
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Only those with a setting for a published budget, e.g. 192 or 0.333: one a line, as typed."
+        ),
+    ] = None,
     as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="The README's table.")] = False,
 ) -> None:
     """The pruning policies, their fields with defaults, and where they come from."""
     from vlmprune.cli.listing import Filters, show_policies
 
-    show_policies(as_json, markdown, name, Filters(where, text_aware, family))
+    show_policies(as_json, markdown, name, Filters(where, text_aware, family, budget))
 
 
 @app.command()
