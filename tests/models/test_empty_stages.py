@@ -7,7 +7,16 @@ import torch
 
 import vlmprune
 from helpers.families import CASES, build
-from helpers.tiny import assert_equals_oracle, dropped_from, generate, make_batch, make_model, masked, oracle, upstream
+from helpers.tiny import (
+    assert_equals_oracle,
+    dropped_from,
+    generate,
+    make_batch,
+    make_model,
+    masked,
+    oracle,
+    upstream,
+)
 from vlmprune.errors import InputError, ModelError
 from vlmprune.testing import check_model
 
