@@ -7,7 +7,16 @@ import torch
 
 import vlmprune
 from helpers.families import CASES, build
-from helpers.tiny import assert_equals_oracle, dropped_from, generate, make_batch, make_model, masked, oracle
+from helpers.tiny import (
+    assert_equals_oracle,
+    dropped_from,
+    generate,
+    make_batch,
+    make_model,
+    masked,
+    oracle,
+    upstream,
+)
 from vlmprune.errors import InputError, ModelError
 from vlmprune.testing import check_model
 
@@ -101,11 +110,15 @@ def test_the_report(model):
     assert run.stages[0].index.shape == run.stages[0].ordinals.shape == (1, 0)
 
 
-def test_what_is_refused(model):
-    batch = make_batch([[4, "I", 7]])
+@upstream("loses the images of a chunked prefill")
+def test_prompts_in_chunks_are_refused(model):
     with pytest.raises(ModelError, match=r"^prefill_chunk_size: expected None with a method that reads"):
         with vlmprune.prune(model, vlmprune.VTW(layer=2)):
-            generate(model, batch, STEPS, prefill_chunk_size=9)
+            generate(model, make_batch([[4, "I", 7]]), STEPS, prefill_chunk_size=9)
+
+
+def test_a_policy_that_does_not_say_so_must_keep_one(model):
+    batch = make_batch([[4, "I", 7]])
     twice = vlmprune.VTW(layer=2) | vlmprune.VTW(layer=2)  # a union does not say that it may keep none
     with pytest.raises(InputError, match=r"expected at least one of its 16 tokens, got none$"):
         with vlmprune.prune(model, twice):

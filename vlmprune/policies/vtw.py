@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 from vlmprune.constants import counting
 from vlmprune.errors import InputError
@@ -44,7 +44,7 @@ class VTW(PruningPolicy):
         "Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference (AAAI 2025), "
         "arXiv 2405.05803; Treat Visual Tokens as Text? But Your MLLM Only Needs Fewer Efforts to See, arXiv 2410.06169"
     )
-    growth: ClassVar = "n"
+    growth = "n"
 
     layer: int = 15
     positions: Literal["keep", "pack"] = "keep"
