@@ -1,7 +1,8 @@
 """Trains a GlanceScorer on glyphworld: which visual tokens show what a question asks for. The model itself stays as it is.
 
     python -P examples/glance/train.py --out DIR              # some minutes; --smoke: seconds, for trying it out
-    vlmprune run examples/glyphworld/checkpoint-576 PICTURE "read the word ." --policy learned:scorer=DIR/trained,layer=0,keep=40
+    vlmprune run --model examples/glyphworld/checkpoint-576 --image PICTURE --prompt "read the word ." \\
+        --policy learned:scorer=DIR/trained,layer=0,keep=40
 
 DIR/start is the scorer before the first step, DIR/trained the one after the last, DIR/log.json what was found on the way.
 """

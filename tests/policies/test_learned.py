@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from helpers.device import placed
 from helpers.scorers import SLOPE, Slope, glance
 from vlmprune.errors import InputError
 from vlmprune.policies import (
@@ -69,7 +70,7 @@ def test_a_round_trip(tmp_path, loader, dtype):
     assert type(found) is GlanceScorer and repr(found) == "GlanceScorer(width=8, layer=3, heads=2, size=4)"
     assert found.dtype == dtype and not found.training
     ctx = make_context(made.needs, IMAGES, 3)
-    assert torch.equal(made(ctx), found(ctx))
+    assert torch.equal(placed(made)(ctx), placed(found)(ctx))
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["model.safetensors", "scorer.json"]
     Slope(2).save_pretrained(tmp_path / "a")  # in the place of another
     assert repr(Scorer.from_pretrained(tmp_path / "a")) == "Slope(terms=2)"
@@ -212,7 +213,7 @@ def test_it_is_loaded_where_nothing_is_differentiated_and_trains_on(folder):
     policy = Learned(str(folder), 0)
     with torch.inference_mode():
         policy.select(make_context(policy.needs(0), IMAGES, 0))
-    scorer = policy._held.scorer
+    scorer = placed(policy._held.scorer)
     scorer(make_context(policy.needs(0), IMAGES, 0)).sum().backward()
     assert scorer.glance.grad is not None
 
@@ -266,8 +267,8 @@ def test_a_scorer_is_held_to_its_layer_its_width_and_its_shape():
             Learned(Plain(answer).eval(), 0).select(ctx)
     for name in ("hidden", "text_hidden"):
         with refused(rf"ctx\.{name.removesuffix('_hidden')}: expected .*declare Needs.*, got None"):
-            glance(WIDTH)(
-                make_context(Needs(hidden=name != "hidden", text=name == "hidden"), IMAGES, 0, **{})
+            placed(glance(WIDTH))(
+                make_context(Needs(hidden=name != "hidden", text=name == "hidden"), IMAGES, 0)
             )
     with pytest.raises(NotImplementedError, match="Scorer: expected a `forward` of its own, got none"):
         Scorer()(ctx)
@@ -288,7 +289,7 @@ def slow_glance(scorer, rows, words):
     w, heads, size = scorer.state_dict(), scorer.heads, scorer.size
     linear = lambda name, x: w[f"{name}.weight"] @ x + w[f"{name}.bias"]  # noqa: E731
     norm = lambda name, x: nn.functional.layer_norm(x, x.shape, w[f"{name}.weight"], w[f"{name}.bias"])  # noqa: E731
-    none = torch.zeros(rows.shape[1])
+    none = torch.zeros_like(rows[0])
     normed = [none, *(norm("read", x) for x in words), none]
     spoken = [nn.functional.gelu(linear("words", torch.cat(normed[i : i + 3]))) for i in range(len(words))]
     asked = []
@@ -319,7 +320,7 @@ def slow_glance(scorer, rows, words):
 
 
 def test_a_glance_is_what_it_says():
-    scorer = glance(WIDTH)
+    scorer = placed(glance(WIDTH))
     ctx = make_context(scorer.needs, IMAGES, 0, after=[3, 0, 0])
     found = scorer(ctx)
     for b, n in enumerate(ctx.counts):

@@ -20,7 +20,8 @@ class GlanceScorer(Scorer):
     features of four layers of the tower. Here nothing joins the prompt: one cross-attention at the stage takes the token's
     place, with heads of its own in the place of the decoder's, and the predictor is two linear layers on the heads' logits and
     the token's own state, one token at a time. So it can act at layer 0, before the decoder, and knows no token's neighbours.
-    It is trained as theirs is, on dice and cross-entropy against boxes (``examples/glance``).
+    It is trained on dice and cross-entropy against boxes as theirs is, without their loss on the answer that the token would
+    give (``examples/glance``). Theirs keeps what lies above a probability: ``Learned(threshold=...)``.
 
     A word is read together with the one before and the one behind. Without text the vector alone asks. A prompt of several
     images is scored by one question.
