@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from time import perf_counter
-from types import FunctionType
 from typing import NamedTuple, Self
 
 import torch
@@ -19,7 +18,7 @@ from vlmprune.compensation.remembering import Remembering
 from vlmprune.compensation.saved import Saved, written_at
 from vlmprune.errors import check, require
 from vlmprune.policies.base import Growth, Insertion, Needs, PruningPolicy, Reduction, TokenContext
-from vlmprune.policies.checks import check_keep, check_whole
+from vlmprune.policies.checks import check_keep, check_whole, spelt
 from vlmprune.policies.prompt_words import (
     Tokenizer,
     is_tokenizer,
@@ -103,7 +102,7 @@ class ACCM(PruningPolicy):
 
         So a folder is followed by when it was written: trained further, it says something else.
         """
-        shown = {field.name: _spelt(getattr(self, field.name)) for field in fields(self) if field.repr}
+        shown = spelt(self)
         if isinstance(self.compensator, str):
             shown["compensator"] += f" of {written_at(self.compensator)}"
         return f"ACCM({', '.join(f'{name}={text}' for name, text in shown.items())})"
@@ -197,13 +196,6 @@ class ACCM(PruningPolicy):
         given = Saved(self.compensator) if isinstance(self.compensator, str) else self.compensator
         check(callable(given), "compensator", "a compensator, or the folder of a saved one", repr(given))
         return given if isinstance(given, Known | Remembering) else Remembering(given)
-
-
-def _spelt(setting: object) -> str:
-    """A setting as text, a function as ``policy_from`` reads it."""
-    return (
-        f"{setting.__module__}:{setting.__qualname__}" if isinstance(setting, FunctionType) else repr(setting)
-    )
 
 
 class _Case(NamedTuple):

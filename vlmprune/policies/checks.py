@@ -1,8 +1,10 @@
-"""The checks of settings. Every one raises InputError with the setting's name, what was expected and what came."""
+"""Settings: as plain data, as text, and their checks, of which every one raises InputError with name, expected and got."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -119,3 +121,12 @@ def check_schedule(
     check(len(schedule) == len(layers), "keep", f"{len(layers)} counts, one per layer", repr(schedule))
     for entry in schedule:
         check_keep(entry)
+
+
+def spelt(policy: Any) -> dict[str, str]:
+    """A policy's settings as text, functions as ``policy_from`` reads them: what ``repr`` shows where some are functions."""
+    settings = {field.name: getattr(policy, field.name) for field in fields(policy) if field.repr}
+    return {
+        name: f"{value.__module__}:{value.__qualname__}" if isinstance(value, FunctionType) else repr(value)
+        for name, value in settings.items()
+    }

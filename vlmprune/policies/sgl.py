@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmprune.errors import check
 from vlmprune.policies.base import PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
-from vlmprune.policies.checks import check_keep, check_layer
+from vlmprune.policies.checks import check_keep, check_layer, spelt
 
 
 class Guide(Protocol):
@@ -70,6 +70,10 @@ class SGL(PruningPolicy):
         )
         check_layer(self.layer)
         check_keep(self.keep)
+
+    def __repr__(self) -> str:
+        """With a function by its name, as typed: an address is another in every run, and results go by this text."""
+        return f"SGL({', '.join(f'{name}={text}' for name, text in spelt(self).items())})"
 
     def rank(self, ctx: TokenContext) -> Ranking:
         scores = self.guide(ctx)
