@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 from vlmprune import DivPrune, Feather, RandomDeep, Stages
+from vlmprune.cli.listing import Filters, show_policies
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
 from vlmprune.integrations.lmms_eval.cost import Cost
 from vlmprune.integrations.lmms_eval.requests import (
@@ -29,6 +30,7 @@ from vlmprune.integrations.lmms_eval.requests import (
 )
 from vlmprune.models.clock import Seconds
 from vlmprune.models.report import FlopCounts, Report, TokenCounts
+from vlmprune.policies import policy_from
 from vlmprune.policies.budgets import PUBLISHED
 from vlmprune.policies.registry import BUILT_IN
 from vlmprune.policies.schedule import stage_counts
@@ -121,13 +123,17 @@ def test_bad_count(given):
         read_count("batch_size", given)
 
 
-@pytest.mark.parametrize("budget", [budget for model in PUBLISHED for budget in model.budgets])
-def test_docs_list_every_preset(budget):
-    found = [
-        f"{name}:{policy.presets[budget]}" for name, policy in BUILT_IN.items() if budget in policy.presets
-    ]
-    title = f"at_{budget}" if isinstance(budget, int) else f"at_{budget * 100:.0f}_percent"
-    assert listed(title) == {text.replace(",", ";") for text in found}
+@pytest.mark.parametrize("model", PUBLISHED, ids=lambda model: model.model)
+def test_docs_run_every_preset(model, capsys):
+    """Their loop goes over what ``vlmprune list --budget`` prints, which is every preset, as lmms-eval takes it."""
+    assert f"$(settings {' '.join(map(str, model.budgets))})" in DOCS.read_text()
+    for budget in model.budgets:
+        show_policies(False, filters=Filters(budget=budget))
+        said = capsys.readouterr().out.split()
+        expected = {name: kind.presets[budget] for name, kind in BUILT_IN.items() if budget in kind.presets}
+        assert said == [f"{name}:{settings}" for name, settings in expected.items()]
+        made = [read_policy(text.replace(",", ";")) for text in said]
+        assert made == [policy_from(text) for text in said]
 
 
 @pytest.mark.parametrize("name", ["at_64_percent", "at_48_percent"])
