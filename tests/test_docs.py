@@ -51,9 +51,10 @@ def test_what_is_not_here_is_not():
         re.sub(r"\W|_", "", name).lower() for name in (*BUILT_IN, *(c.__name__ for c in BUILT_IN.values()))
     }
     found = tables()
-    assert list(found) == ["With trained parts", "What drops no visual token", "Not here yet"]
+    heads = ["With trained parts", "What drops no visual token", "Could not be pinned down", "Not here yet"]
+    assert list(found) == heads
     for head, names in found.items():
-        assert len(names) > 5
+        assert names
         there = [name for name in names if re.sub(r"\W|_", "", name).lower() in ours]
         assert not there, f"{head}: {there} are in the registry"
 
