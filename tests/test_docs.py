@@ -67,7 +67,14 @@ def test_every_method_names_its_paper(name):
 def test_names_of_ours_exist():
     """Ops and policies that docs/methods.md points to."""
     text = (ROOT / "docs" / "methods.md").read_text()
-    for op in ("merge_tokens", "select_topk", "gather_tokens", "compact_kv", "prune_scored", "greedy_select"):
+    for op in (
+        "merge_tokens",
+        "cluster_dpc",
+        "match_bipartite",
+        "compact_kv",
+        "prune_scored",
+        "greedy_select",
+    ):
         assert f"`{op}`" in text and callable(getattr(vlmprune.ops, op))
     for needs in re.findall(r"Needs\(([^)]*)\)", text):
         eval(f"vlmprune.policies.Needs({needs})")
