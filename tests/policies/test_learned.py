@@ -196,6 +196,13 @@ def test_a_folder_is_a_policy_as_good(folder):
     assert keep_for_mean_tokens(policy, 100, layers=4, visual=400) == 0.25
 
 
+def test_a_module_is_no_data():
+    with refused(
+        r"scorer: expected data, or a function that can be imported by its name, got Slope\(terms=3\)"
+    ):
+        Learned(SLOPE, 2).to_dict()
+
+
 def test_other_weights_are_another_policy(folder):
     before = Learned(str(folder), 0)
     glance(WIDTH, seed=1).save_pretrained(folder)

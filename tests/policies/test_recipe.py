@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from helpers.methods import usual
+from helpers.methods import typed
 from vlmprune import policy_from
 from vlmprune.errors import InputError
 from vlmprune.policies import (
@@ -77,7 +77,7 @@ def announced(monkeypatch):
 
 
 POLICIES = [
-    *map(usual, BUILT_IN),
+    *(policy_from(typed(name)) for name in BUILT_IN),
     FastV(3, 64, "mean", earlier_kv="compact"),
     FastV(3, rectify=True) | Random(3, rectify=True),
     WithoutSinks(Stages([FastV(), FastV(5)]), dimensions=(3, 4)),
