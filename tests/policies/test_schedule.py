@@ -90,7 +90,10 @@ def test_pyramiddrop_at_half_the_flops():
     assert stage_counts(PyramidDrop(ratio=share), 576) == [(8, 288), (16, 144), (24, 72)]
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+SHARED = [name for name in BUILT_IN if name != "vtw"]  # which keeps nothing, so has no share to set
+
+
+@pytest.mark.parametrize("name", SHARED)
 def test_every_method_meets_a_budget(name):
     """With its default settings."""
     policy = usual(name)
@@ -163,7 +166,7 @@ def test_few_tokens(visual):
     kept = min(visual, 1)
     assert stage_counts(FastV(keep=0.01), visual) == [(2, kept)]
     assert [n for _, n in stage_counts(PyramidDrop(ratio=0.01), visual)] == [kept] * 3
-    for policy in map(usual, BUILT_IN):
+    for policy in map(usual, SHARED):
         for least in (policy, policy.at(1e-6)):
             for layer, n in stage_counts(least, visual):
                 assert kept <= n <= visual, (least, layer)

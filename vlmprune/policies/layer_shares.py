@@ -80,7 +80,7 @@ def p_sigmoid(layers: int, steepness: float, mean: float, *, first: int = 0) -> 
 
     Example:
         >>> [round(share, 2) for share in p_sigmoid(8, 1.5, 0.5)]
-        [0.99, 0.98, 0.91, 0.68, 0.32, 0.09, 0.02, 0.01]
+        [0.99, 0.98, 0.9, 0.68, 0.32, 0.1, 0.02, 0.01]
         >>> p_sigmoid(3, 0, 0.5)
         (0.5, 0.5, 0.5)
     """
