@@ -25,13 +25,13 @@ def kept():
 
 
 def pairs():
-    """Each launch for the next target in turn, which is another one with another Triton; for sm_90 too, which is slow.
+    """Each launch for the next target in turn, which is another one with another Triton, and for sm_90.
 
-    `make resources` compiles every launch for every target.
+    Every other launch and sm_90 are slow. `make resources` compiles every launch for every target.
     """
     for i, launch in enumerate(resources.launches()):
         turn = resources.TARGETS[(i + 2 * (triton.__version__ == OLDEST)) % len(resources.TARGETS)]
-        yield pytest.param(launch, turn)
+        yield pytest.param(launch, turn, marks=[pytest.mark.slow] if i % 2 else [])
         if turn != 90:
             yield pytest.param(launch, 90, marks=pytest.mark.slow)
 
