@@ -62,6 +62,16 @@ class Abstract(PruningPolicy):
 
 
 @dataclasses.dataclass(frozen=True)
+class Nowhere(PruningPolicy):
+    """Acts at no layer."""
+
+    layers: tuple[int, ...] = ()
+
+    def select(self, ctx):
+        return ctx.ordinals
+
+
+@dataclasses.dataclass(frozen=True)
 class Picky(PruningPolicy):
     """Refuses a setting as Python programs do."""
 
@@ -300,6 +310,7 @@ def test_foreign_policy_errors(foreign):
         ("elsewhere:BROKEN", "TypeError: 'not a class' is no PruningPolicy class"),
         ("elsewhere:Abstract", "InputError: Abstract: expected `rank` or `select` of its own, got neither"),
         ("elsewhere:Namesake", "TypeError: a setting called 'policy'"),
+        ("elsewhere:Nowhere", r"InputError: layers: expected at least one with default settings, got ()"),
         ("elsewhere:Confused", "KeyError: 'attention'"),
     ],
 )

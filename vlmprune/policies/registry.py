@@ -177,6 +177,7 @@ def _load(entry: metadata.EntryPoint) -> type[PruningPolicy]:
         raise TypeError("a setting called 'policy', where a dict has the policy's name")
     if MISSING not in known.values():
         made = found()
+        check(bool(made.layers), "layers", "at least one with default settings", made.layers)
         for layer in made.layers:
             made.needs(layer)
     return found
