@@ -245,7 +245,7 @@ def test_answers_that_are_asked_for_wrongly(small):
     for count in (0, None, 2.5):
         with pytest.raises(InputError, match=r"^max_new_tokens: expected a whole number >= 1, got"):
             answer_first(small, batch, count)
-    with pytest.raises(InputError, match="^first: expected an answer to each of 3 prompts, got 1 answers$"):
+    with pytest.raises(InputError, match=r"^first: expected an answer to each of 3 prompts, got 1 answers$"):
         consistency(small, make_batch(SPECS), answer_first(small, batch, 1))
 
 
