@@ -240,6 +240,15 @@ def test_a_model_with_a_policy_is_no_guide(large):
         answer_first(large, batch, 2)
 
 
+def test_answers_that_are_asked_for_wrongly(small):
+    batch = make_batch([[3, "I", 4]])
+    for count in (0, None, 2.5):
+        with pytest.raises(InputError, match=r"^max_new_tokens: expected a whole number >= 1, got"):
+            answer_first(small, batch, count)
+    with pytest.raises(InputError, match=r"^first: expected an answer to each of 3 prompts, got 1 answers$"):
+        consistency(small, make_batch(SPECS), answer_first(small, batch, 1))
+
+
 def test_steps_that_no_hook_sees_are_an_error(small, monkeypatch):
     """As where transformers compiles the whole step of a static cache."""
     received = Watch.received

@@ -21,7 +21,6 @@ class Norm(PruningPolicy):
     """Keeps the tokens with the largest L2 norm entering ``layer``. An example, not a method anyone proposed."""
 
     summary: ClassVar[str] = "tokens with the largest hidden states (example plugin)"
-    paper: ClassVar[str] = "example"
     growth = "n"
 
     layer: int = 2

@@ -123,6 +123,10 @@ def test_no_match_is_one_line():
     assert cli("list", "fastv", "--where", "before").stdout == "no policy fits --where before\n"
 
 
+def test_a_preset_of_what_is_typed_is_one_that_can_be_typed():
+    assert cli("list", "fastv:layer=3,keep=9", "--budget", "192").stdout == "fastv:layer=2,keep=166\n"
+
+
 def test_what_depends_on_settings_is_named():
     done = cli("list", "--where", "before", "--json")
     assert done.stderr == f"left out, as it depends on their settings: {', '.join(AS_SET)}\n"
@@ -241,6 +245,7 @@ def test_docstrings_of_others(monkeypatch):
     assert shown.exit_code == 0, shown.stderr
     assert "bare (Bare): no summary" in shown.stdout and "checked: names no source" in shown.stdout
     found = listed("bare")["bare"]
+    assert found["checked"] == "names no source"
     assert found["schedule"] == [
         {"layer": 2, "reads": "hidden states", "runs": "chooses by itself", "tokens": 288}
     ]

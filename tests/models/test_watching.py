@@ -135,3 +135,20 @@ def test_refusals():
         pytest.raises(InputError, match=r"^model: expected no policy"),
     ):
         Watch(model).__enter__()
+    with (
+        Watch(model),
+        pytest.raises(InputError, match=r"^model: .*, got one that is measured in another block$"),
+    ):
+        vlmprune.prune(model, vlmprune.FastV()).__enter__()
+    right = make_batch(SPECS["padded-2-1-0-images"], pad="right")
+    with (
+        Watch(model),
+        pytest.raises(ModelError, match=r"^prompt: expected padding on the left, to answer from"),
+    ):
+        model.generate(**right, max_new_tokens=2)
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+    with (
+        Watch(model),
+        pytest.raises(InputError, match=r"^inputs_embeds: expected input_ids or images with it"),
+    ):
+        model.generate(inputs_embeds=embeds, max_new_tokens=2)

@@ -48,6 +48,29 @@ class Plain(Scorer):
         return self.answer
 
 
+class Bare(Scorer):
+    """Without settings and without an `__init__`."""
+
+    def forward(self, ctx):
+        return ctx.hidden.float().sum(-1)
+
+
+class Loose(Scorer):
+    """Takes whatever comes."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.settings_given = settings
+
+
+class Tied(Scorer):
+    """Two names of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = self.other = nn.Parameter(torch.zeros(2))
+
+
 @pytest.fixture
 def folder(tmp_path):
     glance(WIDTH).save_pretrained(tmp_path / "glance")
@@ -82,6 +105,8 @@ def test_what_cannot_be_saved_leaves_the_folder(folder):
 
     for scorer, said in (
         (Forgetful(3), r"Forgetful: expected an attribute 'size', as its argument is called, got none"),
+        (Loose(size=3), r"Loose: expected arguments that each have a name, got \*\*settings"),
+        (Tied(), "Tied: expected weights that share no memory, got tied ones"),
         (Plain(answer={1}), r"Plain: expected settings for JSON, got \{'answer': \{1\}\}"),
         (Plain(answer=float("nan")), r"Plain: expected settings for JSON, got .*"),
         (
@@ -92,6 +117,15 @@ def test_what_cannot_be_saved_leaves_the_folder(folder):
         with refused(said):
             scorer.save_pretrained(folder)
     assert isinstance(Scorer.from_pretrained(folder), GlanceScorer)
+    with refused("folder: expected a folder to write, got .*scorer.json, which is a file"):
+        Bare().save_pretrained(folder / "scorer.json")
+    assert isinstance(Scorer.from_pretrained(folder), GlanceScorer)
+
+
+def test_a_scorer_without_settings(tmp_path):
+    Bare().save_pretrained(tmp_path / "a")
+    assert repr(Scorer.from_pretrained(tmp_path / "a")) == "Bare()"
+    assert "settings are a value" in check_policy(Learned(Bare().eval(), 2, 0.5))
 
 
 def test_folders_that_hold_no_scorer(folder, tmp_path):
@@ -118,6 +152,10 @@ def test_folders_that_hold_no_scorer(folder, tmp_path):
         (
             json.dumps(good | {"settings": {"width": 8}}),
             r"scorer.json: expected settings width, layer, heads, size, got width in .*",
+        ),
+        (
+            json.dumps(good | {"settings": good["settings"] | {"width": "x"}}),
+            r"scorer.json: expected settings that make a GlanceScorer, got .* in .*glance",
         ),
         (
             json.dumps(good | {"settings": good["settings"] | {"width": 16}}),

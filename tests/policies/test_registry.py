@@ -62,6 +62,27 @@ class Abstract(PruningPolicy):
 
 
 @dataclasses.dataclass(frozen=True)
+class Nowhere(PruningPolicy):
+    """Acts at no layer."""
+
+    layers: tuple[int, ...] = ()
+
+    def select(self, ctx):
+        return ctx.ordinals
+
+
+@dataclasses.dataclass(frozen=True)
+class Unnamed(PruningPolicy):
+    """Says nothing where a text is shown."""
+
+    layer: int = 2
+    paper = None
+
+    def select(self, ctx):
+        return ctx.ordinals
+
+
+@dataclasses.dataclass(frozen=True)
 class Picky(PruningPolicy):
     """Refuses a setting as Python programs do."""
 
@@ -300,6 +321,8 @@ def test_foreign_policy_errors(foreign):
         ("elsewhere:BROKEN", "TypeError: 'not a class' is no PruningPolicy class"),
         ("elsewhere:Abstract", "InputError: Abstract: expected `rank` or `select` of its own, got neither"),
         ("elsewhere:Namesake", "TypeError: a setting called 'policy'"),
+        ("elsewhere:Nowhere", r"InputError: layers: expected at least one with default settings, got ()"),
+        ("elsewhere:Unnamed", "InputError: paper: expected a text, got None"),
         ("elsewhere:Confused", "KeyError: 'attention'"),
     ],
 )

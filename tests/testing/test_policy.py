@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vlmprune import ops
+from vlmprune.errors import InputError
 from vlmprune.policies import (
     Custom,
     FastV,
@@ -372,6 +373,24 @@ def test_a_ranking_that_is_not_static(field):
         ValueError, match=rf"rank\(ctx\)\.{name}: expected .* for other values too, as static says"
     ):
         check_policy(Hasty(field))
+
+
+@dataclass(frozen=True)
+class Short(PruningPolicy):
+    """Lets one token more stay than it says, which a running model refuses."""
+
+    layer: int = 2
+
+    def rank(self, ctx):
+        counts = tuple(min(1, n) for n in ctx.counts)
+        return Ranking(ctx.mask.float(), counts, code=3 * ctx.mask.to(torch.int8), extra=counts)
+
+
+def test_a_ranking_that_no_model_would_take():
+    with pytest.raises(
+        InputError, match=r"^layer 2, one image: Short\(.*\)\.rank\(ctx\)\.code, sample 0: .*, got 20$"
+    ):
+        check_policy(Short())
 
 
 def test_a_ranking_that_is():

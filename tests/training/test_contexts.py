@@ -35,3 +35,21 @@ def test_the_states_that_enter_a_stage(layer):
 def test_a_prompt_without_images():
     with pytest.raises(InputError, match=r"^inputs: expected a prompt with visual tokens, got none$"):
         context_of(make_model(), make_batch([[12]]), Needs(hidden=True), 2)
+
+
+@pytest.mark.parametrize(
+    "needs, layer, message",
+    [
+        (Needs(hidden=True), -1, "layer: expected a whole number >= 0, got -1"),
+        (Needs(hidden=True), 6, r"layer: expected at most 5 \(the decoder has 6 layers\), got 6"),
+        (None, 2, r"needs: expected Needs\(...\), got None"),
+        (
+            Needs(attention="previous"),
+            0,
+            "layer: expected at least 1 where attention of the layer before is read, got 0",
+        ),
+    ],
+)
+def test_what_no_stage_can_show(needs, layer, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        context_of(make_model(), make_batch([["I", 4]]), needs, layer)

@@ -15,7 +15,7 @@ from vlmprune.errors import check
 from vlmprune.policies.base import Needs, PruningPolicy
 from vlmprune.policies.budgets import PUBLISHED
 from vlmprune.policies.recipe import policy_from
-from vlmprune.policies.registry import fields_of, load_policies, policy_class
+from vlmprune.policies.registry import fields_of, load_policies, name_of, policy_class
 
 FACTS = {
     "keeps": "summary",
@@ -94,11 +94,12 @@ def show_policies(
         print(markdown_table(found))  # noqa: T201
     elif filters.budget is not None:
         for fitting, policy in found.items():
-            print(f"{fitting}:{policy['presets'][filters.budget]}")  # noqa: T201
+            kind = made[fitting][0]
+            print(f"{name_of(kind)}:{policy['presets'][filters.budget]}")  # noqa: T201
     elif name is not None:
         from vlmprune.cli.method import show_method
 
-        show_method(name, found[name])
+        show_method(name, found[name], name_of(made[name][0]))
     else:
         _show_all(found)
 
@@ -180,7 +181,7 @@ def describe_policy(cls: type[PruningPolicy], policy: PruningPolicy | None = Non
         "fields": {k: "required" if v is MISSING else _data(v) for k, v in fields.items()},
         "summary": cls.summary,
         "paper": cls.paper,
-        "checked": cls.checked,
+        "checked": cls.checked if cls.paper else "names no source",
         "presets": dict(cls.presets),
         **(dict.fromkeys(AS_SET, "as set") if policy is None else _facts(policy)),
     }

@@ -82,12 +82,13 @@ def _mean(stages: list[dict[str, Any]]) -> float | None:
     return mean_tokens(layer_inputs(MODEL.layers, MODEL.visual or 0, counts))
 
 
-def show_method(name: str, found: Mapping[str, Any]) -> None:
+def show_method(name: str, found: Mapping[str, Any], kind: str) -> None:
     """Print one method.
 
     Args:
         name: as it was typed.
         found: its facts, and what ``describe_method`` says.
+        kind: the policy's own name.
     """
 
     def show(text: str) -> None:
@@ -112,12 +113,10 @@ def show_method(name: str, found: Mapping[str, Any]) -> None:
         show(f"mean over the inputs of {MODEL.layers} layers: {found['mean_tokens']:.1f} tokens, {share:.1%}")
     settings = [(k, typed(v), found["docs"].get(k, "")) for k, v in found["fields"].items()]
     show_table(("setting", "value", "what it says"), settings, "settings")
-    show(
-        f"checked: {CHECKED.get(found['checked'], found['checked']) if found['paper'] else 'names no source'}"
-    )
+    show(f"checked: {CHECKED.get(found['checked'], found['checked'])}")
     for sentence in found["agreement"]:
         show(f"- {sentence}")
-    show_table(("model", "visual tokens", "budget", "--policy"), _presets(name, found["presets"]), "presets")
+    show_table(("model", "visual tokens", "budget", "--policy"), _presets(kind, found["presets"]), "presets")
 
 
 def _stage_row(stage: Mapping[str, Any]) -> tuple[str, ...]:
@@ -129,9 +128,8 @@ def _stage_row(stage: Mapping[str, Any]) -> tuple[str, ...]:
     return (f"{stage['layer'] or '0 (before the LM)'}", stage["reads"], stage["runs"], *counted)
 
 
-def _presets(name: str, presets: Mapping[float, str]) -> list[tuple[str, ...]]:
+def _presets(kind: str, presets: Mapping[float, str]) -> list[tuple[str, ...]]:
     """What meets published budgets, as typed; a budget that the method cannot meet is not there."""
-    kind = name.partition(":")[0]
     return [
         (
             model.model,

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlmprune.errors import check
+
 
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
@@ -14,8 +16,12 @@ def replacing(folder: str | Path) -> Iterator[Path]:
 
     A folder cannot be replaced in one step, so the old one stands as ``NAME.old`` for a moment: read with ``standing``,
     there is a whole one at any time. If the block raises, ``folder`` stays as it was.
+
+    Raises:
+        InputError: a file stands there.
     """
     folder = Path(folder).resolve()
+    check(not folder.is_file(), "folder", "a folder to write", f"{folder}, which is a file")
     beside, old = folder.with_name(f"{folder.name}.new"), _old(folder)
     if old.exists() and not folder.exists():
         old.rename(folder)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlmprune.errors import ModelError
+from vlmprune.errors import ModelError, check
 from vlmprune.guidance.scores import Guidance
 from vlmprune.models import Run, prune
 from vlmprune.models.watching import Watch
+from vlmprune.policies.checks import check_whole
 from vlmprune.policies.sgl import SGL
 
 
@@ -24,7 +25,8 @@ class First:
     Attributes:
         tokens: ``[B, T]`` int64, its greedy answers.
         spoken: ``[B, T]`` bool, False behind the token that ends an answer.
-        confidence: ``[B]`` float32 in [0, 1], the geometric mean of its tokens' probabilities, the ending one included.
+        confidence: ``[B]`` float32 in [0, 1], the geometric mean of its tokens' probabilities, the ending one included, behind
+            what the model's ``generation_config`` does to logits (a repetition penalty).
         guidance: for ``SGL(guide=...)``.
         run: its prefill and decoding; reading the attention is part of their seconds.
     """
@@ -50,9 +52,10 @@ def answer_first(model: Any, inputs: Mapping[str, Any], max_new_tokens: int = 64
         max_new_tokens: how long an answer may be, at least 1.
 
     Raises:
-        ModelError: as ``prune``; a decoding that no hook sees (compiled as a whole).
-        InputError: a policy is attached.
+        ModelError: as ``prune``; a prompt padded on the right; a decoding that no hook sees (compiled as a whole).
+        InputError: a policy is attached, a setting is out of range, or nothing says where visual tokens are.
     """
+    check_whole("max_new_tokens", max_new_tokens, least=1)
     found = model.generation_config.eos_token_id
     ends = [] if found is None else [found] if isinstance(found, int) else list(found)
     with Watch(model, ends) as watch:
@@ -95,7 +98,8 @@ def consistency(model: Any, inputs: Mapping[str, Any], first: First, keep: int |
         model, inputs, first: what ``answer_first`` was given, and gave.
         keep: what stays, a share or a number per image.
     """
-    ids, steps = inputs["input_ids"], first.tokens.shape[1]
+    ids, (answers, steps) = inputs["input_ids"], first.tokens.shape
+    check(len(ids) == answers, "first", f"an answer to each of {len(ids)} prompts", f"{answers} answers")
     rest = {name: _longer(x, ids, steps) for name, x in inputs.items()}
     mask = inputs["attention_mask"] if "attention_mask" in inputs else torch.ones_like(ids)
     rest["attention_mask"] = torch.cat([mask, first.spoken.to(mask)], 1)

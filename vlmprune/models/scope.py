@@ -36,7 +36,8 @@ class Scope(AbstractContextManager[Run], ContextDecorator):
         active = find_engine(parts)
         if active is not None:
             expected = "no policy attached yet (compose policies with | or Stages)"
-            check(False, "model", expected, repr(active.policy))
+            got = "one that is measured in another block" if active.policy is None else repr(active.policy)
+            check(False, "model", expected, got)
         self._engine = Engine(parts, self._policy, self._graphs)
         self._engine.attach()
         return self._engine.run

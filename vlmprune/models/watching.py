@@ -63,8 +63,9 @@ class Watch(AbstractContextManager["Watch"]):
         ends: token ids that end an answer: what a batch goes on to feed behind one counts for nothing.
 
     Raises:
-        ModelError: as ``meter``; in the block, a prompt in several calls, behind another, or without a cache.
-        InputError: a policy is attached to the model.
+        ModelError: as ``meter``; in the block, a prompt in several calls, behind another, padded on the right, or without a
+            cache.
+        InputError: a policy is attached to the model; embeddings without a sign of where visual tokens are.
     """
 
     def __init__(self, model: nn.Module, ends: Sequence[int] = ()) -> None:
@@ -128,7 +129,7 @@ class Watch(AbstractContextManager["Watch"]):
         self.scores += read.received(head_reduce="sum", row_reduce="sum").to(self.scores.device)
 
     def _begins(self, prefill: Prefill, mask: object, hidden: Tensor, cache: Any) -> None:
-        """The prompt: which of its rows count, and where its visual tokens are. One host read."""
+        """The prompt: which of its rows count, and where its visual tokens are. One host read, with padding two."""
         call = prefill.call
         alone = self.cache is None and call.past == 0 and not call.tail
         if not alone or cache is None or (call.visuals is not None and call.visuals.cut):
@@ -139,6 +140,8 @@ class Watch(AbstractContextManager["Watch"]):
         self.alive = torch.ones(call.batch, 1, dtype=torch.bool, device=device)
         self.scores = torch.zeros(call.batch, 0, device=device)
         self.columns, self.step = self.scores.long(), _Step(0, self.scores.long(), call.length)
+        found = self.fed is not None or call.visuals is not None
+        check(found, "inputs_embeds", "input_ids or images with it", "neither: no way to find visual tokens")
         if call.visual is None:
             return
         prefill.open(mask, hidden)
@@ -151,6 +154,10 @@ class Watch(AbstractContextManager["Watch"]):
         if valid is not None:
             self.valid = valid = valid.to(device)
             counted = counted & valid
+            if not valid[:, -1].all():
+                raise ModelError(
+                    "prompt: expected padding on the left, to answer from, got some on the right"
+                )
         first = int(torch.where(counted, order, call.length).min())
         self.columns = layout.visual
         self.scores = torch.zeros(layout.visual.shape, device=device)

@@ -130,9 +130,9 @@ class Learned(PruningPolicy):
         most = quotas(ctx, self.keep)
         best = marks(select_counts(scores, ctx, most), scores.shape[1])
         stay = best & (scores > math.log(self.threshold / (1 - self.threshold)))
-        least, extra = tuple(min(1, n) for n in most), tuple(max(n - 1, 0) for n in most)
         # coded 3, a token competes for the one place and stays in any case
-        return Ranking(scores, least, code=torch.where(stay, 3, 0).to(torch.int8), extra=extra)
+        code = torch.where(stay, 3, 0).to(torch.int8)
+        return Ranking(scores, tuple(min(1, n) for n in most), code=code, extra=tuple(most))
 
     @torch.no_grad()
     def scores(self, ctx: TokenContext) -> Tensor:

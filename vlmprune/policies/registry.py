@@ -172,11 +172,14 @@ def _load(entry: metadata.EntryPoint) -> type[PruningPolicy]:
     found = entry.load()
     if not (isinstance(found, type) and issubclass(found, PruningPolicy)):
         raise TypeError(f"{found!r} is no PruningPolicy class")
+    for name, told in (("summary", found.summary), ("paper", found.paper), ("checked", found.checked)):
+        check(isinstance(told, str), name, "a text", repr(told))
     known = fields_of(found)
     if "policy" in known:
         raise TypeError("a setting called 'policy', where a dict has the policy's name")
     if MISSING not in known.values():
         made = found()
+        check(bool(made.layers), "layers", "at least one with default settings", made.layers)
         for layer in made.layers:
             made.needs(layer)
     return found

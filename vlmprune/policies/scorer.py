@@ -52,6 +52,9 @@ class Scorer(nn.Module):
     growth: Growth | None = None
     layer: int | None = None
 
+    def __init__(self) -> None:
+        super().__init__()  # by a signature without arguments: a subclass without settings needs no `__init__`
+
     def forward(self, ctx: TokenContext) -> Tensor:
         """One logit for each visual token, ``[B, N]`` floating: the higher survives; at padding anything.
 
@@ -68,7 +71,9 @@ class Scorer(nn.Module):
     def settings(self) -> dict[str, Any]:
         """The arguments that make another one of this shape. Raises InputError if one is not kept as an attribute."""
         names, kept = inspect.signature(type(self)).parameters, vars(self)
-        for name in names:
+        for name, told in names.items():
+            named = told.kind in (told.POSITIONAL_OR_KEYWORD, told.KEYWORD_ONLY)
+            check(named, type(self).__name__, "arguments that each have a name", str(told))
             check(
                 name in kept, type(self).__name__, f"an attribute {name!r}, as its argument is called", "none"
             )
@@ -81,7 +86,8 @@ class Scorer(nn.Module):
         """Write ``folder`` anew: ``scorer.json``, class and settings, and ``model.safetensors``; until then the old one stands.
 
         Raises:
-            InputError: settings that JSON cannot hold, or a class that cannot be imported by its name.
+            InputError: settings that JSON cannot hold, a class that cannot be imported by its name, weights that share memory,
+                or a file in the place of the folder.
         """
         path, settings = f"{type(self).__module__}:{type(self).__qualname__}", self.settings()
         top = not path.startswith("__main__:") and "<locals>" not in path
@@ -91,7 +97,12 @@ class Scorer(nn.Module):
         except (TypeError, ValueError) as error:
             raise InputError(f"{type(self).__name__}: expected settings for JSON, got {settings}") from error
         with replacing(folder) as beside:
-            save_file({name: x.contiguous() for name, x in self.state_dict().items()}, beside / WEIGHTS)
+            try:
+                save_file({name: x.contiguous() for name, x in self.state_dict().items()}, beside / WEIGHTS)
+            except RuntimeError as error:  # says how to call safetensors
+                raise InputError(
+                    f"{type(self).__name__}: expected weights that share no memory, got tied ones"
+                ) from error
             (beside / CONTENTS).write_text(text)
 
     @classmethod
@@ -116,7 +127,13 @@ class Scorer(nn.Module):
             f"settings {', '.join(names)}",
             f"{', '.join(settings)} in {folder}",
         )
-        scorer = kind(**settings)
+        try:
+            scorer = kind(**settings)
+        except (TypeError, ValueError, RuntimeError) as error:
+            got = f"{first_line(error)} in {folder}"
+            raise InputError(
+                f"{CONTENTS}: expected settings that make a {kind.__name__}, got {got}"
+            ) from error
         scorer.load_state_dict(_weights(found / WEIGHTS, scorer.state_dict()), assign=True)
         return scorer.eval()
 

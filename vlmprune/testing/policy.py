@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.policies.answer import check_selection
+from vlmprune.policies.answer import check_ranking, check_selection
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.inputs import Rating
 from vlmprune.testing.context import make_context
@@ -65,15 +65,16 @@ def _check_stage(policy: PruningPolicy, layer: int) -> Iterator[str]:
             who = f"{case}: {policy!r}.select(ctx), asked again, sample {sample}"
             _expect_same(again, first, sample, who, "what it was")
         if policy.ranks(layer):
-            _check_static(policy, ctx, f"{case}: {policy!r}.rank(ctx)")
+            _check_rank(policy, ctx, f"{case}: {policy!r}.rank(ctx)")
         yield case
     yield from _check_broken(policy, needs, layer)
     yield from _check_alone(policy, needs, layer)
 
 
-def _check_static(policy: PruningPolicy, ctx: TokenContext, who: str) -> None:
-    """A ranking that says so is the same for other values in tensors of the same shapes, beside the attention it reads."""
+def _check_rank(policy: PruningPolicy, ctx: TokenContext, who: str) -> None:
+    """A ranking must be valid; one that says so is the same for other values in tensors of the same shapes, beside the attention it reads."""
     ranking, other = policy.rank(copied(ctx)), policy.rank(with_other_values(ctx))
+    check_ranking(ranking, ctx, who.removesuffix(".rank(ctx)"), policy.empties(ctx.layer))
     if not ranking.static:
         return
     for f in fields(ranking):

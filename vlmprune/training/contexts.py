@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlmprune.errors import check
 from vlmprune.models import prune
 from vlmprune.policies.base import Needs, PruningPolicy, TokenContext
+from vlmprune.policies.checks import check_layer
 
 
 def context_of(model: nn.Module, inputs: Mapping[str, Any], needs: Needs, layer: int) -> TokenContext:
@@ -42,6 +43,10 @@ class _Watch(PruningPolicy):
     layer: int
     reads: Needs
     seen: list[TokenContext] = field(default_factory=list, init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_layer(self.layer)
+        check(isinstance(self.reads, Needs), "needs", "Needs(...)", repr(self.reads))
 
     def needs(self, layer: int) -> Needs:
         return self.reads

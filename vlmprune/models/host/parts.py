@@ -102,11 +102,14 @@ def _check_attention(text: Any) -> None:
 
 
 def check_stages(policy: PruningPolicy, config: Any) -> None:
-    """Raise ValueError if a stage lies beyond the last decoder layer, or if what it brings back could not be compacted."""
+    """Raise ValueError if a stage lies beyond the decoder, reads a layer before the first, or if what it brings back could not be compacted."""
     depth = config.text_config.num_hidden_layers
     for layer in policy.layers:
         check(layer < depth, "layer", f"at most {depth - 1} (the decoder has {depth} layers)", layer)
-        if policy.needs(layer).restored:
+        needs = policy.needs(layer)
+        fits = layer > 0 or needs.attention != "previous"
+        check(fits, "layer", "at least 1 where attention of the layer before is read", layer)
+        if needs.restored:
             same = "'full' with a stage that brings tokens back (layers before it hold others than the last)"
             check(policy.earlier_kv == "full", "earlier_kv", same, repr(policy.earlier_kv))
 
