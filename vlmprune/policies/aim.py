@@ -48,10 +48,11 @@ class AIM(PruningPolicy):
     step; ours are gone (on random attention, alike in all layers, 99 % of what stays after the second stage is the same,
     92 % after the seventh). It ends with no visual token, ours with one of a sample that had any. Its counts are
     ``int(share n)`` of the n merged tokens, ours follow from what enters each stage and are off by two at most. Where a
-    round of merging is not a full half it puts the even tokens that stay first, by falling likeness, where we keep raster
-    order, which changes what a round after that merges; its settings have one such round, the last. Beside the authors'
-    functions on the same float32 tensors (576 to 252 and 72, 196 to 49 tokens) the merged rows are equal to 1e-6, PageRank of
-    46 rows to 1e-5 of its size. Half-precision rows they compare in half precision, we in float32: near ties then fall otherwise.
+    round of merging is not a full half (that of an odd number never is) it puts the even tokens that stay first, by falling
+    likeness, where we keep raster order, which changes what a round after that merges; of 576 and 196 tokens its settings
+    have one such round, the last. Beside the authors' functions on the same float32 tensors (576 to 252 and 72, 196 to 49
+    tokens) the merged rows are equal to 1e-6, PageRank of 46 rows to 1e-5 of its size. Half-precision rows they compare in
+    half precision, we in float32: near ties then fall otherwise.
 
     Args:
         keep: tokens per image (int) or share (float) after merging, shared out evenly over its crops; newline tokens go.
