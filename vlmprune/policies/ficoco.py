@@ -159,7 +159,7 @@ class FiCoCo(PruningPolicy):
         barred = itself | ~(ctx.mask if self.targets == "any" else stays)[:, None]
         logits = logits.masked_fill(barred, -torch.inf).flatten(0, 1)
         few = [max(0, n - 1 - int(self.epsilon * (n - 1) + 1e-6)) for n in ctx.counts]
-        limit = whole_numbers(tuple(few), dropped.device).repeat_interleave(r)
+        limit = whole_numbers(tuple(few), dropped.device)[:, None].expand(-1, r).flatten()
         code = torch.where(barred, 2, 0).to(torch.int8).flatten(0, 1)
         chosen = marks(ops.select_topk(logits, limit, code=code)[0][:, : max(few)], N)
         weights = logits.masked_fill(~chosen, -torch.inf).softmax(-1).view(B, r, N)
