@@ -191,6 +191,7 @@ DONE = [
     (lambda name: encoded_outside(name, TOWERS), ("llava-llama", "internvl", "idefics3", "smolvlm"), AHEAD),
     (lambda name: chunks(name, FASTV), UNEQUAL, CHUNKS),
     (lambda name: chunks(name, TOWERS), ("llava-llama", "internvl", "idefics3", "smolvlm"), CHUNKS),
+    (lambda name: chunks(name, vlmprune.AIM(layer=2, stages=2)), ("llava-llama",), CHUNKS),
     (lambda name: chunks(name, TEXT), ("llava-llama", "llava_next"), CHUNKS),
     (lambda name: call(name, vlmprune.Stages([TOWERS, EACH])), ("llava_next", "qwen2vl"), ()),
     (lambda _: compact_quantized(), ("llava",), ()),

@@ -1,16 +1,18 @@
 """AIM against its formulas written out: rounds of plain means, PageRank over all rows, the straight decay."""
 
 from dataclasses import replace
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.contexts import case, images_in
 from helpers.folds import assert_folded, fold_slowly, projected_sight
 from vlmprune.policies import AIM
-from vlmprune.policies.aim import page_rank
 from vlmprune.policies.base import Needs
 from vlmprune.policies.counts import keep_count
+from vlmprune.policies.page_rank import page_rank
 
 
 @pytest.mark.parametrize("keep", [25, 0.25, 1, 1000])
@@ -104,6 +106,30 @@ def test_padding_may_hold_anything():
     assert gone.any()
     clean, got = (page_rank(x, 0.1, 5).masked_fill(~made.ctx.mask, 0) for x in (seen, dirty))
     assert torch.equal(clean, got)
+
+
+class Maps(TorchDispatchMode):
+    """Counts how many float maps of one shape are held at once."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.held, self.most = numel, WeakValueDictionary(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.is_floating_point() and out.numel() == self.numel:
+            storage = out.untyped_storage()
+            self.held[storage._cdata] = storage
+            self.most = max(self.most, len(self.held))
+        return out
+
+
+def test_page_rank_holds_the_map_of_one_key_head_twice():
+    seen = case(["square", "two"], H=6).ctx.attention
+    B, H, S, _ = seen.query.shape
+    with Maps(B * H // seen.key.shape[1] * S * S) as maps:
+        page_rank(seen, 0.1, 5)
+    assert maps.most == 2
 
 
 def test_drops_the_lowest_ranks():

@@ -28,7 +28,7 @@ def logits(made, sample, i, j):
     for h in range(heads):
         q, k = seen.query[sample, h, i - first], seen.key[sample, h // shared, j]
         total = total + (q.double() @ k.double().T) * seen.scale / heads
-    return total.numpy()
+    return total.cpu().numpy()
 
 
 def slow(made, sample, drop, policy):
@@ -44,7 +44,7 @@ def slow(made, sample, drop, policy):
     redundancy[0] = -math.inf
     kept = top([-round(x, 9) for x in redundancy], n - drop)
     gone = [i for i in range(n) if i not in kept]
-    rows = made.ctx.hidden[sample, :n].double().numpy()
+    rows = made.ctx.hidden[sample, :n].double().cpu().numpy()
     gains, weight, into = np.zeros_like(rows), np.zeros(n), [-1] * n
     correlation = {}
     for i in gone:

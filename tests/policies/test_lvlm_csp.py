@@ -95,7 +95,7 @@ def test_prunes_by_attention(settings, rows, then):
     """mean over the rows and heads of softmax(q k / sqrt(d)) over what each row sees, at the visual columns."""
     made = case(**settings)
     seen = made.ctx.attention
-    text = seen.rows.new_tensor([[*range(seen.key.shape[2] - 3, seen.key.shape[2])]] * len(seen.rows))
+    text = torch.tensor([[*range(seen.key.shape[2] - 3, seen.key.shape[2])]] * len(seen.rows))
     ctx = replace(made.ctx, layer=12, attention=replace(seen, rows=text))
     got = kept_lists(LVLMCSP(then=then, rows=rows).select(ctx))
     for b, n in enumerate(ctx.counts):

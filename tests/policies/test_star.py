@@ -19,7 +19,7 @@ BATCHES = [
 def among_patches(ctx, image):
     """Column means of the map of patches alone, head by head, row by row."""
     seen = ctx.vision[-2]
-    queries, keys = (t[image, :, int(seen.cls) :].double().numpy() for t in (seen.query, seen.key))
+    queries, keys = (t[image, :, int(seen.cls) :].double().cpu().numpy() for t in (seen.query, seen.key))
     total = np.zeros(keys.shape[1])
     for q, k in zip(queries, keys, strict=True):
         for row in q:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-import torch
 from torch import Tensor
 
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import (
-    AttentionInputs,
     Needs,
     Positions,
     PruningPolicy,
@@ -33,6 +31,7 @@ from vlmprune.policies.choose import quotas
 from vlmprune.policies.counts import keep_count
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.folding import Rounds, fold_crops
+from vlmprune.policies.page_rank import page_rank
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,11 @@ class AIM(PruningPolicy):
     step; ours are gone (on random attention, alike in all layers, 99 % of what stays after the second stage is the same,
     92 % after the seventh). It ends with no visual token, ours with one of a sample that had any. Its counts are
     ``int(share n)`` of the n merged tokens, ours follow from what enters each stage and are off by two at most. Where a
-    round of merging is not a full half it puts the even tokens that stay first, by falling likeness, where we keep raster
-    order, which changes what a round after that merges; its settings have one such round, the last. Beside the authors'
-    functions on the same float32 tensors (576 to 252 and 72, 196 to 49 tokens) the merged rows are equal to 1e-6, PageRank of
-    46 rows to 1e-5 of its size. Half-precision rows they compare in half precision, we in float32: near ties then fall otherwise.
+    round of merging is not a full half (that of an odd number never is) it puts the even tokens that stay first, by falling
+    likeness, where we keep raster order, which changes what a round after that merges; of 576 and 196 tokens its settings
+    have one such round, the last. Beside the authors' functions on the same float32 tensors (576 to 252 and 72, 196 to 49
+    tokens) the merged rows are equal to 1e-6, PageRank of 46 rows to 1e-5 of its size. Half-precision rows they compare in
+    half precision, we in float32: near ties then fall otherwise.
 
     Args:
         keep: tokens per image (int) or share (float) after merging, shared out evenly over its crops; newline tokens go.
@@ -151,36 +151,7 @@ class AIM(PruningPolicy):
         if not crops.tokens:
             return ctx.ordinals
         if self.features == "projected":
-            rows = crops.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
-            return fold_crops(ctx, self, crops, rows, rows, Rounds(), self.positions, lambda x, _: x)
-        features = require(ctx.features, "ctx.features", "features (declare a vision layer)")
-        project = require(ctx.project, "ctx.project", "the projector (declare a vision layer)")
+            return fold_crops(ctx, self, crops, Rounds(), self.positions)
         seen = vision_of(ctx, self.vision_layer, crops)
         keys = seen.per_token(seen.key[:, :, int(seen.cls) :].transpose(1, 2).flatten(2))
-        return fold_crops(ctx, self, crops, keys, features, Rounds(), self.positions, lambda x, _: project(x))
-
-
-def page_rank(seen: AttentionInputs, temperature: float, rounds: int) -> Tensor:
-    """PageRank ``[B, N]`` float32 of the visual columns among the rows of this prompt chunk, one key head after another.
-
-    What rows pay to a cached past is lost to it.
-    """
-    (B, H, Sq, _), (heads, S) = seen.query.shape, seen.key.shape[1:3]
-    place = torch.arange(S, device=seen.key.device)
-    sees = place <= place[S - Sq :, None]
-    start = torch.ones(B, Sq, device=seen.key.device)
-    if seen.key_mask is not None:  # padding pays to all evenly, of nothing that it has
-        real = seen.key_mask[:, S - Sq :]
-        sees = sees & seen.key_mask[:, None, :] & real[:, :, None]
-        start = real.float()
-    sees = sees.view(-1, 1, Sq, S)
-    start = (start / start.sum(1, keepdim=True).clamp(min=1))[:, None, None]
-    squares = start.new_zeros(B, S)
-    for query, key in zip(seen.query.chunk(heads, 1), seen.key.chunk(heads, 1), strict=True):
-        logits = (query.float() @ key.float().mT).mul_(seen.scale / temperature)
-        pays = logits.masked_fill_(~sees, torch.finfo(torch.float32).min).softmax(3)
-        rank = start.expand(-1, query.shape[1], -1, -1)
-        for _ in range(rounds - 1):
-            rank = (rank @ pays)[..., S - Sq :]
-        squares += (rank @ pays).square_().sum((1, 2))
-    return seen.across_ranks(squares / H, "mean").sqrt().gather(1, seen.columns.clamp(min=0))
+        return fold_crops(ctx, self, crops, Rounds(), self.positions, keys)

@@ -11,7 +11,7 @@ from vlmprune.policies.groups import Counts, Groups, places_of
 
 
 def images_of(ctx: TokenContext) -> Groups:
-    """Where the images lie. Raises ValueError if an earlier stage has already dropped some of their tokens.
+    """Where the images lie. Raises ValueError if an earlier stage or chunked prefill left a part of their tokens.
 
     Example:
         >>> images_of(ctx).crops[2], images_of(ctx).tokens
@@ -51,6 +51,8 @@ def crops_of(ctx: TokenContext) -> Groups:
 
 
 def _whole(ctx: TokenContext) -> tuple[Counts, ...]:
+    cut = ctx.shares is not None
+    check(not cut, "prefill_chunk_size", "None with a method that needs whole images", "a prompt in chunks")
     sizes = ctx.images()
     whole = tuple(map(sum, sizes))
     check(ctx.counts == whole, "ctx.counts", f"{whole}, every token of every image", ctx.counts)

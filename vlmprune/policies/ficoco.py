@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from vlmprune.policies.base import (
 from vlmprune.policies.checks import BEFORE, check_layers, check_share, check_word, share_of
 from vlmprune.policies.choose import marks, quotas, select_counts
 from vlmprune.policies.counts import keep_count
+from vlmprune.policies.sides import Sides
 
 
 @dataclass(frozen=True)
@@ -158,41 +159,9 @@ class FiCoCo(PruningPolicy):
         barred = itself | ~(ctx.mask if self.targets == "any" else stays)[:, None]
         logits = logits.masked_fill(barred, -torch.inf).flatten(0, 1)
         few = [max(0, n - 1 - int(self.epsilon * (n - 1) + 1e-6)) for n in ctx.counts]
-        limit = whole_numbers(tuple(k for k in few for _ in range(r)), dropped.device)
+        limit = whole_numbers(tuple(few), dropped.device)[:, None].expand(-1, r).flatten()
         code = torch.where(barred, 2, 0).to(torch.int8).flatten(0, 1)
         chosen = marks(ops.select_topk(logits, limit, code=code)[0][:, : max(few)], N)
         weights = logits.masked_fill(~chosen, -torch.inf).softmax(-1).view(B, r, N)
         real = chosen.any(1).view(B, r) & (dropped >= 0)
         return weights.masked_fill(~real[..., None], 0.0)
-
-
-class Sides(NamedTuple):
-    """Both sides of the head-mean logits ``query . key``, float32, zeros at padding: of visual tokens and of the text after.
-
-    Attributes:
-        query, key: ``[B, N, Hkv D]``; the query, summed over the heads that share a key, holds the scale.
-        text_query, text_key: ``[B, T, Hkv D]``.
-        words: ``[B, 1]`` how many the text has, 1 where it has none.
-    """
-
-    query: Tensor
-    key: Tensor
-    text_query: Tensor
-    text_key: Tensor
-    words: Tensor
-
-    @classmethod
-    def of(cls, seen: AttentionInputs) -> Self:
-        """From all rows of a prompt chunk."""
-        (B, H, S, D), heads = seen.query.shape, seen.key.shape[1]
-        query = seen.query.view(B, heads, H // heads, S, D).sum(2, dtype=torch.float32) * (seen.scale / H)
-        flat = [x.transpose(1, 2).reshape(B, S, heads * D).float() for x in (query, seen.key)]
-        after = seen.rows > seen.columns.amax(1, keepdim=True)
-        text = torch.where(after, seen.rows, -1)
-        visual, words = (ops.gather_tokens(flat, at) for at in (seen.columns, text))
-        return cls(visual[0], visual[1], words[0], words[1], after.sum(1, keepdim=True).clamp(min=1))
-
-    def lacking(self, g: float) -> Tensor:
-        """The negative of redundancy, ``[B, N]``: of the ranks' own heads."""
-        centre = g * self.key.sum(1) - (1 - g) * self.text_key.sum(1) / self.words
-        return -(self.query @ centre[..., None])[..., 0]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import vision_of
@@ -89,18 +89,13 @@ class Folder(PruningPolicy):
         if not crops.tokens:
             return ctx.ordinals
         if self.place == "projected":
-            rows = crops.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
             rounds = Rounds(spare=1, weighted=True)
-            return fold_crops(ctx, self, crops, rows, rows, rounds, self.positions, _louder)
-        features = require(ctx.features, "ctx.features", "features (declare a vision layer)")
-        project = require(ctx.project, "ctx.project", "the projector (declare a vision layer)")
+            return fold_crops(ctx, self, crops, rounds, self.positions, finish=_louder)
         seen = vision_of(ctx, self.vision_layer, crops)
         keys = seen.per_token(seen.key[:, :, int(seen.cls) :].float().mean(1))
         rounds = Rounds(first=1 - seen.cls, spare=1 - seen.cls, weighted=True)
         penalty = seen.received() * (self.alpha * ALPHA_UNIT)
-        return fold_crops(
-            ctx, self, crops, keys, features, rounds, self.positions, lambda x, _: project(x), penalty
-        )
+        return fold_crops(ctx, self, crops, rounds, self.positions, keys, penalty)
 
 
 def _louder(rows: Tensor, sizes: Tensor) -> Tensor:

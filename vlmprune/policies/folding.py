@@ -53,34 +53,40 @@ def fold_crops(
     ctx: TokenContext,
     policy: PruningPolicy,
     crops: Groups,
-    metric: Tensor,
-    rows: Tensor,
     rounds: Rounds,
     positions: Positions,
-    finish: Callable[[Tensor, Tensor], Tensor],
+    keys: Tensor | None = None,
     penalty: Tensor | None = None,
+    finish: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor | Reduction:
-    """Fold every crop to as many tokens as the policy keeps of it.
+    """Fold every crop to as many tokens as the policy keeps of it. What stays alone keeps its own hidden states.
 
     Args:
         crops: where the crops lie.
-        metric, rows: ``[I, T, ...]``: what is compared, and what is merged.
         rounds: how.
         positions: "pack" or "keep".
-        finish: the merged rows ``[i, k, ...]`` and their sizes ``[i, k]`` to hidden states ``[i, k, D]``. What stays alone
-            keeps its own.
+        keys: ``[I, T, ...]``: the tower's features are merged by these, and then projected; None = projected rows are
+            compared and merged.
         penalty: ``[I, T]``, taken off the likeness of a source; None = nothing is.
+        finish: merged projected rows ``[i, k, D]`` and their sizes ``[i, k]`` to hidden states; None = as they are.
     """
     quota = quota_of(ctx, policy, crops)
     hidden = crops.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
+    if keys is not None:
+        features = require(ctx.features, "ctx.features", "features (declare a vision layer)")
+        project = require(ctx.project, "ctx.project", "the projector (declare a vision layer)")
     picked, made, into = [], [], []
     for kind in crops.kinds(quota):
-        own, less = crops.take(hidden, kind), None if penalty is None else crops.take(penalty, kind)
-        done = fold(crops.take(metric, kind), crops.take(rows, kind), kind.kept, rounds, less)
-        new = finish(done.rows, done.sizes).to(own.dtype)
+        own = metric = rows = crops.take(hidden, kind)
+        less = None if penalty is None else crops.take(penalty, kind)
+        if keys is not None:
+            metric, rows = crops.take(keys, kind), crops.take(features, kind)
+        done = fold(metric, rows, kind.kept, rounds, less)
+        new = done.rows if keys is None else project(done.rows)
+        new = new if finish is None else finish(new, done.sizes)
         alone = (done.sizes == 1)[..., None]
         picked.append((kind, done.places))
-        made.append((kind, torch.where(alone, rows_at(own, done.places), new)))
+        made.append((kind, torch.where(alone, rows_at(own, done.places), new.to(own.dtype))))
         into.append((kind, done.into))
     places, new, into_ = (crops.together(parts) for parts in (picked, made, into))
     return gathered(ctx, crops, quota, places, positions, new, into_)

@@ -257,7 +257,8 @@ class _State:
             self.place[b, entered[row]] = slots
             self.position[b, slots] = numbers[b, source]
             self.tables[b, slots] = tables[b, source]
-            hidden[b, slots] = before[b, source] if change.hidden is None else change.hidden[b, : len(row)]
+            new = before[b, source] if change.hidden is None else change.hidden[b, : len(row)]
+            hidden[b, slots] = new.to(hidden.device)
             for i, rows in enumerate(self.features):
                 moved = rows.clone()
                 moved[self.numbers[b, slots]] = rows[self.numbers[b, source]]
