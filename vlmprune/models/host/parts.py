@@ -102,11 +102,19 @@ def _check_attention(text: Any) -> None:
 
 
 def check_stages(policy: PruningPolicy, config: Any) -> None:
-    """Raise ValueError if a stage lies beyond the last decoder layer, or if what it brings back could not be compacted."""
+    """Raise ValueError if a stage lies beyond the last decoder layer, if what it brings back could not be compacted, or if it
+    may keep nothing and does not read where the text is.
+    """
     depth = config.text_config.num_hidden_layers
     for layer in policy.layers:
         check(layer < depth, "layer", f"at most {depth - 1} (the decoder has {depth} layers)", layer)
-        if policy.needs(layer).restored:
+        needs = policy.needs(layer)
+        if policy.empties(layer):
+            text = (
+                "Needs(rows='text') at a stage that may keep nothing (a token that ends a prompt must stay)"
+            )
+            check(needs.reads_text, f"{policy!r}.needs({layer})", text, needs)
+        if needs.restored:
             same = "'full' with a stage that brings tokens back (layers before it hold others than the last)"
             check(policy.earlier_kv == "full", "earlier_kv", same, repr(policy.earlier_kv))
 
