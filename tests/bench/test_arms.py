@@ -6,7 +6,7 @@ import torch
 from helpers.families import CASES, build
 from helpers.recorder import Recorder
 from helpers.tiny import GRID, TOLERANCE, generate, make_batch, make_model
-from vlmprune import LVLMCSP, DivPrune, FastV, Graphs, Stages, meter, ops, prune
+from vlmprune import LVLMCSP, VTW, DivPrune, FastV, Graphs, Stages, meter, ops, prune
 from vlmprune.bench import Checkpoint, FullSize, arms, run
 from vlmprune.bench.measure import answer
 from vlmprune.bench.prompts import Prompt, smaller, why_not_smaller
@@ -74,6 +74,11 @@ def test_a_smaller_image_where_pictures_keep_their_shape():
     assert smaller(config, Prompt(images=2), 20).prompt == Prompt(2, (3, 3))
     with pytest.raises(InputError, match="tokens: expected at least 2, one per image, got 1"):
         smaller(config, Prompt(images=2), 1)
+    subject = Checkpoint.of(build(CASES["qwen3vl"]), None)
+    *_, left, _ = arms.make_arms(subject, Prompt(), {"vtw": VTW(layer=2)}, {"vtw": [(2, 0)]}, baselines=True)
+    assert (
+        left.way == "smaller image" and left.reason == "the policy keeps 0 visual tokens, fewer than images"
+    )
 
 
 def test_a_trained_tower_has_one_size():

@@ -15,6 +15,7 @@ from vlmprune.models.host.families import FAMILIES
 from vlmprune.models.host.fitting import settings_for
 from vlmprune.policies import (
     ACCM,
+    LVLMCSP,
     DivPrune,
     FasterVLM,
     FastV,
@@ -161,6 +162,15 @@ def test_the_schedule_is_what_the_policy_counts():
     (found,) = deep.values()
     assert [(s["layer"], s["tokens"]) for s in found["schedule"]] == [(0, 288), (40, 72)]
     assert found["mean_tokens"] is None  # LLaVA-1.5-7B has 32 layers
+
+
+def test_the_schedule_of_tokens_that_come_back():
+    found = listed("lvlm_csp")["lvlm_csp"]
+    assert [(s["layer"], s["tokens"]) for s in found["schedule"]] == [(0, 144), (8, 576), (12, 144)]
+    assert found["mean_tokens"] == (8 * 144 + 4 * 576 + 20 * 144) / 32
+    assert found["schedule"][1]["reads"] == "tokens that were set aside"
+    unknown = SparseVLM(layers=(3,), version="1.0", tokens=64)
+    assert [s["tokens"] for s in schedule(Stages([LVLMCSP(), unknown]))] == [144, None, 576, 144]
 
 
 def test_a_count_that_is_known_when_chosen():

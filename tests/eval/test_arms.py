@@ -111,6 +111,20 @@ def test_the_smaller_picture_has_the_most_tokens_that_meet_the_cut():
     assert cost(PROMPT, [(0, tokens)])[0] >= 0.5 > cost(PROMPT, [(0, tokens + 1)])[0]
 
 
+@pytest.mark.parametrize("method, gone", [("vtw:layer=4", 3), ("vtw:layer=0", 4), ("fastv:layer=4", 0)])
+def test_a_baseline_that_cannot_save_as_much_as_a_policy_is_left_out(method, gone):
+    """What keeps one token cannot save what a policy does that keeps none."""
+    methods, why = {method: policy_from(method)}, []
+    arms = make_arms(methods, (), BASELINES, 1, PROMPT, why)
+    assert [arm.method for arm in arms[:2]] == [UNPRUNED, method] and len(arms) == 6 - gone
+    assert len(why) == gone and all("at budget" in reason for reason in why)
+    if gone:
+        with pytest.raises(
+            ValueError, match=r"^uniform:layer=\d at budget 0\.\d+: cut: expected a share between"
+        ):
+            plan_of([method], (), BASELINES, 1)
+
+
 def test_an_unknown_baseline():
     with pytest.raises(
         ValueError, match=r"^baselines: expected some of lattice, raster, random, smaller, got 'best'$"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from helpers.tiny import (
     upstream,
 )
 from vlmprune.errors import InputError, ModelError
+from vlmprune.policies import Needs
 from vlmprune.testing import check_model
 
 STEPS = 3
@@ -53,7 +56,11 @@ def test_families(family, layer):
     check_model(build(CASES[family]), vlmprune.VTW(layer))
 
 
-@pytest.mark.parametrize("policy", [POLICIES["all-leave"], POLICIES["asked-again"]], ids=repr)
+@pytest.mark.parametrize(
+    "policy",
+    [POLICIES["all-leave"], POLICIES["asked-again"], vlmprune.WithoutSinks(POLICIES["all-leave"], tau=0.1)],
+    ids=repr,
+)
 def test_a_visual_token_that_ends_a_prompt_stays(model, policy):
     """Alone of its image: its row is the one that the answer goes on from."""
     batch = make_batch(MIXED)
@@ -123,3 +130,33 @@ def test_a_policy_that_does_not_say_so_must_keep_one(model):
     with pytest.raises(InputError, match=r"expected at least one of its 16 tokens, got none$"):
         with vlmprune.prune(model, twice):
             generate(model, batch, STEPS)
+
+
+@dataclass(frozen=True)
+class Nothing(vlmprune.PruningPolicy):
+    """Keeps nothing, also of a prompt that ends with its image."""
+
+    layer: int = 2
+    rows: str = "text"
+
+    def needs(self, layer):
+        return Needs(rows=self.rows)
+
+    def empties(self, layer):
+        return True
+
+    def select(self, ctx):
+        return torch.zeros(len(ctx.counts), 0, dtype=torch.int64, device=ctx.device)
+
+
+def test_an_answer_that_has_no_row_to_go_on_from_is_refused(model):
+    check_model(model, Nothing())
+    with pytest.raises(
+        InputError, match=r"^Nothing.*: expected the last token of a prompt that ends with its"
+    ):
+        with vlmprune.prune(model, Nothing()):
+            generate(model, make_batch(MIXED), STEPS)
+    with pytest.raises(
+        InputError, match=r"^Nothing.*\.needs\(2\): expected Needs\(rows='text'\) at a stage that may"
+    ):
+        vlmprune.prune(model, Nothing(rows="last")).__enter__()

@@ -30,7 +30,7 @@ def test_settings_of_every_policy_are_those_of_the_whole():
 
 
 @pytest.mark.parametrize("mean", [0.05, 0.3, 0.75, 0.999])
-@pytest.mark.parametrize("steepness", [0, 0.1, 1.5, 40.0])
+@pytest.mark.parametrize("steepness", [0, 0.1, 1.5, 40.0, 1e6])
 @pytest.mark.parametrize("layers, first", [(32, 0), (32, 1), (1, 0)])
 def test_the_curve_meets_its_mean(layers, first, steepness, mean):
     if mean * layers <= first:
@@ -125,8 +125,9 @@ def test_what_the_search_costs():
         (lambda: scheduled(FastV(), (2, 4), (0.5,)), r"^shares: expected 2 shares that do not rise"),
         (lambda: scheduled(FastV(), (2,), (0.0,)), r"^shares: expected a share in \(0, 1\] as a float"),
         (lambda: p_sigmoid(0, 1.0, 0.5), r"^layers: expected a whole number >= 1, got 0$"),
-        (lambda: p_sigmoid(8, -1.0, 0.5), r"^steepness: expected a number >= 0, got -1.0$"),
-        (lambda: p_sigmoid(8, math.nan, 0.5), r"^steepness: expected a number >= 0, got nan$"),
+        (lambda: p_sigmoid(8, -1.0, 0.5), r"^steepness: expected a number from 0 to 1e6, got -1.0$"),
+        (lambda: p_sigmoid(8, 1e300, 0.5), r"^steepness: expected a number from 0 to 1e6, got 1e\+300$"),
+        (lambda: p_sigmoid(8, math.nan, 0.5), r"^steepness: expected a number from 0 to 1e6, got nan$"),
         (lambda: p_sigmoid(8, 1.0, 1.5), r"^mean: expected a share in \(0, 1\]"),
         (lambda: p_sigmoid(8, 1.0, 0.5, first=8), r"^first: expected a layer below 8, got 8$"),
         (
@@ -135,6 +136,10 @@ def test_what_the_search_costs():
         ),
         (lambda: g_search(len, Feather(), (2,), 0.0), r"^policy: expected a policy with settings"),
         (lambda: g_search(len, FastV(), (), 0.0), r"^layers: expected one or more layers"),
+        (
+            lambda: g_search(lambda policy: math.nan, FastV(), (2,), 0.0),
+            r"^score: expected a number, got nan$",
+        ),
         (lambda: g_search(len, FastV(), (2,), -0.1), r"^tolerance: expected a number >= 0, got -0.1$"),
         (
             lambda: g_search(len, FastV(), (2,), 0.1, levels=0),

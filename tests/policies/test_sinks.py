@@ -8,6 +8,7 @@ import torch
 
 from helpers.contexts import case, kept_lists
 from vlmprune.policies import (
+    VTW,
     Custom,
     DivPrune,
     FasterVLM,
@@ -120,6 +121,8 @@ def test_what_it_reads_and_costs_is_the_methods():
     assert policy.needs(2) == Needs(hidden=True, attention="previous")
     assert policy.needs(5) == Needs(hidden=True)
     assert policy.kept(100, 1, 2) == 50 and policy.at(0.2).method == policy.method.at(0.2)
+    withdrawn = WithoutSinks(Stages([FastV(layer=2), VTW(layer=5)]))
+    assert [withdrawn.empties(layer) for layer in withdrawn.layers] == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,8 @@ def _smaller(checkpoint: Checkpoint, arm: Arm) -> Arm:
     reason = why_not_smaller(checkpoint.config, isinstance(checkpoint, FullSize))
     if reason is None and not arm.kept:
         reason = IDLE
+    if reason is None and arm.kept[-1][1] < arm.prompt.images:
+        reason = f"the policy keeps {arm.kept[-1][1]} visual tokens, fewer than images"
     if reason is not None:
         return Arm(arm.method, "smaller image", arm.prompt, arm.policy, reason=reason)
     image = smaller(checkpoint.config, arm.prompt, arm.kept[-1][1])

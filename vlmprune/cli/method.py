@@ -38,13 +38,15 @@ def describe_method(cls: type[PruningPolicy], policy: PruningPolicy | None) -> d
 def schedule(policy: PruningPolicy) -> list[dict[str, Any]]:
     """Of each stage its layer, what it reads, how it runs, and what it leaves of one image of LLaVA-1.5.
 
-    ``tokens`` are None from the stage on where how many stay is known only when they are chosen.
+    ``tokens`` are None from the stage on where how many stay is known only when they are chosen, until all are back.
     """
     tokens: int | None = MODEL.visual
     stages = []
     for layer, run in runs(policy).items():
+        needs = policy.needs(layer)
+        tokens = MODEL.visual if needs.restored else tokens
         tokens = None if tokens is None else _kept(policy, tokens, layer)
-        reads = ", ".join(_reads(policy.needs(layer))) or "positions only"
+        reads = ", ".join(_reads(needs)) or "positions only"
         stages.append({"layer": layer, "reads": reads, "runs": run, "tokens": tokens})
     return stages
 
@@ -71,6 +73,8 @@ def _reads(needs: Needs) -> list[str]:
         parts.insert(
             0, f"{what} of {'the layer before' if needs.attention == 'previous' else 'its own layer'}"
         )
+    if needs.restored:
+        parts.insert(0, "tokens that were set aside")
     return parts
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vlmprune.errors import InputError, check
@@ -81,9 +82,12 @@ def make_arms(
     baselines: Sequence[str],
     seeds: int,
     prompt: PromptSize,
+    left_out: list[str] | None = None,
 ) -> list[Arm]:
     """All arms, the unpruned one first. Without budgets the policies are taken as they are, and the baselines are
     fitted to each policy's own cut. A baseline that prunes acts at the first layer of any policy; one that is given is not added.
+
+    ``left_out`` takes why a baseline cannot meet the cut of a policy, as where that keeps nothing; None: an error.
 
     Raises:
         InputError: a policy that has no share to fit, or that cannot meet a budget; an unknown baseline.
@@ -94,12 +98,19 @@ def make_arms(
     cuts = budgets or sorted({round(cut_of(arm, prompt), 6) for arm in arms if baselines})
     first = min((policy.layers[0] for policy in methods.values()), default=2)
     for name in baselines:
-        if name == SMALLER:
-            arms += [_smaller(cut, prompt) for cut in cuts]
-            continue
-        text, baseline = _baseline(name, first)
-        if not any(_same_method(policy, baseline) for policy in methods.values()):
-            arms += [fit_arm(text, baseline, cut, prompt) for cut in cuts]
+        fit: Callable[..., Arm] = partial(_smaller, prompt=prompt)
+        if name != SMALLER:
+            text, baseline = _baseline(name, first)
+            if any(_same_method(policy, baseline) for policy in methods.values()):
+                continue
+            fit = partial(fit_arm, text, baseline, prompt=prompt)
+        for cut in cuts:
+            try:
+                arms.append(fit(cut=cut))
+            except InputError as error:
+                if budgets or left_out is None:
+                    raise
+                left_out.append(str(error))
     draws = [dataclasses.replace(arm, seed=i) for arm in arms for i in range(seeds if _draws(arm) else 1)]
     return [Arm(UNPRUNED), *draws]
 
@@ -124,19 +135,21 @@ def _same_method(policy: PruningPolicy, baseline: PruningPolicy) -> bool:
 
 def _smaller(cut: float, prompt: PromptSize) -> Arm:
     """The largest pictures that meet a budget: all layers see as few tokens as behind a stage at the first."""
-    share = keep_for_flops(Uniform(layer=0), cut, prompt.shape, prompt.visual, prompt.text)
-    return Arm(SMALLER, cut, smaller=Smaller(share))
+    return Arm(SMALLER, cut, smaller=Smaller(_share(SMALLER, Uniform(layer=0), cut, prompt)))
 
 
 def fit_arm(text: str, policy: PruningPolicy, cut: float | None, prompt: PromptSize) -> Arm:
     """The arm of a policy, as it is or fitted to a budget. Raises InputError if it has no share, or cannot meet it."""
     if cut is None:
         return Arm(text, None, policy)
+    return Arm(text, cut, policy.at(_share(text, policy, cut, prompt)))
+
+
+def _share(text: str, policy: PruningPolicy, cut: float, prompt: PromptSize) -> float:
     try:
-        share = keep_for_flops(policy, cut, prompt.shape, prompt.visual, prompt.text)
+        return keep_for_flops(policy, cut, prompt.shape, prompt.visual, prompt.text)
     except InputError as error:
         raise InputError(f"{text} at budget {cut:g}: {error}") from error
-    return Arm(text, cut, policy.at(share))
 
 
 def cut_of(arm: Arm, prompt: PromptSize) -> float:

@@ -76,7 +76,8 @@ def run(
             policies keep what they say, and the baselines are fitted to their cuts.
         families: only these families of questions; empty: all.
         baselines: names of ``BASELINES``, evenly spaced tokens ("lattice", "raster"), "random" ones, and pictures made
-            "smaller" instead; True: all, and where pictures cannot be made so small the settings say why; False: none.
+            "smaller" instead; True: all, and where one cannot meet a policy's cut, or pictures cannot be made so small, the
+            settings say why; False: none.
         oracle: also one that is told where the answer is seen.
         seeds: draws of each policy that draws.
         batch_size: questions asked at once.
@@ -112,9 +113,12 @@ def run(
     names = tuple(dict.fromkeys(BASELINES if baselines is True else baselines or ()))
     known = all(name in BASELINES for name in names)
     check(known, "baselines", f"some of {', '.join(BASELINES)}", ", ".join(names))
-    arms = make_arms(methods, cuts, names + (ORACLE,) * oracle, seeds, prompt)
+    named, left_out = baselines is not True, list[str]()
+    names += (ORACLE,) * oracle
+    arms = make_arms(methods, cuts, names, seeds, prompt, None if named else left_out)
     subject = Subject(checkpoint, batch_size, max_new_tokens)
-    arms, left_out = _possible(subject, arms, asked, named=baselines is not True)
+    arms, too_large = _possible(subject, arms, asked, named)
+    left_out += too_large
     checkpoint.check_depth(arm.policy for arm in arms if arm.policy is not None)
     progress(f"loading {checkpoint.source}", 0, 0)
     settings = subject.settings(questions)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.errors import InputError, ModelError
+from vlmprune.errors import InputError, ModelError, check
 from vlmprune.models.aside import brought_back, set_aside
 from vlmprune.models.choice import Counts, apply, carry_out
 from vlmprune.models.decoder_reads import read_own_attention
@@ -74,6 +74,8 @@ class StageRunner:
         short, numbers, made = passed
         if made is not None:
             _check_end(prefill, entering.first)
+            if self.policy.empties(i):
+                _check_room(prefill, made.layout, self.policy)
             set_aside(prefill, entering, made, self.parts.layers[i])
             if self.policy.rectify:
                 made = made._replace(weights=stood_for(entering, made, short, back or prefill.decision(i)))
@@ -236,3 +238,12 @@ def _check_end(prefill: Prefill, first: Layout) -> None:
             "attention_mask: expected padding on the left, as generation goes on from the last row "
             "(tokenizer.padding_side = 'left'), got a sample that ends in padding"
         )
+
+
+def _check_room(prefill: Prefill, after: Layout, policy: PruningPolicy) -> None:
+    """Raise InputError where nothing is left of a prompt that ends with its image: the answer has no row to go on from."""
+    assert prefill.unpruned is not None and prefill.unpruned.text is not None
+    before, words = prefill.unpruned.layout.counts, prefill.unpruned.text.words
+    lost = any(n and not text and not left for n, text, left in zip(before, words, after.counts, strict=True))
+    room = "the last token of a prompt that ends with its image to stay"
+    check(not (lost and prefill.call.logits), repr(policy), room, "none")

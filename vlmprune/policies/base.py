@@ -138,7 +138,7 @@ class PruningPolicy:
         """Whether a sample may lose all of its visual tokens at this stage; elsewhere keeping none is refused.
 
         Layers behind it then run on text alone. A visual token that ends a prompt stays even so, as generation goes on from
-        its row: a ranking must leave it room (``vtw.VTW``).
+        its row: such a stage reads where the text is, and leaves it room (``vtw.VTW``); with none an answer is an error.
         """
         return False
 

@@ -68,7 +68,7 @@ def p_sigmoid(layers: int, steepness: float, mean: float, *, first: int = 0) -> 
 
     Args:
         layers: decoder layers.
-        steepness: k >= 0 per layer: 0 is the same share everywhere, a large one a step from all to almost none.
+        steepness: k per layer, 0 to a million: 0 is the same share everywhere, a large one a step from all to almost none.
         mean: the mean of the shares over all ``layers`` inputs, in (0, 1].
         first: layers before this one see everything, which counts for the mean.
 
@@ -87,7 +87,7 @@ def p_sigmoid(layers: int, steepness: float, mean: float, *, first: int = 0) -> 
     check_whole("layers", layers, 1)
     check_whole("first", first, 0)
     number = isinstance(steepness, int | float) and not isinstance(steepness, bool)
-    check(number and 0 <= steepness < math.inf, "steepness", "a number >= 0", repr(steepness))
+    check(number and 0 <= steepness <= 1e6, "steepness", "a number from 0 to 1e6", repr(steepness))
     check_keep(mean, "mean", counts=False)
     behind = layers - first
     check(behind > 0, "first", f"a layer below {layers}", first)
@@ -155,6 +155,7 @@ def g_search(
     number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
     check(number and 0 <= tolerance < math.inf, "tolerance", "a number >= 0", repr(tolerance))
     enough = score(scheduled(policy, layers[:1], (1.0,))) - tolerance
+    check(not math.isnan(enough), "score", "a number", enough)
     found: list[int] = []
     for i in range(len(layers)):
         low, high = 0, found[-1] if found else levels  # high keeps the score: nothing has changed with it

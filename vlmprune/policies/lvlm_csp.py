@@ -30,9 +30,10 @@ class LVLMCSP(PruningPolicy):
     A reading, of the abstract and of summaries: no code was found, nor which layers and how many tokens the authors took.
     Defaults and presets are ours; the defaults run 34 % of the tokens on average over 32 layers, near the published cut of
     65 %. All tokens become active again, which is taken literally: each brings the input embedding with which it left, not
-    what the clusters have become. The paper prunes by the attention of a [SEG] token, which other models' prompts do not have: here by that of the
-    last prompt row, or of all text behind the image, in the last layer that sees every token, softmax over the whole row,
-    head mean. Left out is "seg first", clusters in proportion to the objects that a segmenter finds.
+    what the clusters have become. The paper prunes by the attention of a [SEG] token, which other models' prompts do not
+    have: here by that of the last prompt row, or of all text behind the image, in the last layer that sees every token,
+    softmax over the whole row, head mean. Left out is "seg first", clusters in proportion to the objects that a segmenter
+    finds.
 
     Args:
         cluster: N_c, tokens per image (int) or share (float).
@@ -101,22 +102,18 @@ class LVLMCSP(PruningPolicy):
             return Ranking(ctx.mask.float(), ctx.counts)
         if ctx.layer == self.prune:
             seen = attention_of(ctx)
-            return ranked(
-                ctx, self, seen.rating(seen.last if self.rows == "last" else seen.rows), static=True
-            )
-        if self.by == "cls":
-            return ranked(ctx, self, self._attended(ctx))
+            rows = seen.last if self.rows == "last" else seen.rows
+            return ranked(ctx, self, seen.rating(rows), static=True)
         if self.by == "random":
             return ranked(ctx, self, drawn(self.seed, ctx.counts, ctx.device), static=True)
-        kept = tuple(tuple(self.kept(n, 1, 0) for n in own) for own in ctx.images())
-        return ranked(ctx, self, strided(ctx.images(), kept, ctx.device), static=True)
-
-    def _attended(self, ctx: TokenContext) -> Tensor:
-        """``[B, N]`` CLS attention; behind all of it what is of no crop."""
+        if self.by == "uniform":
+            steps = tuple(tuple(n // self.kept(n, 1, 0) for n in own) for own in ctx.images())
+            return ranked(ctx, self, strided(ctx.images(), steps, ctx.device), static=True)
         crops = crops_of(ctx)
         if not crops.tokens:
-            return ctx.mask.float()
-        return crops.spread(vision_of(ctx, self.vision_layer, crops).received(), fill=-1)
+            return ranked(ctx, self, ctx.mask.float())
+        attended = vision_of(ctx, self.vision_layer, crops).received()
+        return ranked(ctx, self, crops.spread(attended, fill=-1))  # behind all of it what is of no crop
 
     def spends(self, layer: int) -> str:
         return "image" if layer == 0 else "prompt"
@@ -132,13 +129,16 @@ class LVLMCSP(PruningPolicy):
 
 @remembered()
 def strided(
-    images: tuple[tuple[int, ...], ...], kept: tuple[tuple[int, ...], ...], device: torch.device
+    images: tuple[tuple[int, ...], ...], steps: tuple[tuple[int, ...], ...], device: torch.device
 ) -> Tensor:
-    """float32 ``[B, N]``: 1 at ``i * floor(n / k)`` for k of the n tokens of every image of every sample, elsewhere 0."""
+    """float32 ``[B, N]``: 1 at every ``step``-th token of every image of every sample from its first one on, elsewhere 0.
+
+    Of equal scores the first ones stay: of k of n tokens those at ``i * floor(n / k)``.
+    """
     scores = torch.zeros(len(images), max(map(sum, images), default=0))
-    for row, sizes, counts in zip(scores, images, kept, strict=True):
+    for row, sizes, own in zip(scores, images, steps, strict=True):
         first = 0
-        for n, k in zip(sizes, counts, strict=True):
-            row[first : first + k * (n // max(k, 1)) : max(n // max(k, 1), 1)] = 1
+        for n, step in zip(sizes, own, strict=True):
+            row[first : first + n : step] = 1
             first += n
     return scores.to(device)

@@ -84,6 +84,9 @@ class WithoutSinks(PruningPolicy):
     def needs(self, layer: int) -> Needs:
         return self.method.needs(layer) | Needs(hidden=True)
 
+    def empties(self, layer: int) -> bool:
+        return self.method.empties(layer)
+
     def rank(self, ctx: TokenContext) -> Ranking:
         return self.method.rank(ctx).behind(self.sinks(ctx))
 

@@ -102,13 +102,22 @@ def _check_attention(text: Any) -> None:
 
 
 def check_stages(policy: PruningPolicy, config: Any) -> None:
-    """Raise ValueError if a stage lies beyond the decoder, reads a layer before the first, or if what it brings back could not be compacted."""
+    """Raise ValueError if the model cannot run a stage: beyond its last layer, or of another form than stages can have.
+
+    One at layer 0 has no layer before it to read; one that brings tokens back leaves nothing to compact; one that may keep
+    nothing reads where the text is.
+    """
     depth = config.text_config.num_hidden_layers
     for layer in policy.layers:
         check(layer < depth, "layer", f"at most {depth - 1} (the decoder has {depth} layers)", layer)
         needs = policy.needs(layer)
         fits = layer > 0 or needs.attention != "previous"
         check(fits, "layer", "at least 1 where attention of the layer before is read", layer)
+        if policy.empties(layer):
+            text = (
+                "Needs(rows='text') at a stage that may keep nothing (a token that ends a prompt must stay)"
+            )
+            check(needs.reads_text, f"{policy!r}.needs({layer})", text, needs)
         if needs.restored:
             same = "'full' with a stage that brings tokens back (layers before it hold others than the last)"
             check(policy.earlier_kv == "full", "earlier_kv", same, repr(policy.earlier_kv))
