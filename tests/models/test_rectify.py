@@ -21,7 +21,8 @@ from vlmprune.errors import ModelError
 from vlmprune.models.graphs.reads import HostReads
 from vlmprune.models.graphs.unfit import unfit_model
 from vlmprune.testing import check_model
-from vlmprune.testing.masked import Recorded, masked_logits
+from vlmprune.testing.masked import masked_logits
+from vlmprune.testing.recorded import Recorded
 
 ONE = [[4, "I", 7]]
 PADDED = [["I", 9, "I", 4], [3, "I", 5], [12]]

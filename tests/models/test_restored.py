@@ -23,7 +23,8 @@ from vlmprune.models.prefill import Prefill
 from vlmprune.policies import Needs, keep_for_mean_tokens
 from vlmprune.policies.schedule import stage_counts
 from vlmprune.testing import check_model
-from vlmprune.testing.masked import Recorded, masked_logits
+from vlmprune.testing.masked import masked_logits
+from vlmprune.testing.recorded import Recorded
 
 CSP = LVLMCSP(cluster=5, then=6, scatter=2, prune=4)
 PADDED = [["I", 9, "I", 4], [3, "I", 5], [12]]

@@ -25,9 +25,10 @@ from vlmprune.policies.compose import Stages
 from vlmprune.policies.fastv import FastV
 from vlmprune.policies.random import Random
 from vlmprune.policies.uniform import Uniform
-from vlmprune.testing.masked import Answer, Recorded, as_reduction, masked_logits
+from vlmprune.testing.masked import masked_logits
 from vlmprune.testing.model_report import ModelReport, Row, versions
 from vlmprune.testing.pictures import Samples, make_inputs, samples_of
+from vlmprune.testing.recorded import Answer, Recorded, as_reduction
 
 STEPS = 4
 FACTOR = 4.0

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 import vlmprune
 from helpers.families import CASES, IMAGE, STEPS, VIDEO
 from vlmprune.policies.base import Needs, PruningPolicy, Ranking, Reduction, TokenContext
-from vlmprune.testing.masked import Answer, Recorded, as_reduction
+from vlmprune.testing.recorded import Answer, Recorded, as_reduction
 
 FAMILIES = (
     "llava-llama",
