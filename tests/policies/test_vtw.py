@@ -7,7 +7,7 @@ import torch
 
 from helpers.contexts import kept_lists
 from vlmprune.errors import InputError
-from vlmprune.flops import DecoderShape
+from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
 from vlmprune.policies import VTW, FastV, Needs, Reduction, Stages, keep_for_flops
 from vlmprune.policies.answer import check_ranking, check_selection
 from vlmprune.policies.schedule import stage_counts
@@ -63,9 +63,16 @@ def test_budgets():
     both = Stages([FastV(layer=2, keep=0.5), VTW(layer=20)])
     assert stage_counts(both, 576) == [(2, 288), (20, 0)]
     assert both.empties(20) and not both.empties(2)
+    assert both.at(0.25) == Stages([FastV(layer=2, keep=0.25), VTW(layer=20)])
     shape = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, intermediate=11008)
-    with pytest.raises(InputError, match=r"^VTW: expected a policy with a share to set, got VTW\(.*layer=15"):
-        keep_for_flops(VTW(), 0.5, shape, visual=576, text=60)
+    share = keep_for_flops(both, 0.7, shape, visual=576, text=60)
+    lengths = [n + 60 for n in layer_inputs(32, 576, stage_counts(both.at(share), 576))]
+    assert 0.7 <= 1 - decoder_flops(shape, lengths) / decoder_flops(shape, [636] * 32) < 0.702
+    for policy in (VTW(), Stages([VTW()])):
+        with pytest.raises(
+            InputError, match=r"^VTW: expected a policy with a share to set, got VTW\(.*layer=15"
+        ):
+            keep_for_flops(policy, 0.5, shape, visual=576, text=60)
 
 
 def test_others_must_keep_one():

@@ -96,7 +96,10 @@ class Stages(PruningPolicy):
         return self._policy(ctx.layer).select(ctx)
 
     def at(self, share: float) -> Self:
-        return replace(self, policies=tuple(policy.at(share) for policy in self.policies))
+        """Each at this share, but one that keeps nothing anyway; where all of them are such, that one says so."""
+        some = [not all(map(policy.empties, policy.layers)) for policy in self.policies]
+        each = zip(self.policies, some if any(some) else [True] * len(some), strict=True)
+        return replace(self, policies=tuple(policy.at(share) if fits else policy for policy, fits in each))
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         return self._policy(layer).kept(tokens, images, layer)
