@@ -8,7 +8,8 @@ import torch
 
 from helpers.methods import usual
 from helpers.work import Work, work_of
-from vlmprune.cli.listing import describe_policy, markdown_table
+from vlmprune.cli.facts import describe_policy
+from vlmprune.cli.listing import markdown_table
 from vlmprune.errors import InputError
 from vlmprune.policies import (
     CDPruner,

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from vlmprune.cli.console import table
-from vlmprune.cli.listing import usual
+from vlmprune.cli.facts import usual
 from vlmprune.cli.method import runs
 from vlmprune.ops._dispatch import TABLES, explain
 from vlmprune.policies.base import PruningPolicy

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Console
 
 from vlmprune.cli.console import table
+from vlmprune.cli.facts import describe_policy, facts_of, typed, usual
+from vlmprune.cli.method import describe_method, show_method
 from vlmprune.errors import check
-from vlmprune.policies.base import Needs, PruningPolicy
+from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.budgets import PUBLISHED
 from vlmprune.policies.recipe import policy_from
-from vlmprune.policies.registry import fields_of, load_policies, name_of, policy_class
+from vlmprune.policies.registry import load_policies, name_of, policy_class
 
 FACTS = {
     "keeps": "summary",
@@ -25,8 +27,6 @@ FACTS = {
     "grows": "growth",
 }
 """Heading in the README's table -> fact."""
-AS_SET = ("acts", "where", "reads", "text_aware", "cls", "positions", "growth")
-"""What is not known of a policy that cannot be made without settings."""
 
 Where = Literal["before", "inside", "both"]
 
@@ -83,8 +83,6 @@ def show_policies(
     found = {name: describe_policy(cls, policy) for name, (cls, policy) in made.items()}
     found = _fitting(found, {name: policy for name, (_, policy) in made.items()}, filters)
     if name in found:
-        from vlmprune.cli.method import describe_method
-
         found[name].update(describe_method(*made[name]))
     if as_json:
         print(json.dumps(found, indent=2))  # noqa: T201
@@ -97,8 +95,6 @@ def show_policies(
             kind = made[fitting][0]
             print(f"{name_of(kind)}:{policy['presets'][filters.budget]}")  # noqa: T201
     elif name is not None:
-        from vlmprune.cli.method import show_method
-
         show_method(name, found[name], name_of(made[name][0]))
     else:
         _show_all(found)
@@ -112,18 +108,6 @@ def _show_all(found: Mapping[str, dict[str, Any]]) -> None:
         rows.append((name, fields, policy["summary"], "\n".join(facts_of(policy)), policy["paper"]))
     heads = ("name", "fields and defaults", "keeps", "acts", "paper")
     Console().print(table(heads, rows, show_lines=True))
-
-
-def facts_of(policy: Mapping[str, Any]) -> list[str]:
-    """A policy's facts, one a line."""
-    facts = [policy["acts"], f"reads {policy['reads']}", f"grows as {policy['growth'] or 'unknown'}"]
-    settings = policy.get("with")
-    needed = [f"there with {settings}"] if settings else []
-    return [
-        *(["acts, reads and grows as set"] if policy["acts"] == "as set" else facts),
-        *needed,
-        policy["checked"],
-    ]
 
 
 def markdown_table(found: Mapping[str, dict[str, Any]]) -> str:
@@ -161,64 +145,6 @@ def make(name: str) -> Made:
     return cls, usual(cls)
 
 
-def usual(cls: type[PruningPolicy]) -> PruningPolicy | None:
-    """A policy with its defaults; None if it cannot be made without settings."""
-    return None if MISSING in fields_of(cls).values() else cls()
-
-
-def describe_policy(cls: type[PruningPolicy], policy: PruningPolicy | None = None) -> dict[str, Any]:
-    """Fields with defaults (``"required"`` if there is none), summary, paper, what it reads, where it acts, how it grows.
-
-    Args:
-        policy: one with other settings than the defaults; those are then its fields.
-    """
-    fields = fields_of(cls)
-    policy = usual(cls) if policy is None else policy
-    if policy is not None:
-        fields = {field: getattr(policy, field) for field in fields}
-    return {
-        "class": cls.__name__,
-        "fields": {k: "required" if v is MISSING else _data(v) for k, v in fields.items()},
-        "summary": cls.summary,
-        "paper": cls.paper,
-        "checked": cls.checked if cls.paper else "names no source",
-        "presets": dict(cls.presets),
-        **(dict.fromkeys(AS_SET, "as set") if policy is None else _facts(policy)),
-    }
-
-
-def _facts(policy: PruningPolicy) -> dict[str, Any]:
-    """Where a policy acts, what it reads, and how its work grows."""
-    reads = reading(policy.needs(layer) for layer in policy.layers)
-    before = "before the LM" if policy.layers[0] == 0 else ""
-    inside = ", ".join(_runs([layer for layer in policy.layers if layer]))
-    return {
-        "acts": " and ".join(part for part in (before, f"layer {inside}" if inside else "") if part),
-        "where": "both" if before and inside else "before" if before else "inside",
-        "reads": ", ".join(reads) or "positions only",
-        "text_aware": "decoder attention" in reads or "prompt text" in reads,
-        "cls": "used if there" if "vision attention" in reads else "no",
-        "positions": "pack" if policy.packs else "keep",
-        "growth": policy.growth,
-    }
-
-
-def reading(needs: Iterable[Needs]) -> list[str]:
-    """What is read for these needs together, in words."""
-    all_of = list(needs)
-    used = {
-        "decoder attention": any(n.attention and not n.keys_only for n in all_of),
-        "decoder keys": any(n.keys_only for n in all_of),
-        # rows of nothing that is read say where the text is, and no more
-        "prompt text": any(
-            n.embeds or n.text or n.tokens or (n.rows == "text" and n.attention) for n in all_of
-        ),
-        "vision attention": any(n.vision for n in all_of),
-        "hidden states": any(n.hidden for n in all_of),
-    }
-    return [part for part, read in used.items() if read]
-
-
 def _fitting(
     found: dict[str, dict[str, Any]], made: Mapping[str, PruningPolicy | None], filters: Filters
 ) -> dict[str, dict[str, Any]]:
@@ -252,27 +178,3 @@ def _settings_for(family: str, made: Mapping[str, PruningPolicy | None]) -> dict
         for name, settings in found.items()
         if settings is not None
     }
-
-
-def typed(value: Any) -> str:
-    """A default as it is typed in ``--policy``."""
-    entries = value if isinstance(value, tuple | list) else [value]
-    return "/".join("none" if entry is None else str(entry) for entry in entries)
-
-
-def _data(value: Any) -> Any:
-    """A setting as JSON has it: what is no data, a policy or a function, as its text."""
-    if isinstance(value, tuple | list):
-        return [_data(entry) for entry in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def _runs(layers: Sequence[int]) -> list[str]:
-    """Ascending layers, three or more without a gap as "first to last"."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return [text for run in runs for text in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]

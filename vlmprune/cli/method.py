@@ -10,7 +10,7 @@ from rich.text import Text
 
 from vlmprune.cli.console import table
 from vlmprune.cli.docstrings import agreement, settings_docs
-from vlmprune.cli.listing import facts_of, reading, typed
+from vlmprune.cli.facts import facts_of, reading, typed
 from vlmprune.errors import InputError
 from vlmprune.flops import layer_inputs, mean_tokens
 from vlmprune.policies.base import Needs, PruningPolicy
