@@ -149,6 +149,11 @@ def test_refusals():
     embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
     with (
         Watch(model),
+        pytest.raises(ModelError, match=r"^model: .*, got a call of its text model$"),
+    ):
+        model.model.language_model(inputs_embeds=embeds)
+    with (
+        Watch(model),
         pytest.raises(InputError, match=r"^inputs_embeds: expected input_ids or images with it"),
     ):
         model.generate(inputs_embeds=embeds, max_new_tokens=2)

@@ -78,7 +78,8 @@ def answer_first(model: Any, inputs: Mapping[str, Any], max_new_tokens: int = 64
     spoken = last.cumsum(1) - last == 0
     logs = torch.stack([_logs(step, at) for step, at in zip(out.scores, tokens.unbind(1), strict=True)], 1)
     confidence = (logs.masked_fill(~spoken, 0).sum(1) / spoken.sum(1)).exp()
-    return First(tokens, spoken, confidence, Guidance(*received[:3]), watch.run)
+    guidance = Guidance(received.scores, received.grids, received.sizes)
+    return First(tokens, spoken, confidence, guidance, watch.run)
 
 
 def _logs(logits: Tensor, tokens: Tensor) -> Tensor:

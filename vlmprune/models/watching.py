@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from vlmprune.errors import ModelError, check
+from vlmprune.errors import ModelError, check, require
 from vlmprune.models.decoder_reads import read_rows
 from vlmprune.models.host.cache_view import held_keys
 from vlmprune.models.host.parts import find_parts
@@ -64,7 +64,7 @@ class Watch(AbstractContextManager["Watch"]):
 
     Raises:
         ModelError: as ``meter``; in the block, a prompt in several calls, behind another, padded on the right, or without a
-            cache.
+            cache; a call of the text model alone.
         InputError: a policy is attached to the model; embeddings without a sign of where visual tokens are.
     """
 
@@ -111,7 +111,11 @@ class Watch(AbstractContextManager["Watch"]):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_attention(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         told = self.parts.host.told
-        prefill: Prefill = kwargs[RUNNING]
+        prefill: Prefill | None = kwargs.get(RUNNING)  # our own keyword
+        if prefill is None:
+            raise ModelError(
+                "model: expected to be called as a whole in the block, got a call of its text model"
+            )
         hidden, cache = told(kwargs, "hidden_states"), told(kwargs, self.parts.host.cache)
         if module.layer_idx == 0:
             if prefill.call.decodes:
@@ -167,10 +171,9 @@ class Watch(AbstractContextManager["Watch"]):
         """One more token of every sample whose answer goes on."""
         if self.cache is None or cache is not self.cache:
             raise ModelError("prompt: expected one in a block, got a step of another")
-        check(self.fed is not None, "generate", "token ids at every step", "embeddings")
-        assert self.fed is not None
+        fed = require(self.fed, "input_ids", "token ids at every step")
         length, self.steps = self.step.length + 1, self.steps + 1
-        self.alive = self.alive & ~torch.isin(self.fed.to(self.stops.device), self.stops)
+        self.alive = self.alive & ~torch.isin(fed.to(self.stops.device), self.stops)
         if self.valid is not None:
             self.valid = torch.cat([self.valid, torch.ones_like(self.valid[:, :1])], 1)
         self.step = _Step(0, torch.where(self.alive, length - 1, -1), length)
