@@ -113,12 +113,10 @@ def run(
     names = tuple(dict.fromkeys(BASELINES if baselines is True else baselines or ()))
     known = all(name in BASELINES for name in names)
     check(known, "baselines", f"some of {', '.join(BASELINES)}", ", ".join(names))
-    named, left_out = baselines is not True, list[str]()
-    names += (ORACLE,) * oracle
-    arms = make_arms(methods, cuts, names, seeds, prompt, None if named else left_out)
+    left_out: list[str] | None = [] if baselines is True else None
+    arms = make_arms(methods, cuts, names + (ORACLE,) * oracle, seeds, prompt, left_out)
     subject = Subject(checkpoint, batch_size, max_new_tokens)
-    arms, too_large = _possible(subject, arms, asked, named)
-    left_out += too_large
+    arms = _possible(subject, arms, asked, left_out)
     checkpoint.check_depth(arm.policy for arm in arms if arm.policy is not None)
     progress(f"loading {checkpoint.source}", 0, 0)
     settings = subject.settings(questions)
@@ -141,11 +139,11 @@ def run(
 
 
 def _possible(
-    subject: Subject, arms: Sequence[Arm], questions: Sequence[Question], named: bool
-) -> tuple[list[Arm], list[str]]:
-    """The arms without those whose pictures cannot be made so small, and why not; an error if they were asked for by name."""
+    subject: Subject, arms: Sequence[Arm], questions: Sequence[Question], left_out: list[str] | None
+) -> list[Arm]:
+    """The arms without those whose pictures cannot be made so small; ``left_out`` takes why not, None: an error."""
     sizes = dict.fromkeys(question.size for question in questions)
-    possible, reasons = [], []
+    possible = []
     for arm in arms:
         try:
             if arm.smaller is not None:
@@ -153,10 +151,10 @@ def _possible(
                     subject.pictures.plan(size, arm.smaller.keep)
             possible.append(arm)
         except (InputError, ModelError) as error:
-            if named:
+            if left_out is None:
                 raise
-            reasons.append(f"{arm.method} at {arm.budget:.1%}: {error}")
-    return possible, reasons
+            left_out.append(f"{arm.method} at {arm.budget:.1%}: {error}")
+    return possible
 
 
 def _heat(
