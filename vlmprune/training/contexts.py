@@ -29,15 +29,15 @@ def context_of(model: nn.Module, inputs: Mapping[str, Any], needs: Needs, layer:
     Raises:
         InputError: prompts without visual tokens; whatever ``prune`` refuses.
     """
-    watch = _Watch(layer, needs)
-    with torch.no_grad(), prune(model, watch):
+    shown = _Shown(layer, needs)
+    with torch.no_grad(), prune(model, shown):
         model(**inputs, use_cache=False, logits_to_keep=1)
-    check(bool(watch.seen), "inputs", "a prompt with visual tokens", "none")
-    return watch.seen[0]
+    check(bool(shown.seen), "inputs", "a prompt with visual tokens", "none")
+    return shown.seen[0]
 
 
 @dataclass(frozen=True)
-class _Watch(PruningPolicy):
+class _Shown(PruningPolicy):
     """Notes its context and keeps the first token."""
 
     layer: int
