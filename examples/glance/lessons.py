@@ -15,9 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-sys.path.insert(
-    0, str(Path(__file__).parents[1] / "glyphworld")
-)  # the folder only: a checkout must stay off the path
+# the folder only: a checkout must stay off the path
+sys.path.insert(0, str(Path(__file__).parents[1] / "glyphworld"))
 
 from training.wording import full_prompt
 from world.questions import Question, ask_all

@@ -137,13 +137,14 @@ class PruningPolicy:
     def empties(self, layer: int) -> bool:
         """Whether a sample may lose all of its visual tokens at this stage; elsewhere keeping none is refused.
 
-        Layers behind it then run on text alone. A visual token that ends a prompt stays even so, as generation goes on from
-        its row: such a stage reads where the text is, and leaves it room (``vtw.VTW``); with none an answer is an error.
+        Layers behind it then run on text alone. Of a prompt that ends with its image the last token must stay, as generation
+        goes on from its row: so such a stage reads where the text is (``Needs(rows="text")``, as ``VTW``).
         """
         return False
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        """The choice as data, for a method that scores tokens and keeps the best ones. A sample with tokens keeps one at least (but see ``empties``).
+        """The choice as data, for a method that scores tokens and keeps the best ones. A sample with tokens keeps one at
+        least (but see ``empties``).
 
         Example:
             >>> from vlmprune import Random
@@ -157,8 +158,8 @@ class PruningPolicy:
         """Which of the visual tokens entering the stage stay: ``[B, K]`` int64 in 0..N-1, ascending, -1 on the right.
 
         By default what ``rank`` says; a method that is no ranking overrides this. K is what the fullest sample keeps; a
-        sample with tokens keeps at least one (but see ``empties``). A method that merges tokens, reorders them or packs their positions returns
-        a ``Reduction``. One broken sample (NaN, infinities) must change nothing for the others;
+        sample with tokens keeps at least one (but see ``empties``). A method that merges tokens, reorders them or packs their
+        positions returns a ``Reduction``. One broken sample (NaN, infinities) must change nothing for the others;
         ``vlmprune.testing.check_policy`` tries all of this.
         """
         ranking = self.rank(ctx)

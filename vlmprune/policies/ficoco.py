@@ -46,7 +46,7 @@ class FiCoCo(PruningPolicy):
     attention and MLP of layers 5 to 31; here what enters the next layer is cut, after that MLP, and the last cut, behind
     which no layer is, falls away. Where every row ties at the quantile it merges nothing, here ties go to the lower number.
 
-    Beside its Filter, Correlate and Compress (after one indentation without which that file does not parse) on the same 64
+    Beside its Filter, Correlate and Compress (once a line is indented without which that file does not parse) on the same 64
     random prompts of 30 to 600 tokens, 14 or 42 dropped, float32: the same tokens stay in all of them, and the rows differ by
     at most 1.8e-6 of the largest.
 
