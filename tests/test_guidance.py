@@ -222,6 +222,7 @@ def test_without_a_threshold_the_large_model_is_asked_and_nothing_is_tried_again
     [
         (dict(small="x"), "small: expected a Checkpoint, got 'x'"),
         (dict(depth=1.0), r"depth: expected a share in \[0, 1\), got 1\.0"),
+        (dict(depth=False), r"depth: expected a share in \[0, 1\), got False"),
         (dict(threshold=2), r"threshold: expected a share in \[0, 1\], got 2"),
         (dict(left=0), "left: expected a share .*, got 0"),
     ],

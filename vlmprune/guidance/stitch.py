@@ -13,7 +13,7 @@ from vlmprune.checkpoints import Checkpoint, build_text, generate, make_inputs
 from vlmprune.errors import check
 from vlmprune.guidance.first import answer_first, consistency
 from vlmprune.models import Run
-from vlmprune.policies.checks import check_keep, check_share
+from vlmprune.policies.checks import check_keep, check_share, is_number
 from vlmprune.policies.sgl import SGL
 
 
@@ -80,7 +80,7 @@ class Stitch:
             check(
                 isinstance(getattr(self, name), Checkpoint), name, "a Checkpoint", repr(getattr(self, name))
             )
-        fits = isinstance(self.depth, int | float) and 0 <= self.depth < 1
+        fits = is_number(self.depth) and 0 <= self.depth < 1
         check(fits, "depth", "a share in [0, 1)", repr(self.depth))
         check_keep(self.keep)
         check_keep(self.left, "left")

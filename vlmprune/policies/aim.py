@@ -25,6 +25,7 @@ from vlmprune.policies.checks import (
     check_share,
     check_whole,
     check_word,
+    is_number,
     share_of,
 )
 from vlmprune.policies.choose import quotas
@@ -40,7 +41,7 @@ class AIM(PruningPolicy):
 
     Stage 1, before the language model: rounds of bipartite matching, each of which halves the tokens (the last one takes
     less): the even tokens most like their nearest odd one merge into it, as plain means.
-    Stages 2: the ranking of a token is its PageRank in the previous layer, of all prompt rows, text included: a softmax of
+    At each later stage the ranking of a token is its PageRank in the previous layer, of all prompt rows, text included: a softmax of
     logits / ``temperature`` for every head, ``rounds`` steps from even shares without damping, and the root of the mean
     square over heads. That takes whole rows: ``4 B (H / Hkv) S^2`` bytes, twice while the softmax runs, for S rows.
 
@@ -100,8 +101,7 @@ class AIM(PruningPolicy):
         check_layer(self.layer, 1, BEFORE)
         check_whole("stages", self.stages, 1)
         check_share("last", self.last)
-        number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
-        above = number and 0 < self.temperature < float("inf")
+        above = is_number(self.temperature) and 0 < self.temperature < float("inf")
         check(above, "temperature", "a number > 0", repr(self.temperature))
         check_whole("rounds", self.rounds, 1)
         check_whole("vision_layer", self.vision_layer)

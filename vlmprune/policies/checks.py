@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -54,10 +54,14 @@ def check_seed(seed: object) -> None:
     check(ok, "seed", "a whole number in [0, 2**63)", repr(seed))
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether ``value`` is an int or a float, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_share(name: str, value: object) -> None:
     """``value`` is a number in [0, 1]."""
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-    check(ok, name, "a share in [0, 1]", repr(value))
+    check(is_number(value) and 0 <= value <= 1, name, "a share in [0, 1]", repr(value))
 
 
 def check_keep(keep: object, name: str = "keep", counts: bool = True) -> None:

@@ -11,7 +11,7 @@ from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import vision_of
-from vlmprune.policies.checks import check_keep, check_whole, check_word
+from vlmprune.policies.checks import check_keep, check_whole, check_word, is_number
 from vlmprune.policies.counts import keep_count
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.folding import Rounds, fold_crops
@@ -70,8 +70,8 @@ class Folder(PruningPolicy):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_word("place", self.place, "tower", "projected")
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        check(number and 0 <= self.alpha < float("inf"), "alpha", "a number >= 0", repr(self.alpha))
+        fits = is_number(self.alpha) and 0 <= self.alpha < float("inf")
+        check(fits, "alpha", "a number >= 0", repr(self.alpha))
         check_whole("vision_layer", self.vision_layer)
         check_word("positions", self.positions, "pack", "keep")
 

@@ -13,7 +13,7 @@ from vlmprune import ops
 from vlmprune.errors import check, require
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.by_image import spent
-from vlmprune.policies.checks import check_keep, check_layer
+from vlmprune.policies.checks import check_keep, check_layer, is_number
 from vlmprune.policies.choose import choose_greedily
 
 
@@ -68,8 +68,7 @@ class GreedyPrune(PruningPolicy):
     def __post_init__(self) -> None:
         check_layer(self.layer)
         check_keep(self.keep)
-        number = isinstance(self.tau, int | float) and not isinstance(self.tau, bool)
-        check(number and -1 <= self.tau <= 1, "tau", "a cosine in [-1, 1]", repr(self.tau))
+        check(is_number(self.tau) and -1 <= self.tau <= 1, "tau", "a cosine in [-1, 1]", repr(self.tau))
 
     def needs(self, layer: int) -> Needs:
         return Needs(hidden=True, text=True)

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from vlmprune.errors import check
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.checks import check_keep, check_layers, check_whole, plain
+from vlmprune.policies.checks import check_keep, check_layers, check_whole, is_number, plain
 from vlmprune.policies.compose import Stages
 
 HALVINGS = 60
@@ -86,8 +86,8 @@ def p_sigmoid(layers: int, steepness: float, mean: float, *, first: int = 0) -> 
     """
     check_whole("layers", layers, 1)
     check_whole("first", first, 0)
-    number = isinstance(steepness, int | float) and not isinstance(steepness, bool)
-    check(number and 0 <= steepness <= 1e6, "steepness", "a number from 0 to 1e6", repr(steepness))
+    fits = is_number(steepness) and 0 <= steepness <= 1e6
+    check(fits, "steepness", "a number from 0 to 1e6", repr(steepness))
     check_keep(mean, "mean", counts=False)
     behind = layers - first
     check(behind > 0, "first", f"a layer below {layers}", first)
@@ -152,8 +152,8 @@ def g_search(
     layers = plain(tuple(layers))
     check_layers(layers, 0)
     check_whole("levels", levels, 1)
-    number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
-    check(number and 0 <= tolerance < math.inf, "tolerance", "a number >= 0", repr(tolerance))
+    fits = is_number(tolerance) and 0 <= tolerance < math.inf
+    check(fits, "tolerance", "a number >= 0", repr(tolerance))
     enough = score(scheduled(policy, layers[:1], (1.0,))) - tolerance
     check(not math.isnan(enough), "score", "a number", enough)
     found: list[int] = []

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmprune.constants import whole_numbers
 from vlmprune.errors import check, require
 from vlmprune.policies.base import Growth, Needs, PruningPolicy, Ranking, TokenContext
-from vlmprune.policies.checks import check_whole
+from vlmprune.policies.checks import check_whole, is_number
 from vlmprune.policies.compose import check_member
 
 EPSILON = 1e-6
@@ -62,8 +62,7 @@ class WithoutSinks(PruningPolicy):
         check_member(self, self.method, "method")
         ranks = all(self.method.ranks(layer) for layer in self.method.layers)
         check(ranks, "method", "a policy that ranks at each of its layers", repr(self.method))
-        number = isinstance(self.tau, int | float) and not isinstance(self.tau, bool) and self.tau > 0
-        check(number, "tau", "a number greater than 0", repr(self.tau))
+        check(is_number(self.tau) and self.tau > 0, "tau", "a number greater than 0", repr(self.tau))
         check(isinstance(self.dimensions, tuple), "dimensions", "a tuple of them", repr(self.dimensions))
         for dimension in self.dimensions:
             check_whole("dimensions", dimension, 0)
