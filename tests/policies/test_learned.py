@@ -307,8 +307,8 @@ def test_a_scorer_is_held_to_its_layer_its_width_and_its_shape():
         Learned(glance(16), 0).select(ctx)
     with refused(r"scorer: expected a module in evaluation mode \(\.eval\(\)\), got one in training mode"):
         Learned(Slope(), 0).select(ctx)
-    for answer, got in ((None, "NoneType"), (torch.zeros(3, 4), r"\(3, 4\) torch.float32")):
-        with refused(rf"scorer: expected a scorer that returns \(3, 40\) floating, got {got}"):
+    for answer, got in ((None, "NoneType"), (torch.zeros(3, 4), r"torch.float32 \(3, 4\)")):
+        with refused(rf"scorer: expected floating scores \(3, 40\), got {got}"):
             Learned(Plain(answer).eval(), 0).select(ctx)
     for name in ("hidden", "text_hidden"):
         with refused(rf"ctx\.{name.removesuffix('_hidden')}: expected .*declare Needs.*, got None"):

@@ -85,5 +85,5 @@ def test_what_a_guide_returns_is_checked(guide, got):
     ctx = case(["square"]).ctx
     n = ctx.mask.shape[1]
     got = got.replace("25", str(n)).replace("24", str(n - 1))
-    with pytest.raises(InputError, match=rf"^guide: expected scores of shape \(1, {n}\), float, got {got}$"):
+    with pytest.raises(InputError, match=rf"^guide: expected floating scores \(1, {n}\), got {got}$"):
         SGL(guide).select(ctx)

@@ -47,6 +47,19 @@ def check_selection(
         _check_merged(choice.merged, index, ctx, f"{who}.merged")
 
 
+def check_scores(scores: object, ctx: TokenContext, who: str) -> Tensor:
+    """``scores`` if they are ``[B, N]`` floating; no host read.
+
+    Raises:
+        InputError: naming ``who`` scored.
+    """
+    right = isinstance(scores, Tensor) and scores.shape == ctx.mask.shape and scores.is_floating_point()
+    got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+    check(right, who, f"floating scores {tuple(ctx.mask.shape)}", got)
+    assert isinstance(scores, Tensor)
+    return scores
+
+
 def _check_merged(merged: object, index: Tensor, ctx: TokenContext, who: str) -> None:
     """Where a Reduction says that tokens were merged."""
     shape = list(ctx.mask.shape)

@@ -27,9 +27,9 @@ class Folder(PruningPolicy):
     Every other token is a destination. The sources most like their nearest destination merge into it, by means in which a
     token that stands for m counts m times; what stays keeps its order. Two forms are released:
 
-    ``"tower"``, the complete code, for LLaVA-1.5: keys of the last block but one, averaged over heads, are compared, and 100 alpha
-    times CLS's attention is taken off a source's likeness, so that what CLS looks at stays; merged are the tower's features, which the
-    projector then sees. There the release folds between that block's attention and its MLP, here behind the block: the same
+    ``"tower"``, the complete code, for LLaVA-1.5: keys of the last block but one, averaged over heads, are compared, and 100
+    alpha times CLS's attention is taken off a source's likeness, so that what CLS looks at stays; merged are the tower's
+    features, which the projector then sees. There the release folds between that block's attention and its MLP, here behind the block: the same
     tokens merge, but into a mean of MLP outputs, not the MLP's output of a mean. On random CLIP towers of 6 blocks whose MLP
     makes 3 % (37 %) of a row's norm, merged rows of 192 from 576 differ by 0.6 % (9 %), cosine 1.000 (0.996). The release
     also puts the sources that stay ahead of the destinations, where we keep raster order. Without a CLS token (not in the

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlmprune.compensation.saving import standing
 from vlmprune.errors import InputError, check
+from vlmprune.policies.answer import check_scores
 from vlmprune.policies.base import Growth, Needs, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import check_keep, check_layer
@@ -137,9 +138,4 @@ class Learned(PruningPolicy):
     @torch.no_grad()
     def scores(self, ctx: TokenContext) -> Tensor:
         """What the scorer says ``[B, N]`` float32."""
-        found = self._held.on(ctx.device)(ctx)
-        right = isinstance(found, Tensor) and found.shape == ctx.mask.shape and found.is_floating_point()
-        expected = f"a scorer that returns {tuple(ctx.mask.shape)} floating"
-        got = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
-        check(right, "scorer", expected, got)
-        return found.float()
+        return check_scores(self._held.on(ctx.device)(ctx), ctx, "scorer").float()

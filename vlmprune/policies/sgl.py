@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from vlmprune.errors import check
+from vlmprune.policies.answer import check_scores
 from vlmprune.policies.base import PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import check_keep, check_layer, spelt
@@ -76,8 +77,4 @@ class SGL(PruningPolicy):
         return f"SGL({', '.join(f'{name}={text}' for name, text in spelt(self).items())})"
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        scores = self.guide(ctx)
-        ok = isinstance(scores, Tensor) and scores.shape == ctx.mask.shape and scores.is_floating_point()
-        got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        check(ok, "guide", f"scores of shape {tuple(ctx.mask.shape)}, float", got)
-        return ranked(ctx, self, scores)
+        return ranked(ctx, self, check_scores(self.guide(ctx), ctx, "guide"))
