@@ -50,7 +50,7 @@ class Stitch:
     Args:
         small, large: checkpoints; the same one guides itself.
         depth: share of the large decoder's layers before the stage, ``int(depth * layers)``, as released.
-        keep: what stays there, a share or a number per image; .4 and .4 are those of the authors' script.
+        keep: what stays there, a share or a number per image; 0.4 is that of the authors' script, as is that of ``depth``.
         threshold: in [0, 1]; None (default) = the large model is always asked.
         left: what the small model sees of the visual tokens when its answer is tried again.
 

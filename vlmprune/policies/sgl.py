@@ -31,14 +31,15 @@ class SGL(PruningPolicy):
     small one is sure (``Stitch``). A guide made there belongs to one prompt, and the policy with it.
 
     As released, positions are kept and ``int(0.4 * layers)`` is the layer of the example script, with 40 % kept: the mean
-    over the inputs of a 48-layer model is then 64 % of the tokens, with .2 and .2 35 %, with .05 and .05 9 %. Deviations:
-    the released code keeps no token where the share rounds down to none, here one stays. The authors' own
+    over the inputs of a 48-layer model is then 64 % of the tokens, with 0.2 for both 35 %, with 0.05 for both 9 %. One
+    deviation: the released code keeps no token where the share rounds down to none, here one stays. The authors' own
     lines, run beside this on the attention matrices of tiny eager models (two decoders, five prompts, three shares), keep
     the same tokens in 30 cases of 30; their sums and ours differ by 2e-6 of the largest one, in float32.
 
     Args:
         guide: scores the tokens of the prompt under way.
-        layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones; 0 = before the language model.
+        layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones; 0 = before the language model. 12 is
+            that of 32 layers.
         keep: share (float) of the visual tokens, or visual tokens per image (int).
         spend: "prompt": the best tokens of all images of a prompt stay, as released; "image": every image keeps its own
             budget; "crop": which is shared out over its crops (tiles, small view, frames).

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
 from vlmprune.constants import counting
 from vlmprune.errors import InputError
-from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.checks import check_layer, check_word
 
 
@@ -47,7 +47,7 @@ class VTW(PruningPolicy):
     growth = "n"
 
     layer: int = 15
-    positions: Literal["keep", "pack"] = "keep"
+    positions: Positions = "keep"
 
     def __post_init__(self) -> None:
         check_layer(self.layer)
