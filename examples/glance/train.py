@@ -43,9 +43,8 @@ def main() -> None:
     start, log = time.perf_counter(), [{"step": 0, "found": _shares(scorer, held_out)}]
     seeds = range(FIRST_SEED, FIRST_SEED + args.steps * args.scenes)
     taught = lessons(model, processor, scorer, seeds, args.scenes)
-    for step, loss in enumerate(
-        track(teach(scorer, taught, args.steps, args.rate), "training", total=args.steps, transient=True), 1
-    ):
+    losses = teach(scorer, taught, args.steps, args.rate)
+    for step, loss in enumerate(track(losses, "training", total=args.steps, transient=True), 1):
         if step % _LOG_EVERY == 0 or step == args.steps:
             seconds = round(time.perf_counter() - start, 1)
             log.append(
