@@ -374,3 +374,13 @@ def test_a_glance_is_what_it_says():
         if n:
             want = slow_glance(scorer, ctx.hidden[b, :n], ctx.text_hidden[b, :words])
             torch.testing.assert_close(found[b, :n], want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_search_for_a_share_reads_the_folder_once(tmp_path, monkeypatch):
+    SLOPE.save_pretrained(tmp_path / "slope")
+    policy = Learned(str(tmp_path / "slope"), layer=2)
+    read = []
+    load = Scorer.from_pretrained
+    monkeypatch.setattr(Scorer, "from_pretrained", lambda folder: read.append(folder) or load(folder))
+    share = keep_for_mean_tokens(policy, 192, layers=32, visual=576)
+    assert policy.at(share) == Learned(str(tmp_path / "slope"), layer=2, keep=share) and len(read) == 1

@@ -112,6 +112,6 @@ def _smaller(checkpoint: Checkpoint, arm: Arm) -> Arm:
 
 def _published(arm: Arm) -> Arm:
     reason = why_not_published([layer for layer, _ in arm.kept]) if arm.kept else IDLE
-    if arm.policy is not None and any(arm.policy.needs(layer).restored for layer in arm.policy.layers):
+    if arm.policy is not None and arm.policy.restores:
         reason = "the published style brings no tokens back"
     return Arm(arm.method, "published style", arm.prompt, arm.policy, arm.kept, reason=reason)

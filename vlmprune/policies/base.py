@@ -134,6 +134,11 @@ class PruningPolicy:
         """
         return self._ranks
 
+    @property
+    def restores(self) -> bool:
+        """Whether some stage brings back tokens that earlier ones have set aside (``Needs(restored=True)``)."""
+        return any(self.needs(layer).restored for layer in self.layers)
+
     def empties(self, layer: int) -> bool:
         """Whether a sample may lose all of its visual tokens at this stage; elsewhere keeping none is refused.
 

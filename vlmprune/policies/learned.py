@@ -6,7 +6,7 @@ import copy
 import math
 import threading
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from vlmprune.errors import InputError, check
 from vlmprune.policies.answer import check_scores
 from vlmprune.policies.base import Growth, Needs, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
-from vlmprune.policies.checks import check_keep, check_layer
+from vlmprune.policies.checks import check_keep, check_layer, share_of
 from vlmprune.policies.choose import marks, quotas, select_counts
 from vlmprune.policies.scorer import Scorer, fingerprint_of
 
@@ -118,6 +118,13 @@ class Learned(PruningPolicy):
         scorer = self._held.scorer
         check(scorer.layer in (None, layer), "layer", f"{scorer.layer}, where {scorer!r} was trained", layer)
         return scorer.needs
+
+    def at(self, share: float) -> Self:
+        other = copy.copy(
+            self
+        )  # which holds the same scorer: a search for a share neither loads nor hashes it anew
+        object.__setattr__(other, "keep", share_of(share))
+        return other
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         if self.threshold is None:

@@ -31,7 +31,7 @@ def unfit_model(text: Any, policy: Any) -> str | None:
         return f"a policy's settings must tell it apart ({error})"
     if policy is not None and policy.rectify:
         return "rectify=True, whose masks are not captured"
-    if policy is not None and any(policy.needs(layer).restored for layer in policy.layers):
+    if policy is not None and policy.restores:
         return "a stage brings tokens back"
     if "forward" in vars(text):
         return "other code has put a forward of its own on the model (accelerate does, for a device_map)"
