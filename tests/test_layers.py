@@ -41,7 +41,7 @@ ALLOWED = {
         "bench",
     }
     | {"training"},
-    "integrations": BASE | {"images", "policies", "models", "checkpoints", "smaller"},
+    "integrations": BASE | {"images", "ops", "policies", "models", "checkpoints", "smaller"},
 }
 """Part of the package -> the other parts it may import."""
 ONLY_IN = {
@@ -54,6 +54,7 @@ ONLY_IN = {
 ONLY_IN |= {
     "transformers": {"compensation", "models", "testing", "checkpoints", "training", "bench", "cli"},
     "lmms_eval": {"integrations"},
+    "vllm": {"integrations"},
 }
 """Outside package -> the only parts that may import it."""
 

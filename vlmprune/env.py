@@ -13,3 +13,6 @@ PDL = os.environ.get("VLMPRUNE_PDL", "0") == "1"
 
 They then wait inside for what they read. Never measured yet, so off.
 """
+
+VLLM_UNTESTED = os.environ.get("VLMPRUNE_VLLM_UNTESTED", "0") == "1"
+"""True when the plugin for vLLM may run in a release that it was not tried with."""

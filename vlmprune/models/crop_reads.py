@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import accumulate, chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from vlmprune.models.host.cells import (
     packed_units,
     plain,
 )
+from vlmprune.models.host.families import Family, Tower
 from vlmprune.models.host.names import attribute
-from vlmprune.models.host.parts import Parts
 from vlmprune.models.host.views import Encoded, ImageViews, crop_grid
 from vlmprune.policies.base import VisionAttention
 from vlmprune.policies.vision import mixed
@@ -59,10 +59,30 @@ def crops_in(image: ImageViews) -> int:
     return sum(view.crops[0] * view.crops[1] for view in image)
 
 
+class Encoder(Protocol):
+    """The parts of a model that make visual tokens: a ``Parts``, or what another host has of them."""
+
+    @property
+    def config(self) -> Any:
+        """The model's."""
+
+    @property
+    def family(self) -> Family:
+        """Its entry in the table of families."""
+
+    @property
+    def tower(self) -> Tower:
+        """Its vision tower's."""
+
+    @property
+    def projector(self) -> Any:
+        """What makes tokens of the tower's features."""
+
+
 class CropReads:
     """Puts a note of the vision tower into the order of a call's images."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Encoder) -> None:
         self.parts, self.side = parts, parts.family.side(parts.config)
 
     def fields(self, scales: Mapping[int, float], note: Encoded, seen: Seen, depth: int) -> dict[str, Any]:

@@ -120,6 +120,10 @@ class ACCM(PruningPolicy):
         """The selection's: what a compensator costs is its own."""
         return self.selection.growth
 
+    @property
+    def fixed_count(self) -> bool:
+        return self.selected.fixed_count
+
     def needs(self, layer: int) -> Needs:
         """What the selection reads, the projected features and the prompt's tokens."""
         return self.selected.needs(layer) | Needs(hidden=True, tokens=True)

@@ -139,6 +139,11 @@ class PruningPolicy:
         """Whether some stage brings back tokens that earlier ones have set aside (``Needs(restored=True)``)."""
         return any(self.needs(layer).restored for layer in self.layers)
 
+    @property
+    def fixed_count(self) -> bool:
+        """Whether ``kept`` says exactly how many stay of whole images: then it is known before anything is encoded."""
+        return True
+
     def empties(self, layer: int) -> bool:
         """Whether a sample may lose all of its visual tokens at this stage; elsewhere keeping none is refused.
 

@@ -86,6 +86,10 @@ class Stages(PruningPolicy):
     def ranks(self, layer: int) -> bool:
         return self._policy(layer).ranks(layer)
 
+    @property
+    def fixed_count(self) -> bool:
+        return all(policy.fixed_count for policy in self.policies)
+
     def empties(self, layer: int) -> bool:
         return self._policy(layer).empties(layer)
 
@@ -147,6 +151,8 @@ class Pair(PruningPolicy):
     def growth(self) -> Growth | None:
         """The worse of the two."""
         return worst((self.first.growth, self.second.growth))
+
+    fixed_count = False  # it depends on their overlap
 
     def needs(self, layer: int) -> Needs:
         return self.first.needs(layer) | self.second.needs(layer)

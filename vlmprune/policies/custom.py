@@ -59,6 +59,8 @@ class Custom(PruningPolicy):
         if not isinstance(self.select, Checked):
             object.__setattr__(self, "select", Checked(self.select))
 
+    fixed_count = False
+
     def needs(self, layer: int) -> Needs:
         """Everything: what the function reads is not known. Before layer 0 there is no attention to see."""
         return Needs(hidden=True, attention="previous" if layer > 0 else None)

@@ -59,6 +59,8 @@ class Feather(PruningPolicy):
         best = tuple(self._best(n, ctx.layer) for n in ctx.counts)
         return Ranking(rating, best, code=grid, extra=sizes, static=ctx.whole)
 
+    fixed_count = False  # the first stage keeps a union
+
     def kept(self, tokens: int, images: float, layer: int) -> int:
         """Exact at the second stage; at the first what is expected of a union with the grid of whole, square images."""
         best = self._best(tokens, layer)

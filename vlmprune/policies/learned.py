@@ -114,6 +114,10 @@ class Learned(PruningPolicy):
         """The scorer's."""
         return self._held.scorer.growth
 
+    @property
+    def fixed_count(self) -> bool:
+        return self.threshold is None
+
     def needs(self, layer: int) -> Needs:
         scorer = self._held.scorer
         check(scorer.layer in (None, layer), "layer", f"{scorer.layer}, where {scorer!r} was trained", layer)

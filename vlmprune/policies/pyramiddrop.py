@@ -55,6 +55,10 @@ class PyramidDrop(PruningPolicy):
     def at(self, share: float) -> Self:
         return replace(self, ratio=share)
 
+    @property
+    def fixed_count(self) -> bool:
+        return not isinstance(self.ratio, tuple)
+
     def kept(self, tokens: int, images: float, layer: int) -> int:
         """Exact for a float. For shares of the unpruned image within one token, and only if nothing else has pruned it."""
         if not isinstance(self.ratio, tuple):

@@ -80,6 +80,10 @@ class WithoutSinks(PruningPolicy):
     def packs(self) -> bool:
         return self.method.packs
 
+    @property
+    def fixed_count(self) -> bool:
+        return self.method.fixed_count
+
     def needs(self, layer: int) -> Needs:
         return self.method.needs(layer) | Needs(hidden=True)
 

@@ -122,6 +122,10 @@ class SparseVLM(PruningPolicy):
         """Clustering compares all pairs of what it recycles."""
         return "n^2" if self.recycle else "n"
 
+    @property
+    def fixed_count(self) -> bool:
+        return self.version == "1.5"
+
     def needs(self, layer: int) -> Needs:
         return Needs(hidden=self.recycle, attention="previous", rows="text", embeds=True)
 

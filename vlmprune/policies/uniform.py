@@ -64,6 +64,11 @@ class Uniform(PruningPolicy):
             object.__setattr__(self, "keep", KEEP if self.keep is None else self.keep)
             check_keep(self.keep)
 
+    @property
+    def fixed_count(self) -> bool:
+        """With a stride it takes the image's rows and columns."""
+        return self.stride is None
+
     def rank(self, ctx: TokenContext) -> Ranking:
         """The evenly spaced tokens; with ``stride`` after an earlier stage, one host read for the width."""
         if self.stride is not None:

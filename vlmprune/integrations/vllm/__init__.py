@@ -1,0 +1,34 @@
+"""vLLM: its plugin, announced by the entry point ``vllm.general_plugins``; images are pruned before the language model.
+
+Turned on per engine, with the pruned architecture of the checkpoint's family and a policy::
+
+    hf_overrides={"architectures": ["VLMPruneLlavaForConditionalGeneration"], "vlmprune": {"policy": "divprune", "keep": 128}}
+
+A request may ask for less: ``mm_processor_kwargs={"vlmprune_keep": 64}``. docs/vllm.md says what runs and what cannot.
+"""
+
+from __future__ import annotations
+
+TESTED = "0.32"
+"""Release of vLLM that the plugin was run with."""
+
+ARCHITECTURES = {
+    "llava": ("VLMPruneLlavaForConditionalGeneration", "llava:Llava"),
+    "llava_next": ("VLMPruneLlavaNextForConditionalGeneration", "llava:LlavaNext"),
+    "llava_onevision": ("VLMPruneLlavaOnevisionForConditionalGeneration", "llava:LlavaOnevision"),
+    "qwen2_5_vl": ("VLMPruneQwen2_5_VLForConditionalGeneration", "qwen:Qwen25VL"),
+    "qwen3_vl": ("VLMPruneQwen3VLForConditionalGeneration", "qwen:Qwen3VL"),
+}
+"""By ``config.model_type``: the pruned architecture, and where its class is."""
+
+
+def register() -> None:
+    """Tell vLLM the pruned architectures. It calls this in each of its processes, pruned or not, so nothing else happens."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from vlmprune.integrations.vllm.startup import PrunedConfig
+
+    for architecture, place in ARCHITECTURES.values():
+        ModelRegistry.register_model(architecture, f"{__name__}.{place}")
+        MODELS_CONFIG_MAP[architecture] = PrunedConfig

@@ -1,0 +1,71 @@
+"""The prompt side: as many placeholder tokens as will stay, which is what scheduler, caches and usage count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import ImageEmbeddingItems
+
+from vlmprune.errors import check
+from vlmprune.integrations.vllm.settings import ASKED, KEPT, Settings
+
+
+class PrunedPrompt:
+    """Stands before a multi-modal processor of vLLM: shortens the placeholders of images and notes their counts."""
+
+    def __init__(self, info: Any, dummy_inputs: Any) -> None:
+        super().__init__(info, dummy_inputs)  # type: ignore[call-arg]
+        self.pruning = Settings.of(info.get_hf_config())
+
+    def image_tokens(self, images: Any, made: Mapping[str, Any]) -> list[int]:
+        """Visual tokens of every image before pruning, from the pictures or from what the processor made of them."""
+        raise NotImplementedError
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """The largest image, with the largest budget that a request may ask for."""
+        inputs: Any = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
+        if self.pruning.max_keep is not None:
+            inputs.hf_processor_mm_kwargs = {ASKED: self.pruning.max_keep}
+        return inputs
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
+        made: Any = super()._apply_hf_processor_main(mm_items, _without(hf_kwargs))  # type: ignore[misc]
+        if mm_items.get_count("image", strict=False):
+            images = mm_items["image"]
+            ready = isinstance(images, ImageEmbeddingItems)
+            check(not ready, "image", "a picture (embeddings show nothing to choose by)", "embeddings")
+            asked = hf_kwargs.get(ASKED)
+            kept = [self.pruning.kept(tokens, asked) for tokens in self.image_tokens(images, made)]
+            made[KEPT] = torch.tensor(kept)
+        return made
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:
+        fields: Any = super()._get_mm_fields_config(hf_inputs, _without(hf_processor_mm_kwargs))  # type: ignore[misc]
+        return {**fields, KEPT: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> list[Any]:
+        kwargs = _without(hf_processor_mm_kwargs)
+        updates = super()._get_prompt_updates(mm_items, kwargs, out_mm_kwargs)  # type: ignore[misc]
+        return [
+            replace(update, replacement=partial(_shortened, update.replacement, out_mm_kwargs))
+            if update.modality == "image"
+            else update
+            for update in updates
+        ]
+
+
+def _without(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What is the host's own of a request's settings."""
+    return {name: value for name, value in kwargs.items() if name != ASKED}
+
+
+def _shortened(whole: Any, made: Any, number: int) -> Sequence[int]:
+    """An image's placeholders, as many as stay."""
+    return whole(number)[: int(made["image"][number][KEPT].data)]

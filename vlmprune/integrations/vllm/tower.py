@@ -1,0 +1,115 @@
+"""Query, key and features of vLLM's vision towers, noted as they run, in the form in which our own wiring notes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_gather
+
+from vlmprune.errors import check
+from vlmprune.models.crop_reads import CropReads, Seen, crops_in
+from vlmprune.models.host.families import FAMILIES, TOWERS, Family, Tower
+from vlmprune.models.host.views import Encoded, ImageViews
+
+
+class Encoder(NamedTuple):
+    """A vision tower of vLLM, as ``CropReads`` asks for one.
+
+    Attributes:
+        config: the model's.
+        family, tower: their entries in our tables.
+        projector: what makes visual tokens of features.
+    """
+
+    config: Any
+    family: Family
+    tower: Tower
+    projector: Any
+
+
+class TowerReads:
+    """Hooks on one tower, for as long as the model lives; they note something only inside ``noting``.
+
+    Args:
+        config: the model's.
+        blocks: the tower's blocks.
+        attention: name of a block's attention; inside it is vLLM's attention of encoders, ``attn``.
+        projector: the projector.
+        layers: vision layers to read, counted as in the whole tower.
+
+    Raises:
+        InputError: a layer that the tower has not, or that vLLM does not load.
+    """
+
+    def __init__(
+        self, config: Any, blocks: Sequence[Any], attention: str, projector: nn.Module, layers: Sequence[int]
+    ) -> None:
+        tower = TOWERS[config.vision_config.model_type]
+        self.encoder = Encoder(config, FAMILIES[config.model_type], tower, projector)
+        self.depth: int = getattr(config.vision_config, tower.depth)
+        self.note: Encoded | None = None
+        self.features: list[Tensor] = []
+        self.scales: dict[int, float] = {}
+        self.crops = CropReads(self.encoder)
+        for layer in layers:
+            number = layer % self.depth if -self.depth <= layer < self.depth else self.depth
+            expected = f"one of the {len(blocks)} first of {self.depth} layers, which vLLM loads"
+            check(number < len(blocks), "vision_layer", expected, layer)
+            attn = getattr(blocks[number], attention).attn
+            self.scales[layer] = attn.scale
+            attn.register_forward_pre_hook(partial(self._keep, layer), with_kwargs=True)
+        if layers:
+            projector.register_forward_pre_hook(self._see)
+
+    @contextmanager
+    def noting(self) -> Iterator[Encoded]:
+        """A note of the runs inside."""
+        self.note, self.features = Encoded(), []
+        try:
+            yield self.note
+            if self.features:
+                self.note.features = torch.cat(self.features)
+        finally:
+            self.note, self.features = None, []
+
+    def fields(self, note: Encoded, image: ImageViews) -> dict[str, Any]:
+        """The fields of a context that come from the tower, of a note on this image alone."""
+        return self.crops.fields(self.scales, note, Seen(((image,),), ((0,),)), self.depth)
+
+    def alone(self, note: Encoded, first: int, image: ImageViews, thw: list[int] | None) -> Encoded:
+        """A note on one image: ``first`` is its first crop, or the first of its packed patches."""
+        assert note.features is not None
+        if thw is not None:
+            rows = slice(first, first + thw[0] * thw[1] * thw[2])
+            crops: tuple[int, ...] = (thw[1] * thw[2],) * thw[0]
+        else:
+            rows = slice(first, first + crops_in(image))
+            patches = next(iter(note.taken.values())).shape[2] - self.encoder.tower.cls
+            crops = (patches,) * crops_in(image)
+        taken = {name: x[rows] for name, x in note.taken.items()}
+        return Encoded(crops, None if thw is None else [thw], taken=taken, features=note.features[rows])
+
+    # Hooks
+
+    def _keep(self, layer: int, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.note is None:
+            return
+        query, key = args[:2] if args else (kwargs["query"], kwargs["key"])
+        for name, x in (("q", query), ("k", key)):
+            own = x.view(
+                *x.shape[:2], -1, attn.head_size
+            )  # [crops, T, heads of this rank, D], or [1, patches, ...]
+            every = tensor_model_parallel_all_gather(own.contiguous(), dim=2)
+            self.note.taken[layer, name] = (
+                every[0] if self.encoder.tower.grids is not None else every.transpose(1, 2)
+            )
+
+    def _see(self, projector: Any, args: tuple[Tensor, ...]) -> None:
+        if self.note is not None:
+            packed = self.encoder.tower.grids is not None
+            self.features.append(args[0].flatten(0, 1) if packed and args[0].ndim == 3 else args[0])
