@@ -6,6 +6,7 @@ OLDEST := .venv-oldest
 NEWEST := .venv-newest
 FLOOR := .venv-torch-floor
 EVAL := .venv-eval
+VLLM := .venv-vllm
 PY := $(VENV)/bin/python
 TORCH := 2.13.0
 SOURCES := vlmprune triton_kernels csrc tests benchmarks studies examples setup.py
@@ -20,13 +21,17 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 PIP := -m pip install -q --disable-pip-version-check --no-compile
 
+# One core for the engine, one for who asks; a gigabyte of KV cache; nothing is fetched or sent.
+VLLM_SETTINGS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 \
+	VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_ENABLE_V1_MULTIPROCESSING=0
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format typecheck test-interpret test-compile test-slow test-oldest test-newest \
-	test-torch-floor test-device test-eval bench bench-pytest gpu-day resources wheel clean
+	test-torch-floor test-device test-eval test-vllm bench bench-pytest gpu-day resources wheel clean
 
 help:
 	@echo "make demo | test | install | lint | format | typecheck"
-	@echo "     test-slow | test-oldest | test-newest | test-torch-floor | test-device | test-eval"
+	@echo "     test-slow | test-oldest | test-newest | test-torch-floor | test-device | test-eval | test-vllm"
 	@echo "     bench | bench-pytest | gpu-day | resources | wheel | clean"
 
 install: $(VENV)/.installed
@@ -58,6 +63,17 @@ $(FLOOR)/.installed: requirements/oldest.txt setup.py pyproject.toml
 
 $(EVAL)/.installed: requirements/eval.txt setup.py pyproject.toml
 	$(make_environment)
+
+# vLLM's CPU build. PyPI's torchvision is made for CUDA: beside a CPU build of torch two of its registrations name operators
+# that are not there, and nothing here calls them.
+$(VLLM)/.installed: requirements/vllm.txt setup.py pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP) pip==26.3
+	$(@D)/bin/python $(PIP) torch==$(TORCH)
+	$(@D)/bin/python $(PIP) --no-deps -r $<
+	sed -i '/^@torch.library.register_fake("torchvision::q\?nms")$$/d' $(@D)/lib/python3*/site-packages/torchvision/_meta_registrations.py
+	$(@D)/bin/python $(PIP) --no-build-isolation --no-deps -e .
+	touch $@
 
 demo: install
 	$(VENV)/bin/vlmprune run --model $(SCENES)/checkpoint --image $(SCENES)/images/scene_70001.png \
@@ -146,9 +162,13 @@ test-eval: $(EVAL)/.installed
 	$(EVAL)/bin/python $(PIP) --no-deps lmms-eval==0.7.3
 	OMP_NUM_THREADS=1 $(EVAL)/bin/python -m pytest tests/integrations
 
+# vLLM's own engine, on the CPU, in its own environment; benchmarks/results/vllm_test.log is the log of the last time.
+test-vllm: $(VLLM)/.installed
+	$(VLLM_SETTINGS) $(VLLM)/bin/python -m pytest tests/vllm
+
 wheel: install
 	rm -rf build
 	$(PY) -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist .
 
 clean:
-	rm -rf build dist $(VENV) $(OLDEST) $(NEWEST) $(FLOOR) $(EVAL) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis kept.png
+	rm -rf build dist $(VENV) $(OLDEST) $(NEWEST) $(FLOOR) $(EVAL) $(VLLM) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis kept.png
