@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from helpers.served import CHECKPOINT, engine, environment, question, said
@@ -62,23 +63,25 @@ def apart(
 ) -> list[Said]:
     """Greedy answers of an engine in a new process, with ``surroundings`` added to its environment."""
     asked = {"requests": requests, "policy": policy, "model": str(model), "settings": settings}
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "helpers.served_apart", json.dumps(asked)],
-        env=environment(**(surroundings or {})),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [Said(*one) for one in json.loads(done.stdout.splitlines()[-1])]
+    with TemporaryDirectory() as folder:
+        answered = Path(folder) / "answers.json"
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "helpers.served_apart", json.dumps(asked), answered],
+            env=environment(**(surroundings or {})),
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [Said(*one) for one in json.loads(answered.read_text())]
 
 
 def main() -> None:
-    """Start the engine that the command line describes, and print its answers as the last line."""
+    """Start the engine that the first argument describes, and write its answers to the file that the second names."""
     asked = json.loads(sys.argv[1])
     requests = [Request(*one) for one in asked["requests"]]
     with engine(Path(asked["model"]), asked["policy"], **asked["settings"]) as llm:
-        print("\n" + json.dumps(answers(llm, requests)), flush=True)
+        Path(sys.argv[2]).write_text(json.dumps(answers(llm, requests)))
 
 
 if __name__ == "__main__":
