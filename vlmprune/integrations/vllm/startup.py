@@ -42,8 +42,12 @@ class PrunedConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Check what hides the vision tower from a policy that reads it."""
-        config = vllm_config.model_config
+        """Check what hides the vision tower from a policy that reads it, and what counts its tokens by those that stay."""
+        config, lora = vllm_config.model_config, vllm_config.lora_config
+        if lora is not None:
+            inside = lora.enable_tower_connector_lora
+            whole = "False (vLLM lays LoRA over as many of the tower's tokens as stay; the tower has all)"
+            check(not inside, "enable_tower_connector_lora", whole, inside)
         if Settings.of(config.hf_config).policy.needs(0).vision:
             compiled = vllm_config.compilation_config.compile_mm_encoder
             check(not compiled, "compile_mm_encoder", "False where a policy reads the vision tower", compiled)
