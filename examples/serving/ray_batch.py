@@ -34,6 +34,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from vlmprune.errors import InputError, check
 from vlmprune.integrations.vllm import ARCHITECTURES
+from vlmprune.integrations.vllm.settings import Settings
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "glyphworld" / "checkpoint"
 PRUNING = {"policy": "divprune", "keep": 64}
@@ -63,17 +64,18 @@ def main() -> int:
     args = parser.parse_args()
     try:
         asked = read_questions(args.questions)
+        pruning = hf_overrides(args.model, args.vlmprune)
     except InputError as error:
         parser.error(str(error))
     began = time.perf_counter()
     ray.init(
         args.address,
-        num_cpus=args.workers + 1 if args.address == "local" else None,  # the last reads pictures
+        num_cpus=2 * args.workers if args.address == "local" else None,  # one more each reads pictures
         include_dashboard=False if args.address == "local" else None,
         log_to_driver=False,
     )
     try:
-        answers = answer_all(asked, args)
+        answers = answer_all(asked, pruning, args)
     finally:
         ray.shutdown()
     write(answers, args.out)
@@ -105,17 +107,24 @@ def read_questions(file: Path) -> list[Row]:
     return asked
 
 
-def answer_all(asked: Sequence[Row], args: argparse.Namespace) -> list[Row]:
+def hf_overrides(model: str, pruning: Row) -> Row:
+    """What turns pruning on. Every engine checks it at its start; here it is refused before anything starts.
+
+    Raises:
+        InputError: a model or a policy that cannot be pruned in vLLM.
+    """
+    config = AutoConfig.from_pretrained(model)
+    config.vlmprune = pruning
+    Settings.of(config)
+    return {"architectures": [ARCHITECTURES[config.model_type][0]], "vlmprune": pruning}
+
+
+def answer_all(asked: Sequence[Row], pruning: Row, args: argparse.Namespace) -> list[Row]:
     """The answers, in the order of the questions."""
     processor = AutoProcessor.from_pretrained(args.model)
-    family = AutoConfig.from_pretrained(args.model).model_type
-    check(family in ARCHITECTURES, "--model", f"one of {', '.join(ARCHITECTURES)}", family)
     config = vLLMEngineProcessorConfig(
         model_source=args.model,
-        engine_kwargs={
-            **ENGINE,
-            "hf_overrides": {"architectures": [ARCHITECTURES[family][0]], "vlmprune": args.vlmprune},
-        },
+        engine_kwargs={**ENGINE, "hf_overrides": pruning},
         placement_group_config={"bundles": [{"CPU": 1}]},
         runtime_env={"env_vars": {name: os.environ.get(name, usual) for name, usual in CPU.items()}},
         concurrency=(args.workers, args.workers),
