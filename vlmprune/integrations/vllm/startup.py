@@ -81,7 +81,7 @@ def check_architecture(model_config: Any) -> None:
     """Raise InputError unless vLLM has chosen the pruned architecture of the checkpoint's family."""
     family, got = model_config.hf_config.model_type, model_config.architecture
     wanted = ARCHITECTURES[family][0]
-    expected = f"[{wanted!r}] in hf_overrides for a checkpoint of {family!r}"
+    expected = f"[{wanted!r}] beside {OVERRIDE!r} in hf_overrides for a checkpoint of {family!r}"
     check(got == wanted, "architectures", expected, repr([got]))
 
 
