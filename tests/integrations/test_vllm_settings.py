@@ -224,11 +224,9 @@ def test_where_the_count_is_fixed_a_choice_keeps_it(policy):
 
 COUNTED_LATER = [
     (Uniform(layer=0, stride=2), (3, 7)),
-    (Union(Random(layer=0), Uniform(layer=0)), (4, 5)),
-    (Intersection(Random(layer=0, seed=1), Uniform(layer=0)), (4, 5)),
+    (Union(Random(layer=0), Random(layer=0)), (4, 5)),
+    (Intersection(Random(layer=0), Random(layer=0)), (4, 5)),
     (usual("feather", layers=(1, 4)), (4, 5)),
-    (SparseVLM(layers=(3,), version="1.0", tokens=64), (4, 5)),
-    (SparseVLM(layers=(3,), version="paper", scale=0.7), (4, 5)),
 ]
 
 
@@ -239,21 +237,32 @@ def test_where_the_count_is_not_fixed_a_choice_may_keep_another(policy, grid):
     assert chosen(policy, grid, layer) != policy.kept(grid[0] * grid[1], 1, layer)
 
 
-@pytest.mark.parametrize("policy", [Custom(0, first), Learned(SLOPE, layer=0, threshold=0.5)], ids=repr)
+UNTOLD = [
+    Custom(0, first),
+    Learned(SLOPE, layer=0, threshold=0.5),
+    SparseVLM(layers=(3,), version="1.0", tokens=64),
+    SparseVLM(layers=(3,), version="paper", scale=0.7),
+]
+
+
+@pytest.mark.parametrize("policy", UNTOLD, ids=repr)
 def test_where_the_count_is_unknown_it_is_not_told(policy):
     assert not policy.fixed_count
     with pytest.raises(InputError):
-        policy.kept(20, 1, 0)
+        policy.kept(20, 1, policy.layers[0])
 
 
-def test_a_tuple_of_shares_is_within_one_token():
-    """Of what an earlier stage left, PyramidDrop takes a share of the unpruned image."""
+def test_a_later_share_of_the_whole_image_may_be_off_by_one():
+    """PyramidDrop with a tuple: of what an earlier stage left nobody tells how many there were."""
     policy = PyramidDrop(layers=(2, 4), ratio=(0.5, 0.2))
+    off = set()
+    for n in range(20, 40):
+        left = policy.kept(n, 1, 2)
+        ctx = make_context(policy.needs(4), [[(1, n)]], 4, kept=[range(left)])
+        off.add(policy.rank(ctx).keep[0] - policy.kept(left, 1, 4))
+    assert off - {0} and off <= {-1, 0, 1}
     assert not policy.fixed_count
     assert PyramidDrop(layers=(2, 4), ratio=0.5).fixed_count
-    left = policy.kept(39, 1, 2)
-    ctx = make_context(policy.needs(4), [[(3, 13)]], 4, kept=[range(left)])
-    assert abs(policy.select(ctx).shape[1] - policy.kept(left, 1, 4)) <= 1
 
 
 # Budgets of requests
