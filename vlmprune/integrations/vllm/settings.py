@@ -99,7 +99,7 @@ class Settings:
         return _keeping(self.policy, tokens, kept)
 
     def check_room(self, tokens: int) -> None:
-        """Raise InputError where more is to be kept than the largest image has, so many tokens, or less may be asked for."""
+        """Raise InputError where more is to be kept than the largest image has, so many tokens, or no request may ask for that."""
         wanted = self.policy.kept(ENDLESS, 1, 0)
         if wanted == self.policy.kept(2 * ENDLESS, 1, 0):  # so it is a number of tokens, and no share
             expected = f"at most the {tokens} tokens of this model's largest image"
@@ -109,6 +109,7 @@ class Settings:
             usual = self.default(tokens)
             expected = f"{usual} (what the policy keeps itself) to {tokens}, the tokens of this model's largest image"
             check(usual <= self._counted(most, tokens) <= tokens, "max_keep", expected, most)
+        self.kept(tokens, MOST)
 
     def _asked(self, tokens: int, asked: Any) -> int:
         check_keep(asked, ASKED)
