@@ -12,7 +12,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems
 
 from vlmprune.errors import check
-from vlmprune.integrations.vllm.settings import ASKED, KEPT, Settings
+from vlmprune.integrations.vllm.settings import ASKED, KEPT, MOST, Settings
 
 
 class PrunedPrompt:
@@ -29,8 +29,7 @@ class PrunedPrompt:
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """The largest image, with the largest budget that a request may ask for."""
         inputs: Any = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
-        if self.pruning.max_keep is not None:
-            inputs.hf_processor_mm_kwargs = {ASKED: self.pruning.max_keep}
+        inputs.hf_processor_mm_kwargs = {**inputs.hf_processor_mm_kwargs, ASKED: MOST}
         return inputs
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:

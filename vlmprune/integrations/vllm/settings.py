@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -10,8 +11,7 @@ from vlmprune.errors import check
 from vlmprune.integrations.vllm import ARCHITECTURES
 from vlmprune.models.host.families import FAMILIES
 from vlmprune.policies import PruningPolicy, policy_from
-from vlmprune.policies.checks import check_keep
-from vlmprune.policies.counts import keep_count
+from vlmprune.policies.checks import check_keep, plain
 
 OVERRIDE = "vlmprune"
 """What the configuration calls the policy: a dict as ``policy_from`` reads it, and perhaps ``max_keep``."""
@@ -19,8 +19,15 @@ OVERRIDE = "vlmprune"
 ASKED = "vlmprune_keep"
 """What a request's ``mm_processor_kwargs`` call its own budget: tokens per image, or a share."""
 
+MOST = "max"
+"""What a request says instead that wants as much as it may ask for; so does the image that vLLM measures itself with."""
+
 KEPT = "vlmprune_kept"
 """The field of an image's data that says how many of its tokens stay."""
+
+
+ENDLESS = 1 << 30
+"""More tokens than any image has."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +48,19 @@ class Settings:
     def __post_init__(self) -> None:
         check_image_only(self.policy)
         if self.max_keep is not None:
+            object.__setattr__(self, "max_keep", plain(self.max_keep))
             check_keep(self.max_keep, "max_keep")
 
     @classmethod
     def of(cls, config: Any) -> Settings:
         """Those of a configuration, ``config.vlmprune``. Raises InputError where it has none, or of an unknown family."""
         family = config.model_type
-        known = ", ".join(ARCHITECTURES)
-        check(family in ARCHITECTURES, "architectures", f"one whose checkpoint is of {known}", repr(family))
+        known = f"one of {', '.join(ARCHITECTURES)} (vlmprune prunes no others in vLLM)"
+        check(family in ARCHITECTURES, "model_type", known, repr(family))
         given = vars(config).get(OVERRIDE)
         named = isinstance(given, dict) and "policy" in given
-        check(named, "hf_overrides", f"{OVERRIDE!r}: a dict with a policy's name under 'policy'", repr(given))
+        expected = """a dict as in {"policy": "divprune", "keep": 128}"""
+        check(named, f"hf_overrides[{OVERRIDE!r}]", expected, repr(given))
         assert given is not None
         settings = dict(given)
         most = settings.pop("max_keep", None)
@@ -64,54 +73,114 @@ class Settings:
     def most(self, tokens: int) -> int:
         """How many of them may stay."""
         usual = self.default(tokens)
-        return usual if self.max_keep is None else max(usual, keep_count(self.max_keep, tokens))
+        return (
+            usual if self.max_keep is None else max(usual, min(tokens, self._counted(self.max_keep, tokens)))
+        )
 
     def kept(self, tokens: int, asked: object = None) -> int:
         """How many stay of an image for which a request asked ``vlmprune_keep``; None = it did not.
 
         Raises:
-            InputError: no budget, or one above what is allowed.
+            InputError: no budget, one above what is allowed, or one that the policy cannot keep. All that a worker could
+                refuse is refused here: there it would end the engine, here it ends the request.
         """
         if asked is None:
-            return self.default(tokens)
-        check_keep(asked, ASKED)
-        assert isinstance(asked, int | float)
-        wanted, most = asked if isinstance(asked, int) else keep_count(asked, tokens), self.most(tokens)
-        check(wanted <= most, ASKED, f"at most {most} of this image's {tokens} tokens", repr(asked))
-        return int(wanted)
+            wanted = self.default(tokens)
+        elif isinstance(asked, str) and asked == MOST:
+            wanted = self.most(tokens)
+        else:
+            wanted = self._asked(tokens, plain(asked))
+        check(0 < wanted <= tokens, repr(self.policy), f"to keep some of an image's {tokens} tokens", wanted)
+        self.policy_for(tokens, wanted)
+        return wanted
 
     def policy_for(self, tokens: int, kept: int) -> PruningPolicy:
-        """The policy, keeping so many of an image's tokens."""
+        """The policy, keeping so many of an image's tokens. Raises InputError where it cannot."""
         return _keeping(self.policy, tokens, kept)
+
+    def check_room(self, tokens: int) -> None:
+        """Raise InputError where more is to be kept than the largest image has, so many tokens, or no request may ask for that."""
+        wanted = self.policy.kept(ENDLESS, 1, 0)
+        if wanted == self.policy.kept(2 * ENDLESS, 1, 0):  # so it is a number of tokens, and no share
+            expected = f"at most the {tokens} tokens of this model's largest image"
+            check(wanted <= tokens, OVERRIDE, expected, f"{wanted} with {self.policy!r}")
+        most = self.max_keep
+        if most is not None:
+            usual = self.default(tokens)
+            expected = f"{usual} (what the policy keeps itself) to {tokens}, the tokens of this model's largest image"
+            check(usual <= self._counted(most, tokens) <= tokens, "max_keep", expected, most)
+        self.kept(tokens, MOST)
+
+    def _asked(self, tokens: int, asked: Any) -> int:
+        check_keep(asked, ASKED)
+        wanted, most = self._counted(asked, tokens), self.most(tokens)
+        check(wanted <= tokens, ASKED, f"at most the {tokens} tokens of this image", asked)
+        allowed = f"at most {most} of this image's {tokens} tokens (more only with a larger max_keep)"
+        check(wanted <= most, ASKED, allowed, asked)
+        return wanted
+
+    def _counted(self, budget: float, tokens: int) -> int:
+        """A number of tokens is itself, and a share what the policy makes of it."""
+        return budget if isinstance(budget, int) else self.policy.at(budget).kept(tokens, 1, 0)
 
 
 def check_image_only(policy: PruningPolicy) -> None:
     """Raise InputError unless a policy chooses before the language model, by the image alone, as many as it says."""
     name = type(policy).__name__
-    inside = (
-        "a stage before the language model, at layer 0 (in vLLM all layers share one length of a sequence)"
-    )
-    check(policy.layers == (0,), name, inside, f"stages at {', '.join(map(str, policy.layers))}")
+    before = "a policy that prunes at layer 0 alone, before the language model (in vLLM all layers share one sequence)"
+    check(policy.layers == (0,), name, before, f"one that prunes at {', '.join(map(str, policy.layers))}")
     needs = policy.needs(0)
-    by_image = "a choice by the image alone (vLLM caches images and prefixes by the image)"
-    check(not (needs.reads_text or needs.tokens), name, by_image, "one that reads the prompt")
+    by_image = "a choice by the image alone (vLLM caches encoded images and prefixes by the image)"
     check(needs.attention is None, name, by_image, "one by the language model's attention")
+    check(not (needs.reads_text or needs.tokens), name, by_image, "one that reads the prompt")
     check(not policy.inserts, name, by_image, "one that writes into the prompt")
     check(not policy.rectify, "rectify", "False (vLLM's attention takes no weights)", policy.rectify)
-    ahead = "counts that are known before the image is encoded (the scheduler reserves them)"
-    check(policy.fixed_count, name, ahead, "as many as it finds")
+    ahead = "a count known before an image is encoded (vLLM's scheduler reserves it)"
+    check(policy.fixed_count, name, ahead, "one that depends on the image")
+    check(_hashable(policy), name, "settings that hash, as those of every policy", repr(policy))
+
+
+def check_vision_layers(policy: PruningPolicy, depth: int, loaded: int) -> None:
+    """Raise InputError where a policy reads a vision layer that the tower of ``depth`` has not, or vLLM does not load."""
+    for layer in policy.needs(0).vision:
+        number = layer + depth if layer < 0 else layer
+        expected = (
+            f"{-depth} to {loaded - depth - 1}, or 0 to {loaded - 1} (of {depth} layers vLLM loads {loaded})"
+        )
+        check(0 <= number < loaded, "vision_layer", expected, layer)
+
+
+def _hashable(policy: PruningPolicy) -> bool:
+    try:
+        return isinstance(hash(policy), int)
+    except TypeError:
+        return False
 
 
 def _placed(settings: dict[str, Any], packs: bool) -> PruningPolicy:
     """The policy, with the positions that this family's tokens have in vLLM: packed, or where they were."""
     policy = policy_from(settings)
-    if "positions" not in policy.__dataclass_fields__:
-        return policy
     here = "pack" if packs else "keep"
-    why = "positions of one dimension are counted" if packs else "its positions have three dimensions"
+    why = "images are packed" if packs else "image tokens keep the positions they had"
+    expected = f"{here!r} with this model in vLLM, where {why}"
     asked = settings.get("positions", here)
-    check(asked == here, "positions", f"{here!r} with this model in vLLM ({why})", repr(asked))
-    return replace(policy, positions=here)  # type: ignore[call-arg]
+    check(asked == here, "positions", expected, repr(asked))
+    if "positions" in policy.__dataclass_fields__:
+        return replace(policy, positions=here)  # type: ignore[call-arg]
+    for member in _members(policy):
+        if "positions" in member.__dataclass_fields__:
+            check(member.positions == here, "positions", expected, f"{member.positions!r} in {policy!r}")
+    return policy
+
+
+def _members(policy: PruningPolicy) -> Iterator[PruningPolicy]:
+    """The policies of which one is made, and theirs."""
+    for field in fields(policy):
+        held = vars(policy).get(field.name)
+        for one in held if isinstance(held, tuple) else (held,):
+            if isinstance(one, PruningPolicy):
+                yield one
+                yield from _members(one)
 
 
 @lru_cache(maxsize=1024)
@@ -120,5 +189,5 @@ def _keeping(policy: PruningPolicy, tokens: int, kept: int) -> PruningPolicy:
         return policy
     other = policy.at(kept / tokens)
     found = other.kept(tokens, 1, 0)
-    check(found == kept, ASKED, f"a count that {policy!r} can keep of {tokens}", kept)
+    check(found == kept, ASKED, f"a count that {policy!r} can keep of an image's {tokens} tokens", kept)
     return other

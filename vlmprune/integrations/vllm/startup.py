@@ -10,8 +10,9 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vlmprune import env
 from vlmprune.errors import check
 from vlmprune.integrations.vllm import ARCHITECTURES, TESTED
-from vlmprune.integrations.vllm.settings import ASKED, Settings
-from vlmprune.models.host.families import FAMILIES, token_grid
+from vlmprune.integrations.vllm.settings import ASKED, OVERRIDE, Settings, check_vision_layers
+from vlmprune.models.host.families import FAMILIES, TOWERS
+from vlmprune.models.host.names import attribute
 from vlmprune.models.host.parts import check_config
 
 RATE = 1e-17
@@ -23,32 +24,33 @@ class PrunedConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Check version, policy, budget and model; have positions recomputed where they have three dimensions."""
+        """Check version, policy and model; have positions recomputed where they have three dimensions."""
         check_version()
         config, multimodal = model_config.hf_config, model_config.multimodal_config
         settings = Settings.of(config)
-        architecture = ARCHITECTURES[config.model_type][0]
-        got = model_config.architecture
-        check(got == architecture, "architectures", f"{architecture!r} for {config.model_type!r}", repr(got))
+        check_architecture(model_config)
         check_config(config)
-        family = FAMILIES[config.model_type]
-        if family.square:
-            check_room(settings, *token_grid(config))
+        depth, loaded = vision_layers(config)
+        check_vision_layers(settings.policy, depth, loaded)
         asked = multimodal.mm_processor_kwargs or {}
-        for_requests = f"no {ASKED!r} for all requests (keep belongs into hf_overrides)"
+        for_requests = f"no {ASKED!r} for all requests ('keep' in hf_overrides[{OVERRIDE!r}] is theirs)"
         check(ASKED not in asked, "mm_processor_kwargs", for_requests, repr(asked))
-        if not family.packs:
+        if not FAMILIES[config.model_type].packs:
             multimodal.video_pruning_rate = RATE
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Check what hides the vision tower from a policy that reads it, and what counts its tokens by those that stay."""
+        """Check the budgets by the largest image, and what hides the tower or miscounts it."""
+        from vllm.multimodal import MULTIMODAL_REGISTRY
+
         config, lora = vllm_config.model_config, vllm_config.lora_config
+        settings = Settings.of(config.hf_config)
+        settings.check_room(MULTIMODAL_REGISTRY.get_processing_info(config).get_max_image_tokens())
         if lora is not None:
             inside = lora.enable_tower_connector_lora
             whole = "False (vLLM lays LoRA over as many of the tower's tokens as stay; the tower has all)"
             check(not inside, "enable_tower_connector_lora", whole, inside)
-        if Settings.of(config.hf_config).policy.needs(0).vision:
+        if settings.policy.needs(0).vision:
             compiled = vllm_config.compilation_config.compile_mm_encoder
             check(not compiled, "compile_mm_encoder", "False where a policy reads the vision tower", compiled)
             mode = config.multimodal_config.mm_encoder_tp_mode
@@ -56,16 +58,42 @@ class PrunedConfig(VerifyAndUpdateConfig):
             check(mode == "weights", "mm_encoder_tp_mode", reads, repr(mode))
 
 
+class UnprunedConfig(VerifyAndUpdateConfig):
+    """Refuses settings of ours beside an architecture of vLLM's own, which would ignore them; else does nothing."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Check that there are none."""
+        if OVERRIDE in vars(model_config.hf_config):
+            check_version()
+            Settings.of(model_config.hf_config)
+            check_architecture(model_config)
+
+
 def check_version() -> None:
     """Raise InputError for a vLLM that the plugin was never run with, unless VLMPRUNE_VLLM_UNTESTED=1."""
-    release = ".".join(vllm.__version__.split(".")[:2])
-    known = env.VLLM_UNTESTED or release == TESTED
-    check(known, "vllm", f"{TESTED} (or VLMPRUNE_VLLM_UNTESTED=1, to try)", vllm.__version__)
+    expected = f"{TESTED}, with which vlmprune was tested (VLMPRUNE_VLLM_UNTESTED=1 tries another)"
+    check(env.VLLM_UNTESTED or tested(), "vllm", expected, vllm.__version__)
 
 
-def check_room(settings: Settings, rows: int, columns: int) -> None:
-    """Raise InputError where more is to be kept than any image has."""
-    tokens, keep = rows * columns, vars(settings.policy).get("keep")
-    for name, value in (("keep", keep), ("max_keep", settings.max_keep)):
-        room = not isinstance(value, int) or value <= tokens
-        check(room, name, f"at most the {tokens} tokens of an image", value)
+def tested() -> bool:
+    """Whether this is the release of vLLM that the plugin was run with."""
+    return ".".join(vllm.__version__.split(".")[:2]) == TESTED
+
+
+def check_architecture(model_config: Any) -> None:
+    """Raise InputError unless vLLM has chosen the pruned architecture of the checkpoint's family."""
+    family, got = model_config.hf_config.model_type, model_config.architecture
+    wanted = ARCHITECTURES[family][0]
+    expected = f"[{wanted!r}] beside {OVERRIDE!r} in hf_overrides for a checkpoint of {family!r}"
+    check(got == wanted, "architectures", expected, repr([got]))
+
+
+def vision_layers(config: Any) -> tuple[int, int]:
+    """How many layers the vision tower has, and how many of them vLLM loads: those below the deepest that is projected."""
+    depth: int = attribute(config.vision_config, TOWERS[config.vision_config.model_type].depth)
+    if not FAMILIES[config.model_type].selects:
+        return depth, depth
+    told = config.vision_feature_layer
+    projected = told if isinstance(told, list | tuple) else [told]
+    return depth, max(layer if layer >= 0 else depth + layer + 1 for layer in projected)
