@@ -156,7 +156,7 @@ def test_many_clients_hear_what_each_hears_alone(served):
         for i in range(64)
     ]
 
-    # These hold all places until many wait, whose pictures are then encoded together.
+    # These take all places at first, so that others wait.
     holding = asked(0, 0, stream=False, n=AT_ONCE, temperature=1, ignore_eos=True, max_tokens=300)
 
     async def together():
