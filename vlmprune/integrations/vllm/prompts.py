@@ -61,7 +61,10 @@ class PrunedPrompt:
 
 
 def _without(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What is the host's own of a request's settings."""
+    """What is the host's own of a request's settings. Raises InputError for one that is ours but for its spelling."""
+    stray = [name for name in kwargs if name.startswith("vlmprune") and name != ASKED]
+    known = f"no setting of vlmprune's but {ASKED!r}"
+    check(not stray, "mm_processor_kwargs", known, ", ".join(map(repr, stray)))
     return {name: value for name, value in kwargs.items() if name != ASKED}
 
 

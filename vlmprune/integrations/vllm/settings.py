@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from reprlib import repr as short
 from typing import Any
 
 from vlmprune.errors import check
 from vlmprune.integrations.vllm import ARCHITECTURES
 from vlmprune.models.host.families import FAMILIES
 from vlmprune.policies import PruningPolicy, policy_from
-from vlmprune.policies.checks import check_keep, plain
+from vlmprune.policies.checks import check_keep, is_number, plain
 
 OVERRIDE = "vlmprune"
 """What the configuration calls the policy: a dict as ``policy_from`` reads it, and perhaps ``max_keep``."""
@@ -112,6 +113,8 @@ class Settings:
         self.kept(tokens, MOST)
 
     def _asked(self, tokens: int, asked: Any) -> int:
+        known = f"a share in (0, 1], a number of tokens per image >= 1, or {MOST!r}"
+        check(is_number(asked), ASKED, known, short(asked))  # a client's text may be of any length
         check_keep(asked, ASKED)
         wanted, most = self._counted(asked, tokens), self.most(tokens)
         check(wanted <= tokens, ASKED, f"at most the {tokens} tokens of this image", asked)
