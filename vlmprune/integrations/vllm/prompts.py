@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from reprlib import repr as short
 from typing import Any
 
 import torch
+from vllm.exceptions import VLLMClientError
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems
 
-from vlmprune.errors import check
+from vlmprune.errors import InputError, check
 from vlmprune.integrations.vllm.settings import ASKED, KEPT, MOST, Settings
+
+
+class RequestError(InputError, VLLMClientError):
+    """What a request got wrong. vLLM hands its own errors on as they are; of others its asynchronous engine loses the text."""
+
+
+@contextmanager
+def of_a_request() -> Iterator[None]:
+    """Make what is wrong with a request a ``RequestError``."""
+    try:
+        yield
+    except InputError as error:
+        raise RequestError(str(error)) from error
 
 
 class PrunedPrompt:
@@ -33,15 +49,19 @@ class PrunedPrompt:
         return inputs
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
+        with of_a_request():
+            _check_names(hf_kwargs)
         made: Any = super()._apply_hf_processor_main(mm_items, _without(hf_kwargs))  # type: ignore[misc]
         if mm_items.get_count("image", strict=False):
-            images = mm_items["image"]
-            ready = isinstance(images, ImageEmbeddingItems)
-            check(not ready, "image", "a picture (embeddings show nothing to choose by)", "embeddings")
-            asked = hf_kwargs.get(ASKED)
-            kept = [self.pruning.kept(tokens, asked) for tokens in self.image_tokens(images, made)]
-            made[KEPT] = torch.tensor(kept)
+            with of_a_request():
+                made[KEPT] = torch.tensor(self._kept(mm_items["image"], made, hf_kwargs.get(ASKED)))
         return made
+
+    def _kept(self, images: Any, made: Mapping[str, Any], asked: Any) -> list[int]:
+        """How many tokens of every image stay."""
+        ready = isinstance(images, ImageEmbeddingItems)
+        check(not ready, "image", "a picture (embeddings show nothing to choose by)", "embeddings")
+        return [self.pruning.kept(tokens, asked) for tokens in self.image_tokens(images, made)]
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:
         fields: Any = super()._get_mm_fields_config(hf_inputs, _without(hf_processor_mm_kwargs))  # type: ignore[misc]
@@ -60,11 +80,15 @@ class PrunedPrompt:
         ]
 
 
-def _without(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What is the host's own of a request's settings. Raises InputError for one that is ours but for its spelling."""
+def _check_names(kwargs: Mapping[str, Any]) -> None:
+    """Raise InputError for a setting of a request that is ours but for its spelling: it would do nothing."""
     stray = [name for name in kwargs if name.startswith("vlmprune") and name != ASKED]
     known = f"no setting of vlmprune's but {ASKED!r}"
-    check(not stray, "mm_processor_kwargs", known, ", ".join(map(repr, stray)))
+    check(not stray, "mm_processor_kwargs", known, ", ".join(map(short, stray)))
+
+
+def _without(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What is the host's own of a request's settings."""
     return {name: value for name, value in kwargs.items() if name != ASKED}
 
 
