@@ -195,16 +195,19 @@ class Alone(Packed):
         if self.policy.spends(0) != "prompt":
             return super().select(ctx)
         assert ctx.hidden is not None and not self.policy.needs(0).vision
-        found, first = [], 0
+        found, first, grids = [], 0, list(ctx.grids[0])
         for n in ctx.images()[0]:
-            choice = self.policy.select(_prompt_of(ctx.hidden[:, first : first + n]))
+            own: list[tuple[int, int]] = []
+            while sum(rows * columns for rows, columns in own) < n:
+                own.append(grids.pop(0))
+            choice = self.policy.select(_prompt_of(ctx.hidden[:, first : first + n], tuple(own)))
             found.append((choice.index if isinstance(choice, Reduction) else choice) + first)
             first += n
         return Reduction(torch.cat(found, 1), None, "pack")
 
 
-def _prompt_of(rows: torch.Tensor) -> TokenContext:
-    """Of one image ``[1, n, D]``, as a line of tokens."""
+def _prompt_of(rows: torch.Tensor, grids: tuple[tuple[int, int], ...]) -> TokenContext:
+    """Of one image ``[1, n, D]`` alone."""
     n = rows.shape[1]
     places = torch.arange(n)[None]
-    return TokenContext(0, places >= 0, (n,), places, places, (((1, n),),), rows)
+    return TokenContext(0, places >= 0, (n,), places, places, (grids,), rows, sizes=((n,),))
