@@ -1,10 +1,11 @@
-"""Offline engine against the same checkpoint in transformers: same kept tokens, same answers."""
+"""LLaVA-1.5 and its relatives in vLLM's engine, against the same checkpoint in transformers: same kept tokens, same answers."""
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed (make test-vllm)")
 
-from helpers.served import CHECKPOINT, Packed, Reference, engine, question, said, tokens
+from helpers.served import CHECKPOINT, Reference, engine, question, said, tokens
+from helpers.served_tiny import LAYOUTS, Alone, ask, engine_settings, renamed, tiny
 from vlmprune import policy_from
 
 POLICIES = [
@@ -16,6 +17,15 @@ POLICIES = [
     {"policy": "random", "layer": 0, "keep": 30},
     {"policy": "folder", "keep": 64},
 ]
+MADE = {"clip": "llama", "siglip": "qwen2"}
+SMALL = {
+    "divprune": {"policy": "divprune", "keep": 0.5},
+    "fastervlm": {"policy": "fastervlm", "keep": 5},
+    "visionzip": {"policy": "visionzip", "dominant": 5, "contextual": 2},
+    "folder": {"policy": "folder", "keep": 6},
+}
+ASKED = [ask("square"), ask("wide", "tall", seed=1), ask(seed=3)]
+"""One image, two of them, and text alone."""
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +35,43 @@ def reference():
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy["policy"])
 def test_answers_are_those_of_transformers(reference, policy):
-    asked = [question(0), question(1), question(2)]
+    asked = [question(0), question(1), question(2), question(3, images=2)]
     with engine(CHECKPOINT, policy) as llm:
         outputs = said(llm, [one.prompt() for one in asked])
-    packed = Packed(policy_from(policy))
-    assert tokens(outputs) == [reference(one, packed) for one in asked]
+    made = policy_from(policy)
+    assert tokens(outputs) == [reference(one, Alone(made)) for one in asked]
+    text = len(question(0, images=0).text.split())
+    assert len(outputs[0].prompt_token_ids) == text + made.kept(196, 1, 0)
+
+
+def test_unpruned_is_transformers(reference):
+    asked = [question(0), question(1, images=2)]
+    with engine(CHECKPOINT, {"policy": "uniform", "layer": 0, "keep": 1.0}) as llm:
+        outputs = said(llm, [one.prompt() for one in asked])
+    assert tokens(outputs) == [reference(one, None) for one in asked]
+
+
+@pytest.fixture(scope="module", params=MADE)
+def made(request, tmp_path_factory):
+    """A checkpoint's folder, and the checkpoint in transformers. SigLIP's has a pooling head, which no LLaVA uses."""
+    folder = tiny("llava", tmp_path_factory.mktemp(request.param), request.param, MADE[request.param])
+    return folder, Reference(folder)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_either_tower(made, name):
+    folder, reference = made
+    with engine(folder, SMALL[name], **engine_settings("llava")) as llm:
+        outputs = said(llm, [one.prompt() for one in ASKED])
+    policy = Alone(policy_from(SMALL[name]))
+    assert tokens(outputs) == [reference(one, policy) for one in ASKED]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_checkpoints_of_other_names_load(made, tmp_path, layout):
+    folder, reference = made
+    settings = SMALL["fastervlm"]
+    with engine(renamed(folder, tmp_path / layout, layout), settings, **engine_settings("llava")) as llm:
+        outputs = said(llm, [one.prompt() for one in ASKED])
+    policy = Alone(policy_from(settings))
+    assert tokens(outputs) == [reference(one, policy) for one in ASKED]

@@ -39,17 +39,20 @@ class PrunedImages:
         raise NotImplementedError
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """The kept visual tokens ``[kept, W]`` of every image; W is wider than the language model where more comes along."""
-        asked = kwargs.pop(KEPT, None)
+        """The kept visual tokens ``[kept, W]`` of every image; W is wider than the language model where more comes along.
+
+        Videos are encoded whole.
+        """
+        if KEPT not in kwargs:  # vLLM encodes images and videos in calls of their own
+            check("pixel_values" not in kwargs, KEPT, "the count of every image", "none")
+            return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        asked = kwargs.pop(KEPT)
         with self.reads.noting() as note:
             encoded = super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        if not len(encoded):
-            return encoded
-        check(asked is not None, KEPT, "the count of every image", asked)
         firsts = self.noted(note, kwargs)
         shapes = Shapes(self.config, self.reads.encoder.family.side(self.config))
         images = self.reads.encoder.family.images(shapes, [*encoded], note)
-        kept = [int(n) for n in torch.as_tensor(asked).flatten().tolist()]
+        kept = torch.as_tensor(asked).flatten().tolist()
         return [
             self._pruned(embeds, k, image, note, first, i)
             for i, (embeds, k, image, first) in enumerate(zip(encoded, kept, images, firsts, strict=True))
