@@ -22,11 +22,15 @@ from vllm.model_executor.models.qwen3_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
+from vlmprune.errors import check
 from vlmprune.integrations.vllm.images import PrunedImages, starts
 from vlmprune.integrations.vllm.positions import COLUMNS, Placed, cells_of, laid_out, put_back, within_image
 from vlmprune.integrations.vllm.prompts import PrunedPrompt
-from vlmprune.integrations.vllm.settings import Settings
+from vlmprune.integrations.vllm.settings import KEPT, Settings
 from vlmprune.models.host.views import Encoded
+
+ANGLES = 4
+"""vLLM prepares the angles of so many times ``max_position_embeddings`` positions, where its own pruning is on."""
 
 
 class ImagesOnly:
@@ -51,6 +55,36 @@ class ByGrid(PrunedPrompt):
         """Blocks of patches, each of which is a token."""
         block = self.info.get_hf_config().vision_config.spatial_merge_size ** 2
         return [int(n) // block for n in made["image_grid_thw"].prod(-1)]
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """The largest image, and text behind it."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)
+        inputs.prompt = [*inputs.prompt, self.info.get_hf_config().vision_end_token_id]
+        return inputs
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """Refuse a prompt without text behind its last image: from its last position the answer's are counted."""
+        made: Any = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        after = [place.offset + place.length for place in made["mm_placeholders"].get("image", ())]
+        text = max(after, default=0) < len(made["prompt_token_ids"])
+        check(text, "prompt", "text behind its last image, such as <|vision_end|>", "an image at its end")
+        return made
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
+        made: Any = super()._apply_hf_processor_main(mm_items, hf_kwargs)
+        if KEPT in made:
+            config, spare = self.info.get_hf_config(), self._spare()
+            for grid, kept in zip(made["image_grid_thw"].tolist(), made[KEPT].tolist(), strict=True):
+                side, most = max(grid[1:]) // config.vision_config.spatial_merge_size, kept + spare
+                room = f"at most {most} visual tokens a side (keep + {spare}; a lower limit_mm_per_prompt allows more)"
+                check(side <= most, "image", room, side)
+        return made
+
+    def _spare(self) -> int:
+        """How many positions more than tokens any image of a prompt may take, that all are among those vLLM has angles for."""
+        length = self.info.ctx.model_config.max_model_len
+        angles = ANGLES * self.info.get_hf_config().text_config.max_position_embeddings
+        return int((angles - length) // self.info.allowed_mm_limits["image"])
 
 
 class Rotated(PrunedImages):
