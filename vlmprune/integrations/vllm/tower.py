@@ -64,7 +64,7 @@ class TowerReads:
             self.scales[layer] = attn.scale
             attn.register_forward_pre_hook(partial(self._keep, layer), with_kwargs=True)
         if layers:  # no hook: modules that vLLM could compile call their forward past all hooks
-            projector.forward = partial(self._see, projector.forward)  # type: ignore[method-assign]
+            projector.forward = partial(self._see, projector.forward)
 
     @contextmanager
     def noting(self) -> Iterator[Encoded]:
