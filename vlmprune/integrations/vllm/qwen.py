@@ -22,18 +22,23 @@ from vllm.model_executor.models.qwen3_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
+from vlmprune.errors import check
 from vlmprune.integrations.vllm.images import PrunedImages, starts
+from vlmprune.integrations.vllm.positions import COLUMNS, Placed, cells_of, laid_out, put_back, within_image
 from vlmprune.integrations.vllm.prompts import PrunedPrompt
-from vlmprune.integrations.vllm.settings import Settings
+from vlmprune.integrations.vllm.settings import KEPT, Settings
 from vlmprune.models.host.views import Encoded
+
+ANGLES = 4
+"""vLLM prepares the angles of so many times ``max_position_embeddings`` positions, where its own pruning is on."""
 
 
 class ImagesOnly:
     """Stands before what vLLM knows of these models: no videos, which its own pruning would have to shorten."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Any number of images."""
-        return {"image": None}
+        """Any number of images, no video."""
+        return {"image": None, "video": 0}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         """Tokens of the largest image that may stay."""
@@ -51,17 +56,45 @@ class ByGrid(PrunedPrompt):
         block = self.info.get_hf_config().vision_config.spatial_merge_size ** 2
         return [int(n) // block for n in made["image_grid_thw"].prod(-1)]
 
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """The largest image, and text behind it."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)
+        inputs.prompt = [*inputs.prompt, self.info.get_hf_config().vision_end_token_id]
+        return inputs
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """Refuse a prompt without text behind its last image: from its last position the answer's are counted."""
+        made: Any = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        after = [place.offset + place.length for place in made["mm_placeholders"].get("image", ())]
+        text = max(after, default=0) < len(made["prompt_token_ids"])
+        check(text, "prompt", "text behind its last image, such as <|vision_end|>", "an image at its end")
+        return made
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
+        made: Any = super()._apply_hf_processor_main(mm_items, hf_kwargs)
+        if KEPT in made:
+            config, spare = self.info.get_hf_config(), self._spare()
+            for grid, kept in zip(made["image_grid_thw"].tolist(), made[KEPT].tolist(), strict=True):
+                side, most = max(grid[1:]) // config.vision_config.spatial_merge_size, kept + spare
+                room = f"at most {most} visual tokens a side (keep + {spare}; a lower limit_mm_per_prompt allows more)"
+                check(side <= most, "image", room, side)
+        return made
+
+    def _spare(self) -> int:
+        """How many positions more than tokens any image of a prompt may take, that all are among those vLLM has angles for."""
+        length = self.info.ctx.model_config.max_model_len
+        angles = ANGLES * self.info.get_hf_config().text_config.max_position_embeddings
+        return int((angles - length) // self.info.allowed_mm_limits["image"])
+
 
 class Rotated(PrunedImages):
-    """Positions of three dimensions: text stands where it would behind whole images, kept tokens where they were.
+    """Positions of three dimensions, as positions.py has them.
 
-    Which tokens stay is known once the tower has run. So vLLM's own recomputation is used, which it has for pruned videos:
-    the model hands the positions within the image on as the last columns of its tokens, and the runner brings them here.
+    vLLM's own recomputation is used, which it has for pruned videos: the model hands on where in the image a token was
+    as the last columns of its row, and the runner brings them back here before the language model sees them.
     """
 
     attention = "attn"
-    columns: int
-    """How many the model appends: frame, row and column first."""
     visual: Any
 
     def vision_parts(self) -> tuple[Sequence[Any], Any]:
@@ -73,22 +106,33 @@ class Rotated(PrunedImages):
         note.thw = kwargs["image_grid_thw"].tolist()
         return starts([t * h * w for t, h, w in note.thw])
 
+    def _postprocess_image_embeds_evs(
+        self, image_embeds_split: Sequence[Tensor], image_input: Mapping[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """Append our columns; vLLM's own are exact up to 256 cells a side in bfloat16, and of other counts by model."""
+        side = self.config.vision_config.spatial_merge_size
+        grids = image_input["image_grid_thw"].tolist()
+        cells = [cells_of(rows // side, columns // side) for _, rows, columns in grids]
+        return tuple(
+            torch.cat([embeds, own.to(embeds)], 1)
+            for embeds, own in zip(image_embeds_split, cells, strict=True)
+        )
+
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: Sequence[Any]
     ) -> tuple[Tensor, int]:
-        """Positions ``[3, N]``, final for text; an image's tokens are all given its first one, until they are known."""
+        """Positions ``[3, N]`` until the tower has run, and by how much the next one is beyond N."""
         side = self.config.vision_config.spatial_merge_size
-        parts: list[Tensor] = []
-        done = position = 0
-        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
-            place = feature.mm_position
-            begin = position + place.offset - done
-            parts += [torch.arange(position, begin), torch.full((place.length,), begin)]
-            position = begin + max(feature.data["image_grid_thw"].data[1:].tolist()) // side
-            done = place.offset + place.length
-        end = position + len(input_tokens) - done
-        parts.append(torch.arange(position, end))
-        return torch.cat(parts).expand(3, -1).contiguous(), end - len(input_tokens)
+        images = [
+            Placed(
+                feature.mm_position.offset,
+                feature.mm_position.length,
+                max(feature.data["image_grid_thw"].data[1:].tolist()) // side,
+            )
+            for feature in mm_features
+        ]
+        positions, after = laid_out(len(input_tokens), sorted(images))
+        return positions, after - len(input_tokens)
 
     def recompute_mrope_positions(
         self,
@@ -102,23 +146,18 @@ class Rotated(PrunedImages):
         Returns:
             The rows without their last columns, positions ``[3, N]``, and by how much the next one is beyond N.
         """
-        device, N = mrope_positions.device, mrope_positions.shape[1]
-        rows = [embeds[:, : -self.columns] for embeds in multimodal_embeddings]
-        inside = [embeds[:, -self.columns :][:, :3].long() for embeds in multimodal_embeddings]
+        rows = [embeds[:, :-COLUMNS] for embeds in multimodal_embeddings]
         positions = mrope_positions
-        if inside:
-            within = torch.cat(inside).T.to(device)
-            ids = torch.as_tensor(input_ids, device=device)
-            image, order = ids == self.config.image_token_id, torch.arange(N, device=device)
-            fresh = image & (order >= num_computed_tokens)
-            number = fresh.cumsum(0) - 1
-            mine = fresh & (number < within.shape[1])
-            text = torch.where(image, -1, order).cummax(0).values  # the last token of text before each
-            first = torch.where(text < 0, 0, positions[:, text.clamp(min=0)] + 1)
-            moved = first + within[:, number.clamp(0, within.shape[1] - 1)]
-            positions = torch.where(mine, moved, positions)
         with gpu_sync_allowed():
-            return rows, positions, int(positions.max()) + 1 - N
+            if multimodal_embeddings:
+                columns = torch.cat([embeds[:, -COLUMNS:] for embeds in multimodal_embeddings])
+                ids = torch.as_tensor(input_ids, device=positions.device)
+                within = within_image(columns.to(positions.device))
+                positions = put_back(
+                    positions, ids == self.config.image_token_id, num_computed_tokens, within
+                )
+            # a prompt ends with text, so its last position is the largest
+            return rows, positions, int(positions[0, -1]) + 1 - positions.shape[1]
 
 
 class Qwen25VLInfo(ImagesOnly, Qwen2_5_VLProcessingInfo):
@@ -143,13 +182,9 @@ class Qwen3VLPrompt(ByGrid, Qwen3VLMultiModalProcessor):
 class Qwen25VL(Rotated, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL."""
 
-    columns = 4
-
 
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen3VLPrompt, info=Qwen3VLInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
 )
 class Qwen3VL(Rotated, Qwen3VLForConditionalGeneration):
     """Qwen3-VL: the features of its tower's inner layers come along, and get shorter with the rows."""
-
-    columns = 5

@@ -6,6 +6,7 @@ from typing import Any
 
 import vllm
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from vlmprune import env
 from vlmprune.errors import check
@@ -17,6 +18,8 @@ from vlmprune.models.host.parts import check_config
 
 RATE = 1e-17
 """``video_pruning_rate`` that has the runner ask for M-RoPE positions once more, and prunes no video (1 - RATE is 1.0)."""
+
+CPU_WORKER = "vlmprune.integrations.vllm.cpu.Worker"
 
 
 class PrunedConfig(VerifyAndUpdateConfig):
@@ -40,22 +43,20 @@ class PrunedConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Check the budgets by the largest image, and what hides the tower or miscounts it."""
+        """Check the budgets by the largest image, and that nothing hides the tower, miscounts it, or loses positions."""
         from vllm.multimodal import MULTIMODAL_REGISTRY
 
         config, lora = vllm_config.model_config, vllm_config.lora_config
         settings = Settings.of(config.hf_config)
         settings.check_room(MULTIMODAL_REGISTRY.get_processing_info(config).get_max_image_tokens())
+        if not FAMILIES[config.hf_config.model_type].packs:
+            check_rotated(vllm_config.parallel_config)
         if lora is not None:
             inside = lora.enable_tower_connector_lora
             whole = "False (vLLM lays LoRA over as many of the tower's tokens as stay; the tower has all)"
             check(not inside, "enable_tower_connector_lora", whole, inside)
         if settings.policy.needs(0).vision:
-            compiled = vllm_config.compilation_config.compile_mm_encoder
-            check(not compiled, "compile_mm_encoder", "False where a policy reads the vision tower", compiled)
-            mode = config.multimodal_config.mm_encoder_tp_mode
-            reads = "'weights' where a policy reads the vision tower"
-            check(mode == "weights", "mm_encoder_tp_mode", reads, repr(mode))
+            check_seen(vllm_config.compilation_config.compile_mm_encoder, config.multimodal_config)
 
 
 class UnprunedConfig(VerifyAndUpdateConfig):
@@ -68,6 +69,27 @@ class UnprunedConfig(VerifyAndUpdateConfig):
             check_version()
             Settings.of(model_config.hf_config)
             check_architecture(model_config)
+
+
+def check_seen(compiled: bool, multimodal: Any) -> None:
+    """Raise InputError where a vision tower runs so that it cannot be read."""
+    check(not compiled, "compile_mm_encoder", "False where a policy reads the vision tower", compiled)
+    mode = multimodal.mm_encoder_tp_mode
+    check(
+        mode == "weights", "mm_encoder_tp_mode", "'weights' where a policy reads the vision tower", repr(mode)
+    )
+
+
+def check_rotated(parallel: Any) -> None:
+    """Raise InputError where positions would be put right on some ranks only; take a worker that has them put right."""
+    ranks = parallel.pipeline_parallel_size
+    one = "1 with this model (vLLM puts positions right on the first rank alone)"
+    check(ranks == 1, "pipeline_parallel_size", one, ranks)
+    if current_platform.is_cpu():
+        workers = parallel.worker_cls
+        ours = f"{CPU_WORKER!r} on the CPU with this model (or nothing)"
+        check(workers in ("auto", CPU_WORKER), "worker_cls", ours, repr(workers))
+        parallel.worker_cls = CPU_WORKER
 
 
 def check_version() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -63,8 +63,8 @@ class TowerReads:
             attn = getattr(blocks[number], attention).attn
             self.scales[layer] = attn.scale
             attn.register_forward_pre_hook(partial(self._keep, layer), with_kwargs=True)
-        if layers:
-            projector.register_forward_pre_hook(self._see)
+        if layers:  # no hook: modules that vLLM could compile call their forward past all hooks
+            projector.forward = partial(self._see, projector.forward)
 
     @contextmanager
     def noting(self) -> Iterator[Encoded]:
@@ -109,7 +109,8 @@ class TowerReads:
                 every[0] if self.encoder.tower.grids is not None else every.transpose(1, 2)
             )
 
-    def _see(self, projector: Any, args: tuple[Tensor, ...]) -> None:
+    def _see(self, forward: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
         if self.note is not None:
             packed = self.encoder.tower.grids is not None
-            self.features.append(args[0].flatten(0, 1) if packed and args[0].ndim == 3 else args[0])
+            self.features.append(features.flatten(0, 1) if packed and features.ndim == 3 else features)
+        return forward(features)
