@@ -78,6 +78,22 @@ def test_an_image_is_pruned_as_if_it_were_alone(served, padded):
         torch.testing.assert_close(other, one, **CLOSE)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_more_meets_in_the_tower_than_unpruned(served, monkeypatch, padded):
+    """vLLM sends as many images as the kept tokens of which fit; whole ones would have come in several calls."""
+    seen, tower = [], served.model.vision_tower
+    rows = served(PICTURES, padded=padded)
+    crops = served.model.sizes(served.call(PICTURES, padded=padded))
+    monkeypatch.setattr(served.model, "at_once", 16 * max(crops))  # a crop has 16 patches
+    with monkeypatch.context() as patch:
+        forward = tower.forward
+        patch.setattr(tower, "forward", lambda x, **how: (seen.append(len(x)), forward(x, **how))[1])
+        portions = served(PICTURES, padded=padded)
+    assert len(seen) > 1 and sum(seen) == sum(crops) and max(seen) <= max(crops)
+    for one, other in zip(rows, portions, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
 def tensors():
     gc.collect()
     return {id(x): x for x in gc.get_objects() if isinstance(x, torch.Tensor)}
@@ -118,6 +134,6 @@ def hooks(model):
 def test_hooks_where_the_tower_is_read_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     folder = tiny("llava", tmp_path)
-    for policy, count in (({"policy": "divprune", "keep": 5}, 0), ({"policy": "fastervlm", "keep": 5}, 2)):
+    for policy, count in (({"policy": "divprune", "keep": 5}, 0), ({"policy": "fastervlm", "keep": 5}, 1)):
         with engine(folder, policy, **engine_settings("llava")) as llm:
             assert llm.apply_model(hooks) == [count], policy

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from vlmprune.errors import check
 from vlmprune.integrations.vllm.choice import context_of, kept_rows
 from vlmprune.integrations.vllm.settings import KEPT, Settings
 from vlmprune.integrations.vllm.tower import TowerReads
+from vlmprune.models.host.families import token_grid
 from vlmprune.models.host.views import Encoded, ImageViews, Shapes, crop_grid
+from vlmprune.policies.base import tokens_in
 
 
 class PrunedImages:
@@ -29,14 +31,22 @@ class PrunedImages:
         blocks, projector = self.vision_parts()
         layers = self.pruning.policy.needs(0).vision
         self.reads = TowerReads(self.config, blocks, self.attention, projector, layers)
+        self.at_once: int = vllm_config.scheduler_config.max_num_encoder_input_tokens
 
     def vision_parts(self) -> tuple[Sequence[Any], Any]:
         """The tower's blocks, and the projector."""
         raise NotImplementedError
 
-    def noted(self, note: Encoded, kwargs: dict[str, Any]) -> list[int]:
-        """Add to a note what a call says of its images; returns the first crop, or packed patch, of each."""
+    def sizes(self, kwargs: dict[str, Any]) -> list[int]:
+        """How many crops, or packed patches, each image of a call has."""
         raise NotImplementedError
+
+    def describe(self, note: Encoded, kwargs: dict[str, Any]) -> None:
+        """Add to a note what a call says of the shapes of its images."""
+
+    def cut(self, kwargs: dict[str, Any], first: int, last: int) -> dict[str, Any]:
+        """A call of the images ``first`` to ``last - 1`` alone."""
+        return {name: value[first:last] for name, value in kwargs.items()}
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """The kept visual tokens ``[kept, W]`` of every image; W is wider than the language model where more comes along.
@@ -46,13 +56,30 @@ class PrunedImages:
         if KEPT not in kwargs:  # vLLM encodes images and videos in calls of their own
             check("pixel_values" not in kwargs, KEPT, "the count of every image", "none")
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        asked = kwargs.pop(KEPT)
+        return [*chain.from_iterable(map(self._encoded, self._portions(kwargs)))]
+
+    def _portions(self, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """A call cut up as unpruned: vLLM counts what stays, so more images would meet in the tower than it has memory for."""
+        family, first, load = self.reads.encoder.family, 0, 0
+        per_crop = tokens_in([token_grid(self.config)]) if family.packs else 1 / family.side(self.config) ** 2
+        sizes = self.sizes(kwargs)
+        for last, size in enumerate(sizes):
+            tokens = round(size * per_crop)
+            if load and load + tokens > self.at_once:
+                yield self.cut(kwargs, first, last)
+                first, load = last, 0
+            load += tokens
+        yield self.cut(kwargs, first, len(sizes))
+
+    def _encoded(self, kwargs: dict[str, Any]) -> list[Tensor]:
+        """What stays of the images of one run of the tower."""
+        kept = torch.as_tensor(kwargs.pop(KEPT)).flatten().tolist()
         with self.reads.noting() as note:
             encoded = super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        firsts = self.noted(note, kwargs)
+        self.describe(note, kwargs)
         shapes = Shapes(self.config, self.reads.encoder.family.side(self.config))
         images = self.reads.encoder.family.images(shapes, [*encoded], note)
-        kept = torch.as_tensor(asked).flatten().tolist()
+        firsts = starts(self.sizes(kwargs))
         return [
             self._pruned(embeds, k, image, note, first, i)
             for i, (embeds, k, image, first) in enumerate(zip(encoded, kept, images, firsts, strict=True))

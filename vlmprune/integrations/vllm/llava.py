@@ -25,7 +25,7 @@ from vllm.model_executor.models.llava_onevision import (
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vlmprune.integrations.vllm.images import PrunedImages, starts
+from vlmprune.integrations.vllm.images import PrunedImages
 from vlmprune.integrations.vllm.prompts import PrunedPrompt
 from vlmprune.models.host.views import Encoded
 
@@ -63,10 +63,13 @@ class LlavaParts(PrunedImages):
 class Tiled(LlavaParts):
     """Images cut into tiles; where several come in one request, their tiles are padded to the most."""
 
-    def noted(self, note: Encoded, kwargs: dict[str, Any]) -> list[int]:
-        """Note the sizes of the images."""
+    def sizes(self, kwargs: dict[str, Any]) -> list[int]:
+        """The tiles of every image, and padding."""
+        return [len(tiles) for tiles in kwargs["pixel_values"]]
+
+    def describe(self, note: Encoded, kwargs: dict[str, Any]) -> None:
+        """Note the sizes in pixels."""
         note.sizes = tuple((h, w) for h, w in kwargs["image_sizes"].tolist())
-        return starts([len(tiles) for tiles in kwargs["pixel_values"]])
 
 
 class LlavaPrompt(BySize, LlavaMultiModalProcessor):
@@ -89,9 +92,9 @@ class Llava(LlavaParts, LlavaForConditionalGeneration):
 
     hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | FLAT_TOWER
 
-    def noted(self, note: Encoded, kwargs: dict[str, Any]) -> list[int]:
+    def sizes(self, kwargs: dict[str, Any]) -> list[int]:
         """Every image is one crop."""
-        return [*range(len(kwargs["pixel_values"]))]
+        return [1] * len(kwargs["pixel_values"])
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -111,7 +114,7 @@ class LlavaOnevision(Tiled, LlavaOnevisionForConditionalGeneration):
 
     hf_to_vllm_mapper = LlavaOnevisionForConditionalGeneration.hf_to_vllm_mapper | FLAT_TOWER
 
-    def noted(self, note: Encoded, kwargs: dict[str, Any]) -> list[int]:
+    def describe(self, note: Encoded, kwargs: dict[str, Any]) -> None:
         """With the most tiles' worth of tokens that vLLM gives an image."""
+        super().describe(note, kwargs)
         note.ratio = "anyres_max_9"
-        return super().noted(note, kwargs)

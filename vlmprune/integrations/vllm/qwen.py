@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from vlmprune.errors import check
-from vlmprune.integrations.vllm.images import PrunedImages, starts
+from vlmprune.integrations.vllm.images import PrunedImages
 from vlmprune.integrations.vllm.positions import COLUMNS, Placed, cells_of, laid_out, put_back, within_image
 from vlmprune.integrations.vllm.prompts import PrunedPrompt
 from vlmprune.integrations.vllm.settings import KEPT, Settings
@@ -101,10 +102,21 @@ class Rotated(PrunedImages):
         """The tower's blocks, and the merger."""
         return self.visual.blocks, self.visual.merger
 
-    def noted(self, note: Encoded, kwargs: dict[str, Any]) -> list[int]:
-        """Note the grids of the images."""
+    def sizes(self, kwargs: dict[str, Any]) -> list[int]:
+        """The patches of every image."""
+        found: list[int] = kwargs["image_grid_thw"].prod(-1).tolist()
+        return found
+
+    def describe(self, note: Encoded, kwargs: dict[str, Any]) -> None:
+        """Note the grids."""
         note.thw = kwargs["image_grid_thw"].tolist()
-        return starts([t * h * w for t, h, w in note.thw])
+
+    def cut(self, kwargs: dict[str, Any], first: int, last: int) -> dict[str, Any]:
+        """Their patches lie one behind the other."""
+        pixels = dict(kwargs)
+        ends = [0, *accumulate(self.sizes(kwargs))]
+        patches = pixels.pop("pixel_values")[ends[first] : ends[last]]
+        return {**super().cut(pixels, first, last), "pixel_values": patches}
 
     def _postprocess_image_embeds_evs(
         self, image_embeds_split: Sequence[Tensor], image_input: Mapping[str, Any]

@@ -113,7 +113,7 @@ class Settings:
         self.kept(tokens, MOST)
 
     def _asked(self, tokens: int, asked: Any) -> int:
-        known = f"a share in (0, 1], a number of tokens per image >= 1, or {MOST!r}"
+        known = f"a share in (0, 1] or a whole number of tokens per image >= 1 (or {MOST!r})"
         check(is_number(asked), ASKED, known, short(asked))  # a client's text may be of any length
         check_keep(asked, ASKED)
         wanted, most = self._counted(asked, tokens), self.most(tokens)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_gather
 
-from vlmprune.errors import check
 from vlmprune.models.crop_reads import CropReads, Seen, crops_in
 from vlmprune.models.host.families import FAMILIES, TOWERS, Family, Tower
+from vlmprune.models.host.names import attribute
 from vlmprune.models.host.views import Encoded, ImageViews
 
 
@@ -40,10 +40,7 @@ class TowerReads:
         blocks: the tower's blocks.
         attention: name of a block's attention; inside it is vLLM's attention of encoders, ``attn``.
         projector: the projector.
-        layers: vision layers to read, counted as in the whole tower.
-
-    Raises:
-        InputError: a layer that the tower has not, or that vLLM does not load.
+        layers: vision layers to read, counted as in the whole tower, of which vLLM has loaded ``blocks`` (startup.py checks).
     """
 
     def __init__(
@@ -51,16 +48,13 @@ class TowerReads:
     ) -> None:
         tower = TOWERS[config.vision_config.model_type]
         self.encoder = Encoder(config, FAMILIES[config.model_type], tower, projector)
-        self.depth: int = getattr(config.vision_config, tower.depth)
+        self.depth: int = attribute(config.vision_config, tower.depth)
         self.note: Encoded | None = None
         self.features: list[Tensor] = []
         self.scales: dict[int, float] = {}
         self.crops = CropReads(self.encoder)
         for layer in layers:
-            number = layer % self.depth if -self.depth <= layer < self.depth else self.depth
-            expected = f"one of the {len(blocks)} first of {self.depth} layers, which vLLM loads"
-            check(number < len(blocks), "vision_layer", expected, layer)
-            attn = getattr(blocks[number], attention).attn
+            attn = attribute(blocks[layer % self.depth], attention).attn
             self.scales[layer] = attn.scale
             attn.register_forward_pre_hook(partial(self._keep, layer), with_kwargs=True)
         if layers:  # no hook: modules that vLLM could compile call their forward past all hooks
