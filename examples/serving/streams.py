@@ -18,7 +18,8 @@ from urllib.request import urlopen
 from openai import APIError, AsyncOpenAI
 
 # folders only: a checkout must stay off the path
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "glyphworld")]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "glyphworld"))
 
 from client import message
 from make_questions import questions_of
