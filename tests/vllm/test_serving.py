@@ -81,7 +81,7 @@ def test_a_request_has_a_budget_of_its_own(server):
 
 def test_load_counts_what_the_server_did(server, tmp_path):
     out = tmp_path / "load.json"
-    short = ("--streams", "1", "4", "--requests", "8", "--answer", "5", "--warmup", "2")
+    short = ("--streams", "1", "4", "--requests", "8", "--answer", "12", "--warmup", "2")
     ran = run("load.py", "--url", server, "--json", str(out), *short)
     assert ran.returncode == 0, ran.stderr
     one, four = json.loads(out.read_text())
@@ -89,11 +89,14 @@ def test_load_counts_what_the_server_did(server, tmp_path):
     assert one["requests"] == 8 and four["requests"] == 16
     for level in (one, four):
         assert not level["errors"]
-        assert level["tokens_per_s"] == pytest.approx(5 * level["requests_per_s"])  # every answer has five
+        assert level["tokens_per_s"] == pytest.approx(12 * level["requests_per_s"])  # every answer has twelve
         assert 64 < level["prompt_tokens"] < 64 + 16
         assert level["pictures_cached"] == 0 == level["prefix_cached"]
         assert 0 < level["ttft_median"] <= level["ttft_p95"] < level["seconds"]
-    assert 0 < one["kv_peak"] < four["kv_peak"] < 1
+    assert (
+        0 <= one["kv_peak"] <= four["kv_peak"] < 1
+    )  # looked at five times a second: of one stream perhaps between two answers
+    assert four["kv_peak"] > 0
 
 
 def test_time_ends_a_level(server, tmp_path):
