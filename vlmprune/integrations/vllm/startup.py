@@ -42,8 +42,9 @@ class PrunedConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Check what hides the vision tower from a policy that reads it."""
+        """Check what hides the vision tower from a policy that reads it; pace the encoder."""
         config = vllm_config.model_config
+        pace(vllm_config.scheduler_config, config.hf_config)
         if Settings.of(config.hf_config).policy.needs(0).vision:
             compiled = vllm_config.compilation_config.compile_mm_encoder
             check(not compiled, "compile_mm_encoder", "False where a policy reads the vision tower", compiled)
@@ -65,3 +66,16 @@ def check_room(settings: Settings, rows: int, columns: int) -> None:
     for name, value in (("keep", keep), ("max_keep", settings.max_keep)):
         room = not isinstance(value, int) or value <= tokens
         check(room, name, f"at most the {tokens} tokens of an image", value)
+
+
+def pace(scheduler: Any, config: Any) -> None:
+    """Have a step encode as many images as it would unpruned; of families whose images all have as many tokens.
+
+    vLLM bounds what a step encodes in tokens of the prompt. Of 576 tokens 64 are left, and nine times the images would be
+    encoded at once, while every other request waits for its next token.
+    """
+    family = FAMILIES[config.model_type]
+    if family.square:
+        rows, columns = token_grid(config)
+        most = Settings.of(config).most(rows * columns)
+        scheduler.max_num_encoder_input_tokens = scheduler.max_num_batched_tokens * most // (rows * columns)
