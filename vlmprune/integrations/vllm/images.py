@@ -31,7 +31,7 @@ class PrunedImages:
         blocks, projector = self.vision_parts()
         layers = self.pruning.policy.needs(0).vision
         self.reads = TowerReads(self.config, blocks, self.attention, projector, layers)
-        self.at_once: int = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        self.at_once: int = vllm_config.scheduler_config.max_num_batched_tokens
 
     def vision_parts(self) -> tuple[Sequence[Any], Any]:
         """The tower's blocks, and the projector."""

@@ -78,6 +78,11 @@ class Settings:
             usual if self.max_keep is None else max(usual, min(tokens, self._counted(self.max_keep, tokens)))
         )
 
+    @property
+    def scales(self) -> bool:
+        """Whether the same share of any image may stay, rather than the same number of tokens."""
+        return self.most(2 * ENDLESS) == 2 * self.most(ENDLESS)
+
     def kept(self, tokens: int, asked: object = None) -> int:
         """How many stay of an image for which a request asked ``vlmprune_keep``; None = it did not.
 

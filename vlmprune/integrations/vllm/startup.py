@@ -43,13 +43,17 @@ class PrunedConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Check the budgets by the largest image, and that nothing hides the tower, miscounts it, or loses positions."""
+        """Check the budgets by the largest image, and what hides the tower, miscounts it or loses positions; pace the tower."""
         from vllm.multimodal import MULTIMODAL_REGISTRY
 
         config, lora = vllm_config.model_config, vllm_config.lora_config
         settings = Settings.of(config.hf_config)
-        settings.check_room(MULTIMODAL_REGISTRY.get_processing_info(config).get_max_image_tokens())
-        if not FAMILIES[config.hf_config.model_type].packs:
+        largest = MULTIMODAL_REGISTRY.get_processing_info(config).get_max_image_tokens()
+        settings.check_room(largest)
+        family = FAMILIES[config.hf_config.model_type]
+        if family.square or settings.scales:
+            pace(vllm_config.scheduler_config, settings.most(largest), largest)
+        if not family.packs:
             check_rotated(vllm_config.parallel_config)
         if lora is not None:
             inside = lora.enable_tower_connector_lora
@@ -69,6 +73,15 @@ class UnprunedConfig(VerifyAndUpdateConfig):
             check_version()
             Settings.of(model_config.hf_config)
             check_architecture(model_config)
+
+
+def pace(scheduler: Any, kept: int, tokens: int) -> None:
+    """Have a step encode as many images as it would unpruned, where of any the same share stays: ``kept`` of ``tokens``.
+
+    vLLM bounds what a step encodes in tokens of the prompt. Of 576 tokens 64 are left, and nine times the images would be
+    encoded at once, while every other request waits for its next token.
+    """
+    scheduler.max_num_encoder_input_tokens = scheduler.max_num_batched_tokens * kept // tokens
 
 
 def check_seen(compiled: bool, multimodal: Any) -> None:

@@ -1,0 +1,25 @@
+"""A step of the engine encodes as many images as it would if nothing were pruned."""
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed (make test-vllm)")
+
+from helpers.served import CHECKPOINT, engine
+
+TOKENS = 196
+
+
+@pytest.mark.parametrize("more, most", [({}, 49), ({"max_keep": 98}, 98)], ids=["keep", "max_keep"])
+def test_a_step_encodes_as_many_images_as_unpruned(more, most):
+    with engine(CHECKPOINT, {"policy": "divprune", "keep": 49, **more}, max_num_batched_tokens=1960) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        assert scheduler.max_num_encoder_input_tokens // most == 1960 // TOKENS == 10
+        assert scheduler.max_num_scheduled_tokens == 1960
+
+
+def test_one_image_always_fits():
+    with engine(
+        CHECKPOINT, {"policy": "divprune", "keep": 49}, max_num_batched_tokens=128, max_num_seqs=8
+    ) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        assert scheduler.max_num_encoder_input_tokens == 49
