@@ -116,9 +116,7 @@ def test_requests_of_one_batch_have_budgets_of_their_own(model, reference):
     with serving(model) as llm:
         asks = [one.prompt(vlmprune_keep=keep) for one, keep in zip(requests, budgets, strict=True)]
         outputs = said(llm, asks)
-        with pytest.raises(
-            ValueError, match="vlmprune_keep: expected at most 20 of this image's 24 tokens, got 21"
-        ):
+        with pytest.raises(ValueError, match="vlmprune_keep: expected at most 20 of this image's 24 tokens"):
             said(llm, [asked(2, (6, 4), 5).prompt(vlmprune_keep=21)])
     each = [
         expected(reference, [one], {**DIVPRUNE, "keep": keep})

@@ -136,9 +136,11 @@ class Reference:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For a server of its own process: two cores, no network, little memory."""
+    """For a server of its own process: two cores, no network, little memory; what it runs may be of these helpers."""
+    paths = [str(ROOT / "tests" / "_lib"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     return {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
