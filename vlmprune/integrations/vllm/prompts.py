@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from vllm.exceptions import VLLMClientError
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageEmbeddingItems
+from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
 
 from vlmprune.errors import InputError, check
 from vlmprune.integrations.vllm.settings import ASKED, KEPT, MOST, Settings
@@ -59,7 +59,7 @@ class PrunedPrompt:
 
     def _kept(self, images: Any, made: Mapping[str, Any], asked: Any) -> list[int]:
         """How many tokens of every image stay."""
-        ready = isinstance(images, ImageEmbeddingItems)
+        ready = isinstance(images, ImageEmbeddingItems | DictEmbeddingItems)
         check(not ready, "image", "a picture (embeddings show nothing to choose by)", "embeddings")
         return [self.pruning.kept(tokens, asked) for tokens in self.image_tokens(images, made)]
 
