@@ -146,7 +146,7 @@ def test_what_has_no_positions_of_its_own_is_refused(model, reference):
 
 
 def test_embeddings_are_refused(model):
-    """As vLLM takes them for these models: rows and their grid. A policy would look for a tower that has not run."""
+    """As vLLM takes them for these models: rows and their grid. In the worker there would be no pixels to look at."""
     rows = {"image_embeds": torch.zeros(20, WIDTHS[model[0]]), "image_grid_thw": torch.tensor([[1, 8, 10]])}
     whole = {"prompt": asked(2, (4, 5), 3).text, "multi_modal_data": {"image": rows}}
     with serving(model, POLICIES[1], enable_mm_embeds=True) as llm:
