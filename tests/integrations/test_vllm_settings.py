@@ -272,7 +272,7 @@ def test_a_later_share_of_the_whole_image_may_be_off_by_one():
     "asked", [0, -3, True, "64", 64.0, 1.5, 0.0, float("nan"), float("inf"), [64], (), {"a": 1}, np.zeros(2)]
 )
 def test_no_budget(asked):
-    said = r"^vlmprune_keep: expected a share in \(0, 1\] or a whole number of tokens per image >= 1, got "
+    said = r"^vlmprune_keep: expected a share in \(0, 1\] or a whole number of tokens per image >= 1( \(or 'max'\))?, got "
     with pytest.raises(InputError, match=said):
         Settings(DivPrune(keep=64), max_keep=128).kept(576, asked)
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed (make test-vllm)")
 
@@ -10,9 +11,12 @@ from vllm.exceptions import VLLMValidationError
 from helpers.served import Asked, Reference, engine, said, tokens
 from helpers.served_qwen import END, IMAGE, MARKS, START, asked, one_by_one, picture, saved
 from vlmprune import policy_from
+from vlmprune.errors import InputError
 from vlmprune.integrations.vllm import ARCHITECTURES
 
 DIVPRUNE = {"policy": "divprune", "keep": 20}
+WIDTHS = {"qwen2_5_vl": 128, "qwen3_vl": 384}
+"""Of a row of the tower's; Qwen3-VL's inner features come along."""
 POLICIES = [
     {"policy": "divprune", "keep": 10},
     {"policy": "fastervlm", "keep": 9, "vision_layer": -2},
@@ -137,6 +141,16 @@ def test_what_has_no_positions_of_its_own_is_refused(model, reference):
             said(llm, [ends.prompt()])
         outputs = said(llm, [one.prompt() for one in REQUESTS])
     assert tokens(outputs) == expected(reference, REQUESTS)
+
+
+def test_embeddings_are_refused(model):
+    """As vLLM takes them for these models: rows and their grid. In the worker there would be no pixels to look at."""
+    rows = {"image_embeds": torch.zeros(20, WIDTHS[model[0]]), "image_grid_thw": torch.tensor([[1, 8, 10]])}
+    whole = {"prompt": asked(2, (4, 5), 3).text, "multi_modal_data": {"image": rows}}
+    with serving(model, POLICIES[1], enable_mm_embeds=True) as llm:
+        with pytest.raises(InputError, match=r"^image: expected a picture .*, got embeddings$"):
+            said(llm, [whole])
+        assert len(tokens(said(llm, [REQUESTS[0].prompt()]))) == 1
 
 
 def test_positions_beyond_those_with_angles_are_refused(model):

@@ -34,14 +34,17 @@ class Placed(NamedTuple):
     side: int
 
 
-def cells_of(rows: int, columns: int) -> Tensor:
+def cells_of(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
     """The columns ``[rows * columns, 4]`` (int64, 0 to 255) of an image's tokens: high and low byte of row and column.
+
+    They are made on the device (None = the CPU): a copy to it would wait for it.
 
     Example:
         >>> cells_of(1, 2).tolist()
         [[0, 0, 0, 0], [0, 0, 0, 1]]
     """
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    down, across = (torch.arange(n, device=device) for n in (rows, columns))
+    row, column = torch.meshgrid(down, across, indexing="ij")
     both = torch.stack([row.flatten(), column.flatten()], 1)
     return torch.stack([both // BYTE, both % BYTE], 2).flatten(1)
 

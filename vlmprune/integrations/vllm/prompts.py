@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from vllm.exceptions import VLLMClientError
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageEmbeddingItems
+from vllm.multimodal.parse import DictEmbeddingItems, ImageEmbeddingItems
 
 from vlmprune.errors import InputError, check
-from vlmprune.integrations.vllm.settings import ASKED, KEPT, MOST, Settings
+from vlmprune.integrations.vllm.settings import ASKED, KEPT, MOST, OVERRIDE, Settings
 
 
 class RequestError(InputError, VLLMClientError):
@@ -59,13 +59,18 @@ class PrunedPrompt:
 
     def _kept(self, images: Any, made: Mapping[str, Any], asked: Any) -> list[int]:
         """How many tokens of every image stay."""
-        ready = isinstance(images, ImageEmbeddingItems)
+        ready = isinstance(images, ImageEmbeddingItems | DictEmbeddingItems)
         check(not ready, "image", "a picture (embeddings show nothing to choose by)", "embeddings")
         return [self.pruning.kept(tokens, asked) for tokens in self.image_tokens(images, made)]
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:
         fields: Any = super()._get_mm_fields_config(hf_inputs, _without(hf_processor_mm_kwargs))  # type: ignore[misc]
         return {**fields, KEPT: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        """By picture, budget and policy: caches that engines share (KV connectors, encoder connectors) go by these alone."""
+        told = {**inputs.hf_processor_mm_kwargs, OVERRIDE: repr(self.pruning)}
+        return super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=told))  # type: ignore[misc]
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any

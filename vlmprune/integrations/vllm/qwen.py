@@ -124,10 +124,9 @@ class Rotated(PrunedImages):
         """Append our columns; vLLM's own are exact up to 256 cells a side in bfloat16, and of other counts by model."""
         side = self.config.vision_config.spatial_merge_size
         grids = image_input["image_grid_thw"].tolist()
-        cells = [cells_of(rows // side, columns // side) for _, rows, columns in grids]
         return tuple(
-            torch.cat([embeds, own.to(embeds)], 1)
-            for embeds, own in zip(image_embeds_split, cells, strict=True)
+            torch.cat([embeds, cells_of(rows // side, columns // side, embeds.device).to(embeds)], 1)
+            for embeds, (_, rows, columns) in zip(image_embeds_split, grids, strict=True)
         )
 
     def get_mrope_input_positions(

@@ -59,6 +59,10 @@ class PrunedConfig(VerifyAndUpdateConfig):
             inside = lora.enable_tower_connector_lora
             whole = "False (vLLM lays LoRA over as many of the tower's tokens as stay; the tower has all)"
             check(not inside, "enable_tower_connector_lora", whole, inside)
+        captured = vllm_config.compilation_config.cudagraph_mm_encoder
+        check(
+            not captured, "cudagraph_mm_encoder", "False (a captured tower hands on whole images)", captured
+        )
         if settings.policy.needs(0).vision:
             check_seen(vllm_config.compilation_config.compile_mm_encoder, config.multimodal_config)
 
