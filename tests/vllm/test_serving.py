@@ -76,7 +76,7 @@ def test_a_request_has_a_budget_of_its_own(server):
     assert ask(server, "--keep", "32").stdout.splitlines()[1].startswith(f"{32 + QUESTION} prompt tokens")
     refused = ask(server, "--keep", "65")
     assert refused.returncode == 1
-    assert "vlmprune_keep: expected at most 64 of this image's 576 tokens, got 65" in refused.stderr
+    assert "vlmprune_keep: expected at most 64 of this image's 576 tokens (more" in refused.stderr
 
 
 def test_load_counts_what_the_server_did(server, tmp_path):
