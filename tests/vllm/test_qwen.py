@@ -7,8 +7,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed (make test-vllm)")
 
 from vllm.exceptions import VLLMValidationError
 
-from helpers.served import Asked, Reference, engine, said, tokens
-from helpers.served_qwen import END, IMAGE, MARKS, START, asked, one_by_one, picture, saved
+from helpers.served import Asked, Reference, engine, overrides, said, tokens
+from helpers.served_qwen import END, IMAGE, MARKS, START, asked, picture, saved
 from vlmprune import policy_from
 from vlmprune.integrations.vllm import ARCHITECTURES
 
@@ -39,7 +39,7 @@ def model(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(model):
-    return Reference(model[1])
+    return Reference(model[1], "keep")
 
 
 def serving(model, policy=DIVPRUNE, **settings):
@@ -47,8 +47,7 @@ def serving(model, policy=DIVPRUNE, **settings):
 
 
 def expected(reference, requests, policy=DIVPRUNE):
-    where = {} if policy["policy"] in ("uniform", "random") else {"positions": "keep"}
-    return [one_by_one(reference, one, policy_from({**policy, **where})) for one in requests]
+    return [reference(one, policy_from(policy)) for one in requests]
 
 
 def preemptions(llm):
@@ -117,7 +116,7 @@ def test_requests_of_one_batch_have_budgets_of_their_own(model, reference):
         asks = [one.prompt(vlmprune_keep=keep) for one, keep in zip(requests, budgets, strict=True)]
         outputs = said(llm, asks)
         with pytest.raises(
-            ValueError, match="vlmprune_keep: expected at most 20 of this image's 24 tokens, got 21"
+            ValueError, match="vlmprune_keep: expected at most 20 of this image's 24 tokens .*, got 21"
         ):
             said(llm, [asked(2, (6, 4), 5).prompt(vlmprune_keep=21)])
     each = [
@@ -145,12 +144,7 @@ def test_positions_beyond_those_with_angles_are_refused(model):
     over = {"text_config": {"max_position_embeddings": 512}}
     with engine(
         model[1],
-        architecture="",
-        hf_overrides={
-            "architectures": [ARCHITECTURES[model[0]][0]],
-            "vlmprune": {"policy": "divprune", "keep": 4},
-            **over,
-        },
+        hf_overrides=overrides({"policy": "divprune", "keep": 4}, ARCHITECTURES[model[0]][0]) | over,
         limit_mm_per_prompt={"image": 256},
     ) as llm:
         said(llm, [asked(2, (6, 10), 3).prompt()])

@@ -11,7 +11,7 @@ from vllm import AsyncEngineArgs, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from helpers.served import CHECKPOINT, ENGINE, LLAVA, engine
+from helpers.served import CHECKPOINT, ENGINE, engine, overrides
 from helpers.served_apart import Request, answers, heard
 
 POLICY = {"policy": "visionzip", "dominant": 40, "contextual": 9, "max_keep": 98}
@@ -99,7 +99,7 @@ async def crowd(llm):
 
 def test_64_at_once_answer_as_alone_and_cancelled_requests_leave_nothing(sequential):
     async def run():
-        settings = {**ENGINE, "hf_overrides": {"architectures": [LLAVA], "vlmprune": POLICY}}
+        settings = {**ENGINE, "hf_overrides": overrides(POLICY)}
         llm = AsyncLLM.from_engine_args(AsyncEngineArgs(str(CHECKPOINT), **settings), stat_loggers=[Watched])
         try:
             got, ends = await crowd(llm)

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import psutil
 
-from helpers.served import CHECKPOINT, ENGINE, LLAVA, SCENES, environment
+from helpers.served import CHECKPOINT, ENGINE, SCENES, environment, overrides
 
 API_SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 SERVE = """
@@ -117,8 +117,8 @@ def started(log: Path, command: Sequence[str]) -> Iterator[subprocess.Popen[byte
 
 def arguments(policy: Mapping[str, Any], model: Path = CHECKPOINT) -> list[str]:
     """Those of a pruned server, as on a command line."""
-    over = {"architectures": [LLAVA], "vlmprune": dict(policy)}
-    made = ["--model", str(model), "--served-model-name", "tiny", "--hf-overrides", json.dumps(over)]
+    over = json.dumps(overrides(policy))
+    made = ["--model", str(model), "--served-model-name", "tiny", "--hf-overrides", over]
     for name, value in ENGINE.items():
         made.append(f"--{name.replace('_', '-')}")
         made += [] if value is True else [str(value)]
