@@ -98,6 +98,11 @@ def tokens(outputs: Sequence[Any]) -> list[list[int]]:
     return [[*output.outputs[0].token_ids] for output in outputs]
 
 
+def preemptions(llm: Any) -> float:
+    """How many requests an engine had to compute again; it was started with ``disable_log_stats=False``."""
+    return sum(one.value for one in llm.get_metrics() if one.name == "vllm:num_preemptions")
+
+
 @dataclass(frozen=True)
 class Noting(PruningPolicy):
     """The same choice, and what it was: a ``Reduction`` handed to ``note``."""

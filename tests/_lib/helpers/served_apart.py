@@ -10,6 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import pytest
+
 from helpers.served import CHECKPOINT, engine, environment, question, said
 
 
@@ -52,6 +54,13 @@ def heard(outputs: Sequence[Any]) -> list[Said]:
 def answers(llm: Any, requests: Sequence[Request], steps: int = 8, **sampling: Any) -> list[Said]:
     """Greedy answers of an engine."""
     return heard(said(llm, [request.prompt() for request in requests], steps, logprobs=0, **sampling))
+
+
+def same(got: Sequence[Said], expected: Sequence[Said]) -> None:
+    """AssertionError unless the same was said, to prompts of the same length, with about the same probability."""
+    assert [one.ids for one in got] == [one.ids for one in expected]
+    assert [one.prompt for one in got] == [one.prompt for one in expected]
+    assert [one.logprob for one in got] == pytest.approx([one.logprob for one in expected], abs=1e-3)
 
 
 def apart(

@@ -90,7 +90,14 @@ def server(
     """A server that answers; AssertionError with the end of its log if it does not start."""
     port = free_port()
     where = ("--host", "127.0.0.1", "--port", str(port))
-    with started(log, [*entry, *arguments(policy, model), *where, *options]) as process:
+    with listening(log, [*entry, *arguments(policy, model), *where, *options], port) as one:
+        yield one
+
+
+@contextmanager
+def listening(log: Path, command: Sequence[str], port: int) -> Iterator[Server]:
+    """The same of another command, which makes a server listen on ``port``."""
+    with started(log, command) as process:
         one = Server(process, f"http://127.0.0.1:{port}", log)
         until(lambda: answers(one), START, one)
         yield one
