@@ -75,6 +75,10 @@ def test_chunks_may_end_inside_an_image(model, reference):
     requests = [asked(3, (8, 9), 5, (9, 7), 4, seed=6), asked(1, (7, 9), 9, seed=7)]
     small = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "enable_prefix_caching": False}
     with serving(model, policy, **small) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        assert (
+            scheduler.max_num_encoder_input_tokens == 36
+        )  # room for what may stay of an image, not for all of it
         outputs = said(llm, [one.prompt() for one in requests])
     assert tokens(outputs) == expected(reference, requests, policy)
 
