@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from helpers.served import CHECKPOINT, engine, environment, question, said
+from helpers.served import CHECKPOINT, engine, question, said
+from helpers.server import started
 
 
 class Said(NamedTuple):
@@ -73,15 +73,10 @@ def apart(
     """Greedy answers of an engine in a new process, with ``surroundings`` added to its environment."""
     asked = {"requests": requests, "policy": policy, "model": str(model), "settings": settings}
     with TemporaryDirectory() as folder:
-        answered = Path(folder) / "answers.json"
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "helpers.served_apart", json.dumps(asked), answered],
-            env=environment(**(surroundings or {})),
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        log, answered = Path(folder) / "log", Path(folder) / "answers.json"
+        command = ["-m", "helpers.served_apart", json.dumps(asked), str(answered)]
+        with started(log, command, **(surroundings or {})) as process:
+            assert process.wait(180) == 0, log.read_text()
         return [Said(*one) for one in json.loads(answered.read_text())]
 
 

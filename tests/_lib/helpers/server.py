@@ -101,14 +101,17 @@ def listening(log: Path, command: Sequence[str], port: int) -> Iterator[Server]:
 
 
 @contextmanager
-def started(log: Path, command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A Python process in a group of its own. At the end all of the group is killed, whatever happened."""
+def started(log: Path, command: Sequence[str], **surroundings: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python process in a group of its own, with ``surroundings`` added to its environment.
+
+    At the end all of the group is killed, whatever happened.
+    """
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-P", *command],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=environment(),
+            env=environment(**surroundings),
             start_new_session=True,
         )
     try:
