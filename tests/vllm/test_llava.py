@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed (make test-vllm)")
 
 from helpers.served import CHECKPOINT, Reference, engine, question, said, tokens
-from helpers.served_tiny import LAYOUTS, Alone, ask, engine_settings, renamed, tiny
+from helpers.served_tiny import LAYOUTS, ask, engine_settings, renamed, tiny
 from vlmprune import policy_from
 
 POLICIES = [
@@ -39,7 +39,7 @@ def test_answers_are_those_of_transformers(reference, policy):
     with engine(CHECKPOINT, policy) as llm:
         outputs = said(llm, [one.prompt() for one in asked])
     made = policy_from(policy)
-    assert tokens(outputs) == [reference(one, Alone(made)) for one in asked]
+    assert tokens(outputs) == [reference(one, made) for one in asked]
     text = len(question(0, images=0).text.split())
     assert len(outputs[0].prompt_token_ids) == text + made.kept(196, 1, 0)
 
@@ -63,7 +63,7 @@ def test_either_tower(made, name):
     folder, reference = made
     with engine(folder, SMALL[name], **engine_settings("llava")) as llm:
         outputs = said(llm, [one.prompt() for one in ASKED])
-    policy = Alone(policy_from(SMALL[name]))
+    policy = policy_from(SMALL[name])
     assert tokens(outputs) == [reference(one, policy) for one in ASKED]
 
 
@@ -73,5 +73,5 @@ def test_checkpoints_of_other_names_load(made, tmp_path, layout):
     settings = SMALL["fastervlm"]
     with engine(renamed(folder, tmp_path / layout, layout), settings, **engine_settings("llava")) as llm:
         outputs = said(llm, [one.prompt() for one in ASKED])
-    policy = Alone(policy_from(settings))
+    policy = policy_from(settings)
     assert tokens(outputs) == [reference(one, policy) for one in ASKED]

@@ -7,9 +7,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed (make test-vllm)")
 from helpers.served import CHECKPOINT, engine
 
 TOKENS = 196
+LARGEST = pytest.mark.parametrize("more, most", [({}, 49), ({"max_keep": 98}, 98)], ids=["keep", "max_keep"])
 
 
-@pytest.mark.parametrize("more, most", [({}, 49), ({"max_keep": 98}, 98)], ids=["keep", "max_keep"])
+@LARGEST
 def test_a_step_encodes_as_many_images_as_unpruned(more, most):
     with engine(CHECKPOINT, {"policy": "divprune", "keep": 49, **more}, max_num_batched_tokens=1960) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
@@ -17,9 +18,9 @@ def test_a_step_encodes_as_many_images_as_unpruned(more, most):
         assert scheduler.max_num_scheduled_tokens == 1960
 
 
-def test_one_image_always_fits():
-    with engine(
-        CHECKPOINT, {"policy": "divprune", "keep": 49}, max_num_batched_tokens=128, max_num_seqs=8
-    ) as llm:
+@LARGEST
+def test_the_largest_budget_always_fits(more, most):
+    few = {"max_num_batched_tokens": 128, "max_num_seqs": 8}
+    with engine(CHECKPOINT, {"policy": "divprune", "keep": 49, **more}, **few) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        assert scheduler.max_num_encoder_input_tokens == 49
+        assert scheduler.max_num_encoder_input_tokens == most > 128 * most // TOKENS

@@ -4,21 +4,14 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed (make test-vllm)")
 
-from safetensors.torch import load_file, save_file
-
 from helpers.served import CHECKPOINT, engine
-from helpers.served_apart import Request, answers, apart
+from helpers.served_apart import Request, answers, apart, same
+from helpers.served_tiny import renamed
 
 REQUESTS = [Request(0), Request(1, 2), Request(2, keep=24), Request(5, 2, 10)]
 READS_TOWER = {"policy": "visionzip", "dominant": 40, "contextual": 9}
 DIVPRUNE = {"policy": "divprune", "keep": 49}
 NO_PLUGIN = {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-
-
-def same(got, expected):
-    assert [one.ids for one in got] == [one.ids for one in expected]
-    assert [one.prompt for one in got] == [one.prompt for one in expected]
-    assert [one.logprob for one in got] == pytest.approx([one.logprob for one in expected], abs=1e-3)
 
 
 @pytest.mark.parametrize("policy", [READS_TOWER, DIVPRUNE], ids=lambda policy: policy["policy"])
@@ -41,19 +34,7 @@ def test_an_engine_of_text_alone_has_no_tower():
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """The checkpoint with the names of weights that vLLM's own class knows."""
-    there = tmp_path_factory.mktemp("published")
-    for file in CHECKPOINT.iterdir():
-        (there / file.name).symlink_to(file)
-    weights = load_file(CHECKPOINT / "model.safetensors")
-    (there / "model.safetensors").unlink()
-    parts = ("embeddings", "encoder", "pre_layrnorm", "post_layernorm")
-    renamed = {}
-    for name, weight in weights.items():
-        for part in parts:
-            name = name.replace(f"vision_tower.{part}.", f"vision_tower.vision_model.{part}.")
-        renamed[name] = weight
-    save_file(renamed, there / "model.safetensors", {"format": "pt"})
-    return there
+    return renamed(CHECKPOINT, tmp_path_factory.mktemp("published") / "hub", "hub")
 
 
 def test_without_the_override_nothing_changes(published):

@@ -17,7 +17,7 @@ from transformers import (
 )
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-from helpers.served import CHECKPOINT, LLAVA, engine, question, said, tokens
+from helpers.served import CHECKPOINT, LLAVA, engine, overrides, question, said, tokens
 from vlmprune.errors import InputError
 from vlmprune.integrations.vllm import ARCHITECTURES, UNPRUNED
 from vlmprune.integrations.vllm.startup import PrunedConfig, UnprunedConfig
@@ -38,10 +38,6 @@ def refused(model, over, expected, **settings):
     assert len(lines) == 1
     assert expected in lines[0]
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
-
-
-def asking(policy, architecture=LLAVA):
-    return {"architectures": [architecture], "vlmprune": policy}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +64,7 @@ def asking(policy, architecture=LLAVA):
     ids=repr,
 )
 def test_settings(policy, expected):
-    refused(CHECKPOINT, asking(policy), expected)
+    refused(CHECKPOINT, overrides(policy), expected)
 
 
 def test_an_architecture_without_a_policy():
@@ -81,13 +77,13 @@ def test_a_policy_without_an_architecture():
 
 
 def test_a_layer_that_vllm_does_not_load():
-    over = {**asking(SEES), "vision_feature_layer": -2}
+    over = {**overrides(SEES), "vision_feature_layer": -2}
     refused(CHECKPOINT, over, "expected -4 to -2, or 0 to 2 (of 4 layers vLLM loads 3), got -1")
 
 
 def test_what_hides_the_tower():
     compiled = {"compile_mm_encoder": True}
-    refused(CHECKPOINT, asking(SEES), "compile_mm_encoder: expected False", compilation_config=compiled)
+    refused(CHECKPOINT, overrides(SEES), "compile_mm_encoder: expected False", compilation_config=compiled)
 
 
 def test_what_passes_the_pruning_by():
@@ -100,13 +96,13 @@ def test_a_budget_among_the_settings_of_the_processor():
     kwargs = {"vlmprune_keep": 8}
     refused(
         CHECKPOINT,
-        asking(SMALL),
+        overrides(SMALL),
         "mm_processor_kwargs: expected no 'vlmprune_keep'",
         mm_processor_kwargs=kwargs,
     )
 
 
-@pytest.mark.parametrize("over", [asking(SMALL), {"vlmprune": SMALL}], ids=["pruned", "stray"])
+@pytest.mark.parametrize("over", [overrides(SMALL), {"vlmprune": SMALL}], ids=["pruned", "stray"])
 def test_another_release(monkeypatch, over):
     monkeypatch.setattr(vllm, "__version__", "0.99.1")
     refused(CHECKPOINT, over, "vllm: expected 0.32, with which vlmprune was tested")
@@ -132,7 +128,7 @@ def configured(folder, kind, architecture):
 )
 @pytest.mark.parametrize("stray", [False, True], ids=["architecture", "stray"])
 def test_another_family(tmp_path, kind, own, expected, stray):
-    over = {"vlmprune": SMALL} if stray else asking(SMALL)
+    over = {"vlmprune": SMALL} if stray else overrides(SMALL)
     refused(configured(tmp_path, kind, own), over, expected)
 
 
@@ -164,12 +160,12 @@ def tiled(tmp_path):
 def test_more_than_the_largest_image_has(tiled):
     refused(
         tiled,
-        asking({"policy": "divprune", "keep": 1009}, NEXT),
+        overrides({"policy": "divprune", "keep": 1009}, NEXT),
         "the 1008 tokens of this model's largest image",
     )
     refused(
         tiled,
-        asking({**SMALL, "max_keep": 1009}, NEXT),
+        overrides({**SMALL, "max_keep": 1009}, NEXT),
         "max_keep: expected 16 (what the policy keeps itself) to 1008",
     )
 

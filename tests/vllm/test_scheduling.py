@@ -11,8 +11,8 @@ from vllm import AsyncEngineArgs, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from helpers.served import CHECKPOINT, ENGINE, LLAVA, engine
-from helpers.served_apart import Request, answers, heard
+from helpers.served import CHECKPOINT, ENGINE, engine, overrides, preemptions
+from helpers.served_apart import Request, answers, heard, same
 
 POLICY = {"policy": "visionzip", "dominant": 40, "contextual": 9, "max_keep": 98}
 MIXED = [
@@ -21,12 +21,6 @@ MIXED = [
 ][:64]
 """Six pictures, three questions, one picture or two, six budgets."""
 ALONE = {"max_num_seqs": 1, "enable_prefix_caching": False, "mm_processor_cache_gb": 0}
-
-
-def same(got, expected):
-    assert [one.ids for one in got] == [one.ids for one in expected]
-    assert [one.prompt for one in got] == [one.prompt for one in expected]
-    assert [one.logprob for one in got] == pytest.approx([one.logprob for one in expected], abs=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +50,7 @@ def test_requests_that_are_preempted_and_computed_again(sequential):
     small = {"max_model_len": 320, "num_gpu_blocks_override": 12, "enable_prefix_caching": False}
     with engine(CHECKPOINT, POLICY, disable_log_stats=False, **small) as llm:
         got = answers(llm, MIXED[:8], 60, ignore_eos=True)
-        counted = {metric.name: metric for metric in llm.get_metrics()}
-    assert counted["vllm:num_preemptions"].value > 0
+        assert preemptions(llm) > 0
     same(got, sequential[1])
 
 
@@ -99,7 +92,7 @@ async def crowd(llm):
 
 def test_64_at_once_answer_as_alone_and_cancelled_requests_leave_nothing(sequential):
     async def run():
-        settings = {**ENGINE, "hf_overrides": {"architectures": [LLAVA], "vlmprune": POLICY}}
+        settings = {**ENGINE, "hf_overrides": overrides(POLICY)}
         llm = AsyncLLM.from_engine_args(AsyncEngineArgs(str(CHECKPOINT), **settings), stat_loggers=[Watched])
         try:
             got, ends = await crowd(llm)

@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed (make test-vllm)")
 import httpx
 from openai import AsyncOpenAI, OpenAI
 
-from helpers.served import CHECKPOINT, QUESTIONS, Packed, Reference, question
+from helpers.served import CHECKPOINT, QUESTIONS, Reference, question
 from helpers.server import API_SERVER, SERVE, arguments, chat_body, members, server, started, until
 from vlmprune import policy_from
 
@@ -79,7 +79,7 @@ def of_images(usage):
 
 def budget(keep):
     """The policy with that budget, as transformers runs it."""
-    return Packed(policy_from({**POLICY, "keep": keep}))
+    return policy_from({**POLICY, "keep": keep})
 
 
 def test_answers_are_those_of_transformers(served, reference):

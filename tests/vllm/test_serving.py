@@ -1,63 +1,33 @@
 """examples/serving as its README has it: a server by one command, a client, a short load; and what the scripts refuse."""
 
 import json
-import socket
 import subprocess
 import sys
-import time
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed (make test-vllm)")
 
 from helpers.served import ROOT, SCENES, environment
+from helpers.server import free_port, listening
 
 SERVING = ROOT / "examples" / "serving"
 QUESTION = 8  # tokens beside the picture's: <bos> USER: locate the green phone . ASSISTANT:
 EAGER = ("--enforce-eager", "--block-size", "32", "--max-model-len", "768")
 
 
-def words(script, *args):
-    return [sys.executable, "-P", str(SERVING / script), *args]
-
-
 def run(script, *args):
-    return subprocess.run(
-        words(script, *args), capture_output=True, text=True, timeout=120, env=environment()
-    )
+    command = [sys.executable, "-P", str(SERVING / script), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A pruned server's address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    start = words("serve.py", "--policy", "divprune:keep=64", "--port", str(port), *EAGER)
-    with log.open("w") as out:
-        process = subprocess.Popen(start, stdout=out, stderr=subprocess.STDOUT, env=environment())
-    try:
-        for _ in range(240):
-            assert process.poll() is None, log.read_text()[-3000:]
-            if up(f"http://127.0.0.1:{port}/health"):
-                break
-            time.sleep(0.5)
-        else:
-            pytest.fail(f"no server:\n{log.read_text()[-3000:]}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def up(url):
-    try:
-        return urlopen(url).status == 200
-    except URLError:
-        return False
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+    start = [str(SERVING / "serve.py"), "--policy", "divprune:keep=64", "--port", str(port), *EAGER]
+    with listening(log, start, port) as one:
+        yield one.url
 
 
 def ask(server, *more):
@@ -76,7 +46,7 @@ def test_a_request_has_a_budget_of_its_own(server):
     assert ask(server, "--keep", "32").stdout.splitlines()[1].startswith(f"{32 + QUESTION} prompt tokens")
     refused = ask(server, "--keep", "65")
     assert refused.returncode == 1
-    assert "vlmprune_keep: expected at most 64 of this image's 576 tokens" in refused.stderr
+    assert "vlmprune_keep: expected at most 64 of this image's 576 tokens (more" in refused.stderr
 
 
 def test_load_counts_what_the_server_did(server, tmp_path):
@@ -93,27 +63,15 @@ def test_load_counts_what_the_server_did(server, tmp_path):
         assert 64 < level["prompt_tokens"] < 64 + 16
         assert level["pictures_cached"] == 0 == level["prefix_cached"]
         assert 0 < level["ttft_median"] <= level["ttft_p95"] < level["seconds"]
-    assert (
-        0 <= one["kv_peak"] <= four["kv_peak"] < 1
-    )  # looked at five times a second: of one stream perhaps between two answers
+    # looked at five times a second: of one stream perhaps between two answers
+    assert 0 <= one["kv_peak"] <= four["kv_peak"] < 1
     assert four["kv_peak"] > 0
 
 
 def test_time_ends_a_level(server, tmp_path):
     out = tmp_path / "load.json"
-    run(
-        "load.py",
-        "--url",
-        server,
-        "--json",
-        str(out),
-        "--streams",
-        "2",
-        "--requests",
-        "500",
-        "--seconds",
-        "2",
-    )
+    short = ("--streams", "2", "--requests", "500", "--seconds", "2")
+    run("load.py", "--url", server, "--json", str(out), *short)
     (level,) = json.loads(out.read_text())
     assert 2 <= level["seconds"] < 10 and level["requests"] < 200
 

@@ -7,7 +7,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed (make test-vllm)")
 
 from helpers.scorers import Slope
 from helpers.served import Reference, engine, said, tokens
-from helpers.served_tiny import LAYOUTS, SIZES, VIDEO, Alone, ask, engine_settings, picture, renamed, tiny
+from helpers.served_tiny import LAYOUTS, SIZES, VIDEO, ask, engine_settings, picture, renamed, tiny
 from vlmprune import policy_from
 
 MADE = {"llava_next": ("clip", "mistral"), "llava_onevision": ("siglip", "qwen2")}
@@ -76,7 +76,7 @@ def test_answers_are_those_of_transformers(made, scorer, name):
     with engine(folder, settings, **engine_settings(family)) as llm:
         outputs = said(llm, [one.prompt() for one in ASKED])
     policy = policy_from(settings)
-    assert tokens(outputs) == [reference(one, Alone(policy)) for one in ASKED]
+    assert tokens(outputs) == [reference(one, policy) for one in ASKED]
     assert [len(o.prompt_token_ids) for o in outputs] == [lengths(reference, one, policy) for one in ASKED]
 
 
@@ -86,8 +86,8 @@ def test_checkpoints_of_other_names_load(made, tmp_path, layout):
     settings = POLICIES["fastervlm"]
     with engine(renamed(folder, tmp_path / layout, layout), settings, **engine_settings(family)) as llm:
         outputs = said(llm, [one.prompt() for one in ASKED[:2]])
-    packed = Alone(policy_from(settings))
-    assert tokens(outputs) == [reference(one, packed) for one in ASKED[:2]]
+    policy = policy_from(settings)
+    assert tokens(outputs) == [reference(one, policy) for one in ASKED[:2]]
 
 
 def film(frames: int = 3):

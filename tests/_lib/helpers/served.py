@@ -1,12 +1,13 @@
-"""What the tests of the vLLM plugin share: engines, the same request asked of transformers, and policies packed as vLLM packs."""
+"""What the tests of the vLLM plugin share: engines, and the same request asked of transformers."""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ def question(number: int, images: int = 1) -> Asked:
     return Asked(text, tuple(scene(number + i) for i in range(images)))
 
 
+def overrides(policy: object, architecture: str = LLAVA) -> dict[str, Any]:
+    """The ``hf_overrides`` that turn pruning on."""
+    return {"architectures": [architecture], "vlmprune": policy}
+
+
 @contextmanager
 def engine(
     model: Path, policy: Mapping[str, Any] | None = None, architecture: str = LLAVA, **settings: Any
@@ -69,7 +75,7 @@ def engine(
     """An ``LLM``; in this process unless ``VLLM_ENABLE_V1_MULTIPROCESSING`` is 1."""
     from vllm import LLM
 
-    over = {} if policy is None else {"architectures": [architecture], "vlmprune": dict(policy)}
+    over = {} if policy is None else overrides(policy, architecture)
     llm = LLM(str(model), **{**ENGINE, "hf_overrides": over, **settings})
     try:
         yield llm
@@ -92,41 +98,89 @@ def tokens(outputs: Sequence[Any]) -> list[list[int]]:
     return [[*output.outputs[0].token_ids] for output in outputs]
 
 
+def preemptions(llm: Any) -> float:
+    """How many requests an engine had to compute again; it was started with ``disable_log_stats=False``."""
+    return sum(one.value for one in llm.get_metrics() if one.name == "vllm:num_preemptions")
+
+
 @dataclass(frozen=True)
-class Packed(PruningPolicy):
-    """The same choice, image by image, with the kept tokens at 0, 1, 2, ...: where they stand in vLLM's LLaVAs."""
+class Noting(PruningPolicy):
+    """The same choice, and what it was: a ``Reduction`` handed to ``note``."""
 
     policy: PruningPolicy
+    note: Callable[[Reduction], None]
 
     layers = (0,)
 
     def needs(self, layer: int) -> Any:
-        return self.policy.needs(layer) | vlmprune.Needs(hidden=True)
+        return self.policy.needs(layer)
 
     def select(self, ctx: Any) -> Any:
         choice = self.policy.select(ctx)
-        made = choice if isinstance(choice, Reduction) else Reduction(choice)
-        return Reduction(made.index, made.hidden, "pack")
+        self.note(choice if isinstance(choice, Reduction) else Reduction(choice))
+        return choice
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         return self.policy.kept(tokens, images, layer)
 
-    def spends(self, layer: int) -> str:
-        return self.policy.spends(layer)
+
+@dataclass(frozen=True)
+class Together(PruningPolicy):
+    """What was chosen of each image alone, in a prompt of all of them.
+
+    Args:
+        choices: of the images, in order.
+        positions: "pack", or "keep" those that tokens had.
+    """
+
+    choices: tuple[Reduction, ...]
+    positions: str
+
+    layers = (0,)
+
+    def needs(self, layer: int) -> Any:
+        return vlmprune.Needs(hidden=True)
+
+    def select(self, ctx: Any) -> Any:
+        firsts = accumulate(ctx.images()[0], initial=0)
+        index = [choice.index + first for choice, first in zip(self.choices, firsts, strict=False)]
+        made = [choice.hidden for choice in self.choices if choice.hidden is not None]
+        return Reduction(torch.cat(index, 1), torch.cat(made, 1) if made else None, self.positions)
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        return sum(choice.index.shape[1] for choice in self.choices)
 
 
 class Reference:
-    """A checkpoint in transformers, asked as an engine is asked."""
+    """A checkpoint in transformers, asked as an engine is asked; each image is pruned as if it were alone.
 
-    def __init__(self, model: Path) -> None:
+    Args:
+        model: its folder.
+        positions: of the kept tokens: "pack" as vLLM's LLaVAs have them, or "keep" as its Qwen-VLs.
+    """
+
+    def __init__(self, model: Path, positions: str = "pack") -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
         self.processor = AutoProcessor.from_pretrained(model)
+        self.positions = positions
 
-    @torch.inference_mode()
     def __call__(self, asked: Asked, policy: PruningPolicy | None, steps: int = 8) -> list[int]:
         """The greedy answer's ids, the end of the text among them as vLLM has it."""
+        if policy is not None and asked.images:
+            if "positions" in policy.__dataclass_fields__:  # of merged tokens it is also their order
+                policy = replace(policy, positions=self.positions)
+            text = self.processor.image_token + asked.text.rpartition(self.processor.image_token)[2]
+            choices: list[Reduction] = []
+            for image in asked.images:
+                self._answer(Asked(text, (image,)), Noting(policy, choices.append), steps=1)
+            assert len(choices) == len(asked.images)
+            policy = Together(tuple(choices), self.positions)
+        return self._answer(asked, policy, steps)
+
+    @torch.inference_mode()
+    def _answer(self, asked: Asked, policy: PruningPolicy | None, steps: int) -> list[int]:
         inputs = self.processor(
             text=asked.text, images=[*asked.images] or None, return_tensors="pt", add_special_tokens=False
         )

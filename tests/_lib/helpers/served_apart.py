@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from helpers.served import CHECKPOINT, engine, environment, question, said
+import pytest
+
+from helpers.served import CHECKPOINT, engine, question, said
+from helpers.server import started
 
 
 class Said(NamedTuple):
@@ -54,6 +56,13 @@ def answers(llm: Any, requests: Sequence[Request], steps: int = 8, **sampling: A
     return heard(said(llm, [request.prompt() for request in requests], steps, logprobs=0, **sampling))
 
 
+def same(got: Sequence[Said], expected: Sequence[Said]) -> None:
+    """AssertionError unless the same was said, to prompts of the same length, with about the same probability."""
+    assert [one.ids for one in got] == [one.ids for one in expected]
+    assert [one.prompt for one in got] == [one.prompt for one in expected]
+    assert [one.logprob for one in got] == pytest.approx([one.logprob for one in expected], abs=1e-3)
+
+
 def apart(
     requests: Sequence[Request],
     policy: Mapping[str, Any] | None,
@@ -64,15 +73,10 @@ def apart(
     """Greedy answers of an engine in a new process, with ``surroundings`` added to its environment."""
     asked = {"requests": requests, "policy": policy, "model": str(model), "settings": settings}
     with TemporaryDirectory() as folder:
-        answered = Path(folder) / "answers.json"
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "helpers.served_apart", json.dumps(asked), answered],
-            env=environment(**(surroundings or {})),
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        log, answered = Path(folder) / "log", Path(folder) / "answers.json"
+        command = ["-m", "helpers.served_apart", json.dumps(asked), str(answered)]
+        with started(log, command, **(surroundings or {})) as process:
+            assert process.wait(180) == 0, log.read_text()
         return [Said(*one) for one in json.loads(answered.read_text())]
 
 

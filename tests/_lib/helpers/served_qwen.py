@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-import vlmprune
-from helpers.served import Asked, Reference
-from vlmprune.policies import PruningPolicy, Reduction
+from helpers.served import Asked
 
 WORDS = 180
 MARKS = ("<pad>", "<eos>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -130,58 +126,3 @@ def asked(*parts: Any, seed: int = 0) -> Asked:
             text += f"{MARKS[START]}{MARKS[IMAGE]}{MARKS[END]}"
             images.append(picture(*part, seed=seed + len(images)))
     return Asked(text, tuple(images))
-
-
-@dataclass(frozen=True)
-class Noting(PruningPolicy):
-    """The same choice, and what it was."""
-
-    policy: PruningPolicy
-    note: Callable[[Any], None]
-
-    layers = (0,)
-
-    def needs(self, layer: int) -> Any:
-        return self.policy.needs(layer)
-
-    def select(self, ctx: Any) -> Any:
-        choice = self.policy.select(ctx)
-        made = choice if isinstance(choice, Reduction) else Reduction(choice)
-        self.note((sum(ctx.counts), made.index, made.hidden))
-        return choice
-
-    def kept(self, tokens: int, images: float, layer: int) -> int:
-        return self.policy.kept(tokens, images, layer)
-
-
-@dataclass(frozen=True)
-class Chosen(PruningPolicy):
-    """Choices made of images one by one, for a prompt of all of them."""
-
-    choices: tuple[Any, ...]
-
-    layers = (0,)
-
-    def needs(self, layer: int) -> Any:
-        return vlmprune.Needs(hidden=True)
-
-    def select(self, ctx: Any) -> Any:
-        firsts = [sum(n for n, _, _ in self.choices[:i]) for i in range(len(self.choices))]
-        index = [chosen + first for first, (_, chosen, _) in zip(firsts, self.choices, strict=True)]
-        made = [rows for _, _, rows in self.choices if rows is not None]
-        return Reduction(torch.cat(index, 1), torch.cat(made, 1) if made else None, "keep")
-
-    def kept(self, tokens: int, images: float, layer: int) -> int:
-        return sum(chosen.shape[1] for _, chosen, _ in self.choices)
-
-
-def one_by_one(reference: Reference, request: Asked, policy: PruningPolicy) -> list[int]:
-    """The answer of transformers where each image is pruned as if it were alone."""
-    if not request.images:
-        return reference(request, policy)
-    choices: list[Any] = []
-    for image in request.images:
-        alone = Asked(f"{MARKS[START]}{MARKS[IMAGE]}{MARKS[END]}", (image,))
-        reference(alone, Noting(policy, choices.append), steps=1)
-    assert len(choices) == len(request.images)
-    return reference(request, Chosen(tuple(choices)))

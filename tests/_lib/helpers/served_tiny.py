@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from helpers.served import CHECKPOINT, QUESTIONS, Asked, Packed
-from vlmprune import Reduction, TokenContext
+from helpers.served import CHECKPOINT, QUESTIONS, Asked
 from vlmprune.integrations.vllm import ARCHITECTURES
 
 SIDE, PATCH = 32, 8  # 16 patches a crop
@@ -174,40 +172,6 @@ def ask(*shapes: str, seed: int = 0) -> Asked:
     return Asked(f"<bos> USER: {f'{IMAGE} ' * len(images)}{text} ASSISTANT:", images)
 
 
-def architecture(family: str) -> str:
-    """The pruned one."""
-    return ARCHITECTURES[family][0]
-
-
 def engine_settings(family: str) -> Mapping[str, Any]:
     """For ``served.engine``."""
-    return {"architecture": architecture(family), "max_model_len": 2048}
-
-
-@dataclass(frozen=True)
-class Alone(Packed):
-    """As ``Packed``, and a policy that weighs all images of a prompt together is shown each as a prompt of its own.
-
-    That is what vLLM can do, which caches images. Only for policies that read nothing but rows.
-    """
-
-    def select(self, ctx: TokenContext) -> Reduction:
-        if self.policy.spends(0) != "prompt":
-            return super().select(ctx)
-        assert ctx.hidden is not None and not self.policy.needs(0).vision
-        found, first, grids = [], 0, list(ctx.grids[0])
-        for n in ctx.images()[0]:
-            own: list[tuple[int, int]] = []
-            while sum(rows * columns for rows, columns in own) < n:
-                own.append(grids.pop(0))
-            choice = self.policy.select(_prompt_of(ctx.hidden[:, first : first + n], tuple(own)))
-            found.append((choice.index if isinstance(choice, Reduction) else choice) + first)
-            first += n
-        return Reduction(torch.cat(found, 1), None, "pack")
-
-
-def _prompt_of(rows: torch.Tensor, grids: tuple[tuple[int, int], ...]) -> TokenContext:
-    """Of one image ``[1, n, D]`` alone."""
-    n = rows.shape[1]
-    places = torch.arange(n)[None]
-    return TokenContext(0, places >= 0, (n,), places, places, (grids,), rows, sizes=((n,),))
+    return {"architecture": ARCHITECTURES[family][0], "max_model_len": 2048}

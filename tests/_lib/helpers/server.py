@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import psutil
 
-from helpers.served import CHECKPOINT, ENGINE, LLAVA, SCENES, environment
+from helpers.served import CHECKPOINT, ENGINE, SCENES, environment, overrides
 
 API_SERVER = ("-m", "vllm.entrypoints.openai.api_server")
 SERVE = """
@@ -62,13 +62,11 @@ class Server:
             f"{self.url}/v1/chat/completions", content=json.dumps(body), headers=kind, timeout=60
         )
 
-    def metric(self, name: str, **labels: str) -> float:
-        """Sum of a metric over its labels, or over those that agree with the given ones."""
-        values = []
-        for line in httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines():
-            if re.match(rf"{name}[{{ ]", line) and all(f'{k}="{v}"' in line for k, v in labels.items()):
-                values.append(float(line.rsplit(" ", 1)[1]))
-        assert values, f"no metric {name} {labels}"
+    def metric(self, name: str) -> float:
+        """Sum of a metric over its labels."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        values = [float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{name}[{{ ]", line)]
+        assert values, f"no metric {name}"
         return sum(values)
 
     def members(self) -> list[str]:
@@ -85,26 +83,35 @@ def server(
     policy: Mapping[str, Any],
     *options: str,
     entry: Sequence[str] = API_SERVER,
-    model: Path = CHECKPOINT,
 ) -> Iterator[Server]:
     """A server that answers; AssertionError with the end of its log if it does not start."""
     port = free_port()
     where = ("--host", "127.0.0.1", "--port", str(port))
-    with started(log, [*entry, *arguments(policy, model), *where, *options]) as process:
+    with listening(log, [*entry, *arguments(policy), *where, *options], port) as one:
+        yield one
+
+
+@contextmanager
+def listening(log: Path, command: Sequence[str], port: int) -> Iterator[Server]:
+    """The same of another command, which makes a server listen on ``port``."""
+    with started(log, command) as process:
         one = Server(process, f"http://127.0.0.1:{port}", log)
         until(lambda: answers(one), START, one)
         yield one
 
 
 @contextmanager
-def started(log: Path, command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A Python process in a group of its own. At the end all of the group is killed, whatever happened."""
+def started(log: Path, command: Sequence[str], **surroundings: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python process in a group of its own, with ``surroundings`` added to its environment.
+
+    At the end all of the group is killed, whatever happened.
+    """
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-P", *command],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=environment(),
+            env=environment(**surroundings),
             start_new_session=True,
         )
     try:
@@ -115,10 +122,10 @@ def started(log: Path, command: Sequence[str]) -> Iterator[subprocess.Popen[byte
         process.wait()
 
 
-def arguments(policy: Mapping[str, Any], model: Path = CHECKPOINT) -> list[str]:
+def arguments(policy: Mapping[str, Any]) -> list[str]:
     """Those of a pruned server, as on a command line."""
-    over = {"architectures": [LLAVA], "vlmprune": dict(policy)}
-    made = ["--model", str(model), "--served-model-name", "tiny", "--hf-overrides", json.dumps(over)]
+    over = json.dumps(overrides(policy))
+    made = ["--model", str(CHECKPOINT), "--served-model-name", "tiny", "--hf-overrides", over]
     for name, value in ENGINE.items():
         made.append(f"--{name.replace('_', '-')}")
         made += [] if value is True else [str(value)]

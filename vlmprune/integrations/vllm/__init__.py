@@ -25,7 +25,6 @@ ARCHITECTURES = {
 }
 """By ``config.model_type``: the pruned architecture, and where its class is."""
 
-
 UNPRUNED = (
     *(architecture.removeprefix("VLMPrune") for architecture, _ in ARCHITECTURES.values()),
     "Qwen2VLForConditionalGeneration",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from reprlib import repr as short
@@ -20,15 +19,6 @@ from vlmprune.integrations.vllm.settings import ASKED, KEPT, MOST, OVERRIDE, Set
 
 class RequestError(InputError, VLLMClientError):
     """What a request got wrong. vLLM hands its own errors on as they are; of others its asynchronous engine loses the text."""
-
-
-@contextmanager
-def of_a_request() -> Iterator[None]:
-    """Make what is wrong with a request a ``RequestError``."""
-    try:
-        yield
-    except InputError as error:
-        raise RequestError(str(error)) from error
 
 
 class PrunedPrompt:
@@ -48,13 +38,23 @@ class PrunedPrompt:
         inputs.hf_processor_mm_kwargs = {**inputs.hf_processor_mm_kwargs, ASKED: MOST}
         return inputs
 
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """A request's prompt and images, processed."""
+        try:
+            made = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+            self.check_prompt(made)
+        except InputError as error:
+            raise RequestError(str(error)) from error
+        return made
+
+    def check_prompt(self, made: Any) -> None:
+        """Raise InputError for a processed prompt that cannot be served."""
+
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
-        with of_a_request():
-            _check_names(hf_kwargs)
+        _check_names(hf_kwargs)
         made: Any = super()._apply_hf_processor_main(mm_items, _without(hf_kwargs))  # type: ignore[misc]
         if mm_items.get_count("image", strict=False):
-            with of_a_request():
-                made[KEPT] = torch.tensor(self._kept(mm_items["image"], made, hf_kwargs.get(ASKED)))
+            made[KEPT] = torch.tensor(self._kept(mm_items["image"], made, hf_kwargs.get(ASKED)))
         return made
 
     def _kept(self, images: Any, made: Mapping[str, Any], asked: Any) -> list[int]:

@@ -63,13 +63,11 @@ class ByGrid(PrunedPrompt):
         inputs.prompt = [*inputs.prompt, self.info.get_hf_config().vision_end_token_id]
         return inputs
 
-    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+    def check_prompt(self, made: Any) -> None:
         """Refuse a prompt without text behind its last image: from its last position the answer's are counted."""
-        made: Any = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         after = [place.offset + place.length for place in made["mm_placeholders"].get("image", ())]
         text = max(after, default=0) < len(made["prompt_token_ids"])
         check(text, "prompt", "text behind its last image, such as <|vision_end|>", "an image at its end")
-        return made
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         made: Any = super()._apply_hf_processor_main(mm_items, hf_kwargs)

@@ -26,7 +26,6 @@ MOST = "max"
 KEPT = "vlmprune_kept"
 """The field of an image's data that says how many of its tokens stay."""
 
-
 ENDLESS = 1 << 30
 """More tokens than any image has."""
 
@@ -74,12 +73,12 @@ class Settings:
     def most(self, tokens: int) -> int:
         """How many of them may stay."""
         usual = self.default(tokens)
-        return (
-            usual if self.max_keep is None else max(usual, min(tokens, self._counted(self.max_keep, tokens)))
-        )
+        if self.max_keep is None:
+            return usual
+        return max(usual, min(tokens, self._counted(self.max_keep, tokens)))
 
     @property
-    def scales(self) -> bool:
+    def by_share(self) -> bool:
         """Whether the same share of any image may stay, rather than the same number of tokens."""
         return self.most(2 * ENDLESS) == 2 * self.most(ENDLESS)
 
@@ -106,8 +105,8 @@ class Settings:
 
     def check_room(self, tokens: int) -> None:
         """Raise InputError where more is to be kept than the largest image has, so many tokens, or no request may ask for that."""
-        wanted = self.policy.kept(ENDLESS, 1, 0)
-        if wanted == self.policy.kept(2 * ENDLESS, 1, 0):  # so it is a number of tokens, and no share
+        wanted = self.default(ENDLESS)
+        if wanted == self.default(2 * ENDLESS):  # so it is a number of tokens, and no share
             expected = f"at most the {tokens} tokens of this model's largest image"
             check(wanted <= tokens, OVERRIDE, expected, f"{wanted} with {self.policy!r}")
         most = self.max_keep
@@ -118,7 +117,7 @@ class Settings:
         self.kept(tokens, MOST)
 
     def _asked(self, tokens: int, asked: Any) -> int:
-        known = f"a share in (0, 1] or a whole number of tokens per image >= 1 (or {MOST!r})"
+        known = "a share in (0, 1] or a whole number of tokens per image >= 1"  # as check_keep has it
         check(is_number(asked), ASKED, known, short(asked))  # a client's text may be of any length
         check_keep(asked, ASKED)
         wanted, most = self._counted(asked, tokens), self.most(tokens)

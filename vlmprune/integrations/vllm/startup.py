@@ -51,7 +51,7 @@ class PrunedConfig(VerifyAndUpdateConfig):
         largest = MULTIMODAL_REGISTRY.get_processing_info(config).get_max_image_tokens()
         settings.check_room(largest)
         family = FAMILIES[config.hf_config.model_type]
-        if family.square or settings.scales:
+        if family.square or settings.by_share:
             pace(vllm_config.scheduler_config, settings.most(largest), largest)
         if not family.packs:
             check_rotated(vllm_config.parallel_config)

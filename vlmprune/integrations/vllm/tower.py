@@ -49,6 +49,8 @@ class TowerReads:
         tower = TOWERS[config.vision_config.model_type]
         self.encoder = Encoder(config, FAMILIES[config.model_type], tower, projector)
         self.depth: int = attribute(config.vision_config, tower.depth)
+        self.packed = tower.grids is not None
+        """Whether the patches of all images lie one behind the other, rather than in crops of one size."""
         self.note: Encoded | None = None
         self.features: list[Tensor] = []
         self.scales: dict[int, float] = {}
@@ -79,8 +81,9 @@ class TowerReads:
         """A note on one image: ``first`` is its first crop, or the first of its packed patches."""
         assert note.features is not None
         if thw is not None:
-            rows = slice(first, first + thw[0] * thw[1] * thw[2])
-            crops: tuple[int, ...] = (thw[1] * thw[2],) * thw[0]
+            frames, height, width = thw
+            rows = slice(first, first + frames * height * width)
+            crops: tuple[int, ...] = (height * width,) * frames
         else:
             rows = slice(first, first + crops_in(image))
             patches = next(iter(note.taken.values())).shape[2] - self.encoder.tower.cls
@@ -95,16 +98,12 @@ class TowerReads:
             return
         query, key = args[:2] if args else (kwargs["query"], kwargs["key"])
         for name, x in (("q", query), ("k", key)):
-            own = x.view(
-                *x.shape[:2], -1, attn.head_size
-            )  # [crops, T, heads of this rank, D], or [1, patches, ...]
+            # [crops, T, heads of this rank, D], or [1, patches, heads of this rank, D]
+            own = x.view(*x.shape[:2], -1, attn.head_size)
             every = tensor_model_parallel_all_gather(own.contiguous(), dim=2)
-            self.note.taken[layer, name] = (
-                every[0] if self.encoder.tower.grids is not None else every.transpose(1, 2)
-            )
+            self.note.taken[layer, name] = every[0] if self.packed else every.transpose(1, 2)
 
     def _see(self, forward: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
         if self.note is not None:
-            packed = self.encoder.tower.grids is not None
-            self.features.append(features.flatten(0, 1) if packed and features.ndim == 3 else features)
+            self.features.append(features.flatten(0, 1) if self.packed and features.ndim == 3 else features)
         return forward(features)
