@@ -89,7 +89,7 @@ def test_what_hides_the_tower():
 def test_what_passes_the_pruning_by():
     """vLLM replays a captured tower in place of asking the model for its images."""
     captured = {"cudagraph_mm_encoder": True}
-    refused(CHECKPOINT, asking(SMALL), "cudagraph_mm_encoder: expected False", compilation_config=captured)
+    refused(CHECKPOINT, overrides(SMALL), "cudagraph_mm_encoder: expected False", compilation_config=captured)
 
 
 def test_a_budget_among_the_settings_of_the_processor():
