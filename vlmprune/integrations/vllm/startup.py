@@ -23,7 +23,10 @@ CPU_WORKER = "vlmprune.integrations.vllm.cpu.Worker"
 
 
 class PrunedConfig(VerifyAndUpdateConfig):
-    """Refuses, in the process that starts the engine, what the plugin cannot serve. Errors are InputError or ModelError."""
+    """Refuses, in the process that starts the engine, what the plugin cannot serve.
+
+    By InputError, which vLLM hands on within pydantic's ValidationError (a ValueError too), or by ModelError, as it is.
+    """
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
