@@ -87,6 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--size", type=int, choices=SIDES, default=112, help="pixels: 196 or 576 visual tokens"
     )
+    parser.add_argument("--clutter", type=float, default=0.0, help="of the scenes, 0 to 1")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=12, help="pictures a step")
     parser.add_argument("--text", type=int, default=128, help="text positions a picture")
@@ -101,6 +102,8 @@ def _arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
     if not (args.batch or args.notes):
         parser.error("--batch: expected at least 1 without --notes, got 0")
+    if not 0 <= args.clutter <= 1:
+        parser.error(f"--clutter: expected a number within 0 and 1, got {args.clutter}")
     if args.notes < 0:
         parser.error(f"--notes: expected at least 0, got {args.notes}")
     if args.notes and (args.init is None or args.decoder is not None or args.text < _NOTES_TEXT):
@@ -114,7 +117,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     looking = 0.0 if args.init else Plan.looking
     gentle = args.decoder_rate if args.decoder_rate is not None else _GENTLE if args.decoder else None
     budget = (args.minutes, args.steps, args.batch, args.text)
-    return Plan(args.size, *budget, rate, looking, args.first_seed, gentle, args.notes)
+    return Plan(args.size, *budget, rate, looking, args.first_seed, gentle, args.notes, args.clutter)
 
 
 def _model(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

@@ -72,7 +72,12 @@ class Batch(Text):
 
 
 def make_batch(
-    seeds: Sequence[int], side: int, wording: Wording, text: int = 128, notes: bool = False
+    seeds: Sequence[int],
+    side: int,
+    wording: Wording,
+    text: int = 128,
+    notes: bool = False,
+    clutter: float = 0.0,
 ) -> Batch:
     """The batch of these scenes, the same whenever it is made.
 
@@ -81,11 +86,12 @@ def make_batch(
         wording: how a question is put.
         text: text positions.
         notes: whether some pictures have notes behind them.
+        clutter: of half of the scenes; the others have less, evenly spread down to none.
 
     Raises:
         ValueError: a question that does not fit into ``text`` positions even alone.
     """
-    scenes = [make_scene(seed, side) for seed in seeds]
+    scenes = [make_scene(seed, side, clutter * _difficulty(seed)) for seed in seeds]
     packed = [_row(seed, scene, wording, text, notes) for seed, scene in zip(seeds, scenes, strict=True)]
     dense = [_patches(scene) for scene in scenes]
     columns = [*zip(*packed, strict=True), *zip(*dense, strict=True)]
@@ -116,6 +122,11 @@ def make_text(seeds: Sequence[int], side: int, wording: Wording, text: int = 192
         rows.append(row.columns())
     stacked = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
     return Text(torch.tensor(wording.prefix), *stacked)
+
+
+def _difficulty(seed: int) -> float:
+    """1 for half of the scenes, evenly spread between 0 and 1 for the others."""
+    return min(1.0, 2 * np.random.default_rng((seed, 12)).random())
 
 
 def _row(seed: int, scene: Scene, wording: Wording, text: int, notes: bool) -> tuple[Ints, ...]:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from world.clutter import FIRST_SEED
 
 from training.batches import Batch, Text, make_batch, make_text
 from training.losses import DenseHeads, answer_loss, see
 from training.wording import Wording
 
-FIRST_SEED = 1_000_000  # scenes below are never trained on
 _WARM_UP = 30  # steps
 _CONSTANT = 0.5  # share of the budget before the learning rate falls to zero
 _DENSE_WEIGHT = 0.3  # of the dense losses beside the answers
@@ -47,6 +47,7 @@ class Plan:
     notes: int = (
         0  # rows of notes without a picture, for each picture; if any, tower and projector are frozen
     )
+    clutter: float = 0.0  # of the scenes, 0 to 1
 
 
 class Trainer:
@@ -164,7 +165,7 @@ class _Batches(Dataset[tuple[Batch | None, Text | None]]):
             told = range(plan.first_seed + step * plan.notes, plan.first_seed + (step + 1) * plan.notes)
             return None, make_text(told, plan.side, self.wording, plan.text)
         seeds = range(plan.first_seed + step * plan.batch, plan.first_seed + (step + 1) * plan.batch)
-        batch = make_batch(seeds, plan.side, self.wording, plan.text, plan.notes > 0)
+        batch = make_batch(seeds, plan.side, self.wording, plan.text, plan.notes > 0, plan.clutter)
         if not plan.notes:
             return batch, None
         told = range(seeds.start * plan.notes, seeds.stop * plan.notes)

@@ -1,4 +1,7 @@
-"""A scene by its seed: 3 to 9 coloured glyphs and often a sign of three letters on a textured background."""
+"""A scene by its seed: 3 to 9 coloured glyphs and often a sign of three letters on a textured background.
+
+With clutter the background is a photograph, and other things stand between the glyphs (`clutter.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from world import clutter as cluttered
 from world import sprites
 from world.words import COLOR_NAMES, COLORS, LETTERS, SHAPES, SIZE_NAMES, SIZES
 
@@ -71,23 +75,38 @@ class Scene:
         return int((box.top + box.bottom) / 2) // width, int((box.left + box.right) / 2) // width
 
 
-def make_scene(seed: int, side: int = 112) -> Scene:
+def make_scene(seed: int, side: int = 112, clutter: float = 0.0) -> Scene:
     """The scene of this seed: always the same pixels.
 
+    Args:
+        seed, side: which scene, of so many pixels a side.
+        clutter: 0 to 1, how hard it is to see what matters: how much of a photograph the background shows, and how many
+            decoys there are.
+
     Raises:
-        ValueError: ``side`` is not one of SIDES.
+        ValueError: ``side`` is not one of SIDES, or ``clutter`` not within 0 and 1.
     """
     if side not in SIDES:
         raise ValueError(f"side: expected one of {SIDES}, got {side}")
+    if not 0 <= clutter <= 1:
+        raise ValueError(f"clutter: expected a number within 0 and 1, got {clutter}")
     rng = np.random.default_rng(seed)
     canvas = _background(rng, side)
+    # What clutter draws has random numbers of its own: without it nothing changes.
+    own = np.random.default_rng((seed, 11)) if clutter else None
+    if own is not None:
+        canvas += clutter * (cluttered.photograph(own, side, seed) - canvas)
     taken: list[Box] = []
     sign = _draw_sign(rng, canvas, taken) if rng.random() < 0.75 else None
     things: list[Thing] = []
     for _ in range(int(rng.integers(3, 10))):
-        thing = _draw_thing(rng, canvas, taken, things)
+        thing = _draw_thing(rng, canvas, taken, things, own, clutter)
         if thing is not None:
             things.append(thing)
+    for coverage, color in cluttered.decoys(own, clutter) if own is not None else ():
+        box = _free_box(own, side, taken, *coverage.shape)
+        if box is not None:
+            _paint(canvas, box, coverage, color)
     canvas += rng.standard_normal((side, side)).astype(np.float32)[..., None] * rng.uniform(0, 6)
     return Scene(np.clip(canvas, 0, 255).astype(np.uint8), tuple(things), sign)
 
@@ -138,7 +157,12 @@ def _draw_sign(rng: np.random.Generator, canvas: sprites.Array, taken: list[Box]
 
 
 def _draw_thing(
-    rng: np.random.Generator, canvas: sprites.Array, taken: list[Box], things: list[Thing]
+    rng: np.random.Generator,
+    canvas: sprites.Array,
+    taken: list[Box],
+    things: list[Thing],
+    own: np.random.Generator | None,
+    clutter: float,
 ) -> Thing | None:
     shape, color, size = (int(rng.integers(n)) for n in (len(SHAPES), len(COLORS), len(SIZES)))
     if things and rng.random() < 0.45:  # shares an attribute with an earlier one: hard to tell apart
@@ -150,6 +174,8 @@ def _draw_thing(
     low, high = SIZES[SIZE_NAMES[size]]
     angle = int(rng.integers(sprites.ANGLES))
     coverage = sprites.glyph(shape, angle, int(rng.integers(low, high + 1)))
+    if own is not None and SIZE_NAMES[size] == "large":
+        coverage = cluttered.grown(own, coverage, clutter)
     box = _free_box(rng, canvas.shape[0], taken, *coverage.shape)
     if box is None:
         return None
