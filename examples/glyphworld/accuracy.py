@@ -22,7 +22,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
 
-from make_questions import questions_of, seed_range
+from make_questions import clutter_share, questions_of, seed_range
 from training.wording import full_prompt
 
 _NEW_TOKENS = 16  # a box in single digits, the spaces between them, and the end
@@ -39,6 +39,7 @@ def main() -> None:
         "--seeds", type=seed_range, default=range(70001, 70301), help="FIRST:END, END excluded"
     )
     parser.add_argument("--boxes", type=int, default=1, help="questions for a box in every scene")
+    parser.add_argument("--clutter", type=clutter_share, default=0.0, help="of the scenes, 0 to 1")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -48,7 +49,7 @@ def main() -> None:
     model = LlavaForConditionalGeneration.from_pretrained(args.checkpoint, dtype=getattr(torch, args.dtype))
     model = model.to(args.device).eval()
     side = model.config.vision_config.image_size
-    asked = [pair for seed in args.seeds for pair in questions_of(seed, side, args.boxes)]
+    asked = [pair for seed in args.seeds for pair in questions_of(seed, side, args.boxes, args.clutter)]
     start = time.perf_counter()
     answers = list(
         track(answer(model, processor, asked, args.batch), "asking", total=len(asked), transient=True)
@@ -61,6 +62,8 @@ def main() -> None:
     for family, row in result.items():
         boxes = f", IoU >= {_HIT} {row['found']:.1%}" if "found" in row else ""
         print(f"{family:6} {row['exact']:6.1%} of {row['questions']} exact{boxes}")
+    right = sum(row["questions"] * row.get("found", row["exact"]) for row in result.values()) / len(asked)
+    print(f"{right:.1%} right, boxes at IoU >= {_HIT}")
     print(f"{len(asked)} questions, {len(asked) / seconds:.1f} a second")
 
 

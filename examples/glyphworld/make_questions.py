@@ -4,13 +4,15 @@
 
 FOLDER/questions.jsonl: {"id", "image", "family", "prompt", "answer", "box"}. ``prompt`` is the bare question, for a checkpoint's
 chat template to frame. ``box`` is what it is about, in pixels, left out where that is not one thing. An answer of the family
-"box" is "x1 y1 x2 y2" in steps of 4 pixels (6 at --size 192).
+"box" is "x1 y1 x2 y2" in steps of 4 pixels (6 at --size 192). --clutter 1 puts the scenes in front of photographs, with
+decoys between the objects.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -42,11 +44,12 @@ def main() -> None:
         "--size", type=int, choices=SIDES, default=112, help="pixels: 196 or 576 visual tokens"
     )
     parser.add_argument("--boxes", type=int, default=1, help="questions for a box in every scene")
+    parser.add_argument("--clutter", type=clutter_share, default=0.0, help="of the scenes, 0 to 1")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     lines = []
     for seed in track(args.seeds, description="drawing", transient=True):
-        asked = list(questions_of(seed, args.size, args.boxes))
+        asked = list(questions_of(seed, args.size, args.boxes, args.clutter))
         lines += [json.dumps(entry) + "\n" for _, entry in asked]
         for image, entry in asked[:1]:
             image.save(args.out / entry["image"])
@@ -68,9 +71,26 @@ def seed_range(text: str) -> Sequence[int]:
     return range(int(first), int(end))
 
 
-def questions_of(seed: int, side: int, boxes: int = 1) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
+def clutter_share(text: str) -> float:
+    """How much clutter, as a number.
+
+    Raises:
+        argparse.ArgumentTypeError: not a number within 0 and 1.
+    """
+    try:
+        clutter = float(text)
+    except ValueError:
+        clutter = math.nan
+    if not 0 <= clutter <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number within 0 and 1, got {text!r}")
+    return clutter
+
+
+def questions_of(
+    seed: int, side: int, boxes: int = 1, clutter: float = 0.0
+) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
     """The picture and the entries of one scene: every family once where it can be asked, ``boxes`` times "box"."""
-    scene = make_scene(seed, side)
+    scene = make_scene(seed, side, clutter)
     image = Image.fromarray(scene.image)
     for number, question in enumerate(ask_all(scene, np.random.default_rng((seed, STREAM)), boxes)):
         entry: dict[str, Any] = {

@@ -31,8 +31,8 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
 
 from training.captions import KINDS, Sheet, caption_loss, make_sheets, score_captions
-from training.loop import FIRST_SEED
 from training.losses import see
+from world.clutter import FIRST_SEED
 
 from vlmprune.compensation import Captioner, Describer, Discarded, Selector
 

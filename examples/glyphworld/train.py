@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration, LlavaProc
 
 sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
 
+from make_questions import clutter_share
 from training.decoder import join, load_decoder
 from training.loop import Plan, Trainer
 from training.model import enlarge, make_model, make_processor
@@ -87,7 +88,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--size", type=int, choices=SIDES, default=112, help="pixels: 196 or 576 visual tokens"
     )
-    parser.add_argument("--clutter", type=float, default=0.0, help="of the scenes, 0 to 1")
+    parser.add_argument(
+        "--clutter",
+        type=clutter_share,
+        default=0.0,
+        help="of half of the scenes, 0 to 1; the others have less",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=12, help="pictures a step")
     parser.add_argument("--text", type=int, default=128, help="text positions a picture")
@@ -102,8 +108,6 @@ def _arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
     if not (args.batch or args.notes):
         parser.error("--batch: expected at least 1 without --notes, got 0")
-    if not 0 <= args.clutter <= 1:
-        parser.error(f"--clutter: expected a number within 0 and 1, got {args.clutter}")
     if args.notes < 0:
         parser.error(f"--notes: expected at least 0, got {args.notes}")
     if args.notes and (args.init is None or args.decoder is not None or args.text < _NOTES_TEXT):

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_questions import main, questions_of, seed_range
+from make_questions import clutter_share, main, questions_of, seed_range
 from PIL import Image
 from world.questions import ask
 from world.scenes import SIDES, make_scene
 from world.words import COLOR_NAMES, FAMILIES, LETTERS, SHAPES, SIZE_NAMES, SIZES
 
+GROWN = 1.75  # how much larger a large object may be among clutter
 IMAGES = Path(__file__).parents[2] / "examples" / "glyphworld" / "images"
 
 
@@ -21,8 +22,10 @@ def fitting(scene, words):
     found = []
     for thing in scene.things:
         left, top, right, bottom = thing.box
-        low_high = SIZES[SIZE_NAMES[thing.size]]
-        assert low_high[0] <= max(right - left, bottom - top) <= low_high[1]
+        low, high = SIZES[SIZE_NAMES[thing.size]]
+        if SIZE_NAMES[thing.size] == "large":
+            high = round(GROWN * high)
+        assert low <= max(right - left, bottom - top) <= high
         said = {SIZE_NAMES[thing.size], COLOR_NAMES[thing.color], SHAPES[thing.shape]}
         wanted = set(words) & {*SIZE_NAMES, *COLOR_NAMES, *SHAPES}
         if wanted <= said:
@@ -71,10 +74,11 @@ def is_right(scene, words, answer):
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_answer_is_true(family, side):
+@pytest.mark.parametrize("clutter", [0.0, 1.0])
+def test_every_answer_is_true(family, side, clutter):
     asked = 0
     for seed in range(30):
-        scene = make_scene(seed, side)
+        scene = make_scene(seed, side, clutter)
         rng = np.random.default_rng((seed, 1))
         for _ in range(4):
             question = ask(scene, family, rng)
@@ -100,18 +104,20 @@ def test_shipped_questions_are_true():
             assert is_right(scene, words, qa["answer"].split()), (entry["seed"], qa)
 
 
-def test_make_questions_writes_what_it_says(tmp_path, monkeypatch):
-    out = tmp_path / "set"
-    monkeypatch.setattr("sys.argv", ["make", "--seeds", "70001:70003", "--out", str(out), "--boxes", "2"])
+@pytest.mark.parametrize("clutter", [0.0, 1.0])
+def test_make_questions_writes_what_it_says(tmp_path, monkeypatch, clutter):
+    out, seeds = tmp_path / "set", "70001:70003"
+    asked = ["make", "--seeds", seeds, "--out", str(out), "--boxes", "2", "--clutter", str(clutter)]
+    monkeypatch.setattr("sys.argv", asked)
     main()
     lines = [json.loads(line) for line in (out / "questions.jsonl").read_text().splitlines()]
     assert {path.name for path in out.iterdir()} == {"scene_70001.png", "scene_70002.png", "questions.jsonl"}
-    assert lines == [entry for seed in (70001, 70002) for _, entry in questions_of(seed, 112, 2)]
+    assert lines == [entry for seed in (70001, 70002) for _, entry in questions_of(seed, 112, 2, clutter)]
     assert len({line["id"] for line in lines}) == len(lines)
     assert [line["family"] for line in lines].count("box") == 4
     for line in lines:
         assert set(line) - {"box"} == {"id", "image", "family", "prompt", "answer"}
-        scene = make_scene(int(line["id"].split("-")[0]))
+        scene = make_scene(int(line["id"].split("-")[0]), clutter=clutter)
         assert np.array_equal(np.asarray(Image.open(out / line["image"])), scene.image)
         assert is_right(scene, line["prompt"].split(), line["answer"].split())
 
@@ -120,3 +126,9 @@ def test_make_questions_writes_what_it_says(tmp_path, monkeypatch):
 def test_refuses_other_seeds(text):
     with pytest.raises(Exception, match=f"expected FIRST:END with FIRST < END, got '{text}'"):
         seed_range(text)
+
+
+@pytest.mark.parametrize("text", ["much", "-0.5", "1.1", "nan"])
+def test_refuses_other_clutter(text):
+    with pytest.raises(Exception, match=f"expected a number within 0 and 1, got '{text}'"):
+        clutter_share(text)

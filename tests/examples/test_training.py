@@ -11,13 +11,14 @@ import train
 from accuracy import answer, overlap, score
 from make_questions import questions_of
 from torch.nn.functional import cross_entropy
-from training.batches import FAMILIES, IGNORED, MIX, make_batch
+from training.batches import FAMILIES, IGNORED, MIX, difficulty, make_batch
 from training.decoder import join, load_decoder
-from training.loop import FIRST_SEED, Plan, Trainer
+from training.loop import Plan, Trainer
 from training.losses import answer_loss, packed_mask, see
 from training.model import make_model, make_processor
 from training.wording import Wording, full_prompt
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+from world.clutter import FIRST_SEED
 from world.questions import ask
 from world.scenes import make_scene
 from world.words import TOKEN_ID
@@ -43,6 +44,20 @@ def test_batches_depend_on_the_seed_alone():
     assert torch.equal(first.ids[1], again.ids[0]) and torch.equal(first.images[1], again.images[0])
     assert torch.equal(first.patch_box[1], again.patch_box[0])
     assert not torch.equal(first.ids[0], first.ids[1])
+
+
+def test_half_of_a_cluttered_batch_is_at_full_clutter():
+    """The others have less, down to none; and what is drawn is what the labels say."""
+    seeds = range(40)
+    batch = make_batch(seeds, 112, WORDING, clutter=1.0)
+    full = [torch.from_numpy(make_scene(seed, 112, 1.0).image) for seed in seeds]
+    same = sum(torch.equal(image, there) for image, there in zip(batch.images, full, strict=True))
+    assert 10 <= same <= 30
+    plain = make_batch(seeds, 112, WORDING)
+    assert not any(torch.equal(image, there) for image, there in zip(batch.images, plain.images, strict=True))
+    for row, seed in enumerate(seeds):
+        shapes = sorted(1 + thing.shape for thing in make_scene(seed, 112, difficulty(seed)).things)
+        assert sorted(batch.anchor_shape[row][batch.anchor_shape[row] > 0].tolist()) == shapes
 
 
 def test_mix_is_a_distribution_over_the_families():

@@ -91,7 +91,7 @@ def make_batch(
     Raises:
         ValueError: a question that does not fit into ``text`` positions even alone.
     """
-    scenes = [make_scene(seed, side, clutter * _difficulty(seed)) for seed in seeds]
+    scenes = [make_scene(seed, side, clutter * difficulty(seed)) for seed in seeds]
     packed = [_row(seed, scene, wording, text, notes) for seed, scene in zip(seeds, scenes, strict=True)]
     dense = [_patches(scene) for scene in scenes]
     columns = [*zip(*packed, strict=True), *zip(*dense, strict=True)]
@@ -124,7 +124,7 @@ def make_text(seeds: Sequence[int], side: int, wording: Wording, text: int = 192
     return Text(torch.tensor(wording.prefix), *stacked)
 
 
-def _difficulty(seed: int) -> float:
+def difficulty(seed: int) -> float:
     """1 for half of the scenes, evenly spread between 0 and 1 for the others."""
     return min(1.0, 2 * np.random.default_rng((seed, 12)).random())
 

@@ -16,10 +16,16 @@ from world import sprites
 from world.words import COLORS, SHAPES
 
 FIRST_SEED = 1_000_000  # training draws scenes from here on, and their photographs are its own
-OTHER_COLORS = {"black": (25, 25, 25), "grey": (125, 125, 125), "brown": (115, 70, 35), "pink": (245, 150, 185)}
+OTHER_COLORS = {
+    "black": (25, 25, 25),
+    "grey": (125, 125, 125),
+    "brown": (115, 70, 35),
+    "pink": (245, 150, 185),
+}
 """No word of the language names these: what has such a colour is not an object."""
 
-_HALVED = "star cross heart anchor plane umbrella phone note knight flower".split()  # half a square is a shape too
+_WHOLE = {"circle", "square", "triangle", "diamond", "ring", "moon"}  # half a square, say, is a shape too
+_HALVED = [shape for shape in SHAPES if shape not in _WHOLE]
 _DECOYS, _HALVES = 5, 4  # at most, at full clutter
 _TEXTURES = 0.2  # share of the photographs of which a small piece fills the scene
 _PIECE = (24, 64)  # pixels of such a piece
@@ -30,7 +36,7 @@ _GROWTH = 1.75  # how much larger than without clutter a large object may be
 
 def photograph(rng: np.random.Generator, side: int, seed: int) -> sprites.Array:
     """A background ``[side, side, 3]``: a part of a photograph, or a texture made of a small piece of one."""
-    bank = _photographs("training" if seed >= FIRST_SEED else "unseen")
+    bank = photographs(seed)
     image = bank[rng.integers(len(bank))]
     texture = rng.random() < _TEXTURES
     low, high = _PIECE if texture else _WINDOW
@@ -86,6 +92,11 @@ def _half(rng: np.random.Generator, coverage: sprites.Array) -> sprites.Array:
 
 def _paint(rng: np.random.Generator, colors: list[tuple[int, int, int]]) -> NDArray[np.floating]:
     return np.clip(np.array(colors[rng.integers(len(colors))]) + rng.uniform(-14, 14, 3), 0, 255)
+
+
+def photographs(seed: int) -> list[Image.Image]:
+    """The pictures that may stand behind the scene of this seed: those that training uses, or those that it never does."""
+    return _photographs("training" if seed >= FIRST_SEED else "unseen")
 
 
 @cache
