@@ -191,7 +191,8 @@ def _answers(
         stages = [(layer, len(some)) for layer, some in kept]
         if arm.smaller is not None:  # every layer sees so many of them
             stages = [(0, shown.shown[sample])]
-        cut, tokens = cost(prompt, stages, *_joined(run, sample))
+        wave = None if run.second_wave is None else (run.second_wave.layer, run.second_wave.rows[sample])
+        cut, tokens = cost(prompt, stages, *_joined(run, sample), wave)
         right, exact = judge(said, question.answer)
         yield Answer(
             policy=arm.key,

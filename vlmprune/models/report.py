@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.flops import decoder_flops, layer_inputs
+from vlmprune.flops import decoder_flops, layer_inputs, visual_inputs, wave_flops
 from vlmprune.models.clock import Seconds
 from vlmprune.models.host.parts import Parts, decoder_shape, vision_flops
-from vlmprune.models.prompt import Prompts, StageRecord
+from vlmprune.models.prompt import Prompts, SecondWave, StageRecord
 from vlmprune.policies.base import Insertion, PruningPolicy
 
 
@@ -110,13 +110,20 @@ class Run:
         """The texts that joined the prompts, with what they were chosen from and what they cost; None = none did."""
         return self._prompts.latest.inserted
 
+    @property
+    def second_wave(self) -> SecondWave | None:
+        """The rows that have run the first layers behind the others (``Needs(wave=True)``); None = there is no second wave."""
+        return self._prompts.latest.wave
+
     def report(self) -> Report:
         """Tokens, FLOPs and seconds of the latest prefill and what followed. Waits for the device."""
         prompt, depth = self._prompts.latest, len(self._parts.layers)
         captions = prompt.inserted.captions if prompt.inserted is not None else ()
         full = max(sum(prompt.visual_counts()) / max(prompt.batch, 1), 0.0)
         after = [(stage.layer, sum(stage.kept) / len(stage.kept)) for stage in self.stages]
-        visual = layer_inputs(depth, full, after)
+        second = prompt.wave
+        wave = None if second is None else (second.layer, second.width)
+        visual = visual_inputs(depth, full, after, wave)
         rows = layer_inputs(depth, prompt.length, list(prompt.rows.items()))
         shape, seconds = decoder_shape(self._parts.config), prompt.marks.seconds()
         mean = sum(visual) / depth
@@ -128,7 +135,7 @@ class Run:
             tokens=TokenCounts(mean, visual[-1], 0.0 if prompt.kv_bytes is None else resident),
             flops=FlopCounts(
                 full=prompt.batch * decoder_flops(shape, [prompt.length] * depth),
-                pruned=prompt.batch * decoder_flops(shape, rows),
+                pruned=prompt.batch * (decoder_flops(shape, rows) + wave_flops(shape, rows, wave)),
                 vision=vision_flops(self._parts, prompt.crops) if full else 0,
                 captions=sum(caption.flops for sample in captions for caption in sample),
             ),
