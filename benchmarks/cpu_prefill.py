@@ -60,6 +60,7 @@ TABLE = {
     "vtw": "layer=5",
     "aim": "layer=7,stages=4,keep=350",
     "lvlm_csp": "scatter=4,prune=6,cluster=137,then=137",
+    "scout": "coarse=(uniform:layer=0,keep=115),fine=77,look=10",
     "random_deep": "layer=10,keep=0.33",
 }
 """Methods whose stages do not fit into 16 layers: here at half their layers. VTW leaves 180 of 576 tokens in the mean."""

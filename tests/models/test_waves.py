@@ -133,7 +133,8 @@ def test_what_it_costs(plain):
     batch = make_batch([[4, "I", 7]])
     with vlmprune.prune(plain, SCOUT) as run:
         generate(plain, batch, 1)
-        report, second = run.report(), run.second_wave
+        report = run.report()
+    second = report.second_wave
     assert second.layer == 3 and second.rows == (10,)
     shape = decoder_shape(plain.config)
     one, both = decoder_flops(shape, [16] * 3 + [19] * 3), layer_flops(shape, 10, 19)
@@ -214,7 +215,7 @@ def test_candidates_behind_the_prompt(plain):
     given = {**batch, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad(), vlmprune.prune(plain, SCOUT) as run:
         logits = plain(**given, logits_to_keep=4).logits
-    assert sets_of(run) == sets and run.second_wave.rows == (13,)
+    assert sets_of(run) == sets and run.report().second_wave.rows == (13,)
     torch.testing.assert_close(
         logits, teacher_forced(plain, batch, sets, want[:, :4]), atol=TOLERANCE, rtol=0
     )

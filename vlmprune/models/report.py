@@ -51,7 +51,8 @@ class Report:
     chunk, of the whole batch and with the text; of a static cache all it allocates. ``graph`` says whether the prefill was
     replayed from a CUDA graph, or why it was not; "" = the scope has no ``graphs``. ``captions`` are the texts that joined
     each sample's prompt, one for every image that lost tokens, and ``caption_seconds`` is how long they took to write, part
-    of the selection. Decode steps that were compiled as a whole are neither timed nor counted: no hook runs in them.
+    of the selection. ``second_wave`` has the rows that ran the first layers behind the others (``Needs(wave=True)``), counted in
+    ``flops``. Decode steps that were compiled as a whole are neither timed nor counted: no hook runs in them.
     """
 
     visual_tokens: float
@@ -65,6 +66,7 @@ class Report:
     graph: str = ""
     captions: tuple[tuple[str, ...], ...] = ()
     caption_seconds: float = 0.0
+    second_wave: SecondWave | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
@@ -110,11 +112,6 @@ class Run:
         """The texts that joined the prompts, with what they were chosen from and what they cost; None = none did."""
         return self._prompts.latest.inserted
 
-    @property
-    def second_wave(self) -> SecondWave | None:
-        """The rows that have run the first layers behind the others (``Needs(wave=True)``); None = there is no second wave."""
-        return self._prompts.latest.wave
-
     def report(self) -> Report:
         """Tokens, FLOPs and seconds of the latest prefill and what followed. Waits for the device."""
         prompt, depth = self._prompts.latest, len(self._parts.layers)
@@ -146,4 +143,5 @@ class Run:
             graph=prompt.graph,
             captions=tuple(tuple(caption.text for caption in sample) for sample in captions),
             caption_seconds=prompt.inserted.seconds if prompt.inserted is not None else 0.0,
+            second_wave=second,
         )

@@ -19,7 +19,7 @@ from vlmprune.policies.base import (
 )
 from vlmprune.policies.blur import blurred
 from vlmprune.policies.checks import check_keep, check_layer, check_seed, check_word, is_number, share_of
-from vlmprune.policies.choose import marks
+from vlmprune.policies.choose import marks, quotas
 from vlmprune.policies.compose import check_member
 from vlmprune.policies.counts import keep_count
 from vlmprune.policies.growth import worst
@@ -48,7 +48,8 @@ class Scout(PruningPolicy):
     Args:
         coarse: a policy that acts before the language model alone and only drops tokens; whatever it does with positions,
             they stay the tokens' own.
-        fine: tokens that join: a share (float) of all visual tokens, or a number per image (int).
+        fine: tokens that join: a share (float) of all visual tokens, or a number per image (int). Where how many ``coarse``
+            keeps is data (a union), they make up for what it keeps less than ``kept`` expects, or leave out what it keeps more.
         look: the first layer that sees coarse and fine tokens; those before it are run in two waves. At least 1.
         by: what names fine tokens: "attention", or "random" (a baseline).
         spread: standard deviation of the Gaussian, in rows and columns of visual tokens.
@@ -114,10 +115,8 @@ class Scout(PruningPolicy):
             return replace(self.coarse.rank(ctx), positions="keep")
         if ctx.ran is None or ctx.ran_counts is None:
             return Ranking(ctx.mask.float(), ctx.counts)
-        tokens = ctx.mask.shape[1]
-        more = (keep_count(self.fine, n, m) for n, m in zip(ctx.counts, ctx.image_counts(), strict=True))
-        keep = tuple(min(n, c + k) for n, c, k in zip(ctx.counts, ctx.ran_counts, more, strict=True))
-        return Ranking(self._scores(ctx).masked_fill(marks(ctx.ran, tokens), float("inf")), keep)
+        keep = tuple(map(max, quotas(ctx, self), ctx.ran_counts))
+        return Ranking(self._scores(ctx).masked_fill(marks(ctx.ran, ctx.mask.shape[1]), float("inf")), keep)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         if ctx.layer > 0 or self.coarse.ranks(0):

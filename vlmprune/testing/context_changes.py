@@ -96,9 +96,9 @@ def with_other_values(ctx: TokenContext) -> TokenContext:
 
 
 def with_wave(ctx: TokenContext) -> TokenContext:
-    """The same where every third token has run through the layers before, and the others have not."""
+    """The same where every fifth token has run through the layers before, and the others have not."""
     assert ctx.attention is not None
-    numbers = [torch.arange(0, n, 3) for n in ctx.counts]
+    numbers = [torch.arange(0, n, 5) for n in ctx.counts]
     ran = pad_sequence(numbers, batch_first=True, padding_value=-1)
     at = ctx.attention.columns.gather(1, ran.clamp(min=0)) if ran.shape[1] else ran
     attention = replace(ctx.attention, columns=torch.where(ran >= 0, at, -1))
