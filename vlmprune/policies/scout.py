@@ -18,7 +18,7 @@ from vlmprune.policies.base import (
     attention_of,
 )
 from vlmprune.policies.blur import blurred
-from vlmprune.policies.checks import check_keep, check_layer, check_seed, check_word, is_number, share_of
+from vlmprune.policies.checks import check_keep, check_seed, check_whole, check_word, is_number, share_of
 from vlmprune.policies.choose import marks, quotas
 from vlmprune.policies.compose import check_member
 from vlmprune.policies.counts import keep_count
@@ -78,7 +78,7 @@ class Scout(PruningPolicy):
         check(plain, "coarse", "a policy that only drops tokens, and keeps some", repr(self.coarse))
         check_member(self, self.coarse, "coarse")
         check_keep(self.fine, "fine")
-        check_layer_of(self.look)
+        check_whole("look", self.look, 1, " (the layers before it look)")
         check_word("by", self.by, "attention", "random")
         ok = is_number(self.spread) and 0 < self.spread < float("inf")
         check(ok, "spread", "a number > 0", repr(self.spread))
@@ -158,8 +158,3 @@ class Scout(PruningPolicy):
 
     def forget(self) -> None:
         self.coarse.forget()
-
-
-def check_layer_of(look: object) -> None:
-    """``look`` is a layer that has some before it."""
-    check_layer(look, 1, " (the layers before it look)")
