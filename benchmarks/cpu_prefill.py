@@ -137,7 +137,7 @@ def make_arms(model: Any, prompt: dict[str, Tensor], policies: Sequence[str], tw
         pruned = twin(model)
         arms.append(Arm(text, pruned, vlmprune.attach(pruned, vlmprune.policy_from(text))))
         report = prefill(arms[-1], prompt)
-        if not twins:
+        if not twins or report.second_wave is not None:  # whose rows no slicing runs
             continue
         rows = {layer: length - int(report.visual_tokens) + kept for layer, _, kept in report.stages}
         arms.append(_measured(f"{text} {BARE}", bare(model, rows)))

@@ -180,10 +180,10 @@ def test_bad_settings(settings, message):
 def test_a_coarse_policy_that_merges():
     policy = Scout(coarse=VisionZip(dominant=3, contextual=2), look=2)
     ctx = make_context(policy.needs(0), [[(4, 5)]], 0)
-    with pytest.raises(InputError, match="^coarse: expected a policy that only drops tokens, got VisionZip"):
+    with pytest.raises(InputError, match=r"^coarse: expected a policy that only drops tokens, got VisionZip"):
         policy.select(ctx)
 
 
 def test_no_room_for_fine_tokens():
-    with pytest.raises(InputError, match="^fine: expected room for it beside Uniform"):
+    with pytest.raises(InputError, match=r"^fine: expected room for it beside Uniform"):
         Scout(coarse=Uniform(layer=0, keep=1.0)).at(0.5)
