@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 import vlmprune
 from helpers import families, families_oracle
 from helpers.caches import rounded_cache, without_streams
+from helpers.recorder import Recorder
 from helpers.tiny import IMAGE, LAYERS, STEPS, TOLERANCE, generate, make_batch, make_model
 from helpers.waves import sets_of, waves_masked, waves_oracle
 from vlmprune import DivPrune, Random, Scout, Uniform
@@ -308,3 +309,40 @@ def test_refused_where_it_runs(plain):
 def generate_with(model, policy, batch, **settings):
     with vlmprune.prune(model, policy):
         return generate(model, batch, 1, **settings)
+
+
+def test_hidden_states_of_both_waves(plain):
+    """What the second wave's layers give stands behind what the first one's gave."""
+    batch = make_batch([[4, "I", 7]])
+    with torch.no_grad(), vlmprune.prune(plain, SCOUT):
+        states = plain(**batch, output_hidden_states=True).hidden_states
+    assert [x.shape[1] for x in states] == [28] + [16] * 3 + [10] * 3 + [19] * 3
+
+
+def test_never_a_graph_and_why(plain):
+    with torch.no_grad(), vlmprune.prune(plain, SCOUT, vlmprune.Graphs(recorder=Recorder())) as run:
+        plain(**make_batch(PADDED), use_cache=True)
+    assert run.report().graph == "plain: a stage brings tokens back"
+
+
+def test_attached_until_detached(plain):
+    """Also where a call fails under way: nothing of it is left on the model."""
+    batch = make_batch([[4, "I", 7]])
+    want = generate(plain, batch, 2)[1]
+    run = vlmprune.attach(plain, SCOUT)
+    failing = plain.model.language_model.layers[1].register_forward_pre_hook(fail_in_second_wave)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            generate(plain, batch, 2)
+        failing.remove()
+        got = generate(plain, batch, 2)[1]
+        assert run.report().stages == ((0, 16, 4), (3, 16, 7))
+    finally:
+        failing.remove()
+        vlmprune.detach(plain)
+    assert not torch.equal(got, want) and torch.equal(generate(plain, batch, 2)[1], want)
+
+
+def fail_in_second_wave(module, args):
+    if args[0].shape[1] == 10:
+        raise ZeroDivisionError

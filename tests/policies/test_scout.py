@@ -64,6 +64,7 @@ def test_random_reads_nothing():
     policy = replace(SCOUT, by="random")
     assert policy.needs(5).attention is None and SCOUT.needs(5).attention == "previous"
     ctx = make_context(policy.needs(5), [[(5, 4)]], 5)
+    assert policy.seed == 0 and SCOUT.seed is None  # an evaluation repeats what draws
     one, two = (replace(policy, coarse=Uniform(layer=0, keep=4), fine=5, seed=s).select(ctx) for s in (0, 1))
     assert one.shape == (1, 9) and not torch.equal(one, two)
 
@@ -168,7 +169,8 @@ def test_the_cost_of_two_waves():
         ({"by": "chance"}, "^by: expected 'attention' or 'random', got 'chance'$"),
         ({"spread": 0}, "^spread: expected a number > 0, got 0$"),
         ({"rope": 1}, "^rope: expected True or False, got 1$"),
-        ({"seed": -1}, "^seed: expected a whole number"),
+        ({"by": "random", "seed": -1}, "^seed: expected a whole number"),
+        ({"seed": 1}, "^seed: expected None where nothing is drawn, got 1$"),
         ({"rectify": True}, "^rectify: expected False with a second wave, got True$"),
     ],
 )

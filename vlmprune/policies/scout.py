@@ -54,7 +54,7 @@ class Scout(PruningPolicy):
         by: what names fine tokens: "attention", or "random" (a baseline).
         spread: standard deviation of the Gaussian, in rows and columns of visual tokens.
         rope: whether the attention is the model's; False = its query and keys without RoPE, softmax over the coarse tokens.
-        seed: which draw "random" is.
+        seed: which draw "random" is; 0 if not given.
 
     Raises:
         InputError: a setting is out of range; where it runs, a coarse policy that merges or moves tokens.
@@ -69,7 +69,7 @@ class Scout(PruningPolicy):
     by: Literal["attention", "random"] = "attention"
     spread: float = 1.0
     rope: bool = True
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         check(isinstance(self.coarse, PruningPolicy), "coarse", "a policy", repr(self.coarse))
@@ -83,7 +83,10 @@ class Scout(PruningPolicy):
         ok = is_number(self.spread) and 0 < self.spread < float("inf")
         check(ok, "spread", "a number > 0", repr(self.spread))
         check(isinstance(self.rope, bool), "rope", "True or False", repr(self.rope))
-        check_seed(self.seed)
+        if self.by == "random":
+            object.__setattr__(self, "seed", 0 if self.seed is None else self.seed)
+            check_seed(self.seed)
+        check(self.by == "random" or self.seed is None, "seed", "None where nothing is drawn", self.seed)
         check(not self.rectify, "rectify", "False with a second wave", self.rectify)
 
     @property
@@ -132,7 +135,7 @@ class Scout(PruningPolicy):
     def _scores(self, ctx: TokenContext) -> Tensor:
         """float32 ``[B, N]``: what the tokens are that the prompt looks at, or a draw."""
         if self.by == "random" or ctx.ran is None:
-            return drawn(self.seed, ctx.counts, ctx.device)
+            return drawn(self.seed or 0, ctx.counts, ctx.device)
         seen = attention_of(ctx)
         if self.rope:
             received = seen.received(seen.last)
