@@ -362,7 +362,7 @@ def test_hidden_states_of_both_waves(plain):
     batch = make_batch([[4, "I", 7]])
     with torch.no_grad(), vlmprune.prune(plain, SCOUT):
         states = plain(**batch, output_hidden_states=True).hidden_states
-    assert [x.shape[1] for x in states] == [28] + [16] * 3 + [10] * 3 + [19] * 3
+    assert [x.shape[1] for x in states] == [16] * 4 + [10] * 3 + [19] * 3
 
 
 def test_never_a_graph_and_why(plain):

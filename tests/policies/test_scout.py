@@ -10,7 +10,7 @@ import torch
 
 from vlmprune.errors import InputError
 from vlmprune.flops import DecoderShape, decoder_flops, prefill_flops, visual_inputs
-from vlmprune.policies import DivPrune, FastV, Random, Scout, Uniform, VisionZip, policy_from
+from vlmprune.policies import Custom, DivPrune, FastV, Random, Scout, Uniform, VisionZip, policy_from
 from vlmprune.policies.blur import blurred
 from vlmprune.policies.schedule import keep_for_flops, keep_for_mean_tokens, stage_counts, wave_rows
 from vlmprune.testing.context import make_context
@@ -69,11 +69,19 @@ def test_random_reads_nothing():
     assert one.shape == (1, 9) and not torch.equal(one, two)
 
 
-def test_a_union_that_overlaps_leaves_its_rest_to_fine_tokens():
+def test_as_many_join_whatever_the_overlap_of_a_union():
     policy = Scout(coarse=Random(0, keep=6) | Uniform(layer=0, keep=6), fine=3, look=3)
     assert policy.kept(20, 1, 0) == 10 and policy.kept(20, 1, 3) == 13
     ctx = make_context(policy.needs(3), [[(4, 5)]], 3)  # 4 of 20 have run
-    assert policy.select(ctx).shape == (1, 13)
+    assert policy.select(ctx).shape == (1, 7)
+
+
+def test_a_coarse_policy_whose_count_only_its_choice_says():
+    policy = Scout(coarse=Custom(0, lambda ctx: torch.tensor([[1, 5]])), fine=3, look=3)
+    assert policy.select(make_context(policy.needs(0), [[(4, 5)]], 0)).tolist() == [[1, 5]]
+    assert policy.select(make_context(policy.needs(3), [[(4, 5)]], 3)).shape == (1, 7)
+    with pytest.raises(InputError, match="Custom: expected a policy that says how many"):
+        policy.kept(20, 1, 3)
 
 
 def test_what_has_run_is_never_dropped():

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from vlmprune.cli.outcome import Outcome
 
-SETTINGS = re.compile(r":([^()+&|]*[^()+&|\s])")
+SETTINGS = re.compile(r"(?::|(?<=\)),)([^()+&|]*[^()+&|\s])")
 """What stands behind the names of policies as typed, alone or joined."""
 
 

@@ -48,8 +48,7 @@ class Scout(PruningPolicy):
     Args:
         coarse: a policy that acts before the language model alone and only drops tokens; whatever it does with positions,
             they stay the tokens' own.
-        fine: tokens that join: a share (float) of all visual tokens, or a number per image (int). Where how many ``coarse``
-            keeps is data (a union), they make up for what it keeps less than ``kept`` expects, or leave out what it keeps more.
+        fine: tokens that join: a share (float) of all visual tokens, or a number per image (int).
         look: the first layer that sees coarse and fine tokens; those before it are run in two waves. At least 1.
         by: what names fine tokens: "attention", or "random" (a baseline).
         spread: standard deviation of the Gaussian, in rows and columns of visual tokens.
@@ -118,8 +117,11 @@ class Scout(PruningPolicy):
             return replace(self.coarse.rank(ctx), positions="keep")
         if ctx.ran is None or ctx.ran_counts is None:
             return Ranking(ctx.mask.float(), ctx.counts)
-        keep = tuple(map(max, quotas(ctx, self), ctx.ran_counts))
-        return Ranking(self._scores(ctx).masked_fill(marks(ctx.ran, ctx.mask.shape[1]), float("inf")), keep)
+        scores = self._scores(ctx).masked_fill(marks(ctx.ran, ctx.mask.shape[1]), float("inf"))
+        if self.fixed_count:
+            return Ranking(scores, tuple(map(max, quotas(ctx, self), ctx.ran_counts)))
+        more = zip(ctx.counts, ctx.ran_counts, quotas(ctx, self.fine), strict=True)
+        return Ranking(scores, tuple(min(n, ran + fine) for n, ran, fine in more))
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         if ctx.layer > 0 or self.coarse.ranks(0):
