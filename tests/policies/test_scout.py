@@ -119,12 +119,17 @@ def test_as_typed_and_as_data(text, policy):
 @pytest.mark.parametrize(
     "policy", [Scout(), SCOUT, Scout(coarse=DivPrune(keep=0.05), fine=16, look=6)], ids=repr
 )
-@pytest.mark.parametrize("share", [0.1, 0.25, 1.0])
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.9])
 def test_at_a_share_both_have_their_part(policy, share):
     part = policy.kept(576, 1, 0) / policy.kept(576, 1, policy.look)
     made = policy.at(share)
     assert abs(made.kept(576, 1, policy.look) - share * 576) <= 2
     assert made.kept(576, 1, 0) == pytest.approx(part * share * 576, abs=1)
+
+
+def test_at_one_all_are_coarse():
+    assert stage_counts(SCOUT.at(1.0), 576) == [(0, 576), (5, 576)]
+    assert wave_rows(SCOUT, [(0, 576), (5, 576)], 20) is None
 
 
 @pytest.mark.parametrize("cut", [0.52, 0.83, 0.94])
@@ -179,7 +184,6 @@ def test_the_cost_of_two_waves():
         ({"rope": 1}, "^rope: expected True or False, got 1$"),
         ({"by": "random", "seed": -1}, "^seed: expected a whole number"),
         ({"seed": 1}, "^seed: expected None where nothing is drawn, got 1$"),
-        ({"rectify": True}, "^rectify: expected False with a second wave, got True$"),
     ],
 )
 def test_bad_settings(settings, message):

@@ -86,7 +86,6 @@ class Scout(PruningPolicy):
             object.__setattr__(self, "seed", 0 if self.seed is None else self.seed)
             check_seed(self.seed)
         check(self.by == "random" or self.seed is None, "seed", "None where nothing is drawn", self.seed)
-        check(not self.rectify, "rectify", "False with a second wave", self.rectify)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -155,10 +154,12 @@ class Scout(PruningPolicy):
         return self.coarse.spends(0) if layer == 0 else self.spend
 
     def at(self, share: float) -> Self:
-        """Coarse and fine together at this share of the tokens, which they divide as they do now (of 576)."""
+        """Coarse and fine together at this share of the tokens, which they divide as they do now (of 576); all at 1.0."""
         share, both = share_of(share), self.kept(NOMINAL, 1, self.look)
         part = self.coarse.kept(NOMINAL, 1, 0) / both
         check(part < 1, "fine", f"room for it beside {self.coarse!r}", self.fine)
+        if share == 1.0:  # then nothing is left for a second wave
+            return replace(self, coarse=self.coarse.at(1.0))
         return replace(self, coarse=self.coarse.at(share * part), fine=share * (1 - part))
 
     def forget(self) -> None:
