@@ -93,8 +93,8 @@ class Scout(PruningPolicy):
 
     @property
     def growth(self) -> Growth | None:
-        """That of the coarse policy; what it costs to spread scores over a square image is less than n^2."""
-        return worst((self.coarse.growth, "n^2"))
+        """That of the coarse policy; spreading scores over a square image is n^1.5, and a small part of it."""
+        return worst((self.coarse.growth, "n"))
 
     @property
     def fixed_count(self) -> bool:
