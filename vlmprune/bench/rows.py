@@ -124,7 +124,7 @@ class Counter:
             "prefill": decoder.prefill_seconds(lengths, batch, peaks),
         }
         if rows is not None:
-            bound["prefill"] += decoder.wave_seconds(rows, lengths, batch, peaks)
+            bound["prefill"] += decoder.wave_seconds(rows, batch, peaks)
             grown[: rows[0]] = [grown[rows[0]]] * rows[0]  # those layers hold the second wave's, too
         if steps:
             flops["decode"] = decoder.decode_flops(grown, batch)
