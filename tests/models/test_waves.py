@@ -392,3 +392,23 @@ def test_attached_until_detached(plain):
 def fail_in_second_wave(module, args):
     if args[0].shape[1] == 10:
         raise ZeroDivisionError
+
+
+@pytest.mark.cpu("is accelerate's main device here")
+def test_weights_that_come_and_go():
+    """accelerate's hooks bring a layer's weights for the second wave as for the first."""
+    accelerate = pytest.importorskip("accelerate")
+    model, batch = make_model(), make_batch([[4, "I", 7], [2, "I", 3]])
+    want = generate_pruned(model, batch)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert any(p.is_meta for p in model.parameters())
+    assert torch.equal(generate_pruned(model, batch), want)
+
+
+def test_a_prompt_that_ends_with_its_image_and_gets_all_of_it(plain):
+    """At once, without a second wave, or half of it later, in a second wave without a row of text."""
+    coarse = vlmprune.Custom(0, lambda ctx: torch.arange(16)[None])
+    one = vlmprune.Custom(0, lambda ctx: torch.arange(0, 16, 2)[None])
+    for policy, kept in ((Scout(coarse=coarse, fine=3, look=3), 16), (Scout(coarse=one, fine=8, look=3), 16)):
+        run = assert_equals(plain, policy, make_batch([[3, "I"]]))
+        assert run.stages[1].tokens_kept == kept
