@@ -31,6 +31,12 @@ def test_prefill(lengths, batch, seconds):
     assert DECODER.prefill_seconds(lengths, batch, PEAKS) == pytest.approx(seconds)
 
 
+def test_a_second_wave_is_bound_by_its_own_rows():
+    # 3 rows of one layer, as in a prefill of 3
+    assert DECODER.wave_seconds((1, 3), 1, PEAKS) == pytest.approx(156)
+    assert DECODER.wave_seconds((2, 3), 4, PEAKS) == pytest.approx(384 + 384)
+
+
 def test_decode():
     # behind 3 entries: 288 + 4 x 8 bytes; behind 1: 288 + 2 x 8; the FLOPs, 352 and 320, take less
     assert DECODER.decode_seconds([3, 1], 1, PEAKS) == pytest.approx(160 + 152 + 40)

@@ -3,7 +3,7 @@
 import pytest
 
 from helpers.methods import echo
-from vlmprune.eval.arms import BASELINES, ORACLE, UNPRUNED, Arm, PromptSize, cost, make_arms
+from vlmprune.eval.arms import BASELINES, ORACLE, UNPRUNED, Arm, PromptSize, cost, cut_of, make_arms
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
 from vlmprune.policies import ACCM, FastV, PyramidDrop, Random, Stages, Uniform, policy_from
 from vlmprune.policies.schedule import stage_counts
@@ -39,6 +39,17 @@ def test_every_arm_meets_its_budget():
     ]
     for arm in arms[1:]:
         assert arm.budget <= cut(arm.policy) < arm.budget + 0.02
+
+
+def test_a_budget_pays_for_a_second_wave():
+    """The same tokens in one wave cost less; and every layer sees them all."""
+    arm = plan_of(["scout:coarse=(uniform:layer=0,keep=0.2),fine=0.1,look=4"], [0.6], (), 1)[1]
+    once = Uniform(layer=0, keep=arm.policy.kept(196, 1, 4))
+    assert 0.6 <= cut_of(arm, PROMPT) < 0.62 and cut(once) > cut_of(arm, PROMPT) + 0.005
+    stages = stage_counts(arm.policy, 196)
+    (_, coarse), (look, both) = stages
+    saved, tokens = cost(PROMPT, stages, wave=(look, both - coarse + 12))
+    assert saved == cut_of(arm, PROMPT) and tokens == both
 
 
 def test_policies_as_given_and_baselines_at_their_cut():

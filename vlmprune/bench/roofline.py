@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlmprune.errors import check
-from vlmprune.flops import DecoderShape, causal_half_flops, decoder_layer_flops
+from vlmprune.flops import DecoderShape, Wave, causal_half_flops, decoder_layer_flops
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,12 @@ class Decoder:
         """The least time of ``batch`` prompts whose layer ``i`` sees ``lengths[i]`` tokens, and of the logits of their last rows."""
         self._check(lengths)
         total = self._head(batch, peaks)
-        for n in lengths:
-            skipped = causal_half_flops(n, self.shape.heads, self.shape.head_dim)
-            moved = self.layer_weights * self.width + batch * n * self.kv
-            total += peaks.seconds(batch * (self._flops(n) - skipped), moved)
-        return total
+        return total + sum(self._layer_seconds(n, batch, peaks) for n in lengths)
+
+    def wave_seconds(self, wave: Wave[int], batch: int, peaks: Peaks) -> float:
+        """The least time of a second wave, as if its rows saw only one another; its layers' weights are read once more."""
+        layers, rows = wave
+        return layers * self._layer_seconds(rows, batch, peaks)
 
     def decode_seconds(self, cached: Sequence[float], batch: int, peaks: Peaks) -> float:
         """The least time of one step for ``batch`` samples whose layer ``i`` has ``cached[i]`` entries before it."""
@@ -82,6 +83,11 @@ class Decoder:
     def decode_flops(self, cached: Sequence[float], batch: int) -> float:
         """FLOPs of one step, the head left out as in ``vlmprune.flops``."""
         return batch * sum(map(self._step_flops, cached))
+
+    def _layer_seconds(self, n: int, batch: int, peaks: Peaks) -> float:
+        skipped = causal_half_flops(n, self.shape.heads, self.shape.head_dim)
+        moved = self.layer_weights * self.width + batch * n * self.kv
+        return peaks.seconds(batch * (self._flops(n) - skipped), moved)
 
     def _step_flops(self, cached: float) -> float:
         return 2 * self.layer_weights + 4 * (cached + 1) * self.shape.heads * self.shape.head_dim
