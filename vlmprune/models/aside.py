@@ -14,6 +14,7 @@ from torch import Tensor
 from vlmprune.errors import ModelError
 from vlmprune.models.layout import put
 from vlmprune.models.prefill import Decision, Entering, Prefill
+from vlmprune.models.waves import Waves
 
 
 def set_aside(prefill: Prefill, entering: Entering, made: Decision, module: Any) -> None:
@@ -32,6 +33,8 @@ def set_aside(prefill: Prefill, entering: Entering, made: Decision, module: Any)
             "policy: expected no texts before a stage that brings tokens back (they stand in the places of some)"
         )
     prefill.aside = _all_rows(prefill, entering)
+    if entering.layer < prefill.wants.wave:
+        prefill.waves = Waves(prefill.cache, prefill.call.past, prefill.aside)
 
 
 def brought_back(prefill: Prefill, entering: Entering) -> tuple[Entering, Decision | None]:

@@ -28,12 +28,14 @@ class Seconds:
         prefill: decoder over the prompt, language-model head included.
         selection: scoring, selecting and gathering, all stages together.
         decode: from the start of the first decode step to the end of the last one.
+        second_wave: the layers that tokens which came back have run (``Needs(wave=True)``); part of ``prefill``.
     """
 
     vision: float
     prefill: float
     selection: float
     decode: float
+    second_wave: float = 0.0
 
 
 class Marks:
@@ -47,6 +49,7 @@ class Marks:
         self.prefill: list[Mark] = []
         self.decode: list[Mark] = []
         self.chosen: list[list[Mark]] = []
+        self.waves: list[list[Mark]] = []
         self.latest, self.steps, self.more = self.prefill, 0, False
 
     def step_starts(self, mark: Mark) -> None:
@@ -65,7 +68,8 @@ class Marks:
     def seconds(self) -> Seconds:
         """Read the marks out; on a GPU this waits for the work they mark."""
         selection = sum(map(_length, self.chosen))
-        return Seconds(_length(self.vision), _length(self.prefill), selection, _length(self.decode))
+        waves = sum(map(_length, self.waves))
+        return Seconds(_length(self.vision), _length(self.prefill), selection, _length(self.decode), waves)
 
 
 class _Selecting:
@@ -140,6 +144,15 @@ class Clock:
     def selection(self, layer: int) -> _Selecting:
         """Time a piece of selection work for the stage at ``layer``, which is inside."""
         return _Selecting(self, layer)
+
+    @contextmanager
+    def wave(self) -> Iterator[None]:
+        """Time a second wave, which is inside."""
+        marks, start, named = self.mine.marks, self.now(), begin("second wave")
+        yield
+        if marks is not None:
+            marks.waves.append([start, self.now()])
+        end(named)
 
     def _vision_starts(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():

@@ -34,14 +34,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def read_attention(attn: Any, hidden: Tensor, rope: Rope, prefill: Prefill, clock: Clock) -> None:
     """Read what the stage after a decoder layer will score from, when its self-attention has run: ``prefill.attention``.
 
-    Keys come from the cache the layer has just filled; without a cache they are projected once more.
+    Keys come from the cache the layer has just filled, or what stands in for it; without a cache they are projected once more.
     """
     i, call, cache = attn.layer_idx, prefill.call, prefill.cache
     # no_grad: recorded operations would differ when a checkpointed layer is replayed
     with clock.selection(i + 1), torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         layout = moved(prefill.layout(i), hidden.device)
         past = 0 if cache is None else entries(cache, i, call.past + call.length) - layout.length
-        if cache is None or isinstance(cache.layers[i], QUANTIZED):
+        if prefill.waves is not None:
+            key = prefill.waves.seen(i)[0]
+        elif cache is None or isinstance(cache.layers[i], QUANTIZED):
             key = _keys(attn, hidden, rope, prefill, past)
         else:
             key = held_keys(cache.layers[i], past + layout.length, hidden.device)

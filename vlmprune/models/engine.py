@@ -19,14 +19,15 @@ from vlmprune.models.graphs.fast import FastPath
 from vlmprune.models.graphs.store import Graphs
 from vlmprune.models.host.cache_layers import PrunedLayer
 from vlmprune.models.host.cache_view import is_started, pruned_layer, resident_bytes
-from vlmprune.models.host.masks import check_adds
+from vlmprune.models.host.masks import check_adds, check_shows
 from vlmprune.models.host.names import DEEPSTACK, missing
 from vlmprune.models.host.parts import Parts, check_features, check_stages
-from vlmprune.models.layer_inputs import chunk_mask, decode_step, places_of, shifted
+from vlmprune.models.layer_inputs import chunk_mask, decode_step, first_wave_mask, places_of, shifted
 from vlmprune.models.layout import spread
 from vlmprune.models.prefill import RUNNING, Prefill, Wants
 from vlmprune.models.prompt import Prompts
 from vlmprune.models.report import Run
+from vlmprune.models.second_wave import run_second_wave
 from vlmprune.models.stage import StageRunner
 from vlmprune.models.vision_reads import VisionReads
 from vlmprune.policies.base import PruningPolicy
@@ -49,6 +50,8 @@ class Engine:
             check_stages(policy, parts.config)
             if policy.rectify:
                 check_adds(parts.text.config)
+            if any(policy.needs(layer).wave for layer in policy.layers):
+                check_shows(parts.text.config)
         needs = {} if policy is None else {layer: policy.needs(layer) for layer in policy.layers}
         self.wants = Wants.of(needs, parts.layers, parts.text.config)
         self.vision = VisionReads(parts, sorted({layer for need in needs.values() for layer in need.vision}))
@@ -161,6 +164,8 @@ class Engine:
             raise NotPrunedError("decoder layers were called without going through the vision-language model")
         if not args:
             missing("the positional arguments of a decoder layer", "hidden_states")
+        if prefill.second:
+            return None
         prefill.cache = self.host.told(kwargs, self.host.cache)
         lost = prefill.cache is None and prefill.call.cache is not None  # it would be read as "no past"
         if lost and not (module.training and module.gradient_checkpointing):  # that takes it away on purpose
@@ -193,12 +198,19 @@ class Engine:
                 if self.clock.mine.marks is not entered and prefill.prompt is not None:
                     # a compensator ran this very model: its prompts are over, this one goes on
                     self.clock.mine.marks, self.prompts.latest = entered, prefill.prompt
+        if i == self.wants.wave and prefill.waves is not None:
+            with self.clock.wave():
+                hidden = run_second_wave(self.parts, prefill, hidden, kwargs)
         decided = prefill.decision(i)
         if decided is None and layer is None and not prefill.bound:
             return None if hidden is args[0] else ((hidden, *args[1:]), kwargs)
         kwargs = {**kwargs, "position_ids": None}  # FlashAttention reads gaps in them as packed sequences
         kwargs["position_embeddings"] = rope if decided is None else decided.rope
-        kwargs["attention_mask"] = chunk_mask(text.config, prefill, decided, hidden, i)
+        if prefill.waves is None or decided is None:
+            kwargs["attention_mask"] = chunk_mask(text.config, prefill, decided, hidden, i)
+        else:
+            kwargs["attention_mask"] = first_wave_mask(text.config, prefill, decided, hidden, i)
+            kwargs[self.host.cache] = prefill.waves
         return (hidden, *args[1:]), kwargs
 
     def after_text(self, module: nn.Module, args: Any, kwargs: Kwargs, output: Any) -> Any:

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vlmprune.constants import whole_numbers
+from vlmprune.errors import ModelError
 from vlmprune.models.host.cache_layers import PrunedLayer
 from vlmprune.models.host.cache_view import (
     entries,
@@ -15,6 +17,7 @@ from vlmprune.models.host.cache_view import (
     extend_validity,
     make_prunable,
     past_validity,
+    pruned_layer,
 )
 from vlmprune.models.host.masks import pruned_mask
 from vlmprune.models.host.parts import Parts
@@ -28,26 +31,89 @@ def chunk_mask(config: Any, prefill: Prefill, decided: Decision | None, hidden: 
 
     Layers that need the same mask share it.
     """
-    call, cache, rows = prefill.call, prefill.cache, hidden.shape[1]
-    past = entries(cache, i, call.past)
-    old = past_validity(cache, i, call.valid, past)
+    cache, rows = prefill.cache, hidden.shape[1]
+    past = entries(cache, i, prefill.call.past)
     layer = None if cache is None else make_prunable(cache, i)
-    known = (None,) * 3 if layer is None else (layer.valid, layer.shift, layer.bias)
+    known = _known(layer)
     key = (past, id(decided), *map(id, known))
     if key not in prefill.masks:
-        new = call.padding() if decided is None else decided.layout.valid
-        # Padding behind every row that matters needs no mask: causality hides it.
-        valid = extend_validity(old, past, None if prefill.bound else new, rows)
-        bias = extend_bias(layer, past, None if decided is None else decided.weights, rows)
+        told = _told(prefill, decided, past, layer, i, rows, hidden.device)
         short = decided is not None and decided.layout.origin is not None  # its padding is on the left
-        mask = pruned_mask(config, hidden, valid, past, layer, left=short, bias=bias)
-        shift = add_shift(known[1], None if decided is None else decided.shift, hidden.device)
-        told = valid, call.length - rows, shift, bias
+        mask = pruned_mask(config, hidden, told[0], past, layer, left=short, bias=told[3])
         prefill.masks[key] = (mask, told, known)  # known: kept alive, so that its ids stay its own
     mask, told, _ = prefill.masks[key]
     if layer is not None:
         layer.announce(*told)
     return mask
+
+
+def first_wave_mask(config: Any, prefill: Prefill, decided: Decision, hidden: Tensor, i: int) -> Any:
+    """That of a first wave's rows ``hidden [B, n, D]``. The cache layer is told nothing yet: ``Waves`` holds them."""
+    past, layer = entries(prefill.cache, i, prefill.call.past), pruned_layer(prefill.cache, i)
+    known = _known(layer)
+    if known[2] is not None:
+        raise ModelError(
+            "cache: expected one in which no token stands for others (rectify=True) with a second wave"
+        )
+    key = ("first wave", past, id(known[0]))
+    if key not in prefill.masks:
+        old = past_validity(prefill.cache, i, prefill.call.valid, past)
+        valid = extend_validity(old, past, decided.layout.valid, hidden.shape[1])
+        mask = pruned_mask(config, hidden, valid, past, None, left=past == 0)
+        prefill.masks[key] = (mask, known)
+    return prefill.masks[key][0]
+
+
+def wave_mask(config: Any, prefill: Prefill, decided: Decision, hidden: Tensor, i: int, rows: Tensor) -> Any:
+    """That of a second wave's rows ``hidden [B, w, D]``, which are ``rows [B, w]`` of the decision's (-1 = padding).
+
+    The cache layer is told of all rows of the decision.
+    """
+    cache, length = prefill.cache, decided.layout.length
+    past = entries(cache, i, prefill.call.past)
+    layer = None if cache is None else make_prunable(cache, i)
+    known = _known(layer)
+    key = ("second wave", past, *map(id, known))
+    if key not in prefill.masks:
+        told = _told(prefill, decided, past, layer, i, length, hidden.device)
+        order = torch.arange(length, device=rows.device)
+        # padding sees everything: it counts nowhere, and a row that sees nothing is not a number
+        seen = order <= torch.where(rows < 0, length, rows)[..., None]
+        shown = pad(seen, (past, 0), value=True)
+        if told[0] is not None:
+            shown = shown & told[0][:, None].to(shown.device)
+        prefill.masks[key] = (pruned_mask(config, hidden, None, past, layer, shown=shown), told, known)
+    mask, told, _ = prefill.masks[key]
+    if layer is not None:
+        layer.announce(*told)
+    return mask
+
+
+def _known(layer: PrunedLayer | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Validity, shift and bias of what a cache layer holds."""
+    return (None, None, None) if layer is None else (layer.valid, layer.shift, layer.bias)
+
+
+def _told(
+    prefill: Prefill,
+    decided: Decision | None,
+    past: int,
+    layer: PrunedLayer | None,
+    i: int,
+    rows: int,
+    device: torch.device,
+) -> tuple[Tensor | None, int, Tensor | None, Tensor | None]:
+    """What cache layer ``i`` is told of a chunk's ``rows`` behind its ``past`` entries: the arguments of ``announce``."""
+    call = prefill.call
+    old = past_validity(prefill.cache, i, call.valid, past)
+    new = call.padding() if decided is None else decided.layout.valid
+    # Padding behind every row that matters needs no mask: causality hides it.
+    valid = extend_validity(old, past, None if prefill.bound else new, rows)
+    bias = extend_bias(layer, past, None if decided is None else decided.weights, rows)
+    shift = add_shift(
+        None if layer is None else layer.shift, None if decided is None else decided.shift, device
+    )
+    return valid, call.length - rows, shift, bias
 
 
 def decode_step(

@@ -26,6 +26,7 @@ from vlmprune.models.layout import Layout, moved, open_layout, packed_rows, spre
 from vlmprune.models.prompt import Prompt
 from vlmprune.models.text_span import find_text
 from vlmprune.models.unpruned import Unpruned
+from vlmprune.models.waves import Waves
 from vlmprune.policies.base import AttentionInputs, Insertion, Needs
 
 RUNNING = "vlmprune"
@@ -45,6 +46,7 @@ class Wants:
         text: whether some stage reads the prompt's text.
         heads: query heads of every layer, those of all ranks.
         restores: the last stage that brings back what others have set aside; -1 = there is none.
+        wave: the stage before which a second wave runs (``Needs.wave``); -1 = there is none.
         normed: whether the layers normalize query and key behind their projections.
     """
 
@@ -54,6 +56,7 @@ class Wants:
     text: bool
     heads: int
     restores: int
+    wave: int
     normed: bool
 
     @classmethod
@@ -64,8 +67,9 @@ class Wants:
         text = any(need.reads_text or need.tokens for need in needs.values())
         attns = frozenset(layers[layer].self_attn for layer in scored)
         restores = max((layer for layer, need in needs.items() if need.restored), default=-1)
+        wave = max((layer for layer, need in needs.items() if need.wave), default=-1)
         normed = DECODERS[config.model_type].normed
-        return cls(needs, attns, embeds, text, config.num_attention_heads, restores, normed)
+        return cls(needs, attns, embeds, text, config.num_attention_heads, restores, wave, normed)
 
 
 class Decision(NamedTuple):
@@ -147,6 +151,7 @@ class Prefill:
         planes: ``[M, D]`` each, the features of all samples' visual tokens, one sample behind the other, that are added to
             those entering layers 1, 2, ... (Qwen3-VL's text model would add them to unpruned rows).
         aside: ``[B, q, D]`` all rows with the hidden states that those have which a later stage brings back; None = none does.
+        waves: what stands in for the cache until the second wave has run; None = there is none.
     """
 
     wants: Wants
@@ -163,6 +168,12 @@ class Prefill:
     places: Tensor | None = None
     planes: tuple[Tensor, ...] = ()
     aside: Tensor | None = None
+    waves: Waves | None = None
+
+    @property
+    def second(self) -> bool:
+        """Whether the second wave is under way, whose layers are told everything by who runs it."""
+        return self.waves is not None and self.waves.order is not None
 
     @property
     def bound(self) -> bool:
@@ -171,7 +182,7 @@ class Prefill:
 
     def scores_from(self, module: Any) -> bool:
         """Whether a stage still to come scores from this module's attention in this call."""
-        here = self.call.visual is not None and module in self.wants.scored
+        here = self.call.visual is not None and module in self.wants.scored and not self.second
         return here and module.layer_idx + 1 not in self.decisions
 
     def rectified(self, i: int) -> bool:
@@ -209,13 +220,16 @@ class Prefill:
             text = find_text(call.visual, layout.prompt()) if wants.text else None
             self.unpruned = Unpruned(layout, seen, None, text, hidden if wants.embeds else None, patches)
 
-    def deepened(self, i: int, hidden: Tensor) -> Tensor:
-        """Rows ``hidden [B, n, D]`` that enter layer ``i``, each visual token's with its features of the plane added."""
+    def deepened(self, i: int, hidden: Tensor, layout: Layout | None = None) -> Tensor:
+        """Rows ``hidden [B, n, D]`` that enter layer ``i``, each visual token's with its features of the plane added.
+
+        They are those of ``layout``; None = the ones that layer i - 1 has run.
+        """
         if not 0 < i <= len(self.planes):
             return hidden
         assert self.unpruned is not None
         # those before a stage at i, also where that was made before: the layer may be replayed
-        layout = moved(self.layout(i - 1), hidden.device)
+        layout = moved(self.layout(i - 1) if layout is None else layout, hidden.device)
         if not any(layout.counts):
             return hidden
         numbers, counts = layout.ordinals, self.unpruned.layout.counts

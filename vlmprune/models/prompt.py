@@ -102,6 +102,7 @@ class Prompt:
         crops: patches of every crop encoded for it.
         kv_bytes: what the cache held after the latest chunk; None = there is no cache.
         inserted: the texts that joined it.
+        wave: the stage before which a second wave has run, its rows, and the rows they could see; None = none has.
         graph: whether its latest chunk was a graph's replay, or why not; "" = nobody asked.
     """
 
@@ -116,6 +117,7 @@ class Prompt:
     crops: tuple[int, ...] = ()
     kv_bytes: int | None = None
     inserted: Insertion | None = None
+    wave: tuple[int, int, int] | None = None
     graph: str = ""
 
     def extend(self, call: Call) -> None:

@@ -178,6 +178,10 @@ class StageRunner:
             seen["hidden"] = ops.gather_tokens([hidden], layout.visual)[0]
         if needs.embeds:
             seen |= {"embeds": unpruned.embeds, "image": unpruned.layout.visual}
+        if needs.wave and prefill.waves is not None:
+            before = prefill.layout(i - 1)
+            assert before.before is not None
+            seen |= {"ran": before.before[1], "ran_counts": before.counts}
         if needs.tokens:
             seen["tokens"] = self._tokens(prefill)
         if needs.text:

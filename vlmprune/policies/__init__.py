@@ -63,6 +63,7 @@ from vlmprune.policies.registry import list_policies as list_policies
 from vlmprune.policies.schedule import keep_for_flops as keep_for_flops
 from vlmprune.policies.schedule import keep_for_mean_tokens as keep_for_mean_tokens
 from vlmprune.policies.scorer import Scorer as Scorer
+from vlmprune.policies.scout import Scout as Scout
 from vlmprune.policies.sgl import SGL as SGL
 from vlmprune.policies.sinks import WithoutSinks as WithoutSinks
 from vlmprune.policies.sparsevlm import SparseVLM as SparseVLM

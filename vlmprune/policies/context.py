@@ -29,6 +29,9 @@ class TokenContext:
             ends its row of the grid, or is a grid of its own.
         hidden: ``[B, N, D]`` hidden states entering the stage, zeros at padding, or None if not asked for.
         attention: query and key of one layer, or None if not asked for.
+        ran: ``[B, c]`` int64 numbers of the entering tokens that have run through the layers before, ascending, -1 = padding:
+            the columns of ``attention``. Given for ``Needs(wave=True)`` where there are others; None = all have.
+        ran_counts: how many of each sample, host ints; given with ``ran``.
         embeds: ``[B, q, D]`` input embeddings of the whole prompt chunk, or None if not asked for.
         image: ``[B, N0]`` int64 positions in the prompt chunk of all its visual tokens, before any pruning, -1 = padding;
             given with ``embeds``.
@@ -62,6 +65,8 @@ class TokenContext:
     grids: tuple[tuple[Grid, ...], ...]
     hidden: Tensor | None = None
     attention: AttentionInputs | None = None
+    ran: Tensor | None = None
+    ran_counts: tuple[int, ...] | None = None
     embeds: Tensor | None = None
     image: Tensor | None = None
     text: Tensor | None = None

@@ -43,6 +43,10 @@ class Needs:
         restored: whether every visual token enters, also those that earlier stages have set aside: in their places and at
             their positions, with the hidden states with which they left. Beside it ``attention`` is "own" or None: the
             layer before knows nothing of them.
+        wave: whether those of them that stay run through the layers before this one first, and with them the text behind
+            the last image once more, over what these layers hold of all others (``models/waves.py``). The stage before is
+            at layer 0, and all that it left stays. Beside it ``restored`` is True; ``attention`` may be "previous", of the
+            tokens that have run (``TokenContext.ran``).
     """
 
     hidden: bool = False
@@ -54,15 +58,17 @@ class Needs:
     tokens: bool = False
     text: bool = False
     restored: bool = False
+    wave: bool = False
 
     def __post_init__(self) -> None:
-        known = not (self.restored and self.attention == "previous")
+        check(self.restored or not self.wave, "wave", "False where no token is restored", self.wave)
+        known = self.wave or not (self.restored and self.attention == "previous")
         check(known, "attention", "'own' or None where tokens are restored", repr(self.attention))
 
     @property
     def reads_text(self) -> bool:
-        """Whether the text after the last image must be found, for its rows, states or embeddings."""
-        return self.embeds or self.text or self.rows == "text"
+        """Whether the text after the last image must be found, for its rows, states or embeddings, or to run again."""
+        return self.embeds or self.text or self.wave or self.rows == "text"
 
     def __or__(self, other: Needs) -> Needs:
         """The needs of two policies that act at one layer. Raises ValueError where they cannot both be met."""
@@ -77,6 +83,7 @@ class Needs:
             tokens=self.tokens or other.tokens,
             text=self.text or other.text,
             restored=self.restored or other.restored,
+            wave=self.wave or other.wave,
         )
 
 

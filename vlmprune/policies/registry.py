@@ -28,6 +28,7 @@ from vlmprune.policies.lvlm_csp import LVLMCSP
 from vlmprune.policies.pyramiddrop import PyramidDrop
 from vlmprune.policies.random import Random
 from vlmprune.policies.random_deep import RandomDeep
+from vlmprune.policies.scout import Scout
 from vlmprune.policies.sgl import SGL
 from vlmprune.policies.sinks import WithoutSinks
 from vlmprune.policies.sparsevlm import SparseVLM
@@ -67,6 +68,7 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "accm": ACCM,
     "learned": Learned,
     "sgl": SGL,
+    "scout": Scout,
     "random_deep": RandomDeep,
     "random": Random,
     "uniform": Uniform,

@@ -61,12 +61,21 @@ def entries(cache: Cache | None, i: int, seen: int) -> int:
 
 def held_keys(layer: Any, count: int, device: torch.device) -> Tensor:
     """The first ``count`` keys ``[B, Hkv, count, D]`` of a cache layer of any kind, wherever and however it keeps them."""
-    keys = layer.keys
+    return _held(layer, "keys", count, device)
+
+
+def held_values(layer: Any, count: int, device: torch.device) -> Tensor:
+    """The same of its values."""
+    return _held(layer, "values", count, device)
+
+
+def _held(layer: Any, name: str, count: int, device: torch.device) -> Tensor:
+    some: Tensor = getattr(layer, name)
     if isinstance(layer, QUANTIZED):
-        parts = [layer._dequantize(layer._quantized_keys), *([keys] if keys.numel() else [])]
-        keys = torch.cat(parts, dim=2)
-    keys = keys if keys.shape[2] == count else keys[:, :, :count]
-    return keys.to(device)
+        old = layer._dequantize(getattr(layer, f"_quantized_{name}"))
+        some = torch.cat([old, *([some] if some.numel() else [])], dim=2)
+    some = some if some.shape[2] == count else some[:, :, :count]
+    return some.to(device)
 
 
 def resident_bytes(cache: Cache | None) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from vlmprune.errors import ModelError
@@ -14,6 +16,15 @@ from vlmprune.register import NAME
 
 ADDS = ("sdpa", "eager", NAME)
 """Implementations whose masks may be numbers that are added to the logits."""
+
+
+def check_shows(config: Any) -> None:
+    """Raise ModelError for an attention implementation that cannot be told which keys each row sees."""
+    if config._attn_implementation not in ADDS:
+        raise ModelError(
+            f"attn_implementation: expected {', '.join(map(repr, ADDS[:-1]))} or {ADDS[-1]!r} with a second wave (others know "
+            f"no mask but the causal one), got {config._attn_implementation!r}"
+        )
 
 
 def check_adds(config: Any) -> None:
@@ -33,6 +44,7 @@ def pruned_mask(
     layer: PrunedLayer | None,
     left: bool = False,
     bias: Tensor | None = None,
+    shown: Tensor | None = None,
 ) -> Any:
     """The causal mask in the format of the attention implementation (None where it needs none).
 
@@ -44,6 +56,8 @@ def pruned_mask(
         layer: the cache layer, or None without a cache.
         left: every sample's padding among the rows is known to stand on their left, as a stage leaves it.
         bias: float32 ``[B, P]`` what is added to the logits of the first keys, 0 to those of the others; None = nothing.
+        shown: bool ``[B, n, P]`` which of the first keys each row sees, where that is no causal mask (``valid`` then says
+            nothing); those after them it does not see.
 
     Raises:
         ModelError: a bias, and an implementation that has no place for it.
@@ -56,16 +70,20 @@ def pruned_mask(
         check_adds(config)
     plain, static = bias is None, layer is not None and layer.static
     valid = None if valid is None else valid.to(hidden.device)
+    length = past + rows if layer is None else layer.get_mask_sizes(rows)[0]
+    keys = valid if layer is None else layer.key_mask(valid, past, hidden)
+    if shown is not None:
+        length, keys = length if static else shown.shape[2], None
     mask = build(
         batch_size=batch,
         q_length=rows,
-        kv_length=rows if layer is None else layer.get_mask_sizes(rows)[0],
-        q_offset=past,
+        kv_length=length,
+        q_offset=past if shown is None else 0,
         kv_offset=0,
-        mask_function=causal_mask_function,
-        attention_mask=valid if layer is None else layer.key_mask(valid, past, hidden),
+        mask_function=causal_mask_function if shown is None else _showing(shown.to(hidden.device), length),
+        attention_mask=keys,
         # Leaving the mask out is only asked for where no value has to be read from the device to decide it.
-        allow_is_causal_skip=plain and valid is None and not (static and rows == 1),
+        allow_is_causal_skip=plain and shown is None and valid is None and not (static and rows == 1),
         dtype=hidden.dtype,
         config=config,
         use_vmap=False,
@@ -73,6 +91,12 @@ def pruned_mask(
         **({"left_padded": True} if plain and left and config._attn_implementation == NAME else {}),
     )
     return mask if bias is None else _added(mask, bias, hidden)
+
+
+def _showing(shown: Tensor, length: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """``shown [B, n, P]`` as transformers asks for a mask of ``length`` keys: by sample, head, row and key."""
+    known = pad(shown, (0, length - shown.shape[2]), value=False)
+    return lambda sample, head, row, key: known[sample, row, key]
 
 
 def _added(mask: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:

@@ -118,9 +118,18 @@ def check_stages(policy: PruningPolicy, config: Any) -> None:
                 "Needs(rows='text') at a stage that may keep nothing (a token that ends a prompt must stay)"
             )
             check(needs.reads_text, f"{policy!r}.needs({layer})", text, needs)
-        if needs.restored:
+        if needs.wave:
+            check_wave(policy, layer)
+        elif needs.restored:
             same = "'full' with a stage that brings tokens back (layers before it hold others than the last)"
             check(policy.earlier_kv == "full", "earlier_kv", same, repr(policy.earlier_kv))
+
+
+def check_wave(policy: PruningPolicy, layer: int) -> None:
+    """Raise InputError where no second wave can run before the stage at ``layer``."""
+    first = (0, layer)
+    check(policy.layers[:2] == first, "layers", f"{first} first, where a second wave runs", policy.layers)
+    check(not policy.rectify, "rectify", "False with a second wave", policy.rectify)
 
 
 def check_features(parts: Parts, features: Sequence[Tensor]) -> None:

@@ -1,0 +1,101 @@
+"""What two waves should give: the untouched model on the whole prompt, recomputed for every token under a 4-D mask.
+
+With coarse and fine tokens kept at their own positions (columns of all others are hidden from everybody), a row sees the
+column c from a position at or behind it, except that in layers 0..look-1 a fine column is only seen by fine rows and by
+rows behind their sample's last visual token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Sets = list[tuple[set[int], set[int]]]
+"""Per sample, the positions of its coarse tokens and of its fine ones."""
+
+
+def sets_of(run: Any) -> Sets:
+    """What a run says of both stages."""
+    coarse, both = (stage.index.tolist() for stage in run.stages[:2])
+    found = []
+    for one, all_kept in zip(coarse, both, strict=True):
+        some, kept = set(one) - {-1}, set(all_kept) - {-1}
+        assert some <= kept
+        found.append((some, kept - some))
+    return found
+
+
+def visible(visual: Tensor, real: Tensor, sets: Sets, early: bool) -> Tensor:
+    """bool ``[B, S, S]`` by row and column, for visual tokens and real ones ``[B, S]``."""
+    batch, length = real.shape
+    seen = torch.zeros(batch, length, length, dtype=torch.bool)
+    for b, (coarse, fine) in enumerate(sets):
+        columns = [p for p in range(length) if real[b, p] and (not visual[b, p] or p in coarse | fine)]
+        last = max([p for p in range(length) if visual[b, p]], default=length)
+        for row in range(length):
+            second = row in fine or row > last
+            for column in columns:
+                seen[b, row, column] = column <= row and (not early or column not in fine or second)
+            if not seen[b, row].any():
+                seen[b, row, row] = True  # padding, and rows in front of everything that is kept
+    return seen
+
+
+@contextmanager
+def waves_masked(
+    model: Any, look: int, sets: Sets, visual: Tensor, real: Tensor, past: int = 0
+) -> Iterator[None]:
+    """The model under these masks; its text model may get no cache, or one that holds ``past`` tokens, all seen."""
+
+    def before(module: Any, args: Any, kwargs: Any) -> Any:
+        mask = masks[module.self_attn.layer_idx < look]
+        floor = torch.zeros(mask.shape, dtype=args[0].dtype).masked_fill(
+            ~mask, torch.finfo(args[0].dtype).min
+        )
+        return args, {**kwargs, "attention_mask": floor.to(args[0].device)}
+
+    masks = {
+        early: torch.cat(
+            [torch.ones(len(real), real.shape[1], past, dtype=torch.bool), visible(visual, real, sets, early)], 2
+        )[:, None]
+        for early in (True, False)
+    }
+    layers = model.get_decoder().layers
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def waves_oracle(
+    model: Any,
+    inputs: dict[str, Tensor],
+    look: int,
+    sets: Sets,
+    steps: int,
+    placeholders: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    """Greedy decoding by full recomputation: new tokens ``[B, steps]`` and their logits ``[B, steps, V]``."""
+    inputs, tokens, logits = dict(inputs), [], []
+    three = "mm_token_type_ids" in inputs  # such a model makes its own positions
+    for _ in range(steps):
+        real = inputs["attention_mask"]
+        visual = torch.isin(inputs["input_ids"], torch.tensor(placeholders))
+        places = {} if three else {"position_ids": (real.long().cumsum(-1) - 1).clamp(min=0)}
+        with waves_masked(model, look, sets, visual, real.bool()):
+            last = model(**inputs, **places, use_cache=False).logits[:, -1]
+        choice = last.clone()
+        choice[:, list(placeholders)] = float("-inf")
+        tokens.append(choice.argmax(-1))
+        logits.append(last)
+        more = {"input_ids": tokens[-1][:, None], "attention_mask": torch.ones_like(real[:, :1])}
+        more |= {"mm_token_type_ids": torch.zeros_like(real[:, :1]).int()} if three else {}
+        inputs |= {name: torch.cat([inputs[name], new.to(inputs[name])], 1) for name, new in more.items()}
+    return torch.stack(tokens, 1), torch.stack(logits, 1)

@@ -1,0 +1,167 @@
+"""Scout: a coarse view of the image says where to look, and the tokens found there run after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from vlmprune.errors import InputError, check
+from vlmprune.policies.base import (
+    Growth,
+    Needs,
+    PruningPolicy,
+    Ranking,
+    Reduction,
+    TokenContext,
+    attention_of,
+)
+from vlmprune.policies.blur import blurred
+from vlmprune.policies.checks import check_keep, check_layer, check_seed, check_word, is_number, share_of
+from vlmprune.policies.choose import marks
+from vlmprune.policies.compose import check_member
+from vlmprune.policies.counts import keep_count
+from vlmprune.policies.growth import worst
+from vlmprune.policies.random import drawn
+from vlmprune.policies.uniform import Uniform
+
+NOMINAL = 576
+"""Visual tokens of one image (LLaVA-1.5's), by which ``at`` tells how coarse and fine share a budget."""
+
+
+@dataclass(frozen=True)
+class Scout(PruningPolicy):
+    """Looks at a coarse set of tokens first, and takes in as many fine ones where the prompt looks.
+
+    Early layers do not know where to look, late ones know but save little. A coarse view is enough to know where:
+
+    1. The text and what ``coarse`` keeps run layers 0..look-1, at their own positions.
+    2. The attention of the last prompt row in layer look-1, head mean, is spread over the grid of each image (a Gaussian).
+       It names ``fine`` more tokens, the best of all images of a prompt together.
+    3. These and the text behind the last image run layers 0..look-1 over keys and values of the first run. Coarse tokens,
+       and text in front of the last image, are not run again: there, and only there, they do not see the fine ones.
+
+    From ``look`` on, and in the answer, all of it is one sequence under the usual causal mask; every layer holds coarse and
+    fine tokens. It costs what keeping both from layer 0 costs, and the text behind the image once more in ``look`` layers.
+
+    Args:
+        coarse: a policy that acts before the language model alone and only drops tokens; whatever it does with positions,
+            they stay the tokens' own.
+        fine: tokens that join: a share (float) of all visual tokens, or a number per image (int).
+        look: the first layer that sees coarse and fine tokens; those before it are run in two waves. At least 1.
+        by: what names fine tokens: "attention", or "random" (a baseline).
+        spread: standard deviation of the Gaussian, in rows and columns of visual tokens.
+        rope: whether the attention is the model's; False = its query and keys without RoPE, softmax over the coarse tokens.
+        seed: which draw "random" is.
+
+    Raises:
+        InputError: a setting is out of range; where it runs, a coarse policy that merges or moves tokens.
+    """
+
+    summary = "a coarse view first, then as many fine tokens where the prompt looks"
+    paper = "this project"
+
+    coarse: PruningPolicy = Uniform(layer=0, keep=0.125)  # noqa: RUF009  # frozen
+    fine: int | float = 0.0833
+    look: int = 5
+    by: Literal["attention", "random"] = "attention"
+    spread: float = 1.0
+    rope: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(isinstance(self.coarse, PruningPolicy), "coarse", "a policy", repr(self.coarse))
+        check(self.coarse.layers == (0,), "coarse", "a policy with one stage, at layer 0", repr(self.coarse))
+        plain = not (self.coarse.inserts or self.coarse.restores or self.coarse.empties(0))
+        check(plain, "coarse", "a policy that only drops tokens, and keeps some", repr(self.coarse))
+        check_member(self, self.coarse, "coarse")
+        check_keep(self.fine, "fine")
+        check_layer_of(self.look)
+        check_word("by", self.by, "attention", "random")
+        ok = is_number(self.spread) and 0 < self.spread < float("inf")
+        check(ok, "spread", "a number > 0", repr(self.spread))
+        check(isinstance(self.rope, bool), "rope", "True or False", repr(self.rope))
+        check_seed(self.seed)
+        check(not self.rectify, "rectify", "False with a second wave", self.rectify)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (0, self.look)
+
+    @property
+    def growth(self) -> Growth | None:
+        """That of the coarse policy; what it costs to spread scores over a square image is less than n^2."""
+        return worst((self.coarse.growth, "n^2"))
+
+    @property
+    def fixed_count(self) -> bool:
+        return self.coarse.fixed_count
+
+    def needs(self, layer: int) -> Needs:
+        if layer == 0:
+            return self.coarse.needs(0)
+        return Needs(
+            attention="previous" if self.by == "attention" else None, rows="last", restored=True, wave=True
+        )
+
+    def ranks(self, layer: int) -> bool:
+        return layer > 0 or self.coarse.ranks(0)
+
+    def rank(self, ctx: TokenContext) -> Ranking:
+        """The coarse policy's ranking, but for positions; later the coarse tokens before all others, and the best of those."""
+        if ctx.layer == 0:
+            return replace(self.coarse.rank(ctx), positions="keep")
+        if ctx.ran is None or ctx.ran_counts is None:
+            return Ranking(ctx.mask.float(), ctx.counts)
+        tokens = ctx.mask.shape[1]
+        more = (keep_count(self.fine, n, m) for n, m in zip(ctx.counts, ctx.image_counts(), strict=True))
+        keep = tuple(min(n, c + k) for n, c, k in zip(ctx.counts, ctx.ran_counts, more, strict=True))
+        return Ranking(self._scores(ctx).masked_fill(marks(ctx.ran, tokens), float("inf")), keep)
+
+    def select(self, ctx: TokenContext) -> Tensor | Reduction:
+        if ctx.layer > 0 or self.coarse.ranks(0):
+            return super().select(ctx)
+        choice = self.coarse.select(ctx)
+        if not isinstance(choice, Reduction):
+            return choice
+        plain = choice.hidden is None and choice.inserted is None and choice.merged is None
+        if not plain:
+            raise InputError(f"coarse: expected a policy that only drops tokens, got {self.coarse!r}")
+        return choice.index
+
+    def _scores(self, ctx: TokenContext) -> Tensor:
+        """float32 ``[B, N]``: what the tokens are that the prompt looks at, or a draw."""
+        if self.by == "random" or ctx.ran is None:
+            return drawn(self.seed, ctx.counts, ctx.device)
+        seen = attention_of(ctx)
+        if self.rope:
+            received = seen.received(seen.last)
+        else:
+            seen = seen.chunk()
+            received = seen.received(seen.last, normalize="columns", unrotated=True)
+        return blurred(received, ctx.ran, ctx.grids, self.spread, ctx.mask.shape[1])
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """Coarse tokens; from ``look`` on ``fine`` more."""
+        coarse = self.coarse.kept(tokens, images, 0)
+        return coarse if layer == 0 else min(tokens, coarse + keep_count(self.fine, tokens, images))
+
+    def spends(self, layer: int) -> str:
+        return self.coarse.spends(0) if layer == 0 else self.spend
+
+    def at(self, share: float) -> Self:
+        """Coarse and fine together at this share of the tokens, which they divide as they do now (of 576)."""
+        share, both = share_of(share), self.kept(NOMINAL, 1, self.look)
+        part = self.coarse.kept(NOMINAL, 1, 0) / both
+        check(part < 1, "fine", f"room for it beside {self.coarse!r}", self.fine)
+        return replace(self, coarse=self.coarse.at(share * part), fine=share * (1 - part))
+
+    def forget(self) -> None:
+        self.coarse.forget()
+
+
+def check_layer_of(look: object) -> None:
+    """``look`` is a layer that has some before it."""
+    check_layer(look, 1, " (the layers before it look)")
