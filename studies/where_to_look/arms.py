@@ -86,8 +86,7 @@ def study_arms(
             except InputError as error:
                 refused.append(str(error))
                 continue
-            count = draws if arm.for_batch(0, ()) != arm.for_batch(1, ()) else 1
-            arms += [replace(arm, seed=seed) for seed in range(count)]
+            arms += [replace(arm, seed=seed) for seed in range(draws if RANDOM in name else 1)]
     return arms, refused
 
 

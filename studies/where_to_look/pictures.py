@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from feather.rows import Row, find
 
@@ -33,7 +34,7 @@ def draw_plot(rows: Sequence[Row]) -> bytes:
     return to_png(figure)
 
 
-def _line(panel, points: Sequence[Row]) -> None:  # type: ignore[no-untyped-def]
+def _line(panel: Any, points: Sequence[Row]) -> None:
     method, cuts, means = points[0].method, [r.budget for r in points], [r.mean for r in points]
     ours = method.startswith(OURS)
     style = {"linewidth": 2.2 if ours else 0.9, "linestyle": ":" if method.endswith("pack") else "-"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout must stay off the path
@@ -15,12 +15,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout 
 from feather.rows import Row, find, load
 
 from vlmprune.eval.arms import UNPRUNED
-from vlmprune.eval.page import percent
+from vlmprune.eval.page import percent, points
 from vlmprune.eval.store import write
 from where_to_look.measure import OURS, PART, RIGHT, gain_over
 from where_to_look.pictures import draw_plot
 
 FOLDER = Path(__file__).parent
+Cell = Callable[[str, float], list[Row]]
+"""The row of a method at a budget, if it has one."""
 ROWS, PAGE, PLOT = FOLDER / "glyphworld.csv", FOLDER / "README.md", FOLDER / "accuracy.png"
 BEGIN, END = "<!-- tables of {name}: begin -->", "<!-- tables of {name}: end -->"
 NONE = "-"
@@ -104,7 +106,9 @@ def family_table(rows: Sequence[Row], budget: float) -> str:
     return "\n".join([*lines, ""])
 
 
-def _table(title: str, methods: Sequence[str], budgets: Sequence[float], cell, sign: bool = False) -> str:  # type: ignore[no-untyped-def]
+def _table(
+    title: str, methods: Sequence[str], budgets: Sequence[float], cell: Cell, sign: bool = False
+) -> str:
     lines = [title, "", "| FLOPs cut | " + " | ".join(f"{b:.0%}" for b in budgets) + " |"]
     lines.append("|---" * (len(budgets) + 1) + "|")
     for method in methods:
@@ -112,7 +116,7 @@ def _table(title: str, methods: Sequence[str], budgets: Sequence[float], cell, s
     return "\n".join([*lines, ""])
 
 
-def _cells(cell, method: str, budgets: Sequence[float], sign: bool) -> Iterator[str]:  # type: ignore[no-untyped-def]
+def _cells(cell: Cell, method: str, budgets: Sequence[float], sign: bool) -> Iterator[str]:
     """Mean and interval, ``-`` where a method cannot meet a budget; differences clear of zero in bold."""
     for budget in budgets:
         found = cell(method, budget)
@@ -121,9 +125,8 @@ def _cells(cell, method: str, budgets: Sequence[float], sign: bool) -> Iterator[
         elif not sign:
             yield percent(found[0].estimate)
         else:
-            mean, low, high = (value * 100 for value in found[0].estimate)
-            text = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-            yield f"**{text}**" if low > 0 or high < 0 else text
+            gain = found[0].estimate
+            yield f"**{points(gain)}**" if gain.low > 0 or gain.high < 0 else points(gain)
 
 
 def _methods(rows: Sequence[Row], beginning: str = "") -> list[str]:
