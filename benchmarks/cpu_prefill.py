@@ -60,6 +60,7 @@ TABLE = {
     "vtw": "layer=5",
     "aim": "layer=7,stages=4,keep=350",
     "lvlm_csp": "scatter=4,prune=6,cluster=137,then=137",
+    "scout": "coarse=(uniform:layer=0,keep=115),fine=77,look=10",
     "random_deep": "layer=10,keep=0.33",
 }
 """Methods whose stages do not fit into 16 layers: here at half their layers. VTW leaves 180 of 576 tokens in the mean."""
@@ -136,7 +137,7 @@ def make_arms(model: Any, prompt: dict[str, Tensor], policies: Sequence[str], tw
         pruned = twin(model)
         arms.append(Arm(text, pruned, vlmprune.attach(pruned, vlmprune.policy_from(text))))
         report = prefill(arms[-1], prompt)
-        if not twins:
+        if not twins or report.second_wave is not None:  # whose rows no slicing runs
             continue
         rows = {layer: length - int(report.visual_tokens) + kept for layer, _, kept in report.stages}
         arms.append(_measured(f"{text} {BARE}", bare(model, rows)))

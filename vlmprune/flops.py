@@ -36,16 +36,26 @@ class DecoderShape:
     intermediate: int
 
 
+Wave = tuple[int, Number]
+"""A second wave (``Needs(wave=True)``): the stage before which it runs, and the rows, of text too, that run it."""
+
+
 def decoder_layer_flops(
-    n: Number, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int
+    n: Number,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    intermediate: int,
+    keys: Number | None = None,
 ) -> Number:
     """FLOPs of one decoder layer on ``n`` tokens: projections and gated feed-forward, then scores and values.
 
     ``2 * (n * (2 d H dh + 2 d Hkv dh + 3 d m)) + 4 n^2 H dh``. The causal half of the attention is counted;
-    ``causal_half_flops`` says how much that is.
+    ``causal_half_flops`` says how much that is. Where they attend to ``keys``, and not to themselves, it is ``4 n keys H dh``.
     """
     matrices = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim + 3 * hidden * intermediate
-    return 2 * (n * matrices) + 4 * n * n * heads * head_dim
+    return 2 * (n * matrices) + 4 * n * (n if keys is None else keys) * heads * head_dim
 
 
 def causal_half_flops(n: Number, heads: int, head_dim: int) -> Number:
@@ -77,6 +87,35 @@ def layer_inputs(total_layers: int, n: Number, stages: Sequence[tuple[int, Numbe
     for layer, after in stages:
         lengths[layer:] = [after] * (total_layers - layer)
     return lengths
+
+
+def visual_inputs(
+    total_layers: int, visual: Number, stages: Sequence[tuple[int, Number]], wave: Wave[Number] | None = None
+) -> list[Number]:
+    """Visual tokens that run each layer, where ``stages`` leave ``(layer, tokens)``: those of both waves where there are two."""
+    counts = layer_inputs(total_layers, visual, stages)
+    return counts if wave is None else [counts[wave[0]]] * wave[0] + counts[wave[0] :]
+
+
+def prefill_flops(
+    shape: DecoderShape,
+    visual: Number,
+    text: Number,
+    stages: Sequence[tuple[int, Number]],
+    wave: Wave[Number] | None = None,
+) -> Number:
+    """FLOPs of a prefill of ``visual`` and ``text`` tokens where ``stages`` leave ``(layer, visual tokens)``."""
+    lengths = [n + text for n in layer_inputs(shape.layers, visual, stages)]
+    return decoder_flops(shape, lengths) + wave_flops(shape, lengths, wave)
+
+
+def wave_flops(shape: DecoderShape, lengths: Sequence[Number], wave: Wave[Number] | None) -> Number:
+    """FLOPs of a second wave, whose rows see all ``lengths[layer]`` that enter its stage; 0 = there is none."""
+    if wave is None:
+        return 0
+    layer, rows = wave
+    dims = (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate)
+    return layer * decoder_layer_flops(rows, *dims, keys=lengths[layer])
 
 
 def mean_tokens(lengths: Sequence[float]) -> float:

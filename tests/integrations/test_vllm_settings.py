@@ -119,6 +119,7 @@ BY_NAME = {
     "accm": TEXT,
     "learned": INSIDE,
     "sgl": INSIDE,
+    "scout": INSIDE,
     "random_deep": INSIDE,
     "random": INSIDE,
     "uniform": INSIDE,

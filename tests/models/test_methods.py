@@ -12,6 +12,7 @@ import vlmprune
 from helpers.methods import shuffled
 from helpers.scorers import glance
 from helpers.tiny import IMAGE, dropped_from, generate, make_batch, make_model, oracle, slow
+from helpers.waves import sets_of, waves_oracle
 from vlmprune.models.graphs.reads import HostReads
 from vlmprune.policies.base import Needs, PruningPolicy, Ranking, Reduction, TokenContext
 from vlmprune.policies.registry import BUILT_IN
@@ -63,6 +64,7 @@ METHODS = {
     ],
     "learned": [dict(scorer=glance(64, layer=3), layer=3, keep=6)],
     "sgl": [dict(guide=shuffled, layer=3, keep=0.4)],
+    "scout": [dict(coarse=vlmprune.Uniform(layer=0, keep=4), fine=3, look=3)],
     "random_deep": [dict(layer=4, keep=0.5)],
     "random": [dict(layer=0, keep=0.3)],
     "uniform": [dict(layer=1, keep=0.25), dict(layer=1, keep=None, stride=2)],
@@ -153,7 +155,11 @@ def test_equals_the_oracle(model, name, specs):
     with vlmprune.prune(model, policy) as run:
         tokens, logits, _ = generate(model, batch, STEPS)
     assert run.stages[-1].tokens_kept < (batch["input_ids"] == IMAGE).sum(1).max()
-    want_tokens, want_logits = slow(model, batch, policy.said, STEPS)
+    waves = [layer for layer in policy.layers if policy.needs(layer).wave]
+    if waves:
+        want_tokens, want_logits = waves_oracle(model, batch, waves[0], sets_of(run), STEPS, (IMAGE,))
+    else:
+        want_tokens, want_logits = slow(model, batch, policy.said, STEPS)
     torch.testing.assert_close(logits, want_logits, atol=1e-4, rtol=0)
     assert torch.equal(tokens, want_tokens)
     restores = any(policy.needs(layer).restored for layer in policy.layers)

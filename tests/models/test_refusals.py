@@ -160,6 +160,20 @@ def checkpoints_of_the_scattered():
         model(**inputs, use_cache=False)
 
 
+def flash_waves():
+    model = made("llava-llama")
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    vlmprune.attach(model, SCOUT)
+
+
+def rectified_turn():
+    model = made("llava-llama")
+    cache = hf.DynamicCache(config=model.config)
+    call_llava(vlmprune.FastV(layer=1, keep=2, rectify=True), model, past_key_values=cache)
+    mask = torch.ones(1, cache.get_seq_length() + 28, dtype=torch.int64)
+    call_llava(SCOUT, model, past_key_values=cache, attention_mask=mask)
+
+
 def no_hooks_in_the_tower():
     """As where torch.compile has compiled it before the scope; compiling takes too long here."""
     model = made("llava-llama")
@@ -171,6 +185,7 @@ def no_hooks_in_the_tower():
 
 TOWERS = vlmprune.FasterVLM(keep=2, positions="keep")
 TEXT = vlmprune.SparseVLM(layers=(3, 4), keep=(3, 2))
+SCOUT = vlmprune.Scout(coarse=vlmprune.Uniform(layer=0, keep=3), fine=2, look=2)
 CSP = vlmprune.LVLMCSP(cluster=2, then=2, scatter=2, prune=3)
 EACH = vlmprune.FastV(layer=3, keep=2, spend="image")
 PACK = vlmprune.FasterVLM(keep=2, positions="pack")
@@ -212,6 +227,10 @@ DONE = [
     (lambda _: vlmprune.attach(made("llava-llama"), replace(CSP, earlier_kv="compact")), ("llava",), ()),
     (lambda _: checkpoints_of_the_scattered(), ("llava",), ()),
     (lambda name: call(name, vlmprune.Stages([replace(accm(), keep=None), Back()])), ("llava-llama",), ()),
+    (lambda _: flash_waves(), ("llava",), ()),
+    (lambda name: call(name, vlmprune.Stages([SCOUT, vlmprune.Random(layer=1)])), ("llava-llama",), ()),
+    (lambda _: replace(SCOUT, rectify=True), ("llava",), ()),
+    (lambda _: rectified_turn(), ("llava",), ()),
     (lambda _: no_hooks_in_the_tower(), ("llava",), ()),
 ]
 

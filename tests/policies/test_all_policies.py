@@ -16,12 +16,14 @@ from vlmprune.policies import (
     ACCMSelection,
     CDPruner,
     Custom,
+    DivPrune,
     FasterVLM,
     Feather,
     Folder,
     Intersection,
     Random,
     Reduction,
+    Scout,
     SparseVLM,
     Stages,
     Uniform,
@@ -94,6 +96,11 @@ METHODS = {
         dict(scorer=glance(8), layer=0, keep=5, spend="image"),
     ],
     "sgl": [dict(guide=shuffled), dict(guide=shuffled, layer=0, keep=3, spend="image")],
+    "scout": [
+        dict(coarse=Uniform(layer=0, keep=0.3), fine=0.2, look=3),
+        dict(coarse=DivPrune(keep=5), fine=4, look=2, rope=False, spread=0.5),
+        dict(coarse=Random(layer=0, keep=0.3), fine=3, by="random", seed=5),
+    ],
     "random_deep": [dict(keep=0.2)],
     "random": [dict(keep=0.4, seed=7), dict(layer=0, keep=3), dict(layer=0, keep=3, spend="image")],
     "uniform": [dict(), dict(keep=5), dict(stride=2)],
@@ -122,6 +129,7 @@ KEEP_ALL = {
     "accm_selection": [dict(keep=1.0), dict(keep=10_000, order="selected")],
     "learned": [dict(scorer=SLOPE, layer=2, keep=1.0)],
     "sgl": [dict(guide=shuffled, keep=1.0)],
+    "scout": [dict(coarse=Uniform(layer=0, keep=1.0)), dict(coarse=Random(layer=0, keep=0.3), fine=10_000)],
     "random_deep": [dict(keep=1.0)],
     "random": [dict(keep=1.0), dict(keep=10_000)],
     "uniform": [dict(keep=1.0), dict(keep=10_000), dict(stride=1)],
@@ -221,6 +229,7 @@ def chooses_by_more_than_scores(policy):
         | Intersection
         | LVLMCSP
         | Random
+        | Scout
         | SGL
         | Uniform
         | Union

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlmprune.errors import check
-from vlmprune.flops import DecoderShape, causal_half_flops, decoder_layer_flops
+from vlmprune.flops import DecoderShape, Wave, causal_half_flops, decoder_layer_flops, wave_flops
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,12 @@ class Decoder:
             moved = self.layer_weights * self.width + batch * n * self.kv
             total += peaks.seconds(batch * (self._flops(n) - skipped), moved)
         return total
+
+    def wave_seconds(self, wave: Wave[int], lengths: Sequence[int], batch: int, peaks: Peaks) -> float:
+        """The least time of a second wave (``flops.wave_flops``): its layers' weights are read once more."""
+        layers, rows = wave
+        moved = self.layer_weights * self.width + batch * rows * self.kv
+        return layers * peaks.seconds(batch * wave_flops(self.shape, lengths, wave) / layers, moved)
 
     def decode_seconds(self, cached: Sequence[float], batch: int, peaks: Peaks) -> float:
         """The least time of one step for ``batch`` samples whose layer ``i`` has ``cached[i]`` entries before it."""

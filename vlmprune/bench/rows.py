@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from vlmprune.bench.arms import Arm
 from vlmprune.bench.measure import PHASES, Measured
 from vlmprune.bench.roofline import Decoder, Peaks
-from vlmprune.flops import decoder_flops, layer_inputs
+from vlmprune.flops import decoder_flops, layer_inputs, wave_flops
 from vlmprune.models import Report
 
 
@@ -115,11 +115,17 @@ class Counter:
         lengths, cached = _lengths(arm, measured.report, measured.inputs, decoder.shape.layers)
         grown = [n + steps / 2 for n in cached]  # in the middle of decoding
         vision = float(measured.report.flops.vision)
-        flops = {"vision": vision, "prefill": float(batch * decoder_flops(decoder.shape, lengths))}
+        wave = measured.report.second_wave
+        rows = None if wave is None else (wave.layer, wave.width)
+        spent = decoder_flops(decoder.shape, lengths) + wave_flops(decoder.shape, lengths, rows)
+        flops = {"vision": vision, "prefill": float(batch * spent)}
         bound = {
             "vision": peaks.seconds(vision, self.tower),
             "prefill": decoder.prefill_seconds(lengths, batch, peaks),
         }
+        if rows is not None:
+            bound["prefill"] += decoder.wave_seconds(rows, lengths, batch, peaks)
+            grown[: rows[0]] = [grown[rows[0]]] * rows[0]  # those layers hold the second wave's, too
         if steps:
             flops["decode"] = decoder.decode_flops(grown, batch)
             bound["decode"] = decoder.decode_seconds(grown, batch, peaks)

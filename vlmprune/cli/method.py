@@ -12,9 +12,10 @@ from vlmprune.cli.console import table
 from vlmprune.cli.docstrings import agreement, settings_docs
 from vlmprune.cli.facts import facts_of, reading, typed
 from vlmprune.errors import InputError
-from vlmprune.flops import layer_inputs, mean_tokens
+from vlmprune.flops import mean_tokens, visual_inputs
 from vlmprune.policies.base import Needs, PruningPolicy
 from vlmprune.policies.budgets import PUBLISHED
+from vlmprune.policies.schedule import wave_rows
 
 MODEL = PUBLISHED[0]
 ROWS = {"last": "the last row", "text": "the text's rows", "all": "all rows"}
@@ -29,7 +30,7 @@ def describe_method(cls: type[PruningPolicy], policy: PruningPolicy | None) -> d
     stages = [] if policy is None else schedule(policy)
     return {
         "schedule": stages,
-        "mean_tokens": _mean(stages) if stages else None,
+        "mean_tokens": _mean(stages, policy) if policy is not None and stages else None,
         "docs": settings_docs(cls),
         "agreement": agreement(cls),
     }
@@ -78,12 +79,13 @@ def _reads(needs: Needs) -> list[str]:
     return parts
 
 
-def _mean(stages: list[dict[str, Any]]) -> float | None:
+def _mean(stages: list[dict[str, Any]], policy: PruningPolicy) -> float | None:
     """Over the inputs of LLaVA-1.5's layers; None where a count is unknown or a stage lies beyond them."""
     counts = [(stage["layer"], stage["tokens"]) for stage in stages]
     if any(layer >= MODEL.layers or tokens is None for layer, tokens in counts):
         return None
-    return mean_tokens(layer_inputs(MODEL.layers, MODEL.visual or 0, counts))
+    wave = wave_rows(policy, counts, 0)
+    return mean_tokens(visual_inputs(MODEL.layers, MODEL.visual or 0, counts, wave))
 
 
 def show_method(name: str, found: Mapping[str, Any], kind: str) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 from vlmprune.errors import InputError, check
 from vlmprune.eval.oracle import Oracle
 from vlmprune.eval.questions import Region
-from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs, mean_tokens
+from vlmprune.flops import DecoderShape, Wave, decoder_flops, mean_tokens, prefill_flops, visual_inputs
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.random import Random
-from vlmprune.policies.schedule import keep_for_flops, stage_counts
+from vlmprune.policies.schedule import keep_for_flops, stage_counts, wave_rows
 from vlmprune.policies.uniform import Uniform
 from vlmprune.smaller import NAME as SMALLER
 from vlmprune.smaller import Smaller
@@ -155,20 +155,26 @@ def _share(text: str, policy: PruningPolicy, cut: float, prompt: PromptSize) -> 
 def cut_of(arm: Arm, prompt: PromptSize) -> float:
     """Share of the prefill's FLOPs that an arm saves on ``prompt``."""
     assert arm.policy is not None
-    return cost(prompt, stage_counts(arm.policy, prompt.visual))[0]
+    stages = stage_counts(arm.policy, prompt.visual)
+    return cost(prompt, stages, wave=wave_rows(arm.policy, stages, prompt.text))[0]
 
 
 def cost(
-    prompt: PromptSize, stages: Sequence[tuple[int, int]], joined: int = 0, spent: int = 0
+    prompt: PromptSize,
+    stages: Sequence[tuple[int, int]],
+    joined: int = 0,
+    spent: int = 0,
+    wave: Wave[int] | None = None,
 ) -> tuple[float, float]:
     """Share of the prefill's FLOPs saved, and mean visual tokens over the layers, where ``stages`` leave ``(layer, tokens)``.
 
-    ``joined`` rows of text join the prompt at the first of them, and ``spent`` FLOPs went into writing these.
+    ``joined`` rows of text join the prompt at the first of them, and ``spent`` FLOPs went into writing these; ``wave`` is a
+    second wave.
     """
     shape = prompt.shape
-    visual = layer_inputs(shape.layers, prompt.visual, stages)
+    visual = visual_inputs(shape.layers, prompt.visual, stages, wave)
     full = decoder_flops(shape, [prompt.visual + prompt.text] * shape.layers)
-    pruned = decoder_flops(shape, [n + prompt.text + joined for n in visual])
+    pruned = prefill_flops(shape, prompt.visual, prompt.text + joined, stages, wave)
     return 1 - (pruned + spent) / full, mean_tokens(visual)
 
 

@@ -183,7 +183,8 @@ def _answers(
     checkpoint = subject.checkpoint
     run, new = _generate(subject, shown, arm, policy, subject.max_new_tokens)
     texts = checkpoint.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-    prefill, shape = run.report().seconds.prefill / len(batch), decoder_shape(checkpoint.config)
+    report, shape = run.report(), decoder_shape(checkpoint.config)
+    prefill, second = report.seconds.prefill / len(batch), report.second_wave
     lengths = shown.inputs["attention_mask"].sum(1).tolist()
     for sample, (question, said) in enumerate(zip(batch, texts, strict=True)):
         kept = [(stage.layer, run.kept_at(i, sample).tolist()) for i, stage in enumerate(run.stages)]
@@ -191,7 +192,8 @@ def _answers(
         stages = [(layer, len(some)) for layer, some in kept]
         if arm.smaller is not None:  # every layer sees so many of them
             stages = [(0, shown.shown[sample])]
-        cut, tokens = cost(prompt, stages, *_joined(run, sample))
+        wave = None if second is None else (second.layer, second.rows[sample])
+        cut, tokens = cost(prompt, stages, *_joined(run, sample), wave)
         right, exact = judge(said, question.answer)
         yield Answer(
             policy=arm.key,

@@ -149,10 +149,12 @@ class Clock:
     def wave(self) -> Iterator[None]:
         """Time a second wave, which is inside."""
         marks, start, named = self.mine.marks, self.now(), begin("second wave")
-        yield
+        try:
+            yield
+        finally:
+            end(named)
         if marks is not None:
             marks.waves.append([start, self.now()])
-        end(named)
 
     def _vision_starts(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():

@@ -59,7 +59,7 @@ def first_wave_mask(config: Any, prefill: Prefill, decided: Decision, hidden: Te
     if key not in prefill.masks:
         old = past_validity(prefill.cache, i, prefill.call.valid, past)
         valid = extend_validity(old, past, decided.layout.valid, hidden.shape[1])
-        mask = pruned_mask(config, hidden, valid, past, None, left=past == 0)
+        mask = pruned_mask(config, hidden, valid, past, None, left=True)
         prefill.masks[key] = (mask, known)
     return prefill.masks[key][0]
 

@@ -87,6 +87,22 @@ class StageRecord:
         return StageRecord(self.layer, entered, kept, self.path, earlier.chunks + self.chunks)
 
 
+class SecondWave(NamedTuple):
+    """A second wave that has run (``Needs(wave=True)``).
+
+    Attributes:
+        layer: the stage before which it ran the layers.
+        rows: of each sample, those of tokens that came back and those behind its last image.
+        width: rows of the batch, padding included.
+        keys: rows that it could see, padding included, without the cached past.
+    """
+
+    layer: int
+    rows: Counts
+    width: int
+    keys: int
+
+
 @dataclass
 class Prompt:
     """What is known of one prefill, and of the decoding after it. Made by the hooks, read by ``Run``.
@@ -102,7 +118,7 @@ class Prompt:
         crops: patches of every crop encoded for it.
         kv_bytes: what the cache held after the latest chunk; None = there is no cache.
         inserted: the texts that joined it.
-        wave: the stage before which a second wave has run, its rows, and the rows they could see; None = none has.
+        wave: the second wave; None = none has run.
         graph: whether its latest chunk was a graph's replay, or why not; "" = nobody asked.
     """
 
@@ -117,7 +133,7 @@ class Prompt:
     crops: tuple[int, ...] = ()
     kv_bytes: int | None = None
     inserted: Insertion | None = None
-    wave: tuple[int, int, int] | None = None
+    wave: SecondWave | None = None
     graph: str = ""
 
     def extend(self, call: Call) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.flops import decoder_flops, layer_inputs
+from vlmprune.flops import decoder_flops, layer_inputs, visual_inputs, wave_flops
 from vlmprune.models.clock import Seconds
 from vlmprune.models.host.parts import Parts, decoder_shape, vision_flops
-from vlmprune.models.prompt import Prompts, StageRecord
+from vlmprune.models.prompt import Prompts, SecondWave, StageRecord
 from vlmprune.policies.base import Insertion, PruningPolicy
 
 
@@ -51,7 +51,8 @@ class Report:
     chunk, of the whole batch and with the text; of a static cache all it allocates. ``graph`` says whether the prefill was
     replayed from a CUDA graph, or why it was not; "" = the scope has no ``graphs``. ``captions`` are the texts that joined
     each sample's prompt, one for every image that lost tokens, and ``caption_seconds`` is how long they took to write, part
-    of the selection. Decode steps that were compiled as a whole are neither timed nor counted: no hook runs in them.
+    of the selection. ``second_wave`` has the rows that ran the first layers behind the others (``Needs(wave=True)``), counted in
+    ``flops``. Decode steps that were compiled as a whole are neither timed nor counted: no hook runs in them.
     """
 
     visual_tokens: float
@@ -65,6 +66,7 @@ class Report:
     graph: str = ""
     captions: tuple[tuple[str, ...], ...] = ()
     caption_seconds: float = 0.0
+    second_wave: SecondWave | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
@@ -116,7 +118,9 @@ class Run:
         captions = prompt.inserted.captions if prompt.inserted is not None else ()
         full = max(sum(prompt.visual_counts()) / max(prompt.batch, 1), 0.0)
         after = [(stage.layer, sum(stage.kept) / len(stage.kept)) for stage in self.stages]
-        visual = layer_inputs(depth, full, after)
+        second = prompt.wave
+        wave = None if second is None else (second.layer, second.width)
+        visual = visual_inputs(depth, full, after, wave)
         rows = layer_inputs(depth, prompt.length, list(prompt.rows.items()))
         shape, seconds = decoder_shape(self._parts.config), prompt.marks.seconds()
         mean = sum(visual) / depth
@@ -128,7 +132,7 @@ class Run:
             tokens=TokenCounts(mean, visual[-1], 0.0 if prompt.kv_bytes is None else resident),
             flops=FlopCounts(
                 full=prompt.batch * decoder_flops(shape, [prompt.length] * depth),
-                pruned=prompt.batch * decoder_flops(shape, rows),
+                pruned=prompt.batch * (decoder_flops(shape, rows) + wave_flops(shape, rows, wave)),
                 vision=vision_flops(self._parts, prompt.crops) if full else 0,
                 captions=sum(caption.flops for sample in captions for caption in sample),
             ),
@@ -139,4 +143,5 @@ class Run:
             graph=prompt.graph,
             captions=tuple(tuple(caption.text for caption in sample) for sample in captions),
             caption_seconds=prompt.inserted.seconds if prompt.inserted is not None else 0.0,
+            second_wave=second,
         )

@@ -13,6 +13,7 @@ from vlmprune.models.host.parts import Parts
 from vlmprune.models.layer_inputs import Kwargs, wave_mask
 from vlmprune.models.layout import Layout, inverse, put, spread, take, where_true
 from vlmprune.models.prefill import Decision, Prefill
+from vlmprune.models.prompt import SecondWave
 
 
 class Joining(NamedTuple):
@@ -50,7 +51,8 @@ def run_second_wave(parts: Parts, prefill: Prefill, hidden: Tensor, kwargs: Kwar
         rows = layer(rows, **given)
     prefill.waves = None
     if prefill.prompt is not None:
-        prefill.prompt.wave = (last, rows.shape[1], hidden.shape[1])
+        real, keys = joining.layout.real, hidden.shape[1]
+        prefill.prompt.wave = SecondWave(last, real, rows.shape[1], keys)
     return put(hidden, joining.rows, prefill.deepened(last, rows, joining.layout).to(hidden.device))
 
 

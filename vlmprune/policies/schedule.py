@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vlmprune.errors import check
-from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs, mean_tokens
+from vlmprune.flops import DecoderShape, Wave, decoder_flops, mean_tokens, prefill_flops, visual_inputs
 from vlmprune.policies.base import PruningPolicy
 
 LEAST, HALVINGS = 1e-9, 50
@@ -19,7 +19,7 @@ def keep_for_flops(policy: PruningPolicy, cut: float, shape: DecoderShape, visua
         cut: share of the FLOPs to save, as in ``run.report().flops.cut``.
         shape: the decoder's dimensions.
         visual: visual tokens of the prompt: one image.
-        text: text tokens of the prompt.
+        text: text tokens of the prompt; where a second wave runs, taken to stand behind the image.
 
     Raises:
         InputError: no share in (0, 1] meets the cut, the policy takes none, or a stage lies beyond the decoder.
@@ -32,9 +32,12 @@ def keep_for_flops(policy: PruningPolicy, cut: float, shape: DecoderShape, visua
         0.418
     """
     full = decoder_flops(shape, [visual + text] * shape.layers)
-    left = _cost(
-        policy, shape.layers, visual, lambda lengths: decoder_flops(shape, [n + text for n in lengths]) / full
-    )
+
+    def left(share: float) -> float:
+        stages = stage_counts(_at(policy, share), visual)
+        wave = wave_rows(policy, stages, text)
+        return prefill_flops(shape, visual, text, stages, wave) / full
+
     least, most = left(LEAST), left(1.0)
     fits = least <= 1 - cut <= most
     check(fits, "cut", f"a share between {1 - most:.4f} and {1 - least:.4f}", cut)
@@ -58,7 +61,11 @@ def keep_for_mean_tokens(policy: PruningPolicy, mean: float, layers: int, visual
         >>> keep_for_mean_tokens(FastV(layer=2), 192, layers=32, visual=576)
         0.289
     """
-    left = _cost(policy, layers, visual, mean_tokens)
+
+    def left(share: float) -> float:
+        stages = stage_counts(_at(policy, share), visual)
+        return mean_tokens(visual_inputs(layers, visual, stages, wave_rows(policy, stages, 0)))
+
     least, most = left(LEAST), left(1.0)
     check(least <= mean <= most, "mean", f"tokens between {least:.2f} and {most:.2f}", mean)
     return _largest(left, mean)
@@ -73,12 +80,19 @@ def stage_counts(policy: PruningPolicy, visual: int) -> list[tuple[int, int]]:
     return counts
 
 
-def _cost(
-    policy: PruningPolicy, layers: int, visual: int, of: Callable[[list[int]], float]
-) -> Callable[[float], float]:
-    """A function from a share to the cost ``of`` the visual tokens that enter each layer."""
+def wave_rows(policy: PruningPolicy, stages: Sequence[tuple[int, int]], text: int) -> Wave[int] | None:
+    """The second wave of a policy that leaves ``stages``, as if all ``text`` stood behind the image; None = it has none."""
+    before = 0
+    for layer, tokens in stages:
+        if policy.needs(layer).wave:
+            return layer, tokens - before + text
+        before = tokens
+    return None
+
+
+def _at(policy: PruningPolicy, share: float) -> PruningPolicy:
     check(isinstance(policy, PruningPolicy), "policy", "a policy, such as FastV()", repr(policy))
-    return lambda share: of(layer_inputs(layers, visual, stage_counts(policy.at(share), visual)))
+    return policy.at(share)
 
 
 def _largest(left: Callable[[float], float], budget: float) -> float:

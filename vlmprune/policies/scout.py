@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-import torch
 from torch import Tensor
 
 from vlmprune.errors import InputError, check
@@ -19,8 +18,8 @@ from vlmprune.policies.base import (
     attention_of,
 )
 from vlmprune.policies.blur import blurred
-from vlmprune.policies.checks import check_keep, check_layer, check_seed, check_word, is_number, share_of
-from vlmprune.policies.choose import marks
+from vlmprune.policies.checks import check_keep, check_seed, check_whole, check_word, is_number, share_of
+from vlmprune.policies.choose import marks, quotas
 from vlmprune.policies.compose import check_member
 from vlmprune.policies.counts import keep_count
 from vlmprune.policies.growth import worst
@@ -49,7 +48,8 @@ class Scout(PruningPolicy):
     Args:
         coarse: a policy that acts before the language model alone and only drops tokens; whatever it does with positions,
             they stay the tokens' own.
-        fine: tokens that join: a share (float) of all visual tokens, or a number per image (int).
+        fine: tokens that join: a share (float) of all visual tokens, or a number per image (int). Where how many ``coarse``
+            keeps is data (a union), they make up for what it keeps less than ``kept`` expects, or leave out what it keeps more.
         look: the first layer that sees coarse and fine tokens; those before it are run in two waves. At least 1.
         by: what names fine tokens: "attention", or "random" (a baseline).
         spread: standard deviation of the Gaussian, in rows and columns of visual tokens.
@@ -78,7 +78,7 @@ class Scout(PruningPolicy):
         check(plain, "coarse", "a policy that only drops tokens, and keeps some", repr(self.coarse))
         check_member(self, self.coarse, "coarse")
         check_keep(self.fine, "fine")
-        check_layer_of(self.look)
+        check_whole("look", self.look, 1, " (the layers before it look)")
         check_word("by", self.by, "attention", "random")
         ok = is_number(self.spread) and 0 < self.spread < float("inf")
         check(ok, "spread", "a number > 0", repr(self.spread))
@@ -115,10 +115,8 @@ class Scout(PruningPolicy):
             return replace(self.coarse.rank(ctx), positions="keep")
         if ctx.ran is None or ctx.ran_counts is None:
             return Ranking(ctx.mask.float(), ctx.counts)
-        tokens = ctx.mask.shape[1]
-        more = (keep_count(self.fine, n, m) for n, m in zip(ctx.counts, ctx.image_counts(), strict=True))
-        keep = tuple(min(n, c + k) for n, c, k in zip(ctx.counts, ctx.ran_counts, more, strict=True))
-        return Ranking(self._scores(ctx).masked_fill(marks(ctx.ran, tokens), float("inf")), keep)
+        keep = tuple(map(max, quotas(ctx, self), ctx.ran_counts))
+        return Ranking(self._scores(ctx).masked_fill(marks(ctx.ran, ctx.mask.shape[1]), float("inf")), keep)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         if ctx.layer > 0 or self.coarse.ranks(0):
@@ -160,8 +158,3 @@ class Scout(PruningPolicy):
 
     def forget(self) -> None:
         self.coarse.forget()
-
-
-def check_layer_of(look: object) -> None:
-    """``look`` is a layer that has some before it."""
-    check_layer(look, 1, " (the layers before it look)")

@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from vlmprune.policies.base import AttentionInputs, Grid, Needs, TokenContext, VisionAttention
+from vlmprune.testing.context_changes import with_wave
 from vlmprune.testing.words import last_norm, with_tokens
 
 PAST, BEFORE, BETWEEN, AFTER = 4, 3, 2, 5
@@ -263,7 +264,7 @@ def make_context(needs: Needs, images: Sequence[Sequence[Grid]], layer: int, **s
         made = with_vision(made, needs.vision, few_values=few_values, **tower)
     if needs.tokens:
         made = replace(made, ctx=with_tokens(made.ctx, made.image, made.text))
-    return bare(made.ctx, needs)
+    return bare(with_wave(made.ctx) if needs.wave else made.ctx, needs)
 
 
 def bare(ctx: TokenContext, needs: Needs) -> TokenContext:

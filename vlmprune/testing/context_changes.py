@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.policies.base import AttentionInputs, TokenContext
 
@@ -94,6 +95,16 @@ def with_other_values(ctx: TokenContext) -> TokenContext:
     return ctx if ctx.whole else replace(ctx, ordinals=ctx.ordinals + shift, positions=ctx.positions + shift)
 
 
+def with_wave(ctx: TokenContext) -> TokenContext:
+    """The same where every fifth token has run through the layers before, and the others have not."""
+    assert ctx.attention is not None
+    numbers = [torch.arange(0, n, 5) for n in ctx.counts]
+    ran = pad_sequence(numbers, batch_first=True, padding_value=-1)
+    at = ctx.attention.columns.gather(1, ran.clamp(min=0)) if ran.shape[1] else ran
+    attention = replace(ctx.attention, columns=torch.where(ran >= 0, at, -1))
+    return replace(ctx, ran=ran, ran_counts=tuple(map(len, numbers)), attention=attention)
+
+
 def first_alone(ctx: TokenContext) -> TokenContext:
     """The first sample of a batch without an earlier turn, cut out and rid of all padding."""
     n, images = ctx.counts[0], len(ctx.grids[0])
@@ -110,6 +121,8 @@ def first_alone(ctx: TokenContext) -> TokenContext:
         positions=ctx.positions[:1, :n],
         hidden=None if ctx.hidden is None else ctx.hidden[:, :n],
         attention=None if ctx.attention is None else _first_rows(ctx.attention),
+        ran=None if ctx.ran is None else _real(ctx.ran),
+        ran_counts=None if ctx.ran_counts is None else ctx.ran_counts[:1],
         image=None if ctx.image is None else _real(ctx.image),
         text=text,
         words=None if ctx.words is None else ctx.words[:1],

@@ -2,7 +2,8 @@
 
 It shares no code with the wiring: one forward without a cache over prompt and answer, an attention function of its own in
 plain PyTorch, and hooks that hide columns (and move rows, where a policy moved them) from a stage's layer on. Hidden tokens
-that enter a later stage are seen again, their rows as they were when they were hidden.
+that enter a later stage are seen again, their rows as they were when they were hidden. Those that join in a second wave are
+seen from layer 0 on; before its stage only by one another and by what stands behind the last image.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from vlmprune.models import find_parts
 from vlmprune.policies.base import Reduction
-from vlmprune.testing.recorded import Answer, Standing, as_reduction
+from vlmprune.testing.recorded import Answer, Second, Standing, as_reduction
 
 NAME = "vlmprune_masked"
 """Its name among transformers' attention functions. Without a mask function of that name transformers makes no mask."""
@@ -114,6 +115,8 @@ class _State:
         features: what the text model adds to the visual columns behind its first layers, ``[M, D]`` each (Qwen3-VL).
         numbers: ``[B, S]`` which row of these a visual column gets.
         aside: by sample and position, the row of each token as it was when it was hidden.
+        wave: the stage before which a second wave runs; -1 = none.
+        late, behind: ``[B, S]`` the tokens that join in it, and the rows behind the last image.
     """
 
     def __init__(
@@ -134,6 +137,28 @@ class _State:
         self.given = self.features
         self.numbers = self.place
         self.aside: dict[tuple[int, int], Tensor] = {}
+        self.wave, self.late = -1, torch.zeros_like(self.alive)
+        self.behind = self.late
+        for layer, answer in answers.items():
+            if isinstance(answer, Second):
+                self._join(layer, answer)
+
+    def _join(self, layer: int, answer: Second) -> None:
+        """What joins in a second wave is there from layer 0 on, hidden from others until ``layer``."""
+        coarse, both = self._kept(self.answers[0]), self._kept(answer)
+        self.wave, self.late = layer, both & ~coarse
+        last = answer.entered.to(both.device).amax(1, keepdim=True)
+        order = torch.arange(both.shape[1], device=both.device)
+        self.behind = (order > last) & (last >= 0)
+        later = {i: said for i, said in self.answers.items() if i > layer}
+        self.answers = {0: (answer.entered, answer.answer), **later}
+
+    def _kept(self, answer: Answer) -> Tensor:
+        """``[B, S]`` True at the tokens that a stage keeps."""
+        kept = torch.zeros_like(self.alive)
+        for b, (entered, row) in enumerate(zip(answer[0], as_reduction(answer[1]).index, strict=True)):
+            kept[b, entered[row[row >= 0]].to(kept.device)] = True
+        return kept
 
     def before_text(self, text: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Keep hold of the features that the text model is about to add: they move with their tokens."""
@@ -154,7 +179,7 @@ class _State:
             kwargs = {**kwargs, "position_embeddings": self.text.rotary_emb(hidden, self.position)}
         else:
             kwargs = {**kwargs, "position_embeddings": tuple(map(self._moved, kwargs["position_embeddings"]))}
-        return (hidden, *args[1:]), {**kwargs, "attention_mask": self._seen().to(hidden.device)}
+        return (hidden, *args[1:]), {**kwargs, "attention_mask": self._seen(i).to(hidden.device)}
 
     def _moved(self, table: Tensor) -> Tensor:
         """Rows of ``[B or 1, S, D]`` where their tokens stand now."""
@@ -197,11 +222,13 @@ class _State:
             self.position, self.packed = places(self.alive), True
         return hidden
 
-    def _seen(self) -> Tensor:
-        """``[B, 1, S, S]`` -inf = not seen; rows that would see nothing (padding) see themselves."""
+    def _seen(self, i: int) -> Tensor:
+        """``[B, 1, S, S]`` -inf = not seen in layer ``i``; rows that would see nothing (padding) see themselves."""
         length = self.alive.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.alive.device).tril()
         seen = causal & self.alive[:, None]
+        if i < self.wave:
+            seen = seen & ~(self.late[:, None] & ~(self.late | self.behind)[..., None])
         if self.answered:
             seen[:, -self.answered :] &= self._survivors()[:, None]
         seen |= causal & causal.mT & ~seen.any(-1, keepdim=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ from vlmprune.policies.base import Needs, PruningPolicy, Ranking, Reduction, Tok
 
 Answer = tuple[Tensor, Tensor | Reduction]
 """Positions in the prompt of the tokens that entered a stage, ``[B, N]`` and -1 = padding, and what the policy said."""
+
+
+class Second(NamedTuple):
+    """An ``Answer`` at a stage before which a second wave runs."""
+
+    entered: Tensor
+    answer: Tensor | Reduction
+
 
 Standing = list[dict[int, float]]
 """Per sample, for how many tokens of the prompt each position stands that a stage kept."""
@@ -53,7 +62,8 @@ class Recorded(PruningPolicy):
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         """What the policy says."""
         answer = self.policy.select(ctx)
-        self.answers[ctx.layer] = (ctx.positions, answer)
+        said = ctx.positions, answer
+        self.answers[ctx.layer] = Second(*said) if self.needs(ctx.layer).wave else said
         if self.rectify:
             before = [self.standing[layer] for layer in self.layers if layer < ctx.layer]
             alone = not before or self.needs(ctx.layer).restored  # who comes back stands for itself again

@@ -1,13 +1,13 @@
 """What two waves should give: the untouched model on the whole prompt, recomputed for every token under a 4-D mask.
 
 With coarse and fine tokens kept at their own positions (columns of all others are hidden from everybody), a row sees the
-column c from a position at or behind it, except that in layers 0..look-1 a fine column is only seen by fine rows and by
-rows behind their sample's last visual token.
+column c from a position at or behind it, except that in layers 0..look-1 a fine column is only seen by fine rows, by rows
+behind their sample's last visual token, and by later turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,17 +29,20 @@ def sets_of(run: Any) -> Sets:
     return found
 
 
-def visible(visual: Tensor, real: Tensor, sets: Sets, early: bool) -> Tensor:
-    """bool ``[B, S, S]`` by row and column, for visual tokens and real ones ``[B, S]``."""
+def visible(visual: Tensor, real: Tensor, sets: Sets, early: bool, turns: Sequence[int] = ()) -> Tensor:
+    """bool ``[B, S, S]`` by row and column, for visual tokens and real ones ``[B, S]``; ``turns`` are where further ones begin."""
     batch, length = real.shape
     seen = torch.zeros(batch, length, length, dtype=torch.bool)
+    ends = [*turns, length]
+    turn = [sum(p >= end for end in ends) for p in range(length)]
     for b, (coarse, fine) in enumerate(sets):
         columns = [p for p in range(length) if real[b, p] and (not visual[b, p] or p in coarse | fine)]
-        last = max([p for p in range(length) if visual[b, p]], default=length)
+        last = {turn[p]: p for p in range(length) if visual[b, p]}
         for row in range(length):
-            second = row in fine or row > last
+            second = row in fine or row > last.get(turn[row], length)
             for column in columns:
-                seen[b, row, column] = column <= row and (not early or column not in fine or second)
+                hidden = early and column in fine and turn[column] == turn[row] and not second
+                seen[b, row, column] = column <= row and not hidden
             if not seen[b, row].any():
                 seen[b, row, row] = True  # padding, and rows in front of everything that is kept
     return seen
@@ -47,23 +50,16 @@ def visible(visual: Tensor, real: Tensor, sets: Sets, early: bool) -> Tensor:
 
 @contextmanager
 def waves_masked(
-    model: Any, look: int, sets: Sets, visual: Tensor, real: Tensor, past: int = 0
+    model: Any, look: int, sets: Sets, visual: Tensor, real: Tensor, turns: Sequence[int] = ()
 ) -> Iterator[None]:
-    """The model under these masks; its text model may get no cache, or one that holds ``past`` tokens, all seen."""
+    """The model under these masks, without a cache."""
+    masks = {early: visible(visual, real, sets, early, turns)[:, None] for early in (True, False)}
 
     def before(module: Any, args: Any, kwargs: Any) -> Any:
         mask = masks[module.self_attn.layer_idx < look]
-        floor = torch.zeros(mask.shape, dtype=args[0].dtype).masked_fill(
-            ~mask, torch.finfo(args[0].dtype).min
-        )
-        return args, {**kwargs, "attention_mask": floor.to(args[0].device)}
+        floor = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return args, {**kwargs, "attention_mask": floor}
 
-    masks = {
-        early: torch.cat(
-            [torch.ones(len(real), real.shape[1], past, dtype=torch.bool), visible(visual, real, sets, early)], 2
-        )[:, None]
-        for early in (True, False)
-    }
     layers = model.get_decoder().layers
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     try:

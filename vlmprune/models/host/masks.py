@@ -72,15 +72,17 @@ def pruned_mask(
     valid = None if valid is None else valid.to(hidden.device)
     length = past + rows if layer is None else layer.get_mask_sizes(rows)[0]
     keys = valid if layer is None else layer.key_mask(valid, past, hidden)
+    show = causal_mask_function
     if shown is not None:
-        length, keys = length if static else shown.shape[2], None
+        width = layer.get_mask_sizes(rows)[0] if layer is not None and layer.static else shown.shape[2]
+        length, keys, show = width, None, _showing(shown.to(hidden.device), width)
     mask = build(
         batch_size=batch,
         q_length=rows,
         kv_length=length,
         q_offset=past if shown is None else 0,
         kv_offset=0,
-        mask_function=causal_mask_function if shown is None else _showing(shown.to(hidden.device), length),
+        mask_function=show,
         attention_mask=keys,
         # Leaving the mask out is only asked for where no value has to be read from the device to decide it.
         allow_is_causal_skip=plain and shown is None and valid is None and not (static and rows == 1),
