@@ -1,43 +1,139 @@
-"""The plot of the study: right answers over the FLOPs cut, one panel a world."""
+"""Scout at work on one picture: what it looks at first, where the question then looks, and what joins.
+
+python -P studies/where_to_look/pictures.py --model CKPT --image FILE --prompt "where is the red star ?" --out scout.png
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from feather.rows import Row, find
+sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout must stay off the path
 
-from vlmprune.eval.arms import UNPRUNED
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.utils import logging
+
+from vlmprune import Scout, policy_from
+from vlmprune.checkpoints import Checkpoint, build_text, generate, make_inputs
+from vlmprune.errors import ModelError, check
 from vlmprune.eval.plots import make_figure, to_png
-from where_to_look.measure import OURS, RIGHT
+from vlmprune.eval.store import write
+from vlmprune.images import open_rgb
+from vlmprune.models import patch_grid
+from vlmprune.policies.base import Ranking, TokenContext
 
-WIDTH, HEIGHT = 5.4, 4.6
+POLICY = "scout:coarse=(uniform:layer=0,keep=0.125),fine=0.0833,look=5"
+NEW_TOKENS = 16
+DARK = 0.22
+"""How bright tokens are that nobody keeps."""
 
 
-def draw_plot(rows: Sequence[Row]) -> bytes:
-    """A line a method through its budgets, with intervals for Scout: ours thick, packed ones dotted, baselines in grey."""
-    some = find(rows, quantity=RIGHT, family="")
-    models = list(dict.fromkeys(r.model for r in some))
-    figure, panels = make_figure(1, len(models), WIDTH, HEIGHT)
-    for panel, model in zip(panels, models, strict=True):
-        here = find(some, model=model)
-        for method in dict.fromkeys(r.method for r in here if r.method != UNPRUNED):
-            _line(panel, sorted(find(here, method=method), key=lambda r: r.budget or 0.0))
-        (whole,) = find(here, method=UNPRUNED)
-        panel.axhline(whole.mean, color="black", linestyle="--", linewidth=0.7, label=UNPRUNED)
-        panel.set_title(f"{model} ({whole.n} questions)", fontsize=9)
-        panel.set_xlabel("share of the prefill's FLOPs saved")
-        panel.set_ylim(0, 1.02)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("right answers, all questions")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=6)
+@dataclass(frozen=True)
+class Watched(Scout):
+    """Scout, which notes down the scores by which it chooses fine tokens."""
+
+    scores: list[Tensor] = field(default_factory=list, repr=False, compare=False)
+
+    def rank(self, ctx: TokenContext) -> Ranking:
+        """Scout's own."""
+        ranking = super().rank(ctx)
+        if ctx.layer > 0:
+            assert isinstance(ranking.scores, Tensor)
+            self.scores.append(ranking.scores)
+        return ranking
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What Scout did with one picture of ``rows x columns`` tokens.
+
+    Attributes:
+        coarse, fine: ``[rows, columns]`` bool, the tokens of either wave.
+        scores: ``[rows, columns]`` what the question's attention says of all others, in [0, 1]; 0 at coarse tokens.
+        answer: what the model said.
+    """
+
+    coarse: np.ndarray[Any, Any]
+    fine: np.ndarray[Any, Any]
+    scores: np.ndarray[Any, Any]
+    answer: str
+
+
+def main() -> int:
+    """Ask, draw, write. Exit code 2 for bad input, with one line that says what was expected."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="checkpoint folder whose images share one grid")
+    add("--image", type=Path, required=True)
+    add("--prompt", required=True)
+    add("--policy", default=POLICY, help="a Scout")
+    add("--out", type=Path, required=True, help="a PNG file")
+    chosen = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        scene = look_at(
+            Checkpoint(chosen.model, "cpu", "float32"), chosen.image, chosen.prompt, chosen.policy
+        )
+    except (ValueError, OSError, ModelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write(chosen.out, draw_scene(open_rgb(chosen.image, "image"), chosen.prompt, scene))
+    print(scene.answer)
+    return 0
+
+
+def look_at(checkpoint: Checkpoint, image: Path, prompt: str, policy: str) -> Scene:
+    """Ask the model with the Scout that ``policy`` says.
+
+    Raises:
+        InputError: another policy, or a bad image or prompt.
+        ModelError: a model whose images do not share one grid.
+    """
+    scout = policy_from(policy)
+    check(isinstance(scout, Scout), "policy", "a scout", repr(policy))
+    settings = {name: getattr(scout, name) for name in Scout.__dataclass_fields__ if name != "scores"}
+    watched, grid = Watched(**settings), patch_grid(checkpoint.config)
+    processor = checkpoint.processor
+    inputs = make_inputs(processor, [build_text(processor, prompt, 1)], [[open_rgb(image, "image")]], "image")
+    run, new = generate(checkpoint.model, inputs, watched, max_new_tokens=NEW_TOKENS)
+    marks = torch.zeros(2, grid[0] * grid[1], dtype=torch.bool)
+    for stage, mark in enumerate(marks):
+        mark[run.kept_at(stage, 0)] = True
+    coarse, kept = marks.view(2, *grid)
+    scores = watched.scores[0][0].view(grid).float().masked_fill(coarse, 0.0)
+    said = processor.tokenizer.decode(new[0], skip_special_tokens=True).strip()
+    return Scene(coarse.numpy(), (kept & ~coarse).numpy(), (scores / scores.max()).numpy(), said)
+
+
+def draw_scene(image: Image.Image, prompt: str, scene: Scene) -> bytes:
+    """Four panels: the picture, its coarse tokens, where the question looks from them, and the two waves together."""
+    figure, panels = make_figure(1, 4, 2.6, 3.0)
+    rows, columns = scene.coarse.shape
+    picture = np.asarray(image.resize((columns * 8, rows * 8))) / 255
+    names = (
+        prompt,
+        f"1. {scene.coarse.sum()} coarse tokens",
+        "2. where the last row looks",
+        f"3. {scene.fine.sum()} fine ones join: {scene.answer}",
+    )
+    shown = (None, scene.coarse, None, scene.coarse | scene.fine)
+    for panel, name, kept in zip(panels, names, shown, strict=True):
+        light = 1.0 if kept is None else np.where(np.kron(kept, np.ones((8, 8))), 1.0, DARK)[..., None]
+        panel.imshow(picture * light)
+        panel.set_title(name, fontsize=8)
+        panel.set_axis_off()
+    panels[2].imshow(np.kron(scene.scores, np.ones((8, 8))), cmap="magma", alpha=0.75, vmin=0, vmax=1)
     return to_png(figure)
 
 
-def _line(panel: Any, points: Sequence[Row]) -> None:
-    method, cuts, means = points[0].method, [r.budget for r in points], [r.mean for r in points]
-    ours = method.startswith(OURS)
-    style = {"linewidth": 2.2 if ours else 0.9, "linestyle": ":" if method.endswith("pack") else "-"}
-    panel.plot(cuts, means, marker="o" if ours else ".", markersize=4, label=method, **style)
-    if ours:
-        panel.fill_between(cuts, [r.low for r in points], [r.high for r in points], alpha=0.12)
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,7 +18,7 @@ from vlmprune.eval.arms import UNPRUNED
 from vlmprune.eval.page import percent, points
 from vlmprune.eval.store import write
 from where_to_look.measure import OURS, PART, RIGHT, gain_over
-from where_to_look.pictures import draw_plot
+from where_to_look.plot import draw_plot
 
 FOLDER = Path(__file__).parent
 Cell = Callable[[str, float], list[Row]]

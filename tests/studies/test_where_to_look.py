@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from feather.rows import Row, load, row
-from where_to_look import arms, measure, pictures, study, tables
+from where_to_look import arms, measure, pictures, plot, study, tables
 
 from vlmprune import FastV, Uniform, ops
 from vlmprune.errors import InputError
-from vlmprune.eval import Answer, Question
+from vlmprune.eval import Answer, Checkpoint, Question
 from vlmprune.eval.arms import UNPRUNED, Arm, PromptSize
 from vlmprune.eval.intervals import bootstrap, proportion
 from vlmprune.eval.page import percent, points
@@ -123,8 +123,8 @@ def test_a_page_is_brought_up_to_date_between_its_markers():
 
 def test_the_plot_has_a_panel_for_each_world():
     rows = measured()
-    one = pictures.draw_plot(rows)
-    both = pictures.draw_plot([*rows, *(Row(**vars(r) | {"model": "other"}) for r in rows)])
+    one = plot.draw_plot(rows)
+    both = plot.draw_plot([*rows, *(Row(**vars(r) | {"model": "other"}) for r in rows)])
     assert one[:4] == both[:4] == b"\x89PNG" and int.from_bytes(one[16:20]) < int.from_bytes(both[16:20])
 
 
@@ -177,3 +177,33 @@ def test_bad_input_is_one_line(questions, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: only: expected beginnings of") and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_of_scout_at_work(tmp_path, monkeypatch, capsys):
+    image, out = EXAMPLE / "images" / "scene_1.png", tmp_path / "scout.png"
+    image = image if image.exists() else next((EXAMPLE / "images").glob("*.png"))
+    policy = "scout:coarse=(uniform:layer=0,keep=24),fine=10,look=5"
+    scene = pictures.look_at(
+        Checkpoint(str(EXAMPLE / "checkpoint"), "cpu", "float32"), image, "where is the red star ?", policy
+    )
+    assert scene.coarse.shape == (14, 14) and scene.coarse.sum() == 24 and scene.fine.sum() == 10
+    assert not (scene.coarse & scene.fine).any() and scene.scores.max() == 1
+    best = scene.scores.flatten().argsort()[-10:]
+    assert scene.fine.flatten()[best].all()  # the fine tokens are the best that are not coarse
+    args = [
+        "--model",
+        EXAMPLE / "checkpoint",
+        "--image",
+        image,
+        "--prompt",
+        "where is the red star ?",
+        "--out",
+        out,
+    ]
+    monkeypatch.setattr("sys.argv", ["pictures.py", *map(str, args), "--policy", policy])
+    assert pictures.main() == 0 and capsys.readouterr().out.strip() == scene.answer
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setattr("sys.argv", ["pictures.py", *map(str, args), "--policy", "fastv"])
+    assert pictures.main() == 2 and capsys.readouterr().err.startswith(
+        "error: policy: expected a scout, got 'fastv'"
+    )
