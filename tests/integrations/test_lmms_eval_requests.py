@@ -16,7 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from vlmprune import DivPrune, Feather, RandomDeep, Stages
+from vlmprune import DivPrune, Feather, RandomDeep, Scout, Stages, Uniform
 from vlmprune.cli.listing import Filters, show_policies
 from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs
 from vlmprune.integrations.lmms_eval.cost import Cost
@@ -71,6 +71,9 @@ def test_policies_made_of_policies(tmp_path):
     assert read_policy("divprune:keep=0.5 + random_deep:layer=20;keep=0.25") == recipe
     assert read_policy(str(tmp_path / "recipe.yaml")) == recipe
     assert read_policy(recipe.to_dict()) == recipe
+    scout = Scout(coarse=DivPrune(keep=48, positions="keep") | Uniform(layer=0, keep=24), fine=24)
+    text = "scout:coarse=(divprune:keep=48;positions=keep | uniform:layer=0;keep=24);fine=24"
+    assert read_policy(text) == scout
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ DONE = [
     (lambda name: call(name, vlmprune.Stages([replace(accm(), keep=None), Back()])), ("llava-llama",), ()),
     (lambda _: flash_waves(), ("llava",), ()),
     (lambda name: call(name, vlmprune.Stages([SCOUT, vlmprune.Random(layer=1)])), ("llava-llama",), ()),
-    (lambda _: replace(SCOUT, rectify=True), ("llava",), ()),
+    (lambda _: vlmprune.attach(made("llava-llama"), replace(SCOUT, rectify=True)), ("llava",), ()),
     (lambda _: rectified_turn(), ("llava",), ()),
     (lambda _: no_hooks_in_the_tower(), ("llava",), ()),
 ]

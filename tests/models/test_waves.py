@@ -9,7 +9,8 @@ from transformers import DynamicCache, StaticCache
 import vlmprune
 from helpers import families, families_oracle
 from helpers.caches import rounded_cache, without_streams
-from helpers.tiny import IMAGE, LAYERS, STEPS, TOLERANCE, generate, make_batch, make_model
+from helpers.recorder import Recorder
+from helpers.tiny import IMAGE, LAYERS, STEPS, TOLERANCE, dropped_from, generate, make_batch, make_model
 from helpers.waves import sets_of, waves_masked, waves_oracle
 from vlmprune import DivPrune, Random, Scout, Uniform
 from vlmprune.errors import InputError, ModelError
@@ -167,22 +168,26 @@ def test_beams(plain):
 
 
 @torch.no_grad()
-def teacher_forced(model, batch, sets, said, past=()):
+def teacher_forced(model, batch, sets, said, past=(), dropped=None):
     """The masked run's logits ``[B, T, V]`` from which ``said [B, T]`` was chosen."""
     ids = torch.cat([batch["input_ids"], said[:, :-1]], 1)
     real = torch.cat([batch["attention_mask"], torch.ones_like(said[:, :-1])], 1)
     places = (real.cumsum(-1) - 1).clamp(min=0)
-    with waves_masked(model, SCOUT.look, sets, ids == IMAGE, real.bool(), past):
+    with waves_masked(model, SCOUT.look, sets, ids == IMAGE, real.bool(), past, dropped):
         given = {**batch, "input_ids": ids, "attention_mask": real, "position_ids": places}
         return model(**given, use_cache=False).logits[:, -said.shape[1] :]
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "quantized"])
 @pytest.mark.parametrize("more", [["I", 3], [3, "I", 2], [4]], ids=str)
-def test_second_turns(plain, more, static):
+def test_second_turns(plain, more, cache, monkeypatch):
     """A turn sees all that the turns before it left; its own tokens come in two waves."""
     first = make_batch([[4, "I", 7], [2, "I", 3]])
-    settings = {"past_key_values": StaticCache(config=plain.config, max_cache_len=96)} if static else {}
+    settings = {}
+    if cache == "static":
+        settings = {"past_key_values": StaticCache(config=plain.config, max_cache_len=96)}
+    if cache == "quantized":
+        settings = {"past_key_values": rounded_cache(monkeypatch, plain.config, LAYERS)}
     with vlmprune.prune(plain, SCOUT) as run:
         _, _, out = generate(plain, first, 3, **settings)
         sets = sets_of(run)
@@ -200,7 +205,49 @@ def test_second_turns(plain, more, static):
     whole = torch.cat(pixels)[[0, 2, 1, 3]] if len(pixels) > 1 else pixels[0]  # each sample's together
     turn["pixel_values"] = whole
     want = teacher_forced(plain, turn, sets, tokens, (past,))
+    torch.testing.assert_close(logits, want, rtol=0, atol=0.02 if cache == "quantized" else 2e-4)
+
+
+def test_behind_a_turn_with_other_stages(plain):
+    """The layers that both waves run hold unequal numbers of entries then."""
+    first, then = make_batch([[4, "I", 7], [2, "I", 3]]), make_batch([["I", 3], ["I", 3]], seed=3)
+    with vlmprune.prune(plain, vlmprune.FastV(layer=2, keep=0.4)) as run:
+        out = generate(plain, first, 3)[2]
+    gone = dropped_from(run, first)[2]
+    ids = torch.cat([out.sequences, then["input_ids"]], 1)
+    real = torch.ones_like(ids)
+    real[:, : first["attention_mask"].shape[1]] = first["attention_mask"]
+    turn, past = {**then, "input_ids": ids, "attention_mask": real}, out.sequences.shape[1] - 1
+    with vlmprune.prune(plain, SCOUT) as run:
+        tokens, logits, _ = generate(plain, turn, STEPS, past_key_values=out.past_key_values)
+    every = [{*torch.nonzero(row == IMAGE)[:, 0].tolist()} for row in first["input_ids"]]
+    later = [({p + past for p in c}, {p + past for p in f}) for c, f in sets_of(run)]
+    sets = [(a | c, f) for a, (c, f) in zip(every, later, strict=True)]
+    turn["pixel_values"] = torch.cat([first["pixel_values"], then["pixel_values"]])[[0, 2, 1, 3]]
+    width = ids.shape[1] + STEPS - 1
+    dropped = 2, torch.nn.functional.pad(gone, (0, width - gone.shape[1]))
+    want = teacher_forced(plain, turn, sets, tokens, (past,), dropped)
     torch.testing.assert_close(logits, want, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_every_row_and_the_loss(plain, pad):
+    """Not only the last one: coarse, fine and text rows, in front of images, between them and behind."""
+    batch = make_batch([["I", 9, "I", 4], [3, "I", 5], [12]], pad=pad)
+    ids, real = batch["input_ids"], batch["attention_mask"]
+    labels = torch.where((real > 0) & (ids != IMAGE), ids, -100)
+    places = (real.cumsum(-1) - 1).clamp(min=0)
+    for given in ({}, {"labels": labels}):
+        with torch.no_grad(), vlmprune.prune(plain, SCOUT) as run:
+            got = plain(**batch, **given, position_ids=places, use_cache=False)
+        sets = sets_of(run)
+        with torch.no_grad(), waves_masked(plain, SCOUT.look, sets, ids == IMAGE, real.bool()):
+            want = plain(**batch, **given, position_ids=places, use_cache=False)
+        for b in range(3):
+            kept = sets[b][0] | sets[b][1]
+            rows = [p for p in range(ids.shape[1]) if real[b, p] and (ids[b, p] != IMAGE or p in kept)]
+            torch.testing.assert_close(got.logits[b, rows], want.logits[b, rows], atol=TOLERANCE, rtol=0)
+    assert got.loss == pytest.approx(float(want.loss), abs=1e-4)
 
 
 def test_candidates_behind_the_prompt(plain):
@@ -308,3 +355,40 @@ def test_refused_where_it_runs(plain):
 def generate_with(model, policy, batch, **settings):
     with vlmprune.prune(model, policy):
         return generate(model, batch, 1, **settings)
+
+
+def test_hidden_states_of_both_waves(plain):
+    """What the second wave's layers give stands behind what the first one's gave."""
+    batch = make_batch([[4, "I", 7]])
+    with torch.no_grad(), vlmprune.prune(plain, SCOUT):
+        states = plain(**batch, output_hidden_states=True).hidden_states
+    assert [x.shape[1] for x in states] == [16] * 4 + [10] * 3 + [19] * 3
+
+
+def test_never_a_graph_and_why(plain):
+    with torch.no_grad(), vlmprune.prune(plain, SCOUT, vlmprune.Graphs(recorder=Recorder())) as run:
+        plain(**make_batch(PADDED), use_cache=True)
+    assert run.report().graph == "plain: a stage brings tokens back"
+
+
+def test_attached_until_detached(plain):
+    """Also where a call fails under way: nothing of it is left on the model."""
+    batch = make_batch([[4, "I", 7]])
+    want = generate(plain, batch, 2)[1]
+    run = vlmprune.attach(plain, SCOUT)
+    failing = plain.model.language_model.layers[1].register_forward_pre_hook(fail_in_second_wave)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            generate(plain, batch, 2)
+        failing.remove()
+        got = generate(plain, batch, 2)[1]
+        assert run.report().stages == ((0, 16, 4), (3, 16, 7))
+    finally:
+        failing.remove()
+        vlmprune.detach(plain)
+    assert not torch.equal(got, want) and torch.equal(generate(plain, batch, 2)[1], want)
+
+
+def fail_in_second_wave(module, args):
+    if args[0].shape[1] == 10:
+        raise ZeroDivisionError

@@ -129,7 +129,7 @@ KEEP_ALL = {
     "accm_selection": [dict(keep=1.0), dict(keep=10_000, order="selected")],
     "learned": [dict(scorer=SLOPE, layer=2, keep=1.0)],
     "sgl": [dict(guide=shuffled, keep=1.0)],
-    "scout": [dict(coarse=Uniform(layer=0, keep=1.0)), dict(coarse=Random(layer=0, keep=0.3), fine=10_000)],
+    "scout": [dict(coarse=Uniform(layer=0, keep=1.0)), dict(coarse=Random(layer=0, keep=10_000), fine=3)],
     "random_deep": [dict(keep=1.0)],
     "random": [dict(keep=1.0), dict(keep=10_000)],
     "uniform": [dict(keep=1.0), dict(keep=10_000), dict(stride=1)],

@@ -6,7 +6,7 @@ import pytest
 
 from helpers.methods import usual
 from vlmprune.errors import InputError
-from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs, mean_tokens
+from vlmprune.flops import DecoderShape, decoder_flops, layer_inputs, mean_tokens, wave_flops
 from vlmprune.policies import (
     DART,
     LVLMCSP,
@@ -24,7 +24,7 @@ from vlmprune.policies import (
     VScan,
 )
 from vlmprune.policies.registry import BUILT_IN
-from vlmprune.policies.schedule import keep_for_flops, keep_for_mean_tokens, stage_counts
+from vlmprune.policies.schedule import keep_for_flops, keep_for_mean_tokens, stage_counts, wave_rows
 
 VICUNA = DecoderShape(layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, intermediate=11008)
 POLICIES = [
@@ -43,9 +43,10 @@ POLICIES = [
 
 
 def cut_of(policy, visual=576, text=60):
-    lengths = layer_inputs(32, visual, stage_counts(policy, visual))
-    full = decoder_flops(VICUNA, [visual + text] * 32)
-    return 1 - decoder_flops(VICUNA, [n + text for n in lengths]) / full
+    stages = stage_counts(policy, visual)
+    lengths = [n + text for n in layer_inputs(32, visual, stages)]
+    again = wave_flops(VICUNA, lengths, wave_rows(policy, stages, text))  # in test_scout.py written out
+    return 1 - (decoder_flops(VICUNA, lengths) + again) / decoder_flops(VICUNA, [visual + text] * 32)
 
 
 def mean_of(policy, visual=576):

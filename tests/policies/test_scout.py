@@ -10,7 +10,7 @@ import torch
 
 from vlmprune.errors import InputError
 from vlmprune.flops import DecoderShape, decoder_flops, prefill_flops, visual_inputs
-from vlmprune.policies import DivPrune, FastV, Random, Scout, Uniform, VisionZip, policy_from
+from vlmprune.policies import Custom, DivPrune, FastV, Random, Scout, Uniform, VisionZip, policy_from
 from vlmprune.policies.blur import blurred
 from vlmprune.policies.schedule import keep_for_flops, keep_for_mean_tokens, stage_counts, wave_rows
 from vlmprune.testing.context import make_context
@@ -64,15 +64,24 @@ def test_random_reads_nothing():
     policy = replace(SCOUT, by="random")
     assert policy.needs(5).attention is None and SCOUT.needs(5).attention == "previous"
     ctx = make_context(policy.needs(5), [[(5, 4)]], 5)
+    assert policy.seed == 0 and SCOUT.seed is None  # an evaluation repeats what draws
     one, two = (replace(policy, coarse=Uniform(layer=0, keep=4), fine=5, seed=s).select(ctx) for s in (0, 1))
     assert one.shape == (1, 9) and not torch.equal(one, two)
 
 
-def test_a_union_that_overlaps_leaves_its_rest_to_fine_tokens():
+def test_as_many_join_whatever_the_overlap_of_a_union():
     policy = Scout(coarse=Random(0, keep=6) | Uniform(layer=0, keep=6), fine=3, look=3)
     assert policy.kept(20, 1, 0) == 10 and policy.kept(20, 1, 3) == 13
     ctx = make_context(policy.needs(3), [[(4, 5)]], 3)  # 4 of 20 have run
-    assert policy.select(ctx).shape == (1, 13)
+    assert policy.select(ctx).shape == (1, 7)
+
+
+def test_a_coarse_policy_whose_count_only_its_choice_says():
+    policy = Scout(coarse=Custom(0, lambda ctx: torch.tensor([[1, 5]])), fine=3, look=3)
+    assert policy.select(make_context(policy.needs(0), [[(4, 5)]], 0)).tolist() == [[1, 5]]
+    assert policy.select(make_context(policy.needs(3), [[(4, 5)]], 3)).shape == (1, 7)
+    with pytest.raises(InputError, match="Custom: expected a policy that says how many"):
+        policy.kept(20, 1, 3)
 
 
 def test_what_has_run_is_never_dropped():
@@ -110,12 +119,17 @@ def test_as_typed_and_as_data(text, policy):
 @pytest.mark.parametrize(
     "policy", [Scout(), SCOUT, Scout(coarse=DivPrune(keep=0.05), fine=16, look=6)], ids=repr
 )
-@pytest.mark.parametrize("share", [0.1, 0.25, 1.0])
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.9])
 def test_at_a_share_both_have_their_part(policy, share):
     part = policy.kept(576, 1, 0) / policy.kept(576, 1, policy.look)
     made = policy.at(share)
     assert abs(made.kept(576, 1, policy.look) - share * 576) <= 2
     assert made.kept(576, 1, 0) == pytest.approx(part * share * 576, abs=1)
+
+
+def test_at_one_all_are_coarse():
+    assert stage_counts(SCOUT.at(1.0), 576) == [(0, 576), (5, 576)]
+    assert wave_rows(SCOUT, [(0, 576), (5, 576)], 20) is None
 
 
 @pytest.mark.parametrize("cut", [0.52, 0.83, 0.94])
@@ -168,8 +182,8 @@ def test_the_cost_of_two_waves():
         ({"by": "chance"}, "^by: expected 'attention' or 'random', got 'chance'$"),
         ({"spread": 0}, "^spread: expected a number > 0, got 0$"),
         ({"rope": 1}, "^rope: expected True or False, got 1$"),
-        ({"seed": -1}, "^seed: expected a whole number"),
-        ({"rectify": True}, "^rectify: expected False with a second wave, got True$"),
+        ({"by": "random", "seed": -1}, "^seed: expected a whole number"),
+        ({"seed": 1}, "^seed: expected None where nothing is drawn, got 1$"),
     ],
 )
 def test_bad_settings(settings, message):

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from vlmprune.cli.outcome import Outcome
 
-SETTINGS = re.compile(r":([^()+&|]*[^()+&|\s])")
+SETTINGS = re.compile(r"(?::|(?<=\)),)([^()+&|]*[^()+&|\s])")
 """What stands behind the names of policies as typed, alone or joined."""
 
 
@@ -67,6 +67,7 @@ def cells(outcome: Outcome) -> list[dict[str, str]]:
             "vision": _time(seconds.vision),
             "prefill": _time(seconds.prefill),
             "selection": _time(seconds.selection) if outcome.kept else "-",
+            "second wave": _time(seconds.second_wave) if report.second_wave else "-",
             "captions, of it": _time(report.caption_seconds) if captions else "-",
             "decode (steps)": f"{_time(seconds.decode)} ({steps})" if steps else "-",
             "decode per token": _time(seconds.decode / steps) if steps else "-",

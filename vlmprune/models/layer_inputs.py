@@ -33,11 +33,12 @@ def chunk_mask(config: Any, prefill: Prefill, decided: Decision | None, hidden: 
     """
     cache, rows = prefill.cache, hidden.shape[1]
     past = entries(cache, i, prefill.call.past)
+    old = past_validity(cache, i, prefill.call.valid, past)  # before the layer becomes one that tells
     layer = None if cache is None else make_prunable(cache, i)
     known = _known(layer)
     key = (past, id(decided), *map(id, known))
     if key not in prefill.masks:
-        told = _told(prefill, decided, past, layer, i, rows, hidden.device)
+        told = _told(prefill, decided, old, past, layer, rows, hidden.device)
         short = decided is not None and decided.layout.origin is not None  # its padding is on the left
         mask = pruned_mask(config, hidden, told[0], past, layer, left=short, bias=told[3])
         prefill.masks[key] = (mask, told, known)  # known: kept alive, so that its ids stay its own
@@ -71,11 +72,12 @@ def wave_mask(config: Any, prefill: Prefill, decided: Decision, hidden: Tensor, 
     """
     cache, length = prefill.cache, decided.layout.length
     past = entries(cache, i, prefill.call.past)
+    old = past_validity(cache, i, prefill.call.valid, past)  # before the layer becomes one that tells
     layer = None if cache is None else make_prunable(cache, i)
     known = _known(layer)
     key = ("second wave", past, *map(id, known))
     if key not in prefill.masks:
-        told = _told(prefill, decided, past, layer, i, length, hidden.device)
+        told = _told(prefill, decided, old, past, layer, length, hidden.device)
         order = torch.arange(length, device=rows.device)
         # padding sees everything: it counts nowhere, and a row that sees nothing is not a number
         seen = order <= torch.where(rows < 0, length, rows)[..., None]
@@ -97,15 +99,14 @@ def _known(layer: PrunedLayer | None) -> tuple[Tensor | None, Tensor | None, Ten
 def _told(
     prefill: Prefill,
     decided: Decision | None,
+    old: Tensor | None,
     past: int,
     layer: PrunedLayer | None,
-    i: int,
     rows: int,
     device: torch.device,
 ) -> tuple[Tensor | None, int, Tensor | None, Tensor | None]:
-    """What cache layer ``i`` is told of a chunk's ``rows`` behind its ``past`` entries: the arguments of ``announce``."""
+    """What a cache layer is told of a chunk's ``rows`` behind its ``past`` entries of validity ``old``, as ``announce`` takes it."""
     call = prefill.call
-    old = past_validity(prefill.cache, i, call.valid, past)
     new = call.padding() if decided is None else decided.layout.valid
     # Padding behind every row that matters needs no mask: causality hides it.
     valid = extend_validity(old, past, None if prefill.bound else new, rows)

@@ -75,6 +75,7 @@ class Report:
             dict(zip(("layer", "tokens_in", "tokens_kept"), s, strict=True)) for s in self.stages
         ]
         out["flops"]["cut"] = self.flops.cut
+        out["second_wave"] = None if self.second_wave is None else self.second_wave._asdict()
         return out
 
 

@@ -61,7 +61,7 @@ def prune(model: nn.Module, policy: PruningPolicy, graphs: Graphs | None = None)
         Chunked prefill prunes the visual tokens of each chunk when it runs, scored by the chunk's last row; a part of an
         image keeps its share of a budget. Methods that read the prompt's text or the vision tower need one chunk.
         ``output_hidden_states``: entry i is what enters layer i before a stage there; later ones, the last one too, hold
-        the surviving rows only.
+        the surviving rows only. A second wave (``Scout``) runs layers again: what they give stands behind what the first gave.
         Code that ``torch.compile`` made of the model before the scope has no hooks in it: ``torch.compiler.reset()`` first.
 
     Args:

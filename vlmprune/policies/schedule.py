@@ -81,10 +81,13 @@ def stage_counts(policy: PruningPolicy, visual: int) -> list[tuple[int, int]]:
 
 
 def wave_rows(policy: PruningPolicy, stages: Sequence[tuple[int, int]], text: int) -> Wave[int] | None:
-    """The second wave of a policy that leaves ``stages``, as if all ``text`` stood behind the image; None = it has none."""
+    """The second wave of a policy that leaves ``stages``, as if all ``text`` stood behind the image.
+
+    None = it has none, or nothing joins.
+    """
     before = 0
     for layer, tokens in stages:
-        if policy.needs(layer).wave:
+        if policy.needs(layer).wave and tokens > before:
             return layer, tokens - before + text
         before = tokens
     return None

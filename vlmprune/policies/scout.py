@@ -48,13 +48,12 @@ class Scout(PruningPolicy):
     Args:
         coarse: a policy that acts before the language model alone and only drops tokens; whatever it does with positions,
             they stay the tokens' own.
-        fine: tokens that join: a share (float) of all visual tokens, or a number per image (int). Where how many ``coarse``
-            keeps is data (a union), they make up for what it keeps less than ``kept`` expects, or leave out what it keeps more.
+        fine: tokens that join: a share (float) of all visual tokens, or a number per image (int).
         look: the first layer that sees coarse and fine tokens; those before it are run in two waves. At least 1.
         by: what names fine tokens: "attention", or "random" (a baseline).
         spread: standard deviation of the Gaussian, in rows and columns of visual tokens.
         rope: whether the attention is the model's; False = its query and keys without RoPE, softmax over the coarse tokens.
-        seed: which draw "random" is.
+        seed: which draw "random" is; 0 if not given.
 
     Raises:
         InputError: a setting is out of range; where it runs, a coarse policy that merges or moves tokens.
@@ -69,7 +68,7 @@ class Scout(PruningPolicy):
     by: Literal["attention", "random"] = "attention"
     spread: float = 1.0
     rope: bool = True
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         check(isinstance(self.coarse, PruningPolicy), "coarse", "a policy", repr(self.coarse))
@@ -83,8 +82,10 @@ class Scout(PruningPolicy):
         ok = is_number(self.spread) and 0 < self.spread < float("inf")
         check(ok, "spread", "a number > 0", repr(self.spread))
         check(isinstance(self.rope, bool), "rope", "True or False", repr(self.rope))
-        check_seed(self.seed)
-        check(not self.rectify, "rectify", "False with a second wave", self.rectify)
+        if self.by == "random":
+            object.__setattr__(self, "seed", 0 if self.seed is None else self.seed)
+            check_seed(self.seed)
+        check(self.by == "random" or self.seed is None, "seed", "None where nothing is drawn", self.seed)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -115,8 +116,11 @@ class Scout(PruningPolicy):
             return replace(self.coarse.rank(ctx), positions="keep")
         if ctx.ran is None or ctx.ran_counts is None:
             return Ranking(ctx.mask.float(), ctx.counts)
-        keep = tuple(map(max, quotas(ctx, self), ctx.ran_counts))
-        return Ranking(self._scores(ctx).masked_fill(marks(ctx.ran, ctx.mask.shape[1]), float("inf")), keep)
+        scores = self._scores(ctx).masked_fill(marks(ctx.ran, ctx.mask.shape[1]), float("inf"))
+        if self.fixed_count:
+            return Ranking(scores, tuple(map(max, quotas(ctx, self), ctx.ran_counts)))
+        more = zip(ctx.counts, ctx.ran_counts, quotas(ctx, self.fine), strict=True)
+        return Ranking(scores, tuple(min(n, ran + fine) for n, ran, fine in more))
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         if ctx.layer > 0 or self.coarse.ranks(0):
@@ -132,7 +136,7 @@ class Scout(PruningPolicy):
     def _scores(self, ctx: TokenContext) -> Tensor:
         """float32 ``[B, N]``: what the tokens are that the prompt looks at, or a draw."""
         if self.by == "random" or ctx.ran is None:
-            return drawn(self.seed, ctx.counts, ctx.device)
+            return drawn(self.seed or 0, ctx.counts, ctx.device)
         seen = attention_of(ctx)
         if self.rope:
             received = seen.received(seen.last)
@@ -150,10 +154,12 @@ class Scout(PruningPolicy):
         return self.coarse.spends(0) if layer == 0 else self.spend
 
     def at(self, share: float) -> Self:
-        """Coarse and fine together at this share of the tokens, which they divide as they do now (of 576)."""
+        """Coarse and fine together at this share of the tokens, which they divide as they do now (of 576); all at 1.0."""
         share, both = share_of(share), self.kept(NOMINAL, 1, self.look)
         part = self.coarse.kept(NOMINAL, 1, 0) / both
         check(part < 1, "fine", f"room for it beside {self.coarse!r}", self.fine)
+        if share == 1.0:  # then nothing is left for a second wave
+            return replace(self, coarse=self.coarse.at(1.0))
         return replace(self, coarse=self.coarse.at(share * part), fine=share * (1 - part))
 
     def forget(self) -> None:

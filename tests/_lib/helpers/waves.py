@@ -50,13 +50,21 @@ def visible(visual: Tensor, real: Tensor, sets: Sets, early: bool, turns: Sequen
 
 @contextmanager
 def waves_masked(
-    model: Any, look: int, sets: Sets, visual: Tensor, real: Tensor, turns: Sequence[int] = ()
+    model: Any,
+    look: int,
+    sets: Sets,
+    visual: Tensor,
+    real: Tensor,
+    turns: Sequence[int] = (),
+    dropped: tuple[int, Tensor] | None = None,
 ) -> Iterator[None]:
-    """The model under these masks, without a cache."""
+    """The model under these masks, without a cache; ``dropped``: a layer from which on columns ``[B, S]`` are hidden, too."""
     masks = {early: visible(visual, real, sets, early, turns)[:, None] for early in (True, False)}
 
     def before(module: Any, args: Any, kwargs: Any) -> Any:
         mask = masks[module.self_attn.layer_idx < look]
+        if dropped is not None and module.self_attn.layer_idx >= dropped[0]:
+            mask = mask & ~dropped[1][:, None, None] | torch.eye(mask.shape[-1], dtype=torch.bool)
         floor = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         return args, {**kwargs, "attention_mask": floor}
 
