@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from feather.rows import Row, row
+from common.rows import Row, row
 
 from vlmprune.eval import Answer, Question
 from vlmprune.eval.arms import Arm, groups_of

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout 
 
 import numpy as np
 import torch
+from common.asking import exit_code
 from PIL import Image
 from torch import Tensor
-from transformers.utils import logging
 
 from vlmprune import Scout, policy_from
 from vlmprune.checkpoints import Checkpoint, build_text, generate, make_inputs
-from vlmprune.errors import ModelError, check
+from vlmprune.errors import check
 from vlmprune.eval.plots import make_figure, to_png
 from vlmprune.eval.store import write
 from vlmprune.images import open_rgb
@@ -77,18 +77,14 @@ def main() -> int:
     add("--policy", default=POLICY, help="a Scout")
     add("--out", type=Path, required=True, help="a PNG file")
     chosen = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        scene = look_at(
-            Checkpoint(chosen.model, "cpu", "float32"), chosen.image, chosen.prompt, chosen.policy
-        )
-    except (ValueError, OSError, ModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(chosen))
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """Look, draw, write."""
+    scene = look_at(Checkpoint(chosen.model, "cpu", "float32"), chosen.image, chosen.prompt, chosen.policy)
     write(chosen.out, draw_scene(open_rgb(chosen.image, "image"), chosen.prompt, scene))
     print(scene.answer)
-    return 0
 
 
 def look_at(checkpoint: Checkpoint, image: Path, prompt: str, policy: str) -> Scene:
@@ -100,7 +96,7 @@ def look_at(checkpoint: Checkpoint, image: Path, prompt: str, policy: str) -> Sc
     """
     scout = policy_from(policy)
     check(isinstance(scout, Scout), "policy", "a scout", repr(policy))
-    settings = {name: getattr(scout, name) for name in Scout.__dataclass_fields__ if name != "scores"}
+    settings = {setting.name: getattr(scout, setting.name) for setting in fields(scout) if setting.init}
     watched, grid = Watched(**settings), patch_grid(checkpoint.config)
     processor = checkpoint.processor
     inputs = make_inputs(processor, [build_text(processor, prompt, 1)], [[open_rgb(image, "image")]], "image")

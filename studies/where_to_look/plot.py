@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from feather.rows import Row, find
+from common.rows import Row, find
 
 from vlmprune.eval.arms import UNPRUNED
 from vlmprune.eval.plots import make_figure, to_png

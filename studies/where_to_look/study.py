@@ -15,16 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout must stay off the path
 
-from feather.rows import Row, save
+from common.asking import ask, exit_code
+from common.rows import Row, save
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import track
-from transformers.utils import logging
 
 from vlmprune.errors import InputError, ModelError
 from vlmprune.eval import Checkpoint, Question, read_questions
 from vlmprune.eval.arms import SMALLER, Arm
-from vlmprune.eval.ask import Subject, ask_all, missing, typical_prompt, with_template
+from vlmprune.eval.ask import Subject, typical_prompt, with_template
 from vlmprune.eval.oracle import check_oracle
 from vlmprune.eval.store import Store, check_out
 from where_to_look.arms import study_arms
@@ -61,19 +60,16 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Measure, save, show. Exit code 2 for bad input, with one line that says what was expected."""
-    chosen = arguments()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        check_out(chosen.out)
-        rows, dtype = study(chosen)
-    except (ValueError, OSError, ModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(arguments()))
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """The study, its rows on disk, and the first of its tables."""
+    check_out(chosen.out)
+    rows, dtype = study(chosen)
     for path in (chosen.out / "rows.csv", *([chosen.csv] if chosen.csv else [])):
         save(path, rows, dtype)
     console.print(Markdown(right_table(rows, rows[0].model)))
-    return 0
 
 
 def study(chosen: argparse.Namespace) -> tuple[list[Row], str]:
@@ -119,14 +115,6 @@ def possible(
         except (InputError, ModelError) as error:
             left_out.append(f"{SMALLER} at {arm.budget:.0%}: {error}")
     return fine, left_out
-
-
-def ask(subject: Subject, questions: Sequence[Question], arms: Sequence[Arm], store: Store) -> None:
-    """Fill the store under a progress bar, on stderr and only on a terminal."""
-    bar = Console(stderr=True)
-    answers, total = ask_all(subject, questions, arms, store), missing(questions, arms, store)
-    for _ in track(answers, "answers", total, console=bar, transient=True, disable=not bar.is_terminal):
-        pass
 
 
 if __name__ == "__main__":

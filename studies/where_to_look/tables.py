@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout must stay off the path
 
-from feather.rows import Row, find, load
+from common.rows import Row, find, load
 
 from vlmprune.eval.arms import UNPRUNED
 from vlmprune.eval.page import percent, points

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from feather.rows import Row, load, row
+from common.rows import Row, load, row
 from where_to_look import arms, measure, pictures, plot, study, tables
 
 from vlmprune import FastV, Uniform, ops
