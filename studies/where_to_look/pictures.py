@@ -36,16 +36,16 @@ DARK = 0.22
 
 @dataclass(frozen=True)
 class Watched(Scout):
-    """Scout, which notes down the scores by which it chooses fine tokens."""
+    """Scout, which notes down the scores by which it chooses fine tokens, by its layer."""
 
-    scores: list[Tensor] = field(default_factory=list, repr=False, compare=False)
+    scores: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def rank(self, ctx: TokenContext) -> Ranking:
         """Scout's own."""
         ranking = super().rank(ctx)
         if ctx.layer > 0:
             assert isinstance(ranking.scores, Tensor)
-            self.scores.append(ranking.scores)
+            self.scores[ctx.layer] = ranking.scores
         return ranking
 
 
@@ -105,7 +105,7 @@ def look_at(checkpoint: Checkpoint, image: Path, prompt: str, policy: str) -> Sc
     for stage, mark in enumerate(marks):
         mark[run.kept_at(stage, 0)] = True
     coarse, kept = marks.view(2, *grid)
-    scores = watched.scores[0][0].view(grid).float().masked_fill(coarse, 0.0)
+    scores = watched.scores[scout.look][0].view(grid).float().masked_fill(coarse, 0.0)
     said = processor.tokenizer.decode(new[0], skip_special_tokens=True).strip()
     return Scene(coarse.numpy(), (kept & ~coarse).numpy(), (scores / scores.max()).numpy(), said)
 
