@@ -1,0 +1,121 @@
+"""Where to look: Scout against the published choices of visual tokens at equal FLOPs, on any checkpoint and questions.
+
+    python examples/glyphworld/make_questions.py --size 192 --seeds 70101:70140 --out q576
+    python -P studies/where_to_look/study.py --model CKPT --questions q576 --out DIR --name world
+
+A killed run goes on from DIR, which gets rows.csv. --csv also brings a shared table up to date; tables.py shows one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout must stay off the path
+
+from common.asking import ask, exit_code
+from common.rows import Row, save
+from rich.console import Console
+from rich.markdown import Markdown
+
+from vlmprune.errors import InputError, ModelError
+from vlmprune.eval import Checkpoint, Question, read_questions
+from vlmprune.eval.arms import SMALLER, Arm
+from vlmprune.eval.ask import Subject, typical_prompt, with_template
+from vlmprune.eval.oracle import check_oracle
+from vlmprune.eval.store import Store, check_out
+from where_to_look.arms import study_arms
+from where_to_look.measure import study_rows
+from where_to_look.scouts import scouts
+from where_to_look.tables import right_table
+
+BUDGETS = (0.52, 0.64, 0.83, 0.91, 0.94)
+NEW_TOKENS = 16
+console = Console()
+
+
+def arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="checkpoint folder of a LLaVA")
+    add("--questions", type=Path, required=True, help="folder with a questions.jsonl, some with a box")
+    add("--out", type=Path, required=True, help="folder for answers and rows.csv")
+    add("--name", help="what the rows call the world (default: the name of the checkpoint's folder)")
+    add("--csv", type=Path, help="a table to bring up to date: its rows of this name are replaced")
+    add("--budgets", nargs="+", type=float, default=BUDGETS, help="FLOPs cuts")
+    add("--only", nargs="+", default=(), help="beginnings of the names of the methods to ask")
+    add("--families", nargs="+", default=(), help="of the questions (default: all)")
+    add("--limit", type=int, help="questions of each family (default: all)")
+    add("--draws", type=int, default=2, help="of random tokens")
+    add("--batch-size", type=int, default=32)
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure, save, show. Exit code 2 for bad input, with one line that says what was expected."""
+    return exit_code(lambda: run(arguments()))
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """The study, its rows on disk, and the first of its tables."""
+    check_out(chosen.out)
+    rows, dtype = study(chosen)
+    for path in (chosen.out / "rows.csv", *([chosen.csv] if chosen.csv else [])):
+        save(path, rows, dtype)
+    console.print(Markdown(right_table(rows, rows[0].model)))
+
+
+def study(chosen: argparse.Namespace) -> tuple[list[Row], str]:
+    """Every method at every budget on one checkpoint."""
+    name = chosen.name or Path(chosen.model).resolve().name
+    checkpoint = Checkpoint(chosen.model, chosen.device, chosen.dtype)
+    questions = first(read_questions(chosen.questions, chosen.families), chosen.limit)
+    check_oracle(questions, checkpoint.config, checkpoint.processor)
+    questions = with_template(checkpoint.processor, questions)
+    prompt = typical_prompt(checkpoint, questions)
+    ours = scouts(prompt.shape.layers)
+    arms, refused = study_arms(ours, chosen.budgets, prompt, chosen.draws, chosen.only)
+    subject = Subject(checkpoint, chosen.batch_size, NEW_TOKENS)
+    arms, small = possible(subject, arms, questions)
+    for line in (*refused, *small):
+        console.print(f"left out: {line}")
+    store = Store(chosen.out, subject.settings(chosen.questions) | {"limit": chosen.limit})
+    ask(subject, questions, arms, store)
+    return [*study_rows(name, arms, questions, store.answers)], checkpoint.dtype
+
+
+def first(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """The first ``limit`` questions of every family, None = all of them."""
+    asked: dict[str, int] = {}
+    out = []
+    for question in questions:
+        asked[question.family] = asked.get(question.family, 0) + 1
+        if limit is None or asked[question.family] <= limit:
+            out.append(question)
+    return out
+
+
+def possible(
+    subject: Subject, arms: Sequence[Arm], questions: Sequence[Question]
+) -> tuple[list[Arm], list[str]]:
+    """The arms without those whose pictures cannot be made so small, and why not."""
+    fine, left_out = [], []
+    for arm in arms:
+        try:
+            for size in {question.size for question in questions} if arm.smaller is not None else ():
+                subject.pictures.plan(size, arm.smaller.keep)
+            fine.append(arm)
+        except (InputError, ModelError) as error:
+            left_out.append(f"{SMALLER} at {arm.budget:.0%}: {error}")
+    return fine, left_out
+
+
+if __name__ == "__main__":
+    sys.exit(main())
