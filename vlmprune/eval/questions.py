@@ -52,9 +52,7 @@ class Question:
         return x1, y1, x2, y2
 
 
-def read_questions(
-    folder: Path, families: Sequence[str] = (), *, labelled: bool = True
-) -> list[Question]:
+def read_questions(folder: Path, families: Sequence[str] = (), *, labelled: bool = True) -> list[Question]:
     """The questions of these families, or of all; in the order of the file.
 
     Where they need not be ``labelled``, a line may lack ``answer`` and ``family``, which are "" then.
