@@ -26,15 +26,15 @@ def default_policies(depth: int) -> tuple[str, ...]:
     'fastv:layer={2,4,8,12,16}'
     """
     layers = [*dict.fromkeys(max(1, depth * n // 16) for n in SIXTEENTHS)]
-    some = ",".join(map(str, layers))
+    some, early = (",".join(map(str, part)) for part in (layers, layers[:2]))
     pairs = ",".join(f"{a}/{b}" for a, b in combinations(layers, 2))
     return (
         f"uniform:layer={{0,{some}}}",
         "divprune:positions={keep,pack}",
         f"fastv:layer={{{some}}}",
-        f"feather:layers={{{pairs}}}",
+        *([f"feather:layers={{{pairs}}}"] if pairs else []),
         f"divprune:positions=keep + fastv:layer={{{some}}}",
-        "p_sigmoid:of=(fastv:layer={1,2}),steepness={0.25,0.5,1,2,4}",
+        f"p_sigmoid:of=(fastv:layer={{{early}}}),steepness={{0.25,0.5,1,2,4}}",
     )
 
 
