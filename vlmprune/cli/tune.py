@@ -59,7 +59,9 @@ def tune(
         check_matplotlib("vlmprune tune")
         check_out(out)
         with progress_bar() as progress:
-            profile = profile_layers(checkpoint, questions, images=images, seed=seed, progress=progress)
+            profile = profile_layers(
+                checkpoint, questions, families=family or (), images=images, seed=seed, progress=progress
+            )
         out.mkdir(exist_ok=True)
         write(out / "profile.json", json.dumps(profile.as_dict(), indent=1).encode())
         write(out / "profile.png", draw_profile(profile))

@@ -92,9 +92,10 @@ def _read(text: str, number: int, folder: Path, labelled: bool) -> Question:
     check(isinstance(entry, dict), where, "a JSON object", text[:60])
     if not labelled:
         entry = dict.fromkeys(LABELS, "") | entry
-    for field in FIELDS if labelled else [field for field in FIELDS if field not in LABELS]:
+    for field in FIELDS:
         value = entry.get(field)
-        check(isinstance(value, str) and bool(value), where, f"a text as {field!r}", repr(value))
+        said = isinstance(value, str) and (bool(value) or (not labelled and field in LABELS))
+        check(said, where, f"a text as {field!r}", repr(value))
     image = folder / entry["image"]
     check(image.is_file(), where, "an image file in the folder", repr(entry["image"]))
     box = entry.get("box")

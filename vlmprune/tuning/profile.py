@@ -72,6 +72,7 @@ def profile_layers(
     checkpoint: Checkpoint,
     questions: Path | str,
     *,
+    families: Sequence[str] = (),
     images: int = 8,
     seed: int = 0,
     progress: Progress = lambda doing, done, total: None,
@@ -91,6 +92,7 @@ def profile_layers(
     Args:
         checkpoint: whom to ask.
         questions: folder with a ``questions.jsonl`` and its images; answers and families may be left out.
+        families: only these families of questions; empty: all.
         images: how many at most.
         seed: of the draws.
         progress: told what is done, how many images are through, and of how many.
@@ -100,7 +102,7 @@ def profile_layers(
         ModelError: a model that cannot be pruned.
     """
     check(images >= 2, "images", "at least 2", images)
-    asked = with_template(checkpoint.processor, read_questions(Path(questions), labelled=False))
+    asked = with_template(checkpoint.processor, read_questions(Path(questions), families, labelled=False))
     depth = checkpoint.config.text_config.num_hidden_layers
     check(depth > 1, "model", "a decoder of several layers", depth)
     drawn = _drawn(asked, images, seed)
