@@ -113,7 +113,7 @@ def test_a_profile_needs_no_answers(folder, tmp_path):
         (("--budget", "1.2"), "error: --budget: expected a share of the FLOPs between 0 and 1, got 1.2\n"),
         (
             ("--budget", "0.5", "--policy", "fastv:layer={2"),
-            "error: --policy: expected braces {...} that match",
+            "error: policy: expected braces {...} that match",
         ),
         (
             ("--policy", "fastv"),
