@@ -1,4 +1,4 @@
-"""Imports point one way: triton_kernels < ops < policies < models < checkpoints < eval < bench < cli, integrations."""
+"""Imports point one way: triton_kernels < ops < policies < models < checkpoints < eval < tuning, bench < cli, integrations."""
 
 import ast
 from pathlib import Path
