@@ -1,4 +1,4 @@
-"""Imports point one way: triton_kernels < ops < policies < models < checkpoints < eval < bench < cli, integrations."""
+"""Imports point one way: triton_kernels < ops < policies < models < checkpoints < eval < tuning, bench < cli, integrations."""
 
 import ast
 from pathlib import Path
@@ -25,6 +25,7 @@ ALLOWED = {
     "guidance": BASE | {"policies", "models", "checkpoints"},
     "smaller": BASE | {"flops", "policies", "models", "checkpoints"},
     "eval": BASE | {"flops", "images", "policies", "models", "checkpoints", "smaller"},
+    "tuning": BASE | {"policies", "models", "checkpoints", "eval"},
     "training": BASE | {"compensation", "images", "policies", "models", "checkpoints"},
     "bench": BASE | {"flops", "policies", "models", "testing", "checkpoints", "eval"},
     "cli": BASE
@@ -40,7 +41,7 @@ ALLOWED = {
         "eval",
         "bench",
     }
-    | {"training"},
+    | {"training", "tuning"},
     "integrations": BASE | {"images", "ops", "policies", "models", "checkpoints", "smaller"},
 }
 """Part of the package -> the other parts it may import."""

@@ -33,6 +33,19 @@ def test_reads_in_order(folder):
     assert second.region == (0.25, 0.25, 0.75, 1.0)  # cut off at the edge of the image
 
 
+def test_without_labels(folder):
+    bare = {k: GOOD[k] for k in ("id", "image", "prompt")}
+    first, second = read_questions(folder(bare, GOOD | {"id": "2"}), labelled=False)
+    assert (first.prompt, first.family, first.answer) == ("locate it", "", "")
+    assert (second.family, second.answer) == ("box", "1 2 3 4")
+    with pytest.raises(ValueError, match=r"line 1: expected a text as 'answer', got 5$"):
+        read_questions(folder(bare | {"answer": 5}), labelled=False)
+    with pytest.raises(ValueError, match=r"line 1: expected a text as 'prompt', got ''$"):
+        read_questions(folder(bare | {"prompt": ""}), labelled=False)
+    with pytest.raises(ValueError, match=r"line 1: expected a text as 'family', got None$"):
+        read_questions(folder(bare))
+
+
 def test_families(folder):
     here = folder(GOOD, GOOD | {"id": "2", "family": "color"}, GOOD | {"id": "3", "family": "at"})
     assert [q.id for q in read_questions(here, ["at", "box"])] == ["1", "3"]

@@ -35,6 +35,7 @@ from vlmprune.policies import (
     WithoutSinks,
     registry,
 )
+from vlmprune.policies.recipe import to_yaml
 from vlmprune.policies.registry import BUILT_IN
 from vlmprune.testing.policy import check_policy
 
@@ -113,6 +114,13 @@ def test_there_and_back(policy, tmp_path):
 
 EVERY = {"earlier_kv": "full", "rectify": False}
 """What every policy has."""
+
+
+def test_the_text_of_a_file(tmp_path):
+    """Also of shares that YAML reads as texts if they are written as JSON writes them."""
+    policy = Stages([FastV(layer=2, keep=1e-05), Uniform(layer=3, keep=64)], earlier_kv="compact")
+    (tmp_path / "p.yaml").write_text(to_yaml(policy))
+    assert policy_from(tmp_path / "p.yaml") == policy
 
 
 def test_the_dict():

@@ -35,7 +35,7 @@ def show(found: Evaluation) -> None:
     console, results = Console(), found.results
     families = (*NAMES, *results[0].families)
     for heads, cells in ((HEADS, summary_cells), (families, family_cells)):
-        rows = (_one_setting_a_line(cells(result)) for result in results)
+        rows = (one_setting_a_line(cells(result)) for result in results)
         console.print(table(heads, rows, show_lines=True))
     if "left_out" in found.settings:
         console.print(Text(f"left out: {found.settings['left_out']}", style="dim"))
@@ -45,6 +45,7 @@ def show(found: Evaluation) -> None:
     console.print(Text(f"{note}\nreport: {found.page}", style="dim"))
 
 
-def _one_setting_a_line(cells: Sequence[str]) -> list[str]:
+def one_setting_a_line(cells: Sequence[str]) -> list[str]:
+    """Cells of a row whose first names a method, which is then as narrow as its longest setting."""
     method, *rest = cells
     return [method.replace(":", "\n").replace(",", "\n"), *rest]

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from vlmprune import __version__, env
-from vlmprune.cli import accm
+from vlmprune.cli import accm, tune
 from vlmprune.cli.options import (
     AUTO,
     POLICY,
@@ -42,7 +42,7 @@ OPTIONS = {
     "families": "family",
 }
 ALIKE = (
-    "baseline|batch|batch_size|budgets|captioner_lm|captioner_rate|clip|data|device|dtype|epochs|family|images|init|max_new_tokens|model"
+    "baseline|batch|batch_size|budget|budgets|captioner_lm|captioner_rate|clip|data|device|dtype|epochs|family|images|init|max_new_tokens|model"
     "|new_tokens|oracle|out|profile|prompt|questions|resume|rounds|seeds|selector_rate|shape|text_encoder|train_mapper"
 )
 """Arguments of the library that are called otherwise on the command line, and those that are not."""
@@ -73,6 +73,7 @@ class Commands(TyperGroup):
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(accm.app, name="accm")
+app.command()(tune.tune)
 
 
 def main() -> None:

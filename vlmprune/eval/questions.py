@@ -14,6 +14,7 @@ from vlmprune.images import open_rgb
 
 FILE = "questions.jsonl"
 FIELDS = ("id", "image", "family", "prompt", "answer")
+LABELS = ("family", "answer")
 Region = tuple[float, float, float, float]
 """Left, top, right, bottom of a part of an image, as shares of its width and height."""
 
@@ -51,8 +52,10 @@ class Question:
         return x1, y1, x2, y2
 
 
-def read_questions(folder: Path, families: Sequence[str] = ()) -> list[Question]:
+def read_questions(folder: Path, families: Sequence[str] = (), *, labelled: bool = True) -> list[Question]:
     """The questions of these families, or of all; in the order of the file.
+
+    Where they need not be ``labelled``, a line may lack ``answer`` and ``family``, which are "" then.
 
     Answers that are boxes are scored in the units of the answer. A line's ``box`` may say besides, in pixels, where in
     the image its answer is seen; only the oracle looks at it, and at whether it fits. Every image is read in full once,
@@ -68,7 +71,7 @@ def read_questions(folder: Path, families: Sequence[str] = ()) -> list[Question]
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected UTF-8 text, got {error.reason}") from error
-    found = [_read(text, n, folder) for n, text in enumerate(lines, 1) if text.strip()]
+    found = [_read(text, n, folder, labelled) for n, text in enumerate(lines, 1) if text.strip()]
     check(bool(found), "questions", f"at least one line in {path}", "none")
     again = [name for name, times in Counter(question.id for question in found).items() if times > 1]
     check(not again, "questions", "every id once", " and ".join(map(repr, again)) + " twice")
@@ -80,16 +83,19 @@ def read_questions(folder: Path, families: Sequence[str] = ()) -> list[Question]
     return [replace(question, size=sizes[question.image]) for question in found]
 
 
-def _read(text: str, number: int, folder: Path) -> Question:
+def _read(text: str, number: int, folder: Path, labelled: bool) -> Question:
     where = f"{FILE} line {number}"
     try:
         entry = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: expected a JSON object, got {text[:60]!r}") from error
     check(isinstance(entry, dict), where, "a JSON object", text[:60])
+    if not labelled:
+        entry = dict.fromkeys(LABELS, "") | entry
     for field in FIELDS:
         value = entry.get(field)
-        check(isinstance(value, str) and bool(value), where, f"a text as {field!r}", repr(value))
+        said = isinstance(value, str) and (bool(value) or (not labelled and field in LABELS))
+        check(said, where, f"a text as {field!r}", repr(value))
     image = folder / entry["image"]
     check(image.is_file(), where, "an image file in the folder", repr(entry["image"]))
     box = entry.get("box")

@@ -86,6 +86,11 @@ def write(policy: PruningPolicy) -> dict[str, Any]:
     return {"policy": name, **settings}
 
 
+def to_yaml(policy: PruningPolicy) -> str:
+    """The text of a file that ``policy_from`` reads as this policy. Raises InputError as ``write`` does."""
+    return yaml.safe_dump(write(policy), sort_keys=False)
+
+
 def read_setting(value: Any, hint: Any, name: str) -> Any:
     """Read ``value``, typed (``Word``) or plain data, as int, float, str, bool, Literal, None, policy, function, a tuple
     of these or a union.

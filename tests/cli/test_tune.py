@@ -1,0 +1,136 @@
+"""``vlmprune tune`` on the small trained model: a search at a budget, killed and gone on with, a profile, and bad input."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from helpers.command_line import CHECKPOINT, cli
+from vlmprune import ops
+from vlmprune.policies import policy_from
+
+pytest.importorskip("matplotlib")
+FAMILIES = ("box", "color")
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch):
+    """Kernels have their own tests; interpreted they are slow."""
+    with ops.use_backend("reference"):
+        yield
+
+
+@pytest.fixture
+def folder(scene, tmp_path):
+    """Eight questions about four scenes."""
+    (tmp_path / "q").mkdir()
+    lines = []
+    for entry in json.loads((scene.parent / "questions.json").read_text())[:4]:
+        shutil.copy(scene.parent / entry["image"], tmp_path / "q")
+        for asked in entry["qa"]:
+            if asked["family"] in FAMILIES:
+                line = {k: asked[k] for k in ("family", "prompt", "answer")} | {"image": entry["image"]}
+                lines.append(line | {"id": f"{entry['seed']}-{asked['family']}"})
+    (tmp_path / "q" / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path / "q"
+
+
+def tune(folder, out, *args):
+    fixed = (
+        "--model",
+        CHECKPOINT,
+        "--questions",
+        folder,
+        "--out",
+        out,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    )
+    return cli("tune", *fixed, *args)
+
+
+def test_a_search_finds_writes_and_goes_on(folder, tmp_path):
+    out = tmp_path / "out"
+    sweeps = ("--policy", "fastv:layer={2,3,7}", "--policy", "p_sigmoid:of=(fastv:layer=2),steepness={1,4}")
+    sweeps += ("--policy", "g_search:of=(fastv:layer=2),levels=2,tolerance=1.0")
+    args = ("--budget", "0.5", "--first", 4, "--one-in", 3, "--max-new-tokens", 8, *sweeps)
+    done = tune(folder, out, *args)
+    assert done.exit_code == 0, done.stderr
+    assert {p.name for p in out.iterdir()} == {
+        "answers.jsonl",
+        "settings.json",
+        "search.json",
+        "search.png",
+        "best.yaml",
+    }
+    found = json.loads((out / "search.json").read_text())
+    assert found["left_out"] == {"fastv:layer=7": "cut: expected a share between 0.0000 and 0.1198, got 0.5"}
+    assert "left out: fastv:layer=7: cut: expected" in done.stdout
+    assert [(rung["questions"], len(rung["standings"])) for rung in found["rungs"]] == [(4, 5), (8, 2)]
+    for rung in found["rungs"]:
+        assert all(one["cut"] == pytest.approx(0.5, abs=0.015) for one in rung["standings"])
+    best = found["rungs"][-1]["standings"][0]
+    policy = policy_from(out / "best.yaml")
+    assert best["method"] == found["best"] and best["policy"] == repr(policy) and best["stays"]
+    assert yaml.safe_load((out / "best.yaml").read_text()) == policy.to_dict()
+    assert f"best: {found['best']}" in done.stdout
+
+    answers = (out / "answers.jsonl").read_text().splitlines()
+    (out / "answers.jsonl").write_text("\n".join(answers[:-5]) + "\n")
+    (out / "best.yaml").unlink()
+    again = tune(folder, out, *args)
+    assert again.exit_code == 0 and again.stdout == done.stdout
+    assert json.loads((out / "search.json").read_text()) == found and policy_from(out / "best.yaml") == policy
+    assert len((out / "answers.jsonl").read_text().splitlines()) == len(answers)
+
+    other = tune(folder, out, *args, "--seed", 1)
+    assert other.exit_code == 2 and other.stderr.startswith(
+        "error: --out: expected a new folder, or one made with seed"
+    )
+
+
+def test_a_profile_needs_no_answers(folder, tmp_path):
+    lines = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    bare = [{k: line[k] for k in ("id", "image", "prompt")} for line in lines]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, bare)))
+    done = tune(folder, tmp_path / "out", "--images", 4)
+    assert done.exit_code == 0, done.stderr
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"profile.json", "profile.png"}
+    layer = json.loads((tmp_path / "out" / "profile.json").read_text())["recommended"]
+    assert f"first stage that can know what is asked: layer={layer}" in done.stdout
+    asked = tune(folder, tmp_path / "search", "--budget", 0.5)
+    assert asked.exit_code == 2
+    assert asked.stderr == "error: questions.jsonl line 1: expected a text as 'family', got None\n"
+    assert not (tmp_path / "search").exists()
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (("--budget", "1.2"), "error: --budget: expected a share of the FLOPs between 0 and 1, got 1.2\n"),
+        (
+            ("--budget", "0.5", "--policy", "fastv:layer={2"),
+            "error: policy: expected braces {...} that match",
+        ),
+        (
+            ("--policy", "fastv"),
+            "error: --budget: expected a share of the FLOPs, to search policies at, got none\n",
+        ),
+        (("--budget", "0.5", "--family", "no"), "error: --family: expected one of box, color, got 'no'\n"),
+        (("--budget", "0.5", "--policy", "fastv:lair=2"), "error: policy fastv: expected one of the fields"),
+    ],
+)
+def test_bad_input_is_said_before_the_weights_are_loaded(folder, tmp_path, monkeypatch, args, said):
+    monkeypatch.setattr("vlmprune.checkpoints.AutoModelForImageTextToText", None)
+    done = tune(folder, tmp_path / "out", *args)
+    assert done.exit_code == 2 and done.stderr.startswith(said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_candidate_meets_the_budget(folder, tmp_path):
+    done = tune(folder, tmp_path / "out", "--budget", "0.6", "--policy", "fastv:layer={6,7}")
+    assert done.exit_code == 2
+    assert "expected one that can meet a budget of 0.6, got fastv:layer=6: cut: expected" in done.stderr

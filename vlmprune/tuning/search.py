@@ -1,0 +1,186 @@
+"""Which settings answer best at a budget: every candidate fitted to it, then raced on questions."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmprune.checkpoints import Checkpoint, check_padding
+from vlmprune.errors import InputError, check
+from vlmprune.eval.arms import Arm, PromptSize, fit_arm
+from vlmprune.eval.ask import Subject, typical_prompt, with_template
+from vlmprune.eval.evaluation import Progress
+from vlmprune.eval.plots import check_matplotlib
+from vlmprune.eval.questions import Question, read_questions
+from vlmprune.eval.store import Store, check_out, write
+from vlmprune.policies.base import PruningPolicy
+from vlmprune.policies.recipe import to_yaml
+from vlmprune.tuning.plots import draw_race
+from vlmprune.tuning.race import Rung, Standing, answers_to, ask, race, split
+from vlmprune.tuning.schedules import Score
+from vlmprune.tuning.space import Candidate, candidates
+
+BEST, RESULTS, PLOT = "best.yaml", "search.json", "search.png"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        policy: the best.
+        rungs: who took part in each, and how they stood.
+        left_out: by name of a candidate why it could not take part.
+        settings: all that the answers depend on, the budget, and the prompt it was counted for.
+        file: the policy as a file for ``policy_from`` and ``--policy``.
+    """
+
+    policy: PruningPolicy
+    rungs: tuple[Rung, ...]
+    left_out: Mapping[str, str]
+    settings: Mapping[str, Any]
+    file: Path
+
+    @property
+    def level(self) -> list[Standing]:
+        """Those of the last rung that its questions do not tell apart from the best, which is not among them."""
+        return [one for one in self.rungs[-1].standings[1:] if one.to_best.high >= 0]
+
+
+def search(
+    checkpoint: Checkpoint,
+    questions: Path | str,
+    out: Path | str,
+    policies: Sequence[str | PruningPolicy] = (),
+    *,
+    budget: float,
+    families: Sequence[str] = (),
+    first: int = 16,
+    one_in: int = 2,
+    seed: int = 0,
+    batch_size: int = 16,
+    max_new_tokens: int = 32,
+    progress: Progress = lambda doing, done, total: None,
+) -> Found:
+    """The best of many settings of any policies at equal FLOPs, by successive halving on questions with answers.
+
+    Every candidate keeps as much as the budget leaves (``PruningPolicy.at``). In the first rung each answers ``first``
+    questions, the same for all; the better ones go on to as many more, then to twice as many, until all are asked. The same
+    seed and questions give the same result, and a run that was killed goes on from its folder. What won was chosen on these
+    questions, so its figures here flatter it: ask others (``vlmprune eval --policy OUT/best.yaml --keep``).
+
+    Args:
+        checkpoint: whom to ask.
+        questions: folder with a ``questions.jsonl`` and its images.
+        out: folder for answers, ``best.yaml``, ``search.json`` and ``search.png``, in an existing one.
+        policies: objects or texts, in which braces stand for alternatives (``space.expand``) and schedules have names
+            (``schedules.SCHEDULES``); none = ``space.default_policies``.
+        budget: share of the prefill's FLOPs to save.
+        families: only these families of questions; empty: all.
+        first: questions of the first rung.
+        one_in: 2 = the better half goes on, 3 = the best third.
+        seed: of the order of the questions.
+        batch_size: questions asked at once.
+        max_new_tokens: longest answer.
+        progress: called at every step and answer.
+
+    Raises:
+        InputError: bad input, no candidate that can meet the budget, or answers of other settings in ``out``.
+        ModelError: a model that cannot be pruned.
+        OSError: a file cannot be written.
+    """
+    check_matplotlib("vlmprune tune")
+    least = {
+        "first": (first, 1),
+        "one_in": (one_in, 2),
+        "batch_size": (batch_size, 1),
+        "max_new_tokens": (max_new_tokens, 1),
+    }
+    for name, (count, lowest) in least.items():
+        check(count >= lowest, name, f"at least {lowest}", count)
+    check(0 < budget < 1, "budget", "a share of the FLOPs between 0 and 1", f"{budget:g}")
+    questions, out = Path(questions), Path(out)
+    asked = read_questions(questions, families)
+    check_out(out)
+    tried, left_out = candidates(policies, checkpoint)
+    check_padding(checkpoint.processor, min(batch_size, len(asked)))
+    asked = with_template(checkpoint.processor, asked)
+    prompt = typical_prompt(checkpoint, asked)
+    subject, parts = Subject(checkpoint, batch_size, max_new_tokens), split(asked, first, seed)
+    progress(f"loading {checkpoint.source}", 0, 0)
+    settings = subject.settings(questions) | {"families": sorted(families), "first": first, "seed": seed}
+    store = Store(out, settings)
+    score = _scoring(subject, parts[0], store, progress)
+    arms = _fitted(tried, budget, prompt, score, left_out)
+    rungs = tuple(race(subject, arms, parts, one_in, store, left_out, progress))
+    winner = rungs[-1].standings[0].method
+    policy = next(arm.policy for arm in arms if arm.method == winner)
+    assert policy is not None
+    counted = {"visual_tokens": prompt.visual, "text_tokens": prompt.text, "precision": checkpoint.precision}
+    found = Found(
+        policy, rungs, left_out, settings | {"budget": budget, "one_in": one_in} | counted, out / BEST
+    )
+    _write(found, out)
+    return found
+
+
+def _fitted(
+    tried: Mapping[str, Candidate],
+    budget: float,
+    prompt: PromptSize,
+    score: Score,
+    left_out: dict[str, str],
+) -> list[Arm]:
+    """An arm for every candidate that can meet the budget, each policy once."""
+    arms: dict[str, Arm] = {}
+    for text, one in tried.items():
+        try:
+            if isinstance(one, PruningPolicy):
+                arm = fit_arm(text, one, budget, prompt)
+            else:
+                arm = Arm(text, budget, one.fit(budget, prompt, score))
+        except InputError as error:
+            left_out[text] = str(error).removeprefix(f"{text} at budget {budget:g}: ")
+            continue
+        same = arms.setdefault(arm.key, arm)
+        if same is not arm:
+            left_out[text] = f"policy: expected another than {same.method}, got the same at this budget"
+    reasons = "; ".join(f"{text}: {why}" for text, why in left_out.items())
+    check(bool(arms), "policy", f"one that can meet a budget of {budget:g}", reasons)
+    return list(arms.values())
+
+
+def _scoring(subject: Subject, part: Sequence[Question], store: Store, progress: Progress) -> Score:
+    """Share of right answers to the first rung's questions, which are asked once: the store has them then."""
+
+    def score(policy: PruningPolicy) -> float:
+        arm = Arm("g_search", None, policy)
+        ask(subject, [arm], part, 0, store, progress, "g_search")
+        return statistics.fmean(answer.right for answer in answers_to(arm, [part], store))
+
+    return score
+
+
+def _write(found: Found, out: Path) -> None:
+    """The plot, all figures, and, last, the best policy."""
+    write(out / PLOT, draw_race(found.rungs))
+    rungs = [
+        {
+            "questions": rung.questions,
+            "unpruned": rung.unpruned._asdict(),
+            "standings": [one.as_dict() for one in rung.standings],
+        }
+        for rung in found.rungs
+    ]
+    plain = {
+        "settings": dict(found.settings),
+        "best": found.rungs[-1].standings[0].method,
+        "left_out": dict(found.left_out),
+        "rungs": rungs,
+    }
+    write(out / RESULTS, json.dumps(plain, indent=1).encode())
+    write(found.file, to_yaml(found.policy).encode())
