@@ -22,10 +22,9 @@ from accuracy import answer
 from make_questions import questions_of, seed_range
 
 import vlmprune
-from vlmprune.eval.arms import PromptSize, cost
+from vlmprune.eval.arms import PromptSize, planned
 from vlmprune.models.host.parts import decoder_shape
 from vlmprune.policies import PruningPolicy, g_search, p_sigmoid, scheduled
-from vlmprune.policies.schedule import stage_counts
 
 FIRST = 2  # FastV ranks by the layer before, and the attention of a first layer ranks tokens otherwise
 STEEPNESS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -58,7 +57,7 @@ class Scored:
 
     def cost(self, policy: PruningPolicy) -> tuple[float, float]:
         """Which share of the FLOPs a policy saves, and the mean of visual tokens over the layers."""
-        return cost(self.prompt, stage_counts(policy, self.prompt.visual))
+        return planned(policy, self.prompt)
 
 
 def main() -> None:

@@ -155,8 +155,13 @@ def _share(text: str, policy: PruningPolicy, cut: float, prompt: PromptSize) -> 
 def cut_of(arm: Arm, prompt: PromptSize) -> float:
     """Share of the prefill's FLOPs that an arm saves on ``prompt``."""
     assert arm.policy is not None
-    stages = stage_counts(arm.policy, prompt.visual)
-    return cost(prompt, stages, wave=wave_rows(arm.policy, stages, prompt.text))[0]
+    return planned(arm.policy, prompt)[0]
+
+
+def planned(policy: PruningPolicy, prompt: PromptSize) -> tuple[float, float]:
+    """``cost`` of a policy on ``prompt`` before it has run: what its settings say that it keeps."""
+    stages = stage_counts(policy, prompt.visual)
+    return cost(prompt, stages, wave=wave_rows(policy, stages, prompt.text))
 
 
 def cost(

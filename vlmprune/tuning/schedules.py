@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 
 from vlmprune.errors import check
-from vlmprune.eval.arms import PromptSize, cost
+from vlmprune.eval.arms import PromptSize, planned
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.layer_shares import g_search, p_sigmoid, scheduled
 from vlmprune.policies.recipe import read_setting
-from vlmprune.policies.schedule import stage_counts
 from vlmprune.policies.syntax import parse
 
 HALVINGS, LEAST = 40, 1e-6
@@ -140,7 +139,7 @@ def _fitted(
         return scheduled(of, layers, shares(number))
 
     def saved(number: float) -> float:
-        return cost(prompt, stage_counts(made(number), prompt.visual))[0]
+        return planned(made(number), prompt)[0]
 
     low, high = ends
     check(saved(low) >= cut, "budget", f"a cut of at most {saved(low):.4f}", f"{cut:g}")
