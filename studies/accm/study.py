@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout must stay off the path
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples/glyphworld"))
 
-from feather.rows import Row, row, save
+from common.asking import ask, exit_code
+from common.rows import Row, row, save
 from make_questions import STREAM
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from transformers.utils import logging
 from world.notes import about
 from world.questions import ask_all as questions_about
 from world.scenes import make_scene
@@ -31,12 +31,10 @@ from world.scenes import make_scene
 from accm.arms import Told, make_arms, spend
 from accm.rectify import answer_rectified
 from vlmprune import policy_from
-from vlmprune.errors import ModelError
 from vlmprune.eval import Answer, Checkpoint, Question, read_questions
 from vlmprune.eval.arms import cost
 from vlmprune.eval.ask import (
     Subject,
-    ask_all,
     batch_inputs,
     make_batches,
     missing,
@@ -74,19 +72,15 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Measure, save, show. Exit code 2 for bad input, with one line that says what was expected."""
-    chosen = arguments()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        check_out(chosen.out)
-        rows, dtype = study(chosen)
-    except (ValueError, OSError, ModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(partial(carry_out, arguments()))
+
+
+def carry_out(chosen: argparse.Namespace) -> None:
+    check_out(chosen.out)
+    rows, dtype = study(chosen)
     for path in (chosen.out / "rows.csv", *([chosen.csv] if chosen.csv else [])):
         save(path, rows, dtype)
     show(rows)
-    return 0
 
 
 def study(chosen: argparse.Namespace) -> tuple[list[Row], str]:
@@ -127,14 +121,6 @@ def note_of(question: Question, side: int) -> str:
     asked = [*questions_about(scene, np.random.default_rng((int(seed), STREAM)))][int(number)]
     assert " ".join(asked.words) in question.prompt, question
     return " ".join(about(scene, asked))
-
-
-def ask(subject: Subject, questions: Sequence[Question], arms: Sequence[Told], store: Store) -> None:
-    """Fill the store under a progress bar, on stderr and only on a terminal."""
-    bar = Console(stderr=True)
-    answers, total = ask_all(subject, questions, arms, store), missing(questions, arms, store)
-    for _ in track(answers, "answers", total, console=bar, transient=True, disable=not bar.is_terminal):
-        pass
 
 
 def rectify(subject: Subject, batches: Sequence[Sequence[Question]], arm: Told, store: Store) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from common.rows import Row, row
 
 from vlmprune.eval import Answer, Estimate, Question
 from vlmprune.eval.arms import UNPRUNED, Arm, groups_of
@@ -15,7 +16,6 @@ from vlmprune.eval.summary import answers_of, kept_marks, per_question
 from vlmprune.policies.base import Grid
 
 from .heights import kept_heights, row_profile, thirds
-from .rows import Row, row
 
 Answers = Mapping[Key, Answer]
 

@@ -6,11 +6,11 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from common.rows import Row, find
 from matplotlib.figure import Figure
 from PIL import Image
 
 from .rope import BOTTOM, RECALL
-from .rows import Row, find
 
 DPI = 100
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common.rows import Row, row
 from torch import Tensor
 
 from vlmprune.eval import Question
@@ -18,7 +19,6 @@ from vlmprune.policies.base import Grid
 
 from .attention import centre, layer_scores, recall, top_share
 from .heights import heights, thirds
-from .rows import Row, row
 
 BOTTOM, CENTRE, RECALL = "top quarter in the bottom third", "mean height of the score", "recall of the box"
 UNBIASED = {BOTTOM: "", CENTRE: "0.5 is the middle", RECALL: "0.25 is chance"}

@@ -12,26 +12,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout must stay off the path
 
+from common.asking import ask, exit_code
+from common.rows import Row, find, save
+from common.rows import load as load_rows
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from transformers.utils import logging
 
 from feather.criteria import budget_arms, sweep_arms
 from feather.measure import accuracy_rows, kept_rows, profiles
 from feather.pictures import draw_profiles, draw_rope
 from feather.rope import question_values, rope_rows
-from feather.rows import Row, find, save
-from feather.rows import load as load_rows
-from vlmprune.errors import ModelError
 from vlmprune.eval import Checkpoint, Question, read_questions
-from vlmprune.eval.arms import Arm
-from vlmprune.eval.ask import Subject, ask_all, missing, typical_prompt, with_template
+from vlmprune.eval.ask import Subject, typical_prompt, with_template
 from vlmprune.eval.oracle import check_oracle
 from vlmprune.eval.page import percent
 from vlmprune.eval.store import Store, check_out, write
@@ -71,21 +69,17 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Measure, save, show. Exit code 2 for bad input, with one line that says what was expected."""
-    chosen = arguments()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        check_out(chosen.out)
-        rows, dtype = study_decoder(chosen) if chosen.decoder else study_model(chosen)
-    except (ValueError, OSError, ModelError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(partial(carry_out, arguments()))
+
+
+def carry_out(chosen: argparse.Namespace) -> None:
+    check_out(chosen.out)
+    rows, dtype = study_decoder(chosen) if chosen.decoder else study_model(chosen)
     chosen.out.mkdir(exist_ok=True)
     for path in (chosen.out / "rows.csv", *([chosen.csv] if chosen.csv else [])):
         save(path, rows, dtype)
     write(chosen.out / "rope.png", draw_rope(load_rows(chosen.csv) if chosen.csv else rows))
     show(rows)
-    return 0
 
 
 def study_decoder(chosen: argparse.Namespace) -> tuple[list[Row], str]:
@@ -132,14 +126,6 @@ def _rope(
     boxed = [question for question in questions if question.box is not None][: chosen.rope_questions]
     values = question_values(checkpoint.model, checkpoint.processor, boxed, grid, chosen.batch_size)
     return [*rope_rows(name, values, grid)]
-
-
-def ask(subject: Subject, questions: Sequence[Question], arms: Sequence[Arm], store: Store) -> None:
-    """Fill the store under a progress bar, on stderr and only on a terminal."""
-    bar = Console(stderr=True)
-    answers, total = ask_all(subject, questions, arms, store), missing(questions, arms, store)
-    for _ in track(answers, "answers", total, console=bar, transient=True, disable=not bar.is_terminal):
-        pass
 
 
 def show(rows: Sequence[Row]) -> None:

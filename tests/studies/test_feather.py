@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feather import attention, criteria, heights, measure, rope, rows, smollm2, study
+from common import rows
+from feather import attention, criteria, heights, measure, rope, smollm2, study
 from transformers import LlamaConfig, LlamaModel
 
 from vlmprune import ops

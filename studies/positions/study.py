@@ -1,0 +1,92 @@
+"""What it costs to pack the kept tokens' positions to 0, 1, 2, ..., as most methods were released, for every method that can.
+
+    python -P studies/positions/study.py --model CKPT --questions FOLDER --out DIR --csv studies/positions/glyphworld.csv
+    python -P studies/positions/study.py --tables studies/positions/glyphworld.csv
+
+Both arms of a pair have the same budget and settings, and are compared question by question. A killed run goes on from DIR,
+also with other methods. DIR gets rows.csv; --csv also brings a shared table up to date. README.md tells what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout must stay off the path
+
+from common.asking import ask, exit_code
+from common.rows import Row, load, save
+from rich.console import Console
+
+from positions.arms import make_arms, methods
+from positions.tables import make_rows, tables
+from vlmprune.eval import Checkpoint, read_questions
+from vlmprune.eval.ask import Subject, typical_prompt, with_template
+from vlmprune.eval.store import Store, check_out
+
+BUDGETS = (0.64, 0.83, 0.91, 0.94)
+NEW_TOKENS = 16
+console = Console()
+
+
+def arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", help="checkpoint folder")
+    add("--questions", type=Path, help="folder with a questions.jsonl")
+    add("--out", type=Path, help="folder for answers and rows.csv")
+    add("--tables", type=Path, help="instead: print the tables of the README from these rows")
+    add("--name", help="what the rows call the model and its world (default: the name of its folder)")
+    add("--csv", type=Path, help="a table to bring up to date: its rows of this name are replaced")
+    add("--methods", nargs="+", help="as typed, with their layers (default: all, scaled to the decoder)")
+    add("--budgets", nargs="+", type=float, default=BUDGETS, help="FLOPs cuts")
+    add("--every", type=int, default=1, help="ask every N-th question only, to try things out")
+    add("--batch-size", type=int, default=32)
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    chosen = parser.parse_args()
+    measuring = [chosen.model, chosen.questions, chosen.out]
+    if None in measuring and (chosen.tables is None or any(measuring)):
+        parser.error("expected --model, --questions and --out, or --tables")
+    return chosen
+
+
+def main() -> int:
+    """Measure, save, show. Exit code 2 for bad input, with one line that says what was expected."""
+    return exit_code(partial(carry_out, arguments()))
+
+
+def carry_out(chosen: argparse.Namespace) -> None:
+    if chosen.tables is not None:
+        print(tables(load(chosen.tables)))
+        return
+    check_out(chosen.out)
+    rows, dtype = study(chosen)
+    for path in (chosen.out / "rows.csv", *([chosen.csv] if chosen.csv else [])):
+        save(path, rows, dtype)
+    print(tables(rows))
+
+
+def study(chosen: argparse.Namespace) -> tuple[list[Row], str]:
+    """Every pair of arms on one checkpoint."""
+    checkpoint = Checkpoint(chosen.model, chosen.device, chosen.dtype)
+    questions = with_template(checkpoint.processor, read_questions(chosen.questions))[:: chosen.every]
+    prompt = typical_prompt(checkpoint, questions)
+    every = methods(prompt.shape.layers, checkpoint.config.vision_config.num_hidden_layers)
+    arms, refused = make_arms(chosen.methods or every, chosen.budgets, prompt)
+    for line in refused:
+        console.print(f"left out: {line}")
+    subject = Subject(checkpoint, chosen.batch_size, NEW_TOKENS)
+    store = Store(chosen.out, subject.settings(chosen.questions) | {"every": chosen.every})
+    ask(subject, questions, arms, store)
+    name = chosen.name or Path(chosen.model).resolve().name
+    return [*make_rows(name, arms, questions, store.answers)], checkpoint.dtype
+
+
+if __name__ == "__main__":
+    sys.exit(main())
