@@ -70,8 +70,8 @@ def budget_arms(prompt: PromptSize, budgets: Sequence[float], draws: int) -> tup
 
     FEATHER's stages 8 and 16 and PyramidDrop's 8, 16 and 24 are scaled from 32 layers to the decoder's; all other methods
     act at the layer of FEATHER's first stage. FastV also acts at the paper's layer 3, scaled; and FEATHER's second stage
-    also one layer later, as it scores from the layer before, PyramidDrop from its own. Evenly spaced tokens are the
-    paper's, in raster order, also around what the oracle is told.
+    also one layer later, as it scores from the layer before, PyramidDrop from its own. Evenly spaced tokens are a lattice,
+    also around what the oracle is told; the paper's, in raster order, are a method of their own.
     """
     depth = prompt.shape.layers
     first, second, third = (scaled(layer, depth) for layer in (8, 16, 24))
@@ -82,13 +82,16 @@ def budget_arms(prompt: PromptSize, budgets: Sequence[float], draws: int) -> tup
         f"rope-free+grid:layer={first}": RopeFree(layer=first, stride=STRIDE),
         f"feather:layers={first}/{second}": Feather(layers=(first, second), stride=STRIDE),
         f"feather:layers={first}/{second + 1}": Feather(layers=(first, second + 1), stride=STRIDE),
-        f"pyramiddrop:layers={first}/{second}/{third}": PyramidDrop(layers=(first, second, third)),
+        f"pyramiddrop:layers={first}/{second}/{third},positions=pack": PyramidDrop(
+            layers=(first, second, third), positions="pack"
+        ),
         f"pyramiddrop:layers={first}/{second}/{third},positions=keep": PyramidDrop(
             layers=(first, second, third), positions="keep"
         ),
-        f"uniform:layer={first}": Uniform(layer=first, order="raster"),
+        f"uniform:layer={first}": Uniform(layer=first),
+        f"uniform:layer={first},order=raster": Uniform(layer=first, order="raster"),
         f"random:layer={first}": Random(layer=first),
-        f"oracle:layer={first}": Oracle(layer=first, order="raster"),
+        f"oracle:layer={first}": Oracle(layer=first),
     }
     arms, refused = make_arms({}, [], (), draws, prompt), []
     for text, policy in methods.items():
@@ -106,14 +109,14 @@ def sweep_arms(prompt: PromptSize, layers: Sequence[int]) -> list[Arm]:
     """The criteria in one stage at each of these layers, all at the FLOPs of uniform tokens, a quarter, at that layer."""
     arms = []
     for layer in layers:
-        quarter = Arm("", None, Uniform(layer=layer, keep=SWEEP_KEEP, order="raster"))
+        quarter = Arm("", None, Uniform(layer=layer, keep=SWEEP_KEEP))
         cut = round(cut_of(quarter, prompt) - 1e-6, 6)  # rounded down: the quarter itself must meet it
         methods = {
             "fastv": FastV(layer=layer),
             "rope-free": RopeFree(layer=layer),
             "rope-free+grid": RopeFree(layer=layer, stride=STRIDE),
-            "uniform": Uniform(layer=layer, order="raster"),
-            "oracle": Oracle(layer=layer, order="raster"),
+            "uniform": Uniform(layer=layer),
+            "oracle": Oracle(layer=layer),
         }
         arms += [fit_arm(name, policy, cut, prompt) for name, policy in methods.items()]
     return arms

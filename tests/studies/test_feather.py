@@ -135,7 +135,10 @@ def test_arms_are_scaled_fitted_and_refused_with_the_reason():
     arms, refused = criteria.budget_arms(PROMPT, (0.48, 0.7), 2)
     methods = {arm.method for arm in arms if arm.budget == 0.7}
     assert {"fastv:layer=1", "fastv:layer=2", "feather:layers=2/4", "oracle:layer=2"} <= methods
-    assert "pyramiddrop:layers=2/4/6,positions=keep" in methods
+    assert {f"pyramiddrop:layers=2/4/6,positions={p}" for p in ("keep", "pack")} <= methods
+    spaced = {a.method: a.policy.order for a in arms if a.method.startswith(("uniform", "oracle"))}
+    names = ("uniform:layer=2", "uniform:layer=2,order=raster", "oracle:layer=2")
+    assert spaced == dict(zip(names, ("lattice", "raster", "lattice"), strict=True))
     too_much = [
         "rope-free+grid:layer=2",
         "feather:layers=2/5",

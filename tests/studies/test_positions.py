@@ -124,3 +124,9 @@ def test_a_method_without_positions_is_one_line(questions, tmp_path, monkeypatch
     assert study.main() == 2
     expected = "error: methods: expected some with a setting 'positions', got 'fastv'\n"
     assert capsys.readouterr().err.endswith(expected) and not (tmp_path / "out").exists()
+
+
+def test_the_readme_shows_the_rows():
+    folder = Path(study.__file__).parent
+    shown = (folder / "README.md").read_text().partition("<!-- tables -->\n")[2].partition("<!-- end -->")[0]
+    assert shown == tables.tables(rows.load(folder / "glyphworld.csv")) + "\n"
