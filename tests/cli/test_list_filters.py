@@ -86,7 +86,7 @@ def test_a_family_by_what_a_policy_declares():
 
 
 def test_positions_and_texts_of_composed_policies():
-    packing = FasterVLM()
+    packing = FasterVLM(positions="pack")
     texts = ACCM(selection=DivPrune(positions="keep"), compensator=lambda images, candidates: [])
     for family, entry in FAMILIES.items():
         assert settings_for(family, Stages([packing, FastV()])) == ({} if entry.packs else None)
