@@ -98,6 +98,7 @@ METHODS = {
     "sgl": [dict(guide=shuffled), dict(guide=shuffled, layer=0, keep=3, spend="image")],
     "scout": [
         dict(coarse=Uniform(layer=0, keep=0.3), fine=0.2, look=3),
+        dict(coarse=Uniform(layer=0, keep=4), fine=0.2, look=3, by="attention"),
         dict(coarse=DivPrune(keep=5), fine=4, look=2, rope=False, spread=0.5),
         dict(coarse=Random(layer=0, keep=0.3), fine=3, by="random", seed=5),
     ],
