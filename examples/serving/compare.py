@@ -1,6 +1,6 @@
 """Measures a server without pruning and one with, never both at once: A B A B, the same requests to each.
 
-    python examples/serving/compare.py --policy divprune:keep=64 --json results.json -- --block-size 32
+    python examples/serving/compare.py --policy divprune:keep=64,positions=pack --json results.json -- --block-size 32
 
 What follows ``--`` is given to both servers. The table has each number's median over the rounds.
 """
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--policy", default="divprune:keep=64")
+    parser.add_argument("--policy", default="divprune:keep=64,positions=pack")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--port", type=int, default=8100)
     parser.add_argument("--json", type=Path, required=True)

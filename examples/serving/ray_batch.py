@@ -37,7 +37,7 @@ from vlmprune.integrations.vllm import ARCHITECTURES
 from vlmprune.integrations.vllm.settings import Settings
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "glyphworld" / "checkpoint"
-PRUNING = {"policy": "divprune", "keep": 64}
+PRUNING = {"policy": "divprune", "keep": 64, "positions": "pack"}
 ENGINE = {"dtype": "float32", "enforce_eager": True}
 CPU = {
     "OMP_NUM_THREADS": "1",

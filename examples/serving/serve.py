@@ -1,6 +1,6 @@
 """Starts vLLM's OpenAI server on glyphworld's checkpoint, with pruning or without; prints the command it becomes.
 
-    python examples/serving/serve.py --policy divprune:keep=64
+    python examples/serving/serve.py --policy divprune:keep=64,positions=pack
     python examples/serving/serve.py --policy none --port 8001 --enforce-eager
 
 A policy is written as on vlmprune's command line. Options that are not this script's own are vLLM's.
@@ -36,7 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--policy", default="divprune:keep=64", help="as on vlmprune's command line, or none")
+    parser.add_argument(
+        "--policy", default="divprune:keep=64,positions=pack", help="as on vlmprune's command line, or none"
+    )
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="a folder; 576 visual tokens")
     parser.add_argument("--port", type=int, default=8000)
     args, vllm = parser.parse_known_args()
@@ -66,7 +68,6 @@ def command(policy: str, checkpoint: Path, port: int, vllm: Sequence[str] = ()) 
         model = checkpoint
         family = json.loads((checkpoint / "config.json").read_text())["model_type"]
         chosen = policy_from(policy).to_dict()
-        chosen.pop("positions", None)  # follows from the family: the plugin knows
         override = {"architectures": [ARCHITECTURES[family][0]], "vlmprune": chosen}
         # requests may bring budgets of their own, and with them any other setting of the image processor
         pruning = ["--hf-overrides", json.dumps(override), "--trust-request-mm-kwargs"]

@@ -38,6 +38,7 @@ def published(depth: int) -> dict[str, PruningPolicy]:
     }
     methods = {name: policy_from(text) for name, text in inside.items()}
     methods |= {type(policy).__name__: policy for policy in map(policy_from, BEFORE)}
+    methods["CDPruner, diversity alone"] = policy_from("cdpruner:relevance=none")
     return {name: policy for method, it in methods.items() for name, policy in placed(method, it).items()}
 
 

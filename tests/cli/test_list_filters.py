@@ -1,7 +1,7 @@
 """``vlmprune list`` with filters, and of one method: schedule, settings with what they say, how it was checked."""
 
 import json
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from importlib import metadata
 from typing import ClassVar
 
@@ -69,15 +69,16 @@ def test_filters_combine(everything):
     found = listed("--where", "before", "--text-aware", "--family", "qwen2_5_vl")
     wanted = {n for n, p in everything.items() if p["where"] == "before" and p["text_aware"] is True}
     assert found.keys() == wanted and wanted
-    assert {policy["with"] for policy in found.values()} == {"positions=keep"}
+    assert {policy["with"] for policy in found.values()} == {""}  # positions are kept by default
 
 
 def test_a_family_by_what_a_policy_declares():
     assert listed("--family", "llava")["fastervlm"]["with"] == ""
     found = listed("--family", "qwen2_5_vl")
-    assert (found["fastv"]["with"], found["fastervlm"]["with"]) == ("", "positions=keep")
-    typed = f"fastervlm:{found['fastervlm']['with']}"
-    assert listed(typed, "--family", "qwen2_5_vl")[typed]["with"] == ""
+    assert (found["fastv"]["with"], found["fastervlm"]["with"]) == ("", "")
+    released = "fastervlm:positions=pack"
+    assert listed(released, "--family", "llava")[released]["with"] == ""
+    assert listed(released, "--family", "qwen2_5_vl")[released]["with"] == "positions=keep"
     told = "accm:selection=fastv:layer=0,compensator=helpers.methods:echo"
     assert cli("list", told).exit_code == 2  # FastV cannot act at layer 0
     told = "accm:selection=uniform:layer=0,compensator=helpers.methods:echo"
@@ -86,25 +87,36 @@ def test_a_family_by_what_a_policy_declares():
 
 
 def test_positions_and_texts_of_composed_policies():
-    packing = FasterVLM()
+    packing = FasterVLM(positions="pack")
     texts = ACCM(selection=DivPrune(positions="keep"), compensator=lambda images, candidates: [])
     for family, entry in FAMILIES.items():
         assert settings_for(family, Stages([packing, FastV()])) == ({} if entry.packs else None)
         assert settings_for(family, Stages([texts, FastV()])) == ({} if entry.packs else None)
         assert settings_for(family, WithoutSinks(packing)) == ({} if entry.packs else None)
         assert settings_for(family, WithoutSinks(FastV())) == {}
-        assert settings_for(family, VScan()) == ({} if entry.packs else {"positions": "keep"})
+        assert settings_for(family, VScan()) == {}
+        released = settings_for(family, VScan(positions="pack"))
+        assert released == ({} if entry.packs else {"positions": "keep"})
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_what_a_policy_declares_is_what_it_does(name):
     """The families go by ``packs`` and ``inserts``, a run by what ``select`` returned."""
-    policy, packs, inserts = usual(name), False, False
+    policy = usual(name)
+    assert done_by(policy) == (policy.packs, policy.inserts)
+    if "positions" in policy.__dataclass_fields__:
+        released = replace(policy, positions="pack")
+        assert done_by(released) == (True, False)
+
+
+def done_by(policy):
+    """Whether it packs positions at any stage, and whether it inserts a text."""
+    packs, inserts = False, False
     for layer in policy.layers:
         choice = policy.select(make_context(policy.needs(layer), [[(24, 24)]], layer))
         change = choice if isinstance(choice, Reduction) else Reduction(choice)
         packs, inserts = packs or change.positions == "pack", inserts or change.inserted is not None
-    assert (packs, inserts) == (policy.packs, policy.inserts)
+    return packs, inserts
 
 
 def test_an_unknown_family_is_one_error():
@@ -135,9 +147,11 @@ def test_what_depends_on_settings_is_named():
 
 
 def test_markdown_of_some():
-    rows = cli("list", "--markdown", "--where", "both", "--family", "qwen2_vl").stdout.splitlines()
-    at = [row.split("`")[1] for row in rows[2:]].index("vscan")
-    heads, cells = ([cell.strip() for cell in row.split("|")] for row in (rows[0], rows[2 + at]))
+    chosen = ("--markdown", "--where", "both", "--family", "qwen2_vl")
+    rows = cli("list", *chosen).stdout.splitlines()
+    assert {"vscan", "star"} <= {row.split("`")[1] for row in rows[2:]}
+    rows = cli("list", "vscan:positions=pack", *chosen).stdout.splitlines()
+    heads, cells = ([cell.strip() for cell in row.split("|")] for row in (rows[0], rows[2]))
     assert cells[heads.index("with")] == "positions=keep"
 
 

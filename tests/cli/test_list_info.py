@@ -72,8 +72,8 @@ def test_list_of_one_shows_its_presets(monkeypatch):
     done = cli("list", "visionzip")
     assert done.exit_code == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines()]
-    assert ["LLaVA-1.5-7B", "576", "64", "visionzip:tokens=64"] in rows
-    assert ["LLaVA-NeXT-7B", "2880", "160", "visionzip:dominant=135,contextual=25"] in rows
+    assert ["LLaVA-1.5-7B", "576", "64", "visionzip:tokens=64,positions=pack"] in rows
+    assert ["LLaVA-NeXT-7B", "2880", "160", "visionzip:dominant=135,contextual=25,positions=pack"] in rows
     typed = next(row[3] for row in rows if row[2:3] == ["11.1%"])
     assert policy_from(typed) == vlmprune.VisionZip(0.0937, 0.0173, positions="keep")
     assert "fastv" not in done.stdout

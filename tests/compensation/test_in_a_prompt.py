@@ -24,7 +24,7 @@ def describer(width):
 
 
 def accm(compensator):
-    selection = vlmprune.FasterVLM(keep=4)
+    selection = vlmprune.FasterVLM(keep=4, positions="pack")
     return vlmprune.ACCM(selection, compensator, keep=None, candidates=3, wording="w60 {}", tokenizer=WORDS)
 
 

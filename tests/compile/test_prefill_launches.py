@@ -44,7 +44,7 @@ def launches(recorder, model, batch, policy, times=3, **call):
         (vlmprune.FastV(layer=2, keep=0.5), SCORED),
         (vlmprune.FastV(layer=2, keep=3, spend="image"), SCORED),
         (vlmprune.Feather(layers=(2, 4), keep=0.5), SCORED + SCORED),
-        (vlmprune.PyramidDrop(layers=(2, 4)), SCORED + SCORED),
+        (vlmprune.PyramidDrop(layers=(2, 4), positions="pack"), SCORED + SCORED),
         (vlmprune.Uniform(layer=2, keep=0.5), [SELECT, GATHER]),
         (vlmprune.Random(layer=2, keep=0.5), [SELECT, GATHER]),
         (vlmprune.FasterVLM(keep=8, positions="keep"), SCORED),

@@ -27,11 +27,13 @@ def after(words, option):
 
 
 def test_a_policy_becomes_the_engine_s_override(serve):
-    words = serve.command("visionzip:dominant=54,contextual=10", CHECKPOINT, 8001, ["--enforce-eager"])
+    words = serve.command(
+        "visionzip:dominant=54,contextual=10,positions=pack", CHECKPOINT, 8001, ["--enforce-eager"]
+    )
     over = json.loads(after(words, "--hf-overrides"))
     assert over["architectures"] == ["VLMPruneLlavaForConditionalGeneration"]
-    assert over["vlmprune"].items() >= {"policy": "visionzip", "dominant": 54, "contextual": 10}.items()
-    assert "positions" not in over["vlmprune"]
+    wanted = {"policy": "visionzip", "dominant": 54, "contextual": 10, "positions": "pack"}
+    assert over["vlmprune"].items() >= wanted.items()
     assert after(words, "--model") == str(CHECKPOINT) and after(words, "--port") == "8001"
     assert words[-1] == "--enforce-eager"
 

@@ -18,6 +18,7 @@ from vlmprune.integrations.vllm.settings import (
     Settings,
     check_image_only,
     check_vision_layers,
+    warn_packed,
 )
 from vlmprune.policies import (
     Custom,
@@ -337,10 +338,11 @@ def config(given, family="llava"):
 
 
 def test_a_configuration_is_read():
-    given = {"policy": "divprune", "keep": 64, "max_keep": 100}
-    assert Settings.of(config(given)) == Settings(DivPrune(keep=64), 100)
+    given = {"policy": "divprune", "keep": 64, "positions": "pack", "max_keep": 100}
+    assert Settings.of(config(given)) == Settings(DivPrune(keep=64, positions="pack"), 100)
     assert given["max_keep"] == 100
-    assert Settings.of(config(given, "qwen2_5_vl")).policy == DivPrune(keep=64, positions="keep")
+    kept = {"policy": "divprune", "keep": 64}
+    assert Settings.of(config(kept, "qwen2_5_vl")).policy == DivPrune(keep=64, positions="keep")
     assert Settings.of(config({"policy": "uniform", "layer": 0})).policy == Uniform(layer=0)
 
 
@@ -366,8 +368,9 @@ def test_no_policy(given):
         ({"policy": "divprune", "max_keep": "all"}, "max_keep: expected .*, got 'all'"),
         ({"policy": "divprune", "max_keep": False}, "max_keep: expected .*, got False"),
         ({"policy": "divprune", "positions": "keep"}, "positions: expected 'pack' with .*, got 'keep'"),
+        ({"policy": "divprune"}, "positions: expected 'pack' with .*, got 'keep' in DivPrune"),
         (
-            {"policy": "without_sinks", "method": {"policy": "fastervlm", "positions": "keep"}},
+            {"policy": "without_sinks", "method": {"policy": "fastervlm"}},
             "positions: expected 'pack' with .*, got 'keep' in WithoutSinks",
         ),
     ],
@@ -384,11 +387,23 @@ def test_positions_and_families():
         InputError, match=r"^positions: expected 'keep' with this model in vLLM, .*, got 'pack'"
     ):
         Settings.of(config(packed, "qwen3_vl"))
-    nested = {"policy": "stages", "policies": [{"policy": "visionzip"}]}
+    nested = {"policy": "stages", "policies": [{"policy": "visionzip", "positions": "pack"}]}
+    assert Settings.of(config(nested)).policy == Stages([VisionZip(positions="pack")])
     with pytest.raises(InputError, match=r"^positions: expected 'keep' .*, got 'pack' in Stages"):
         Settings.of(config(nested, "qwen3_vl"))
     with pytest.raises(InputError, match=r"^model_type: expected one of llava, .*, got 'internvl'$"):
         Settings.of(config(packed, "internvl"))
+
+
+def test_what_has_no_setting_for_positions_is_served_with_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        for policy in (Uniform(layer=0), WithoutSinks(Random(layer=0))):
+            warn_packed(policy)
+        warn_packed(Stages([VisionZip(positions="pack")]))  # it says so itself
+    assert [said.split(" keeps stands at 0, 1, 2")[0] for said in caplog.messages] == [
+        f"vlmprune: what {Uniform(layer=0)!r}",
+        f"vlmprune: what {WithoutSinks(Random(layer=0))!r}",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ PROMPTS = {
 }
 SELECTIONS = {
     "kept-positions": vlmprune.Uniform(layer=0, keep=5),
-    "packed": vlmprune.FasterVLM(keep=4),
-    "merged-and-packed": vlmprune.VisionZip(dominant=4, contextual=2),
+    "packed": vlmprune.FasterVLM(keep=4, positions="pack"),
+    "merged-and-packed": vlmprune.VisionZip(dominant=4, contextual=2, positions="pack"),
     "merged": vlmprune.VisionZip(dominant=4, contextual=2, positions="keep"),
     "by-share": vlmprune.Random(layer=0, keep=0.3),
 }

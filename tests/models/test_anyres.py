@@ -58,7 +58,7 @@ def test_extreme_shapes_equal_the_masked_run(name, size):
 def test_other_codes_way_of_encoding_is_kept():
     """What stood in the place of get_image_features is called in the scope, and stands there again after it."""
     case = CASES["llava_next"]
-    model, policy = build(case), vlmprune.FasterVLM(keep=3)
+    model, policy = build(case), vlmprune.FasterVLM(keep=3, positions="pack")
     inputs, _ = prompts(case, case.padded)
     with vlmprune.prune(model, policy):
         want = family.generate(model, inputs)[1]

@@ -311,7 +311,10 @@ def test_a_scope_can_be_entered_again_but_not_twice_at_once():
 def test_an_attached_model_can_be_saved(tmp_path):
     """Before it has run: then transformers itself has put closures on it, which nothing can save."""
     model, batch = make_model(), make_batch([[4, "I", 7]])
-    vlmprune.attach(model, vlmprune.Stages([vlmprune.FasterVLM(keep=9), vlmprune.FastV(layer=2, keep=0.5)]))
+    vlmprune.attach(
+        model,
+        vlmprune.Stages([vlmprune.FasterVLM(keep=9, positions="pack"), vlmprune.FastV(layer=2, keep=0.5)]),
+    )
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
     want = generate(model, batch, 2)[1]
@@ -323,7 +326,7 @@ def test_an_attached_model_can_be_saved(tmp_path):
 
 def test_what_is_under_way_is_not_saved():
     model, batch = make_model(), make_batch([[4, "I", 7]])
-    vlmprune.attach(model, vlmprune.FasterVLM(keep=9))
+    vlmprune.attach(model, vlmprune.FasterVLM(keep=9, positions="pack"))
     generate(model, batch, 2)
     engine = find_engine(find_parts(model))
     for state in (engine.prompts, engine.vision.notes, engine.vision.mine, engine.clock.mine):

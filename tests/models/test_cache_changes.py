@@ -14,7 +14,9 @@ from helpers.tiny import generate, make_batch, make_model
 
 PADDED = [["I", 9, "I", 4], [3, "I", 5], [12]]
 SAVES_KEYS = vlmprune.FastV(layer=2, keep=0.5)  # scores from the cache
-PACKS = vlmprune.PyramidDrop(layers=(1, 3))  # scores ahead of it, two stages, packed positions
+PACKS = vlmprune.PyramidDrop(
+    layers=(1, 3), positions="pack"
+)  # scores ahead of it, two stages, packed positions
 ATOL = {"rtol": 0, "atol": 1e-4}
 
 

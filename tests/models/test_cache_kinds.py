@@ -18,7 +18,9 @@ from vlmprune.errors import ModelError
 ONE = [[4, "I", 7]]
 PADDED = [["I", 9, "I", 4], [3, "I", 5], [12]]
 SAVES_KEYS = vlmprune.FastV(layer=2, keep=0.5)  # scores from the cache
-PACKS = vlmprune.PyramidDrop(layers=(1, 3))  # scores ahead of it, two stages, packed positions
+PACKS = vlmprune.PyramidDrop(
+    layers=(1, 3), positions="pack"
+)  # scores ahead of it, two stages, packed positions
 ATOL = {"rtol": 0, "atol": 1e-4}
 
 
@@ -104,7 +106,7 @@ def test_compiled_decode_is_one_graph(specs):
 
 COMPILED = {
     "inside": vlmprune.FastV(layer=1, keep=5, earlier_kv="compact"),
-    "tower": vlmprune.FasterVLM(keep=5),
+    "tower": vlmprune.FasterVLM(keep=5, positions="pack"),
 }
 
 

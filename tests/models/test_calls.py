@@ -29,7 +29,9 @@ def packed(first, second):
 
 
 @pytest.mark.parametrize(
-    "policy", [FASTV, vlmprune.Random(layer=0, keep=0.5), vlmprune.FasterVLM(keep=8)], ids=repr
+    "policy",
+    [FASTV, vlmprune.Random(layer=0, keep=0.5), vlmprune.FasterVLM(keep=8, positions="pack")],
+    ids=repr,
 )
 def test_packed_samples_are_refused(model, policy):
     call = packed(make_batch([[4, "I", 7]], seed=1), make_batch([[2, "I", 9]], seed=2))
@@ -85,13 +87,13 @@ def test_a_prompt_that_ends_with_its_image_answers_from_it(model):
     """Merging methods too: the last row is the newest token's own."""
     batch = make_batch([[3, "I"]])
     for policy in (
-        vlmprune.VisionZip(dominant=5, contextual=2),
-        vlmprune.SparseVLM(layers=(2, 4), keep=(9, 4)),
+        vlmprune.VisionZip(dominant=5, contextual=2, positions="pack"),
+        vlmprune.SparseVLM(layers=(2, 4), keep=(9, 4), positions="pack"),
     ):
         with vlmprune.prune(model, policy):
             logits = generate(model, batch, 1)[1]
         assert logits.abs().max() > 0
-    with vlmprune.prune(model, vlmprune.FasterVLM(keep=6)) as run:
+    with vlmprune.prune(model, vlmprune.FasterVLM(keep=6, positions="pack")) as run:
         got = generate(model, batch, 1)[1]
     visual = batch["input_ids"] == 199
     kept = torch.zeros_like(visual).scatter_(1, run.stages[0].index, True)

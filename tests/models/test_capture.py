@@ -16,11 +16,11 @@ STATIC = [
     vlmprune.FastV(layer=2, keep=0.4),
     vlmprune.FastV(layer=2, keep=5, rows="mean", earlier_kv="compact"),
     vlmprune.FastV(layer=2, keep=5, spend="image"),
-    vlmprune.PyramidDrop(layers=(1, 2, 4)),
-    vlmprune.FasterVLM(keep=6),
+    vlmprune.PyramidDrop(layers=(1, 2, 4), positions="pack"),
+    vlmprune.FasterVLM(keep=6, positions="pack"),
     vlmprune.Uniform(layer=2, keep=0.3),
-    vlmprune.VScan(keep=9, then=4, layer=3, shallow_layer=0, window=2),
-    vlmprune.DivPrune(keep=4),
+    vlmprune.VScan(keep=9, then=4, layer=3, shallow_layer=0, window=2, positions="pack"),
+    vlmprune.DivPrune(keep=4, positions="pack"),
 ]
 SPECS = {"one": [[4, "I", 7]], "two-images": [[4, "I", 3, "I", 7]], "equal": [["I", 5], ["I", 5]]}
 

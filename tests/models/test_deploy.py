@@ -132,7 +132,7 @@ def test_every_family_on_accelerates_devices(how, name):
 
 SPREAD = {
     "previous-layer": vlmprune.Stages([vlmprune.FastV(layer=layer, keep=0.8) for layer in (2, 3, 4)]),
-    "own-layer": vlmprune.PyramidDrop(layers=(2, 4, 5)),
+    "own-layer": vlmprune.PyramidDrop(layers=(2, 4, 5), positions="pack"),
     "text-states": vlmprune.Stages(
         [vlmprune.FastV(layer=2, keep=0.8), *(vlmprune.DART(layer=layer, keep=5) for layer in (4, 5))]
     ),

@@ -33,13 +33,13 @@ RANKING = [
     vlmprune.FastV(layer=2, keep=5, rows="mean"),
     vlmprune.FastV(layer=2, keep=5, spend="image"),
     vlmprune.Feather(layers=(2, 4), keep=0.5),
-    vlmprune.PyramidDrop(layers=(1, 2, 4)),
+    vlmprune.PyramidDrop(layers=(1, 2, 4), positions="pack"),
     vlmprune.PyramidDrop(layers=(1, 3), positions="keep"),
-    vlmprune.FasterVLM(keep=6),
+    vlmprune.FasterVLM(keep=6, positions="pack"),
     vlmprune.FasterVLM(keep=6, spend="prompt", positions="keep"),
-    vlmprune.SparseVLM(layers=(2, 4), keep=(8, 4), recycle=False),
+    vlmprune.SparseVLM(layers=(2, 4), keep=(8, 4), recycle=False, positions="pack"),
     vlmprune.SparseVLMPlus(layers=(2, 4), keep=(8, 4), heads=2),
-    vlmprune.VScan(keep=9, then=4, layer=3, shallow_layer=0, window=2),
+    vlmprune.VScan(keep=9, then=4, layer=3, shallow_layer=0, window=2, positions="pack"),
     vlmprune.Uniform(layer=2, keep=0.3),
     vlmprune.Uniform(layer=0, keep=5, order="raster"),
     vlmprune.Uniform(layer=2, stride=3),
@@ -110,7 +110,7 @@ def added(model, batch, policy):
     [
         (vlmprune.FastV(layer=2, keep=0.5), 16),
         (vlmprune.Feather(layers=(2, 4), keep=0.5), 28),
-        (vlmprune.FasterVLM(keep=8), 16),
+        (vlmprune.FasterVLM(keep=8, positions="pack"), 16),
         (vlmprune.Uniform(layer=2, keep=0.5), 8),
         (vlmprune.Random(layer=2, keep=0.5), 8),
     ],
@@ -278,7 +278,7 @@ def test_training_and_assisted_decoding_take_the_general_road(model):
         assert path == "one pass (triton)"
     else:
         assert path.startswith("one pass (reference (triton: ")
-    with torch.no_grad(), vlmprune.prune(model, vlmprune.DivPrune(keep=4)) as run:
+    with torch.no_grad(), vlmprune.prune(model, vlmprune.DivPrune(keep=4, positions="pack")) as run:
         model(**batch)
     assert run.report().as_dict()["paths"] == ("DivPrune chooses by itself",)
 
@@ -355,7 +355,7 @@ def test_a_subclass_that_selects_is_asked():
     with pytest.raises(
         ValueError, match=r"^DivPrune: expected `rank` of its own at a stage where it ranks, got none$"
     ):
-        vlmprune.DivPrune().rank(None)
+        vlmprune.DivPrune(positions="pack").rank(None)
 
 
 @pytest.mark.gpu

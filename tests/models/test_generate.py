@@ -25,7 +25,7 @@ from helpers.tiny import (
 )
 
 FASTV = vlmprune.FastV(layer=2, keep=0.4)
-WINDOWED = vlmprune.VScan(layer=3, keep=8, then=4, window=2, shallow_layer=1)
+WINDOWED = vlmprune.VScan(layer=3, keep=8, then=4, window=2, shallow_layer=1, positions="pack")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,9 @@ def test_beams_and_samples(model, case, policy):
     torch.testing.assert_close(logits, want_logits, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("policy", [vlmprune.VisionZip(), WINDOWED], ids=["visionzip", "vscan"])
+@pytest.mark.parametrize(
+    "policy", [vlmprune.VisionZip(positions="pack"), WINDOWED], ids=["visionzip", "vscan"]
+)
 @pytest.mark.parametrize(
     "specs",
     [
@@ -103,9 +105,9 @@ READERS = {
     "last-row": FASTV,
     "all-rows": vlmprune.FastV(layer=2, keep=0.4, rows="mean"),
     "no-rope": vlmprune.Feather(layers=(2, 4), keep=0.5),
-    "own-layer": vlmprune.PyramidDrop(layers=(2, 4)),
-    "text-rows": vlmprune.SparseVLM(layers=(2, 3), keep=(10, 5)),
-    "merged-packed": vlmprune.VisionZip(),
+    "own-layer": vlmprune.PyramidDrop(layers=(2, 4), positions="pack"),
+    "text-rows": vlmprune.SparseVLM(layers=(2, 3), keep=(10, 5), positions="pack"),
+    "merged-packed": vlmprune.VisionZip(positions="pack"),
     "compacted": vlmprune.FastV(layer=2, keep=0.4, earlier_kv="compact"),
 }
 

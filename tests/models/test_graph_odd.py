@@ -211,7 +211,10 @@ def test_a_hook_of_other_code_sees_every_call():
 def test_a_projector_that_stages_call():
     """VisionZip projects merged features anew."""
     model, graphs = make_model(), Graphs(recorder=(recorder := Recorder()))
-    policy, projector = vlmprune.VisionZip(dominant=5, contextual=2), model.model.multi_modal_projector
+    policy, projector = (
+        vlmprune.VisionZip(dominant=5, contextual=2, positions="pack"),
+        model.model.multi_modal_projector,
+    )
     for seed in range(2):
         assert_same(model, make_batch(PADDED, seed=seed), graphs, policy)
     state = {name: 1.5 * x for name, x in projector.state_dict().items()}

@@ -19,9 +19,9 @@ POLICIES = [
     None,
     vlmprune.FastV(layer=2, keep=0.4),
     vlmprune.FastV(layer=3, keep=5, earlier_kv="compact"),
-    vlmprune.PyramidDrop(layers=(1, 3, 5)),
-    vlmprune.FasterVLM(keep=6),
-    vlmprune.DivPrune(keep=6),
+    vlmprune.PyramidDrop(layers=(1, 3, 5), positions="pack"),
+    vlmprune.FasterVLM(keep=6, positions="pack"),
+    vlmprune.DivPrune(keep=6, positions="pack"),
     vlmprune.Feather(layers=(2, 4), keep=0.5),
 ]
 SETTINGS = [{}, {}, {}, {"cache_implementation": "static"}, {"num_beams": 2}]

@@ -370,10 +370,19 @@ def test_warmup_captures_before_the_first_prompt(model, monkeypatch):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_warmup_like_a_prompt(model, batch):
     like = batch_of(9, images=2)
-    graphs = warmup(model, FasterVLM(keep=6), (50,), like, batch, Graphs(recorder=(recorder := Recorder())))
+    graphs = warmup(
+        model,
+        FasterVLM(keep=6, positions="pack"),
+        (50,),
+        like,
+        batch,
+        Graphs(recorder=(recorder := Recorder())),
+    )
     assert recorder.captures == 1
     prompts = make_batch([[4, "I", "I", 12]] * batch)
-    assert answer(model, prompts, graphs, FasterVLM(keep=6))[1].startswith(f"replayed: {batch} x")
+    assert answer(model, prompts, graphs, FasterVLM(keep=6, positions="pack"))[1].startswith(
+        f"replayed: {batch} x"
+    )
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ POLICIES = {
     "two-stages": vlmprune.Stages(
         [vlmprune.FastV(layer=1, keep=0.7), vlmprune.Random(layer=4, keep=0.4)], rectify=True
     ),
-    "packed": vlmprune.PyramidDrop(layers=(2, 4), rectify=True),
-    "merged": vlmprune.SparseVLM(layers=(1, 3, 4), keep=(10, 6, 3), rectify=True),
+    "packed": vlmprune.PyramidDrop(layers=(2, 4), rectify=True, positions="pack"),
+    "merged": vlmprune.SparseVLM(layers=(1, 3, 4), keep=(10, 6, 3), rectify=True, positions="pack"),
     "union": vlmprune.FastV(layer=2, keep=0.2, rectify=True)
     | vlmprune.Uniform(layer=2, keep=0.3, rectify=True),
     "compacted": vlmprune.FastV(layer=3, keep=5, **COMPACT),

@@ -122,7 +122,7 @@ def strange_cache():
 def pruned_cache_elsewhere():
     model = made("llava-llama")
     cache = hf.DynamicCache(config=model.config)
-    call_llava(vlmprune.FasterVLM(keep=2), model, past_key_values=cache)
+    call_llava(vlmprune.FasterVLM(keep=2, positions="pack"), model, past_key_values=cache)
     model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache)
 
 
@@ -184,7 +184,7 @@ def no_hooks_in_the_tower():
 
 
 TOWERS = vlmprune.FasterVLM(keep=2, positions="keep")
-TEXT = vlmprune.SparseVLM(layers=(3, 4), keep=(3, 2))
+TEXT = vlmprune.SparseVLM(layers=(3, 4), keep=(3, 2), positions="pack")
 SCOUT = vlmprune.Scout(coarse=vlmprune.Uniform(layer=0, keep=3), fine=2, look=2)
 CSP = vlmprune.LVLMCSP(cluster=2, then=2, scatter=2, prune=3)
 EACH = vlmprune.FastV(layer=3, keep=2, spend="image")
@@ -206,7 +206,7 @@ DONE = [
     (lambda name: encoded_outside(name, TOWERS), ("llava-llama", "internvl", "idefics3", "smolvlm"), AHEAD),
     (lambda name: chunks(name, FASTV), UNEQUAL, CHUNKS),
     (lambda name: chunks(name, TOWERS), ("llava-llama", "internvl", "idefics3", "smolvlm"), CHUNKS),
-    (lambda name: chunks(name, vlmprune.AIM(layer=2, stages=2)), ("llava-llama",), CHUNKS),
+    (lambda name: chunks(name, vlmprune.AIM(layer=2, stages=2, positions="pack")), ("llava-llama",), CHUNKS),
     (lambda name: chunks(name, TEXT), ("llava-llama", "llava_next"), CHUNKS),
     (lambda name: call(name, vlmprune.Stages([TOWERS, EACH])), ("llava_next", "qwen2vl"), ()),
     (lambda _: compact_quantized(), ("llava",), ()),

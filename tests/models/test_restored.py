@@ -28,7 +28,7 @@ from vlmprune.testing.recorded import Recorded
 
 CSP = LVLMCSP(cluster=5, then=6, scatter=2, prune=4)
 PADDED = [["I", 9, "I", 4], [3, "I", 5], [12]]
-PACKED = VisionZip(dominant=6, contextual=2)
+PACKED = VisionZip(dominant=6, contextual=2, positions="pack")
 POLICIES = {
     "clusters": CSP,
     "by-cls": LVLMCSP(cluster=5, then=6, scatter=2, prune=4, by="cls", rows="text"),
@@ -42,7 +42,12 @@ POLICIES = {
     ),
     "merged-and-packed": Stages([PACKED, Back(2), FastV(layer=3, keep=0.4)]),
     "packed-once-more": Stages(
-        [PACKED, SparseVLM(layers=(1,), keep=(5,)), Back(3), SparseVLM(layers=(4,), keep=(6,))]
+        [
+            PACKED,
+            SparseVLM(layers=(1,), keep=(5,), positions="pack"),
+            Back(3),
+            SparseVLM(layers=(4,), keep=(6,), positions="pack"),
+        ]
     ),
     "rectified": Stages([Random(0, keep=0.3), Back(2), FastV(layer=4, keep=0.4)], rectify=True),
     "rectified-some-back": Stages([Random(0, keep=0.3), Back(2, keep=0.5), FastV(layer=4)], rectify=True),

@@ -25,7 +25,7 @@ STATIC = {
     vlmprune.FastV(layer=2, keep=5, rows="mean"): 1,
     vlmprune.FastV(layer=2, keep=5, spend="image"): 1,
     vlmprune.Feather(layers=(2, 4), keep=0.5): 2,
-    vlmprune.PyramidDrop(layers=(1, 3)): 2,
+    vlmprune.PyramidDrop(layers=(1, 3), positions="pack"): 2,
     vlmprune.Uniform(layer=2, keep=0.3): 1,
     vlmprune.Random(layer=2, keep=0.3): 1,
     vlmprune.Stages([vlmprune.Uniform(layer=1, keep=0.6), vlmprune.FastV(layer=3, keep=0.5)]): 2,

@@ -66,7 +66,7 @@ def test_a_cache_made_in_inference_mode_goes_on_outside(model):
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize("policy", [FASTV, vlmprune.VisionZip()], ids=["fastv", "visionzip"])
+@pytest.mark.parametrize("policy", [FASTV, vlmprune.VisionZip(positions="pack")], ids=["fastv", "visionzip"])
 def test_a_copy_of_an_attached_model_prunes_for_itself(policy):
     model, batch = make_model(), make_batch(ONE)
     run = vlmprune.attach(model, policy)

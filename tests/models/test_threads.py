@@ -17,10 +17,10 @@ from helpers.tiny import BEFORE_PREFILL, generate, make_batch, make_model
 THREADS, ROUNDS = 4, 3
 POLICIES = {
     "fastv": vlmprune.FastV(layer=2, keep=0.4),
-    "sparsevlm": vlmprune.SparseVLM(layers=(2, 4), keep=(9, 4)),
-    "fastervlm": vlmprune.FasterVLM(keep=5),
-    "visionzip": vlmprune.VisionZip(dominant=4, contextual=2),
-    "cdpruner": vlmprune.CDPruner(keep=5),
+    "sparsevlm": vlmprune.SparseVLM(layers=(2, 4), keep=(9, 4), positions="pack"),
+    "fastervlm": vlmprune.FasterVLM(keep=5, positions="pack"),
+    "visionzip": vlmprune.VisionZip(dominant=4, contextual=2, positions="pack"),
+    "cdpruner": vlmprune.CDPruner(keep=5, positions="pack"),
 }
 
 

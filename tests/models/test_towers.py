@@ -172,10 +172,10 @@ BEFORE = {
     "cdpruner": vlmprune.CDPruner(keep=6, positions="keep"),
 }
 PACKED = {
-    "fastervlm": vlmprune.FasterVLM(keep=6),
-    "visionzip": vlmprune.VisionZip(dominant=0.3, contextual=0.2),
-    "vscan": vlmprune.VScan(keep=0.6, then=0.5, layer=3, window=2, shallow_layer=0),
-    "cdpruner": vlmprune.CDPruner(keep=0.5),
+    "fastervlm": vlmprune.FasterVLM(keep=6, positions="pack"),
+    "visionzip": vlmprune.VisionZip(dominant=0.3, contextual=0.2, positions="pack"),
+    "vscan": vlmprune.VScan(keep=0.6, then=0.5, layer=3, window=2, shallow_layer=0, positions="pack"),
+    "cdpruner": vlmprune.CDPruner(keep=0.5, positions="pack"),
 }
 
 
@@ -206,7 +206,9 @@ def test_packed_runs_are_masked_runs(case, model, policy):
 
 
 @pytest.mark.parametrize(
-    "policy", [vlmprune.FasterVLM(keep=1.0), vlmprune.VisPruner(keep=1.0)], ids=["f", "v"]
+    "policy",
+    [vlmprune.FasterVLM(keep=1.0, positions="pack"), vlmprune.VisPruner(keep=1.0, positions="pack")],
+    ids=["f", "v"],
 )
 def test_keep_all_is_the_unpruned_model(case, model, policy):
     inputs, _ = prompts(case, case.padded)
@@ -257,6 +259,6 @@ def test_a_projection_of_another_name_is_an_error_and_leaves_no_hook(name):
     attn.something_new = getattr(attn, lost)
     delattr(attn, lost)
     with pytest.raises(vlmprune.VersionError, match=f"expected '{lost}' in "):
-        vlmprune.attach(model, vlmprune.FasterVLM())
+        vlmprune.attach(model, vlmprune.FasterVLM(positions="pack"))
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in tower.vision.modules())
     assert "get_image_features" not in vars(model.model)

@@ -83,7 +83,11 @@ def test_a_training_loop_that_keeps_its_labels_to_itself():
         model(**batch, labels=batch["input_ids"][:, :5])
 
 
-TRAINED = {"fastv": FASTV, "own": vlmprune.PyramidDrop(layers=(2, 4)), "merged": vlmprune.VisionZip()}
+TRAINED = {
+    "fastv": FASTV,
+    "own": vlmprune.PyramidDrop(layers=(2, 4), positions="pack"),
+    "merged": vlmprune.VisionZip(positions="pack"),
+}
 
 
 @pytest.mark.parametrize("policy", TRAINED.values(), ids=TRAINED)

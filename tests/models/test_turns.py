@@ -16,10 +16,10 @@ SECOND = [["I", 2], [4], ["I", 5]]
 POLICIES = {
     "keeps-positions": vlmprune.FastV(layer=2, keep=0.4, rows="mean"),
     "compacted": vlmprune.FastV(layer=2, keep=5, earlier_kv="compact"),
-    "packs": vlmprune.PyramidDrop(layers=(2, 4)),
+    "packs": vlmprune.PyramidDrop(layers=(2, 4), positions="pack"),
     "all-leave": vlmprune.VTW(layer=2),
-    "merges-and-packs": vlmprune.VisionZip(dominant=5, contextual=2),
-    "packs-and-compacted": vlmprune.FasterVLM(keep=6, earlier_kv="compact"),
+    "merges-and-packs": vlmprune.VisionZip(dominant=5, contextual=2, positions="pack"),
+    "packs-and-compacted": vlmprune.FasterVLM(keep=6, earlier_kv="compact", positions="pack"),
 }
 
 

@@ -102,9 +102,9 @@ def test_images_encoded_ahead_are_not_mixed_up(name):
 BEFORE = {
     "fastervlm": vlmprune.FasterVLM(keep=2, positions="keep"),
     "vispruner": vlmprune.VisPruner(keep=2, positions="keep"),
-    "visionzip": vlmprune.VisionZip(dominant=1, contextual=1),
+    "visionzip": vlmprune.VisionZip(dominant=1, contextual=1, positions="pack"),
     "accm_selection": vlmprune.ACCMSelection(keep=2, positions="keep"),
-    "vscan": vlmprune.VScan(keep=3, then=2, layer=3, window=1, shallow_layer=0),
+    "vscan": vlmprune.VScan(keep=3, then=2, layer=3, window=1, shallow_layer=0, positions="pack"),
 }
 
 

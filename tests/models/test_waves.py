@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -19,9 +21,10 @@ from vlmprune.models.host.parts import decoder_shape
 from vlmprune.testing import check_model
 
 COARSE = Uniform(layer=0, keep=4)
-SCOUT = Scout(coarse=COARSE, fine=3, look=3)
+SCOUT = Scout(coarse=COARSE, fine=3, look=3, by="attention")
 POLICIES = {
     "lattice": SCOUT,
+    "diverse": replace(SCOUT, by="diverse"),
     "first-layer": Scout(coarse=Random(layer=0, keep=0.3), fine=0.3, look=1, by="random"),
     "last-layer": Scout(coarse=DivPrune(keep=5), fine=2, look=5, spread=0.5),
     "union": Scout(

@@ -97,7 +97,7 @@ def expected(ctx, policy, kept_of, quota_of, relevance=None):
 )
 def test_equals_the_rules(settings, keep, text, how):
     ctx = sight(**settings, layers=(-2, -1))
-    policy = ACCMSelection(keep, text, **how)
+    policy = ACCMSelection(keep, text, **{"positions": "pack"} | how)
 
     def kept_of(tokens):
         return min(tokens, keep) if isinstance(keep, int) else max(1, int(keep * tokens))
@@ -229,7 +229,7 @@ def test_exactly_so_many_distinct_tokens():
     ctx = sight([((7, 5), (5, 7))], layers=(-2, -1))
     for keep in range(1, 40):
         for how in (dict(), RELEASE):
-            index = ACCMSelection(keep, **how).select(ctx).index[0].tolist()
+            index = ACCMSelection(keep, positions="pack", **how).select(ctx).index[0].tolist()
             counts = [len({j for j in index if lo <= j < lo + 35}) for lo in (0, 35)]
             assert counts == [min(keep, 35)] * 2 and len(index) == sum(counts)
 
@@ -267,22 +267,26 @@ def test_joined_heads_where_patches_are_padding():
     "keep, text", [(288, 150), (144, 70), (72, 40), (36, 20), (18, 12), (90, 50), (9, 5)]
 )
 def test_published_counts(keep, text):
-    policy = ACCMSelection(keep, relevance=ramp)
+    policy = ACCMSelection(keep, relevance=ramp, positions="pack")
     assert policy.quota(keep) == text
     assert policy.select(sight([((24, 24),)])).index.shape == (1, keep)
-    assert ACCMSelection(keep, text=0.25).quota(keep) == keep // 4
+    assert ACCMSelection(keep, text=0.25, positions="pack").quota(keep) == keep // 4
 
 
 def test_no_images():
     for order in ("raster", "selected"):
-        assert ACCMSelection(order=order).select(sight(["none", "none"])).shape == (2, 0)
+        assert ACCMSelection(order=order, positions="pack").select(sight(["none", "none"])).shape == (2, 0)
 
 
 def test_needs():
-    assert ACCMSelection().layers == (0,)
-    assert ACCMSelection(relevance=ramp).needs(0) == Needs(hidden=True, embeds=True, vision=(-2,))
-    assert ACCMSelection(relevance="none", vision_layer=-1).needs(0) == Needs(vision=(-1,))
-    assert ACCMSelection().ranks(0) and not ACCMSelection(order="selected").ranks(0)
+    assert ACCMSelection(positions="pack").layers == (0,)
+    assert ACCMSelection(relevance=ramp, positions="pack").needs(0) == Needs(
+        hidden=True, embeds=True, vision=(-2,)
+    )
+    assert ACCMSelection(relevance="none", vision_layer=-1, positions="pack").needs(0) == Needs(vision=(-1,))
+    assert ACCMSelection(positions="pack").ranks(0) and not ACCMSelection(
+        order="selected", positions="pack"
+    ).ranks(0)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +310,7 @@ def test_rejects(settings, message):
 
 
 def test_a_share_leaves_no_room_to_compare_with_a_number():
-    assert ACCMSelection(keep=0.1, text=20).quota(4) == 4
+    assert ACCMSelection(keep=0.1, text=20, positions="pack").quota(4) == 4
 
 
 def test_select_errors():
@@ -314,14 +318,14 @@ def test_select_errors():
     with pytest.raises(
         ValueError, match=r"^relevance: expected a function that returns \(1, 36\), got \(1,\)$"
     ):
-        ACCMSelection(relevance=lambda ctx: ctx.hidden[:, 0, 0]).select(ctx)
+        ACCMSelection(relevance=lambda ctx: ctx.hidden[:, 0, 0], positions="pack").select(ctx)
     for name in ("hidden", "embeds", "text"):
         with pytest.raises(ValueError, match=rf"^ctx\.{name}: expected .* \(declare Needs\(.*got None$"):
-            ACCMSelection().select(replace(ctx, **{name: None}))
+            ACCMSelection(positions="pack").select(replace(ctx, **{name: None}))
 
 
 def test_after_another_stage():
     ctx = case(["square"], layer=0, kept=[[0, 3]]).ctx
     assert Random(layer=0, keep=1).select(ctx).shape == (1, 1)
     with pytest.raises(ValueError, match=r"^ctx\.counts: expected \(36,\), every token .*, got \(2,\)$"):
-        ACCMSelection().select(ctx)
+        ACCMSelection(positions="pack").select(ctx)

@@ -33,7 +33,7 @@ def test_merges_projected_rows(keep, positions):
 def test_merges_features_by_keys(cls):
     """All heads side by side are one key; the result is projected. CLS moves no turns."""
     ctx = projected_sight(["tall", "none", ((3, 7), (7, 3))], layers=(-1,), cls=cls)
-    got = AIM(keep=7, features="keys").select(ctx)
+    got = AIM(keep=7, features="keys", positions="pack").select(ctx)
     for sample, here in enumerate(images_in(ctx)):
         found = []
         for number, first, _ in here:
@@ -134,7 +134,7 @@ def test_page_rank_holds_the_map_of_one_key_head_twice():
 
 def test_drops_the_lowest_ranks():
     made = case(["square", "two"], layer=3)
-    policy = AIM(layer=3, stages=4)
+    policy = AIM(layer=3, stages=4, positions="pack")
     kept = [27, 26]  # three quarters of 36 and of 35
     ranks = page_rank(made.ctx.attention, 0.1, 5)
     for sample, index in enumerate(policy.select(made.ctx).tolist()):
@@ -144,7 +144,7 @@ def test_drops_the_lowest_ranks():
 
 def test_the_decay():
     """The released schedules: from 252 of LLaVA-1.5 and 196 // 4 * 32 of a video's 32 frames."""
-    policy = AIM(keep=252)
+    policy = AIM(keep=252, positions="pack")
     assert policy.layers == (0, 14, 15, 16, 17, 18, 19, 20, 21)
     for n in (252, 1568):
         left, counts = n, []
@@ -154,11 +154,11 @@ def test_the_decay():
         released = [int(n * (1 - stage / 8)) for stage in range(1, 8)]
         assert all(abs(a - b) <= 1 for a, b in zip(counts, released, strict=False)), counts
         assert counts[-1] == 1
-    assert policy.kept(576, 1, 0) == 252 and AIM().kept(0, 0, 14) == 0
+    assert policy.kept(576, 1, 0) == 252 and AIM(positions="pack").kept(0, 0, 14) == 0
 
 
 def test_never_far_from_the_released_counts():
-    policy, off = AIM(), set()
+    policy, off = AIM(positions="pack"), set()
     for n in range(1, 3000):
         left = n
         for stage, layer in enumerate(policy.layers[1:-1], 1):
@@ -168,15 +168,15 @@ def test_never_far_from_the_released_counts():
 
 
 def test_the_last_share():
-    policy = AIM(layer=2, stages=2, last=0.5)
+    policy = AIM(layer=2, stages=2, last=0.5, positions="pack")
     assert [policy.kept(100, 1, 2), policy.kept(75, 1, 3)] == [75, 50]
-    assert AIM().at(0.4) == AIM(keep=0.4, last=0.4)
+    assert AIM(positions="pack").at(0.4) == AIM(keep=0.4, last=0.4, positions="pack")
 
 
 def test_needs():
-    assert AIM().needs(0) == Needs(hidden=True)
-    assert AIM(features="keys").needs(0) == Needs(hidden=True, vision=(-1,))
-    assert AIM().needs(14) == Needs(attention="previous", rows="all")
+    assert AIM(positions="pack").needs(0) == Needs(hidden=True)
+    assert AIM(features="keys", positions="pack").needs(0) == Needs(hidden=True, vision=(-1,))
+    assert AIM(positions="pack").needs(14) == Needs(attention="previous", rows="all")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_needs():
         ({"temperature": 0}, "temperature: expected a number > 0, got 0"),
         ({"rounds": 0}, "rounds: expected a whole number >= 1, got 0"),
         ({"vision_layer": None}, "vision_layer: expected a whole number, got None"),
-        ({"positions": "own"}, "positions: expected 'pack' or 'keep', got 'own'"),
+        ({"positions": "own"}, "positions: expected 'keep' or 'pack', got 'own'"),
     ],
 )
 def test_settings(settings, said):

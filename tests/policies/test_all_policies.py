@@ -40,10 +40,10 @@ from vlmprune.testing.context_changes import broken, halved
 METHODS = {
     "fastv": [dict(), dict(keep=5, rows="mean")],
     "feather": [dict(layers=(1, 4)), dict(layers=(2, 3), keep=0.9, stride=2)],
-    "pyramiddrop": [dict(layers=(2, 4)), dict(layers=(0, 2, 4), ratio=(0.5, 0.2, 0.1), positions="keep")],
+    "pyramiddrop": [dict(layers=(2, 4)), dict(layers=(0, 2, 4), ratio=(0.5, 0.2, 0.1), positions="pack")],
     "sparsevlm": [
         dict(layers=(3, 7), keep=(5, 0.5)),
-        dict(layers=(3,), keep=(0.3,), merge="sum", positions="keep"),
+        dict(layers=(3,), keep=(0.3,), merge="sum", positions="pack"),
         dict(layers=(3,), keep=(5,), recycle=False),
         dict(layers=(3,), version="1.0", tokens=64),
         dict(layers=(3,), version="paper", scale=0.7),
@@ -64,22 +64,22 @@ METHODS = {
     "star": [dict(keep=8, then=4)],
     "vtw": [dict(layer=3)],
     "lvlm_csp": [dict(cluster=6, then=3, rows="text"), dict(cluster=0.3, scatter=2, prune=3, by="cls")],
-    "fastervlm": [dict(keep=6), dict(keep=0.5, positions="keep"), dict(keep=6, spend="prompt")],
+    "fastervlm": [dict(keep=6), dict(keep=0.5, positions="pack"), dict(keep=6, spend="prompt")],
     "visionzip": [
         dict(dominant=5, contextual=2),
-        dict(dominant=5, contextual=2, positions="keep"),
+        dict(dominant=5, contextual=2, positions="pack"),
         dict(dominant=0.3, contextual=0.1),
     ],
-    "vispruner": [dict(keep=6), dict(keep=5, positions="keep")],
-    "folder": [dict(keep=6), dict(keep=0.3, place="projected", positions="keep")],
+    "vispruner": [dict(keep=6), dict(keep=5, positions="pack")],
+    "folder": [dict(keep=6), dict(keep=0.3, place="projected", positions="pack")],
     "aim": [
         dict(keep=8, layer=2, stages=2),
-        dict(keep=0.6, features="keys", layer=2, stages=2, last=0.3, positions="keep"),
+        dict(keep=0.6, features="keys", layer=2, stages=2, last=0.3, positions="pack"),
     ],
-    "divprune": [dict(keep=6), dict(positions="keep"), dict(keep=0.3, spend="image")],
+    "divprune": [dict(keep=6), dict(positions="pack"), dict(keep=0.3, spend="image")],
     "cdpruner": [
         dict(keep=6),
-        dict(keep=6, relevance="none", positions="keep"),
+        dict(keep=6, relevance="none", positions="pack"),
         dict(keep=6, spend="prompt"),
     ],
     "accm": [
@@ -89,7 +89,7 @@ METHODS = {
     "accm_selection": [
         dict(keep=8),
         dict(keep=6, text=4, nearest=False, heads="joined", overflow="last", order="selected"),
-        dict(keep=0.3, relevance="none", order="selected", positions="keep"),
+        dict(keep=0.3, relevance="none", order="selected", positions="pack"),
     ],
     "learned": [
         dict(scorer=SLOPE, layer=2, keep=0.3),
@@ -98,6 +98,7 @@ METHODS = {
     "sgl": [dict(guide=shuffled), dict(guide=shuffled, layer=0, keep=3, spend="image")],
     "scout": [
         dict(coarse=Uniform(layer=0, keep=0.3), fine=0.2, look=3),
+        dict(coarse=Uniform(layer=0, keep=4), fine=0.2, look=3, by="attention"),
         dict(coarse=DivPrune(keep=5), fine=4, look=2, rope=False, spread=0.5),
         dict(coarse=Random(layer=0, keep=0.3), fine=3, by="random", seed=5),
     ],
@@ -108,7 +109,7 @@ METHODS = {
 KEEP_ALL = {
     "fastv": [dict(keep=1.0), dict(keep=10_000, rows="mean")],
     "feather": [dict(layers=(2, 3), keep=1.0)],
-    "pyramiddrop": [dict(ratio=1.0), dict(ratio=(1.0, 1.0, 1.0), positions="keep")],
+    "pyramiddrop": [dict(ratio=1.0), dict(ratio=(1.0, 1.0, 1.0), positions="pack")],
     "sparsevlm": [dict(layers=(3,), keep=(1.0,)), dict(layers=(3,), keep=(1.0,), recycle=False)],
     "sparsevlm_plus": [dict(layers=(3,), keep=(1.0,))],
     "dart": [dict(keep=1.0, count="exact"), dict(layer=0, keep=1.0, count="exact")],
@@ -298,16 +299,16 @@ def test_how_a_budget_is_spent(name, keep):
 
 def test_by_image_a_choice_is_that_of_each_image_alone():
     for name in ("fastv", "divprune"):
-        policy = stage(name, keep=4, spend="image", **({} if name == "fastv" else {"positions": "keep"}))
+        policy = stage(name, keep=4, spend="image")
         ctx = make_context(policy.needs(policy.layers[0]), [[(4, 5), (5, 4)]], policy.layers[0])
-        whole = stage(name, keep=1.0, **({} if name == "fastv" else {"positions": "keep"}))
+        whole = stage(name, keep=1.0)
         assert whole.select(ctx).shape == (1, 40)
         if name == "fastv":
             scores = ctx.attention.received(ctx.attention.last)[0]
             best = [20 * i + scores[20 * i :][:20].topk(4).indices.sort().values for i in (0, 1)]
             assert policy.select(ctx)[0].tolist() == torch.cat(best).tolist()
         else:
-            halves = [stage(name, keep=4, positions="keep").select(part(ctx, i)) + 20 * i for i in (0, 1)]
+            halves = [stage(name, keep=4).select(part(ctx, i)) + 20 * i for i in (0, 1)]
             assert policy.select(ctx).tolist() == torch.cat(halves, 1).tolist()
 
 

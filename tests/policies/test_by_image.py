@@ -149,7 +149,7 @@ def test_errors(policy):
         policy.select(replace(ctx, vision=sight(["tall"], layers).vision))
     with pytest.raises(ValueError, match=r"^ctx\.counts: expected \(36,\), every token .*, got \(2,\)$"):
         policy.select(case(["square"], layer=0, kept=[[0, 3]]).ctx)
-    with pytest.raises(ValueError, match=r"^positions: expected 'pack' or 'keep', got 'raster'$"):
+    with pytest.raises(ValueError, match=r"^positions: expected 'keep' or 'pack', got 'raster'$"):
         replace(policy, positions="raster")
     with pytest.raises(ValueError, match=r"^vision_layer: expected a whole number, got 'last'$"):
         replace(policy, vision_layer="last")

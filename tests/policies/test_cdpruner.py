@@ -66,7 +66,7 @@ def test_equals_the_formula(images, relevance, keep):
     text = torch.tensor([[3, 0, 5, 7], [2, 9, -1, -1], [1, 4, 6, -1]])[: len(images)]
     embeds = torch.randn(len(images), 12, 24, generator=g)
     ctx = replace(ctx, hidden=hidden, embeds=embeds, text=text)
-    got = CDPruner(keep, relevance).select(ctx)
+    got = CDPruner(keep, relevance, positions="pack").select(ctx)
     for sample, here in enumerate(images_in(ctx)):
         weight, expected = slow_relevance(ctx, sample, relevance), []
         for _, first, (r, c) in here:
@@ -84,13 +84,16 @@ def test_a_neighbour_in_the_batch_changes_nothing():
         return by_number(ctx) * torch.tensor([[1.0], [50.0]])[: len(ctx.counts)]
 
     one = replace(ctx, **{n: getattr(ctx, n)[:1] for n in ("mask", "counts", "ordinals", "grids", "hidden")})
-    both, alone = (CDPruner(6, louder).select(c).index for c in (ctx, one))
+    both, alone = (CDPruner(6, louder, positions="pack").select(c).index for c in (ctx, one))
     assert both[0].tolist() == alone[0].tolist()
 
 
 def test_equal_relevance_is_diversity_alone():
     ctx = case(["square"], layer=0).ctx
-    some, none = CDPruner(6, constant).select(ctx), CDPruner(6, "none").select(ctx)
+    some, none = (
+        CDPruner(6, constant, positions="pack").select(ctx),
+        CDPruner(6, "none", positions="pack").select(ctx),
+    )
     assert torch.equal(some.index, none.index)
 
 
@@ -101,10 +104,12 @@ def constant(ctx):
 def test_no_text_is_diversity_alone():
     mixed, alone = (text_case(["square"] * len(a), layer=0, after=a).ctx for a in ([5, 0], [0]))
     for ctx, silent in ((mixed, 1), (alone, 0)):
-        text, none = (kept_lists(CDPruner(6, r).select(ctx).index) for r in ("text", "none"))
+        text, none = (
+            kept_lists(CDPruner(6, r, positions="pack").select(ctx).index) for r in ("text", "none")
+        )
         assert text[silent] == none[silent]
     assert alone.text.shape == (1, 0)
-    text, none = (kept_lists(CDPruner(6, r).select(mixed).index) for r in ("text", "none"))
+    text, none = (kept_lists(CDPruner(6, r, positions="pack").select(mixed).index) for r in ("text", "none"))
     assert text[0] != none[0]
 
 
@@ -113,10 +118,10 @@ def test_rank_below_the_budget_still_keeps_distinct_tokens():
     ctx = case(["square"], layer=0).ctx
     ctx = replace(ctx, hidden=torch.eye(8)[torch.arange(36) // 30][None])
     relevance = torch.tensor([[10 + n * 7 % 30 for n in range(30)] + [0, 1, 2, 3, 4, 5]])
-    kept = CDPruner(8, lambda ctx: relevance).select(ctx).index[0].tolist()
+    kept = CDPruner(8, lambda ctx: relevance, positions="pack").select(ctx).index[0].tolist()
     best = sorted(range(30), key=lambda n: -(n * 7 % 30))[:7]
     assert kept == [*sorted(best), 35] and best != list(range(7))
-    none = CDPruner(8, "none").select(ctx).index[0]
+    none = CDPruner(8, "none", positions="pack").select(ctx).index[0]
     assert (none >= 30).sum() in (1, 2) and len({j // 6 for j in none.tolist()}) >= 5
 
 
@@ -125,16 +130,16 @@ def test_one_colour_keeps_tokens_spread_over_the_image(keep):
     """Quarters, sixteenths and columns hold their share to within a few tokens: no patch stands out, so no region may."""
     ctx = sight([((24, 24),)])
     ctx = replace(ctx, hidden=ctx.hidden[:, 5:6].expand_as(ctx.hidden))
-    kept = CDPruner(keep).select(ctx).index
+    kept = CDPruner(keep, positions="pack").select(ctx).index
     marked = marks(kept, 576).view(24, 24).float()
     assert marked.sum() == keep
     for rows, columns in ((12, 12), (6, 6), (24, 3), (3, 24)):
         cells = marked.unfold(0, rows, rows).unfold(1, columns, columns).sum((2, 3))
         assert (cells - keep * rows * columns / 576).abs().max() <= 2
-    assert torch.equal(kept, CDPruner(keep, "none").select(ctx).index)
+    assert torch.equal(kept, CDPruner(keep, "none", positions="pack").select(ctx).index)
     for broken in (0.0, float("nan")):  # no direction at all, and relevance of none
         ctx = replace(ctx, hidden=torch.full_like(ctx.hidden, broken))
-        assert torch.equal(kept, CDPruner(keep).select(ctx).index)
+        assert torch.equal(kept, CDPruner(keep, positions="pack").select(ctx).index)
 
 
 def test_rounding_is_no_relevance():
@@ -142,7 +147,10 @@ def test_rounding_is_no_relevance():
     ctx = sight([((24, 24), (1, 1))])
     ctx = replace(ctx, hidden=torch.randn(64, generator=torch.Generator().manual_seed(3)).expand(1, 577, 64))
     noise = torch.linspace(0, 1e-8, 577)[None] + 0.05
-    kept = [CDPruner(20, r, spend="prompt").select(ctx).index for r in ("none", lambda ctx: noise)]
+    kept = [
+        CDPruner(20, r, spend="prompt", positions="pack").select(ctx).index
+        for r in ("none", lambda ctx: noise)
+    ]
     assert torch.equal(*kept)
 
 
@@ -161,13 +169,17 @@ def test_where_nothing_ties_the_order_of_ties_is_no_matter(kept, padded):
 
 @pytest.mark.parametrize("keep", [192, 128, 64])
 def test_published_counts(keep):
-    assert CDPruner(keep).select(sight([((24, 24),)])).index.shape == (1, keep)
+    assert CDPruner(keep, positions="pack").select(sight([((24, 24),)])).index.shape == (1, keep)
 
 
 def test_needs():
-    assert CDPruner().layers == (0,)
-    assert CDPruner().needs(0) == CDPruner(relevance=by_number).needs(0) == Needs(hidden=True, embeds=True)
-    assert CDPruner(relevance="none").needs(0) == Needs(hidden=True)
+    assert CDPruner(positions="pack").layers == (0,)
+    assert (
+        CDPruner(positions="pack").needs(0)
+        == CDPruner(relevance=by_number, positions="pack").needs(0)
+        == Needs(hidden=True, embeds=True)
+    )
+    assert CDPruner(relevance="none", positions="pack").needs(0) == Needs(hidden=True)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +190,7 @@ def test_needs():
             {"relevance": "clip"},
             r"^relevance: expected 'text', 'none' or a function of the context, got 'clip'$",
         ),
-        ({"positions": 0}, r"^positions: expected 'pack' or 'keep', got 0$"),
+        ({"positions": 0}, r"^positions: expected 'keep' or 'pack', got 0$"),
     ],
 )
 def test_rejects(settings, message):
@@ -191,9 +203,9 @@ def test_select_errors():
     with pytest.raises(
         ValueError, match=r"^relevance: expected a function that returns \(1, 36\), got \(36,\)$"
     ):
-        CDPruner(relevance=lambda ctx: ctx.hidden[0, :, 0]).select(ctx)
+        CDPruner(relevance=lambda ctx: ctx.hidden[0, :, 0], positions="pack").select(ctx)
     for name in ("hidden", "embeds", "text"):
         with pytest.raises(
             ValueError, match=rf"^ctx\.{name}: expected .* \(declare Needs\(.*\)\), got None$"
         ):
-            CDPruner().select(replace(ctx, **{name: None}))
+            CDPruner(positions="pack").select(replace(ctx, **{name: None}))

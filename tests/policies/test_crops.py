@@ -25,19 +25,19 @@ def first_column(ctx):
 
 POLICIES = [
     vlmprune.FasterVLM(keep=18),
-    vlmprune.FasterVLM(keep=17, positions="keep"),
+    vlmprune.FasterVLM(keep=17, positions="pack"),
     vlmprune.VisPruner(keep=18),
     vlmprune.VisionZip(dominant=12, contextual=6),
-    vlmprune.VisionZip(dominant=12, contextual=5, positions="keep"),
+    vlmprune.VisionZip(dominant=12, contextual=5, positions="pack"),
     vlmprune.VScan(keep=18, window=2),
     vlmprune.Folder(keep=18),
     vlmprune.Folder(keep=17, place="projected"),
-    vlmprune.AIM(keep=17, positions="keep"),
+    vlmprune.AIM(keep=17, positions="pack"),
     vlmprune.STAR(keep=17),
     vlmprune.ACCMSelection(keep=18, relevance="none"),
-    vlmprune.ACCMSelection(keep=18, relevance="none", order="selected"),
+    vlmprune.ACCMSelection(keep=18, relevance="none", order="selected", positions="pack"),
     vlmprune.CDPruner(keep=18, relevance=first_column),
-    vlmprune.CDPruner(keep=18, relevance=first_column, positions="keep"),
+    vlmprune.CDPruner(keep=18, relevance=first_column, positions="pack"),
 ]
 
 NAMES = [f"{type(policy).__name__}-{i}" for i, policy in enumerate(POLICIES)]

@@ -39,7 +39,7 @@ def count_of(keep, tokens, images):
 @pytest.mark.parametrize("keep", [0.098, 0.5, 1.0, 4, 100])
 def test_equals_the_formula(images, keep):
     ctx = case(images, layer=0).ctx
-    got = DivPrune(keep).select(ctx)
+    got = DivPrune(keep, positions="pack").select(ctx)
     for sample, n in enumerate(ctx.counts):
         expected = slow(ctx.hidden[sample, :n], count_of(keep, n, len(ctx.grids[sample])))
         assert kept_lists(got.index)[sample] == expected
@@ -53,7 +53,7 @@ def test_duplicates_are_kept_once_until_nothing_else_is_left(keep):
     g = torch.Generator().manual_seed(3)
     axis = torch.randint(6, (24,), generator=g)
     hidden = (torch.eye(8)[axis] * (1 + torch.arange(24)[:, None] % 3))[None]
-    kept = kept_lists(DivPrune(keep).select(replace(ctx, hidden=hidden)).index)[0]
+    kept = kept_lists(DivPrune(keep, positions="pack").select(replace(ctx, hidden=hidden)).index)[0]
     assert kept == slow(hidden[0], keep) and len(set(kept)) == keep
     assert len({int(axis[i]) for i in kept}) == min(keep, len(set(axis.tolist())))
 
@@ -63,14 +63,16 @@ def test_constant_features_keep_the_first(value):
     ctx = case(["square"], layer=0).ctx
     constant = torch.zeros_like(ctx.hidden)
     constant[..., 0] = value
-    assert DivPrune(5).select(replace(ctx, hidden=constant)).index.tolist() == [[0, 1, 2, 3, 4]]
+    assert DivPrune(5, positions="pack").select(replace(ctx, hidden=constant)).index.tolist() == [
+        [0, 1, 2, 3, 4]
+    ]
 
 
 def test_images_of_a_sample_are_chosen_from_together():
     """Two equal images: the second adds nothing, so it gets few tokens or none."""
     ctx = case([((3, 4), (3, 4))], layer=0).ctx
     twice = torch.cat([ctx.hidden[:, :12], ctx.hidden[:, :12]], 1)
-    kept = kept_lists(DivPrune(4).select(replace(ctx, hidden=twice)).index)[0]
+    kept = kept_lists(DivPrune(4, positions="pack").select(replace(ctx, hidden=twice)).index)[0]
     assert len(kept) == 8 and len({i % 12 for i in kept}) == 8
 
 
@@ -81,14 +83,16 @@ def test_published_counts(keep, count):
 
 
 def test_needs():
-    assert DivPrune().layers == (0,) and DivPrune().needs(0) == Needs(hidden=True)
+    assert DivPrune(positions="pack").layers == (0,) and DivPrune(positions="pack").needs(0) == Needs(
+        hidden=True
+    )
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
         ({"keep": 1.5}, r"^keep: expected a share in \(0, 1\] .*, got 1\.5$"),
-        ({"positions": "kept"}, r"^positions: expected 'pack' or 'keep', got 'kept'$"),
+        ({"positions": "kept"}, r"^positions: expected 'keep' or 'pack', got 'kept'$"),
     ],
 )
 def test_rejects(settings, message):
@@ -98,4 +102,4 @@ def test_rejects(settings, message):
 
 def test_missing_features():
     with pytest.raises(ValueError, match=r"^ctx\.hidden: expected projected features .*, got None$"):
-        DivPrune().select(replace(case(layer=0).ctx, hidden=None))
+        DivPrune(positions="pack").select(replace(case(layer=0).ctx, hidden=None))

@@ -18,7 +18,7 @@ BATCHES = [
 @pytest.mark.parametrize("keep", [1, 5, 0.25, 1.0, 100])
 def test_equals_the_formula(settings, keep):
     ctx = sight(**settings)
-    got = FasterVLM(keep).select(ctx)
+    got = FasterVLM(keep, positions="pack").select(ctx)
     for sample, here in enumerate(images_in(ctx)):
         expected = []
         for number, first, (r, c) in here:
@@ -32,22 +32,22 @@ def test_another_layer_and_positions():
     ctx = sight(["square"], layers=(-2, 3))
     kept = FasterVLM(6, vision_layer=3, positions="keep").select(ctx)
     assert kept.tolist() == [top(patch_scores(ctx, 3, 0), 6)]
-    assert kept.tolist() != FasterVLM(6).select(ctx).index.tolist()
+    assert kept.tolist() != FasterVLM(6, positions="pack").select(ctx).index.tolist()
 
 
 @pytest.mark.parametrize("keep", [192, 128, 64, 0.25])
 def test_published_counts(keep):
-    kept = FasterVLM(keep).select(sight([((24, 24),)])).index
+    kept = FasterVLM(keep, positions="pack").select(sight([((24, 24),)])).index
     assert kept.shape == (1, 144 if keep == 0.25 else keep)
 
 
 def test_no_images():
-    assert FasterVLM().select(sight(["none", "none"])).shape == (2, 0)
+    assert FasterVLM(positions="pack").select(sight(["none", "none"])).shape == (2, 0)
 
 
 def test_needs():
-    assert FasterVLM().layers == (0,)
-    assert FasterVLM(vision_layer=-1).needs(0) == Needs(vision=(-1,))
+    assert FasterVLM(positions="pack").layers == (0,)
+    assert FasterVLM(vision_layer=-1, positions="pack").needs(0) == Needs(vision=(-1,))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_needs():
             r"^keep: expected a share in \(0, 1\] or a whole number of tokens per image >= 1, got 0$",
         ),
         ({"vision_layer": True}, r"^vision_layer: expected a whole number, got True$"),
-        ({"positions": None}, r"^positions: expected 'pack' or 'keep', got None$"),
+        ({"positions": None}, r"^positions: expected 'keep' or 'pack', got None$"),
     ],
 )
 def test_rejects(settings, message):

@@ -86,7 +86,7 @@ SETTINGS = [
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_equals_the_formula(batch, settings):
-    made, policy = case(**batch), FiCoCo(layers=(2,), **settings)
+    made, policy = case(**batch), FiCoCo(layers=(2,), **{"positions": "pack"} | settings)
     got = policy.select(made.ctx)
     assert isinstance(got, Reduction) and got.positions == policy.positions
     for sample, (n, index) in enumerate(zip(made.ctx.counts, kept_lists(got.index), strict=True)):
@@ -104,7 +104,7 @@ def test_equals_the_formula(batch, settings):
 def test_what_none_gives_to_stays_as_it_is():
     """And all that goes arrives: weights of a dropped token add up to 1 where only kept ones receive."""
     made = case()
-    got = FiCoCo(layers=(2,), drop=6, targets="kept").select(made.ctx)
+    got = FiCoCo(layers=(2,), drop=6, targets="kept", positions="pack").select(made.ctx)
     before = made.ctx.hidden[0]
     untouched = [j for j in got.index[0].tolist() if j not in got.merged[0].tolist()]
     assert untouched
@@ -120,7 +120,9 @@ def test_released_code_loses_what_goes_to_dropped_tokens():
     strong = torch.zeros_like(seen.key)
     strong[:, :, seen.columns[0, 1:5]] = torch.tensor([2.0, 3.0, 4.0, 5.0])[:, None]
     ctx = replace(made.ctx, attention=replace(seen, query=strong.repeat_interleave(2, 1), key=strong))
-    lost, all_there = (FiCoCo(layers=(2,), drop=3, targets=by).select(ctx) for by in ("any", "kept"))
+    lost, all_there = (
+        FiCoCo(layers=(2,), drop=3, targets=by, positions="pack").select(ctx) for by in ("any", "kept")
+    )
     assert kept_lists(lost.index) == kept_lists(all_there.index) == [[0, 1, *range(5, 36)]]
     assert torch.equal(lost.hidden, ctx.hidden[:, lost.index[0]]) and (lost.merged == -1).all()
     torch.testing.assert_close(all_there.hidden[0, 1], ctx.hidden[0, 1:5].sum(0))
@@ -131,7 +133,7 @@ def test_ties_go_to_the_lower_number():
     made = case()
     seen = made.ctx.attention
     ctx = replace(made.ctx, attention=replace(seen, query=seen.query * 0, key=seen.key * 0))
-    got = FiCoCo(layers=(2,), drop=3).select(ctx)
+    got = FiCoCo(layers=(2,), drop=3, positions="pack").select(ctx)
     assert kept_lists(got.index) == [[*range(33)]]
     assert got.merged[0].tolist() == [-1] * 33 + [0] * 3
     torch.testing.assert_close(got.hidden[0, 0], ctx.hidden[0, [0, 33, 34, 35]].sum(0))
@@ -139,7 +141,7 @@ def test_ties_go_to_the_lower_number():
 
 def test_released_counts():
     """14 a layer of 576 from layer 6 on: 212 see the last layer, 422 on average."""
-    policy, n, seen = FiCoCo(), 576, []
+    policy, n, seen = FiCoCo(positions="pack"), 576, []
     for layer in range(32):
         n = policy.kept(n, 1, layer) if layer in policy.layers else n
         seen.append(n)

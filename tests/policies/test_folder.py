@@ -40,7 +40,7 @@ def folded_in_tower(ctx, keep, alpha):
 @pytest.mark.parametrize("keep", [12, 0.7, 1, 1000])
 def test_equals_the_formula_in_the_tower(settings, keep):
     ctx = projected_sight(**settings)
-    got = Folder(keep=keep).select(ctx)
+    got = Folder(keep=keep, positions="pack").select(ctx)
     assert got.positions == "pack"
     for sample, expected in enumerate(folded_in_tower(ctx, keep, 5.0)):
         assert_folded(
@@ -66,14 +66,16 @@ def test_what_cls_looks_at_stays():
     query = seen.query.clone()
     query[:, :, 0] = 100.0
     ctx = replace(ctx, vision={-2: replace(seen, key=key, query=query)})
-    kept = Folder(keep=33).select(ctx).index[0].tolist()
+    kept = Folder(keep=33, positions="pack").select(ctx).index[0].tolist()
     assert sorted(set(range(36)) - set(kept)) == [3, 7, 9]
-    assert sorted(set(range(36)) - set(Folder(keep=33, alpha=0).select(ctx).index[0].tolist())) != [3, 7, 9]
+    assert sorted(
+        set(range(36)) - set(Folder(keep=33, alpha=0, positions="pack").select(ctx).index[0].tolist())
+    ) != [3, 7, 9]
 
 
 def assert_projected(ctx, keep):
     """Rows that stand for m tokens are 1 + log m times as loud."""
-    got = Folder(keep=keep, place="projected").select(ctx)
+    got = Folder(keep=keep, place="projected", positions="pack").select(ctx)
     for sample, here in enumerate(images_in(ctx)):
         found = []
         for _, first, (rows, columns) in here:
@@ -104,7 +106,7 @@ def test_doubles_become_one():
     ctx = case(["square"], layer=0).ctx
     pairs = torch.randn(1, 18, ctx.hidden.shape[2], generator=torch.Generator().manual_seed(0))
     ctx = replace(ctx, hidden=pairs.repeat_interleave(2, 1))
-    got = Folder(keep=0.5, place="projected").select(ctx)
+    got = Folder(keep=0.5, place="projected", positions="pack").select(ctx)
     torch.testing.assert_close(got.hidden, pairs * (1 + torch.tensor(2.0).log()))
 
 
@@ -115,15 +117,15 @@ def test_what_stays_alone_is_not_touched():
         replace(projected_sight(["square"]), hidden=projected_sight(["square"]).hidden.bfloat16()),
     ):
         for place in ("tower", "projected"):
-            got = Folder(keep=30, place=place).select(ctx)
+            got = Folder(keep=30, place=place, positions="pack").select(ctx)
             alone = [i for i, at in enumerate(got.index[0].tolist()) if at not in got.merged[0].tolist()]
             assert len(alone) >= 24
             assert torch.equal(got.hidden[0, alone], ctx.hidden[0, got.index[0, alone]])
 
 
 def test_needs():
-    assert Folder().needs(0) == Needs(hidden=True, vision=(-2,))
-    assert Folder(place="projected").needs(0) == Needs(hidden=True)
+    assert Folder(positions="pack").needs(0) == Needs(hidden=True, vision=(-2,))
+    assert Folder(place="projected", positions="pack").needs(0) == Needs(hidden=True)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_needs():
         ({"alpha": -1}, "alpha: expected a number >= 0, got -1"),
         ({"alpha": float("nan")}, "alpha: expected a number >= 0, got nan"),
         ({"vision_layer": 0.5}, "vision_layer: expected a whole number, got 0.5"),
-        ({"positions": "own"}, "positions: expected 'pack' or 'keep', got 'own'"),
+        ({"positions": "own"}, "positions: expected 'keep' or 'pack', got 'own'"),
     ],
 )
 def test_settings(settings, said):

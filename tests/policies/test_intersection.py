@@ -55,7 +55,7 @@ def test_rejects():
         FastV(layer=2) & Random(layer=3)
     with pytest.raises(ValueError, match=r"^second: expected a policy, got 3$"):
         Intersection(FastV(), 3)
-    packs = PyramidDrop(layers=(2,))
+    packs = PyramidDrop(layers=(2,), positions="pack")
     assert isinstance(packs.select(case(["square"]).ctx), Reduction)
     with pytest.raises(
         ValueError, match=r"^intersection: expected policies that only drop tokens, got PyramidDrop\("

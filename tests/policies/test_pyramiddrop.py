@@ -30,7 +30,7 @@ def slow_scores(made, sample):
 @pytest.mark.parametrize("ratio", [0.5, 0.3, 1.0])
 def test_equals_the_formula(settings, ratio):
     made = case(**settings, layer=16)
-    choice = PyramidDrop(ratio=ratio).select(made.ctx)
+    choice = PyramidDrop(ratio=ratio, positions="pack").select(made.ctx)
     got = kept_lists(choice.index)
     for sample, n in enumerate(made.ctx.counts):
         count = min(n, max(1, int(n * ratio + 1e-6)))
@@ -45,9 +45,12 @@ def test_equals_the_formula(settings, ratio):
 
 def test_a_share_counts_from_the_previous_stage_a_list_from_the_image():
     made = case(["square"], kept=[list(range(14))], layer=16)
-    assert PyramidDrop(ratio=0.4).select(made.ctx).index.shape == (1, 5)  # int(0.4 * 14)
-    assert PyramidDrop(ratio=(0.4, 0.3, 0.1)).select(made.ctx).index.shape == (1, 10)  # int(0.3 * 36)
-    assert PyramidDrop(ratio=(0.9, 0.8, 0.1)).select(made.ctx).index.shape == (
+    assert PyramidDrop(ratio=0.4, positions="pack").select(made.ctx).index.shape == (1, 5)  # int(0.4 * 14)
+    assert PyramidDrop(ratio=(0.4, 0.3, 0.1), positions="pack").select(made.ctx).index.shape == (
+        1,
+        10,
+    )  # int(0.3 * 36)
+    assert PyramidDrop(ratio=(0.9, 0.8, 0.1), positions="pack").select(made.ctx).index.shape == (
         1,
         14,
     )  # never more than there are
@@ -56,20 +59,22 @@ def test_a_share_counts_from_the_previous_stage_a_list_from_the_image():
 @pytest.mark.parametrize("n", [576, 577, 729, 2880, 15, 9])
 def test_released_list_and_default_count_alike(n):
     released = [int(n * share) for share in (0.5, 0.25, 0.125)]
-    assert stage_counts(PyramidDrop(), n) == list(zip((8, 16, 24), released, strict=True))
-    assert stage_counts(PyramidDrop(ratio=(0.5, 0.25, 0.125)), n) == stage_counts(PyramidDrop(), n)
+    assert stage_counts(PyramidDrop(positions="pack"), n) == list(zip((8, 16, 24), released, strict=True))
+    assert stage_counts(PyramidDrop(ratio=(0.5, 0.25, 0.125), positions="pack"), n) == stage_counts(
+        PyramidDrop(positions="pack"), n
+    )
 
 
 def test_positions():
     ctx = case(["two", "tall"], layer=8).ctx
-    packed, kept = PyramidDrop().select(ctx), PyramidDrop(positions="keep").select(ctx)
+    packed, kept = PyramidDrop(positions="pack").select(ctx), PyramidDrop(positions="keep").select(ctx)
     assert isinstance(packed, Reduction) and packed.positions == "pack" and packed.hidden is None
     assert torch.equal(packed.index, kept)
 
 
 def test_needs_the_own_layer():
-    assert PyramidDrop().needs(8) == Needs(attention="own", rows="last")
-    assert PyramidDrop(layers=[2, 5]) == PyramidDrop(layers=(2, 5))
+    assert PyramidDrop(positions="pack").needs(8) == Needs(attention="own", rows="last")
+    assert PyramidDrop(layers=[2, 5], positions="pack") == PyramidDrop(layers=(2, 5), positions="pack")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +98,7 @@ def test_needs_the_own_layer():
             {"ratio": (1.5, 0.5, 0.1)},
             r"^ratio: expected a share in \(0, 1\] as a float \(1\.0 is everything\), got 1\.5",
         ),
-        ({"positions": "drop"}, r"^positions: expected 'pack' or 'keep', got 'drop'$"),
+        ({"positions": "drop"}, r"^positions: expected 'keep' or 'pack', got 'drop'$"),
     ],
 )
 def test_rejects(settings, message):

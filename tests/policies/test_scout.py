@@ -13,11 +13,12 @@ from vlmprune.flops import DecoderShape, decoder_flops, prefill_flops, visual_in
 from vlmprune.policies import Custom, DivPrune, FastV, Random, Scout, Uniform, VisionZip, policy_from
 from vlmprune.policies.blur import blurred
 from vlmprune.policies.schedule import keep_for_flops, keep_for_mean_tokens, stage_counts, wave_rows
+from vlmprune.policies.scout import apart
 from vlmprune.testing.context import make_context
 
 SHAPE = DecoderShape(layers=8, hidden=256, heads=8, kv_heads=8, head_dim=32, intermediate=704)
 GRIDS = (((4, 5), (2, 7)), (), ((6, 3),))
-SCOUT = Scout(coarse=Uniform(layer=0, keep=72), fine=48, look=5)
+SCOUT = Scout(coarse=Uniform(layer=0, keep=72), fine=48, look=5, by="attention")
 
 
 def spread_by_loops(scores, ordinals, grids, spread, tokens):
@@ -45,7 +46,7 @@ def test_spread_equals_loops(spread):
 
 @pytest.mark.parametrize("rope", [True, False])
 def test_keeps_what_ran_and_the_best_of_the_others(rope):
-    policy = Scout(coarse=Uniform(layer=0, keep=0.2), fine=0.25, look=3, rope=rope)
+    policy = Scout(coarse=Uniform(layer=0, keep=0.2), fine=0.25, look=3, by="attention", rope=rope)
     ctx = make_context(policy.needs(3), [[(4, 5)], [], [(5, 4), (2, 10)]], 3)
     index = policy.select(ctx)
     how = {} if rope else {"normalize": "columns", "unrotated": True}
@@ -60,9 +61,57 @@ def test_keeps_what_ran_and_the_best_of_the_others(rope):
         assert {number for number in index[b].tolist() if number >= 0} == want
 
 
+def dpp_by_determinants(features, relevance, there, more):
+    """The tokens that, one after another, multiply the kernel's determinant most."""
+    unit = torch.nn.functional.normalize(features.double(), dim=-1)
+    kernel = relevance.double()[:, None] * (unit @ unit.T) * relevance.double()
+    chosen = list(there)
+    for _ in range(more):
+        others = [i for i in range(len(kernel)) if i not in chosen]
+        grown = [torch.linalg.det(kernel[[*chosen, i]][:, [*chosen, i]]) for i in others]
+        chosen.append(others[int(torch.stack(grown).argmax())])
+    return chosen[len(there) :]
+
+
+def test_fine_tokens_are_unlike_the_coarse_ones_and_one_another():
+    """Against determinants; by attention alone, or without it, they would be others."""
+    policy = Scout(coarse=Uniform(layer=0, keep=4), fine=3, look=3)
+    differ = {"attention alone": 0, "no attention": 0}
+    for seed in range(5):
+        ctx = make_context(policy.needs(3), [[(4, 5)]], 3, seed=seed)
+        coarse, features = ctx.ran[0].tolist(), ctx.embeds[0, ctx.image[0]]
+        worth = blurred(ctx.attention.received(ctx.attention.last), ctx.ran, ctx.grids, 1.0, 20)[0]
+        wanted = dpp_by_determinants(features, worth.index_fill(0, ctx.ran[0], 1.0), coarse, 3)
+        assert set(policy.select(ctx)[0].tolist()) == {*coarse, *wanted}
+        by_attention = replace(policy, by="attention").select(ctx)[0].tolist()
+        evenly = dpp_by_determinants(features, torch.ones(20), coarse, 3)
+        differ["attention alone"] += set(by_attention) != {*coarse, *wanted}
+        differ["no attention"] += set(evenly) != set(wanted)
+    assert all(differ.values()), differ
+
+
+def test_a_coarse_token_that_others_span_takes_nobodys_place():
+    features = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
+    features[0, 1] = features[0, 0]  # two coarse tokens that are one
+    features[0, 4] = 2 * features[0, 0]  # and one that would show nothing new, whatever it is worth
+    there = torch.tensor([[True, True, False, False, False, False, False, False]])
+    scores = torch.rand(1, 8, generator=torch.Generator().manual_seed(1)).index_fill(1, torch.tensor(4), 1.0)
+    mask = torch.tensor([[True] * 7 + [False]])
+    ranks = apart(scores, features, there, mask, 5)
+    assert ranks[0].argsort()[-4:].tolist().count(4) == 0
+    best = ranks[0].topk(3).indices.tolist()
+    own = scores[0]
+    assert best == dpp_by_determinants(features[0, :7], own[:7].index_fill(0, torch.tensor(0), 1.0), [0], 3)
+    assert (ranks[0, [0, 1, 7]] == 0).all() and (ranks[0] > 0).sum() <= 4
+
+
 def test_random_reads_nothing():
     policy = replace(SCOUT, by="random")
-    assert policy.needs(5).attention is None and SCOUT.needs(5).attention == "previous"
+    assert (
+        policy.needs(5).attention is None
+        and not policy.needs(5).embeds
+        and SCOUT.needs(5).attention == "previous"
+    )
     ctx = make_context(policy.needs(5), [[(5, 4)]], 5)
     assert policy.seed == 0 and SCOUT.seed is None  # an evaluation repeats what draws
     one, two = (replace(policy, coarse=Uniform(layer=0, keep=4), fine=5, seed=s).select(ctx) for s in (0, 1))
@@ -101,7 +150,7 @@ def test_coarse_tokens_keep_their_positions():
     "text, policy",
     [
         ("scout", Scout()),
-        ("scout:coarse=(uniform:layer=0,keep=72),fine=48,look=5", SCOUT),
+        ("scout:coarse=(uniform:layer=0,keep=72),fine=48,look=5,by=attention", SCOUT),
         (
             "scout:fine=24,coarse=(divprune:keep=48,positions=keep | uniform:layer=0,keep=24),spread=2.0",
             Scout(
@@ -179,7 +228,7 @@ def test_the_cost_of_two_waves():
             r"^fine: expected a share in \(0, 1\] or a whole number of tokens per image >= 1, got 0$",
         ),
         ({"look": 0}, r"^look: expected a whole number >= 1 \(the layers before it look\), got 0$"),
-        ({"by": "chance"}, "^by: expected 'attention' or 'random', got 'chance'$"),
+        ({"by": "chance"}, "^by: expected 'attention', 'diverse' or 'random', got 'chance'$"),
         ({"spread": 0}, "^spread: expected a number > 0, got 0$"),
         ({"rope": 1}, "^rope: expected True or False, got 1$"),
         ({"by": "random", "seed": -1}, "^seed: expected a whole number"),

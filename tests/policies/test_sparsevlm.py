@@ -97,7 +97,7 @@ def slow_recycle(x, scores, kept, merge):
 @pytest.mark.parametrize("keep, merge", [(4, "mean"), (0.5, "sum"), (12, "mean")])
 def test_equals_the_formula(settings, keep, merge):
     made = text_case(**settings, layer=7)
-    got = SparseVLM(keep=(1, keep, 1), merge=merge).select(made.ctx)
+    got = SparseVLM(keep=(1, keep, 1), merge=merge, positions="pack").select(made.ctx)
     assert isinstance(got, Reduction) and got.positions == "pack"
     for sample, n in enumerate(made.ctx.counts):
         index, rows = got.index[sample].tolist(), got.hidden[sample]
@@ -132,7 +132,7 @@ def test_degenerate_features(kind):
     if kind == "duplicates":
         hidden = made.ctx.hidden[:, torch.arange(36) // 3]
     made = replace(made, ctx=replace(made.ctx, hidden=hidden))
-    got = SparseVLM(keep=(3, 1, 1)).select(made.ctx)
+    got = SparseVLM(keep=(3, 1, 1), positions="pack").select(made.ctx)
     scores = slow_matrix(made, 0).mean(0).round(12)
     index, rows, into = slow_recycle(hidden[0].double().cpu().numpy(), scores, top(scores, 3), "mean")
     assert got.index[0].tolist() == index and got.merged[0].tolist() == into
@@ -141,10 +141,10 @@ def test_degenerate_features(kind):
 
 def test_without_recycling():
     ctx = text_case(["two", "none", "tall"], layer=3).ctx
-    packed = SparseVLM(keep=(7, 1, 1), recycle=False).select(ctx)
+    packed = SparseVLM(keep=(7, 1, 1), recycle=False, positions="pack").select(ctx)
     assert packed.positions == "pack" and packed.hidden is None
     assert torch.equal(packed.index, SparseVLM(keep=(7, 1, 1), recycle=False, positions="keep").select(ctx))
-    recycled = SparseVLM(keep=(7, 1, 1)).select(ctx).index
+    recycled = SparseVLM(keep=(7, 1, 1), positions="pack").select(ctx).index
     assert torch.equal(packed.index[0], recycled[0, :14]) and torch.equal(
         packed.index[2, :7], recycled[2, :7]
     )
@@ -194,8 +194,10 @@ def test_no_text_after_the_image():
     assert lonely[0].tolist() == [3, 8, 11, 16, 19, 21, 24, 29, 32]
     for version in ("1.0", "paper"):
         for made, sample in ((mixed, 1), (alone, 0)):
-            assert (SparseVLM(version=version).select(made.ctx).index[sample] >= 0).sum() == 36
-    merged = SparseVLM(layers=(2,), keep=(9,)).select(alone.ctx)
+            assert (
+                SparseVLM(version=version, positions="pack").select(made.ctx).index[sample] >= 0
+            ).sum() == 36
+    merged = SparseVLM(layers=(2,), keep=(9,), positions="pack").select(alone.ctx)
     assert merged.index[0, :9].tolist() == lonely[0].tolist() and merged.hidden.isfinite().all()
 
 
@@ -215,7 +217,7 @@ def test_unrated_tokens_are_spread_evenly(kept):
 def test_an_unknown_rank_counts_as_full(version, value):
     """NaN in one sample: it loses nothing, and its neighbour what it would have lost."""
     ctx = text_case(["square", "two"], layer=7).ctx
-    policy = SparseVLM(version=version, scale=0.5, recycle=False)
+    policy = SparseVLM(version=version, scale=0.5, recycle=False, positions="pack")
     sound, got = policy.select(ctx).index, policy.select(broken(ctx, 1, value)).index
     assert (got[1] >= 0).sum() == ctx.counts[1] > (sound[1] >= 0).sum()
     assert got[0][got[0] >= 0].tolist() == sound[0][sound[0] >= 0].tolist()
@@ -225,7 +227,7 @@ def test_an_unknown_rank_counts_as_full(version, value):
 def test_recycling_of_rows_out_of_range(value):
     """Distances that leave float32 choose some centre among the pruned tokens, once each."""
     ctx = text_case(["square", "square"], layer=3).ctx
-    policy, bad = SparseVLM(keep=(3, 1, 1)), replace(ctx, hidden=ctx.hidden.clone())
+    policy, bad = SparseVLM(keep=(3, 1, 1), positions="pack"), replace(ctx, hidden=ctx.hidden.clone())
     bad.hidden[1, ::2] = value
     got, sound = policy.select(bad), policy.select(ctx)
     assert torch.equal(got.index[0], sound.index[0]) and torch.equal(got.hidden[0], sound.hidden[0])
@@ -251,7 +253,7 @@ def test_row_attention(settings):
 @pytest.mark.parametrize("settings", CASES)
 def test_counts_by_rank(settings, version, scale, bias):
     made = text_case(**settings, layer=7)
-    policy = SparseVLM(version=version, scale=scale, bias=bias, recycle=False)
+    policy = SparseVLM(version=version, scale=scale, bias=bias, recycle=False, positions="pack")
     kept = (policy.select(made.ctx).index >= 0).sum(1).tolist()
     for sample, n in enumerate(made.ctx.counts):
         if not n:
@@ -276,7 +278,9 @@ def test_counts_by_rank(settings, version, scale, bias):
 )
 def test_published_counts(tokens, after, mean):
     """Tokens after each stage for an image of 576, and their mean over the 32 layer inputs of a 7B model."""
-    assert stage_counts(SparseVLM(tokens=tokens), 576) == list(zip((3, 7, 16), after, strict=True))
+    assert stage_counts(SparseVLM(tokens=tokens, positions="pack"), 576) == list(
+        zip((3, 7, 16), after, strict=True)
+    )
     a, b, c = after
     assert abs((3 * 576 + 4 * a + 9 * b + 16 * c) / 32 - mean) <= 0.05 + 1e-9
     # what its authors print counts each pruning layer by its output
@@ -292,14 +296,22 @@ def test_recycle_counts(pruned, counts):
 
 
 def test_defaults_of_the_versions():
-    assert SparseVLM(version="1.0").layers == (3, 7, 16, 20)
-    assert (SparseVLM(version="1.0", tokens=128).scale, SparseVLM(version="1.0", tokens=128).bias) == (
+    assert SparseVLM(version="1.0", positions="pack").layers == (3, 7, 16, 20)
+    assert (
+        SparseVLM(version="1.0", tokens=128, positions="pack").scale,
+        SparseVLM(version="1.0", tokens=128, positions="pack").bias,
+    ) == (
         9.0,
         6.0,
     )
-    assert (SparseVLM(version="paper").scale, SparseVLM(version="paper").bias) == (1.0, 0.0)
-    assert SparseVLM().needs(3) == Needs(hidden=True, attention="previous", rows="text", embeds=True)
-    assert not SparseVLM(recycle=False).needs(3).hidden
+    assert (
+        SparseVLM(version="paper", positions="pack").scale,
+        SparseVLM(version="paper", positions="pack").bias,
+    ) == (1.0, 0.0)
+    assert SparseVLM(positions="pack").needs(3) == Needs(
+        hidden=True, attention="previous", rows="text", embeds=True
+    )
+    assert not SparseVLM(recycle=False, positions="pack").needs(3).hidden
 
 
 @pytest.mark.parametrize(
@@ -322,7 +334,7 @@ def test_defaults_of_the_versions():
         ),
         ({"version": "1.0", "scale": -1.0}, r"^scale: expected a number > 0, got -1\.0$"),
         ({"merge": "max"}, r"^merge: expected 'mean' or 'sum', got 'max'$"),
-        ({"positions": 1}, r"^positions: expected 'pack' or 'keep', got 1$"),
+        ({"positions": 1}, r"^positions: expected 'keep' or 'pack', got 1$"),
     ],
 )
 def test_rejects(settings, message):
@@ -338,4 +350,4 @@ def test_says_what_is_missing():
         ("hidden", "ctx.hidden: expected hidden"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
-            SparseVLM().select(replace(ctx, **{field: None}))
+            SparseVLM(positions="pack").select(replace(ctx, **{field: None}))

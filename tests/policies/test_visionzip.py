@@ -92,7 +92,7 @@ def test_keys_along_axes():
     axis, sign = torch.randint(8, (37,), generator=g), torch.randint(-1, 2, (37,), generator=g)
     seen = ctx.vision[-2]
     ctx = replace(ctx, vision={-2: replace(seen, key=(torch.eye(8)[axis] * sign[:, None])[None, None])})
-    got = VisionZip(6, 7).select(ctx)
+    got = VisionZip(6, 7, positions="pack").select(ctx)
     (pairs,) = expected_of(ctx, 6, 7)
     assert got.index.tolist() == [[j for j, _ in pairs]]
     assert got.hidden[0].double().cpu().numpy() == pytest.approx(
@@ -105,15 +105,15 @@ def test_a_target_counts_in_full_beside_the_mean():
     ctx = sight(["square"])
     ones = torch.ones(1, 36, 12)
     ctx = replace(ctx, hidden=ones, features=ones, project=lambda x: x)
-    assert VisionZip(6, 30).select(ctx).hidden.unique().tolist() == [1.0]
-    rows = VisionZip(6, 1).select(ctx).hidden[0]
+    assert VisionZip(6, 30, positions="pack").select(ctx).hidden.unique().tolist() == [1.0]
+    rows = VisionZip(6, 1, positions="pack").select(ctx).hidden[0]
     assert rows[:6].unique().tolist() == [1.0] and rows[6:].unique().tolist() == [2.0]
 
 
 def test_half_precision_rows_keep_their_dtype():
     ctx = sight(["square"])
-    rows = VisionZip(5, 3).select(replace(ctx, hidden=ctx.hidden.bfloat16())).hidden
-    exact = VisionZip(5, 3).select(ctx).hidden
+    rows = VisionZip(5, 3, positions="pack").select(replace(ctx, hidden=ctx.hidden.bfloat16())).hidden
+    exact = VisionZip(5, 3, positions="pack").select(ctx).hidden
     assert rows.dtype == torch.bfloat16
     assert torch.allclose(rows.float(), exact, atol=0.05)
 
@@ -122,22 +122,28 @@ def test_half_precision_rows_keep_their_dtype():
     "tokens, dominant, contextual", [(192, 162, 30), (128, 108, 20), (64, 54, 10), (32, 27, 5)]
 )
 def test_presets(tokens, dominant, contextual):
-    policy = VisionZip(tokens=tokens)
+    policy = VisionZip(tokens=tokens, positions="pack")
     assert (policy.dominant, policy.contextual) == (dominant, contextual)
-    assert policy == VisionZip(dominant, contextual, tokens=tokens) == replace(policy)
+    assert policy == VisionZip(dominant, contextual, tokens=tokens, positions="pack") == replace(policy)
     ctx = sight([((24, 24),)])
     assert policy.select(ctx).index.shape == (1, tokens)
-    assert VisionZip(tokens=tokens, count_cls=True).select(ctx).index.shape == (1, tokens - 1)
+    assert VisionZip(tokens=tokens, count_cls=True, positions="pack").select(ctx).index.shape == (
+        1,
+        tokens - 1,
+    )
 
 
 def test_defaults():
-    assert VisionZip() == VisionZip(54, 10) and VisionZip(dominant=7).contextual == 10
-    assert VisionZip().layers == (0,)
-    assert VisionZip(vision_layer=4).needs(0) == Needs(hidden=True, vision=(4,))
+    assert (
+        VisionZip(positions="pack") == VisionZip(54, 10, positions="pack")
+        and VisionZip(dominant=7, positions="pack").contextual == 10
+    )
+    assert VisionZip(positions="pack").layers == (0,)
+    assert VisionZip(vision_layer=4, positions="pack").needs(0) == Needs(hidden=True, vision=(4,))
 
 
 def test_no_images():
-    assert VisionZip().select(sight(["none"])).shape == (1, 0)
+    assert VisionZip(positions="pack").select(sight(["none"])).shape == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -163,4 +169,4 @@ def test_missing_rows():
     with pytest.raises(
         ValueError, match=r"^ctx\.hidden: expected rows \(declare Needs\(hidden=True\)\), got None$"
     ):
-        VisionZip().select(replace(sight(["square"]), hidden=None))
+        VisionZip(positions="pack").select(replace(sight(["square"]), hidden=None))

@@ -41,7 +41,7 @@ def slow(scores, features, keep, ratio):
 @pytest.mark.parametrize("keep, ratio", [(8, 0.5), (7, 0.5), (0.3, 0.25), (1, 0.0), (5, 1.0), (100, 0.5)])
 def test_equals_the_formula(settings, keep, ratio):
     ctx = sight(**settings)
-    got = VisPruner(keep, ratio).select(ctx)
+    got = VisPruner(keep, ratio, positions="pack").select(ctx)
     for sample, here in enumerate(images_in(ctx)):
         expected = []
         for number, first, (r, c) in here:
@@ -58,7 +58,7 @@ def test_equal_features():
     axis[..., 3] = 2.0  # cosines are exactly 1
     same = replace(ctx, features=axis)
     expected = slow(patch_scores(ctx, -2, 0), axis[0], 10, 0.5)
-    assert VisPruner(10).select(same).index.tolist() == [expected]
+    assert VisPruner(10, positions="pack").select(same).index.tolist() == [expected]
 
 
 def test_a_duplicate_goes_before_a_patch_of_its_own():
@@ -76,27 +76,29 @@ def test_a_round_removes_no_more_than_there_are():
 
 def test_published_counts():
     ctx = sight([((24, 24),)])
-    assert VisPruner().select(ctx).index.shape == (1, 64)
+    assert VisPruner(positions="pack").select(ctx).index.shape == (1, 64)
     order = list(range(576))
     assert slow_rounds(ctx.features[0], order[32:], 32)[1] == 64  # 544 - 32 = 512 = 64 rounds of 8
 
 
 def test_no_images():
-    assert VisPruner().select(sight(["none"])).shape == (1, 0)
+    assert VisPruner(positions="pack").select(sight(["none"])).shape == (1, 0)
 
 
 def test_needs():
-    assert VisPruner().layers == (0,) and VisPruner().needs(0) == Needs(vision=(-2,))
+    assert VisPruner(positions="pack").layers == (0,) and VisPruner(positions="pack").needs(0) == Needs(
+        vision=(-2,)
+    )
 
 
 def test_missing_features():
     with pytest.raises(
         ValueError, match=r"^ctx\.features: expected what the projector got \(declare .*None$"
     ):
-        VisPruner().select(replace(sight(["square"]), features=None))
+        VisPruner(positions="pack").select(replace(sight(["square"]), features=None))
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.5, "half", True, float("nan")])
 def test_rejects(ratio):
     with pytest.raises(ValueError, match=r"^important_ratio: expected a share in \[0, 1\], got "):
-        VisPruner(important_ratio=ratio)
+        VisPruner(important_ratio=ratio, positions="pack")

@@ -53,7 +53,7 @@ def slow_merge(rows, kept):
 )
 def test_first_stage_equals_the_formula(settings, keep, ratio, window):
     ctx = sight(**settings, layers=LAYERS)
-    got = VScan(keep, local_ratio=ratio, window=window).select(ctx)
+    got = VScan(keep, local_ratio=ratio, window=window, positions="pack").select(ctx)
     assert got.positions == "pack"
     for sample, here in enumerate(images_in(ctx)):
         expected, merged = [], []
@@ -71,7 +71,7 @@ def test_first_stage_equals_the_formula(settings, keep, ratio, window):
 def test_constant_rows_stay_as_they_are():
     """The mean includes the kept row itself, so equal rows merge to the same row."""
     ctx = sight(["square"], LAYERS)
-    rows = VScan(8).select(replace(ctx, hidden=torch.ones_like(ctx.hidden))).hidden
+    rows = VScan(8, positions="pack").select(replace(ctx, hidden=torch.ones_like(ctx.hidden))).hidden
     assert rows.unique().tolist() == [1.0]
 
 
@@ -79,12 +79,12 @@ def test_constant_rows_stay_as_they_are():
 def test_published_counts(keep, then):
     """24 x 24: each of 16 windows gives half of T / 16 patches; the mean over 32 layers is 64, 128 or 192."""
     ctx = sight([((24, 24),)], LAYERS, H=1)
-    got = VScan(keep, then).select(ctx)
+    got = VScan(keep, then, positions="pack").select(ctx)
     assert got.index.shape == (1, keep) and (16 * keep + 16 * then) / 32 in (64, 128, 192)
     window = torch.tensor(windows_of((24, 24), 6))
     assert window[got.index[0]].bincount(minlength=16).min() >= keep // 32
     later = case([((24, 24),)], layer=16, kept=[got.index[0].tolist()], last_only=True).ctx
-    assert VScan(keep, then).select(later).index.shape == (1, then)
+    assert VScan(keep, then, positions="pack").select(later).index.shape == (1, then)
 
 
 def test_windows():
@@ -121,7 +121,7 @@ def last_row(made, sample):
 @pytest.mark.parametrize("then", [3, 0.5, 100])
 def test_second_stage_equals_the_formula(settings, then):
     made = case(**settings, layer=16)
-    got = VScan(then=then).select(made.ctx)
+    got = VScan(then=then, positions="pack").select(made.ctx)
     assert got == Reduction(got.index, None, "pack")
     for sample, n in enumerate(made.ctx.counts):
         wanted = then * len(made.ctx.grids[sample]) if isinstance(then, int) else max(1, int(then * n))
@@ -131,14 +131,14 @@ def test_second_stage_equals_the_formula(settings, then):
 
 
 def test_no_images():
-    assert VScan().select(sight(["none"], LAYERS)).shape == (1, 0)
+    assert VScan(positions="pack").select(sight(["none"], LAYERS)).shape == (1, 0)
 
 
 def test_needs():
-    assert VScan().layers == (0, 16)
-    assert VScan().needs(0) == Needs(hidden=True, vision=(-2, 5))
-    assert VScan(vision_layer=5).needs(0) == Needs(hidden=True, vision=(5,))
-    assert VScan().needs(16) == Needs(attention="own")
+    assert VScan(positions="pack").layers == (0, 16)
+    assert VScan(positions="pack").needs(0) == Needs(hidden=True, vision=(-2, 5))
+    assert VScan(vision_layer=5, positions="pack").needs(0) == Needs(hidden=True, vision=(5,))
+    assert VScan(positions="pack").needs(16) == Needs(attention="own")
 
 
 @pytest.mark.parametrize(

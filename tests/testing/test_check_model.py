@@ -253,8 +253,8 @@ def test_refuses_what_prune_refuses(model):
     "policy",
     [
         vlmprune.FastV(layer=2, keep=5, earlier_kv="compact"),
-        vlmprune.SparseVLM(layers=(1, 3, 4), keep=(10, 6, 3), earlier_kv="compact"),
-        vlmprune.VisionZip(dominant=5, contextual=2),
+        vlmprune.SparseVLM(layers=(1, 3, 4), keep=(10, 6, 3), earlier_kv="compact", positions="pack"),
+        vlmprune.VisionZip(dominant=5, contextual=2, positions="pack"),
         vlmprune.FastV(layer=2, keep=1.0),
     ],
     ids=lambda policy: type(policy).__name__,

@@ -82,7 +82,7 @@ def test_a_right_one():
 
 
 def test_cases_follow_needs():
-    tower, deep = check_policy(VisionZip(dominant=5)), check_policy(FastV())
+    tower, deep = check_policy(VisionZip(dominant=5, positions="pack")), check_policy(FastV())
     assert "layer 0, a tower without CLS" in tower and "layer 0, inf in one token of vision[-2].key" in tower
     assert "layer 0, after an earlier stage" not in tower and "layer 0, images of unequal size" not in tower
     assert "layer 2, images of unequal size" in deep and "layer 2, nan in one token of query" in deep

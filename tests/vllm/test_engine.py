@@ -13,7 +13,7 @@ from helpers.served import CHECKPOINT, ENGINE, QUESTIONS, Reference, engine, que
 from helpers.served_apart import Request, answers, heard
 from vlmprune import policy_from
 
-POLICY = {"policy": "fastervlm", "keep": 49, "vision_layer": -1, "max_keep": 96}
+POLICY = {"policy": "fastervlm", "keep": 49, "vision_layer": -1, "max_keep": 96, "positions": "pack"}
 BLOCK = ENGINE["block_size"]
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
@@ -77,7 +77,9 @@ def test_a_cached_image_is_pruned_by_the_budget_of_the_request(fresh, encoded):
     kept = [budget or 49 for budget in budgets]
     said = [answers(fresh, [Request(2, keep=budget)])[0] for budget in budgets]
     assert [one.prompt - said[0].prompt for one in said] == [n - 49 for n in kept]
-    policies = [policy_from({"policy": "fastervlm", "keep": n, "vision_layer": -1}) for n in kept]
+    policies = [
+        policy_from({"policy": "fastervlm", "keep": n, "vision_layer": -1, "positions": "pack"}) for n in kept
+    ]
     assert [one.ids for one in said] == [reference(question(2), policy) for policy in policies]
     assert len({round(one.logprob, 3) for one in said[:4]}) == 4  # each budget is seen in its answer
     assert encoded == [1, 1, 1, 1]

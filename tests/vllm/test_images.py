@@ -15,9 +15,13 @@ from vlmprune.errors import InputError
 from vlmprune.integrations.vllm.settings import KEPT
 
 MADE = {
-    "llava": ("clip", "llama", {"policy": "fastervlm", "keep": 5}),
-    "llava_next": ("clip", "mistral", {"policy": "visionzip", "dominant": 8, "contextual": 3}),
-    "llava_onevision": ("siglip", "qwen2", {"policy": "folder", "keep": 0.25}),
+    "llava": ("clip", "llama", {"policy": "fastervlm", "keep": 5, "positions": "pack"}),
+    "llava_next": (
+        "clip",
+        "mistral",
+        {"policy": "visionzip", "dominant": 8, "contextual": 3, "positions": "pack"},
+    ),
+    "llava_onevision": ("siglip", "qwen2", {"policy": "folder", "keep": 0.25, "positions": "pack"}),
 }
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 """Larger batches are multiplied in another order."""
@@ -134,6 +138,9 @@ def hooks(model):
 def test_hooks_where_the_tower_is_read_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     folder = tiny("llava", tmp_path)
-    for policy, count in (({"policy": "divprune", "keep": 5}, 0), ({"policy": "fastervlm", "keep": 5}, 1)):
+    for policy, count in (
+        ({"policy": "divprune", "keep": 5, "positions": "pack"}, 0),
+        ({"policy": "fastervlm", "keep": 5, "positions": "pack"}, 1),
+    ):
         with engine(folder, policy, **engine_settings("llava")) as llm:
             assert llm.apply_model(hooks) == [count], policy

@@ -9,20 +9,20 @@ from helpers.served_tiny import LAYOUTS, ask, engine_settings, renamed, tiny
 from vlmprune import policy_from
 
 POLICIES = [
-    {"policy": "divprune", "keep": 64},
-    {"policy": "fastervlm", "keep": 49, "vision_layer": -1},
-    {"policy": "visionzip", "dominant": 40, "contextual": 9},
-    {"policy": "vispruner", "keep": 50},
+    {"policy": "divprune", "keep": 64, "positions": "pack"},
+    {"policy": "fastervlm", "keep": 49, "vision_layer": -1, "positions": "pack"},
+    {"policy": "visionzip", "dominant": 40, "contextual": 9, "positions": "pack"},
+    {"policy": "vispruner", "keep": 50, "positions": "pack"},
     {"policy": "uniform", "layer": 0, "keep": 0.25},
     {"policy": "random", "layer": 0, "keep": 30},
-    {"policy": "folder", "keep": 64},
+    {"policy": "folder", "keep": 64, "positions": "pack"},
 ]
 MADE = {"clip": "llama", "siglip": "qwen2"}
 SMALL = {
-    "divprune": {"policy": "divprune", "keep": 0.5},
-    "fastervlm": {"policy": "fastervlm", "keep": 5},
-    "visionzip": {"policy": "visionzip", "dominant": 5, "contextual": 2},
-    "folder": {"policy": "folder", "keep": 6},
+    "divprune": {"policy": "divprune", "keep": 0.5, "positions": "pack"},
+    "fastervlm": {"policy": "fastervlm", "keep": 5, "positions": "pack"},
+    "visionzip": {"policy": "visionzip", "dominant": 5, "contextual": 2, "positions": "pack"},
+    "folder": {"policy": "folder", "keep": 6, "positions": "pack"},
 }
 ASKED = [ask("square"), ask("wide", "tall", seed=1), ask(seed=3)]
 """One image, two of them, and text alone."""

@@ -12,7 +12,11 @@ LARGEST = pytest.mark.parametrize("more, most", [({}, 49), ({"max_keep": 98}, 98
 
 @LARGEST
 def test_a_step_encodes_as_many_images_as_unpruned(more, most):
-    with engine(CHECKPOINT, {"policy": "divprune", "keep": 49, **more}, max_num_batched_tokens=1960) as llm:
+    with engine(
+        CHECKPOINT,
+        {"policy": "divprune", "keep": 49, "positions": "pack", **more},
+        max_num_batched_tokens=1960,
+    ) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         assert scheduler.max_num_encoder_input_tokens // most == 1960 // TOKENS == 10
         assert scheduler.max_num_scheduled_tokens == 1960
@@ -21,6 +25,6 @@ def test_a_step_encodes_as_many_images_as_unpruned(more, most):
 @LARGEST
 def test_the_largest_budget_always_fits(more, most):
     few = {"max_num_batched_tokens": 128, "max_num_seqs": 8}
-    with engine(CHECKPOINT, {"policy": "divprune", "keep": 49, **more}, **few) as llm:
+    with engine(CHECKPOINT, {"policy": "divprune", "keep": 49, "positions": "pack", **more}, **few) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         assert scheduler.max_num_encoder_input_tokens == most > 128 * most // TOKENS

@@ -9,8 +9,8 @@ from helpers.served_apart import Request, answers, apart, same
 from helpers.served_tiny import renamed
 
 REQUESTS = [Request(0), Request(1, 2), Request(2, keep=24), Request(5, 2, 10)]
-READS_TOWER = {"policy": "visionzip", "dominant": 40, "contextual": 9}
-DIVPRUNE = {"policy": "divprune", "keep": 49}
+READS_TOWER = {"policy": "visionzip", "dominant": 40, "contextual": 9, "positions": "pack"}
+DIVPRUNE = {"policy": "divprune", "keep": 49, "positions": "pack"}
 NO_PLUGIN = {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from helpers.served import CHECKPOINT, ROOT, SCENES, Asked, engine, environment, said
 
 EXAMPLE = ROOT / "examples" / "serving" / "ray_batch.py"
-PRUNING = {"policy": "divprune", "keep": 64, "max_keep": 100}
+PRUNING = {"policy": "divprune", "keep": 64, "max_keep": 100, "positions": "pack"}
 BUDGETS = {1: 16, 2: 0.25, 4: 100, 6: 0.5}
 TOO_MUCH, NO_PICTURE = 3, 5
 

@@ -24,8 +24,9 @@ from vlmprune.integrations.vllm.startup import PrunedConfig, UnprunedConfig
 
 NEXT = "VLMPruneLlavaNextForConditionalGeneration"
 QWEN = "VLMPruneQwen2_5_VLForConditionalGeneration"
-SMALL = {"policy": "divprune", "keep": 16}
-SEES = {"policy": "fastervlm", "keep": 16, "vision_layer": -1}
+KEEPING = {"policy": "divprune", "keep": 16}
+SMALL = {**KEEPING, "positions": "pack"}
+SEES = {"policy": "fastervlm", "keep": 16, "vision_layer": -1, "positions": "pack"}
 
 
 def refused(model, over, expected, **settings):
@@ -49,11 +50,12 @@ def refused(model, over, expected, **settings):
         ({"policy": "fastv"}, "FastV: expected a policy that prunes at layer 0 alone"),
         ({"policy": "uniform", "layer": 0, "stride": 2}, "Uniform: expected a count known before"),
         (
-            {"policy": "divprune", "keep": 197},
+            {**SMALL, "keep": 197},
             "expected at most the 196 tokens of this model's largest image",
         ),
         ({**SMALL, "max_keep": 197}, "max_keep: expected 16 (what the policy keeps itself) to 196"),
         ({**SMALL, "max_keep": 15}, "max_keep: expected 16 (what the policy keeps itself) to 196"),
+        (KEEPING, "positions: expected 'pack' with this model in vLLM"),
         ({**SMALL, "positions": "keep"}, "positions: expected 'pack' with this model in vLLM"),
         (
             {**SEES, "vision_layer": 4},
@@ -128,7 +130,7 @@ def configured(folder, kind, architecture):
 )
 @pytest.mark.parametrize("stray", [False, True], ids=["architecture", "stray"])
 def test_another_family(tmp_path, kind, own, expected, stray):
-    over = {"vlmprune": SMALL} if stray else overrides(SMALL)
+    over = {"vlmprune": KEEPING} if stray else overrides(KEEPING)
     refused(configured(tmp_path, kind, own), over, expected)
 
 
@@ -160,7 +162,7 @@ def tiled(tmp_path):
 def test_more_than_the_largest_image_has(tiled):
     refused(
         tiled,
-        overrides({"policy": "divprune", "keep": 1009}, NEXT),
+        overrides({**SMALL, "keep": 1009}, NEXT),
         "the 1008 tokens of this model's largest image",
     )
     refused(

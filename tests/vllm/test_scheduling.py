@@ -14,7 +14,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from helpers.served import CHECKPOINT, ENGINE, engine, overrides, preemptions
 from helpers.served_apart import Request, answers, heard, same
 
-POLICY = {"policy": "visionzip", "dominant": 40, "contextual": 9, "max_keep": 98}
+POLICY = {"policy": "visionzip", "dominant": 40, "contextual": 9, "max_keep": 98, "positions": "pack"}
 MIXED = [
     Request(number, images, keep)
     for number, images, keep in itertools.product(range(6), (1, 2), (None, 10, 24, 0.25, 98, 75))

@@ -17,7 +17,7 @@ from helpers.served import CHECKPOINT, QUESTIONS, Reference, question
 from helpers.server import API_SERVER, SERVE, arguments, chat_body, members, server, started, until
 from vlmprune import policy_from
 
-POLICY = {"policy": "divprune", "keep": 64}
+POLICY = {"policy": "divprune", "keep": 64, "positions": "pack"}
 SERVED = {**POLICY, "max_keep": 128}
 OPTIONS = ("--enable-prompt-tokens-details", "--trust-request-mm-kwargs")
 AT_ONCE = 16

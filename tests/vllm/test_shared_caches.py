@@ -7,8 +7,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed (make test-vllm)")
 from helpers.served import CHECKPOINT, engine
 from helpers.served_apart import Request, answers
 
-DIVPRUNE = {"policy": "divprune", "keep": 49}
-READS_TOWER = {"policy": "fastervlm", "keep": 49, "vision_layer": -1}
+DIVPRUNE = {"policy": "divprune", "keep": 49, "positions": "pack"}
+READS_TOWER = {"policy": "fastervlm", "keep": 49, "vision_layer": -1, "positions": "pack"}
 REQUESTS = [Request(0), Request(1, 2)]
 
 

@@ -75,7 +75,7 @@ class ACCMSelection(PruningPolicy):
         order: ``"raster"``, or ``"selected"`` (released code): question and outliers, evenly spaced, leftovers; each in
             raster order but the last.
         seed: which order leftovers have.
-        positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
+        positions: ``"keep"`` their own, or ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...).
 
     Raises:
         InputError: a setting is out of range; in ``rank`` and ``select``, the function returns another shape.
@@ -83,7 +83,7 @@ class ACCMSelection(PruningPolicy):
 
     summary = "some by the question, outliers of CLS attention, the rest evenly spaced"
     paper = "the selection of ACCM, Adaptive Content Compensation Method (ACM MM 2025), arXiv 2508.01236"
-    presets = each("keep={}", shares=",positions=keep")
+    presets = each("keep={}", counts=",positions=pack")
     checked = "reading"
     growth = "n"  # of a tower with CLS; without, every patch looks at every other: n^2
 
@@ -96,7 +96,7 @@ class ACCMSelection(PruningPolicy):
     overflow: Literal["score", "last"] = "score"
     order: Literal["raster", "selected"] = "raster"
     seed: int = 0
-    positions: Positions = "pack"
+    positions: Positions = "keep"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -113,7 +113,7 @@ class ACCMSelection(PruningPolicy):
         check_word("overflow", self.overflow, "score", "last")
         check_word("order", self.order, "raster", "selected")
         check_seed(self.seed)
-        check_word("positions", self.positions, "pack", "keep")
+        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "crop"

@@ -67,21 +67,21 @@ class AIM(PruningPolicy):
         temperature: of the softmax, above 0.
         rounds: steps of PageRank, at least 1.
         vision_layer: vision-tower layer of the ``"keys"``.
-        positions: of what merging leaves: ``"pack"`` (released code) or ``"keep"``, a merged token having its odd one's.
+        positions: of what merging leaves: ``"keep"``, a merged token having its odd one's, or ``"pack"`` (released code).
     """
 
     summary = "tokens alike merged before the LM, then a linear decay by PageRank on attention"
     paper = "AIM: Adaptive Inference of Multi-Modal LLMs via Token Merging and Pruning (ICCV 2025), arXiv 2412.03248"
     presets = {
-        192: "keep=350",
-        128: "keep=233",
-        64: "keep=116",
-        640: "keep=1169",
-        320: "keep=584",
-        160: "keep=292",
-        0.333: "keep=0.504,layer=15,positions=keep",
-        0.222: "keep=0.3355,layer=15,positions=keep",
-        0.111: "keep=0.1675,layer=15,positions=keep",
+        192: "keep=350,positions=pack",
+        128: "keep=233,positions=pack",
+        64: "keep=116,positions=pack",
+        640: "keep=1169,positions=pack",
+        320: "keep=584,positions=pack",
+        160: "keep=292,positions=pack",
+        0.333: "keep=0.504,layer=15",
+        0.222: "keep=0.3355,layer=15",
+        0.111: "keep=0.1675,layer=15",
     }
     growth = "n^2"  # all pairs, before the model and in every layer that drops
 
@@ -93,7 +93,7 @@ class AIM(PruningPolicy):
     temperature: float = 0.1
     rounds: int = 5
     vision_layer: int = -1
-    positions: Positions = "pack"
+    positions: Positions = "keep"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -105,7 +105,7 @@ class AIM(PruningPolicy):
         check(above, "temperature", "a number > 0", repr(self.temperature))
         check_whole("rounds", self.rounds, 1)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "pack", "keep")
+        check_word("positions", self.positions, "keep", "pack")
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -28,15 +28,15 @@ PUBLISHED = (
 )
 
 
-def each(setting: str, shares: str = "") -> dict[float, str]:
+def each(setting: str, counts: str = "") -> dict[float, str]:
     """Presets of a method that acts before the language model: the budget, put in at ``{}``, is what every layer gets.
 
-    ``shares`` is added where it is a share. Those are for Qwen2.5-VL, whose positions have three axes and cannot be packed.
+    ``counts`` is added where it is a number of tokens: what the published tables for LLaVA were made with.
 
     Example:
-        >>> presets = each("keep={}", shares=",positions=keep")
+        >>> presets = each("keep={}", counts=",positions=pack")
         >>> presets[640], presets[0.111]
-        ('keep=640', 'keep=0.111,positions=keep')
+        ('keep=640,positions=pack', 'keep=0.111')
     """
     budgets = [budget for model in PUBLISHED for budget in model.budgets]
-    return {b: setting.format(b) + (shares if isinstance(b, float) else "") for b in budgets}
+    return {b: setting.format(b) + (counts if isinstance(b, int) else "") for b in budgets}

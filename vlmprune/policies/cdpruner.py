@@ -46,7 +46,7 @@ class CDPruner(PruningPolicy):
         keep: tokens per image (int; published budgets 192, 128, 64) or share of its tokens (float).
         relevance: ``"text"``, ``"none"`` (diversity alone), or a function of the TokenContext (which then has ``hidden`` and
             ``embeds``) that returns ``[B, N]``, higher = more relevant.
-        positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
+        positions: ``"keep"`` their own, or ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...).
         spend: "crop": an image's budget is shared out evenly over its crops, each chosen from by itself (released code: 128, 64
             or 32 for each of LLaVA-NeXT's, and no newline token); "image": every image is chosen from as one; "prompt": all
             images of a prompt are.
@@ -60,19 +60,19 @@ class CDPruner(PruningPolicy):
         "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (NeurIPS 2025), "
         "arXiv 2506.10967"
     )
-    presets = each("keep={}", shares=",positions=keep")
+    presets = each("keep={}", counts=",positions=pack")
     checked = "reading"
     growth = "n^3"  # every further choice looks at all earlier ones, for each token
 
     keep: int | float = 64
     relevance: Relevance = "text"
-    positions: Positions = "pack"
+    positions: Positions = "keep"
     spend: Literal["prompt", "image", "crop"] = "crop"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_relevance(self.relevance)
-        check_word("positions", self.positions, "pack", "keep")
+        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
 

@@ -27,23 +27,23 @@ class DivPrune(PruningPolicy):
     Args:
         keep: share of a sample's tokens (float, rounded to the nearest count as released: 0.098 of 576 is 56) or tokens
             per image (int; 192, 128, 64 in later papers' tables).
-        positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
+        positions: ``"keep"`` their own, or ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...).
         spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget; "crop":
             which is shared out evenly over its crops (tiles, small view, frames).
     """
 
     summary = "tokens most unlike each other (greedy max-min distance)"
     paper = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (CVPR 2025), arXiv 2503.02175"
-    presets = each("keep={}", shares=",positions=keep")
+    presets = each("keep={}", counts=",positions=pack")
     growth = "n^2"  # cosines of all pairs
 
     keep: int | float = 0.098
-    positions: Positions = "pack"
+    positions: Positions = "keep"
     spend: Literal["prompt", "image", "crop"] = "prompt"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        check_word("positions", self.positions, "pack", "keep")
+        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
 

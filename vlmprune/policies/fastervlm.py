@@ -21,7 +21,7 @@ class FasterVLM(PruningPolicy):
     Args:
         keep: tokens per image (int; published budgets 192, 128, 64) or share (float; the paper's 1 - reduction ratio).
         vision_layer: vision-tower layer whose attention is read; -2 is the one whose output LLaVA projects.
-        positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
+        positions: ``"keep"`` their own, or ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...).
         spend: "crop": an image's budget is shared out evenly over its crops (released code: 128, 64 or 32 for each of
             LLaVA-NeXT's, and no newline token); "image": every image keeps its own; "prompt": the best patches of all images
             of a prompt stay.
@@ -29,18 +29,18 @@ class FasterVLM(PruningPolicy):
 
     summary = "patches most attended by the vision tower's CLS"
     paper = "[CLS] Attention is All You Need for Training-Free Visual Token Pruning, arXiv 2412.01818v1"
-    presets = each("keep={}", shares=",positions=keep")
+    presets = each("keep={}", counts=",positions=pack")
     growth = "n"  # of a tower with CLS; without, every patch looks at every other: n^2
 
     keep: int | float = 64
     vision_layer: int = -2
-    positions: Positions = "pack"
+    positions: Positions = "keep"
     spend: Literal["prompt", "image", "crop"] = "crop"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "pack", "keep")
+        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
 

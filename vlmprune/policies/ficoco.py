@@ -63,7 +63,7 @@ class FiCoCo(PruningPolicy):
         epsilon: quantile above which a token is correlated, in [0, 1].
         targets: ``"any"`` (released code) or ``"kept"``: which tokens may receive.
         merge: ``"sum"`` (released code) or ``"mean"``: the weighted one of what a row is and what it gains.
-        positions: ``"pack"`` (released code: 0, 1, 2, ... after every stage) or ``"keep"``.
+        positions: ``"keep"``, or ``"pack"`` (released code: 0, 1, 2, ... after every stage).
 
     ``Reduction.merged`` names of the kept tokens the one with the largest weight; -1 where none has any.
     """
@@ -75,14 +75,14 @@ class FiCoCo(PruningPolicy):
     )
     # ours: the released 14 a layer from layer 6 on are a mean of 422, and no schedule is given for these
     presets = {
-        192: "layers=2/3/4/5,drop=0.284",
-        128: "layers=2/3/4/5,drop=0.3825",
-        64: "layers=2/3/4/5,drop=0.5714",
-        640: "layers=2/3/4/5,drop=0.3837",
-        320: "layers=2/3/4/5,drop=0.5747",
-        0.333: "layers=2/3/4/5,drop=0.2922,positions=keep",
-        0.222: "layers=2/3/4/5,drop=0.397,positions=keep",
-        0.111: "layers=2/3/4/5,drop=0.6125,positions=keep",
+        192: "layers=2/3/4/5,drop=0.284,positions=pack",
+        128: "layers=2/3/4/5,drop=0.3825,positions=pack",
+        64: "layers=2/3/4/5,drop=0.5714,positions=pack",
+        640: "layers=2/3/4/5,drop=0.3837,positions=pack",
+        320: "layers=2/3/4/5,drop=0.5747,positions=pack",
+        0.333: "layers=2/3/4/5,drop=0.2922",
+        0.222: "layers=2/3/4/5,drop=0.397",
+        0.111: "layers=2/3/4/5,drop=0.6125",
     }
     growth = "n^2"  # every dropped token is compared with every other
 
@@ -93,7 +93,7 @@ class FiCoCo(PruningPolicy):
     epsilon: float = 0.998
     targets: Literal["any", "kept"] = "any"
     merge: Literal["sum", "mean"] = "sum"
-    positions: Positions = "pack"
+    positions: Positions = "keep"
 
     def __post_init__(self) -> None:
         check_layers(self.layers, 1, BEFORE)
@@ -104,7 +104,7 @@ class FiCoCo(PruningPolicy):
             check_share(name, getattr(self, name))
         check_word("targets", self.targets, "any", "kept")
         check_word("merge", self.merge, "sum", "mean")
-        check_word("positions", self.positions, "pack", "keep")
+        check_word("positions", self.positions, "keep", "pack")
 
     def needs(self, layer: int) -> Needs:
         return Needs(hidden=True, attention="previous", rows="all")

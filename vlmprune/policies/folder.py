@@ -49,7 +49,7 @@ class Folder(PruningPolicy):
         alpha: weight of CLS's attention, at least 0; for ``"tower"`` alone.
         vision_layer: vision-tower layer whose keys and attention are read, for ``"tower"`` alone: the one whose output the
             projector gets.
-        positions: ``"pack"`` (released code) or ``"keep"``: a merged token has its destination's.
+        positions: ``"keep"``, a merged token having its destination's, or ``"pack"`` (released code).
     """
 
     summary = "rounds that merge the patches most alike, those CLS looks at last"
@@ -58,14 +58,14 @@ class Folder(PruningPolicy):
         "arXiv 2501.02430"
     )
     checked = "reading"
-    presets = each("keep={}", shares=",positions=keep")
+    presets = each("keep={}", counts=",positions=pack")
     growth = "n^2"  # a round compares sources with destinations
 
     keep: int | float = 192
     place: Literal["tower", "projected"] = "tower"
     alpha: float = 5.0
     vision_layer: int = -2
-    positions: Positions = "pack"
+    positions: Positions = "keep"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -73,7 +73,7 @@ class Folder(PruningPolicy):
         fits = is_number(self.alpha) and 0 <= self.alpha < float("inf")
         check(fits, "alpha", "a number >= 0", repr(self.alpha))
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "pack", "keep")
+        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "crop"

@@ -26,7 +26,7 @@ class PyramidDrop(PruningPolicy):
     Args:
         layers: the stages, ascending.
         ratio: share kept of the tokens entering each stage, or for each stage the share of the unpruned tokens.
-        positions: ``"pack"`` (released code: positions count from 0 again after every stage) or ``"keep"``.
+        positions: ``"keep"``, or ``"pack"`` (released code: positions count from 0 again after every stage).
     """
 
     summary = "a pyramid of stages, by the attention of the stage's own layer"
@@ -35,12 +35,12 @@ class PyramidDrop(PruningPolicy):
         "arXiv 2410.17247"
     )
     # a quarter of the layers is full: of less than that, budgets cannot be met
-    presets = {192: "ratio=0.255", 0.333: "layers=7/14/21,ratio=0.252,positions=keep"}
+    presets = {192: "ratio=0.255,positions=pack", 0.333: "layers=7/14/21,ratio=0.252"}
     growth = "n"
 
     layers: tuple[int, ...] = (8, 16, 24)
     ratio: float | tuple[float, ...] = 0.5
-    positions: Positions = "pack"
+    positions: Positions = "keep"
 
     def __post_init__(self) -> None:
         check_layers(self.layers, 0)
@@ -50,7 +50,7 @@ class PyramidDrop(PruningPolicy):
             falling = sorted(self.ratio, reverse=True) == [*self.ratio]
             right = falling and len(self.ratio) == len(self.layers)
             check(right, "ratio", f"{len(self.layers)} falling shares of the image", repr(self.ratio))
-        check_word("positions", self.positions, "pack", "keep")
+        check_word("positions", self.positions, "keep", "pack")
 
     def at(self, share: float) -> Self:
         return replace(self, ratio=share)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
+import torch
 from torch import Tensor
 
-from vlmprune.errors import InputError, check
+from vlmprune import ops
+from vlmprune.errors import InputError, check, require
 from vlmprune.policies.base import (
     Growth,
     Needs,
@@ -28,6 +30,9 @@ from vlmprune.policies.uniform import Uniform
 
 NOMINAL = 576
 """Visual tokens of one image (LLaVA-1.5's), by which ``at`` tells how coarse and fine share a budget."""
+
+FIRST = 1e3
+"""What a token that is there is worth to the DPP, where others are worth 1 at most: squared, more than rounding takes."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,9 @@ class Scout(PruningPolicy):
             they stay the tokens' own.
         fine: tokens that join: a share (float) of all visual tokens, or a number per image (int).
         look: the first layer that sees coarse and fine tokens; those before it are run in two waves. At least 1.
-        by: what names fine tokens: "attention", or "random" (a baseline).
+        by: what names fine tokens: "attention" alone; "diverse", attention among tokens unlike the coarse ones and one
+            another (greedy MAP of a DPP with the kernel ``a_i cos_ij a_j`` of spread attention and projected features, in
+            which the coarse tokens stand already); or "random" (a baseline).
         spread: standard deviation of the Gaussian, in rows and columns of visual tokens.
         rope: whether the attention is the model's; False = its query and keys without RoPE, softmax over the coarse tokens.
         seed: which draw "random" is; 0 if not given.
@@ -65,7 +72,7 @@ class Scout(PruningPolicy):
     coarse: PruningPolicy = Uniform(layer=0, keep=0.125)  # noqa: RUF009  # frozen
     fine: int | float = 0.0833
     look: int = 5
-    by: Literal["attention", "random"] = "attention"
+    by: Literal["attention", "diverse", "random"] = "diverse"
     spread: float = 1.0
     rope: bool = True
     seed: int | None = None
@@ -78,7 +85,7 @@ class Scout(PruningPolicy):
         check_member(self, self.coarse, "coarse")
         check_keep(self.fine, "fine")
         check_whole("look", self.look, 1, " (the layers before it look)")
-        check_word("by", self.by, "attention", "random")
+        check_word("by", self.by, "attention", "diverse", "random")
         ok = is_number(self.spread) and 0 < self.spread < float("inf")
         check(ok, "spread", "a number > 0", repr(self.spread))
         check(isinstance(self.rope, bool), "rope", "True or False", repr(self.rope))
@@ -93,8 +100,8 @@ class Scout(PruningPolicy):
 
     @property
     def growth(self) -> Growth | None:
-        """That of the coarse policy; spreading scores over a square image is n^1.5, and a small part of it."""
-        return worst((self.coarse.growth, "n"))
+        """That of the coarse policy, or of a DPP; spreading scores over a square image is n^1.5, and a small part of it."""
+        return worst((self.coarse.growth, "n^3" if self.by == "diverse" else "n"))
 
     @property
     def fixed_count(self) -> bool:
@@ -103,9 +110,8 @@ class Scout(PruningPolicy):
     def needs(self, layer: int) -> Needs:
         if layer == 0:
             return self.coarse.needs(0)
-        return Needs(
-            attention="previous" if self.by == "attention" else None, rows="last", restored=True, wave=True
-        )
+        attention = None if self.by == "random" else "previous"
+        return Needs(attention=attention, rows="last", embeds=self.by == "diverse", restored=True, wave=True)
 
     def ranks(self, layer: int) -> bool:
         return layer > 0 or self.coarse.ranks(0)
@@ -116,11 +122,13 @@ class Scout(PruningPolicy):
             return replace(self.coarse.rank(ctx), positions="keep")
         if ctx.ran is None or ctx.ran_counts is None:
             return Ranking(ctx.mask.float(), ctx.counts)
-        scores = self._scores(ctx).masked_fill(marks(ctx.ran, ctx.mask.shape[1]), float("inf"))
         if self.fixed_count:
-            return Ranking(scores, tuple(map(max, quotas(ctx, self), ctx.ran_counts)))
-        more = zip(ctx.counts, ctx.ran_counts, quotas(ctx, self.fine), strict=True)
-        return Ranking(scores, tuple(min(n, ran + fine) for n, ran, fine in more))
+            keep = tuple(map(max, quotas(ctx, self), ctx.ran_counts))
+        else:
+            more = zip(ctx.counts, ctx.ran_counts, quotas(ctx, self.fine), strict=True)
+            keep = tuple(min(n, ran + fine) for n, ran, fine in more)
+        scores = self._scores(ctx, max(keep))
+        return Ranking(scores.masked_fill(marks(ctx.ran, ctx.mask.shape[1]), float("inf")), keep)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         if ctx.layer > 0 or self.coarse.ranks(0):
@@ -133,17 +141,28 @@ class Scout(PruningPolicy):
             raise InputError(f"coarse: expected a policy that only drops tokens, got {self.coarse!r}")
         return choice.index
 
-    def _scores(self, ctx: TokenContext) -> Tensor:
-        """float32 ``[B, N]``: what the tokens are that the prompt looks at, or a draw."""
+    def _scores(self, ctx: TokenContext, kept: int) -> Tensor:
+        """float32 ``[B, N]``, the higher joins first, where ``kept`` stay; what the coarse tokens have is not read."""
         if self.by == "random" or ctx.ran is None:
             return drawn(self.seed or 0, ctx.counts, ctx.device)
+        looked = self._looked(ctx, ctx.ran)
+        if self.by == "attention":
+            return looked
+        embeds = require(ctx.embeds, "ctx.embeds", "the prompt's rows (declare Needs(embeds=True))")
+        image = require(ctx.image, "ctx.image", "where the tokens stand in them (declare Needs(embeds=True))")
+        rows = image.gather(1, ctx.ordinals.clamp(min=0)).masked_fill(~ctx.mask, -1)
+        features = ops.gather_tokens([embeds], rows)[0]
+        return apart(looked, features, marks(ctx.ran, ctx.mask.shape[1]), ctx.mask, kept)
+
+    def _looked(self, ctx: TokenContext, ran: Tensor) -> Tensor:
+        """float32 ``[B, N]``: the attention that coarse tokens received, spread to those around them."""
         seen = attention_of(ctx)
         if self.rope:
             received = seen.received(seen.last)
         else:
             seen = seen.chunk()
             received = seen.received(seen.last, normalize="columns", unrotated=True)
-        return blurred(received, ctx.ran, ctx.grids, self.spread, ctx.mask.shape[1])
+        return blurred(received, ran, ctx.grids, self.spread, ctx.mask.shape[1])
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         """Coarse tokens; from ``look`` on ``fine`` more."""
@@ -164,3 +183,28 @@ class Scout(PruningPolicy):
 
     def forget(self) -> None:
         self.coarse.forget()
+
+
+def apart(scores: Tensor, features: Tensor, there: Tensor, mask: Tensor, kept: int) -> Tensor:
+    """Scores that rank tokens as a DPP takes them one by one, when some are there already.
+
+    Args:
+        scores: float32 ``[B, N]``, what a token is worth by itself, at least 0.
+        features: ``[B, N, D]``.
+        there: bool ``[B, N]``, in the set from the start. Those that the others span to within rounding, as equal tokens do,
+            are as if they were not: they add nothing.
+        mask: bool ``[B, N]``, False = padding.
+        kept: at most so many are in the set in the end, those that are there among them.
+
+    Returns:
+        float32 ``[B, N]``: the larger the earlier a token is taken; 0 = not at all, or it was there, or is padding.
+    """
+    N = mask.shape[1]
+    if not kept:
+        return torch.zeros_like(scores)
+    own = scores.masked_fill(there | ~mask, 0.0)
+    own = own / own.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    _, order = ops.greedy_select(features, kept, "dpp", relevance=own.masked_fill(there, FIRST), mask=mask)
+    rank = torch.arange(kept, 0, -1, device=order.device, dtype=torch.float32).expand_as(order)
+    spare = torch.where(order < 0, N, order)
+    return rank.new_zeros(len(order), N + 1).scatter(1, spare, rank)[:, :N].masked_fill(there, 0.0)

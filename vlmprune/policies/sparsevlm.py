@@ -65,8 +65,8 @@ class SparseVLM(PruningPolicy):
         scale, bias: for the rank; None = the budget's ("1.0"), or 1 and 0 ("paper").
         recycle: whether pruned tokens come back merged.
         merge: ``"mean"`` of a cluster (released code) or ``"sum"`` (paper text).
-        positions: ``"pack"`` (released code: positions count from 0 again) or ``"keep"``; a merged token has its
-            cluster centre's.
+        positions: ``"keep"``, a merged token having its cluster centre's, or ``"pack"`` (released code: positions count
+            from 0 again).
 
     Raises:
         ValueError: a setting is out of range, or does not belong to the version.
@@ -75,12 +75,12 @@ class SparseVLM(PruningPolicy):
     summary = "rated by the question's words; pruned tokens recycled as cluster means"
     paper = "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv 2410.04417"
     presets = {
-        192: "tokens=192",
-        128: "tokens=128",
-        64: "tokens=64",
-        640: "keep=0.3839/0.3839/0.3839",  # no schedule is released for these: one share, for the mean over all layers
-        0.333: "keep=0.51/0.51/0.51,positions=keep",
-        0.222: "keep=0.3439/0.3439/0.3439,positions=keep",
+        192: "tokens=192,positions=pack",
+        128: "tokens=128,positions=pack",
+        64: "tokens=64,positions=pack",
+        640: "keep=0.3839/0.3839/0.3839,positions=pack",  # no schedule is released for these: one share, for the mean over all layers
+        0.333: "keep=0.51/0.51/0.51",
+        0.222: "keep=0.3439/0.3439/0.3439",
     }
 
     tokens: int = 192
@@ -91,7 +91,7 @@ class SparseVLM(PruningPolicy):
     bias: float | None = None
     recycle: bool = True
     merge: Literal["mean", "sum"] = "mean"
-    positions: Positions = "pack"
+    positions: Positions = "keep"
 
     def __post_init__(self) -> None:
         check_word("version", self.version, "1.5", "1.0", "paper")
@@ -100,7 +100,7 @@ class SparseVLM(PruningPolicy):
         check_layers(self.layers, 1, BEFORE)
         check(isinstance(self.recycle, bool), "recycle", "True or False", repr(self.recycle))
         check_word("merge", self.merge, "mean", "sum")
-        check_word("positions", self.positions, "pack", "keep")
+        check_word("positions", self.positions, "keep", "pack")
         check_whole("tokens", self.tokens, 1)
         for name, number in (("scale", self.scale), ("bias", self.bias)):
             check(number is None or isinstance(number, int | float), name, "a number or None", repr(number))

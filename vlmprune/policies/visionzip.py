@@ -44,8 +44,8 @@ class VisionZip(PruningPolicy):
         count_cls: the authors' settings count CLS among the dominant tokens and feed its row to the language model, which
             has no place for it here. True keeps the patches they keep: one fewer than ``dominant``, a number.
         vision_layer: vision-tower layer whose attention and keys are read.
-        positions: ``"pack"`` (released code: dominant tokens, then contextual ones, at 0, 1, 2, ...) or ``"keep"``: in
-            raster order at their own positions, contextual ones at their target's.
+        positions: ``"keep"``: in raster order at their own positions, contextual ones at their target's; or ``"pack"``
+            (released code: dominant tokens, then contextual ones, at 0, 1, 2, ...).
 
     Raises:
         ValueError: a setting is out of range, or ``tokens`` contradicts the other two.
@@ -54,15 +54,15 @@ class VisionZip(PruningPolicy):
     summary = "patches most attended by CLS, the rest merged into contextual tokens"
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025), arXiv 2412.04467"
     presets = {
-        192: "tokens=192",
-        128: "tokens=128",
-        64: "tokens=64",
-        640: "dominant=540,contextual=100",  # of five crops: 108 + 20 each
-        320: "dominant=270,contextual=50",  # 54 + 10
-        160: "dominant=135,contextual=25",  # 27 + 5
-        0.333: "dominant=0.281,contextual=0.052,positions=keep",
-        0.222: "dominant=0.1873,contextual=0.0347,positions=keep",
-        0.111: "dominant=0.0937,contextual=0.0173,positions=keep",
+        192: "tokens=192,positions=pack",
+        128: "tokens=128,positions=pack",
+        64: "tokens=64,positions=pack",
+        640: "dominant=540,contextual=100,positions=pack",  # of five crops: 108 + 20 each
+        320: "dominant=270,contextual=50,positions=pack",  # 54 + 10
+        160: "dominant=135,contextual=25,positions=pack",  # 27 + 5
+        0.333: "dominant=0.281,contextual=0.052",
+        0.222: "dominant=0.1873,contextual=0.0347",
+        0.111: "dominant=0.0937,contextual=0.0173",
     }
     growth = "n^2"  # every merged token is compared with every contextual one
 
@@ -71,7 +71,7 @@ class VisionZip(PruningPolicy):
     tokens: int | None = None
     count_cls: bool = False
     vision_layer: int = -2
-    positions: Positions = "pack"
+    positions: Positions = "keep"
 
     def __post_init__(self) -> None:
         known = self.tokens is None or (type(self.tokens) is int and self.tokens in PRESETS)
@@ -84,7 +84,7 @@ class VisionZip(PruningPolicy):
             object.__setattr__(self, name, value if given is None else given)
         check(isinstance(self.count_cls, bool), "count_cls", "True or False", repr(self.count_cls))
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "pack", "keep")
+        check_word("positions", self.positions, "keep", "pack")
         if not isinstance(self.dominant, float):
             check_whole("dominant", self.dominant, 1 + self.count_cls)
             check_whole("contextual", self.contextual, 0)

@@ -41,7 +41,7 @@ class VisPruner(PruningPolicy):
             640 for five of LLaVA-NeXT are the released code's 128 for each.
         important_ratio: share of T chosen by attention, in [0, 1].
         vision_layer: vision-tower layer whose attention is read.
-        positions: ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...) or ``"keep"`` their own.
+        positions: ``"keep"`` their own, or ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...).
     """
 
     summary = "important patches by CLS attention, diverse ones by duplicate removal"
@@ -49,19 +49,19 @@ class VisPruner(PruningPolicy):
         "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs (ICCV 2025), "
         "arXiv 2412.01818"
     )
-    presets = each("keep={}", shares=",positions=keep")
+    presets = each("keep={}", counts=",positions=pack")
     growth = "n^3"  # rounds as many as an eighth of what is removed, of all pairs each
 
     keep: int | float = 64
     important_ratio: float = 0.5
     vision_layer: int = -2
-    positions: Positions = "pack"
+    positions: Positions = "keep"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_share("important_ratio", self.important_ratio)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "pack", "keep")
+        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "crop"

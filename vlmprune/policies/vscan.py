@@ -53,7 +53,7 @@ class VScan(PruningPolicy):
         window: rows and columns of a window.
         shallow_layer: vision-tower layer (first = 0) whose CLS attention ranks within windows.
         vision_layer: vision-tower layer whose CLS attention ranks the global patches.
-        positions: ``"pack"`` (released code: positions 0, 1, 2, ... after each stage) or ``"keep"`` their own.
+        positions: ``"keep"`` their own, or ``"pack"`` (released code: positions 0, 1, 2, ... after each stage).
     """
 
     summary = "global and windowed CLS attention with merging, then text attention mid-way"
@@ -62,15 +62,15 @@ class VScan(PruningPolicy):
         "arXiv 2505.22654"
     )
     presets = {
-        192: "keep=288,then=96",
-        128: "keep=192,then=64",
-        64: "keep=96,then=32",
-        640: "keep=960,then=320",
-        320: "keep=480,then=160",
-        160: "keep=240,then=80",
-        0.333: "keep=0.5,then=0.333,layer=14,positions=keep",
-        0.222: "keep=0.333,then=0.333,layer=14,positions=keep",
-        0.111: "keep=0.167,then=0.333,layer=14,positions=keep",  # the authors'; the two above follow from the same ratio
+        192: "keep=288,then=96,positions=pack",
+        128: "keep=192,then=64,positions=pack",
+        64: "keep=96,then=32,positions=pack",
+        640: "keep=960,then=320,positions=pack",
+        320: "keep=480,then=160,positions=pack",
+        160: "keep=240,then=80,positions=pack",
+        0.333: "keep=0.5,then=0.333,layer=14",
+        0.222: "keep=0.333,then=0.333,layer=14",
+        0.111: "keep=0.167,then=0.333,layer=14",  # the authors'; the two above follow from the same ratio
     }
     growth = "n^2"  # every dropped token is compared with every kept one
 
@@ -81,7 +81,7 @@ class VScan(PruningPolicy):
     window: int = 6
     shallow_layer: int = 5
     vision_layer: int = -2
-    positions: Positions = "pack"
+    positions: Positions = "keep"
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -91,7 +91,7 @@ class VScan(PruningPolicy):
         check_whole("window", self.window, 1)
         check_whole("shallow_layer", self.shallow_layer)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "pack", "keep")
+        check_word("positions", self.positions, "keep", "pack")
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from helpers.tiny import generate, make_batch
 
 ACROSS = (
     vlmprune.Feather(layers=(2, 4), keep=0.5),
-    vlmprune.PyramidDrop(layers=(2, 4)),
+    vlmprune.PyramidDrop(layers=(2, 4), positions="pack"),
     vlmprune.SparseVLMPlus(layers=(2, 3), keep=(10, 5), heads=3),
     vlmprune.DART(layer=2, keep=8, pivots=(2, 2)),
 )

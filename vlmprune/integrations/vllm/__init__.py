@@ -2,7 +2,10 @@
 
 Turned on per engine, with the pruned architecture of the checkpoint's family and a policy::
 
-    hf_overrides={"architectures": ["VLMPruneLlavaForConditionalGeneration"], "vlmprune": {"policy": "divprune", "keep": 128}}
+    hf_overrides={
+        "architectures": ["VLMPruneLlavaForConditionalGeneration"],
+        "vlmprune": {"policy": "divprune", "keep": 128, "positions": "pack"},
+    }
 
 A request may ask for less: ``mm_processor_kwargs={"vlmprune_keep": 64}``. docs/vllm.md says what runs and what cannot.
 """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
+from logging import getLogger
 from reprlib import repr as short
 from typing import Any
 
@@ -59,12 +60,15 @@ class Settings:
         check(family in ARCHITECTURES, "model_type", known, repr(family))
         given = vars(config).get(OVERRIDE)
         named = isinstance(given, dict) and "policy" in given
-        expected = """a dict as in {"policy": "divprune", "keep": 128}"""
+        here = "pack" if FAMILIES[family].packs else "keep"
+        expected = f"""a dict as in {{"policy": "divprune", "keep": 128, "positions": "{here}"}}"""
         check(named, f"hf_overrides[{OVERRIDE!r}]", expected, repr(given))
         assert given is not None
         settings = dict(given)
         most = settings.pop("max_keep", None)
-        return cls(_placed(settings, FAMILIES[family].packs), most)
+        read = cls(policy_from(settings), most)
+        check_placed(read.policy, here)
+        return read
 
     def default(self, tokens: int) -> int:
         """How many of an image's tokens stay where a request asks for nothing."""
@@ -164,20 +168,30 @@ def _hashable(policy: PruningPolicy) -> bool:
         return False
 
 
-def _placed(settings: dict[str, Any], packs: bool) -> PruningPolicy:
-    """The policy, with the positions that this family's tokens have in vLLM: packed, or where they were."""
-    policy = policy_from(settings)
-    here = "pack" if packs else "keep"
-    why = "images are packed" if packs else "image tokens keep the positions they had"
+def check_placed(policy: PruningPolicy, here: str) -> None:
+    """Raise InputError where a setting ``positions`` says otherwise than vLLM places this model's tokens, a default too.
+
+    Args:
+        policy: with those it is made of.
+        here: "pack", or "keep" those they had.
+    """
+    why = "images are packed" if here == "pack" else "image tokens keep the positions they had"
     expected = f"{here!r} with this model in vLLM, where {why}"
-    asked = settings.get("positions", here)
-    check(asked == here, "positions", expected, repr(asked))
-    if "positions" in policy.__dataclass_fields__:
-        return replace(policy, positions=here)  # type: ignore[call-arg]
-    for member in _members(policy):
-        if "positions" in member.__dataclass_fields__:
-            check(member.positions == here, "positions", expected, f"{member.positions!r} in {policy!r}")
-    return policy
+    for said in _said(policy):
+        check(said == here, "positions", expected, f"{said!r} in {policy!r}")
+
+
+def warn_packed(policy: PruningPolicy) -> None:
+    """Say that a LLaVA's tokens are packed where the policy has no setting for it, so that none could be refused."""
+    if not _said(policy):
+        text = "vlmprune: what %r keeps stands at 0, 1, 2, ... (packed) with this model in vLLM; docs/vllm.md says why"
+        getLogger(__name__).warning(text, policy)
+
+
+def _said(policy: PruningPolicy) -> list[str]:
+    """What settings ``positions`` of a policy, and of those it is made of, say."""
+    made_of = (policy, *_members(policy))
+    return [vars(one)["positions"] for one in made_of if "positions" in one.__dataclass_fields__]
 
 
 def _members(policy: PruningPolicy) -> Iterator[PruningPolicy]:

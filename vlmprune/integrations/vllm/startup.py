@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 from vlmprune import env
 from vlmprune.errors import check
 from vlmprune.integrations.vllm import ARCHITECTURES, TESTED
-from vlmprune.integrations.vllm.settings import ASKED, OVERRIDE, Settings, check_vision_layers
+from vlmprune.integrations.vllm.settings import ASKED, OVERRIDE, Settings, check_vision_layers, warn_packed
 from vlmprune.models.host.families import FAMILIES, TOWERS
 from vlmprune.models.host.names import attribute
 from vlmprune.models.host.parts import check_config
@@ -30,7 +30,7 @@ class PrunedConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Check version, policy and model; have positions recomputed where they have three dimensions."""
+        """Check version, policy and model; say where tokens stand, or have positions of three dimensions recomputed."""
         check_version()
         config, multimodal = model_config.hf_config, model_config.multimodal_config
         settings = Settings.of(config)
@@ -41,7 +41,9 @@ class PrunedConfig(VerifyAndUpdateConfig):
         asked = multimodal.mm_processor_kwargs or {}
         for_requests = f"no {ASKED!r} for all requests ('keep' in hf_overrides[{OVERRIDE!r}] is theirs)"
         check(ASKED not in asked, "mm_processor_kwargs", for_requests, repr(asked))
-        if not FAMILIES[config.model_type].packs:
+        if FAMILIES[config.model_type].packs:
+            warn_packed(settings.policy)
+        else:
             multimodal.video_pruning_rate = RATE
 
     @staticmethod

@@ -27,8 +27,9 @@ def settings_for(family: str, policy: PruningPolicy) -> dict[str, Any] | None:
         InputError: nothing is known of this family, or it cannot be pruned.
 
     Example:
-        >>> from vlmprune import FastV, FasterVLM
-        >>> settings_for("qwen2_5_vl", FastV()), settings_for("qwen2_5_vl", FasterVLM()), settings_for("llava", FasterVLM())
+        >>> from vlmprune import FasterVLM
+        >>> released = FasterVLM(positions="pack")
+        >>> settings_for("qwen2_5_vl", FasterVLM()), settings_for("qwen2_5_vl", released), settings_for("llava", released)
         ({}, {'positions': 'keep'}, {})
     """
     why = f" ({REFUSED[family]})" if family in REFUSED else ""
