@@ -63,7 +63,11 @@ def arguments() -> argparse.Namespace:
     add("--keep", type=int, nargs="+", required=True, help="visual tokens that stay")
     add("--out", type=Path, required=True, help="folder for answers and rows.csv")
     add("--name", help="what the rows call the model (default: the name of its folder)")
-    add("--csv", type=Path, help="a table to bring up to date: its rows of this model are replaced")
+    add(
+        "--csv",
+        type=Path,
+        help="a table to bring up to date: its rows of the same arms are replaced",
+    )
     add("--batch-size", type=int, default=32)
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")

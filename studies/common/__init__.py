@@ -1,1 +1,1 @@
-"""What studies share: rows of a table on disk, and asking under a progress bar."""
+"""What studies share: methods as they are asked, asking under a progress bar, rows on disk and tables of them."""

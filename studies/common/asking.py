@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers.utils import logging
 
-from vlmprune.errors import ModelError
+from vlmprune.errors import InputError, ModelError
 from vlmprune.eval import Question
 from vlmprune.eval.arms import Arm
 from vlmprune.eval.ask import Subject, ask_all, missing
@@ -24,13 +24,24 @@ def ask(subject: Subject, questions: Sequence[Question], arms: Sequence[Arm], st
         pass
 
 
+def first(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """The first ``limit`` questions of every family, None = all of them."""
+    asked: dict[str, int] = {}
+    out = []
+    for question in questions:
+        asked[question.family] = asked.get(question.family, 0) + 1
+        if limit is None or asked[question.family] <= limit:
+            out.append(question)
+    return out
+
+
 def exit_code(study: Callable[[], None]) -> int:
     """Run a study without transformers' chatter: 0, or 2 for bad input, with one line that says what was expected."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         study()
-    except (ValueError, OSError, ModelError) as error:
+    except (InputError, OSError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

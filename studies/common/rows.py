@@ -61,11 +61,15 @@ def row(estimate: Estimate, n: int, **named: object) -> Row:
 
 
 def save(path: Path, rows: Sequence[Row], dtype: str) -> None:
-    """Write the rows into a CSV file; those that it has of the same models go, all others stay."""
+    """Write the rows into a CSV file; those that it has of the same model, part, method and budget go, all others stay.
+
+    So a run of some methods leaves the others' rows alone.
+    """
     old = []
     if path.exists():
+        new = set(map(_measured, rows))
         with path.open(newline="") as file:
-            old = [line for line in csv.DictReader(file) if line["model"] not in {r.model for r in rows}]
+            old = [line for line in csv.DictReader(file) if _measured(_read(line)) not in new]
     where = machine() | {"dtype": dtype}
     lines = [*old, *({**asdict(r), **where} for r in rows)]
     out = io.StringIO()
@@ -73,6 +77,10 @@ def save(path: Path, rows: Sequence[Row], dtype: str) -> None:
     writer.writeheader()
     writer.writerows(lines)
     write(path, out.getvalue().encode())
+
+
+def _measured(r: Row) -> tuple[str, str, str, float | None]:
+    return r.model, r.part, r.method, r.budget
 
 
 def load(path: Path) -> list[Row]:

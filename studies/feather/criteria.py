@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from common.methods import scaled
 from torch import Tensor
 
-from vlmprune.eval.arms import Arm, PromptSize, cut_of, fit_arm, make_arms
+from vlmprune.errors import InputError
+from vlmprune.eval.arms import Arm, PromptSize, cut_of, draws_of, fit_arm, make_arms
 from vlmprune.eval.oracle import Oracle
 from vlmprune.policies import FastV, Feather, PyramidDrop, Random, Uniform
 from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, attention_of
@@ -16,7 +18,7 @@ from vlmprune.policies.choose import index_of, marks, select_scores
 from vlmprune.policies.counts import union_count
 from vlmprune.policies.lattice import grid_count, stride_grid
 
-PAPER_DEPTH, STRIDE = 32, 3
+STRIDE = 3
 SWEEP_KEEP = 0.25
 """FEATHER's table of criteria keeps a quarter (R = 0.75)."""
 
@@ -60,11 +62,6 @@ class RopeFree(PruningPolicy):
         return union_count(best, grid_count(tokens, images, self.stride), tokens)
 
 
-def scaled(layer: int, depth: int) -> int:
-    """A layer of the paper's 32 at the same relative depth of another decoder, at least 1."""
-    return max(1, round(layer * depth / PAPER_DEPTH))
-
-
 def budget_arms(prompt: PromptSize, budgets: Sequence[float], draws: int) -> tuple[list[Arm], list[str]]:
     """The unpruned model and every method at every budget; and what cannot meet one, with the reason.
 
@@ -98,10 +95,10 @@ def budget_arms(prompt: PromptSize, budgets: Sequence[float], draws: int) -> tup
         for budget in budgets:
             try:
                 arm = fit_arm(text, policy, budget, prompt)
-            except ValueError as error:
+            except InputError as error:
                 refused.append(str(error))
                 continue
-            arms += [replace(arm, seed=seed) for seed in range(draws if isinstance(policy, Random) else 1)]
+            arms += draws_of(arm, draws)
     return arms, refused
 
 

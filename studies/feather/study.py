@@ -52,7 +52,11 @@ def arguments() -> argparse.Namespace:
     add("--decoder", choices=["smollm2"], help="instead: the score of a pretrained text decoder")
     add("--out", type=Path, required=True, help="folder for answers, rows.csv and pictures")
     add("--name", help="what the rows call the model (default: the name of its folder)")
-    add("--csv", type=Path, help="a table to bring up to date: its rows of this model are replaced")
+    add(
+        "--csv",
+        type=Path,
+        help="a table to bring up to date: its rows of the same arms are replaced",
+    )
     add("--families", nargs="+", default=FAMILIES, help="of the questions")
     add("--sweep", nargs="*", type=int, default=[1, 2, 3, 4, 5, 6], help="layers of the sweep")
     add("--sweep-questions", type=int, default=200, help="of the first family, asked at every layer")

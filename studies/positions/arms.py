@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from common.methods import KEEP, PACK, TOWER, placed, scaled, that_fit
+
 from vlmprune import policy_from
-from vlmprune.errors import InputError
+from vlmprune.errors import InputError, check
 from vlmprune.eval.arms import UNPRUNED, Arm, PromptSize, fit_arm
 from vlmprune.policies import VTW
-from vlmprune.policies.base import PruningPolicy
-
-KEEP, PACK = "keep", "pack"
 
 
-def methods(depth: int, tower: int) -> list[str]:
-    """The methods as typed, those of before the language model first.
+def methods(depth: int, tower: int) -> tuple[list[str], list[str]]:
+    """The methods as typed, those of before the language model first; and why so shallow a model has no room for others.
 
-    Their layers are scaled from 32 of a decoder to ``depth``, and from 24 of a vision tower to ``tower``.
+    The papers' layers are scaled to a decoder of ``depth`` layers and a vision tower of ``tower``.
 
     One that begins at a quarter of the layers cannot save 83 %: it stands here a second time, beginning at layer 1.
     """
-    eighth = depth // 8
-    one, two, four, six = (max(1, eighth * k) for k in (1, 2, 4, 6))
-    return [
+    one, two, four, six = (scaled(layer, depth) for layer in (4, 8, 16, 24))
+    texts = [
         "divprune",
         "cdpruner",
         "vispruner",
@@ -31,16 +29,18 @@ def methods(depth: int, tower: int) -> list[str]:
         "visionzip",
         "accm_selection",
         "folder",
-        f"vscan:layer={four},shallow_layer={5 * tower // 24}",
+        f"vscan:layer={four},shallow_layer={scaled(5, tower, TOWER)}",
         f"aim:layer={four},stages={two}",
         f"pyramiddrop:layers={two}/{four}/{six}",
         f"pyramiddrop:layers=1/{two}/{four}",
         f"sparsevlm:layers={one}/{two}/{four},keep=0.5/0.5/0.5",
-        f"ficoco:layers={'/'.join(map(str, range(max(2, depth * 6 // 32), depth)))}",
+        f"ficoco:layers={'/'.join(map(str, range(max(2, scaled(6, depth)), depth)))}",
         f"ficoco:layers={'/'.join(map(str, range(1, max(2, two) + 1)))}",
         f"vtw:layer={two}",
         f"vtw:layer={four}",
     ]
+    fit, left_out = that_fit({text: text for text in texts}, depth)
+    return list(fit), left_out
 
 
 def make_arms(
@@ -56,7 +56,9 @@ def make_arms(
     """
     arms, refused = [Arm(UNPRUNED)], []
     for text in texts:
-        kept, packed = both(text)
+        places = placed(policy_from(text))
+        check(bool(places), "methods", "some with a setting 'positions'", repr(text))
+        kept, packed = places[KEEP], places[PACK]
         for budget in (None,) if isinstance(kept, VTW) else budgets:
             try:
                 arm = fit_arm(f"{text} {KEEP}", kept, budget, prompt)
@@ -67,11 +69,3 @@ def make_arms(
             other = replace(arm.policy, positions=packed.positions)  # type: ignore[call-arg]
             arms += [arm, Arm(f"{text} {PACK}", budget, other)]
     return arms, refused
-
-
-def both(text: str) -> tuple[PruningPolicy, PruningPolicy]:
-    """A method with its positions kept, and packed."""
-    policy = policy_from(text)
-    if "positions" not in policy.__dataclass_fields__:
-        raise InputError(f"methods: expected some with a setting 'positions', got {text!r}")
-    return replace(policy, positions=KEEP), replace(policy, positions=PACK)  # type: ignore[call-arg]

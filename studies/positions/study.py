@@ -1,4 +1,4 @@
-"""What it costs to pack the kept tokens' positions to 0, 1, 2, ..., as most methods were released, for every method that can.
+"""What it costs to pack the kept tokens' positions to 0, 1, 2, ..., as most methods were released, for methods that can do both.
 
     python -P studies/positions/study.py --model CKPT --questions FOLDER --out DIR --csv studies/positions/glyphworld.csv
     python -P studies/positions/study.py --tables studies/positions/glyphworld.csv
@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout must stay off the path
 
-from common.asking import ask, exit_code
+from common.asking import ask, exit_code, first
 from common.rows import Row, load, save
 from rich.console import Console
 
@@ -42,10 +42,14 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, help="folder for answers and rows.csv")
     add("--tables", type=Path, help="instead: print the tables of the README from these rows")
     add("--name", help="what the rows call the model and its world (default: the name of its folder)")
-    add("--csv", type=Path, help="a table to bring up to date: its rows of this name are replaced")
+    add(
+        "--csv",
+        type=Path,
+        help="a table to bring up to date: its rows of the same arms are replaced",
+    )
     add("--methods", nargs="+", help="as typed, with their layers (default: all, scaled to the decoder)")
     add("--budgets", nargs="+", type=float, default=BUDGETS, help="FLOPs cuts")
-    add("--every", type=int, default=1, help="ask every N-th question only, to try things out")
+    add("--limit", type=int, help="questions of each family (default: all)")
     add("--batch-size", type=int, default=32)
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -75,14 +79,17 @@ def carry_out(chosen: argparse.Namespace) -> None:
 def study(chosen: argparse.Namespace) -> tuple[list[Row], str]:
     """Every pair of arms on one checkpoint."""
     checkpoint = Checkpoint(chosen.model, chosen.device, chosen.dtype)
-    questions = with_template(checkpoint.processor, read_questions(chosen.questions))[:: chosen.every]
+    questions = first(read_questions(chosen.questions), chosen.limit)
+    questions = with_template(checkpoint.processor, questions)
     prompt = typical_prompt(checkpoint, questions)
-    every = methods(prompt.shape.layers, checkpoint.config.vision_config.num_hidden_layers)
-    arms, refused = make_arms(chosen.methods or every, chosen.budgets, prompt)
-    for line in refused:
+    texts, no_room = chosen.methods, []
+    if texts is None:
+        texts, no_room = methods(prompt.shape.layers, checkpoint.config.vision_config.num_hidden_layers)
+    arms, refused = make_arms(texts, chosen.budgets, prompt)
+    for line in (*no_room, *refused):
         console.print(f"left out: {line}")
     subject = Subject(checkpoint, chosen.batch_size, NEW_TOKENS)
-    store = Store(chosen.out, subject.settings(chosen.questions) | {"every": chosen.every})
+    store = Store(chosen.out, subject.settings(chosen.questions) | {"limit": chosen.limit})
     ask(subject, questions, arms, store)
     name = chosen.name or Path(chosen.model).resolve().name
     return [*make_rows(name, arms, questions, store.answers)], checkpoint.dtype

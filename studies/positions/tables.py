@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
+from common.methods import KEEP, PACK
 from common.rows import Row, find, row
+from common.tables import NONE, gain, markdown
 
-from vlmprune.eval import Answer, Estimate, Question
+from vlmprune.eval import Answer, Question
 from vlmprune.eval.arms import UNPRUNED, Arm
 from vlmprune.eval.intervals import bootstrap, proportion
+from vlmprune.eval.page import percent
 from vlmprune.eval.store import Key
 from vlmprune.eval.summary import answers_of
-
-from .arms import KEEP, PACK
 
 DIFFERENCE, ALL = "keep minus pack", "mean over budgets"
 """What the rows of differences are called, and those of them that are a mean."""
@@ -72,7 +73,7 @@ def tables(rows: Sequence[Row]) -> str:
     for model in dict.fromkeys(r.model for r in rows):
         here = find(rows, model=model)
         (whole,) = find(here, method=UNPRUNED, family="")
-        parts += [f"**{model}**: {whole.n} questions, unpruned {_percent(whole.estimate)}", _by_budget(here)]
+        parts += [f"**{model}**: {whole.n} questions, unpruned {percent(whole.estimate)}", _by_budget(here)]
         parts.append(_by_family(here))
     return "\n\n".join(parts)
 
@@ -80,7 +81,7 @@ def tables(rows: Sequence[Row]) -> str:
 def _by_budget(rows: Sequence[Row]) -> str:
     """Packed -> kept and their difference."""
     budgets = list(dict.fromkeys(r.budget for r in rows if r.budget is not None))
-    lines = [["method", *(f"{budget:.0%} cut" for budget in budgets), "mean of the differences"]]
+    head, lines = ["method", *(f"{budget:.0%} cut" for budget in budgets), "mean of the differences"], []
     for method in dict.fromkeys(r.method for r in rows if r.part == DIFFERENCE):
         mine = find(rows, method=method, family="")
         cells = [_pair(find(mine, budget=budget)) for budget in budgets]
@@ -90,39 +91,24 @@ def _by_budget(rows: Sequence[Row]) -> str:
             lines.append([f"`{method}` ({cut})", *cells, _pair(find(mine, budget=None))])
         else:
             only = over or find(mine, part=DIFFERENCE)
-            lines.append([f"`{method}`", *cells, _points(only[0].estimate)])
-    return _markdown(lines)
+            lines.append([f"`{method}`", *cells, gain(only[0].estimate)])
+    return markdown(head, lines)
 
 
 def _by_family(rows: Sequence[Row]) -> str:
     """The difference in each family, mean over the budgets."""
     families = list(dict.fromkeys(r.family for r in rows if r.family))
-    lines = [["keep minus pack", *families]]
+    lines = []
     for method in dict.fromkeys(r.method for r in rows if r.part == DIFFERENCE):
         mine = find(rows, method=method, part=DIFFERENCE)
         mine = find(mine, budget=None) or mine
-        lines.append([f"`{method}`", *(_points(find(mine, family=f)[0].estimate) for f in families)])
-    return _markdown(lines)
+        lines.append([f"`{method}`", *(gain(find(mine, family=f)[0].estimate) for f in families)])
+    return markdown(["keep minus pack", *families], lines)
 
 
 def _pair(rows: Sequence[Row]) -> str:
     """A cell, ``-`` where the budget cannot be met."""
     if not rows:
-        return "-"
-    kept, packed, gain = (find(rows, part=part)[0] for part in (KEEP, PACK, DIFFERENCE))
-    return f"{100 * packed.mean:.0f} -> {100 * kept.mean:.0f}: {_points(gain.estimate)}"
-
-
-def _percent(estimate: Estimate) -> str:
-    return "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * value for value in estimate))
-
-
-def _points(estimate: Estimate) -> str:
-    mean, low, high = (f"{100 * value:+.0f}" for value in estimate)
-    text = f"{mean} [{low}, {high}]"
-    return text if estimate.low <= 0 <= estimate.high else f"**{text}**"
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    head, *rest = lines
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rest))
+        return NONE
+    kept, packed, apart = (find(rows, part=part)[0] for part in (KEEP, PACK, DIFFERENCE))
+    return f"{100 * packed.mean:.1f} -> {100 * kept.mean:.1f}: {gain(apart.estimate)}"

@@ -1,31 +1,37 @@
-"""What is compared at every budget: Scout and its ablations, every published method at its best footing, and the baselines."""
+"""What is compared at every budget: Scout and its ablations, published methods with positions kept and packed, and the baselines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from vlmprune import Random, Uniform, policy_from
+from common.methods import TOWER, placed, scaled, that_fit
+
+from vlmprune import Random, Uniform
 from vlmprune.errors import InputError
-from vlmprune.eval.arms import ORACLE, SMALLER, UNPRUNED, Arm, PromptSize, fit_arm, make_arms
+from vlmprune.eval.arms import ORACLE, SMALLER, UNPRUNED, Arm, PromptSize, draws_of, fit_arm, make_arms
 from vlmprune.eval.oracle import Oracle
 from vlmprune.policies.base import PruningPolicy
 
-PAPER_DEPTH = 32
 LATTICE, RANDOM = "lattice", "random"
-KEPT, PACKED = "keep", "pack"
-BEFORE = ("visionzip", "divprune", "cdpruner", "vispruner")
+BEFORE = {
+    "VisionZip": "visionzip",
+    "DivPrune": "divprune",
+    "CDPruner": "cdpruner",
+    "CDPruner, diversity alone": "cdpruner:relevance=none",
+    "VisPruner": "vispruner",
+    "FasterVLM": "fastervlm",
+}
 """Methods that choose ahead of the language model, at their own defaults."""
 
 
-def published(depth: int) -> dict[str, PruningPolicy]:
-    """The published methods by their name in the tables, once for each place of what they keep.
+def published(depth: int, tower: int) -> tuple[dict[str, PruningPolicy], list[str]]:
+    """Published methods by their name in the tables, once for each place of what they keep; and for which there is no room.
 
-    Those inside the language model have the paper's layers, scaled from 32 to ``depth``, and a second time ("early") the
+    Those inside the language model have the paper's layers, scaled to ``depth`` and ``tower``, and a second time ("early") the
     first ones they can have, as no method that leaves a quarter of the layers whole can save more than three quarters.
     FEATHER's second stage is one layer later than the paper's, where it does better here (``studies/feather``).
     """
-    one, two, four, six = (max(1, depth * k // PAPER_DEPTH) for k in (4, 8, 16, 24))
+    one, two, four, six = (scaled(layer, depth) for layer in (4, 8, 16, 24))
     inside = {
         "FastV": f"fastv:layer={two}",
         "FastV, early": "fastv:layer=1",
@@ -34,25 +40,24 @@ def published(depth: int) -> dict[str, PruningPolicy]:
         "PyramidDrop": f"pyramiddrop:layers={two}/{four}/{six}",
         "PyramidDrop, early": f"pyramiddrop:layers=1/{two}/{four}",
         "SparseVLM": f"sparsevlm:layers={one}/{two}/{four},keep=0.5/0.5/0.5",
-        "VScan": f"vscan:layer={four},shallow_layer=1",
+        "SparseVLM+": f"sparsevlm_plus:layers={one}/{two}/{four},keep=0.5/0.5/0.5",
+        "DART": f"dart:layer={two},count=exact",
+        "DART, early": "dart:layer=1,count=exact",
+        "AIM": f"aim:layer={four},stages={two}",
+        "VScan": f"vscan:layer={four},shallow_layer={scaled(5, tower, TOWER)}",
     }
-    methods = {name: policy_from(text) for name, text in inside.items()}
-    methods |= {type(policy).__name__: policy for policy in map(policy_from, BEFORE)}
-    methods["CDPruner, diversity alone"] = policy_from("cdpruner:relevance=none")
-    return {name: policy for method, it in methods.items() for name, policy in placed(method, it).items()}
-
-
-def placed(name: str, policy: PruningPolicy) -> dict[str, PruningPolicy]:
-    """A method with its positions kept and packed, where it can do both; else as it is."""
-    if "positions" not in policy.__dataclass_fields__:
-        return {name: policy}
-    return {f"{name}, {where}": replace(policy, positions=where) for where in (KEPT, PACKED)}  # type: ignore[call-arg]
+    methods, left_out = that_fit(inside | BEFORE, depth)
+    out: dict[str, PruningPolicy] = {}
+    for name, policy in methods.items():
+        out |= {f"{name}, {where}": it for where, it in placed(policy).items()} or {name: policy}
+    return out, left_out
 
 
 def study_arms(
     scouts: dict[str, PruningPolicy],
     budgets: Sequence[float],
     prompt: PromptSize,
+    tower: int,
     draws: int,
     only: Sequence[str] = (),
 ) -> tuple[list[Arm], list[str]]:
@@ -62,24 +67,26 @@ def study_arms(
         scouts: ours, by their names in the tables.
         budgets: FLOPs cuts.
         prompt: what they are counted for.
+        tower: layers of the vision tower.
         draws: of those that draw.
         only: beginnings of the names of methods to ask; empty: all.
 
     Raises:
         InputError: no method begins so.
     """
+    theirs, refused = published(prompt.shape.layers, tower)
     methods: dict[str, PruningPolicy | None] = {
         **scouts,
         LATTICE: Uniform(layer=0),
         RANDOM: Random(layer=0),
         SMALLER: None,
-        **published(prompt.shape.layers),
+        **theirs,
         ORACLE: Oracle(layer=0),
     }
     wanted = [name for name in methods if not only or name.startswith(tuple(only))]
     if not wanted:
         raise InputError(f"only: expected beginnings of {', '.join(methods)}, got {', '.join(only)}")
-    arms, refused = [Arm(UNPRUNED)], []
+    arms = [Arm(UNPRUNED)]
     for name in wanted:
         for budget in budgets:
             try:
@@ -87,7 +94,7 @@ def study_arms(
             except InputError as error:
                 refused.append(str(error))
                 continue
-            arms += [replace(arm, seed=seed) for seed in range(draws if RANDOM in name else 1)]
+            arms += draws_of(arm, draws)
     return arms, refused
 
 

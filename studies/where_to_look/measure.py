@@ -11,6 +11,7 @@ from vlmprune.eval.arms import Arm, groups_of
 from vlmprune.eval.intervals import bootstrap, proportion
 from vlmprune.eval.store import Key
 from vlmprune.eval.summary import PerQuestion, answers_of, per_question
+from where_to_look.passes import TwoPasses
 
 PART, OURS = "budget", "Scout"
 RIGHT, CUT, PREFILL = "right", "cut", "prefill seconds"
@@ -40,6 +41,8 @@ def study_rows(
             note = some[0].key if not family else ""
             yield row(proportion(values), len(values), quantity=RIGHT, family=family, note=note, **shared)
         for quantity, value in ((CUT, lambda a: a.cut), (PREFILL, lambda a: a.prefill)):
+            if quantity == PREFILL and isinstance(some[0], TwoPasses):
+                continue  # the second pass alone was timed
             values = [*per_question(found, value).values()]
             yield row(bootstrap(values), len(values), quantity=quantity, **shared)
     for ours, other in _pairs(right):

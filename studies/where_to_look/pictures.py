@@ -26,7 +26,7 @@ from vlmprune.eval.plots import make_figure, to_png
 from vlmprune.eval.store import write
 from vlmprune.images import open_rgb
 from vlmprune.models import patch_grid
-from vlmprune.policies.base import Ranking, TokenContext
+from vlmprune.policies.base import TokenContext
 
 POLICY = "scout:coarse=(uniform:layer=0,keep=0.125),fine=0.0833,look=5"
 NEW_TOKENS = 16
@@ -36,17 +36,14 @@ DARK = 0.22
 
 @dataclass(frozen=True)
 class Watched(Scout):
-    """Scout, which notes down the scores by which it chooses fine tokens, by its layer."""
+    """Scout, which notes down where the last row looks, by its layer."""
 
-    scores: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    seen: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def rank(self, ctx: TokenContext) -> Ranking:
+    def _looked(self, ctx: TokenContext, ran: Tensor) -> Tensor:
         """Scout's own."""
-        ranking = super().rank(ctx)
-        if ctx.layer > 0:
-            assert isinstance(ranking.scores, Tensor)
-            self.scores[ctx.layer] = ranking.scores
-        return ranking
+        self.seen[ctx.layer] = super()._looked(ctx, ran)
+        return self.seen[ctx.layer]
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Scene:
 
     Attributes:
         coarse, fine: ``[rows, columns]`` bool, the tokens of either wave.
-        scores: ``[rows, columns]`` what the question's attention says of all others, in [0, 1]; 0 at coarse tokens.
+        scores: ``[rows, columns]`` the last row's attention spread over all others, in [0, 1]; 0 at coarse tokens.
         answer: what the model said.
     """
 
@@ -74,7 +71,7 @@ def main() -> int:
     add("--model", required=True, help="checkpoint folder whose images share one grid")
     add("--image", type=Path, required=True)
     add("--prompt", required=True)
-    add("--policy", default=POLICY, help="a Scout")
+    add("--policy", default=POLICY, help="a Scout that looks")
     add("--out", type=Path, required=True, help="a PNG file")
     chosen = parser.parse_args()
     return exit_code(lambda: run(chosen))
@@ -91,11 +88,12 @@ def look_at(checkpoint: Checkpoint, image: Path, prompt: str, policy: str) -> Sc
     """Ask the model with the Scout that ``policy`` says.
 
     Raises:
-        InputError: another policy, or a bad image or prompt.
+        InputError: another policy or one that draws its fine tokens, or a bad image or prompt.
         ModelError: a model whose images do not share one grid.
     """
     scout = policy_from(policy)
-    check(isinstance(scout, Scout), "policy", "a scout", repr(policy))
+    looks = isinstance(scout, Scout) and scout.by != "random"
+    check(looks, "policy", "a scout that looks", repr(policy))
     settings = {setting.name: getattr(scout, setting.name) for setting in fields(scout) if setting.init}
     watched, grid = Watched(**settings), patch_grid(checkpoint.config)
     processor = checkpoint.processor
@@ -105,7 +103,7 @@ def look_at(checkpoint: Checkpoint, image: Path, prompt: str, policy: str) -> Sc
     for stage, mark in enumerate(marks):
         mark[run.kept_at(stage, 0)] = True
     coarse, kept = marks.view(2, *grid)
-    scores = watched.scores[scout.look][0].view(grid).float().masked_fill(coarse, 0.0)
+    scores = watched.seen[scout.look][0].view(grid).float().masked_fill(coarse, 0.0)
     said = processor.tokenizer.decode(new[0], skip_special_tokens=True).strip()
     return Scene(coarse.numpy(), (kept & ~coarse).numpy(), (scores / scores.max()).numpy(), said)
 

@@ -1,6 +1,6 @@
 """Where to look: Scout against the published choices of visual tokens at equal FLOPs, on any checkpoint and questions.
 
-    python examples/glyphworld/make_questions.py --size 192 --seeds 70101:70140 --out q576
+    python examples/glyphworld/make_questions.py --size 192 --seeds 73001:73043 --out q576
     python -P studies/where_to_look/study.py --model CKPT --questions q576 --out DIR --name world
 
 A killed run goes on from DIR, which gets rows.csv. --csv also brings a shared table up to date; tables.py shows one.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout must stay off the path
 
-from common.asking import ask, exit_code
+from common.asking import ask, exit_code, first
 from common.rows import Row, save
 from rich.console import Console
 from rich.markdown import Markdown
@@ -28,6 +28,7 @@ from vlmprune.eval.oracle import check_oracle
 from vlmprune.eval.store import Store, check_out
 from where_to_look.arms import study_arms
 from where_to_look.measure import study_rows
+from where_to_look.passes import TWO_PASSES, charged, two_passes
 from where_to_look.scouts import scouts
 from where_to_look.tables import right_table
 
@@ -46,7 +47,11 @@ def arguments() -> argparse.Namespace:
     add("--questions", type=Path, required=True, help="folder with a questions.jsonl, some with a box")
     add("--out", type=Path, required=True, help="folder for answers and rows.csv")
     add("--name", help="what the rows call the world (default: the name of the checkpoint's folder)")
-    add("--csv", type=Path, help="a table to bring up to date: its rows of this name are replaced")
+    add(
+        "--csv",
+        type=Path,
+        help="a table to bring up to date: its rows of the same arms are replaced",
+    )
     add("--budgets", nargs="+", type=float, default=BUDGETS, help="FLOPs cuts")
     add("--only", nargs="+", default=(), help="beginnings of the names of the methods to ask")
     add("--families", nargs="+", default=(), help="of the questions (default: all)")
@@ -81,25 +86,21 @@ def study(chosen: argparse.Namespace) -> tuple[list[Row], str]:
     questions = with_template(checkpoint.processor, questions)
     prompt = typical_prompt(checkpoint, questions)
     ours = scouts(prompt.shape.layers)
-    arms, refused = study_arms(ours, chosen.budgets, prompt, chosen.draws, chosen.only)
+    tower = checkpoint.config.vision_config.num_hidden_layers
+    arms, refused = study_arms(ours, chosen.budgets, prompt, tower, chosen.draws, chosen.only)
     subject = Subject(checkpoint, chosen.batch_size, NEW_TOKENS)
     arms, small = possible(subject, arms, questions)
     for line in (*refused, *small):
         console.print(f"left out: {line}")
     store = Store(chosen.out, subject.settings(chosen.questions) | {"limit": chosen.limit})
     ask(subject, questions, arms, store)
-    return [*study_rows(name, arms, questions, store.answers)], checkpoint.dtype
-
-
-def first(questions: Sequence[Question], limit: int | None) -> list[Question]:
-    """The first ``limit`` questions of every family, None = all of them."""
-    asked: dict[str, int] = {}
-    out = []
-    for question in questions:
-        asked[question.family] = asked.get(question.family, 0) + 1
-        if limit is None or asked[question.family] <= limit:
-            out.append(question)
-    return out
+    again = []
+    if not chosen.only or TWO_PASSES.startswith(tuple(chosen.only)):
+        again = two_passes(subject, questions, arms, store.answers)
+    ask(subject, questions, again, store)
+    true = {answer.key: answer for answer in charged(subject, questions, prompt, again, store.answers)}
+    rows = study_rows(name, [*arms, *again], questions, store.answers | true)
+    return [*rows], checkpoint.dtype
 
 
 def possible(

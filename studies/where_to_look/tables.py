@@ -13,9 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout must stay off the path
 
 from common.rows import Row, find, load
+from common.tables import NONE, gain, markdown
 
 from vlmprune.eval.arms import UNPRUNED
-from vlmprune.eval.page import percent, points
+from vlmprune.eval.page import percent
 from vlmprune.eval.store import write
 from where_to_look.measure import OURS, PART, RIGHT, gain_over
 from where_to_look.plot import draw_plot
@@ -25,7 +26,6 @@ Cell = Callable[[str, float], list[Row]]
 """The row of a method at a budget, if it has one."""
 ROWS, PAGE, PLOT = FOLDER / "glyphworld.csv", FOLDER / "README.md", FOLDER / "accuracy.png"
 BEGIN, END = "<!-- tables of {name}: begin -->", "<!-- tables of {name}: end -->"
-NONE = "-"
 FAMILIES_AT = (0.83, 0.91)
 """Budgets whose families are shown; the rows have all."""
 
@@ -85,12 +85,12 @@ def gains_table(rows: Sequence[Row], ours: str) -> str:
     """What one Scout has more than every other method, paired, at every budget."""
     some = find(rows, method=ours)
 
-    def gain(method: str, budget: float) -> list[Row]:
+    def against(method: str, budget: float) -> list[Row]:
         return find(some, budget=budget, quantity=gain_over(method))
 
     others = [UNPRUNED, *(method for method in _methods(rows) if method != ours)]
-    others = [m for m in others if any(gain(m, b) for b in _budgets(rows))]
-    return _table(f"`{ours}` minus each other method, in points:", others, _budgets(rows), gain, sign=True)
+    others = [m for m in others if any(against(m, b) for b in _budgets(rows))]
+    return _table(f"`{ours}` minus each other method, in points:", others, _budgets(rows), against, sign=True)
 
 
 def family_table(rows: Sequence[Row], budget: float) -> str:
@@ -98,22 +98,18 @@ def family_table(rows: Sequence[Row], budget: float) -> str:
     some = find(rows, quantity=RIGHT)
     families = [family for family in dict.fromkeys(r.family for r in some) if family]
     methods = [m for m in _methods(some) if find(some, method=m, budget=budget)]
-    lines = [f"By family at a cut of {budget:.0%}:", "", "| | " + " | ".join(families) + " |"]
-    lines.append("|---" * (len(families) + 1) + "|")
+    lines = []
     for method, at in ((UNPRUNED, None), *((method, budget) for method in methods)):
         found = [find(some, method=method, budget=at, family=family)[0] for family in families]
-        lines.append(f"| {method} | " + " | ".join(f"{r.mean * 100:.0f}" for r in found) + " |")
-    return "\n".join([*lines, ""])
+        lines.append([method, *(f"{r.mean * 100:.0f}" for r in found)])
+    return f"By family at a cut of {budget:.0%}:\n\n{markdown(['method', *families], lines)}\n"
 
 
 def _table(
     title: str, methods: Sequence[str], budgets: Sequence[float], cell: Cell, sign: bool = False
 ) -> str:
-    lines = [title, "", "| FLOPs cut | " + " | ".join(f"{b:.0%}" for b in budgets) + " |"]
-    lines.append("|---" * (len(budgets) + 1) + "|")
-    for method in methods:
-        lines.append(f"| {method} | " + " | ".join(_cells(cell, method, budgets, sign)) + " |")
-    return "\n".join([*lines, ""])
+    lines = ([method, *_cells(cell, method, budgets, sign)] for method in methods)
+    return f"{title}\n\n{markdown(['FLOPs cut', *(f'{b:.0%}' for b in budgets)], lines)}\n"
 
 
 def _cells(cell: Cell, method: str, budgets: Sequence[float], sign: bool) -> Iterator[str]:
@@ -122,11 +118,8 @@ def _cells(cell: Cell, method: str, budgets: Sequence[float], sign: bool) -> Ite
         found = cell(method, budget)
         if not found:
             yield NONE
-        elif not sign:
-            yield percent(found[0].estimate)
         else:
-            gain = found[0].estimate
-            yield f"**{points(gain)}**" if gain.low > 0 or gain.high < 0 else points(gain)
+            yield (gain if sign else percent)(found[0].estimate)
 
 
 def _methods(rows: Sequence[Row], beginning: str = "") -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from common import rows
+from common.methods import scaled
 from feather import attention, criteria, heights, measure, rope, smollm2, study
 from transformers import LlamaConfig, LlamaModel
 
@@ -131,7 +132,7 @@ def test_criterion_is_feathers(stride):
 
 
 def test_arms_are_scaled_fitted_and_refused_with_the_reason():
-    assert [criteria.scaled(layer, 8) for layer in (1, 3, 8, 16, 24)] == [1, 1, 2, 4, 6]
+    assert [scaled(layer, 8) for layer in (1, 3, 8, 16, 24)] == [1, 1, 2, 4, 6]
     arms, refused = criteria.budget_arms(PROMPT, (0.48, 0.7), 2)
     methods = {arm.method for arm in arms if arm.budget == 0.7}
     assert {"fastv:layer=1", "fastv:layer=2", "feather:layers=2/4", "oracle:layer=2"} <= methods
@@ -202,7 +203,10 @@ def test_from_end_to_end(questions, tmp_path, monkeypatch, capsys):
     names = ("other", "tiny")
     rows.save(
         table,
-        [rows.row(bootstrap([0.5, 1.0]), 2, model=m, part="old", method="", quantity="q") for m in names],
+        [
+            rows.row(bootstrap([0.5, 1.0]), 2, model=m, part="budget", method="unpruned", quantity="q")
+            for m in names
+        ],
         "",
     )
     args = ["--model", EXAMPLE / "checkpoint", "--questions", questions, "--out", out, "--csv", table]
@@ -220,7 +224,7 @@ def test_from_end_to_end(questions, tmp_path, monkeypatch, capsys):
         lines = [*csv.DictReader(file)]
     assert lines[0]["model"] == "other" and {line["model"] for line in lines[1:]} == {"tiny"}
     first, *others = rows.load(table)
-    assert (first.model, first.part, first.mean, first.n, first.layer) == ("other", "old", 0.75, 2, None)
+    assert (first.model, first.part, first.mean, first.n, first.layer) == ("other", "budget", 0.75, 2, None)
     assert others == rows.load(out / "rows.csv")
     assert {line["part"] for line in lines[1:]} == {"budget", "sweep", "kept", "rope"}
     (oracle,) = [r for r in lines if (r["part"], r["method"], r["quantity"]) == ("sweep", "oracle", "right")]

@@ -30,19 +30,28 @@ def reference():
         yield
 
 
-@pytest.mark.parametrize("depth, tower", [(8, 4), (32, 24)])
+@pytest.mark.parametrize("depth, tower", [(8, 4), (28, 24), (32, 24)])
 def test_every_method_that_can_do_both_is_asked(depth, tower):
     can = {name for name, kind in BUILT_IN.items() if "positions" in kind.__dataclass_fields__}
-    assert {text.partition(":")[0] for text in arms.methods(depth, tower)} == can
+    texts, left_out = arms.methods(depth, tower)
+    assert {text.partition(":")[0] for text in texts} == can and not left_out
 
 
 def test_layers_are_the_papers_at_32():
-    texts = arms.methods(32, 24)
+    texts, _ = arms.methods(32, 24)
     assert "vscan:layer=16,shallow_layer=5" in texts and "pyramiddrop:layers=8/16/24" in texts
 
 
+def test_a_shallow_model_is_asked_less_and_says_why():
+    texts, left_out = arms.methods(2, 2)
+    assert "divprune" in texts and "vtw:layer=1" in texts and not any("pyramiddrop" in text for text in texts)
+    assert left_out and all(": expected" in line for line in left_out)
+    made, _ = arms.make_arms(texts, (0.5,), replace(PROMPT, shape=replace(SHAPE, layers=2)))
+    assert all(arm.policy is None or arm.policy.layers[-1] < 2 for arm in made)
+
+
 def test_the_two_of_a_pair_differ_in_positions_alone_and_cost_the_same():
-    made, refused = arms.make_arms(arms.methods(8, 4), study.BUDGETS, PROMPT)
+    made, refused = arms.make_arms(arms.methods(8, 4)[0], study.BUDGETS, PROMPT)
     first, *others = made
     assert first.policy is None and len(others) % 2 == 0
     for kept, packed in zip(others[::2], others[1::2], strict=True):
@@ -81,8 +90,11 @@ def test_rows_and_tables_by_hand():
     assert gain.estimate == pytest.approx(bootstrap([1.0, 0.0])) and gain.n == 2
     assert one(part="keep minus pack", budget=None, family="read").mean == 0.5  # of 1 and 0
     text = tables.tables(found)
-    assert "**m**: 2 questions, unpruned 100 [34, 100]" in text
-    assert "| `divprune` | 0 -> 100: **+100 [+100, +100]** | 0 -> 50: +50 [+0, +100] |" in text
+    assert "**m**: 2 questions, unpruned 100.0 [34.2, 100.0]" in text
+    assert (
+        "| `divprune` | 0.0 -> 100.0: **+100.0 [+100.0, +100.0]** | 0.0 -> 50.0: +50.0 [+0.0, +100.0] |"
+        in text
+    )
     assert text.endswith("| keep minus pack | box | read |\n| --- | --- | --- |\n" + text.splitlines()[-1])
 
 

@@ -4,9 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from common.rows import Row, load, row
-from where_to_look import arms, measure, pictures, plot, study, tables
+from where_to_look import arms, measure, passes, pictures, plot, study, tables
 
 from vlmprune import FastV, Uniform, ops
 from vlmprune.errors import InputError
@@ -31,9 +32,12 @@ def reference():
 
 def test_every_published_method_stands_where_it_can():
     """Layers are the paper's shares of the depth; whoever can keep or pack does both."""
-    methods = arms.published(8)
+    methods, left_out = arms.published(8, 4)
+    assert not left_out and arms.published(1, 1)[1]
     assert methods["FastV"].layers == (2,) and methods["PyramidDrop, keep"].layers == (2, 4, 6)
-    assert arms.published(32)["PyramidDrop, keep"].layers == (8, 16, 24)
+    assert arms.published(32, 24)[0]["PyramidDrop, keep"].layers == (8, 16, 24)
+    assert methods["VScan, keep"].shallow_layer == 1
+    assert {"DART", "SparseVLM+", "AIM, keep", "FasterVLM, pack"} < methods.keys()
     for name, policy in methods.items():
         where = policy.positions if "positions" in policy.__dataclass_fields__ else None
         assert where is None or name.endswith(where)
@@ -43,16 +47,16 @@ def test_every_published_method_stands_where_it_can():
 
 
 def test_arms_meet_their_budgets_or_say_why_not():
-    found, refused = arms.study_arms({"Scout": Uniform(layer=0)}, (0.64, 0.94), PROMPT, 2)
+    found, refused = arms.study_arms({"Scout": Uniform(layer=0)}, (0.64, 0.94), PROMPT, 4, 2)
     assert found[0].method == UNPRUNED and [a.method for a in found[1:3]] == ["Scout", "Scout"]
     assert [a.seed for a in found if a.method == "random" and a.budget == 0.94] == [0, 1]
     assert {a.smaller.keep for a in found if a.smaller} == {0.439, 0.074}
     assert any(line.startswith("FastV, early at budget 0.94: cut: expected a share") for line in refused)
     assert not any(a.budget == 0.94 for a in found if a.method.startswith(("FastV", "PyramidDrop")))
-    few, _ = arms.study_arms({}, (0.64,), PROMPT, 1, ["DivPrune", "lattice"])
+    few, _ = arms.study_arms({}, (0.64,), PROMPT, 4, 1, ["DivPrune", "lattice"])
     assert [a.method for a in few] == [UNPRUNED, "lattice", "DivPrune, keep", "DivPrune, pack"]
     with pytest.raises(InputError, match=r"^only: expected beginnings of lattice, .*, got Divprune$"):
-        arms.study_arms({}, (0.64,), PROMPT, 1, ["Divprune"])
+        arms.study_arms({}, (0.64,), PROMPT, 4, 1, ["Divprune"])
 
 
 def measured():
@@ -106,7 +110,9 @@ def test_tables_by_hand():
     assert f"| FastV | {points(bootstrap([0, 1, 1, -0.5]))} | - |" in text
     assert "| lattice | - | **+25.0 [+20.0, +30.0]** |" in text
     assert (
-        "By family at a cut of 83%:" in text and "| | box | at |" in text and "| Scout | 100 | 50 |" in text
+        "By family at a cut of 83%:" in text
+        and "| method | box | at |" in text
+        and "| Scout | 100 | 50 |" in text
     )
 
 
@@ -170,6 +176,26 @@ def test_from_end_to_end(questions, tmp_path, monkeypatch, capsys):
     assert (out / "answers.jsonl").read_bytes() == asked  # nothing was asked again
 
 
+def test_two_full_passes_keep_what_scout_keeps_and_cost_more(questions, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    args = ["--model", EXAMPLE / "checkpoint", "--questions", questions, "--out", out, "--device", "cpu"]
+    args += ["--dtype", "float32", "--budgets", 0.83, "--only", "Scout, diverse", passes.TWO_PASSES[:24]]
+    monkeypatch.setattr("sys.argv", ["study.py", *map(str, args), "--batch-size", "3"])
+    assert study.main() == 0, capsys.readouterr().err
+    told = {}
+    for line in (out / "answers.jsonl").read_text().splitlines():
+        answer = json.loads(line)
+        told.setdefault(answer["policy"], {})[answer["question"]] = answer
+    (key,) = [key for key in told if key.startswith("two full passes of Scout(")]
+    scout, again = told[key.removeprefix("two full passes of ")], told[key]
+    assert {i: a["kept"][-1][1] for i, a in again.items()} == {i: a["kept"][-1][1] for i, a in scout.items()}
+    assert len({a["kept"][-1][1] for a in again.values()}) > 1  # each question has its own
+    cuts = {r.method: r.mean for r in load(out / "rows.csv") if r.quantity == "cut"}
+    assert 0.7 < cuts[passes.TWO_PASSES] < cuts["Scout, diverse"]
+    timed = {r.method for r in load(out / "rows.csv") if r.quantity == "prefill seconds"}
+    assert "Scout, diverse" in timed and passes.TWO_PASSES not in timed
+
+
 def test_bad_input_is_one_line(questions, tmp_path, monkeypatch, capsys):
     args = ["--model", EXAMPLE / "checkpoint", "--questions", questions, "--out", tmp_path / "out"]
     monkeypatch.setattr("sys.argv", ["study.py", *map(str, [*args, "--only", "nobody"])])
@@ -183,13 +209,16 @@ def test_a_picture_of_scout_at_work(tmp_path, monkeypatch, capsys):
     image, out = EXAMPLE / "images" / "scene_1.png", tmp_path / "scout.png"
     image = image if image.exists() else next((EXAMPLE / "images").glob("*.png"))
     policy = "scout:coarse=(uniform:layer=0,keep=24),fine=10,look=5"
-    scene = pictures.look_at(
-        Checkpoint(str(EXAMPLE / "checkpoint"), "cpu", "float32"), image, "where is the red star ?", policy
-    )
+    checkpoint = Checkpoint(str(EXAMPLE / "checkpoint"), "cpu", "float32")
+    scene = pictures.look_at(checkpoint, image, "where is the red star ?", policy)
     assert scene.coarse.shape == (14, 14) and scene.coarse.sum() == 24 and scene.fine.sum() == 10
     assert not (scene.coarse & scene.fine).any() and scene.scores.max() == 1
-    best = scene.scores.flatten().argsort()[-10:]
-    assert scene.fine.flatten()[best].all()  # the fine tokens are the best that are not coarse
+    best = np.zeros(14 * 14, dtype=bool)
+    best[scene.scores.flatten().argsort()[-10:]] = True
+    assert not scene.fine.flatten()[best].all()  # they are also unlike one another
+    alone = pictures.look_at(checkpoint, image, "where is the red star ?", policy + ",by=attention")
+    assert (alone.scores == scene.scores).all()  # where the last row looks does not depend on who is chosen
+    assert (alone.fine.flatten() == best).all()
     args = [
         "--model",
         EXAMPLE / "checkpoint",
@@ -203,7 +232,7 @@ def test_a_picture_of_scout_at_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["pictures.py", *map(str, args), "--policy", policy])
     assert pictures.main() == 0 and capsys.readouterr().out.strip() == scene.answer
     assert out.read_bytes()[:4] == b"\x89PNG"
-    monkeypatch.setattr("sys.argv", ["pictures.py", *map(str, args), "--policy", "fastv"])
-    assert pictures.main() == 2 and capsys.readouterr().err.startswith(
-        "error: policy: expected a scout, got 'fastv'"
-    )
+    for other in ("fastv", "scout:by=random"):
+        monkeypatch.setattr("sys.argv", ["pictures.py", *map(str, args), "--policy", other])
+        assert pictures.main() == 2
+        assert f"error: policy: expected a scout that looks, got '{other}'" in capsys.readouterr().err

@@ -111,8 +111,7 @@ def make_arms(
                 if budgets or left_out is None:
                     raise
                 left_out.append(str(error))
-    draws = [dataclasses.replace(arm, seed=i) for arm in arms for i in range(seeds if _draws(arm) else 1)]
-    return [Arm(UNPRUNED), *draws]
+    return [Arm(UNPRUNED), *(one for arm in arms for one in draws_of(arm, seeds))]
 
 
 def _baseline(name: str, layer: int) -> tuple[str, PruningPolicy]:
@@ -183,8 +182,10 @@ def cost(
     return 1 - (pruned + spent) / full, mean_tokens(visual)
 
 
-def _draws(arm: Arm) -> bool:
-    return arm.policy is not None and _seeded(arm.policy, 1) != arm.policy
+def draws_of(arm: Arm, seeds: int) -> list[Arm]:
+    """The arm once for each of ``seeds`` seeds if its policy draws, else as it is."""
+    draws = arm.policy is not None and _seeded(arm.policy, 1) != arm.policy
+    return [dataclasses.replace(arm, seed=seed) for seed in range(seeds)] if draws else [arm]
 
 
 def _seeded(policy: PruningPolicy, seed: int) -> PruningPolicy:
