@@ -134,6 +134,12 @@ def test_the_plot_has_a_panel_for_each_world():
     assert one[:4] == both[:4] == b"\x89PNG" and int.from_bytes(one[16:20]) < int.from_bytes(both[16:20])
 
 
+def test_the_readme_has_a_place_for_both_worlds():
+    page, names = tables.PAGE.read_text(encoding="utf-8"), ("glyphworld-576", "glyphworld-576-clutter")
+    rows = [Row(**vars(r) | {"model": name}) for name in names for r in measured()]
+    assert all(f"**{name}**, 4 questions" in tables.with_tables(page, rows) for name in names)
+
+
 @pytest.mark.skipif(not tables.ROWS.exists(), reason="no rows have been measured yet")
 def test_the_readme_says_what_the_rows_say():
     page = tables.PAGE.read_text(encoding="utf-8")
