@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from vlmprune import DivPrune, Random, Scout, Uniform
 from vlmprune.errors import InputError, ModelError
 from vlmprune.flops import decoder_flops, prefill_flops
 from vlmprune.models.host.parts import decoder_shape
+from vlmprune.policies import Needs
 from vlmprune.testing import check_model
 
 COARSE = Uniform(layer=0, keep=4)
@@ -415,3 +416,26 @@ def test_a_prompt_that_ends_with_its_image_and_gets_all_of_it(plain):
     for policy, kept in ((Scout(coarse=coarse, fine=3, look=3), 16), (Scout(coarse=one, fine=8, look=3), 16)):
         run = assert_equals(plain, policy, make_batch([[3, "I"]]))
         assert run.stages[1].tokens_kept == kept
+
+
+@dataclass(frozen=True)
+class Forgetful(vlmprune.PruningPolicy):
+    """Drops at layer 3 some of what has run since layer 0."""
+
+    layers = (0, 3)
+
+    def needs(self, layer):
+        return Needs(restored=layer > 0, wave=layer > 0)
+
+    def select(self, ctx):
+        first, end = (0, 4) if ctx.layer == 0 else (2, 8)
+        return torch.arange(first, end).expand(len(ctx.counts), -1)
+
+
+def test_what_has_run_has_to_stay(plain):
+    """One clear error at the first choice; the rows that are dropped would take the places of others."""
+    with pytest.raises(
+        InputError, match=r"sample 0: expected every token that has run to stay, got not \[0\]"
+    ):
+        with vlmprune.prune(plain, Forgetful()), torch.no_grad():
+            plain(**make_batch([[4, "I", 7]]))
