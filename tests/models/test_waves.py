@@ -12,7 +12,17 @@ import vlmprune
 from helpers import families, families_oracle
 from helpers.caches import rounded_cache, without_streams
 from helpers.recorder import Recorder
-from helpers.tiny import IMAGE, LAYERS, STEPS, TOLERANCE, dropped_from, generate, make_batch, make_model
+from helpers.tiny import (
+    IMAGE,
+    LAYERS,
+    STEPS,
+    TOLERANCE,
+    dropped_from,
+    generate,
+    make_batch,
+    make_model,
+    upstream,
+)
 from helpers.waves import sets_of, waves_masked, waves_oracle
 from vlmprune import DivPrune, Random, Scout, Uniform
 from vlmprune.errors import InputError, ModelError
@@ -352,6 +362,11 @@ def test_refused_where_it_runs(plain):
     batch = make_batch([[4, "I", 7]])
     with pytest.raises(InputError, match="coarse: expected a policy that only drops tokens"):
         generate_with(plain, Scout(coarse=vlmprune.VisionZip(dominant=3, contextual=2), look=3), batch)
+
+
+@upstream("loses the images of a chunked prefill")
+def test_refused_in_chunks(plain):
+    batch = make_batch([[4, "I", 7]])
     with pytest.raises(ModelError, match="method that reads the prompt's text, got a prompt in chunks"):
         generate_with(plain, SCOUT, batch, prefill_chunk_size=8)
 

@@ -111,7 +111,7 @@ class Scout(PruningPolicy):
     def needs(self, layer: int) -> Needs:
         if layer == 0:
             return self.coarse.needs(0)
-        attention = None if self.by == "random" else "previous"
+        attention: Literal["previous"] | None = None if self.by == "random" else "previous"
         return Needs(attention=attention, rows="last", embeds=self.by == "diverse", restored=True, wave=True)
 
     def ranks(self, layer: int) -> bool:
