@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,12 +12,23 @@ import vlmprune
 from helpers import families, families_oracle
 from helpers.caches import rounded_cache, without_streams
 from helpers.recorder import Recorder
-from helpers.tiny import IMAGE, LAYERS, STEPS, TOLERANCE, dropped_from, generate, make_batch, make_model
+from helpers.tiny import (
+    IMAGE,
+    LAYERS,
+    STEPS,
+    TOLERANCE,
+    dropped_from,
+    generate,
+    make_batch,
+    make_model,
+    upstream,
+)
 from helpers.waves import sets_of, waves_masked, waves_oracle
 from vlmprune import DivPrune, Random, Scout, Uniform
 from vlmprune.errors import InputError, ModelError
 from vlmprune.flops import decoder_flops, prefill_flops
 from vlmprune.models.host.parts import decoder_shape
+from vlmprune.policies import Needs
 from vlmprune.testing import check_model
 
 COARSE = Uniform(layer=0, keep=4)
@@ -351,6 +362,11 @@ def test_refused_where_it_runs(plain):
     batch = make_batch([[4, "I", 7]])
     with pytest.raises(InputError, match="coarse: expected a policy that only drops tokens"):
         generate_with(plain, Scout(coarse=vlmprune.VisionZip(dominant=3, contextual=2), look=3), batch)
+
+
+@upstream("loses the images of a chunked prefill")
+def test_refused_in_chunks(plain):
+    batch = make_batch([[4, "I", 7]])
     with pytest.raises(ModelError, match="method that reads the prompt's text, got a prompt in chunks"):
         generate_with(plain, SCOUT, batch, prefill_chunk_size=8)
 
@@ -415,3 +431,26 @@ def test_a_prompt_that_ends_with_its_image_and_gets_all_of_it(plain):
     for policy, kept in ((Scout(coarse=coarse, fine=3, look=3), 16), (Scout(coarse=one, fine=8, look=3), 16)):
         run = assert_equals(plain, policy, make_batch([[3, "I"]]))
         assert run.stages[1].tokens_kept == kept
+
+
+@dataclass(frozen=True)
+class Forgetful(vlmprune.PruningPolicy):
+    """Drops at layer 3 some of what has run since layer 0."""
+
+    layers = (0, 3)
+
+    def needs(self, layer):
+        return Needs(restored=layer > 0, wave=layer > 0)
+
+    def select(self, ctx):
+        first, end = (0, 4) if ctx.layer == 0 else (2, 8)
+        return torch.arange(first, end).expand(len(ctx.counts), -1)
+
+
+def test_what_has_run_has_to_stay(plain):
+    """One clear error at the first choice; the rows that are dropped would take the places of others."""
+    with pytest.raises(
+        InputError, match=r"sample 0: expected every token that has run to stay, got not \[0\]"
+    ):
+        with vlmprune.prune(plain, Forgetful()), torch.no_grad():
+            plain(**make_batch([[4, "I", 7]]))

@@ -10,7 +10,17 @@ import torch
 
 from vlmprune.errors import InputError
 from vlmprune.flops import DecoderShape, decoder_flops, prefill_flops, visual_inputs
-from vlmprune.policies import Custom, DivPrune, FastV, Random, Scout, Uniform, VisionZip, policy_from
+from vlmprune.policies import (
+    CDPruner,
+    Custom,
+    DivPrune,
+    FastV,
+    Random,
+    Scout,
+    Uniform,
+    VisionZip,
+    policy_from,
+)
 from vlmprune.policies.blur import blurred
 from vlmprune.policies.schedule import keep_for_flops, keep_for_mean_tokens, stage_counts, wave_rows
 from vlmprune.policies.scout import apart
@@ -103,6 +113,26 @@ def test_a_coarse_token_that_others_span_takes_nobodys_place():
     own = scores[0]
     assert best == dpp_by_determinants(features[0, :7], own[:7].index_fill(0, torch.tensor(0), 1.0), [0], 3)
     assert (ranks[0, [0, 1, 7]] == 0).all() and (ranks[0] > 0).sum() <= 4
+
+
+def test_where_nothing_new_is_left_attention_decides():
+    """More tokens than the features have dims: the others are the most attended, not the first; NaN is worth nothing."""
+    features = torch.randn(1, 12, 3, generator=torch.Generator().manual_seed(0))
+    there = torch.zeros(1, 12, dtype=torch.bool).index_fill(1, torch.tensor([0, 1, 2]), True)
+    scores = torch.arange(12.0)[None]
+    mask = torch.ones_like(there)
+    assert apart(scores, features, there, mask, 7)[0].topk(4).indices.sort().values.tolist() == [8, 9, 10, 11]
+    scores[0, 11] = float("nan")
+    assert apart(scores, features, there, mask, 7)[0].topk(4).indices.sort().values.tolist() == [7, 8, 9, 10]
+    alike = torch.ones(1, 12, 3)
+    assert apart(scores, alike, there, mask, 7)[0].topk(4).indices.sort().values.tolist() == [7, 8, 9, 10]
+
+
+def test_as_many_join_where_images_differ_in_size():
+    coarse = CDPruner(keep=8, spend="image", relevance="none")
+    policy = Scout(coarse=coarse, fine=3, look=3)
+    ctx = make_context(policy.needs(3), [[(2, 2), (6, 6)]], 3)
+    assert policy.select(ctx).shape == (1, ctx.ran_counts[0] + 6)
 
 
 def test_random_reads_nothing():

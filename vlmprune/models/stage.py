@@ -66,7 +66,7 @@ class StageRunner:
             made = prefill.decisions[i]
             return hidden if made is None else apply(made, hidden)
         entering, back = brought_back(prefill, prefill.entering(i, hidden, rope))
-        path = f"one pass ({ops.backend_of('prune_tokens', hidden)})"
+        path, new = f"one pass ({ops.backend_of('prune_tokens', hidden)})", i not in self.checked
         case = Case(entering, self._attention(prefill, entering), prefill.unpruned.facts, path)
         passed = self.passes.again(case)
         if passed is None:
@@ -74,6 +74,8 @@ class StageRunner:
         short, numbers, made = passed
         if made is not None:
             _check_end(prefill, entering.first)
+            if new and prefill.wants.needs[i].wave and numbers is not None and not hidden.is_meta:
+                self._check_stay(prefill, i, numbers)
             if self.policy.empties(i):
                 _check_room(prefill, made.layout, self.policy)
             set_aside(prefill, entering, made, self.parts.layers[i])
@@ -145,6 +147,20 @@ class StageRunner:
             self.checked.add(context.layer)
         self._check_positions(ranking.positions)
         return ranking
+
+    def _check_stay(self, prefill: Prefill, i: int, numbers: Tensor) -> None:
+        """Refuse a second wave without some token of the first, whose row has no place then: one host read."""
+        before = prefill.layout(i - 1).before
+        if before is not None and prefill.waves is not None:
+            kept, ran = numbers.tolist(), before[1].tolist()
+            for sample, (own, first) in enumerate(zip(kept, ran, strict=True)):
+                gone = sorted(set(first) - set(own) - {-1})
+                check(
+                    not gone,
+                    f"{self.policy!r}, sample {sample}",
+                    "every token that has run to stay",
+                    f"not {gone[:1]}",
+                )
 
     def _check_positions(self, positions: Positions) -> None:
         if positions == "pack" and not self.parts.family.packs:

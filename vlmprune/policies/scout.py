@@ -54,7 +54,8 @@ class Scout(PruningPolicy):
         coarse: a policy that acts before the language model alone and only drops tokens; whatever it does with positions,
             they stay the tokens' own.
         fine: tokens that join: a share (float) of all visual tokens, or a number per image (int).
-        look: the first layer that sees coarse and fine tokens; those before it are run in two waves. At least 1.
+        look: the first layer that sees coarse and fine tokens; those before it are run in two waves. At least 1; where the
+            attention has come to depend on the question, as ``vlmprune tune`` measures (the default is for 32 layers).
         by: what names fine tokens: "attention" alone; "diverse", attention among tokens unlike the coarse ones and one
             another (greedy MAP of a DPP with the kernel ``a_i cos_ij a_j`` of spread attention and projected features, in
             which the coarse tokens stand already); or "random" (a baseline).
@@ -71,7 +72,7 @@ class Scout(PruningPolicy):
 
     coarse: PruningPolicy = Uniform(layer=0, keep=0.125)  # noqa: RUF009  # frozen
     fine: int | float = 0.0833
-    look: int = 5
+    look: int = 20
     by: Literal["attention", "diverse", "random"] = "diverse"
     spread: float = 1.0
     rope: bool = True
@@ -110,7 +111,7 @@ class Scout(PruningPolicy):
     def needs(self, layer: int) -> Needs:
         if layer == 0:
             return self.coarse.needs(0)
-        attention = None if self.by == "random" else "previous"
+        attention: Literal["previous"] | None = None if self.by == "random" else "previous"
         return Needs(attention=attention, rows="last", embeds=self.by == "diverse", restored=True, wave=True)
 
     def ranks(self, layer: int) -> bool:
@@ -122,11 +123,8 @@ class Scout(PruningPolicy):
             return replace(self.coarse.rank(ctx), positions="keep")
         if ctx.ran is None or ctx.ran_counts is None:
             return Ranking(ctx.mask.float(), ctx.counts)
-        if self.fixed_count:
-            keep = tuple(map(max, quotas(ctx, self), ctx.ran_counts))
-        else:
-            more = zip(ctx.counts, ctx.ran_counts, quotas(ctx, self.fine), strict=True)
-            keep = tuple(min(n, ran + fine) for n, ran, fine in more)
+        more = zip(ctx.counts, ctx.ran_counts, quotas(ctx, self.fine), strict=True)
+        keep = tuple(min(n, ran + fine) for n, ran, fine in more)
         scores = self._scores(ctx, max(keep))
         return Ranking(scores.masked_fill(marks(ctx.ran, ctx.mask.shape[1]), float("inf")), keep)
 
@@ -202,9 +200,12 @@ def apart(scores: Tensor, features: Tensor, there: Tensor, mask: Tensor, kept: i
     N = mask.shape[1]
     if not kept:
         return torch.zeros_like(scores)
-    own = scores.masked_fill(there | ~mask, 0.0)
+    own = scores.nan_to_num(0.0, 0.0, 0.0).masked_fill(there | ~mask, 0.0)
     own = own / own.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    _, order = ops.greedy_select(features, kept, "dpp", relevance=own.masked_fill(there, FIRST), mask=mask)
+    # The op sees the tokens by what they are worth: where nothing new is left all tie, and the first ones are taken.
+    best = own.masked_fill(there | ~mask, -1.0).argsort(dim=1, descending=True, stable=True)
+    features, worth = ops.gather_tokens([features, own.masked_fill(there, FIRST)], best)
+    order = ops.greedy_select(features, kept, "dpp", relevance=worth, mask=mask.gather(1, best))[1]
+    order = torch.where(order < 0, N, best.gather(1, order.clamp(min=0)))
     rank = torch.arange(kept, 0, -1, device=order.device, dtype=torch.float32).expand_as(order)
-    spare = torch.where(order < 0, N, order)
-    return rank.new_zeros(len(order), N + 1).scatter(1, spare, rank)[:, :N].masked_fill(there, 0.0)
+    return rank.new_zeros(len(order), N + 1).scatter(1, order, rank)[:, :N].masked_fill(there, 0.0)
