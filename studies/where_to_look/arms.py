@@ -75,14 +75,8 @@ def study_arms(
         InputError: no method begins so.
     """
     theirs, refused = published(prompt.shape.layers, tower)
-    methods: dict[str, PruningPolicy | None] = {
-        **scouts,
-        LATTICE: Uniform(layer=0),
-        RANDOM: Random(layer=0),
-        SMALLER: None,
-        **theirs,
-        ORACLE: Oracle(layer=0),
-    }
+    baselines = {LATTICE: Uniform(layer=0), RANDOM: Random(layer=0), SMALLER: None}
+    methods = scouts | baselines | theirs | {ORACLE: Oracle(layer=0)}
     wanted = [name for name in methods if not only or name.startswith(tuple(only))]
     if not wanted:
         raise InputError(f"only: expected beginnings of {', '.join(methods)}, got {', '.join(only)}")
@@ -90,11 +84,9 @@ def study_arms(
     for name in wanted:
         for budget in budgets:
             try:
-                arm = _fitted(name, methods[name], budget, prompt)
+                arms += draws_of(_fitted(name, methods[name], budget, prompt), draws)
             except InputError as error:
                 refused.append(str(error))
-                continue
-            arms += draws_of(arm, draws)
     return arms, refused
 
 
