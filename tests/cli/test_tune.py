@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from importlib import import_module
 
 import pytest
 import yaml
 
 from helpers.command_line import CHECKPOINT, cli
 from vlmprune import ops
+from vlmprune.errors import check
 from vlmprune.policies import policy_from
 
 pytest.importorskip("matplotlib")
@@ -56,7 +58,7 @@ def test_a_search_finds_writes_and_goes_on(folder, tmp_path):
     out = tmp_path / "out"
     sweeps = ("--policy", "fastv:layer={2,3,7}", "--policy", "p_sigmoid:of=(fastv:layer=2),steepness={1,4}")
     sweeps += ("--policy", "g_search:of=(fastv:layer=2),levels=2,tolerance=1.0")
-    args = ("--budget", "0.5", "--first", 4, "--one-in", 3, "--max-new-tokens", 8, *sweeps)
+    args = ("--budget", "0.5", "--first", 2, "--one-in", 3, "--max-new-tokens", 8, *sweeps)
     done = tune(folder, out, *args)
     assert done.exit_code == 0, done.stderr
     assert {p.name for p in out.iterdir()} == {
@@ -69,7 +71,8 @@ def test_a_search_finds_writes_and_goes_on(folder, tmp_path):
     found = json.loads((out / "search.json").read_text())
     assert found["left_out"] == {"fastv:layer=7": "cut: expected a share between 0.0000 and 0.1198, got 0.5"}
     assert "left out: fastv:layer=7: cut: expected" in done.stdout
-    assert [(rung["questions"], len(rung["standings"])) for rung in found["rungs"]] == [(4, 5), (8, 2)]
+    sizes = [(rung["questions"], len(rung["standings"])) for rung in found["rungs"]]
+    assert sizes == [(2, 5), (4, 2), (6, 2)]  # two of the eight are G-Search's own
     for rung in found["rungs"]:
         assert all(one["cut"] == pytest.approx(0.5, abs=0.015) for one in rung["standings"])
     best = found["rungs"][-1]["standings"][0]
@@ -115,9 +118,26 @@ def test_a_profile_needs_no_answers(folder, tmp_path):
             ("--budget", "0.5", "--policy", "fastv:layer={2"),
             "error: policy: expected braces {...} that match",
         ),
+        *(
+            (
+                typed,
+                "error: --budget: expected a share of the FLOPs, to search policies at, got none, with "
+                + f"{', '.join(typed[::2])}\n",
+            )
+            for typed in (
+                ("--policy", "fastv"),
+                ("--first", "4", "--one-in", "3"),
+                ("--batch-size", "16"),
+                ("--max-new-tokens", "8"),
+            )
+        ),
         (
-            ("--policy", "fastv"),
-            "error: --budget: expected a share of the FLOPs, to search policies at, got none\n",
+            ("--budget", "0.5", "--images", "4"),
+            "error: --images: expected only without --budget, for a profile, got both\n",
+        ),
+        (
+            ("--budget", "0.5", "--first", "5", "--policy", "g_search:of=(fastv:layer=2)"),
+            "error: --questions: expected at least 10 with g_search, which has 5 to itself, got 8\n",
         ),
         (("--budget", "0.5", "--family", "no"), "error: --family: expected one of box, color, got 'no'\n"),
         (("--budget", "0.5", "--policy", "fastv:lair=2"), "error: policy fastv: expected one of the fields"),
@@ -128,6 +148,18 @@ def test_bad_input_is_said_before_the_weights_are_loaded(folder, tmp_path, monke
     done = tune(folder, tmp_path / "out", *args)
     assert done.exit_code == 2 and done.stderr.startswith(said)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_that_cannot_be_read_is_no_matter_of_the_budget(folder, tmp_path, monkeypatch):
+    """G-Search asks before the race does."""
+
+    def broken(subject, arms, part, number, store, progress, doing):
+        check(False, "image", "a picture", doing)
+
+    monkeypatch.setattr(import_module("vlmprune.tuning.search"), "ask", broken)
+    sweeps = ("--policy", "fastv:layer=2", "--policy", "g_search:of=(fastv:layer=2)")
+    done = tune(folder, tmp_path / "out", "--budget", "0.5", "--first", 2, *sweeps)
+    assert done.exit_code == 2 and done.stderr == "error: image: expected a picture, got g_search\n"
 
 
 def test_no_candidate_meets_the_budget(folder, tmp_path):

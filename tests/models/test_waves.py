@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
 import vlmprune
-from helpers import families, families_oracle
+from helpers import families, families_oracle, pretended
 from helpers.caches import rounded_cache, without_streams
 from helpers.recorder import Recorder
 from helpers.tiny import (
@@ -28,14 +29,17 @@ from vlmprune import DivPrune, Random, Scout, Uniform
 from vlmprune.errors import InputError, ModelError
 from vlmprune.flops import decoder_flops, prefill_flops
 from vlmprune.models.host.parts import decoder_shape
+from vlmprune.models.layout import moved
 from vlmprune.policies import Needs
 from vlmprune.testing import check_model
 
 COARSE = Uniform(layer=0, keep=4)
 SCOUT = Scout(coarse=COARSE, fine=3, look=3, by="attention")
+DEFAULT = Scout(coarse=COARSE, fine=3, look=3)
+BOTH = {"attention": SCOUT, "default": DEFAULT}
 POLICIES = {
     "lattice": SCOUT,
-    "diverse": replace(SCOUT, by="diverse"),
+    "default": DEFAULT,
     "first-layer": Scout(coarse=Random(layer=0, keep=0.3), fine=0.3, look=1, by="random"),
     "last-layer": Scout(coarse=DivPrune(keep=5), fine=2, look=5, spread=0.5),
     "union": Scout(
@@ -109,8 +113,18 @@ def plain():
     return make_model()
 
 
-@pytest.mark.parametrize("cache", ["static", "offloaded", "quantized", "none"])
-def test_caches(plain, cache, monkeypatch):
+@pytest.mark.parametrize(
+    "cache, by",
+    [
+        ("static", "attention"),
+        ("static", "default"),
+        ("offloaded", "default"),
+        ("quantized", "default"),
+        ("none", "attention"),
+    ],
+)
+def test_caches(plain, cache, by, monkeypatch):
+    scout = BOTH[by]
     batch, settings = make_batch(PADDED), {"cache_implementation": cache}
     if cache == "none":
         settings = {"use_cache": False}
@@ -118,14 +132,14 @@ def test_caches(plain, cache, monkeypatch):
         without_streams(monkeypatch)
     if cache == "quantized":
         settings = {"past_key_values": rounded_cache(monkeypatch, plain.config, LAYERS)}
-    with vlmprune.prune(plain, SCOUT) as run:
+    with vlmprune.prune(plain, scout) as run:
         tokens, logits, _ = generate(plain, batch, STEPS, **settings)
     if cache == "none":  # every step is a prompt of its own then: the first one's sets are gone
         tokens, logits = tokens[:, :1], logits[:, :1]
-        with vlmprune.prune(plain, SCOUT) as run, torch.no_grad():
+        with vlmprune.prune(plain, scout) as run, torch.no_grad():
             plain(**batch, use_cache=False)
     steps = tokens.shape[1]
-    want_tokens, want = waves_oracle(plain, batch, SCOUT.look, sets_of(run), steps, (IMAGE,))
+    want_tokens, want = waves_oracle(plain, batch, scout.look, sets_of(run), steps, (IMAGE,))
     atol = 0.02 if cache == "quantized" else TOLERANCE
     torch.testing.assert_close(logits, want, atol=atol, rtol=0)
     assert torch.equal(tokens, want_tokens)
@@ -168,10 +182,11 @@ def layer_flops(shape, rows, keys):
     return 2 * rows * matrices + 4 * rows * keys * width
 
 
-def test_beams(plain):
+@pytest.mark.parametrize("scout", BOTH.values(), ids=BOTH)
+def test_beams(plain, scout):
     """The score of every sequence is the masked run's mean log-likelihood of it."""
     batch = make_batch([[4, "I", 7], [2, "I", 3]])
-    with vlmprune.prune(plain, SCOUT) as run:
+    with vlmprune.prune(plain, scout) as run:
         _, _, out = generate(plain, batch, STEPS, num_beams=2, num_return_sequences=2, output_scores=True)
     sets = sets_of(run)[::2]  # a beam has what its sample has
     for rank in range(2):
@@ -192,9 +207,11 @@ def teacher_forced(model, batch, sets, said, past=(), dropped=None):
         return model(**given, use_cache=False).logits[:, -said.shape[1] :]
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static", "quantized"])
+@pytest.mark.parametrize(
+    "cache, by", [("dynamic", "default"), ("static", "default"), ("quantized", "attention")]
+)
 @pytest.mark.parametrize("more", [["I", 3], [3, "I", 2], [4]], ids=str)
-def test_second_turns(plain, more, cache, monkeypatch):
+def test_second_turns(plain, more, cache, by, monkeypatch):
     """A turn sees all that the turns before it left; its own tokens come in two waves."""
     first = make_batch([[4, "I", 7], [2, "I", 3]])
     settings = {}
@@ -202,7 +219,7 @@ def test_second_turns(plain, more, cache, monkeypatch):
         settings = {"past_key_values": StaticCache(config=plain.config, max_cache_len=96)}
     if cache == "quantized":
         settings = {"past_key_values": rounded_cache(monkeypatch, plain.config, LAYERS)}
-    with vlmprune.prune(plain, SCOUT) as run:
+    with vlmprune.prune(plain, BOTH[by]) as run:
         _, _, out = generate(plain, first, 3, **settings)
         sets = sets_of(run)
         then = make_batch([more, more], seed=3)
@@ -454,3 +471,27 @@ def test_what_has_run_has_to_stay(plain):
     ):
         with vlmprune.prune(plain, Forgetful()), torch.no_grad():
             plain(**make_batch([[4, "I", 7]]))
+
+
+@pytest.mark.cpu("is the other device here")
+@pytest.mark.parametrize("scout", BOTH.values(), ids=BOTH)
+def test_layers_on_two_devices(scout):
+    """The last layers lie elsewhere, the stage and its decision too: what layer 0 knows is brought there."""
+    model, batch = make_model(), make_batch(PADDED)
+    with torch.no_grad(), vlmprune.prune(model, scout):
+        want = model(**batch).logits[:, -1]
+    text, there = model.model.language_model, pretended.DEVICE
+    elsewhere = [*text.layers[2:], text.norm, model.lm_head]
+    with pretended.pretending(), torch.no_grad(), vlmprune.prune(model, scout) as run:
+        for module in (*text.layers[:2], *elsewhere):
+            device = there if module in elsewhere else pretended.CPU
+            module.to(device).register_forward_pre_hook(partial(bring, device), with_kwargs=True)
+        got = model(**batch).logits[:, -1]
+        assert [stage.index.device for stage in run.stages] == [pretended.CPU, there]
+        torch.testing.assert_close(got.cpu(), want, atol=TOLERANCE, rtol=0)
+
+
+def bring(device, module, args, kwargs):
+    """As a device map's hooks do, which run behind ours."""
+    known = {name: x for name, x in kwargs.items() if isinstance(x, torch.Tensor | tuple)}
+    return moved(args, device), {**kwargs, **moved(known, device)}

@@ -132,7 +132,7 @@ def test_as_many_join_where_images_differ_in_size():
     coarse = CDPruner(keep=8, spend="image", relevance="none")
     policy = Scout(coarse=coarse, fine=3, look=3)
     ctx = make_context(policy.needs(3), [[(2, 2), (6, 6)]], 3)
-    assert policy.select(ctx).shape == (1, ctx.ran_counts[0] + 6)
+    assert policy.select(ctx).shape == (1, 4 + 8 + 3)
 
 
 def test_random_reads_nothing():

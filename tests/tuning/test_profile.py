@@ -54,9 +54,7 @@ def test_the_layer_of_the_example_is_found(folder):
     with ops.use_backend("reference"):
         found = profile_layers(checkpoint, folder, images=6, progress=lambda *step: told.append(step))
     assert [row.layer for row in found.layers] == [*range(1, 8)] and found.images == 6
-    assert (
-        found.recommended == 5
-    )  # where the true box is found: before it the best quarter is no better than chance
+    assert found.recommended == 5
     first, fourth, fifth = (found.layers[i] for i in (0, 3, 4))
     assert first.seeks.mean < 0.2 < fourth.seeks.mean < fifth.seeks.mean
     assert told[1:] == [("images", done, 6) for done in range(6)]

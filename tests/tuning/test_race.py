@@ -11,6 +11,8 @@ from vlmprune.eval.store import Answer, Store
 from vlmprune.policies import FastV
 from vlmprune.tuning import race as module
 from vlmprune.tuning.race import race, split
+from vlmprune.tuning.schedules import GSearch, PSigmoid
+from vlmprune.tuning.search import _parts
 
 ASKED = [Question(f"q{i}", Path("x.png"), "abc"[i % 3 > 0], "?", "!") for i in range(100)]
 ARMS = [Arm(f"fastv:layer={k}", 0.5, FastV(layer=k)) for k in range(1, 8)]
@@ -105,3 +107,13 @@ def test_parts_double_and_hold_every_family(first):
     assert len(parts[-1]) >= min(first, 100)
     for part in parts:
         assert Counter(q.family for q in part)["a"] == pytest.approx(len(part) * 0.34, abs=2)
+
+
+def test_what_is_fitted_to_answers_is_not_raced_on_them():
+    searched, curve = GSearch(FastV(layer=1)), PSigmoid(FastV(layer=1))
+    own, parts = _parts(ASKED, 16, 3, {"g": searched, "p": curve})
+    assert own == split(ASKED, 16, 3)[0] and [*map(len, parts)] == [16, 16, 32, 20]
+    assert Counter([*own, *(question for part in parts for question in part)]) == Counter(ASKED)
+    assert _parts(ASKED, 16, 3, {"p": curve}) == ([], split(ASKED, 16, 3))
+    with pytest.raises(ValueError, match=r"^questions: expected at least 102 with g_search, which has 51 to"):
+        _parts(ASKED, 51, 3, {"g": searched})

@@ -55,4 +55,6 @@ def test_g_search_keeps_its_shape():
 @pytest.mark.parametrize("schedule", [PSigmoid(FastV(layer=4)), GSearch(FastV(layer=4))])
 def test_a_budget_that_layers_before_it_spend(schedule):
     with pytest.raises(ValueError, match=r"^budget: expected a cut of at most 0\.4\d+, got 0.6$"):
+        schedule.check_budget(0.6, PROMPT)
+    with pytest.raises(ValueError, match=r"^budget: expected a cut of at most 0\.4\d+, got 0.6$"):
         schedule.fit(0.6, PROMPT, never)

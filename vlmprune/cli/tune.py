@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,31 +16,44 @@ from vlmprune.cli.options import Attention, Device, Dtype, MaxNewTokens, Model, 
 from vlmprune.errors import check
 
 if TYPE_CHECKING:
+    from vlmprune.checkpoints import Checkpoint
     from vlmprune.tuning import Found, Profile
 
 SHOWN = 12
 
 
+Questions = Annotated[Path, typer.Option(help="Folder with a questions.jsonl and its images.")]
+Out = Annotated[Path, typer.Option(help="Folder for results; a killed search goes on from there.")]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the prefill FLOPs to save, e.g. 0.8. Without one: at which layer attention depends on the "
+        "question, for which questions need no answers."
+    ),
+]
+Families = Annotated[list[str] | None, typer.Option(help="Only these families of questions; repeatable.")]
+First = Annotated[int, typer.Option(min=1, help="Questions of the first rung.")]
+OneIn = Annotated[int, typer.Option(min=2, help="2 = the better half goes on, 3 = the best third.")]
+Images = Annotated[int, typer.Option(min=2, help="Images of the profile, and questions about each.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the order of the questions, and what is drawn.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Questions asked at once.")]
+SEARCHES = ("policy", "first", "one_in", "batch_size", "max_new_tokens")
+"""What only a search reads."""
+
+
 def tune(
+    context: typer.Context,
     model: Model,
-    questions: Annotated[Path, typer.Option(help="Folder with a questions.jsonl and its images.")],
-    out: Annotated[Path, typer.Option(help="Folder for results; a killed search goes on from there.")],
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the prefill FLOPs to save, e.g. 0.8. Without one: at which layer attention depends on the "
-            "question, for which questions need no answers."
-        ),
-    ] = None,
+    questions: Questions,
+    out: Out,
+    budget: Budget = None,
     policy: Policies = None,
-    family: Annotated[
-        list[str] | None, typer.Option(help="Only these families of questions; repeatable.")
-    ] = None,
-    first: Annotated[int, typer.Option(min=1, help="Questions of the first rung.")] = 16,
-    one_in: Annotated[int, typer.Option(min=2, help="2 = the better half goes on, 3 = the best third.")] = 2,
-    images: Annotated[int, typer.Option(min=2, help="Images of the profile, and questions about each.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of the questions, and what is drawn.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 16,
+    family: Families = None,
+    first: First = 16,
+    one_in: OneIn = 2,
+    images: Images = 8,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
     max_new_tokens: MaxNewTokens = 32,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -48,30 +62,16 @@ def tune(
     """Find a layer to prune at, or with --budget the policy that answers best at equal FLOPs, from sweeps such as
     --policy "feather:layers=2/{4,5,6}".
     """
-    checkpoint = open_checkpoint(model, device, dtype, attn)
-    check(budget is not None or not policy, "budget", "a share of the FLOPs, to search policies at", "none")
-    from vlmprune.tuning import draw_profile, profile_layers, search
-
+    _check_read(context, budget)
+    where = open_checkpoint(model, device, dtype, attn), questions, out
     if budget is None:
-        from vlmprune.eval.plots import check_matplotlib
-        from vlmprune.eval.store import check_out, write
-
-        check_matplotlib("vlmprune tune")
-        check_out(out)
-        with progress_bar() as progress:
-            profile = profile_layers(
-                checkpoint, questions, families=family or (), images=images, seed=seed, progress=progress
-            )
-        out.mkdir(exist_ok=True)
-        write(out / "profile.json", json.dumps(profile.as_dict(), indent=1).encode())
-        write(out / "profile.png", draw_profile(profile))
-        _show_profile(profile, out)
+        _profile(*where, family or (), images, seed)
         return
+    from vlmprune.tuning import search
+
     with progress_bar() as progress:
         found = search(
-            checkpoint,
-            questions,
-            out,
+            *where,
             policy or (),
             budget=budget,
             families=family or (),
@@ -83,6 +83,35 @@ def tune(
             progress=progress,
         )
     _show_search(found)
+
+
+def _check_read(context: typer.Context, budget: float | None) -> None:
+    """Raise InputError for an option that nothing would read."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    typed = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    searches = ", ".join(f"--{name.replace('_', '-')}" for name in typed if name in SEARCHES)
+    expected = "a share of the FLOPs, to search policies at"
+    check(budget is not None or not searches, "budget", expected, f"none, with {searches}")
+    check(budget is None or "images" not in typed, "images", "only without --budget, for a profile", "both")
+
+
+def _profile(
+    checkpoint: Checkpoint, questions: Path, out: Path, families: Sequence[str], images: int, seed: int
+) -> None:
+    from vlmprune.eval.plots import check_matplotlib
+    from vlmprune.eval.store import check_out, write
+    from vlmprune.tuning import draw_profile, profile_layers
+
+    check_matplotlib("vlmprune tune")
+    check_out(out)
+    with progress_bar() as progress:
+        profile = profile_layers(
+            checkpoint, questions, families=families, images=images, seed=seed, progress=progress
+        )
+    out.mkdir(exist_ok=True)
+    write(out / "profile.json", json.dumps(profile.as_dict(), indent=1).encode())
+    write(out / "profile.png", draw_profile(profile))
+    _show_profile(profile, out)
 
 
 def _show_profile(profile: Profile, out: Path) -> None:

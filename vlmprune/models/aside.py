@@ -33,7 +33,7 @@ def set_aside(prefill: Prefill, entering: Entering, made: Decision, module: Any)
             "policy: expected no texts before a stage that brings tokens back (they stand in the places of some)"
         )
     prefill.aside = _all_rows(prefill, entering)
-    if entering.layer < prefill.wants.wave:
+    if entering.layer < prefill.wants.wave_layer:
         prefill.waves = Waves(prefill.cache, prefill.call.past, prefill.aside)
 
 

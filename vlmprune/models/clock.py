@@ -146,7 +146,7 @@ class Clock:
         return _Selecting(self, layer)
 
     @contextmanager
-    def wave(self) -> Iterator[None]:
+    def second_wave(self) -> Iterator[None]:
         """Time a second wave, which is inside."""
         marks, start, named = self.mine.marks, self.now(), begin("second wave")
         try:

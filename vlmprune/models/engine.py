@@ -198,8 +198,8 @@ class Engine:
                 if self.clock.mine.marks is not entered and prefill.prompt is not None:
                     # a compensator ran this very model: its prompts are over, this one goes on
                     self.clock.mine.marks, self.prompts.latest = entered, prefill.prompt
-        if i == self.wants.wave and prefill.waves is not None:
-            with self.clock.wave():
+        if i == self.wants.wave_layer and prefill.waves is not None:
+            with self.clock.second_wave():
                 hidden = run_second_wave(self.parts, prefill, hidden, kwargs)
         decided = prefill.decision(i)
         if decided is None and layer is None and not prefill.bound:

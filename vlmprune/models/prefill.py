@@ -46,7 +46,7 @@ class Wants:
         text: whether some stage reads the prompt's text.
         heads: query heads of every layer, those of all ranks.
         restores: the last stage that brings back what others have set aside; -1 = there is none.
-        wave: the stage before which a second wave runs (``Needs.wave``); -1 = there is none.
+        wave_layer: the stage before which a second wave runs (``Needs.wave``); -1 = there is none.
         normed: whether the layers normalize query and key behind their projections.
     """
 
@@ -56,7 +56,7 @@ class Wants:
     text: bool
     heads: int
     restores: int
-    wave: int
+    wave_layer: int
     normed: bool
 
     @classmethod
@@ -67,9 +67,9 @@ class Wants:
         text = any(need.reads_text or need.tokens for need in needs.values())
         attns = frozenset(layers[layer].self_attn for layer in scored)
         restores = max((layer for layer, need in needs.items() if need.restored), default=-1)
-        wave = max((layer for layer, need in needs.items() if need.wave), default=-1)
+        wave_layer = max((layer for layer, need in needs.items() if need.wave), default=-1)
         normed = DECODERS[config.model_type].normed
-        return cls(needs, attns, embeds, text, config.num_attention_heads, restores, wave, normed)
+        return cls(needs, attns, embeds, text, config.num_attention_heads, restores, wave_layer, normed)
 
 
 class Decision(NamedTuple):

@@ -118,7 +118,7 @@ class Prompt:
         crops: patches of every crop encoded for it.
         kv_bytes: what the cache held after the latest chunk; None = there is no cache.
         inserted: the texts that joined it.
-        wave: the second wave; None = none has run.
+        second_wave: None = none has run.
         graph: whether its latest chunk was a graph's replay, or why not; "" = nobody asked.
     """
 
@@ -133,7 +133,7 @@ class Prompt:
     crops: tuple[int, ...] = ()
     kv_bytes: int | None = None
     inserted: Insertion | None = None
-    wave: SecondWave | None = None
+    second_wave: SecondWave | None = None
     graph: str = ""
 
     def extend(self, call: Call) -> None:

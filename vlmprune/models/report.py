@@ -119,7 +119,7 @@ class Run:
         captions = prompt.inserted.captions if prompt.inserted is not None else ()
         full = max(sum(prompt.visual_counts()) / max(prompt.batch, 1), 0.0)
         after = [(stage.layer, sum(stage.kept) / len(stage.kept)) for stage in self.stages]
-        second = prompt.wave
+        second = prompt.second_wave
         wave = None if second is None else (second.layer, second.width)
         visual = visual_inputs(depth, full, after, wave)
         rows = layer_inputs(depth, prompt.length, list(prompt.rows.items()))

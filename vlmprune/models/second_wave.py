@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from vlmprune import ops
 from vlmprune.models.host.parts import Parts
 from vlmprune.models.layer_inputs import Kwargs, wave_mask
-from vlmprune.models.layout import Layout, inverse, put, spread, take, where_true
+from vlmprune.models.layout import Layout, inverse, moved, put, spread, take, where_true
 from vlmprune.models.prefill import Decision, Prefill
 from vlmprune.models.prompt import SecondWave
 
@@ -35,7 +34,7 @@ def run_second_wave(parts: Parts, prefill: Prefill, hidden: Tensor, kwargs: Kwar
 
     ``kwargs`` are those of the stage's layer, whose decision has been made. From then on it is that of the layers before, too.
     """
-    last, waves = prefill.wants.wave, prefill.waves
+    last, waves = prefill.wants.wave_layer, prefill.waves
     decided = prefill.decision(last)
     assert waves is not None and decided is not None
     joining = join(prefill, decided)
@@ -52,16 +51,16 @@ def run_second_wave(parts: Parts, prefill: Prefill, hidden: Tensor, kwargs: Kwar
     prefill.waves = None
     if prefill.prompt is not None:
         real, keys = joining.layout.real, hidden.shape[1]
-        prefill.prompt.wave = SecondWave(last, real, rows.shape[1], keys)
+        prefill.prompt.second_wave = SecondWave(last, real, rows.shape[1], keys)
     return put(hidden, joining.rows, prefill.deepened(last, rows, joining.layout).to(hidden.device))
 
 
 def join(prefill: Prefill, decided: Decision) -> Joining:
     """Which rows of the sequence behind the stage the second wave runs: those that come back, and those behind the last image."""
     assert prefill.unpruned is not None
-    first, one, layout = prefill.unpruned.layout, prefill.layout(0), decided.layout
-    q, device = first.length, layout.visual.device
-    visual, origin = first.visual.to(device), _origin(layout)
+    layout, device = decided.layout, decided.layout.visual.device
+    first, one = moved(prefill.unpruned.layout, device), moved(prefill.layout(0), device)
+    q, visual, origin = first.length, first.visual, _origin(layout)
     newest = visual.amax(1, keepdim=True)
     order = torch.arange(q, device=device)
     ran_at = spread(_origin(one), torch.ones_like(_origin(one), dtype=torch.bool), q)
@@ -81,7 +80,7 @@ def join(prefill: Prefill, decided: Decision) -> Joining:
         real=real,
         valid=None if min(real) == max(real) else rows >= 0,
         origin=at,
-        before=(replace(first, visual=visual), take(numbers, own)),
+        before=(first, take(numbers, own)),
     )
     place = take(inverse(_origin(one), q), origin)
     later = inverse(rows, layout.length)

@@ -10,7 +10,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.constants import remembered
 from vlmprune.policies.base import Grid
-from vlmprune.policies.inputs import tokens_in
 
 Grids = tuple[tuple[Grid, ...], ...]
 
@@ -56,11 +55,8 @@ def _cells(grids: Grids, size: tuple[int, int, int], device: torch.device) -> Te
             cells.append((number * rows + order // max(c, 1)) * columns + order % max(c, 1))
         found.append(torch.cat(cells))
     spare = size[0] * rows * columns
-    out = pad_sequence([*found, torch.zeros(1, dtype=torch.int64)], batch_first=True, padding_value=spare)[
-        :-1
-    ]
-    assert out.shape[1] >= max(map(tokens_in, grids), default=0)
-    return out.to(device)
+    one_more = [*found, torch.zeros(1, dtype=torch.int64)]  # neither the batch nor a row of it may be empty
+    return pad_sequence(one_more, batch_first=True, padding_value=spare)[:-1].to(device)
 
 
 @remembered()

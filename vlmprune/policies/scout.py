@@ -123,8 +123,11 @@ class Scout(PruningPolicy):
             return replace(self.coarse.rank(ctx), positions="keep")
         if ctx.ran is None or ctx.ran_counts is None:
             return Ranking(ctx.mask.float(), ctx.counts)
-        more = zip(ctx.counts, ctx.ran_counts, quotas(ctx, self.fine), strict=True)
-        keep = tuple(min(n, ran + fine) for n, ran, fine in more)
+        if self.fixed_count:
+            keep = tuple(map(max, quotas(ctx, self), ctx.ran_counts))
+        else:
+            more = zip(ctx.counts, ctx.ran_counts, quotas(ctx, self.fine), strict=True)
+            keep = tuple(min(n, ran + fine) for n, ran, fine in more)
         scores = self._scores(ctx, max(keep))
         return Ranking(scores.masked_fill(marks(ctx.ran, ctx.mask.shape[1]), float("inf")), keep)
 
@@ -168,7 +171,7 @@ class Scout(PruningPolicy):
         return coarse if layer == 0 else min(tokens, coarse + keep_count(self.fine, tokens, images))
 
     def spends(self, layer: int) -> str:
-        return self.coarse.spends(0) if layer == 0 else self.spend
+        return self.coarse.spends(0)  # behind it, too, that counts are exact where images differ in size
 
     def at(self, share: float) -> Self:
         """Coarse and fine together at this share of the tokens, which they divide as they do now (of 576); all at 1.0."""

@@ -23,8 +23,8 @@ from vlmprune.policies.base import TokenContext, attention_of
 from vlmprune.policies.compose import Stages
 from vlmprune.policies.custom import Custom
 
-ENOUGH, LEAST = 0.8, 0.1
-"""A layer is recommended from this share of the largest ``seeks`` on, and none where that is not even ``LEAST``."""
+ENOUGH, HARDLY = 0.8, 0.1
+"""A layer is recommended from this share of the largest ``seeks`` on, and none where that is not even ``HARDLY``."""
 TINY = 1e-7
 
 
@@ -86,8 +86,8 @@ def profile_layers(
     that of the others (so that nothing foretells itself). ``seeks`` is what of the best quarter does not follow; 0.75 is as
     good as chance. Intervals are over images.
 
-    The rule: ``recommended`` is the first stage with ``ENOUGH`` of the largest ``seeks``. The share was set on the two
-    checkpoints of ``examples/glyphworld``, where the true box is found from that layer on, and is no law; that attention
+    The rule: ``recommended`` is the first stage with ``ENOUGH`` of the largest ``seeks``. The share was set by looking
+    at two checkpoints of ``examples/glyphworld``, and is no law: another ``seed`` may name another layer. That attention
     depends on the question is not yet that it is right. Which layer answers best, ``search`` says.
 
     Args:
@@ -129,7 +129,7 @@ def recommend(rows: Sequence[Layer]) -> int | None:
     (3, 1, None)
     """
     most = max((row.seeks.mean for row in rows), default=0.0)
-    return next((row.layer for row in rows if most >= LEAST and row.seeks.mean >= ENOUGH * most), None)
+    return next((row.layer for row in rows if most >= HARDLY and row.seeks.mean >= ENOUGH * most), None)
 
 
 def _drawn(asked: Sequence[Question], images: int, seed: int) -> list[Question]:

@@ -31,6 +31,11 @@ class Schedule(ABC):
     def __post_init__(self) -> None:
         scheduled(self.of, self.of.layers, (1.0,))  # says what is wrong with it
 
+    def check_budget(self, cut: float, prompt: PromptSize) -> None:
+        """Raise InputError where no stages save ``cut`` of the FLOPs of ``prompt``: ``fit`` would, but nothing is asked."""
+        least = (LEAST,) * (prompt.shape.layers - self.of.layers[0])
+        _largest(self.of, lambda _: least, (0.0, 1.0), cut, prompt)
+
     @abstractmethod
     def fit(self, cut: float, prompt: PromptSize, score: Score) -> PruningPolicy:
         """The stages that save at least ``cut`` of the FLOPs of ``prompt``, and keep most of those that do.
@@ -55,7 +60,7 @@ class PSigmoid(Schedule):
 
     def fit(self, cut: float, prompt: PromptSize, score: Score) -> PruningPolicy:
         depth, first = prompt.shape.layers, self.of.layers[0]
-        return _fitted(
+        return _largest(
             self.of,
             lambda mean: p_sigmoid(depth, self.steepness, mean, first=first),
             (first / depth + LEAST, 1.0),
@@ -84,12 +89,10 @@ class GSearch(Schedule):
         check(self.levels >= 1, "levels", "a whole number >= 1", repr(self.levels))
 
     def fit(self, cut: float, prompt: PromptSize, score: Score) -> PruningPolicy:
-        first = self.of.layers[0]
-        least = (LEAST,) * (prompt.shape.layers - first)
-        _fitted(self.of, lambda _: least, (0.0, 1.0), cut, prompt)  # before anything is asked
-        layers = range(first, prompt.shape.layers)
+        self.check_budget(cut, prompt)
+        layers = range(self.of.layers[0], prompt.shape.layers)
         shares = g_search(score, self.of, layers, self.tolerance, levels=self.levels)
-        return _fitted(
+        return _largest(
             self.of,
             lambda scale: [min(1.0, share * scale) for share in shares],
             (LEAST, 1 / min(shares)),
@@ -125,7 +128,7 @@ def read_schedule(text: str) -> Schedule | None:
     return kind(**{setting: read_setting(value, hints[setting], setting) for setting, value in typed.items()})
 
 
-def _fitted(
+def _largest(
     of: PruningPolicy,
     shares: Callable[[float], Sequence[float]],
     ends: tuple[float, float],

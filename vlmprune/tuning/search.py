@@ -21,7 +21,7 @@ from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.recipe import to_yaml
 from vlmprune.tuning.plots import draw_race
 from vlmprune.tuning.race import Rung, Standing, answers_to, ask, race, split
-from vlmprune.tuning.schedules import Score
+from vlmprune.tuning.schedules import GSearch, Score
 from vlmprune.tuning.space import Candidate, candidates
 
 BEST, RESULTS, PLOT = "best.yaml", "search.json", "search.png"
@@ -70,7 +70,8 @@ def search(
 
     Every candidate keeps as much as the budget leaves (``PruningPolicy.at``). In the first rung each answers ``first``
     questions, the same for all; the better ones go on to as many more, then to twice as many, until all are asked. The same
-    seed and questions give the same result, and a run that was killed goes on from its folder. What won was chosen on these
+    seed and questions give the same result, and a run that was killed goes on from its folder. G-Search is fitted to answers:
+    where it takes part, ``first`` questions are its own, and the rungs ask the others. What won was chosen on these
     questions, so its figures here flatter it: ask others (``vlmprune eval --policy OUT/best.yaml --keep``).
 
     Args:
@@ -89,11 +90,34 @@ def search(
         progress: called at every step and answer.
 
     Raises:
-        InputError: bad input, no candidate that can meet the budget, or answers of other settings in ``out``.
+        InputError: bad input, too few questions for G-Search, no candidate that can meet the budget, or answers of other settings in ``out``.
         ModelError: a model that cannot be pruned.
         OSError: a file cannot be written.
     """
     check_matplotlib("vlmprune tune")
+    _check_settings(budget, first, one_in, batch_size, max_new_tokens)
+    questions, out = Path(questions), Path(out)
+    asked = read_questions(questions, families)
+    check_out(out)
+    tried, left_out = candidates(policies, checkpoint)
+    check_padding(checkpoint.processor, min(batch_size, len(asked)))
+    asked = with_template(checkpoint.processor, asked)
+    prompt = typical_prompt(checkpoint, asked)
+    own, parts = _parts(asked, first, seed, tried)
+    subject = Subject(checkpoint, batch_size, max_new_tokens)
+    progress(f"loading {checkpoint.source}", 0, 0)
+    settings = subject.settings(questions) | {"families": sorted(families), "first": first, "seed": seed}
+    store = Store(out, settings)
+    arms = _arms(tried, budget, prompt, _scoring(subject, own, store, progress), left_out)
+    rungs = tuple(race(subject, arms, parts, one_in, store, left_out, progress))
+    counted = {"visual_tokens": prompt.visual, "text_tokens": prompt.text, "precision": checkpoint.precision}
+    settings = settings | {"budget": budget, "one_in": one_in} | counted
+    found = Found(_winner(arms, rungs), rungs, left_out, settings, out / BEST)
+    _write(found, out)
+    return found
+
+
+def _check_settings(budget: float, first: int, one_in: int, batch_size: int, max_new_tokens: int) -> None:
     least = {
         "first": (first, 1),
         "one_in": (one_in, 2),
@@ -103,32 +127,22 @@ def search(
     for name, (count, lowest) in least.items():
         check(count >= lowest, name, f"at least {lowest}", count)
     check(0 < budget < 1, "budget", "a share of the FLOPs between 0 and 1", f"{budget:g}")
-    questions, out = Path(questions), Path(out)
-    asked = read_questions(questions, families)
-    check_out(out)
-    tried, left_out = candidates(policies, checkpoint)
-    check_padding(checkpoint.processor, min(batch_size, len(asked)))
-    asked = with_template(checkpoint.processor, asked)
-    prompt = typical_prompt(checkpoint, asked)
-    subject, parts = Subject(checkpoint, batch_size, max_new_tokens), split(asked, first, seed)
-    progress(f"loading {checkpoint.source}", 0, 0)
-    settings = subject.settings(questions) | {"families": sorted(families), "first": first, "seed": seed}
-    store = Store(out, settings)
-    score = _scoring(subject, parts[0], store, progress)
-    arms = _fitted(tried, budget, prompt, score, left_out)
-    rungs = tuple(race(subject, arms, parts, one_in, store, left_out, progress))
-    winner = rungs[-1].standings[0].method
-    policy = next(arm.policy for arm in arms if arm.method == winner)
-    assert policy is not None
-    counted = {"visual_tokens": prompt.visual, "text_tokens": prompt.text, "precision": checkpoint.precision}
-    found = Found(
-        policy, rungs, left_out, settings | {"budget": budget, "one_in": one_in} | counted, out / BEST
-    )
-    _write(found, out)
-    return found
 
 
-def _fitted(
+def _parts(
+    asked: Sequence[Question], first: int, seed: int, tried: Mapping[str, Candidate]
+) -> tuple[list[Question], list[list[Question]]]:
+    """The questions that G-Search alone is asked, and those of each rung: nothing is raced on what it was fitted to."""
+    parts = split(asked, first, seed)
+    if not any(isinstance(one, GSearch) for one in tried.values()):
+        return [], parts
+    expected = f"at least {2 * first} with g_search, which has {first} to itself"
+    check(len(parts) > 1, "questions", expected, len(asked))
+    own, *others = parts
+    return own, split([question for part in others for question in part], first, seed)
+
+
+def _arms(
     tried: Mapping[str, Candidate],
     budget: float,
     prompt: PromptSize,
@@ -138,13 +152,8 @@ def _fitted(
     """An arm for every candidate that can meet the budget, each policy once."""
     arms: dict[str, Arm] = {}
     for text, one in tried.items():
-        try:
-            if isinstance(one, PruningPolicy):
-                arm = fit_arm(text, one, budget, prompt)
-            else:
-                arm = Arm(text, budget, one.fit(budget, prompt, score))
-        except InputError as error:
-            left_out[text] = str(error).removeprefix(f"{text} at budget {budget:g}: ")
+        arm = _arm(text, one, budget, prompt, score, left_out)
+        if arm is None:
             continue
         same = arms.setdefault(arm.key, arm)
         if same is not arm:
@@ -154,8 +163,29 @@ def _fitted(
     return list(arms.values())
 
 
+def _arm(
+    text: str, one: Candidate, budget: float, prompt: PromptSize, score: Score, left_out: dict[str, str]
+) -> Arm | None:
+    """A candidate's; None where it cannot meet the budget, and ``left_out`` says why."""
+    try:
+        if isinstance(one, PruningPolicy):
+            return fit_arm(text, one, budget, prompt)
+        one.check_budget(budget, prompt)
+    except InputError as error:
+        left_out[text] = str(error).removeprefix(f"{text} at budget {budget:g}: ")
+        return None
+    # may ask questions: what goes wrong there says nothing about the budget
+    return Arm(text, budget, one.fit(budget, prompt, score))
+
+
+def _winner(arms: Sequence[Arm], rungs: Sequence[Rung]) -> PruningPolicy:
+    policy = next(arm.policy for arm in arms if arm.method == rungs[-1].standings[0].method)
+    assert policy is not None
+    return policy
+
+
 def _scoring(subject: Subject, part: Sequence[Question], store: Store, progress: Progress) -> Score:
-    """Share of right answers to the first rung's questions, which are asked once: the store has them then."""
+    """Share of right answers to ``part``; what the store has is not asked again."""
 
     def score(policy: PruningPolicy) -> float:
         arm = Arm("g_search", None, policy)

@@ -70,12 +70,7 @@ def pruned_mask(
         check_adds(config)
     plain, static = bias is None, layer is not None and layer.static
     valid = None if valid is None else valid.to(hidden.device)
-    length = past + rows if layer is None else layer.get_mask_sizes(rows)[0]
-    keys = valid if layer is None else layer.key_mask(valid, past, hidden)
-    show = causal_mask_function
-    if shown is not None:
-        width = layer.get_mask_sizes(rows)[0] if layer is not None and layer.static else shown.shape[2]
-        length, keys, show = width, None, _showing(shown.to(hidden.device), width)
+    length, keys, show = _keys(hidden, valid, past, layer, shown)
     mask = build(
         batch_size=batch,
         q_length=rows,
@@ -93,6 +88,18 @@ def pruned_mask(
         **({"left_padded": True} if plain and left and config._attn_implementation == NAME else {}),
     )
     return mask if bias is None else _added(mask, bias, hidden)
+
+
+def _keys(
+    hidden: Tensor, valid: Tensor | None, past: Length, layer: PrunedLayer | None, shown: Tensor | None
+) -> tuple[Length, Tensor | None, Callable[..., Any]]:
+    """How many keys a mask has, which of them are no padding, and which of those each row sees."""
+    rows = hidden.shape[1]
+    if shown is None:
+        length = past + rows if layer is None else layer.get_mask_sizes(rows)[0]
+        return length, valid if layer is None else layer.key_mask(valid, past, hidden), causal_mask_function
+    width = layer.get_mask_sizes(rows)[0] if layer is not None and layer.static else shown.shape[2]
+    return width, None, _showing(shown.to(hidden.device), width)
 
 
 def _showing(shown: Tensor, length: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
