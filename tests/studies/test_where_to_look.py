@@ -1,6 +1,7 @@
 """The study of where to look: arms and their budgets, paired differences by hand, tables from rows, a run from end to end."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -140,10 +141,12 @@ def test_the_readme_has_a_place_for_both_worlds():
     assert all(f"**{name}**, 4 questions" in tables.with_tables(page, rows) for name in names)
 
 
-@pytest.mark.skipif(not tables.ROWS.exists(), reason="no rows have been measured yet")
 def test_the_readme_says_what_the_rows_say():
+    """And nothing of worlds that have no rows."""
     page = tables.PAGE.read_text(encoding="utf-8")
-    assert tables.with_tables(page, load(tables.ROWS)) == page
+    bare = re.sub(r"(<!-- tables of \S+: begin -->\n).*?(<!-- tables of)", r"\1\2", page, flags=re.DOTALL)
+    rows = load(tables.ROWS) if tables.ROWS.exists() else []
+    assert tables.with_tables(bare, rows) == page
 
 
 @pytest.fixture
