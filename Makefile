@@ -109,7 +109,7 @@ test-compile: install
 # What `make test` leaves out: the build of the CUDA extension, first as it takes longest, every launch for sm_90, a thousand
 # requests, and the stages of the first day on a GPU, small.
 test-slow: install
-	TRITON_INTERPRET=0 $(PYTEST) -m slow tests/csrc tests/compile tests/models
+	TRITON_INTERPRET=0 $(PYTEST) -m slow tests/csrc tests/compile tests/models tests/training
 	$(PYTEST) -m slow tests/benchmarks
 
 # What kernels and transformers have a part in, once more with the oldest supported versions, whose compiler meets every

@@ -16,7 +16,7 @@ from helpers.lost_device import pytest_runtest_makereport  # noqa: F401
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers that each spin up all cores wait for one another most of the time
 DEVICE = pytest.StashKey[str]()
-SLOW = ("benchmarks", "csrc", "compile", "models")
+SLOW = "benchmarks", "csrc", "compile", "models", "training"
 
 
 def pytest_addoption(parser):

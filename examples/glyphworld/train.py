@@ -26,6 +26,8 @@ from training.loop import Plan, Trainer
 from training.model import enlarge, make_model, make_processor
 from world.scenes import SIDES
 
+from vlmprune.precision import slow_on_cpu
+
 _LOG_EVERY = 20  # steps
 _SAVE_EVERY = 120  # seconds
 _LEAST = {"minutes": 0.01, "steps": 1, "batch": 0, "decoder_rate": 0, "text": 32}  # words: any question
@@ -43,7 +45,8 @@ def main() -> None:
         raise SystemExit(f"--resume: expected a run in --out, got {args.out} without {state.name}")
     torch.manual_seed(0)
     device = torch.device(args.device)
-    trainer = Trainer(*_model(args), _plan(args), device)
+    mixed = device.type != "cpu" or not slow_on_cpu(torch.bfloat16)
+    trainer = Trainer(*_model(args, mixed), _plan(args), device, mixed)
     if args.resume:
         trainer.load(state)
     if args.compile:
@@ -124,9 +127,9 @@ def _plan(args: argparse.Namespace) -> Plan:
     return Plan(args.size, *budget, rate, looking, args.first_seed, gentle, args.notes, args.clutter)
 
 
-def _model(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    # On a CPU explicit attention in bfloat16 trains faster than the fused one.
-    attention = "eager" if args.device == "cpu" else "sdpa"
+def _model(args: argparse.Namespace, mixed: bool) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    # On a CPU explicit attention in bfloat16 trains faster than the fused one; in float32 it takes twice as long.
+    attention = "eager" if args.device == "cpu" and mixed else "sdpa"
     first = None
     if args.init is not None:
         first = LlavaForConditionalGeneration.from_pretrained(

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples/glyphworld"))
 
 from common.asking import ask, exit_code
-from common.rows import Row, row, save
+from common.options import name_of, options, save_rows
+from common.rows import Row, row
 from make_questions import STREAM
 from rich.console import Console
 from rich.table import Table
@@ -52,9 +53,7 @@ console = Console()
 
 def arguments() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="checkpoint of glyphworld that reads")
     add("--questions", type=Path, required=True, help="folder of make_questions.py")
@@ -62,15 +61,6 @@ def arguments() -> argparse.Namespace:
     add("--selection", nargs="+", default=["uniform:layer=0"], help="what chooses the tokens that stay")
     add("--keep", type=int, nargs="+", required=True, help="visual tokens that stay")
     add("--out", type=Path, required=True, help="folder for answers and rows.csv")
-    add("--name", help="what the rows call the model (default: the name of its folder)")
-    add(
-        "--csv",
-        type=Path,
-        help="a table to bring up to date: its rows of the same arms are replaced",
-    )
-    add("--batch-size", type=int, default=32)
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args()
 
 
@@ -82,8 +72,7 @@ def main() -> int:
 def carry_out(chosen: argparse.Namespace) -> None:
     check_out(chosen.out)
     rows, dtype = study(chosen)
-    for path in (chosen.out / "rows.csv", *([chosen.csv] if chosen.csv else [])):
-        save(path, rows, dtype)
+    save_rows(chosen, rows, dtype)
     show(rows)
 
 
@@ -98,7 +87,7 @@ def study(chosen: argparse.Namespace) -> tuple[list[Row], str]:
     notes = tuple(tuple(note_of(question, side) for question in batch) for batch in batches)
     prompt = typical_prompt(checkpoint, questions)
     cut_at = {k: cost(prompt, [(0, k)])[0] for k in range(1, prompt.visual + 1)}
-    name, rows = chosen.name or Path(chosen.model).resolve().name, []
+    name, rows = name_of(chosen), []
     whole = Told("unpruned", name="unpruned")
     ask(subject, questions, [whole], store)
     rows += table(name, "", [whole], questions, store)

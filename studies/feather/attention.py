@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,20 +44,16 @@ def layer_scores(
         )
         query, key = apply_rotary_pos_emb(query, key, *rope)
         query = query[:, :, -1:]
-        with_rope, without = (
-            ops.received_attention(
-                query,
-                key,
-                rows=last,
-                columns=columns,
-                key_mask=key_mask,
-                normalize="columns",
-                scale=attention.scaling,
-                rope=tables,
-            )
-            for tables in (None, rope)
+        score = partial(
+            ops.received_attention,
+            query,
+            key,
+            rows=last,
+            columns=columns,
+            key_mask=key_mask,
+            normalize="columns",
         )
-        yield with_rope, without
+        yield score(scale=attention.scaling, rope=None), score(scale=attention.scaling, rope=rope)
 
 
 def top_share(scores: Tensor, where: Tensor) -> Tensor:

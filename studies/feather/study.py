@@ -19,7 +19,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout must stay off the path
 
 from common.asking import ask, exit_code
-from common.rows import Row, find, save
+from common.options import name_of, options, save_rows
+from common.rows import Row, find
 from common.rows import load as load_rows
 from rich.console import Console
 from rich.table import Table
@@ -43,28 +44,17 @@ console = Console()
 
 def arguments() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, "float32")
     add = parser.add_argument
     add("--model", help="checkpoint folder of a LLaVA with a Llama decoder")
     add("--questions", type=Path, help="folder with a questions.jsonl whose questions have a box")
     add("--decoder", choices=["smollm2"], help="instead: the score of a pretrained text decoder")
     add("--out", type=Path, required=True, help="folder for answers, rows.csv and pictures")
-    add("--name", help="what the rows call the model (default: the name of its folder)")
-    add(
-        "--csv",
-        type=Path,
-        help="a table to bring up to date: its rows of the same arms are replaced",
-    )
     add("--families", nargs="+", default=FAMILIES, help="of the questions")
     add("--sweep", nargs="*", type=int, default=[1, 2, 3, 4, 5, 6], help="layers of the sweep")
     add("--sweep-questions", type=int, default=200, help="of the first family, asked at every layer")
     add("--rope-questions", type=int, default=200, help="for the score with and without RoPE")
     add("--draws", type=int, default=2, help="of random tokens; of random words, per prompt")
-    add("--batch-size", type=int, default=32)
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     chosen = parser.parse_args()
     if (chosen.decoder is None) == (chosen.model is None or chosen.questions is None):
         parser.error("expected --model and --questions, or --decoder")
@@ -80,8 +70,7 @@ def carry_out(chosen: argparse.Namespace) -> None:
     check_out(chosen.out)
     rows, dtype = study_decoder(chosen) if chosen.decoder else study_model(chosen)
     chosen.out.mkdir(exist_ok=True)
-    for path in (chosen.out / "rows.csv", *([chosen.csv] if chosen.csv else [])):
-        save(path, rows, dtype)
+    save_rows(chosen, rows, dtype)
     write(chosen.out / "rope.png", draw_rope(load_rows(chosen.csv) if chosen.csv else rows))
     show(rows)
 
@@ -96,7 +85,7 @@ def study_decoder(chosen: argparse.Namespace) -> tuple[list[Row], str]:
 
 def study_model(chosen: argparse.Namespace) -> tuple[list[Row], str]:
     """Every part of the study on one checkpoint."""
-    name = chosen.name or Path(chosen.model).resolve().name
+    name = name_of(chosen)
     checkpoint = Checkpoint(chosen.model, chosen.device, chosen.dtype)
     grid = patch_grid(checkpoint.config)
     questions = read_questions(chosen.questions, chosen.families)

@@ -17,7 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout must stay off the path
 
 from common.asking import ask, exit_code, first
-from common.rows import Row, load, save
+from common.options import name_of, options, save_rows
+from common.rows import Row, load
 from rich.console import Console
 
 from positions.arms import make_arms, methods
@@ -33,26 +34,15 @@ console = Console()
 
 def arguments() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     add = parser.add_argument
     add("--model", help="checkpoint folder")
     add("--questions", type=Path, help="folder with a questions.jsonl")
     add("--out", type=Path, help="folder for answers and rows.csv")
     add("--tables", type=Path, help="instead: print the tables of the README from these rows")
-    add("--name", help="what the rows call the model and its world (default: the name of its folder)")
-    add(
-        "--csv",
-        type=Path,
-        help="a table to bring up to date: its rows of the same arms are replaced",
-    )
     add("--methods", nargs="+", help="as typed, with their layers (default: all, scaled to the decoder)")
     add("--budgets", nargs="+", type=float, default=BUDGETS, help="FLOPs cuts")
     add("--limit", type=int, help="questions of each family (default: all)")
-    add("--batch-size", type=int, default=32)
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     chosen = parser.parse_args()
     measuring = [chosen.model, chosen.questions, chosen.out]
     if None in measuring and (chosen.tables is None or any(measuring)):
@@ -71,8 +61,7 @@ def carry_out(chosen: argparse.Namespace) -> None:
         return
     check_out(chosen.out)
     rows, dtype = study(chosen)
-    for path in (chosen.out / "rows.csv", *([chosen.csv] if chosen.csv else [])):
-        save(path, rows, dtype)
+    save_rows(chosen, rows, dtype)
     print(tables(rows))
 
 
@@ -91,7 +80,7 @@ def study(chosen: argparse.Namespace) -> tuple[list[Row], str]:
     subject = Subject(checkpoint, chosen.batch_size, NEW_TOKENS)
     store = Store(chosen.out, subject.settings(chosen.questions) | {"limit": chosen.limit})
     ask(subject, questions, arms, store)
-    name = chosen.name or Path(chosen.model).resolve().name
+    name = name_of(chosen)
     return [*make_rows(name, arms, questions, store.answers)], checkpoint.dtype
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # studies/ only: a checkout must stay off the path
 
 from common.asking import ask, exit_code, first
-from common.rows import Row, save
+from common.options import name_of, options, save_rows
+from common.rows import Row
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -39,27 +40,16 @@ console = Console()
 
 def arguments() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="checkpoint folder of a LLaVA")
     add("--questions", type=Path, required=True, help="folder with a questions.jsonl, some with a box")
     add("--out", type=Path, required=True, help="folder for answers and rows.csv")
-    add("--name", help="what the rows call the world (default: the name of the checkpoint's folder)")
-    add(
-        "--csv",
-        type=Path,
-        help="a table to bring up to date: its rows of the same arms are replaced",
-    )
     add("--budgets", nargs="+", type=float, default=BUDGETS, help="FLOPs cuts")
     add("--only", nargs="+", default=(), help="beginnings of the names of the methods to ask")
     add("--families", nargs="+", default=(), help="of the questions (default: all)")
     add("--limit", type=int, help="questions of each family (default: all)")
     add("--draws", type=int, default=2, help="of random tokens")
-    add("--batch-size", type=int, default=32)
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args()
 
 
@@ -72,14 +62,13 @@ def run(chosen: argparse.Namespace) -> None:
     """The study, its rows on disk, and the first of its tables."""
     check_out(chosen.out)
     rows, dtype = study(chosen)
-    for path in (chosen.out / "rows.csv", *([chosen.csv] if chosen.csv else [])):
-        save(path, rows, dtype)
+    save_rows(chosen, rows, dtype)
     console.print(Markdown(right_table(rows, rows[0].model)))
 
 
 def study(chosen: argparse.Namespace) -> tuple[list[Row], str]:
     """Every method at every budget on one checkpoint."""
-    name = chosen.name or Path(chosen.model).resolve().name
+    name = name_of(chosen)
     checkpoint = Checkpoint(chosen.model, chosen.device, chosen.dtype)
     questions = first(read_questions(chosen.questions, chosen.families), chosen.limit)
     check_oracle(questions, checkpoint.config, checkpoint.processor)

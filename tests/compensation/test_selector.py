@@ -127,7 +127,10 @@ def test_save_and_load(tmp_path, encoder):
     selector = tiny.selector(encoder())
     selector.save_pretrained(tmp_path)
     loaded = Selector.from_pretrained(tmp_path)
-    assert torch.equal(loaded(QUESTIONS, TEXTS), selector(QUESTIONS, TEXTS))
+    kept = loaded.state_dict()
+    assert all(torch.equal(kept[name], weight) for name, weight in selector.state_dict().items())
+    # Weights that are read from a file may lie otherwise in memory, and be summed in another order.
+    torch.testing.assert_close(loaded(QUESTIONS, TEXTS), selector(QUESTIONS, TEXTS))
     assert not any(weight.requires_grad for weight in loaded.text_encoder.parameters())
 
 

@@ -189,6 +189,7 @@ def test_lora(wrapped):
 # Tensor parallelism: every rank has half of the heads and must keep the same tokens.
 
 
+@pytest.mark.slow
 @pytest.mark.cpu("holds the shards of gloo's ranks")
 def test_tensor_parallel_ranks_keep_the_same_tokens(tmp_path):
     model = make_model()

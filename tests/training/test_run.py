@@ -133,6 +133,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(run, tmp_path, settings)
     assert again.figures == pytest.approx(found.figures, abs=1e-5) and again.seconds == found.seconds
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_ends_as_one_that_was_not(run, data, start, tmp_path):
     out = tmp_path / "out"
     plan = replace(PLAN, steps=7)

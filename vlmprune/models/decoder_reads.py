@@ -42,7 +42,7 @@ def read_attention(attn: Any, hidden: Tensor, rope: Rope, prefill: Prefill, cloc
         layout = moved(prefill.layout(i), hidden.device)
         past = 0 if cache is None else entries(cache, i, call.past + call.length) - layout.length
         if prefill.waves is not None:
-            key = prefill.waves.seen(i)[0]
+            key = prefill.waves.keys(i)
         elif cache is None or isinstance(cache.layers[i], QUANTIZED):
             key = _keys(attn, hidden, rope, prefill, past)
         else:

@@ -9,6 +9,7 @@ in front of it. Nothing of the first wave is computed again but the text behind 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,10 +57,12 @@ class Waves:
 
     def seen(self, i: int) -> Entries:
         """What layer ``i`` held before the call, and behind it what the first wave left there."""
-        key, value = self.held[i]
+        return self.keys(i), self._behind(i, self.held[i][1], held_values)
+
+    def keys(self, i: int) -> Tensor:
+        """The keys alone of what ``seen`` gives."""
+        return self._behind(i, self.held[i][0], held_keys)
+
+    def _behind(self, i: int, new: Tensor, held: Callable[[Any, int, torch.device], Tensor]) -> Tensor:
         past = 0 if self.cache is None else entries(self.cache, i, self.past)
-        if past == 0:
-            return key, value
-        layer, device = self.cache.layers[i], key.device
-        old = held_keys(layer, past, device), held_values(layer, past, device)
-        return torch.cat([old[0], key], 2), torch.cat([old[1], value], 2)
+        return torch.cat([held(self.cache.layers[i], past, new.device), new], 2) if past else new

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,12 @@ from world.clutter import FIRST_SEED
 
 from training.batches import Batch, Text, make_batch, make_text
 from training.losses import DenseHeads, answer_loss, see
+from training.optimizers import Single, make_optimizers
 from training.wording import Wording
 
 _WARM_UP = 30  # steps
 _CONSTANT = 0.5  # share of the budget before the learning rate falls to zero
 _DENSE_WEIGHT = 0.3  # of the dense losses beside the answers
-_ADAM_SHARE = 1 / 6  # learning rate of Adam's parameters against Muon's
-_TABLES = ("embed", "lm_head")  # matrices whose rows stand for words or places: Adam
-_DECODER = ("model.model.language_model.", "model.lm_head.")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Plan:
 
 
 class Trainer:
-    """A model in training: weights in float32, computed in bfloat16 where ``mixed``."""
+    """A model in training: weights in float32, and computed in bfloat16 where ``mixed``, else in float32 throughout."""
 
     def __init__(
         self,
@@ -67,7 +66,8 @@ class Trainer:
         sizes = config.vision_config.hidden_size, config.text_config.hidden_size
         self.heads = DenseHeads(*sizes).to(device)
         self.parts = nn.ModuleDict({"model": self.model, "heads": self.heads})
-        self.optimizers, self.shares = _optimizers(self.parts, plan)
+        self.optimizers, self.shares = make_optimizers(self.parts, plan.decoder_rate, plan.notes > 0)
+        self.single = nullcontext() if mixed else Single()
         self.step, self.elapsed = 0, 0.0
         self.see: Callable[..., Any] = see
         self.answer_loss: Callable[..., Tensor] = answer_loss
@@ -106,7 +106,8 @@ class Trainer:
         for optimizer, shares in zip(self.optimizers, self.shares, strict=True):
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = rate * share
-            optimizer.step()
+            with self.single:
+                optimizer.step()
             optimizer.zero_grad()
         self.step += 1
         return {name: float(loss.detach()) for name, loss in losses.items()}
@@ -170,34 +171,3 @@ class _Batches(Dataset[tuple[Batch | None, Text | None]]):
             return batch, None
         told = range(seeds.start * plan.notes, seeds.stop * plan.notes)
         return batch, make_text(told, plan.side, self.wording, plan.text)
-
-
-def _optimizers(
-    parts: nn.ModuleDict, plan: Plan
-) -> tuple[tuple[torch.optim.Optimizer, ...], tuple[list[float], ...]]:
-    """Muon for the matrices inside the blocks, Adam for everything else, and the share of the rate of each group.
-
-    A pretrained decoder is Adam's: Muon costs more than the rest of a step where the matrices are large and the batch is
-    small. Its table of words is left alone: Adam would move even the rows of words that never occur here. Who learns to
-    read notes goes on seeing as before.
-    """
-    matrices: list[nn.Parameter] = []
-    others: dict[float, list[nn.Parameter]] = {}  # by share
-    for name, parameter in parts.named_parameters():
-        table = any(word in name for word in _TABLES)
-        decoder = name.startswith(_DECODER)
-        pretrained = plan.decoder_rate is not None and decoder
-        share = plan.decoder_rate if pretrained else 1.0
-        if (pretrained and table) or (plan.notes and not decoder):
-            share = 0.0
-        parameter.requires_grad_(share > 0)
-        if share == 0:
-            continue
-        if name.startswith("model.") and parameter.ndim == 2 and not (table or pretrained):
-            matrices.append(parameter)
-        else:
-            others.setdefault(share, []).append(parameter)
-    muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=0.01, momentum=0.95)
-    groups = [{"params": some} for some in others.values()]
-    adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, eps=1e-10)
-    return (muon, adam), ([1.0], [share * _ADAM_SHARE for share in others])

@@ -14,6 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helpers.tiny import IMAGE
+from vlmprune import Scout, Uniform
+
+COARSE = Uniform(layer=0, keep=4)
+SCOUT = Scout(coarse=COARSE, fine=3, look=3, by="attention")
+DEFAULT = Scout(coarse=COARSE, fine=3, look=3)
+BOTH = {"attention": SCOUT, "default": DEFAULT}
+PADDED = [["I", 9, "I", 4], [3, "I", 5], [12]]
+
 Sets = list[tuple[set[int], set[int]]]
 """Per sample, the positions of its coarse tokens and of its fine ones."""
 
@@ -103,3 +112,14 @@ def waves_oracle(
         more |= {"mm_token_type_ids": torch.zeros_like(real[:, :1]).int()} if three else {}
         inputs |= {name: torch.cat([inputs[name], new.to(inputs[name])], 1) for name, new in more.items()}
     return torch.stack(tokens, 1), torch.stack(logits, 1)
+
+
+@torch.no_grad()
+def teacher_forced(model, batch, sets, said, past=(), dropped=None):
+    """The masked run's logits ``[B, T, V]`` from which ``said [B, T]`` was chosen."""
+    ids = torch.cat([batch["input_ids"], said[:, :-1]], 1)
+    real = torch.cat([batch["attention_mask"], torch.ones_like(said[:, :-1])], 1)
+    places = (real.cumsum(-1) - 1).clamp(min=0)
+    with waves_masked(model, SCOUT.look, sets, ids == IMAGE, real.bool(), past, dropped):
+        given = {**batch, "input_ids": ids, "attention_mask": real, "position_ids": places}
+        return model(**given, use_cache=False).logits[:, -said.shape[1] :]
