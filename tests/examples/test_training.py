@@ -229,12 +229,19 @@ def test_576_visual_tokens():
     assert set(losses) == {"dense", "answers"} and all(0 < loss < 30 for loss in losses.values())
 
 
-@pytest.mark.parametrize(("name", "side"), [("checkpoint", 112), ("checkpoint-576", 192)])
-def test_shipped_checkpoint_answers(name, side):
+@pytest.mark.parametrize(
+    ("name", "side", "seed", "clutter"),
+    [
+        ("checkpoint", 112, 70001, 0),
+        ("checkpoint-576", 192, 70001, 0),
+        ("checkpoint-576-clutter", 192, 70003, 1),
+    ],
+)
+def test_shipped_checkpoint_answers(name, side, seed, clutter):
     """Eight families of one scene in one padded batch: the easy ones are right."""
     folder = Path(train.__file__).parent / name
     model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
-    asked = list(questions_of(70001, side))
+    asked = list(questions_of(seed, side, clutter=clutter))
     rows = score([e for _, e in asked], list(answer(model, AutoProcessor.from_pretrained(folder), asked)))
     assert rows["box"]["found"] == rows["color"]["exact"] == rows["shape"]["exact"] == 1
 
