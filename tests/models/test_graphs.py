@@ -155,7 +155,7 @@ def test_every_method_is_in_one_of_the_tables():
         return {type(policy) for policy in policies.values() if policy is not None}
 
     made = names(FIXED) | names(ADAPTIVE)
-    # of random's kind; in test_accm.py; never one, in test_restored.py and test_waves.py
+    # of random's kind; in test_accm.py; never one, in test_restored.py and test_waves_around.py
     elsewhere = {vlmprune.RandomDeep, vlmprune.ACCM, vlmprune.LVLMCSP, vlmprune.Scout}
     assert {policies()[name] for name in BUILT_IN} <= made | elsewhere
 
