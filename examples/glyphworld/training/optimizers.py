@@ -33,6 +33,9 @@ def make_optimizers(
 ) -> tuple[tuple[torch.optim.Optimizer, ...], tuple[list[float], ...]]:
     """Muon for the matrices inside the blocks, Adam for everything else, and the share of the rate of each group.
 
+    ``decoder_rate`` is a pretrained decoder's share of the rate (None: it is trained like the rest); ``reading`` trains the
+    decoder alone.
+
     A pretrained decoder is Adam's: Muon costs more than the rest of a step where the matrices are large and the batch is
     small. Its table of words is left alone: Adam would move even the rows of words that never occur here. Who learns to
     read notes goes on seeing as before.
