@@ -47,6 +47,8 @@ def one_line(done):
         ("fastv:layer=two", "layer: expected int, got 'two'"),
         ("fastv:layer=0", "layer: expected a whole number >= 1"),
         ("fastv:layer=8", "layer: expected at most 7 (the decoder has 8 layers), got 8"),
+        ("scout", "look: expected at most 7 (the decoder has 8 layers), got 20"),
+        ("feather:layers=2/9", "layer: expected at most 7 (the decoder has 8 layers), got 9"),
         ("fastv:keep=1.5", "keep: expected a share in (0, 1]"),
         ("fastv:keep=0", "keep: expected"),
         ("feather:keep=1", "keep: expected float (with a decimal point, as in 1.0), got '1'"),

@@ -9,8 +9,10 @@ import yaml
 
 from helpers.command_line import CHECKPOINT, cli
 from vlmprune import ops
-from vlmprune.errors import check
-from vlmprune.policies import policy_from
+from vlmprune.checkpoints import Checkpoint
+from vlmprune.errors import InputError, check
+from vlmprune.policies import FastV, policy_from
+from vlmprune.tuning import search
 
 pytest.importorskip("matplotlib")
 FAMILIES = ("box", "color")
@@ -162,7 +164,20 @@ def test_a_picture_that_cannot_be_read_is_no_matter_of_the_budget(folder, tmp_pa
     assert done.exit_code == 2 and done.stderr == "error: image: expected a picture, got g_search\n"
 
 
-def test_no_candidate_meets_the_budget(folder, tmp_path):
-    done = tune(folder, tmp_path / "out", "--budget", "0.6", "--policy", "fastv:layer={6,7}")
-    assert done.exit_code == 2
-    assert "expected one that can meet a budget of 0.6, got fastv:layer=6: cut: expected" in done.stderr
+class Nameless(FastV):
+    """No entry point: no file can say what it is."""
+
+
+@pytest.mark.parametrize(
+    "policy, said",
+    [
+        ("fastv:layer={6,7}", "^policy: expected one that can meet a budget of 0.6, got fastv:layer=6: cut: expected"),
+        (Nameless(layer=2), "^policy: expected a class with an entry point in 'vlmprune.policies', got Nameless$"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_be_searched_leaves_nothing_behind(folder, tmp_path, monkeypatch, policy, said):
+    monkeypatch.setattr("vlmprune.checkpoints.AutoModelForImageTextToText", None)
+    with pytest.raises(InputError, match=said):
+        search(Checkpoint(str(CHECKPOINT)), folder, tmp_path / "out", [policy], budget=0.6, first=2)
+    assert not (tmp_path / "out").exists()

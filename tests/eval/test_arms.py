@@ -62,6 +62,12 @@ def test_policies_as_given_and_baselines_at_their_cut():
     assert [cut(arm.policy) for arm in baselines] == pytest.approx(given * 2, abs=0.01)
 
 
+def test_a_baseline_has_as_many_tokens_at_the_same_layers():
+    for tokens in range(5, 180):
+        _, given, lattice = plan_of([f"divprune:keep={tokens}"], [], ("lattice",), 1)
+        assert lattice.policy.kept(PROMPT.visual, 1, 0) == tokens and cut(lattice.policy) == cut(given.policy)
+
+
 def test_a_baseline_that_is_given_is_not_added():
     assert [a.method for a in plan_of(["uniform:layer=1"], [0.5], BOTH, 1)] == [
         UNPRUNED,

@@ -27,6 +27,7 @@ from vlmprune.policies import (
     PyramidDrop,
     Random,
     RandomDeep,
+    Scout,
     SparseVLM,
     Stages,
     Uniform,
@@ -35,7 +36,7 @@ from vlmprune.policies import (
     WithoutSinks,
     registry,
 )
-from vlmprune.policies.recipe import to_yaml
+from vlmprune.policies.recipe import named, to_yaml
 from vlmprune.policies.registry import BUILT_IN
 from vlmprune.testing.policy import check_policy
 
@@ -393,3 +394,16 @@ def test_files_that_are_no_recipes(content, message, tmp_path):
 
 def test_pairs_are_made_of_classes_of_their_own():
     assert (Union, Intersection) == (registry.policy_class("union"), registry.policy_class("intersection"))
+
+
+@pytest.mark.parametrize(
+    "policy, name",
+    [
+        (FastV(), "FastV()"),
+        (FastV(layer=3, keep=0.25, earlier_kv="compact"), "FastV(earlier_kv='compact', layer=3, keep=0.25)"),
+        (Scout(coarse=DivPrune(keep=48), look=6), "Scout(coarse=DivPrune(keep=48), look=6)"),
+        (Stages([DivPrune(keep=48), FastV(layer=4)]), "Stages(policies=(DivPrune(keep=48), FastV(layer=4)))"),
+    ],
+)
+def test_what_tables_call_an_object(policy, name):
+    assert str(policy) == name and [*named([policy])] == [name]

@@ -43,7 +43,7 @@ def spread_by_loops(scores, ordinals, grids, spread, tokens):
     return out.float()
 
 
-@pytest.mark.parametrize("spread", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("spread", [0.25, 1.0, 3.0, 1000.0])
 def test_spread_equals_loops(spread):
     g = torch.Generator().manual_seed(0)
     ordinals = torch.tensor([[0, 3, 11, 19, 20, 33], [-1] * 6, [2, 8, 17, -1, -1, -1]])
@@ -155,6 +155,14 @@ def test_as_many_join_whatever_the_overlap_of_a_union():
     assert policy.select(ctx).shape == (1, 7)
 
 
+def test_no_union_of_two_waves():
+    """How many join would depend on what both looked at: what both are to look at goes into ``coarse``."""
+    with pytest.raises(InputError, match=r"^first: expected a policy without a second wave, got Scout\("):
+        SCOUT | SCOUT
+    with pytest.raises(InputError, match=r"^first: expected a policy without a second wave, got Scout\("):
+        SCOUT & SCOUT
+
+
 def test_a_coarse_policy_whose_count_only_its_choice_says():
     policy = Scout(coarse=Custom(0, lambda ctx: torch.tensor([[1, 5]])), fine=3, look=3)
     assert policy.select(make_context(policy.needs(0), [[(4, 5)]], 0)).tolist() == [[1, 5]]
@@ -259,7 +267,9 @@ def test_the_cost_of_two_waves():
         ),
         ({"look": 0}, r"^look: expected a whole number >= 1 \(the layers before it look\), got 0$"),
         ({"by": "chance"}, "^by: expected 'attention', 'diverse' or 'random', got 'chance'$"),
-        ({"spread": 0}, "^spread: expected a number > 0, got 0$"),
+        ({"spread": 0.2}, "^spread: expected a number from 0.25 to 1000, got 0.2$"),
+        ({"spread": 1e200}, "^spread: expected a number from 0.25 to 1000, got 1e\\+200$"),
+        ({"spread": float("nan")}, "^spread: expected a number from 0.25 to 1000, got nan$"),
         ({"rope": 1}, "^rope: expected True or False, got 1$"),
         ({"by": "random", "seed": -1}, "^seed: expected a whole number"),
         ({"seed": 1}, "^seed: expected None where nothing is drawn, got 1$"),

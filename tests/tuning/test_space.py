@@ -1,10 +1,14 @@
 """What braces stand for, what a sweep leaves out and why, and what is tried where nothing is said."""
 
+import re
+
 import pytest
 
 from helpers.command_line import CHECKPOINT
 from vlmprune.checkpoints import Checkpoint
+from vlmprune.errors import InputError
 from vlmprune.policies import FastV, Feather, policy_from
+from vlmprune.policies.recipe import named
 from vlmprune.tuning.schedules import PSigmoid
 from vlmprune.tuning.space import candidates, default_policies, expand
 
@@ -76,6 +80,14 @@ def test_a_sweep_leaves_out_what_cannot_be_and_says_why():
 def test_what_no_reading_makes_is_an_error(wanted, said):
     with pytest.raises(ValueError, match=said):
         candidates([wanted], checkpoint)
+
+
+@pytest.mark.parametrize("wanted", ["fastv:layer=2", ["fastv", 3], {"fastv"}, 3], ids=repr)
+def test_not_a_list_of_policies(wanted):
+    said = re.escape(f"policies: expected a list of texts and policies, got {wanted!r}")
+    for read in (named, lambda given: candidates(given, checkpoint)):
+        with pytest.raises(InputError, match=f"^{said}$"):
+            read(wanted)
 
 
 @pytest.mark.parametrize("depth", [2, 8, 28, 32])

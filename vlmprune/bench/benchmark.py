@@ -27,7 +27,7 @@ from vlmprune.eval.store import check_out, write
 from vlmprune.models import find_parts
 from vlmprune.models.host.parts import decoder_shape
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.recipe import policy_from
+from vlmprune.policies.recipe import named
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many timed answers have come, and how many there are; 0 of 0 where that is not known."""
@@ -152,7 +152,7 @@ def _asked(
     prompt = Prompt() if ready is None else ready.prompt
     if images is not None:
         prompt = replace(prompt, images=images)
-    methods = {str(some): policy_from(some) if isinstance(some, str) else some for some in policies}
+    methods = named(policies)
     checkpoint.check_depth(methods.values())
     return methods, prompt
 

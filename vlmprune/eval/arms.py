@@ -95,7 +95,8 @@ def make_arms(
     arms = [
         fit_arm(text, policy, cut, prompt) for text, policy in methods.items() for cut in budgets or (None,)
     ]
-    cuts = budgets or sorted({round(cut_of(arm, prompt), 6) for arm in arms if baselines})
+    # a hair less, as a hair more would cost a baseline a token
+    cuts = budgets or sorted({round(cut_of(arm, prompt) - 1e-6, 6) for arm in arms if baselines})
     first = min((policy.layers[0] for policy in methods.values()), default=2)
     for name in baselines:
         fit: Callable[..., Arm] = partial(_smaller, prompt=prompt)

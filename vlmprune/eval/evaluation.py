@@ -21,7 +21,7 @@ from vlmprune.eval.store import Answer, Key, Store, check_out, write
 from vlmprune.eval.summary import Result, answers_of, kept_share, summarize
 from vlmprune.models import patch_grid
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.recipe import policy_from
+from vlmprune.policies.recipe import named
 
 BUDGETS = (0.48, 0.64)
 """FLOPs cuts where none are given: those of FEATHER's tables."""
@@ -102,7 +102,7 @@ def run(
     fine = all(0 < cut < 1 for cut in cuts)
     check(fine, "budgets", "FLOPs cuts between 0 and 1", ",".join(f"{cut:g}" for cut in cuts))
     asked = read_questions(questions, families)
-    methods = {str(some): policy_from(some) if isinstance(some, str) else some for some in policies}
+    methods = named(policies)
     check_out(out)
     checkpoint.check_depth(methods.values())
     if oracle:

@@ -96,6 +96,11 @@ class PruningPolicy:
         check(isinstance(self.rectify, bool), "rectify", "True or False", repr(self.rectify))
         check_word("spend", self.spend, "prompt", "image", "crop")
 
+    def __str__(self) -> str:
+        """The class with those settings that are not the defaults, as tables and plots call a policy."""
+        some = ((f.name, getattr(self, f.name), f.default) for f in fields(self) if f.init)
+        return f"{type(self).__name__}({', '.join(f'{n}={_short(v)}' for n, v, usual in some if v != usual)})"
+
     @property
     def layers(self) -> tuple[int, ...]:
         """Decoder layers at which tokens are dropped, ascending; layer K and later see the shortened sequence.
@@ -243,6 +248,13 @@ class PruningPolicy:
         from vlmprune.policies.compose import Intersection, joint
 
         return Intersection(self, other, **joint(self, other))
+
+
+def _short(value: object) -> str:
+    """A setting's value; policies among its parts as ``str`` has them."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))}{',' * (len(value) == 1)})"
+    return str(value) if isinstance(value, PruningPolicy) else repr(value)
 
 
 def attention_of(ctx: TokenContext) -> AttentionInputs:

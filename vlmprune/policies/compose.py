@@ -129,7 +129,7 @@ class Pair(PruningPolicy):
         second: another one with the same layers. Both only drop tokens: what one changes the other cannot know.
 
     Raises:
-        ValueError: one of them is not a policy, their layers differ, or one has ``earlier_kv="compact"`` or
+        ValueError: one of them is not a policy or runs a second wave, their layers differ, or one has ``earlier_kv="compact"`` or
             ``rectify=True`` where the pair has not (its own settings count; ``p | q`` and ``p & q`` take theirs from both).
     """
 
@@ -140,6 +140,9 @@ class Pair(PruningPolicy):
         for name, policy in (("first", self.first), ("second", self.second)):
             check(isinstance(policy, PruningPolicy), name, "a policy", repr(policy))
             check_member(self, policy, name)
+            # who brings tokens back counts on what its own first stage has left
+            alone = any(policy.needs(layer).wave for layer in policy.layers)
+            check(not alone, name, "a policy without a second wave", repr(policy))
         same = self.first.layers == self.second.layers
         check(same, "second", f"a policy with the layers {self.first.layers}", self.second.layers)
 

@@ -79,6 +79,23 @@ def policy_from(source: Mapping[str, Any] | str | Path) -> PruningPolicy:
         raise InputError(f"policy {name}: {first_line(error)}") from error
 
 
+def named(policies: Sequence[str | PruningPolicy]) -> dict[str, PruningPolicy]:
+    """Policies by what tables call them: as typed, or as ``str`` has them. Raises InputError as ``policy_from``, or for other things.
+
+    >>> list(named(["fastv:layer=3", policy_from("fastv:layer=4")]))
+    ['fastv:layer=3', 'FastV(layer=4)']
+    """
+    check_listed(policies)
+    return {str(some): policy_from(some) if isinstance(some, str) else some for some in policies}
+
+
+def check_listed(policies: Sequence[str | PruningPolicy]) -> None:
+    """Raise InputError for anything but a list of texts and policies, a text by itself among it."""
+    listed = isinstance(policies, Sequence) and not isinstance(policies, str)
+    fine = listed and all(isinstance(some, str | PruningPolicy) for some in policies)
+    check(fine, "policies", "a list of texts and policies", repr(policies))
+
+
 def write(policy: PruningPolicy) -> dict[str, Any]:
     """The dict of a policy, its name and all its settings. Raises InputError for what has no name to be found by."""
     name = name_of(type(policy))

@@ -31,6 +31,9 @@ from vlmprune.policies.uniform import Uniform
 NOMINAL = 576
 """Visual tokens of one image (LLaVA-1.5's), by which ``at`` tells how coarse and fine share a budget."""
 
+SPREADS = 0.25, 1000.0
+"""Narrower a Gaussian is 0 in float32 within a few tokens, wider it is the same for all of them."""
+
 FIRST = 1e3
 """What a token that is there is worth to the DPP, where others are worth 1 at most: squared, more than rounding takes."""
 
@@ -59,7 +62,7 @@ class Scout(PruningPolicy):
         by: what names fine tokens: "attention" alone; "diverse", attention among tokens unlike the coarse ones and one
             another (greedy MAP of a DPP with the kernel ``a_i cos_ij a_j`` of spread attention and projected features, in
             which the coarse tokens stand already); or "random" (a baseline).
-        spread: standard deviation of the Gaussian, in rows and columns of visual tokens.
+        spread: standard deviation of the Gaussian, in rows and columns of visual tokens, from 0.25 to 1000.
         rope: whether the attention is the model's; False = its query and keys without RoPE, softmax over the coarse tokens.
         seed: which draw "random" is; 0 if not given.
 
@@ -87,8 +90,8 @@ class Scout(PruningPolicy):
         check_keep(self.fine, "fine")
         check_whole("look", self.look, 1, " (the layers before it look)")
         check_word("by", self.by, "attention", "diverse", "random")
-        ok = is_number(self.spread) and 0 < self.spread < float("inf")
-        check(ok, "spread", "a number > 0", repr(self.spread))
+        ok = is_number(self.spread) and SPREADS[0] <= self.spread <= SPREADS[1]
+        check(ok, "spread", "a number from {:g} to {:g}".format(*SPREADS), repr(self.spread))
         check(isinstance(self.rope, bool), "rope", "True or False", repr(self.rope))
         if self.by == "random":
             object.__setattr__(self, "seed", 0 if self.seed is None else self.seed)

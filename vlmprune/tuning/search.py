@@ -90,12 +90,13 @@ def search(
         progress: called at every step and answer.
 
     Raises:
-        InputError: bad input, too few questions for G-Search, no candidate that can meet the budget, or answers of other settings in ``out``.
+        InputError: bad input, too few questions for G-Search, no candidate that can meet the budget, one that no file can hold
+            (``PruningPolicy.to_dict``), or answers of other settings in ``out``.
         ModelError: a model that cannot be pruned.
         OSError: a file cannot be written.
     """
     check_matplotlib("vlmprune tune")
-    _check_settings(budget, first, one_in, batch_size, max_new_tokens)
+    _check_settings(budget, first, one_in, batch_size, max_new_tokens, seed)
     questions, out = Path(questions), Path(out)
     asked = read_questions(questions, families)
     check_out(out)
@@ -104,11 +105,12 @@ def search(
     asked = with_template(checkpoint.processor, asked)
     prompt = typical_prompt(checkpoint, asked)
     own, parts = _parts(asked, first, seed, tried)
+    fitted = _fitted(tried, budget, prompt, left_out)
     subject = Subject(checkpoint, batch_size, max_new_tokens)
     progress(f"loading {checkpoint.source}", 0, 0)
     settings = subject.settings(questions) | {"families": sorted(families), "first": first, "seed": seed}
     store = Store(out, settings)
-    arms = _arms(tried, budget, prompt, _scoring(subject, own, store, progress), left_out)
+    arms = _arms(fitted, budget, prompt, _scoring(subject, own, store, progress), left_out)
     rungs = tuple(race(subject, arms, parts, one_in, store, left_out, progress))
     counted = {"visual_tokens": prompt.visual, "text_tokens": prompt.text, "precision": checkpoint.precision}
     settings = settings | {"budget": budget, "one_in": one_in} | counted
@@ -117,12 +119,15 @@ def search(
     return found
 
 
-def _check_settings(budget: float, first: int, one_in: int, batch_size: int, max_new_tokens: int) -> None:
+def _check_settings(
+    budget: float, first: int, one_in: int, batch_size: int, max_new_tokens: int, seed: int
+) -> None:
     least = {
         "first": (first, 1),
         "one_in": (one_in, 2),
         "batch_size": (batch_size, 1),
         "max_new_tokens": (max_new_tokens, 1),
+        "seed": (seed, 0),
     }
     for name, (count, lowest) in least.items():
         check(count >= lowest, name, f"at least {lowest}", count)
@@ -142,40 +147,48 @@ def _parts(
     return own, split([question for part in others for question in part], first, seed)
 
 
+def _fitted(
+    tried: Mapping[str, Candidate], budget: float, prompt: PromptSize, left_out: dict[str, str]
+) -> dict[str, Candidate]:
+    """Those that can meet the budget, policies fitted to it, before anything is loaded or asked; why others cannot.
+
+    Raises:
+        InputError: none can, or a policy that no file can hold.
+    """
+    fitted: dict[str, Candidate] = {}
+    for text, one in tried.items():
+        to_yaml(one if isinstance(one, PruningPolicy) else one.of)
+        try:
+            if isinstance(one, PruningPolicy):
+                policy = fit_arm(text, one, budget, prompt).policy
+                assert policy is not None
+                fitted[text] = policy
+            else:
+                one.check_budget(budget, prompt)
+                fitted[text] = one
+        except InputError as error:
+            left_out[text] = str(error).removeprefix(f"{text} at budget {budget:g}: ")
+    reasons = "; ".join(f"{text}: {why}" for text, why in left_out.items())
+    check(bool(fitted), "policy", f"one that can meet a budget of {budget:g}", reasons)
+    return fitted
+
+
 def _arms(
-    tried: Mapping[str, Candidate],
+    fitted: Mapping[str, Candidate],
     budget: float,
     prompt: PromptSize,
     score: Score,
     left_out: dict[str, str],
 ) -> list[Arm]:
-    """An arm for every candidate that can meet the budget, each policy once."""
+    """An arm for every candidate, each policy once; schedules are fitted, for which some ask questions."""
     arms: dict[str, Arm] = {}
-    for text, one in tried.items():
-        arm = _arm(text, one, budget, prompt, score, left_out)
-        if arm is None:
-            continue
+    for text, one in fitted.items():
+        policy = one if isinstance(one, PruningPolicy) else one.fit(budget, prompt, score)
+        arm = Arm(text, budget, policy)
         same = arms.setdefault(arm.key, arm)
         if same is not arm:
             left_out[text] = f"policy: expected another than {same.method}, got the same at this budget"
-    reasons = "; ".join(f"{text}: {why}" for text, why in left_out.items())
-    check(bool(arms), "policy", f"one that can meet a budget of {budget:g}", reasons)
     return list(arms.values())
-
-
-def _arm(
-    text: str, one: Candidate, budget: float, prompt: PromptSize, score: Score, left_out: dict[str, str]
-) -> Arm | None:
-    """A candidate's; None where it cannot meet the budget, and ``left_out`` says why."""
-    try:
-        if isinstance(one, PruningPolicy):
-            return fit_arm(text, one, budget, prompt)
-        one.check_budget(budget, prompt)
-    except InputError as error:
-        left_out[text] = str(error).removeprefix(f"{text} at budget {budget:g}: ")
-        return None
-    # may ask questions: what goes wrong there says nothing about the budget
-    return Arm(text, budget, one.fit(budget, prompt, score))
 
 
 def _winner(arms: Sequence[Arm], rungs: Sequence[Rung]) -> PruningPolicy:

@@ -9,7 +9,7 @@ from itertools import combinations, product
 from vlmprune.checkpoints import Checkpoint
 from vlmprune.errors import InputError, check
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.recipe import policy_from
+from vlmprune.policies.recipe import check_listed, policy_from
 from vlmprune.tuning.schedules import Schedule, read_schedule
 
 Candidate = PruningPolicy | Schedule
@@ -44,8 +44,9 @@ def candidates(
     """By name what to try, and by name why something of a sweep is not: a layer the decoder does not have, say.
 
     Raises:
-        InputError: broken braces, or a text of which nothing at all can be made: what its first reading says.
+        InputError: not a list of texts and policies, broken braces, or a text of which nothing at all can be made: what its first reading says.
     """
+    check_listed(wanted)
     depth = checkpoint.config.text_config.num_hidden_layers
     found: dict[str, Candidate] = {}
     left_out: dict[str, str] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -101,6 +101,12 @@ def _check_attention(text: Any) -> None:
         )
 
 
+def _named(policy: PruningPolicy, layer: int) -> str:
+    """What a policy calls this layer: "layer", where it has that or is made of others, or a setting of its own."""
+    names = [f.name for f in fields(policy) if getattr(policy, f.name) == layer]
+    return "layer" if "layer" in policy.__dataclass_fields__ or not names else names[-1]
+
+
 def check_stages(policy: PruningPolicy, config: Any) -> None:
     """Raise ValueError if the model cannot run a stage: beyond its last layer, or of another form than stages can have.
 
@@ -109,7 +115,8 @@ def check_stages(policy: PruningPolicy, config: Any) -> None:
     """
     depth = config.text_config.num_hidden_layers
     for layer in policy.layers:
-        check(layer < depth, "layer", f"at most {depth - 1} (the decoder has {depth} layers)", layer)
+        fits = layer < depth
+        check(fits, _named(policy, layer), f"at most {depth - 1} (the decoder has {depth} layers)", layer)
         needs = policy.needs(layer)
         fits = layer > 0 or needs.attention != "previous"
         check(fits, "layer", "at least 1 where attention of the layer before is read", layer)
