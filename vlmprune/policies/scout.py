@@ -24,9 +24,9 @@ from vlmprune.policies.checks import check_keep, check_seed, check_whole, check_
 from vlmprune.policies.choose import marks, quotas
 from vlmprune.policies.compose import check_member
 from vlmprune.policies.counts import keep_count
+from vlmprune.policies.divprune import DivPrune
 from vlmprune.policies.growth import worst
 from vlmprune.policies.random import drawn
-from vlmprune.policies.uniform import Uniform
 
 NOMINAL = 576
 """Visual tokens of one image (LLaVA-1.5's), by which ``at`` tells how coarse and fine share a budget."""
@@ -54,8 +54,8 @@ class Scout(PruningPolicy):
     fine tokens. It costs what keeping both from layer 0 costs, and the text behind the image once more in ``look`` layers.
 
     Args:
-        coarse: a policy that acts before the language model alone and only drops tokens; whatever it does with positions,
-            they stay the tokens' own.
+        coarse: a policy that acts before the language model alone and only drops tokens (diverse ones, where nothing is
+            said: ``studies/where_to_look``); whatever it does with positions, they stay the tokens' own.
         fine: tokens that join: a share (float) of all visual tokens, or a number per image (int).
         look: the first layer that sees coarse and fine tokens; those before it are run in two waves. At least 1; where the
             attention has come to depend on the question, as ``vlmprune tune`` measures (the default is for 32 layers).
@@ -73,7 +73,7 @@ class Scout(PruningPolicy):
     summary = "a coarse view first, then as many fine tokens where the prompt looks"
     paper = "this project"
 
-    coarse: PruningPolicy = Uniform(layer=0, keep=0.125)  # noqa: RUF009  # frozen
+    coarse: PruningPolicy = DivPrune(keep=0.125)  # noqa: RUF009  # frozen
     fine: int | float = 0.0833
     look: int = 20
     by: Literal["attention", "diverse", "random"] = "diverse"
