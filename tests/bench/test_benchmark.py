@@ -93,7 +93,7 @@ def test_flops_are_those_of_the_report(tiny):
         measure.answer(tiny.model, Prompt().inputs(tiny.config, 1, tiny.model.device, torch.float32), 1)
         flops = run.report().flops
     assert row.flops["prefill"] == flops.full / flops.pruned > 1
-    assert row.method == row.policy and row.method.startswith("Feather(")
+    assert row.method == "Feather(layers=(2, 4))" and row.policy == repr(Feather(layers=(2, 4), keep=0.3))
 
 
 def test_a_policy_that_is_no_data(tiny):
