@@ -68,9 +68,15 @@ def with_tables(page: str, rows: Sequence[Row]) -> str:
 def tables(rows: Sequence[Row], model: str) -> str:
     """Right answers, what each Scout gains, and the families, of one world."""
     some = find(rows, model=model, part=PART)
-    parts = [right_table(some, model), *(gains_table(some, ours) for ours in _methods(some, OURS))]
+    gains = {f"What {ours} gains": gains_table(some, ours) for ours in _methods(some, OURS)}
     shown = [budget for budget in _budgets(some) if budget in FAMILIES_AT]
-    return "\n".join([*parts, *(family_table(some, budget) for budget in shown)])
+    families = {f"By family at {budget:.0%}": family_table(some, budget) for budget in shown}
+    return "\n".join([right_table(some, model), *(_folded(*part) for part in (gains | families).items())])
+
+
+def _folded(title: str, table: str) -> str:
+    """A table that opens with a click."""
+    return f"<details><summary>{title}</summary>\n\n{table}\n</details>\n"
 
 
 def right_table(rows: Sequence[Row], model: str) -> str:
