@@ -40,12 +40,13 @@ def make_model(s: Size, device: torch.device, dtype: torch.dtype) -> Any:
         return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
 
 
-def make_prompt(model: Any, images: int) -> dict[str, Tensor]:
-    """35 tokens of text, images with one between them, 29 of text."""
+def make_prompt(model: Any, images: int, batch: int = 1) -> dict[str, Tensor]:
+    """35 tokens of text, images with one between them, 29 of text; a batch of as many alike."""
     tower, device = model.config.vision_config, model.device
     seen = [model.config.image_token_index] * (tower.image_size // tower.patch_size) ** 2
     ids = torch.tensor([[WORD] * 35 + [*seen, WORD] * images + [WORD] * 29], device=device)
     g = torch.Generator(device).manual_seed(0)
     shape = images, 3, tower.image_size, tower.image_size
     pixels = torch.randn(shape, generator=g, device=device, dtype=model.dtype)
+    ids, pixels = ids.repeat(batch, 1), pixels.repeat(batch, 1, 1, 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}

@@ -227,6 +227,7 @@ def main() -> int:
     parser.add_argument(
         "--table", action="store_true", help="every method at its setting for 192 of 576 tokens"
     )
+    parser.add_argument("--batch", type=int, default=1, help="prompts at once")
     parser.add_argument("--policies", nargs="+", help=f"in place of {', '.join(REAL.policies)}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--profile", action="store_true", help="print where the time goes, measure nothing")
@@ -235,11 +236,12 @@ def main() -> int:
     )
     parser.add_argument("--out", help="NAME of results/NAME.csv; none is written without")
     chosen = parser.parse_args()
-    if chosen.rounds < 2:
-        parser.error(f"--rounds: expected at least 2, got {chosen.rounds}")
+    for name, least in (("rounds", 2), ("batch", 1)):
+        if getattr(chosen, name) < least:
+            parser.error(f"--{name}: expected at least {least}, got {getattr(chosen, name)}")
     s = TINY if chosen.tiny else REAL
     model = make_model(s, torch.device("cpu"), getattr(torch, chosen.dtype))
-    prompt = make_prompt(model, 1)
+    prompt = make_prompt(model, 1, chosen.batch)
     policies = chosen.policies or (table() if chosen.table else s.policies)
     with torch.inference_mode():
         if chosen.matrices:
@@ -251,7 +253,7 @@ def main() -> int:
             profiled(model, prompt, policies)
             return 0
         found = measure(model, prompt, policies, chosen.rounds, twins=not chosen.table)
-    rows = [{"dtype": chosen.dtype} | columns for columns in found]
+    rows = [{"dtype": chosen.dtype, "batch": chosen.batch} | columns for columns in found]
     show(rows, [name for name in SHOWN if name in rows[0]])
     if chosen.out:
         save(rows, RESULTS / f"{chosen.out}.csv")

@@ -79,7 +79,7 @@ REFUSED = {
         lambda: vlmprune.Stages([SCOUT, vlmprune.Random(layer=2)]),
         r"layers: expected \(0, 3\) first, where a second wave runs, got \(0, 2, 3\)",
     ),
-    "too-deep": (lambda: Scout(look=6), "layer: expected at most 5"),
+    "too-deep": (lambda: Scout(look=6), "look: expected at most 5"),
 }
 
 
