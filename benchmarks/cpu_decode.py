@@ -20,8 +20,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
 
+from cpu_bare import twin
 from cpu_model import WORD, make_model, make_prompt
-from cpu_prefill import REAL, TINY, UNPRUNED, spread, twin
+from cpu_prefill import REAL, TINY, UNPRUNED, spread
 from cpu_rows import RESULTS, save, show
 
 import vlmprune

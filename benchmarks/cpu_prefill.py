@@ -4,17 +4,16 @@ A LLaVA of hidden 1024, 16 layers and 576 visual tokens with random weights. Eve
 the same machine; ratios are taken within rounds. "bare" is the same model cut to the same numbers of rows at the same layers
 by slicing, with nothing scored or chosen: what these FLOPs can save on this machine at all.
 
-    python -P benchmarks/cpu_prefill.py [--tiny] [--table | --policies ...] [--rounds 20] [--out NAME]
+    python -P benchmarks/cpu_prefill.py [--tiny] [--table | --policies ...] [--batch 1 8] [--rounds 20] [--out NAME]
     python -P benchmarks/cpu_prefill.py --profile [--policies ...]    # no rounds: where the time goes, by operation
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent))  # the folder only: a checkout must stay off the path
 
+from cpu_bare import bare, twin
 from cpu_model import Size, make_model, make_prompt, size
 from cpu_rows import RESULTS, save, show
 
@@ -65,6 +65,7 @@ TABLE = {
 }
 """Methods whose stages do not fit into 16 layers: here at half their layers. VTW leaves 180 of 576 tokens in the mean."""
 SHOWN = (
+    "batch",
     "policy",
     "unpruned ms",
     "pruned ms",
@@ -100,28 +101,6 @@ class Arm:
     run: vlmprune.Run
 
 
-def twin(model: Any) -> Any:
-    """Another model on the same weights. ``model`` has no hooks."""
-    return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
-
-
-def bare(model: Any, rows: dict[int, int]) -> Any:
-    """A twin in which only the last ``rows[i]`` rows enter layer i."""
-    made = twin(model)
-    for i, layer in enumerate(find_parts(made).layers):
-        layer.register_forward_pre_hook(_cutter(rows.get(i)), with_kwargs=True)
-    return made
-
-
-def _cutter(rows: int | None) -> Callable[..., Any]:
-    def cutting(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if rows is None else args[0][:, -rows:].contiguous()
-        rope = tuple(t[:, -hidden.shape[1] :] for t in kwargs["position_embeddings"])
-        return (hidden, *args[1:]), kwargs | {"position_embeddings": rope, "position_ids": None}
-
-    return cutting
-
-
 def prefill(arm: Arm, prompt: dict[str, Tensor]) -> Any:
     """Run the prompt: the report. Raises RuntimeError for logits that are not finite."""
     logits = arm.model(**prompt, use_cache=True, logits_to_keep=1).logits
@@ -137,10 +116,10 @@ def make_arms(model: Any, prompt: dict[str, Tensor], policies: Sequence[str], tw
         pruned = twin(model)
         arms.append(Arm(text, pruned, vlmprune.attach(pruned, vlmprune.policy_from(text))))
         report = prefill(arms[-1], prompt)
-        if not twins or report.second_wave is not None:  # whose rows no slicing runs
+        if not twins:
             continue
         rows = {layer: length - int(report.visual_tokens) + kept for layer, _, kept in report.stages}
-        arms.append(_measured(f"{text} {BARE}", bare(model, rows)))
+        arms.append(_measured(f"{text} {BARE}", bare(model, rows, report.second_wave)))
     for arm in arms * WARM_UP:
         prefill(arm, prompt)
     return arms
@@ -219,15 +198,18 @@ def matrices(model: Any, rows: Sequence[int], tries: int = 5) -> dict[int, float
     return found
 
 
-def main() -> int:
-    """A table on the terminal, and all columns in a CSV."""
+def arguments() -> argparse.Namespace:
+    """What the command line says, or its error."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a model of four small layers: to try the script")
     parser.add_argument("--rounds", type=int, default=20, help="timed prefills of each arm, at least 2")
     parser.add_argument(
         "--table", action="store_true", help="every method at its setting for 192 of 576 tokens"
     )
-    parser.add_argument("--batch", type=int, default=1, help="prompts at once")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1], help="prompts at once, one or more sizes"
+    )
+    parser.add_argument("--images", type=int, default=1, help="images in each prompt, of 576 tokens")
     parser.add_argument("--policies", nargs="+", help=f"in place of {', '.join(REAL.policies)}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--profile", action="store_true", help="print where the time goes, measure nothing")
@@ -236,26 +218,38 @@ def main() -> int:
     )
     parser.add_argument("--out", help="NAME of results/NAME.csv; none is written without")
     chosen = parser.parse_args()
-    for name, least in (("rounds", 2), ("batch", 1)):
-        if getattr(chosen, name) < least:
-            parser.error(f"--{name}: expected at least {least}, got {getattr(chosen, name)}")
-    s = TINY if chosen.tiny else REAL
+    for name, got, least in (
+        ("rounds", chosen.rounds, 2),
+        ("batch", min(chosen.batch), 1),
+        ("images", chosen.images, 1),
+    ):
+        if got < least:
+            parser.error(f"--{name}: expected at least {least}, got {got}")
+    return chosen
+
+
+def main() -> int:
+    """A table on the terminal, and all columns in a CSV."""
+    chosen = arguments()
+    s, rows = TINY if chosen.tiny else REAL, list[dict[str, Any]]()
     model = make_model(s, torch.device("cpu"), getattr(torch, chosen.dtype))
-    prompt = make_prompt(model, 1, chosen.batch)
     policies = chosen.policies or (table() if chosen.table else s.policies)
-    with torch.inference_mode():
-        if chosen.matrices:
-            length = prompt["input_ids"].shape[1]
-            for n, ms in matrices(model, [length, length // 2, length // 3, length // 6, 1]).items():
-                print(f"{n} rows: {ms:.1f} ms, {1e3 * ms / n:.0f} us a row")
-            return 0
-        if chosen.profile:
-            profiled(model, prompt, policies)
-            return 0
-        found = measure(model, prompt, policies, chosen.rounds, twins=not chosen.table)
-    rows = [{"dtype": chosen.dtype, "batch": chosen.batch} | columns for columns in found]
-    show(rows, [name for name in SHOWN if name in rows[0]])
-    if chosen.out:
+    for batch in chosen.batch:
+        prompt = make_prompt(model, chosen.images, batch)
+        with torch.inference_mode():
+            if chosen.matrices:
+                length = prompt["input_ids"].shape[1]
+                for n, ms in matrices(model, [length, length // 2, length // 3, length // 6, 1]).items():
+                    print(f"{n} rows: {ms:.1f} ms, {1e3 * ms / n:.0f} us a row")
+            elif chosen.profile:
+                profiled(model, prompt, policies)
+            else:
+                shape = {"dtype": chosen.dtype, "images": chosen.images, "batch": batch}
+                found = measure(model, prompt, policies, chosen.rounds, twins=not chosen.table)
+                rows += [shape | columns for columns in found]
+    if rows:
+        show(rows, [name for name in SHOWN if name in rows[0]])
+    if chosen.out and rows:
         save(rows, RESULTS / f"{chosen.out}.csv")
     return 0
 

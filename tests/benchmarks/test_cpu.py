@@ -21,11 +21,12 @@ def run(script, monkeypatch, capsys, *arguments):
 
 def test_prefill_has_a_row_for_each_policy(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cpu_prefill, "RESULTS", tmp_path)
-    code, out = run(cpu_prefill, monkeypatch, capsys, "--rounds", "2", "--out", "found")
+    code, out = run(cpu_prefill, monkeypatch, capsys, "--rounds", "2", "--batch", "1", "2", "--out", "found")
     with (tmp_path / "found.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert code == 0
-    assert [row["policy"] for row in rows] == list(cpu_prefill.TINY.policies)
+    asked = [(size, policy) for size in "12" for policy in cpu_prefill.TINY.policies]
+    assert [(row["batch"], row["policy"]) for row in rows] == asked
     for row in rows:
         assert row["policy"] in out and row["cpu"] and int(row["threads"]) == torch.get_num_threads()
         assert float(row["FLOPs ratio"]) > 1 and 0 < float(row["selection"]) < 10
@@ -45,28 +46,38 @@ def test_every_method_of_the_table_fits_the_model():
     assert all(0 <= layer < layers for policy in chosen for layer in policy.layers)
 
 
-def test_a_bare_twin_runs_the_same_rows():
-    """Those of layers 0 to K - 1 in full, then as many as the policy leaves; and no hook reaches the other models."""
+@pytest.mark.parametrize(
+    ("policy", "rows"),
+    [
+        ("fastv:layer=2,keep=0.25", [(81, None), (81, None), (69, None), (69, None)]),
+        (
+            "scout:coarse=(divprune:keep=4),fine=3,look=2",
+            [*[(69, None)] * 2, *[(33, 72)] * 2, *[(72, None)] * 2],
+        ),
+    ],
+)
+def test_a_bare_twin_runs_the_same_rows(policy, rows):
+    """Layer after layer, those of a second wave (three tokens, 30 words behind the image) over as many keys."""
     model = cpu_prefill.make_model(cpu_prefill.TINY, torch.device("cpu"), torch.float32)
     prompt = cpu_prefill.make_prompt(model, 1)
     seen = {}
+
+    def recorder(name):
+        def record(module, args, kwargs):
+            mask, hidden = kwargs["attention_mask"], kwargs["hidden_states"]
+            seen.setdefault(name, []).append((hidden.shape[1], None if mask is None else mask.shape[-1]))
+
+        return record
+
     with torch.inference_mode():
-        for arm in cpu_prefill.make_arms(model, prompt, ["fastv:layer=2,keep=0.25"], twins=True):
-            layers = cpu_prefill.find_parts(arm.model).layers
-            handles = [
-                layer.self_attn.register_forward_pre_hook(
-                    lambda module, args, kwargs, name=arm.name: seen.setdefault(name, []).append(
-                        kwargs["hidden_states"].shape[1]
-                    ),
-                    with_kwargs=True,
-                )
-                for layer in layers
-            ]
+        for arm in cpu_prefill.make_arms(model, prompt, [policy], twins=True):
+            attentions = [layer.self_attn for layer in cpu_prefill.find_parts(arm.model).layers]
+            handles = [m.register_forward_pre_hook(recorder(arm.name), with_kwargs=True) for m in attentions]
             cpu_prefill.prefill(arm, prompt)
             for handle in handles:
                 handle.remove()
     full, pruned, bare = seen.values()
-    assert full == [81] * 4 and pruned == bare == [81, 81, 69, 69]
+    assert full == [(81, None)] * 4 and pruned == bare == rows
 
 
 def test_ratios_are_taken_within_rounds():
