@@ -1,6 +1,6 @@
 """The host time of a stage: in a small setting every line says what ran, and a fused pass starts as few kernels as it should.
 
-Needs TRITON_INTERPRET=0, as kernels are compiled: the script runs in a process of its own.
+Needs TRITON_INTERPRET=0, as kernels are compiled: where it measures, the script runs in a process of its own.
 """
 
 import json
@@ -9,20 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_stage
 import pytest
+import triton
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_stage.py"
 
 
-def run(*arguments, **env):
-    command = [sys.executable, "-P", str(SCRIPT), *arguments]
-    env = os.environ | {"TRITON_INTERPRET": "0"} | env
-    return subprocess.run(command, capture_output=True, text=True, env=env)
-
-
 @pytest.fixture(scope="module")
 def found():
-    done = run("--small", "--json")
+    command = [sys.executable, "-P", str(SCRIPT), "--small", "--json"]
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -45,14 +43,15 @@ def test_a_fused_pass_starts_few_kernels(found):
     assert all(launches[policy, "fused"] < launches[policy, "ops"] for policy, _ in launches)
 
 
-def test_the_table_has_a_line_for_each():
-    done = run("--small")
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == 3 + 10 + 1
+def test_the_table_has_a_line_for_each(found):
+    lines = bench_stage.table(found).splitlines()
+    assert len(lines) == 3 + 10 + 1
     assert lines[4].split()[:2] == ["FastV", "fused"] and lines[4].endswith("3  one pass (triton)")
     assert lines[-1].startswith("decode step: ")
 
 
-def test_the_interpreter_is_refused():
-    done = run(TRITON_INTERPRET="1")
-    assert done.returncode == 1 and "expected TRITON_INTERPRET=0" in done.stderr
+def test_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench_stage"])
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    with pytest.raises(SystemExit, match="expected TRITON_INTERPRET=0"):
+        bench_stage.main()
