@@ -25,7 +25,7 @@ def run(script, *args):
 def server(tmp_path_factory):
     """A pruned server's address."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    start = [str(SERVING / "serve.py"), "--policy", "divprune:keep=64", "--port", str(port), *EAGER]
+    start = [str(SERVING / "serve.py"), "--policy=divprune:keep=64,positions=pack", f"--port={port}", *EAGER]
     with listening(log, start, port) as one:
         yield one.url
 
