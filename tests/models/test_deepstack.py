@@ -107,6 +107,7 @@ def test_a_stage_behind_the_features_leaves_them_to_the_text_model(model, monkey
 
 @pytest.mark.parametrize("policy", [*POLICIES.values(), None], ids=[*POLICIES, "unpruned"])
 @pytest.mark.parametrize("samples", ["one", "padded"])
+@pytest.mark.real("no graph is made where a dispatch mode watches, as the pretended device does")
 def test_graphs(model, policy, samples):
     case, graphs = CASES["qwen3vl"], Graphs(recorder=(recorder := Recorder()))
 
@@ -185,6 +186,7 @@ def gradients(model):
     return grads
 
 
+@pytest.mark.real("the masked run's own gradients lose the mark of the pretended device")
 def test_gradients_are_the_oracles(model):
     """Those of the mergers that make the features included."""
     inputs, _ = prompts(CASES["qwen3vl"], CASES["qwen3vl"].padded)
@@ -220,6 +222,7 @@ def test_gradient_checkpointing_changes_no_bit(reentrant, frozen):
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
+@pytest.mark.real("torch.utils.checkpoint asks for its random state")
 def test_features_in_training_and_reentrant_checkpoints():
     model = build(CASES["qwen3vl"]).train()
     inputs, _ = prompts(CASES["qwen3vl"], [CASES["qwen3vl"].one])

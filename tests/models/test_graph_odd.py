@@ -15,6 +15,8 @@ from helpers.tiny import make_batch, make_model
 from vlmprune import FastV, Graphs
 from vlmprune.policies.base import Needs
 
+pytestmark = pytest.mark.real("no graph is made where a dispatch mode watches, as the pretended device does")
+
 POLICY = FastV(layer=2, keep=4)
 PADDED = [[4, "I", 7], ["I", 3]]
 TOLERANCE = {"atol": 1e-4, "rtol": 0}

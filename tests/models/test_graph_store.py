@@ -16,6 +16,8 @@ from vlmprune.models.graphs.bindings import Bindings
 from vlmprune.models.graphs.buckets import bucket, rounded
 from vlmprune.models.graphs.reads import HostRead, HostReads
 
+pytestmark = pytest.mark.real("no graph is made where a dispatch mode watches, as the pretended device does")
+
 POLICY = FastV(layer=2, keep=0.4)
 STEPS = 3
 

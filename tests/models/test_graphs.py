@@ -21,6 +21,8 @@ from vlmprune import Graphs
 from vlmprune.policies import PruningPolicy
 from vlmprune.policies.registry import BUILT_IN, policies
 
+pytestmark = pytest.mark.real("no graph is made where a dispatch mode watches, as the pretended device does")
+
 SPECS = {
     "one": [[4, "I", 7]],
     "padded": [[4, "I", 7], [2, "I", 5]],

@@ -192,6 +192,7 @@ PACK = vlmprune.FasterVLM(keep=2, positions="pack")
 EXISTS = "mm_encoder_outputs" in signature(hf.LlavaNextModel.forward).parameters
 AHEAD = pytest.mark.skipif(not EXISTS, reason="transformers < 5.18 takes no features made ahead")
 CHUNKS = pytest.mark.skipif(not BEFORE_PREFILL, reason="transformers < 5.18 loses a chunked prefill's images")
+CHECKPOINTED = pytest.mark.real("torch.utils.checkpoint asks for its random state")
 
 # In the order of the page: what is done, once for each family it is said of.
 DONE = [
@@ -223,9 +224,9 @@ DONE = [
     (lambda _: call_llava(FASTV, without=("input_ids", "pixel_values"), inputs_embeds=()), ("llava",), ()),
     (lambda _: call_llava(accm(), without=("input_ids",), inputs_embeds=()), ("llava",), ()),
     (lambda _: rectified_flash(), ("llava",), ()),
-    (lambda _: reentrant_checkpoints(), ("qwen3vl",), ()),
+    (lambda _: reentrant_checkpoints(), ("qwen3vl",), CHECKPOINTED),
     (lambda _: vlmprune.attach(made("llava-llama"), replace(CSP, earlier_kv="compact")), ("llava",), ()),
-    (lambda _: checkpoints_of_the_scattered(), ("llava",), ()),
+    (lambda _: checkpoints_of_the_scattered(), ("llava",), CHECKPOINTED),
     (lambda name: call(name, vlmprune.Stages([replace(accm(), keep=None), Back()])), ("llava-llama",), ()),
     (lambda _: flash_waves(), ("llava",), ()),
     (lambda name: call(name, vlmprune.Stages([SCOUT, vlmprune.Random(layer=1)])), ("llava-llama",), ()),

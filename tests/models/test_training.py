@@ -112,6 +112,7 @@ def test_gradient_checkpointing_changes_no_bit(policy, reentrant):
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
+@pytest.mark.real("torch.utils.checkpoint asks for its random state")
 def test_layers_replayed_by_another_thread(monkeypatch):
     """As autograd's own thread does on a GPU: it has no prompt under way whose time it could measure."""
     monkeypatch.setattr(threading, "excepthook", lambda failed: None)  # what fails leaves no gradient

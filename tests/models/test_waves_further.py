@@ -117,7 +117,7 @@ def test_every_row_and_the_loss(plain, pad):
             kept = sets[b][0] | sets[b][1]
             rows = [p for p in range(ids.shape[1]) if real[b, p] and (ids[b, p] != IMAGE or p in kept)]
             torch.testing.assert_close(got.logits[b, rows], want.logits[b, rows], atol=TOLERANCE, rtol=0)
-    assert got.loss == pytest.approx(float(want.loss), abs=1e-4)
+    assert float(got.loss) == pytest.approx(float(want.loss), abs=1e-4)
 
 
 def test_candidates_behind_the_prompt(plain):

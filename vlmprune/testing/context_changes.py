@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.policies.base import AttentionInputs, TokenContext
 
@@ -98,11 +97,13 @@ def with_other_values(ctx: TokenContext) -> TokenContext:
 def with_wave(ctx: TokenContext) -> TokenContext:
     """The same where every fifth token has run through the layers before, and the others have not."""
     assert ctx.attention is not None
-    numbers = [torch.arange(0, n, 5) for n in ctx.counts]
-    ran = pad_sequence(numbers, batch_first=True, padding_value=-1)
+    numbers = torch.arange(0, max(ctx.counts), 5, device=ctx.device)
+    ran = torch.where(numbers < torch.tensor(ctx.counts, device=ctx.device)[:, None], numbers, -1)
     at = ctx.attention.columns.gather(1, ran.clamp(min=0)) if ran.shape[1] else ran
     attention = replace(ctx.attention, columns=torch.where(ran >= 0, at, -1))
-    return replace(ctx, ran=ran, ran_counts=tuple(map(len, numbers)), attention=attention)
+    return replace(
+        ctx, ran=ran, ran_counts=tuple(len(range(0, n, 5)) for n in ctx.counts), attention=attention
+    )
 
 
 def first_alone(ctx: TokenContext) -> TokenContext:
