@@ -71,6 +71,11 @@ class ACCM(PruningPolicy):
 
     summary = "words for what pruning loses, beside what a selection keeps"
     paper = "Adaptive Content Compensation Method (ACM MM 2025), arXiv 2508.01236; github.com/ASGO-MM/ACCM at c0a73f1"
+    formula = (
+        "keep what selection does, with the budget keep; then for each image:\n"
+        "c = compensator(its x_j, which of them go, the question), the best of its texts  (candidates=3)\n"
+        "c in wording, embedded, follows the image; at most as many tokens as the image loses"
+    )
     checked = "reading"
 
     selection: PruningPolicy

@@ -83,6 +83,14 @@ class ACCMSelection(PruningPolicy):
 
     summary = "some by the question, outliers of CLS attention, the rest evenly spaced"
     paper = "the selection of ACCM, Adaptive Content Compensation Method (ACM MM 2025), arXiv 2508.01236"
+    formula = (
+        "s_j = mean_h V[vision_layer][h, CLS, j];  r_j = mean_t cos(x_j, e_t)  (relevance='text')\n"
+        "C = q highest r_j ∪ {s_j > b + 1.5 (b - a)}, a = 1st, b = 3rd quartile of s  (nearest=True)\n"
+        "q = 150, 70, 12 where k is 288, 144, 18, else round(5 / 9 k)  (text=None)\n"
+        "|C| > k: keep the q, then of C the highest s_j  (overflow='score')\n"
+        "|C| < k: keep C, then those of 0, d, 2 d, … that are not in C, d = ⌈n / (k - |C|)⌉,\n"
+        "then others in an order that seed draws, until k of every crop are kept"
+    )
     presets = each("keep={}", counts=",positions=pack")
     checked = "reading"
     growth = "n"  # of a tower with CLS; without, every patch looks at every other: n^2

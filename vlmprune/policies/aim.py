@@ -72,6 +72,14 @@ class AIM(PruningPolicy):
 
     summary = "tokens alike merged before the LM, then a linear decay by PageRank on attention"
     paper = "AIM: Adaptive Inference of Multi-Modal LLMs via Token Merging and Pruning (ICCV 2025), arXiv 2412.03248"
+    formula = (
+        "stage 1: rounds in every crop while m > k, m = tokens left: min(m - k, ⌊m / 2⌋) merge,\n"
+        "those of highest max_j cos(x_i, x_j), i at places 0, 2, …, j at 1, 3, …  (features='projected')\n"
+        "x_j ← plain mean of x_j and the x_i that merge into it\n"
+        "stage a = 1 … stages:  P_h = causal softmax of z[K-1][h] / temperature, all rows and keys\n"
+        "p_h = even shares of all rows · P_h^rounds;  s_j = √(mean_h p_h[j]²)\n"
+        "keep the round(n f_a / f_{a-1}) highest s_j, at least 1,  f_a = 1 - a / stages  (last=0.0)"
+    )
     presets = {
         192: "keep=350,positions=pack",
         128: "keep=233,positions=pack",

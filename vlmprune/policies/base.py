@@ -24,6 +24,7 @@ from vlmprune.policies.inputs import AttentionInputs as AttentionInputs
 from vlmprune.policies.inputs import Grid as Grid
 from vlmprune.policies.inputs import Needs as Needs
 from vlmprune.policies.inputs import tokens_in as tokens_in
+from vlmprune.policies.symbols import SYMBOLS as SYMBOLS
 from vlmprune.policies.vision import Crop as Crop
 from vlmprune.policies.vision import VisionAttention as VisionAttention
 
@@ -56,6 +57,9 @@ class PruningPolicy:
     """One line for ``vlmprune list``."""
     paper: ClassVar[str] = ""
     """Where the method comes from."""
+    formula: ClassVar[str] = ""
+    """The choice as a formula: plain text with Unicode maths, one step a line, its letters those of ``SYMBOLS`` or defined in
+    it. Of the defaults where a setting switches it, which then stands behind the line; "" = none is written."""
     checked: ClassVar[str] = "formula"
     """"formula": compared with an independent implementation of the published formula; "reading": the sources leave
     room, and the docstring says how it was used."""

@@ -60,6 +60,11 @@ class CDPruner(PruningPolicy):
         "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (NeurIPS 2025), "
         "arXiv 2506.10967"
     )
+    formula = (
+        "c_j = mean_t cos(x_j, e_t);  r_j = (c_j - min c + 10⁻⁶) / (max c - min c)  (relevance='text')\n"
+        "L_ij = r_i cos(x_i, x_j) r_j\n"
+        "in every crop, k times: keep the j for which det L[kept ∪ j] is highest  (spend='crop')"
+    )
     presets = each("keep={}", counts=",positions=pack")
     checked = "reading"
     growth = "n^3"  # every further choice looks at all earlier ones, for each token

@@ -47,6 +47,12 @@ class DART(PruningPolicy):
 
     summary = "tokens that duplicate a few pivots least, without attention"
     paper = 'Stop Looking for "Important Tokens" in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494'
+    formula = (
+        "p_i = ∑_h ‖k_i[K-1][h]‖₁;  P = the 4 visual and 4 text tokens of highest p  (pivots=(4, 4))\n"
+        "y_i = norm(x_i), the text model's last norm\n"
+        "each i of P in turn takes the ⌊k / 8⌋ free j of lowest cos(y_i, y_j)  (order='released')\n"
+        "keep the visual tokens of P and all that are taken  (count='released')"
+    )
     presets = {
         192: "layer=2,keep=166,count=exact",
         128: "layer=2,keep=98,count=exact",

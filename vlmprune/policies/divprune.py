@@ -34,6 +34,11 @@ class DivPrune(PruningPolicy):
 
     summary = "tokens most unlike each other (greedy max-min distance)"
     paper = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (CVPR 2025), arXiv 2503.02175"
+    formula = (
+        "d_ij = 1 - cos(x_i, x_j)\n"
+        "keep the j of highest min_i d_ij over all i ≠ j\n"
+        "then again and again the j of highest min_i d_ij over the kept i, until round(keep · n) are kept"
+    )
     presets = each("keep={}", counts=",positions=pack")
     growth = "n^2"  # cosines of all pairs
 

@@ -29,6 +29,7 @@ class FasterVLM(PruningPolicy):
 
     summary = "patches most attended by the vision tower's CLS"
     paper = "[CLS] Attention is All You Need for Training-Free Visual Token Pruning, arXiv 2412.01818v1"
+    formula = "s_j = mean_h V[vision_layer][h, CLS, j]\nin every crop keep the k highest s_j  (spend='crop')"
     presets = each("keep={}", counts=",positions=pack")
     growth = "n"  # of a tower with CLS; without, every patch looks at every other: n^2
 

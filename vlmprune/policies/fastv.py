@@ -27,6 +27,7 @@ class FastV(PruningPolicy):
 
     summary = "most attended tokens of the previous layer"
     paper = "An Image is Worth 1/2 Tokens After Layer 2 (ECCV 2024), arXiv 2403.06764"
+    formula = "s_j = mean_h A[K-1][h, last, j]  (rows='last')\nkeep the k highest s_j"
     presets = {
         192: "layer=2,keep=166",
         128: "layer=2,keep=98",

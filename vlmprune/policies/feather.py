@@ -31,6 +31,12 @@ class Feather(PruningPolicy):
 
     summary = "RoPE-free attention with a coarse grid, then a harder cut"
     paper = "Feather the Throttle: Revisiting Visual Token Pruning for Vision-Language Model Acceleration, arXiv 2412.13180"
+    formula = (
+        "p[h, j] = softmax_j(z[K-1][h, last, j]) over the visual tokens alone, z without RoPE\n"
+        "s_j = mean_h p[h, j]\n"
+        "stage 1: keep the k highest s_j ∪ the tokens [::stride, ::stride] of every grid\n"
+        "stage 2: keep the k(keep²) highest s_j"
+    )
     # a quarter of the layers is full: of less than that, budgets cannot be met
     presets = {192: "keep=0.22", 0.333: "layers=7/14,keep=0.217"}
     growth = "n"

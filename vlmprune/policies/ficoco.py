@@ -73,6 +73,14 @@ class FiCoCo(PruningPolicy):
         "Filter, Correlate, Compress: Training-Free Token Reduction for MLLM Acceleration (AAAI 2026; first: Rethinking "
         "Token Reduction in MLLMs), arXiv 2411.17686"
     )
+    formula = (
+        "b_ij = mean_h z[K-1][h, i, j], without causal mask\n"
+        "s_i = (1 - g) mean_t b_it - g ∑_j b_ij\n"
+        "keep the first token and of the others the highest s_i; drop for every image go\n"
+        "c_ij = a b_ij + (1 - a) ∑_t b_it b_tj\n"
+        "w_ij = softmax_j c_ij over the n - 1 - ⌊epsilon (n - 1)⌋ highest c_ij, j ≠ i  (targets='any')\n"
+        "x_j ← x_j + ∑_i w_ij x_i over all i that go  (merge='sum')"
+    )
     # ours: the released 14 a layer from layer 6 on are a mean of 422, and no schedule is given for these
     presets = {
         192: "layers=2/3/4/5,drop=0.284,positions=pack",

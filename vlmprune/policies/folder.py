@@ -57,6 +57,14 @@ class Folder(PruningPolicy):
         "FOLDER: Accelerating Multi-modal Large Language Models with Enhanced Performance (ICCV 2025), "
         "arXiv 2501.02430"
     )
+    formula = (
+        "rounds in every crop while m > k, m = tokens left: min(m - k, ⌊m / 2⌋) merge  (place='tower')\n"
+        "y_j = mean_h u_j[vision_layer][h];  i at places 1, 3, …, j at 0, 2, … (with CLS)\n"
+        "s_i = max_j cos(y_i, y_j) - 100 alpha mean_h V[vision_layer][h, CLS, i]\n"
+        "the i of highest s_i merge into their nearest j\n"
+        "y_j, v_j ← means weighted by how many tokens each is made of; V: plain means\n"
+        "x_j ← project(v_j) where tokens have merged"
+    )
     checked = "reading"
     presets = each("keep={}", counts=",positions=pack")
     growth = "n^2"  # a round compares sources with destinations

@@ -47,6 +47,11 @@ class GreedyPrune(PruningPolicy):
     paper = (
         "GreedyPrune: Retenting Critical Visual Token Set for Large Vision Language Models, arXiv 2506.13166"
     )
+    formula = (
+        "s_j = cos(x_j, x_last), 0 where the prompt ends with its image\n"
+        "in falling order of s_j: keep j if cos(x_i, x_j) ≤ tau for every i kept so far, until k are kept\n"
+        "if they are fewer, keep the highest s_j of the others, too"
+    )
     checked = "reading"
     presets = {
         192: "layer=2,keep=166",

@@ -36,6 +36,7 @@ class KNorm(PruningPolicy):
         "(AAAI 2026), arXiv 2601.17818; A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, "
         "arXiv 2406.11430"
     )
+    formula = "s_j = -‖mean_h k_j[K-1][h]‖₂\nkeep the k highest s_j"
     presets = FastV.presets  # as many tokens at the same layer
     growth = "n"
 

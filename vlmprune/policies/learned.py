@@ -79,6 +79,7 @@ class Learned(PruningPolicy):
 
     summary = "what a trained scorer scores highest"
     paper = "none: an interface for trained scorers; GlanceScorer after GlimpsePrune, arXiv 2508.01548"
+    formula = "s = scorer(context), which is trained\nkeep the k highest s_j  (threshold=None)"
     checked = "reading"
 
     scorer: Scorer | str

@@ -54,6 +54,12 @@ class LVLMCSP(PruningPolicy):
         "LVLM_CSP: Accelerating Large Vision Language Models via Clustering, Scattering, and Pruning for Reasoning "
         "Segmentation, arXiv 2504.10854"
     )
+    formula = (
+        "layer 0: of every image keep 0, d, 2 d, …, (c - 1) d, c = k(cluster), d = ⌊n / c⌋  (by='uniform')\n"
+        "layer scatter: all n are back, those set aside with the x_j they had at layer 0\n"
+        "layer prune: s_j = mean_h A[prune-1][h, last, j]  (rows='last')\n"
+        "keep the k(then) highest s_j"
+    )
     checked = "reading"
     presets = {
         192: "cluster=137,then=137",

@@ -34,6 +34,10 @@ class PyramidDrop(PruningPolicy):
         "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction, "
         "arXiv 2410.17247"
     )
+    formula = (
+        "s_j = mean_h A[K][h, last, j], of what enters layer K\n"
+        "at every stage K keep the k(ratio) highest s_j"
+    )
     # a quarter of the layers is full: of less than that, budgets cannot be met
     presets = {192: "ratio=0.255,positions=pack", 0.333: "layers=7/14/21,ratio=0.252"}
     growth = "n"

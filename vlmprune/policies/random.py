@@ -31,6 +31,7 @@ class Random(PruningPolicy):
 
     summary = "a random subset, fixed by a seed"
     paper = "baseline; random tokens of FastV (K = 0), arXiv 2403.06764"
+    formula = "s_j = random from [0, 1), by seed\nkeep the k highest s_j"
     presets = each("layer=0,keep={}")
     growth = "n"
 

@@ -72,6 +72,13 @@ class Scout(PruningPolicy):
 
     summary = "a coarse view first, then as many fine tokens where the prompt looks"
     paper = "this project"
+    formula = (
+        "C = what coarse keeps at layer 0;  a_i = mean_h A[look-1][h, last, i] for i ∈ C  (rope=True)\n"
+        "b_j = ∑_{i ∈ C} a_i exp(-d_ij² / (2 spread²)), d_ij = distance in one grid, in rows and columns\n"
+        "L_ij = b_i cos(e_i, e_j) b_j\n"
+        "k(fine) times: bring back the j for which det L[C ∪ back ∪ j] is highest  (by='diverse')\n"
+        "those then run layers 0 … look - 1 as well, and the text behind the last image again"
+    )
 
     coarse: PruningPolicy = DivPrune(keep=0.125)  # noqa: RUF009  # frozen
     fine: int | float = 0.0833

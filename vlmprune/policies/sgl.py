@@ -59,6 +59,11 @@ class SGL(PruningPolicy):
         "A Stitch in Time Saves Nine: Small VLM is a Precise Guidance for Accelerating Large VLMs (CVPR 2025), "
         "arXiv 2412.03324; github.com/NUS-HPC-AI-Lab/SGL at 7e76fd2"
     )
+    formula = (
+        "s = guide(context); that of vlmprune.guidance: s_j = ∑_l ∑_h ∑_i A[l][h, i, j] in the small model,\n"
+        "over its rows i from the last visual token on, and those of its answer but the last\n"
+        "keep the k highest s_j"
+    )
     growth = "n"
 
     guide: Guide

@@ -74,6 +74,14 @@ class SparseVLM(PruningPolicy):
 
     summary = "rated by the question's words; pruned tokens recycled as cluster means"
     paper = "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv 2410.04417"
+    formula = (
+        "r_t = mean_j softmax_t(e_j · e_t) over all j of the prompt;  R = {t: r_t > mean_t r_t} or all t\n"
+        "s_j = mean_{t ∈ R} mean_h A[K-1][h, t, j]\n"
+        "keep the k(tokens) highest s_j, by its schedule, at most n - 1  (version='1.5')\n"
+        "of the others the m = ⌊0.3 (n - k)⌋ + 1 highest s_j become c = ⌊m / 10⌋ + 1 tokens  (recycle=True)\n"
+        "centres: highest exp(-mean of c least d²) · min d to denser i, or max d; d_ij² = mean (x_i - x_j)²\n"
+        "each joins its nearest centre; the clusters' means of x_j follow what stays  (merge='mean')"
+    )
     presets = {
         192: "tokens=192,positions=pack",
         128: "tokens=128,positions=pack",

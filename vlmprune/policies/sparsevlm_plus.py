@@ -48,6 +48,13 @@ class SparseVLMPlus(PruningPolicy):
 
     summary = "SparseVLM freed from RoPE's decay, by priority heads, positions kept"
     paper = "SparseVLM+, the released version 2.0 of SparseVLM, arXiv 2410.04417"
+    formula = (
+        "r_t = mean_j softmax_t(e_j · e_t) over all j of the prompt;  R = {t: r_t > mean_t r_t} or all t\n"
+        "c_tj = rope_t(1) · rope_j(1) / √head_dim: two vectors of ones, turned to the positions of t and j\n"
+        "p[h, j] = mean_{t ∈ R} A[K-1][h, t, j] / c_tj;  0.05 c_tt in place of c_tj ≤ 0.001 c_tt\n"
+        "s_j = mean_{h ∈ H} p[h, j],  H = the 14 heads of highest ∑_j p[h, j]  (heads=14)\n"
+        "keep the k(tokens) highest s_j, by its schedule, at most n - 1"
+    )
     presets = {
         192: "tokens=192",
         128: "tokens=128",

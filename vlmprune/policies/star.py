@@ -40,6 +40,12 @@ class STAR(PruningPolicy):
         "STAR: Stage-Wise Attention-Guided Token Reduction for Efficient Large Vision-Language Models Inference, "
         "arXiv 2505.12359"
     )
+    formula = (
+        "stage 1, in every crop: s_j = mean_h mean_i V[vision_layer][h, i, j] among the patches, without CLS\n"
+        "keep the k highest s_j\n"
+        "stage 2: s_j = mean_t mean_h A[K-1][h, t, j]\n"
+        "keep the k(then) highest s_j"
+    )
     checked = "reading"
     presets = {
         192: "keep=288,then=96",

@@ -44,6 +44,12 @@ class Uniform(PruningPolicy):
 
     summary = "evenly spaced tokens, or a coarse grid"
     paper = "baseline; the uniform criterion of FEATHER, arXiv 2412.13180"
+    formula = (
+        "p_j = (c - (C - 1) / 2 + d (r - (R - 1) / 2) + 1 / 2) k / n mod 1  (order='lattice')\n"
+        "r = row, c = column of j in its grid of R = rows, C = columns, turned where R > C\n"
+        "d = the shift, at most n / 2k, for which the shortest vector of the lattice is longest\n"
+        "keep the k lowest p_j, or as many in rows as far apart as columns, whichever leaves smaller gaps"
+    )
     presets = each("layer=0,keep={}")
     growth = "n"
 

@@ -53,6 +53,13 @@ class VisionZip(PruningPolicy):
 
     summary = "patches most attended by CLS, the rest merged into contextual tokens"
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025), arXiv 2412.04467"
+    formula = (
+        "s_j = mean_h V[vision_layer][h, CLS, j];  y_j = mean_h u_j[vision_layer][h]\n"
+        "in every crop keep the k(dominant) highest s_j\n"
+        "of the m = n - k(dominant) others every ⌊m / c⌋-th is target i, c = k(contextual) of them\n"
+        "every other j goes to the i of highest cos(y_i, y_j)\n"
+        "keep every i with x_i ← project(v_i + mean of the v_j that went to it)"
+    )
     presets = {
         192: "tokens=192,positions=pack",
         128: "tokens=128,positions=pack",

@@ -49,6 +49,13 @@ class VisPruner(PruningPolicy):
         "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs (ICCV 2025), "
         "arXiv 2412.01818"
     )
+    formula = (
+        "s_j = mean_h V[vision_layer][h, CLS, j]\n"
+        "in every crop keep the ⌊important_ratio · k⌋ highest s_j; the others in falling order of s_j\n"
+        "go through rounds, until k are kept in all:  E = those at places 0, 2, …,  O = at 1, 3, …\n"
+        "m_i = max_{j ∈ O} cos(v_i, v_j) for i ∈ E;  the 8 highest m_i go, at most as many as have to\n"
+        "next round: what is left of E in falling order of m_i, then O"
+    )
     presets = each("keep={}", counts=",positions=pack")
     growth = "n^3"  # rounds as many as an eighth of what is removed, of all pairs each
 

@@ -61,6 +61,14 @@ class VScan(PruningPolicy):
         "VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models (TMLR 2026), "
         "arXiv 2505.22654"
     )
+    formula = (
+        "stage 1, in every crop: m = ⌊⌊local_ratio · k⌋ / the number of its windows⌋\n"
+        "of every window keep the m highest mean_h V[shallow_layer][h, CLS, j]\n"
+        "of the others keep the highest mean_h V[vision_layer][h, CLS, j], until k are kept\n"
+        "every dropped j joins the kept i of highest cos(x_i, x_j):  x_i ← mean of x_i and those x_j\n"
+        "stage 2: s_j = mean_h A[K][h, last, j], of what enters layer K\n"
+        "keep the k(then) highest s_j"
+    )
     presets = {
         192: "keep=288,then=96,positions=pack",
         128: "keep=192,then=64,positions=pack",

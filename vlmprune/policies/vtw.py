@@ -44,6 +44,7 @@ class VTW(PruningPolicy):
         "Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference (AAAI 2025), "
         "arXiv 2405.05803; Treat Visual Tokens as Text? But Your MLLM Only Needs Fewer Efforts to See, arXiv 2410.06169"
     )
+    formula = "from layer K on keep none of the n; the last one where the prompt ends with it"
     growth = "n"
 
     layer: int = 15
