@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -21,6 +23,7 @@ from vlmprune.policies.base import PruningPolicy
 from vlmprune.precision import slow_on_cpu
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+log = logging.getLogger(__name__)
 
 
 class Checkpoint:
@@ -111,6 +114,8 @@ class Checkpoint:
             expected = f"a checkpoint folder or a hub id, got {source!r}"
             raise InputError(f"checkpoint: expected {expected}: {first_line(error)}") from error
         check_config(config)
+        depth = config.text_config.num_hidden_layers
+        log.info("configuration of %s: %s, %d decoder layers", source, config.model_type, depth)
         return config
 
     @cached_property
@@ -125,7 +130,8 @@ class Checkpoint:
     @cached_property
     def model(self) -> Any:
         """The model on its device, in evaluation mode. Raises InputError if the checkpoint does not have all its weights."""
-        source, config = self.source, self.config
+        source, config, start = self.source, self.config, time.perf_counter()
+        log.info("loading the weights of %s", source)
         try:
             model, notes = AutoModelForImageTextToText.from_pretrained(
                 source,
@@ -150,11 +156,14 @@ class Checkpoint:
         spare = sorted(key for key in notes["unexpected_keys"] if ".layers." in key)
         expected = "as many layers in the configuration as in the weights"
         check(not spare, "checkpoint", expected, f"no place for {spare[:1]}")
-        if self._device_map is not None:
-            return model.eval()
-        if self._dtype == "auto" and self.device == "cpu" and slow_on_cpu(model.dtype):
-            self.stored, model = _name(model.dtype), model.float()
-        return model.to(self.device).eval()
+        if self._device_map is None:
+            if self._dtype == "auto" and self.device == "cpu" and slow_on_cpu(model.dtype):
+                self.stored, model = _name(model.dtype), model.float()
+            model = model.to(self.device)
+        size = sum(weight.nbytes for weight in model.parameters()) / 1e9
+        where = f"{_name(model.dtype)} on {model.device}, {self.attention} attention"
+        log.info("%.3g GB of weights in %s, loaded in %.1f s", size, where, time.perf_counter() - start)
+        return model.eval()
 
     def check_depth(self, policies: Iterable[PruningPolicy]) -> None:
         """Read the configuration, and raise InputError if a policy has a stage beyond the decoder's last layer."""

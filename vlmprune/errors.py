@@ -1,7 +1,9 @@
-"""The exceptions vlmprune raises, the two helpers that raise most of them, and what to say of others'."""
+"""The exceptions vlmprune raises, the helpers that raise most of them, and what to say of others'."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -31,6 +33,29 @@ def check(ok: bool, arg: str, expected: str, got: object) -> None:
     """Raise InputError naming the argument, what was expected and what arrived."""
     if not ok:
         raise InputError(f"{arg}: expected {expected}, got {got}")
+
+
+def check_known(name: object, known: Collection[str], arg: str, expected: str = "one of") -> None:
+    """Raise InputError unless ``name`` is one of ``known``; names all of them, and the one that is most like it.
+
+    >>> check_known("fether", ["fastv", "feather"], "policy")
+    Traceback (most recent call last):
+        ...
+    vlmprune.errors.InputError: policy: expected one of fastv, feather, got 'fether' (did you mean 'feather'?)
+    """
+    if name not in known:
+        raise InputError(f"{arg}: expected {expected} {', '.join(known)}, got {name!r}{nearest(name, known)}")
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """What an error says behind a name that is not known: the known one most like it, or "" if none is like it.
+
+    >>> nearest("FastV", ["fastv", "feather"])
+    " (did you mean 'fastv'?)"
+    """
+    spelled = {some.lower(): some for some in known}
+    close = get_close_matches(str(name).lower(), spelled, n=1)
+    return f" (did you mean {spelled[close[0]]!r}?)" if close else ""
 
 
 def require(value: T | None, arg: str, expected: str) -> T:

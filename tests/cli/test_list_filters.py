@@ -219,7 +219,7 @@ def test_settings_and_how_it_was_checked_are_shown(monkeypatch):
     shown = cli("list", "fastv").stdout
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines()]
     assert ["rows", "last", '"last" (released code) or "mean" over all prompt rows (paper text).'] in rows
-    assert ["2", "query (the last row) and keys of the layer before", "one pass", "288", "50.0%"] in rows
+    assert ["2", "query (the last row) and keys of the layer before", "one pass"] in rows
     assert "mean over the inputs of 32 layers: 306.0 tokens, 53.1%" in shown
     assert "checked: compared with an independent implementation of the published formula" in shown
     assert "- The paper's text averages the attention received from all tokens; its released code" in shown

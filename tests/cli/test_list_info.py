@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import vlmprune
-from helpers.command_line import cli
+from helpers.command_line import ask, cli
+from vlmprune.cli.facts import typed
 from vlmprune.policies import registry
 from vlmprune.policies.recipe import policy_from
-from vlmprune.policies.registry import BUILT_IN
+from vlmprune.policies.registry import BUILT_IN, fields_of
 
 
 def test_version():
@@ -60,22 +61,23 @@ def test_a_broken_plugin_is_named_and_the_others_listed(how, monkeypatch):
     ]
     for name in (*BUILT_IN, "good"):
         assert name[:8] in done.stdout
-    asked = cli("run", "--model", "x", "--image", __file__, "--prompt", "x", "--policy", "broken:layer=1")
+    asked = ask("--policy", "broken:layer=1")
     assert asked.exit_code == 2 and asked.stderr.count("\n") == 1
     assert asked.stderr.startswith(
         "error: policy broken: expected a policy in nosuchmodule:Broken, got Module"
     )
 
 
-def test_list_of_one_shows_its_presets(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+def test_list_of_one_shows_its_presets():
     done = cli("list", "visionzip")
     assert done.exit_code == 0, done.stderr
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines()]
-    assert ["LLaVA-1.5-7B", "576", "64", "visionzip:tokens=64,positions=pack"] in rows
-    assert ["LLaVA-NeXT-7B", "2880", "160", "visionzip:dominant=135,contextual=25,positions=pack"] in rows
-    typed = next(row[3] for row in rows if row[2:3] == ["11.1%"])
-    assert policy_from(typed) == vlmprune.VisionZip(0.0937, 0.0173, positions="keep")
+    lines = done.stdout.splitlines()
+    first = lines.index("budgets published for LLaVA-1.5-7B (576 visual tokens)")
+    assert lines[first + 3].split() == ["64", "visionzip:tokens=64,positions=pack"]
+    next_one = lines.index("budgets published for LLaVA-NeXT-7B (2880 visual tokens)")
+    assert lines[next_one + 3].split() == ["160", "visionzip:dominant=135,contextual=25,positions=pack"]
+    preset = next(line.split()[1] for line in lines if line.startswith(" 11.1%"))
+    assert policy_from(preset) == vlmprune.VisionZip(0.0937, 0.0173, positions="keep")
     assert "fastv" not in done.stdout
     assert "LLaVA-NeXT" not in cli("list", "random_deep").stdout
     found = json.loads(cli("list", "fastv", "--json").stdout)
@@ -88,17 +90,19 @@ def test_list_of_a_name_that_is_none():
     assert done.exit_code == 2 and done.stderr.startswith("error: policy: expected one of fastv, ")
 
 
-def test_list_table_can_be_typed_back():
-    done = cli("list")
-    assert done.exit_code == 0, done.stderr
-    assert "layers=8/16" in done.stdout and "grows as n^2" in done.stdout
-    assert policy_from("feather:layers=8/16,keep=0.3") == vlmprune.Feather(layers=(8, 16), keep=0.3)
+@pytest.mark.parametrize("name", ["feather", "sparsevlm", "scout"])
+def test_settings_that_are_listed_can_be_typed_back(name):
+    policy = BUILT_IN[name]()
+    for setting, default in fields_of(BUILT_IN[name]).items():
+        if default != () and not isinstance(default, vlmprune.PruningPolicy):
+            assert policy_from(f"{name}:{setting}={typed(default)}") == policy
+    assert typed((8, 16)) == "8/16" and typed((True, None, 0.5)) == "true/none/0.5"
 
 
-def test_readme_has_the_generated_table():
+def test_the_page_of_policies_has_the_generated_table():
     """`vlmprune list --markdown` writes it; foreign policies installed here are left out."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    shown = readme.partition("<!-- `vlmprune list --markdown` -->\n")[2].partition("\n<!-- end -->")[0]
+    page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
+    shown = page.partition("<!-- `vlmprune list --markdown` -->\n")[2].partition("\n<!-- end -->")[0]
     made = cli("list", "--markdown").stdout.strip().splitlines()
     wanted = [row for row in made if row.split("`")[1:2] == [] or row.split("`")[1] in BUILT_IN]
     assert shown.splitlines() == wanted
@@ -127,7 +131,7 @@ def test_info_table():
         "ops on cpu",
         "gather_tokens",
         "reference",
-        "one pass",
+        "layer 8, 16: one pass",
         "as CUDA graphs on cpu: no GPU",
     ):
         assert word in done.stdout

@@ -9,10 +9,10 @@ from PIL import Image
 
 from helpers.command_line import ask
 from vlmprune import policy_from
-from vlmprune.cli.outcome import Outcome, median
 from vlmprune.cli.show import SETTINGS
 from vlmprune.models import Report
 from vlmprune.models.clock import Seconds
+from vlmprune.view.outcome import Outcome, median
 
 FASTV = "fastv:layer=2,keep=0.25"
 FEATHER = "feather:layers=2/5,keep=0.3"

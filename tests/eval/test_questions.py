@@ -49,7 +49,9 @@ def test_without_labels(folder):
 def test_families(folder):
     here = folder(GOOD, GOOD | {"id": "2", "family": "color"}, GOOD | {"id": "3", "family": "at"})
     assert [q.id for q in read_questions(here, ["at", "box"])] == ["1", "3"]
-    with pytest.raises(ValueError, match=r"^families: expected one of at, box, color, got 'boxes'$"):
+    with pytest.raises(
+        ValueError, match=r"^families: expected one of at, box, color, got 'boxes' \(did you mean 'box'\?\)$"
+    ):
         read_questions(here, ["box", "boxes"])
 
 

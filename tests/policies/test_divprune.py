@@ -92,7 +92,10 @@ def test_needs():
     "settings, message",
     [
         ({"keep": 1.5}, r"^keep: expected a share in \(0, 1\] .*, got 1\.5$"),
-        ({"positions": "kept"}, r"^positions: expected 'keep' or 'pack', got 'kept'$"),
+        (
+            {"positions": "kept"},
+            r"^positions: expected 'keep' or 'pack', got 'kept' \(did you mean 'keep'\?\)$",
+        ),
     ],
 )
 def test_rejects(settings, message):

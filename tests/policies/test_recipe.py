@@ -284,7 +284,10 @@ A_DICT = r"^policy: expected a dict with a name under 'policy', a text or a YAML
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("fastv uniform", r"^policy: expected one of fastv, .*, got 'fastv uniform'$"),
+        (
+            "fastv uniform",
+            r"^policy: expected one of fastv, .*, got 'fastv uniform' \(did you mean 'uniform'\?\)$",
+        ),
         ("fastv +", r"^policy: expected one of fastv, .*, got ''$"),
         ("| fastv", r"^policy: expected one of fastv, .*, got ''$"),
         ("(fastv", r"^policy: expected a closing parenthesis, got ''$"),
@@ -310,10 +313,13 @@ A_DICT = r"^policy: expected a dict with a name under 'policy', a text or a YAML
         (None, A_DICT + "None$"),
         (3, A_DICT + "3$"),
         ({"policy": 3}, A_DICT + r"\{'policy': 3\}$"),
-        ({"policy": "fastvv"}, r"^policy: expected one of fastv, .*, got 'fastvv'$"),
+        (
+            {"policy": "fastvv"},
+            r"^policy: expected one of fastv, .*, got 'fastvv' \(did you mean 'fastv'\?\)$",
+        ),
         (
             FASTV | {"layr": 2},
-            r"^policy fastv: expected one of the fields layer, keep, rows, spend, earlier_kv, rectify, got 'layr'$",
+            r"^policy fastv: expected one of the fields layer, keep, rows, spend, earlier_kv, rectify, got 'layr' \(did you mean 'layer'\?\)$",
         ),
         (FASTV | {3: 2}, r"^policy fastv: expected one of the fields .*, got 3$"),
         (FASTV | {"layer": 2.0}, r"^layer: expected int, got 2\.0$"),
@@ -335,7 +341,7 @@ A_DICT = r"^policy: expected a dict with a name under 'policy', a text or a YAML
         ({"policy": "visionzip", "count_cls": 1}, r"^count_cls: expected true or false, got 1$"),
         (
             {"policy": "sparsevlm", "version": 1.5},
-            r"^version: expected '1\.5' or '1\.0' or 'paper', got 1\.5$",
+            r"^version: expected '1\.5' or '1\.0' or 'paper', got 1\.5 \(did you mean '1\.5'\?\)$",
         ),
         ({"policy": "stages"}, r"^policy stages: expected a value for policies, got none$"),
         ({"policy": "stages", "policies": []}, r"^policies: expected at least one policy, got none$"),
@@ -362,7 +368,7 @@ A_DICT = r"^policy: expected a dict with a name under 'policy', a text or a YAML
         ),
         (
             {"policy": "cdpruner", "relevance": "texts"},
-            r"^relevance: expected 'text' or 'none' or a function as package\.module:name, got 'texts'$",
+            r"^relevance: expected 'text' or 'none' or a function as package\.module:name, got 'texts' \(did you mean 'text'\?\)$",
         ),
         (Path("recipe.txt"), r"^policy: expected a YAML file, got 'recipe\.txt': .*No such file"),
         ("nowhere.yml", r"^policy: expected a YAML file, got 'nowhere\.yml': .*No such file"),

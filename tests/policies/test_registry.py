@@ -256,14 +256,17 @@ def test_parse_inverts_writing(policy):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("fastvv", r"^policy: expected one of fastv, feather, .*, random, uniform, got 'fastvv'$"),
+        (
+            "fastvv",
+            r"^policy: expected one of fastv, feather, .*, random, uniform, got 'fastvv' \(did you mean 'fastv'\?\)$",
+        ),
         ("", r"^policy: expected one of .*, got ''$"),
-        ("FastV", r"^policy: expected one of .*, got 'FastV'$"),
+        ("FastV", r"^policy: expected one of .*, got 'FastV' \(did you mean 'fastv'\?\)$"),
         ("fastv:", r"^policy fastv: expected field=value, \.\.\., got ''$"),
         ("fastv:layer", r"^policy fastv: expected field=value, \.\.\., got 'layer'$"),
         (
             "fastv:layr=2",
-            r"^policy fastv: expected one of the fields layer, keep, rows, spend, earlier_kv, rectify, got 'layr'$",
+            r"^policy fastv: expected one of the fields layer, keep, rows, spend, earlier_kv, rectify, got 'layr' \(did you mean 'layer'\?\)$",
         ),
         ("fastv:summary=2", r"^policy fastv: expected one of the fields .*, got 'summary'$"),
         ("fastv:layer=1,layer=2", r"^policy fastv: expected each field once, got layer twice$"),
@@ -338,7 +341,10 @@ def test_a_broken_package_is_left_out_and_named(value, said, announce, monkeypat
     assert fault.startswith(f"policy broken: expected a policy in {value}, got {said}") and "\n" not in fault
     with pytest.raises(InputError, match=f"^{re.escape(fault)}$"):
         policy_from("broken:layer=2")
-    with pytest.raises(InputError, match=r"^policy: expected one of fastv, .*, broken, picky, got 'fastvv'$"):
+    with pytest.raises(
+        InputError,
+        match=r"^policy: expected one of fastv, .*, broken, picky, got 'fastvv' \(did you mean 'fastv'\?\)$",
+    ):
         policy_from("fastvv")
 
 

@@ -318,7 +318,10 @@ def test_defaults_of_the_versions():
     "settings, message",
     [
         ({"tokens": 100}, r"^tokens: expected one of 192, 128, 96, 64, or an explicit keep, got 100$"),
-        ({"version": "2.0"}, r"^version: expected '1\.5', '1\.0' or 'paper', got '2\.0'$"),
+        (
+            {"version": "2.0"},
+            r"^version: expected '1\.5', '1\.0' or 'paper', got '2\.0' \(did you mean '1\.0'\?\)$",
+        ),
         ({"layers": (0, 7, 16)}, r"^layer: expected a whole number >= 1 \(the score .*\), got 0$"),
         ({"layers": (3, 7)}, r"^keep: expected 2 counts, one per layer, got \(300, 200, 110\)$"),
         ({"keep": (3, 0, 1)}, r"^keep: expected a share in \(0, 1\] or a whole number .*, got 0$"),

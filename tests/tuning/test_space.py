@@ -64,7 +64,10 @@ def test_a_sweep_leaves_out_what_cannot_be_and_says_why():
 @pytest.mark.parametrize(
     "wanted, said",
     [
-        ("fastv:lair={2,3}", r"^policy fastv: expected one of the fields layer, .*, got 'lair'$"),
+        (
+            "fastv:lair={2,3}",
+            r"^policy fastv: expected one of the fields layer, .*, got 'lair' \(did you mean 'layer'\?\)$",
+        ),
         ("fastv:layer={8,9}", r"^layer: expected at most 7"),
         (FastV(layer=8), r"^layer: expected at most 7"),
         ("fasttv", r"^policy: "),

@@ -19,7 +19,7 @@ from transformers import (
 
 from vlmprune.bench.prompts import Prompt
 from vlmprune.checkpoints import Checkpoint
-from vlmprune.errors import InputError, check
+from vlmprune.errors import InputError, check_known
 from vlmprune.models import check_config
 
 SEED = 0
@@ -174,7 +174,7 @@ class FullSize(Checkpoint):
         Raises:
             InputError: another shape, and as for a ``Checkpoint``.
         """
-        check(shape in SHAPES, "shape", f"one of {', '.join(SHAPES)}", repr(shape))
+        check_known(shape, SHAPES, "shape")
         super().__init__(shape, device, dtype, attention)
         self.shape = SHAPES[shape]
         if dtype == "auto":

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from vlmprune.cli.options import POLICY, Attention, Device, Dtype, Model, open_checkpoint
-from vlmprune.policies.accm import WORDING
 
 if TYPE_CHECKING:
     from vlmprune.training import Trained
+
+WORDING = "additional information: {}\n"
+"""That of ``vlmprune.policies.accm``, which knows torch: ``--help`` must not wait for that."""
 
 app = typer.Typer(no_args_is_help=True, help="ACCM: words for what pruning loses.")
 

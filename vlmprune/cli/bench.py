@@ -84,9 +84,7 @@ def show(found: Bench) -> None:
         rows = [row for row in found.rows if row.batch == size]
         ran = [row for row in rows if row.reason is None]
         arms = [(numbers[row.arm], row.arm, _told(row)) for row in rows]
-        listed = table(("", "arm", "visual tokens"), arms, title=f"batch {size}")
-        listed.columns[1].overflow = "fold"  # names of policies have no spaces to break at
-        console.print(listed)
+        console.print(table(("", "arm", "visual tokens"), arms, title=f"batch {size}"))
         times = [(numbers[row.arm], *(_ms(row.seconds.get(phase)) for phase in TIMES)) for row in ran]
         console.print(table(("ms", *TIMES.values()), times))
         memory = [(numbers[row.arm], *memory_cells(row)) for row in ran]

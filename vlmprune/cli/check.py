@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vlmprune.checkpoints import Checkpoint
-from vlmprune.cli.console import waiting
+from vlmprune.cli.console import progress_bar
 from vlmprune.policies.recipe import policy_from
 from vlmprune.testing.model import check_model
 
@@ -20,9 +20,9 @@ def execute(checkpoint: Checkpoint, typed: str | None, as_json: bool) -> None:
     """Run the command. Exits with 1 if something differs; raises one of ``vlmprune.errors`` for bad input."""
     policy = None if typed is None else policy_from(typed)
     checkpoint.check_depth([] if policy is None else [policy])
-    with waiting(f"loading {checkpoint.source}"):
+    with progress_bar(f"loading {checkpoint.source}") as tell:
         model = checkpoint.model
-    with waiting("comparing pruned with masked runs"):
+        tell("comparing pruned with masked runs", 0, 0)
         report = check_model(model, policy, strict=False)
     if as_json:
         print(json.dumps(report.as_dict() | {"precision": checkpoint.precision}))  # noqa: T201

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from vlmprune.cli.console import table
+from vlmprune.cli.console import OPEN, table
 from vlmprune.errors import InputError, check
 from vlmprune.eval import BUDGETS, Evaluation
 from vlmprune.eval.page import HEADS, NAMES, family_cells, summary_cells
@@ -36,7 +36,8 @@ def show(found: Evaluation) -> None:
     families = (*NAMES, *results[0].families)
     for heads, cells in ((HEADS, summary_cells), (families, family_cells)):
         rows = (one_setting_a_line(cells(result)) for result in results)
-        console.print(table(heads, rows, show_lines=True))
+        console.print(table(heads, rows, **OPEN))
+        console.print()
     if "left_out" in found.settings:
         console.print(Text(f"left out: {found.settings['left_out']}", style="dim"))
     rate = f"{found.speed:.1f} answers/s, everything included" if found.speed else "nothing left to ask"

@@ -43,7 +43,7 @@ def _facts(policy: PruningPolicy) -> dict[str, Any]:
     """Where a policy acts, what it reads, and how its work grows."""
     reads = reading(policy.needs(layer) for layer in policy.layers)
     before = "before the LM" if policy.layers[0] == 0 else ""
-    inside = ", ".join(_runs([layer for layer in policy.layers if layer]))
+    inside = ", ".join(layer_runs([layer for layer in policy.layers if layer]))
     return {
         "acts": " and ".join(part for part in (before, f"layer {inside}" if inside else "") if part),
         "where": "both" if before and inside else "before" if before else "inside",
@@ -86,7 +86,10 @@ def facts_of(policy: Mapping[str, Any]) -> list[str]:
 def typed(value: Any) -> str:
     """A default as it is typed in ``--policy``."""
     entries = value if isinstance(value, tuple | list) else [value]
-    return "/".join("none" if entry is None else str(entry) for entry in entries)
+    words = {None: "none", True: "true", False: "false"}
+    return "/".join(
+        words[entry] if entry is None or isinstance(entry, bool) else f"{entry}" for entry in entries
+    )
 
 
 def _data(value: Any) -> Any:
@@ -96,7 +99,7 @@ def _data(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def _runs(layers: Sequence[int]) -> list[str]:
+def layer_runs(layers: Sequence[int]) -> list[str]:
     """Ascending layers, three or more without a gap as "first to last"."""
     runs: list[list[int]] = []
     for layer in layers:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from vlmprune.cli.console import table
-from vlmprune.cli.facts import usual
-from vlmprune.cli.method import runs
+from vlmprune.cli.facts import layer_runs, usual
+from vlmprune.cli.logs import versions
+from vlmprune.cli.schedule import runs
 from vlmprune.ops._dispatch import TABLES, explain
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.registry import load_policies
-
-PACKAGES = ("vlmprune", "torch", "triton", "transformers", "numpy", "pillow", "flash-attn")
 
 
 def show_info(as_json: bool) -> None:
@@ -32,22 +31,32 @@ def show_info(as_json: bool) -> None:
     for device in found["devices"]:
         show(f"{device['name']}: {device['description']}", markup=False, highlight=False)
     for device, ops in found["ops"].items():
-        rows = []
-        for op, row in ops.items():
-            reasons = "\n".join(f"{name}: {why}" for name, why in row["refused"].items())
-            rows.append((op, row["backend"] or "none", reasons or "-"))
-        heads, title = ("op", "backend", "why not the others"), f"ops on {device}"
-        show(table(heads, rows, title=title, title_justify="left"))
+        heads, title = ("ops", "backend", "why not the others"), f"ops on {device}"
+        show(table(heads, _alike(ops), title=title, title_justify="left", show_lines=True))
         kernels = [(kernel, why or "-") for kernel, why in found["attention"][device].items()]
         title = f'attn_implementation="vlmprune" on {device}'
         show(table(("kernel", "why not"), kernels, title=title, title_justify="left"))
         show(f"prefills as CUDA graphs on {device}: {found['graphs'][device] or 'yes'}", highlight=False)
-    stages = [
-        (name, "\n".join(f"layer {layer}: {path}" for layer, path in own.items()) or "as set")
-        for name, own in found["stages"].items()
-    ]
+    stages = [(name, _how(own) or "as set") for name, own in found["stages"].items()]
     title = "stages (one pass: prune_tokens or prune_scored on the backends above)"
     show(table(("policy", "how its stages run"), stages, title=title, title_justify="left"))
+
+
+def _alike(ops: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """The ops of one backend, with the same reasons against the others, in one row."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for op, row in ops.items():
+        reasons = "\n".join(f"{name}: {why}" for name, why in row["refused"].items())
+        rows.setdefault((row["backend"] or "none", reasons or "-"), []).append(op)
+    return [("\n".join(names), *told) for told, names in rows.items()]
+
+
+def _how(own: Mapping[str, str]) -> str:
+    """How a policy's stages run, those that do so alike on one line."""
+    return "\n".join(
+        f"layer {', '.join(layer_runs([int(layer) for layer in own if own[layer] == path]))}: {path}"
+        for path in dict.fromkeys(own.values())
+    )
 
 
 def describe_machine() -> dict[str, Any]:
@@ -57,7 +66,7 @@ def describe_machine() -> dict[str, Any]:
 
     kinds = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "tested": {name: [dotted(number) for number in numbers] for name, numbers in TESTED.items()},
         "devices": _devices(),
         "ops": {kind: {op: describe_op(op, kind) for op in sorted(TABLES)} for kind in kinds},
@@ -87,10 +96,3 @@ def _devices() -> list[dict[str, str]]:
         text = f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
         out.append({"name": f"cuda:{i}", "description": text})
     return out
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

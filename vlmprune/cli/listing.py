@@ -8,14 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from vlmprune.cli.console import table
 from vlmprune.cli.facts import describe_policy, facts_of, typed, usual
 from vlmprune.cli.method import describe_method, show_method
+from vlmprune.cli.schedule import MODEL
 from vlmprune.errors import check
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.budgets import PUBLISHED
+from vlmprune.policies.budgets import PUBLISHED, Published
 from vlmprune.policies.recipe import policy_from
 from vlmprune.policies.registry import load_policies, name_of, policy_class
 
@@ -27,6 +31,18 @@ FACTS = {
     "grows": "growth",
 }
 """Heading in the README's table -> fact."""
+
+COLUMNS = {
+    "keeps": "summary",
+    "acts": "acts",
+    "reads": "reads",
+    "grows": "growth",
+    "checked": "checked",
+}
+"""The same of a table on a wide terminal."""
+WIDE = 120
+"""Columns that such a table needs."""
+MORE = "\nvlmprune list NAME: formula, schedule layer by layer, settings, published budgets, sources"
 
 Where = Literal["before", "inside", "both"]
 
@@ -64,7 +80,11 @@ class Filters:
 
 
 def show_policies(
-    as_json: bool, as_markdown: bool = False, name: str | None = None, filters: Filters = Filters()
+    as_json: bool,
+    as_markdown: bool = False,
+    name: str | None = None,
+    filters: Filters = Filters(),
+    of: Published = MODEL,
 ) -> None:
     """Print every policy that fits, or the one called ``name`` in full; JSON maps a name to its fields and facts, Markdown is
     the README's table.
@@ -73,6 +93,7 @@ def show_policies(
 
     Args:
         name: a policy's name, or a policy as it is typed after ``--policy``.
+        of: the model whose schedule is shown.
 
     Raises:
         InputError: there is no policy of this name, its settings are wrong, or nothing is known of the family.
@@ -83,7 +104,7 @@ def show_policies(
     found = {name: describe_policy(cls, policy) for name, (cls, policy) in made.items()}
     found = _fitting(found, {name: policy for name, (_, policy) in made.items()}, filters)
     if name in found:
-        found[name].update(describe_method(*made[name]))
+        found[name].update(describe_method(*made[name], of))
     if as_json:
         print(json.dumps(found, indent=2))  # noqa: T201
     elif not found:
@@ -101,13 +122,21 @@ def show_policies(
 
 
 def _show_all(found: Mapping[str, dict[str, Any]]) -> None:
-    """Print the table of many."""
-    rows = []
-    for name, policy in found.items():
-        fields = "\n".join(f"{field}={typed(value)}" for field, value in policy["fields"].items())
-        rows.append((name, fields, policy["summary"], "\n".join(facts_of(policy)), policy["paper"]))
-    heads = ("name", "fields and defaults", "keeps", "acts", "paper")
-    Console().print(table(heads, rows, show_lines=True))
+    """Print many: a table where there is room for one, else two or three lines each."""
+    console = Console()
+    if console.width >= WIDE:
+        columns = COLUMNS | ({"with": "with"} if any("with" in policy for policy in found.values()) else {})
+        rows = ((name, *(policy[fact] or "-" for fact in columns.values())) for name, policy in found.items())
+        console.print(table(("name", *columns), rows, box=SIMPLE_HEAD))
+    else:
+        lines = Table.grid(padding=(0, 2))
+        lines.add_column(style="bold", no_wrap=True)
+        for name, policy in found.items():
+            lines.add_row(
+                name, Text.assemble(policy["summary"], "\n", ("; ".join(facts_of(policy)[:-1]), "dim"))
+            )
+        console.print(lines)
+    console.print(Text(MORE, style="dim"))
 
 
 def markdown_table(found: Mapping[str, dict[str, Any]]) -> str:

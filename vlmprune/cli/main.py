@@ -1,18 +1,18 @@
-"""The commands and their options; the one place where an expected error becomes one line and exit code 2."""
+"""The commands and their options; ``errors`` says what becomes of those that fail."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from vlmprune import __version__, env
-from vlmprune.cli import accm, tune
+from vlmprune import __version__
+from vlmprune.cli import accm, catalog, logs, tune
+from vlmprune.cli.errors import Commands
 from vlmprune.cli.options import (
     AUTO,
+    DTYPES,
     POLICY,
     AsJson,
     Attention,
@@ -24,56 +24,13 @@ from vlmprune.cli.options import (
     Precision,
     open_checkpoint,
 )
-from vlmprune.errors import BackendError, InputError, ModelError, NotPrunedError, VersionError, first_line
-
-EXPECTED = (InputError, ModelError, NotPrunedError, BackendError, VersionError)
-"""What bad input raises. Anything else is our bug and keeps its traceback, unless the operating system refused."""
 
 SHAPE_NAMES = (
     "llava-1.5-7b, llava-1.5-13b, llava-next-7b, qwen2.5-vl-7b-4k, qwen2.5-vl-7b-16k, qwen3-vl-4b, cpu, tiny"
 )
 """Those of ``vlmprune.bench.SHAPES``, which knows transformers."""
 
-OPTIONS = {
-    "attention": "attn",
-    "baselines": "baseline",
-    "checkpoint": "model",
-    "dpo": "beta",
-    "families": "family",
-}
-ALIKE = (
-    "baseline|batch|batch_size|budget|budgets|captioner_lm|captioner_rate|clip|data|device|dtype|epochs|family|images|init|max_new_tokens|model"
-    "|new_tokens|oracle|out|profile|prompt|questions|resume|rounds|seeds|selector_rate|shape|text_encoder|train_mapper"
-)
-"""Arguments of the library that are called otherwise on the command line, and those that are not."""
-ARGUMENT = re.compile(rf"\b(?:{'|'.join(OPTIONS)}|{ALIKE})(?=: expected)|(?<=one per )image(?=,)")
-
-
-class Commands(TyperGroup):
-    """All commands, with an expected error of any of them turned into ``error: ...`` on stderr and exit code 2."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command that was typed."""
-        try:
-            return super().invoke(ctx)
-        except (*EXPECTED, OSError) as error:
-            # A full disk or a missing right has a number; an OSError without one was made up by some library. A reader
-            # of our output who has gone is no error.
-            ours = isinstance(error, OSError) and (error.errno is None or isinstance(error, BrokenPipeError))
-            if env.TRACEBACKS or ours:
-                raise
-            # A BackendError lists one reason a line.
-            reasons = isinstance(error, BackendError)
-            text = "; ".join(map(str.strip, str(error).splitlines())) if reasons else first_line(error)
-            if isinstance(error, InputError):
-                text = ARGUMENT.sub(lambda m: "--" + OPTIONS.get(m[0], m[0].replace("_", "-")), text)
-            typer.echo(f"error: {text}", err=True)
-            raise typer.Exit(2) from error
-
-
-app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-app.add_typer(accm.app, name="accm")
-app.command()(tune.tune)
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def main() -> None:
@@ -89,11 +46,17 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say on stderr what is loaded, and on what it runs.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Visual-token pruning for vision-language models."""
+    if verbose:
+        context.with_resource(logs.shown())
 
 
 @app.command()
@@ -118,10 +81,17 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Answer one question with each policy, and show what was kept and what it saved."""
+    # Before transformers is imported, which takes seconds: a wrong file or policy is told at once.
+    from vlmprune.images import open_rgb
+
+    images = [(path, open_rgb(path, "--image")) for path in image]
+    from vlmprune.policies.recipe import policy_from
+
+    policies = [(text, policy_from(text)) for text in policy or ()]
     checkpoint = open_checkpoint(model, device, dtype, attn)
     from vlmprune.cli.run import execute
 
-    execute(checkpoint, image, prompt, policy or (), max_new_tokens, repeat, compare, save, as_json)
+    execute(checkpoint, images, prompt, policies, max_new_tokens, repeat, compare, save, as_json)
 
 
 @app.command("eval")
@@ -204,7 +174,11 @@ def bench(
     ] = None,
     device: Device = "auto",
     dtype: Annotated[
-        Precision, typer.Option(help="auto = as stored; of a shape bfloat16 on a GPU, else float32.")
+        Precision,
+        typer.Option(
+            metavar="<dtype>",
+            help=f"{DTYPES} auto = as stored; of a shape bfloat16 on a GPU, else float32.",
+        ),
     ] = "auto",
     attn: Attention = "sdpa",
     as_json: AsJson = False,
@@ -216,6 +190,55 @@ def bench(
     execute(checkpoint, policy, batch, images, new_tokens, rounds, baselines, out, profile, as_json)
 
 
+@app.command("gallery")
+def gallery_command(
+    model: Model,
+    questions: Annotated[
+        Path, typer.Option(help="Folder with a questions.jsonl and its images; all are asked.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and gallery.json.")],
+    method: Annotated[
+        list[str] | None, typer.Option(help="Only this method; repeatable. See `vlmprune list`.")
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(help="Visual tokens of an image, mean over the layers: 192,128,64 (the default)."),
+    ] = None,
+    max_new_tokens: MaxNewTokens = 16,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attn: Attention = "sdpa",
+) -> None:
+    """Draw what every method keeps at the same budgets, and whether it answers right."""
+    checkpoint = open_checkpoint(model, device, dtype, attn)
+    from vlmprune.cli.gallery import execute, read_tokens
+
+    execute(checkpoint, questions, out, method or (), read_tokens(budgets), max_new_tokens)
+
+
+@app.command("show")
+def show_command(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Checkpoint folder or hub id to choose; repeatable. None = the one in examples/."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    any_model: Annotated[
+        bool, typer.Option("--any-model", help="Visitors may name other checkpoints, to be loaded here.")
+    ] = False,
+    max_new_tokens: MaxNewTokens = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """A page in the browser: put in a picture, ask, and see side by side what each method drops and answers."""
+    from vlmprune.cli.web import execute
+
+    execute(model or (), host, port, device, dtype, max_new_tokens, any_model)
+
+
 @app.command("check")
 def check_command(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id of a supported model.")],
@@ -223,7 +246,9 @@ def check_command(
         str | None, typer.Option(help=f"{POLICY}; without one, three that test the wiring.")
     ] = None,
     device: Device = "auto",
-    dtype: Annotated[Precision, typer.Option(help=f"{AUTO} float32 shows the smallest faults.")] = "auto",
+    dtype: Annotated[
+        Precision, typer.Option(metavar="<dtype>", help=f"{DTYPES} {AUTO} float32 shows the smallest faults.")
+    ] = "auto",
     attn: Attention = "sdpa",
     as_json: AsJson = False,
 ) -> None:
@@ -234,45 +259,14 @@ def check_command(
     execute(checkpoint, policy, as_json)
 
 
-@app.command("list")
-def list_command(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            help="One policy in full: schedule, settings, how it was checked. NAME[:field=value,...]"
-        ),
-    ] = None,
-    where: Annotated[
-        Literal["before", "inside", "both"] | None,
-        typer.Option(help="Only those that act before the language model, inside it, or both."),
-    ] = None,
-    text_aware: Annotated[
-        bool | None,
-        typer.Option(
-            "--text-aware/--no-text-aware", help="Only those that look at the prompt's text, or not."
-        ),
-    ] = None,
-    family: Annotated[
-        str | None, typer.Option(help="Only those that work on models of this type, e.g. qwen2_5_vl.")
-    ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            help="Only those with a setting for a published budget, e.g. 192 or 0.333: one a line, as typed."
-        ),
-    ] = None,
-    as_json: AsJson = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="The README's table.")] = False,
-) -> None:
-    """The pruning policies, their fields with defaults, and where they come from."""
-    from vlmprune.cli.listing import Filters, show_policies
-
-    show_policies(as_json, markdown, name, Filters(where, text_aware, family, budget))
-
-
 @app.command()
 def info(as_json: AsJson = False) -> None:
     """Versions, devices, and which backend each op would use here and why the others not."""
     from vlmprune.cli.info import show_info
 
     show_info(as_json)
+
+
+app.command("list")(catalog.list_command)
+app.command()(tune.tune)
+app.add_typer(accm.app, name="accm")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -10,82 +12,37 @@ from rich.text import Text
 
 from vlmprune.cli.console import table
 from vlmprune.cli.docstrings import agreement, settings_docs
-from vlmprune.cli.facts import facts_of, reading, typed
-from vlmprune.errors import InputError
-from vlmprune.flops import mean_tokens, visual_inputs
-from vlmprune.policies.base import Needs, PruningPolicy
-from vlmprune.policies.budgets import PUBLISHED
-from vlmprune.policies.schedule import wave_rows
+from vlmprune.cli.facts import facts_of, layer_runs, typed
+from vlmprune.cli.schedule import MODEL, beyond, inputs, mean, ranges, schedule
+from vlmprune.policies.base import PruningPolicy
+from vlmprune.policies.budgets import PUBLISHED, Published
 
-MODEL = PUBLISHED[0]
-ROWS = {"last": "the last row", "text": "the text's rows", "all": "all rows"}
+BAR = 24
+"""Width of a full bar."""
+SOME = re.compile(r"(?:[^/]+/){8}")
+"""Entries of a long tuple, behind which a line may end."""
 CHECKED = {
     "formula": "compared with an independent implementation of the published formula",
     "reading": "a reading: the sources leave room",
 }
 
 
-def describe_method(cls: type[PruningPolicy], policy: PruningPolicy | None) -> dict[str, Any]:
+def describe_method(
+    cls: type[PruningPolicy], policy: PruningPolicy | None, of: Published = MODEL
+) -> dict[str, Any]:
     """What ``vlmprune list NAME`` has beyond the facts of the table; a policy without settings has no schedule."""
-    stages = [] if policy is None else schedule(policy)
+    stages = [] if policy is None else schedule(policy, of)
+    entering = [] if policy is None else inputs(policy, stages, of)
     return {
+        "model": {"name": of.model, "layers": of.layers, "visual_tokens": of.visual},
         "schedule": stages,
-        "mean_tokens": _mean(stages, policy) if policy is not None and stages else None,
+        "inputs": entering,
+        "beyond": beyond(stages, of),
+        "mean_tokens": mean(stages, entering, of) if stages else None,
+        "formula": cls.formula,
         "docs": settings_docs(cls),
         "agreement": agreement(cls),
     }
-
-
-def schedule(policy: PruningPolicy) -> list[dict[str, Any]]:
-    """Of each stage its layer, what it reads, how it runs, and what it leaves of one image of LLaVA-1.5.
-
-    ``tokens`` are None from the stage on where how many stay is known only when they are chosen, until all are back.
-    """
-    tokens: int | None = MODEL.visual
-    stages = []
-    for layer, run in runs(policy).items():
-        needs = policy.needs(layer)
-        tokens = MODEL.visual if needs.restored else tokens
-        tokens = None if tokens is None else _kept(policy, tokens, layer)
-        reads = ", ".join(_reads(needs)) or "positions only"
-        stages.append({"layer": layer, "reads": reads, "runs": run, "tokens": tokens})
-    return stages
-
-
-def runs(policy: PruningPolicy) -> dict[int, str]:
-    """By layer, whether the stage runs as one fused pass, where its backends can."""
-    return {layer: "one pass" if policy.ranks(layer) else "chooses by itself" for layer in policy.layers}
-
-
-def _kept(policy: PruningPolicy, tokens: int, layer: int) -> int | None:
-    try:
-        return policy.kept(tokens, 1, layer)
-    except InputError:
-        return None
-
-
-def _reads(needs: Needs) -> list[str]:
-    """What a stage reads, by where from."""
-    parts = [part for part in reading([needs]) if not part.startswith(("decoder", "vision"))]
-    if needs.vision:
-        parts.insert(0, f"query and key of vision layer {', '.join(map(str, needs.vision))}")
-    if needs.attention is not None:
-        what = "keys" if needs.keys_only else f"query ({ROWS[needs.rows]}) and keys"
-        parts.insert(
-            0, f"{what} of {'the layer before' if needs.attention == 'previous' else 'its own layer'}"
-        )
-    if needs.restored:
-        parts.insert(0, "tokens that were set aside")
-    return parts
-
-
-def _mean(stages: list[dict[str, Any]], policy: PruningPolicy) -> float | None:
-    """Over the inputs of LLaVA-1.5's layers; None where a count is unknown or a stage lies beyond them."""
-    counts = [(stage["layer"], stage["tokens"]) for stage in stages]
-    if any(layer >= MODEL.layers or tokens is None for layer, tokens in counts):
-        return None
-    wave = wave_rows(policy, counts, 0)
-    return mean_tokens(visual_inputs(MODEL.layers, MODEL.visual or 0, counts, wave))
 
 
 def show_method(name: str, found: Mapping[str, Any], kind: str) -> None:
@@ -96,54 +53,73 @@ def show_method(name: str, found: Mapping[str, Any], kind: str) -> None:
         found: its facts, and what ``describe_method`` says.
         kind: the policy's own name.
     """
-
-    def show(text: str) -> None:
-        Console().print(Text(text))
-
-    def show_table(heads: tuple[str, ...], rows: Sequence[Sequence[str]], title: str) -> None:
-        if rows:
-            Console().print(table(heads, rows, title=title, title_justify="left"))
-
-    show(f"{name} ({found['class']}): {found['summary'] or 'no summary'}")
-    show(f"from: {found['paper'] or 'unknown'}")
-    show("; ".join(facts_of(found)[:-1]))
-    show_table(
-        ("layer", "reads", "runs", "visual tokens", "share"),
-        [_stage_row(stage) for stage in found["schedule"]],
-        f"schedule, of {MODEL.visual} visual tokens ({MODEL.model})",
-    )
-    if not found["schedule"]:
-        show("schedule: as set")
-    if found["mean_tokens"] is not None:
-        share = found["mean_tokens"] / (MODEL.visual or 1)
-        show(f"mean over the inputs of {MODEL.layers} layers: {found['mean_tokens']:.1f} tokens, {share:.1%}")
-    settings = [(k, typed(v), found["docs"].get(k, "")) for k, v in found["fields"].items()]
-    show_table(("setting", "value", "what it says"), settings, "settings")
-    show(f"checked: {CHECKED.get(found['checked'], found['checked'])}")
-    for sentence in found["agreement"]:
-        show(f"- {sentence}")
-    show_table(("model", "visual tokens", "budget", "--policy"), _presets(kind, found["presets"]), "presets")
-
-
-def _stage_row(stage: Mapping[str, Any]) -> tuple[str, ...]:
-    """One row of the schedule's table; layer 0 stands before the language model."""
-    tokens = stage["tokens"]
-    counted = (
-        ("known when chosen", "") if tokens is None else (f"{tokens}", f"{tokens / (MODEL.visual or 1):.1%}")
-    )
-    return (f"{stage['layer'] or '0 (before the LM)'}", stage["reads"], stage["runs"], *counted)
-
-
-def _presets(kind: str, presets: Mapping[float, str]) -> list[tuple[str, ...]]:
-    """What meets published budgets, as typed; a budget that the method cannot meet is not there."""
-    return [
-        (
-            model.model,
-            f"{model.visual or 'any'}",
-            f"{b}" if model.visual else f"{b:.1%}",
-            f"{kind}:{presets[b]}",
-        )
-        for model in PUBLISHED
-        for b in model.budgets
-        if b in presets
+    _show(f"{name} ({found['class']}): {found['summary'] or 'no summary'}", "bold")
+    _show(f"from: {found['paper'] or 'unknown'}")
+    _show("; ".join(facts_of(found)[:-1]))
+    if found["formula"]:
+        _head("formula")
+        _show(found["formula"])
+    if found["schedule"]:
+        _head("stages")
+        Console().print(table(("layer", "reads", "runs"), _stages(found["schedule"])))
+        _show_inputs(found)
+    else:
+        _show("schedule: as set")
+    _head("settings")
+    settings = [
+        (k, SOME.sub(r"\g<0>\n", typed(v)), found["docs"].get(k, "")) for k, v in found["fields"].items()
     ]
+    Console().print(table(("setting", "value", "what it says"), settings))
+    _head(f"checked: {CHECKED.get(found['checked'], found['checked'])}")
+    for sentence in found["agreement"]:
+        _show(f"- {sentence}")
+    _show_presets(kind, found["presets"])
+
+
+def _show(text: str, style: str = "") -> None:
+    Console().print(Text(text, style=style))
+
+
+def _head(text: str) -> None:
+    _show(f"\n{text}", "bold")
+
+
+def _stages(stages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """The stages; one after another that read the same are one row. Layer 0 stands before the language model."""
+    for (reads, run), alike in groupby(stages, lambda stage: (stage["reads"], stage["runs"])):
+        layers = [stage["layer"] for stage in alike]
+        yield ", ".join(layer_runs(layers)) if layers != [0] else "0 (before the LM)", reads, run
+
+
+def _show_inputs(found: Mapping[str, Any]) -> None:
+    """How many visual tokens enter each layer, drawn; the mean, and which stages the model is too short for."""
+    model = found["model"]
+    layers, visual = model["layers"], model["visual_tokens"]
+    _head(f"visual tokens, of {visual}, that enter each layer of {model['name']} ({layers} layers)")
+    rows = [(f"{a}" if a == b else f"{a} to {b}", tokens) for a, b, tokens in ranges(found["inputs"])]
+    width = max(len(label) for label, _ in rows)
+    for label, tokens in rows:
+        if tokens is None:
+            _show(f"{label:>{width}}  known when chosen")
+        else:
+            bar = "█" * round(BAR * tokens / visual) or "▏" * (tokens > 0)
+            _show(f"{label:>{width}}  {tokens:>{len(str(visual))}}  {bar:<{BAR}}  {tokens / visual:6.1%}")
+    if found["mean_tokens"] is not None:
+        left = found["mean_tokens"]
+        _show(f"mean over the inputs of {layers} layers: {left:.1f} tokens, {left / visual:.1%}")
+    if found["beyond"]:
+        at = ", ".join(layer_runs(found["beyond"]))
+        _show(
+            f"beyond the last layer, {layers - 1}: layer {at}; such a model refuses this policy", "bold red"
+        )
+
+
+def _show_presets(kind: str, presets: Mapping[float, str]) -> None:
+    """Model by model what meets published budgets, as typed; a budget that the method cannot meet is not there."""
+    for model in PUBLISHED:
+        budgets = [budget for budget in model.budgets if budget in presets]
+        if budgets:
+            _head(f"budgets published for {model.model} ({model.visual or 'any number of'} visual tokens)")
+        for budget in budgets:
+            line = f"{f'{budget}' if model.visual else f'{budget:.1%}':>6}  {kind}:{presets[budget]}"
+            Console().print(Text(line), soft_wrap=True)  # whole, to be copied

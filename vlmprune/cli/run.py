@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from vlmprune import __version__
-from vlmprune.checkpoints import Checkpoint, build_text, make_inputs
-from vlmprune.cli.console import waiting
-from vlmprune.cli.outcome import median, run_once
-from vlmprune.cli.picture import check_target, draw, seen_images
-from vlmprune.cli.show import show
+from vlmprune.checkpoints import Checkpoint, build_text, generate, make_inputs
+from vlmprune.cli.console import Tell, progress_bar
+from vlmprune.cli.show import show, told_stages, told_times
 from vlmprune.errors import check
-from vlmprune.images import open_rgb
-from vlmprune.models import patch_grid
+from vlmprune.models import explain, patch_grid
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.recipe import policy_from
+from vlmprune.view.outcome import Outcome, median, run_once
+from vlmprune.view.picture import check_target, draw, seen_images
+
+log = logging.getLogger(__name__)
 
 
 def execute(
     checkpoint: Checkpoint,
-    images: Sequence[Path],
+    images: Sequence[tuple[Path, Image.Image]],
     prompt: str,
-    typed: Sequence[str],
+    policies: Sequence[tuple[str, PruningPolicy]],
     max_new_tokens: int,
     repeat: int,
     compare: bool,
@@ -32,23 +36,19 @@ def execute(
     as_json: bool,
 ) -> None:
     """Run the command. Raises one of ``vlmprune.errors`` for bad input, OSError where a file cannot be written."""
-    columns: list[tuple[str | None, PruningPolicy | None]] = [(text, policy_from(text)) for text in typed]
-    inputs = prepare(checkpoint, images, prompt, [policy for _, policy in columns if policy], save)
-    outcomes = []
-    for label, policy in [(None, None)] * (compare or not columns) + columns:
-        # An untimed run goes first, which compiles and warms up.
-        with waiting(f"warm-up: {label or 'unpruned'}"):
-            run_once(checkpoint, inputs, label, policy, max_new_tokens)
-        with waiting(f"timed runs: {label or 'unpruned'}"):
-            runs = [run_once(checkpoint, inputs, label, policy, max_new_tokens) for _ in range(repeat)]
-        outcomes.append(median(runs))
+    columns: list[tuple[str | None, PruningPolicy | None]] = [*policies]
+    if compare or not columns:
+        columns.insert(0, (None, None))
+    with progress_bar(f"loading {checkpoint.source}") as tell:
+        inputs = prepare(checkpoint, images, prompt, [policy for _, policy in policies], save)
+        outcomes = _ask(checkpoint, inputs, columns, max_new_tokens, repeat, tell)
     if save is not None:
         seen = seen_images(inputs["pixel_values"].float().cpu(), checkpoint.processor.image_processor)
         draw(seen, patch_grid(checkpoint.config), outcomes).save(save)
     settings = {
         "version": __version__,
         "model": checkpoint.source,
-        "images": [str(path) for path in images],
+        "images": [str(path) for path, _ in images],
         "prompt": prompt,
         "max_new_tokens": max_new_tokens,
         "device": checkpoint.device,
@@ -68,20 +68,66 @@ def execute(
 
 def prepare(
     checkpoint: Checkpoint,
-    images: Sequence[Path],
+    images: Sequence[tuple[Path, Image.Image]],
     prompt: str,
     policies: Sequence[PruningPolicy],
     save: Path | None,
 ) -> Any:
     """Check all that can fail without the weights, then load them; inputs on the model's device."""
-    pictures = [open_rgb(path, "--image") for path in images]
     if save is not None:
         check_target(save)
     checkpoint.check_depth(policies)
     text = build_text(checkpoint.processor, prompt, len(images))
-    inputs = make_inputs(checkpoint.processor, [text], [pictures], "--image")
+    inputs = make_inputs(checkpoint.processor, [text], [[image for _, image in images]], "--image")
     if save is not None:
         shape = tuple(inputs["pixel_values"].shape)
         check(len(shape) == 4 and shape[0] == len(images), "--save", "one tile per image", f"pixels {shape}")
-    with waiting(f"loading {checkpoint.source}"):
-        return inputs.to(checkpoint.device, dtype=checkpoint.model.dtype)
+    return inputs.to(checkpoint.device, dtype=checkpoint.model.dtype)
+
+
+def _ask(
+    checkpoint: Checkpoint,
+    inputs: Any,
+    columns: Sequence[tuple[str | None, PruningPolicy | None]],
+    limit: int,
+    repeat: int,
+    tell: Tell,
+) -> list[Outcome]:
+    """The median of every column's timed runs. An untimed one goes first, which compiles and warms up."""
+    if checkpoint.attention == "vlmprune":
+        usable = [name for name, why in explain(checkpoint.device) if why is None]
+        log.info("attention kernel: %s", usable[0] if usable else "none")
+    outcomes, total = [], len(columns) * (1 + repeat)
+    for i, (label, policy) in enumerate(columns):
+        name, done = label or "unpruned", i * (1 + repeat)
+        where = f"{i + 1} of {len(columns)}"
+        tokens = _Tokens(tell, where, name, done, total)
+        run, _ = generate(checkpoint.model, inputs, policy, max_new_tokens=limit, streamer=tokens)
+        log.info("%s: %s", name, told_stages(run.report()))
+        runs = []
+        for n in range(1, repeat + 1):
+            tell(f"{where}, timed run {n} of {repeat}: {name}", done + n, total)
+            runs.append(run_once(checkpoint, inputs, label, policy, limit))
+            log.info("%s, timed run %d: %s", name, n, told_times(runs[-1].report))
+        outcomes.append(median(runs))
+    return outcomes
+
+
+@dataclass
+class _Tokens:
+    """Tells how many new tokens a warm-up has, as one of transformers' streamers: these wait for each, so nothing is timed."""
+
+    tell: Tell
+    where: str
+    name: str
+    done: int
+    total: int
+    count: int = 0
+
+    def put(self, tokens: Any) -> None:
+        """Called by ``generate`` with the prompt, then with every new token."""
+        self.tell(f"{self.where}, warm-up, {self.count} tokens: {self.name}", self.done, self.total)
+        self.count += 1
+
+    def end(self) -> None:
+        """Called by ``generate`` when it is done."""

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vlmprune.cli.outcome import Outcome
+from vlmprune.models import Report
+from vlmprune.view.outcome import Outcome
 
 SETTINGS = re.compile(r"(?::|(?<=\)),)([^()+&|]*[^()+&|\s])")
 """What stands behind the names of policies as typed, alone or joined."""
@@ -25,7 +26,7 @@ def show(settings: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
     for sections in zip(*map(cells, outcomes), strict=True):
         for name in sections[0]:
             found = [section[name] for section in sections]
-            if not ("captions" in name and set(found) == {"-"}):  # most methods write none
+            if set(found) != {"-"}:
                 out.add_row(name, *map(Text, found))
         out.add_section()
     lines = [
@@ -69,10 +70,24 @@ def cells(outcome: Outcome) -> list[dict[str, str]]:
             "selection": _time(seconds.selection) if outcome.kept else "-",
             "second wave": _time(seconds.second_wave) if report.second_wave else "-",
             "captions, of it": _time(report.caption_seconds) if captions else "-",
-            "decode (steps)": f"{_time(seconds.decode)} ({steps})" if steps else "-",
+            "decode": _time(seconds.decode) if steps else "-",
+            "decode steps": f"{steps or '-'}",
             "decode per token": _time(seconds.decode / steps) if steps else "-",
         },
     ]
+
+
+def told_stages(report: Report) -> str:
+    """How many tokens each stage left, and on which kernels it ran, on one line."""
+    told = zip(report.stages, report.paths, strict=True)
+    stages = [f"layer {layer}: {before}→{after}, {path}" for (layer, before, after), path in told]
+    return "; ".join(stages) or f"{report.visual_tokens:g} visual tokens in every layer"
+
+
+def told_times(report: Report) -> str:
+    """The durations of one run, on one line."""
+    parts = vars(report.seconds).items()
+    return ", ".join(f"{part.replace('_', ' ')} {_time(seconds)}" for part, seconds in parts if seconds)
 
 
 def _flops(count: int, like: int) -> str:

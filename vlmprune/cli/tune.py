@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from vlmprune.cli.console import progress_bar, table
+from vlmprune.cli.console import OPEN, progress_bar, table
 from vlmprune.cli.options import Attention, Device, Dtype, MaxNewTokens, Model, Policies, open_checkpoint
 from vlmprune.errors import check
 
@@ -141,7 +141,7 @@ def _show_search(found: Found) -> None:
         for asked, one in order[:SHOWN]
     ]
     heads = ("method", "questions", "FLOPs cut", "right", "to the best of its rung")
-    console.print(table(heads, rows, show_lines=True))
+    console.print(table(heads, rows, **OPEN))
     last, more = found.rungs[-1], len(order) - len(rows)
     rungs = ", ".join(f"{len(rung.standings)} on {rung.questions} questions" for rung in found.rungs)
     for text, why in found.left_out.items():

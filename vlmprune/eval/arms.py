@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from vlmprune.errors import InputError, check
+from vlmprune.errors import InputError, nearest
 from vlmprune.eval.oracle import Oracle
 from vlmprune.eval.questions import Region
 from vlmprune.flops import DecoderShape, Wave, decoder_flops, mean_tokens, prefill_flops, visual_inputs
@@ -123,7 +123,10 @@ def _baseline(name: str, layer: int) -> tuple[str, PruningPolicy]:
         "random": (f"random:layer={layer}", Random(layer=layer)),
         ORACLE: (f"oracle:layer={layer}", Oracle(layer=layer)),
     }
-    check(name in known, "baselines", f"some of {', '.join(BASELINES)}", repr(name))
+    if name not in known:
+        raise InputError(
+            f"baselines: expected some of {', '.join(BASELINES)}, got {name!r}{nearest(name, BASELINES)}"
+        )
     return known[name]
 
 

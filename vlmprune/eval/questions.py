@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlmprune.errors import InputError, check
+from vlmprune.errors import InputError, check, check_known
 from vlmprune.images import open_rgb
 
 FILE = "questions.jsonl"
@@ -77,7 +77,7 @@ def read_questions(folder: Path, families: Sequence[str] = (), *, labelled: bool
     check(not again, "questions", "every id once", " and ".join(map(repr, again)) + " twice")
     known = sorted({question.family for question in found})
     for family in families:
-        check(family in known, "families", f"one of {', '.join(known)}", repr(family))
+        check_known(family, known, "families")
     found = [question for question in found if not families or question.family in families]
     sizes = {image: open_rgb(image, "questions").size for image in {q.image: None for q in found}}
     return [replace(question, size=sizes[question.image]) for question in found]

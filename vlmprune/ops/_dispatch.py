@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vlmprune.env import INTERPRETED
-from vlmprune.errors import BackendError, check
+from vlmprune.errors import BackendError, check_known
 from vlmprune.ops import _native
 
 NAMES = ("cuda", "triton", "reference")
@@ -69,7 +69,7 @@ def use_backend(name: str) -> Iterator[None]:
         ...     ops.select_topk(torch.tensor([[0.3, 0.9, 0.1]]), 2)[0]
         tensor([[0, 1]])
     """
-    check(name in NAMES, "name", f"one of {', '.join(NAMES)}", repr(name))
+    check_known(name, NAMES, "name")
     token = _forced.set(name)
     try:
         yield

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from vlmprune.errors import check
+from vlmprune.errors import InputError, check, nearest
 
 BEFORE = " (the score comes from the layer before)"
 """Why a stage cannot be at layer 0."""
@@ -32,7 +32,10 @@ def check_word(name: str, value: object, *words: str) -> None:
         >>> check_word("rows", "last", "last", "mean")
     """
     *most, last = map(repr, words)
-    check(value in words, name, f"{', '.join(most)} or {last}", repr(value))
+    if value not in words:
+        raise InputError(
+            f"{name}: expected {', '.join(most)} or {last}, got {value!r}{nearest(value, words)}"
+        )
 
 
 def check_whole(name: str, value: object, least: int | None = None, why: str = "") -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from vlmprune.errors import InputError, check, first_line
+from vlmprune.errors import InputError, check, check_known, first_line, nearest
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.custom import Checked
 from vlmprune.policies.registry import FAULTS, fields_of, name_of, policy_class
@@ -67,7 +67,7 @@ def policy_from(source: Mapping[str, Any] | str | Path) -> PruningPolicy:
     settings: dict[str, Any] = {}
     for field, value in data.items():
         if field != "policy":
-            check(field in known, f"policy {name}", f"one of the fields {', '.join(known)}", repr(field))
+            check_known(field, known, f"policy {name}", "one of the fields")
             settings[field] = read_setting(value, hints[field], field)
     missing = [field for field, default in known.items() if default is MISSING and field not in settings]
     check(not missing, f"policy {name}", f"a value for {', '.join(missing)}", "none")
@@ -108,6 +108,22 @@ def to_yaml(policy: PruningPolicy) -> str:
     return yaml.safe_dump(write(policy), sort_keys=False)
 
 
+def to_text(policy: PruningPolicy) -> str:
+    """The policy as typed after ``--policy``: its name and the settings that are not the defaults.
+
+    Raises:
+        InputError: as ``write`` does; or a setting that cannot be typed, such as a text with a comma in it.
+
+    Example:
+        >>> from vlmprune import Feather
+        >>> to_text(Feather(layers=(2, 5), keep=0.3))
+        'feather:layers=2/5'
+    """
+    text = _typed(policy)
+    check(policy_from(text) == policy, "policy", "settings that can be typed", repr(policy))
+    return text
+
+
 def read_setting(value: Any, hint: Any, name: str) -> Any:
     """Read ``value``, typed (``Word``) or plain data, as int, float, str, bool, Literal, None, policy, function, a tuple
     of these or a union.
@@ -124,7 +140,8 @@ def read_setting(value: Any, hint: Any, name: str) -> Any:
     point = (
         " (with a decimal point, as in 1.0)" if digits and "float" in wanted and "int" not in wanted else ""
     )
-    check(bool(found), name, wanted + point, repr(value))
+    if not found:
+        raise InputError(f"{name}: expected {wanted}{point}, got {value!r}{nearest(value, _words(hint))}")
     return found[0]
 
 
@@ -140,6 +157,16 @@ def spell_type(hint: Any) -> str:
     if origin is Callable or _is_protocol(hint):
         return "a function as package.module:name"
     return getattr(hint, "__name__", str(hint)) if origin is None else f"a list of {spell_type(args[0])}"
+
+
+def _words(hint: Any) -> list[str]:
+    """The words that can be typed for a type."""
+    if hint in WORDS:
+        return list(WORDS[hint])
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return list(map(str, args))
+    return [word for arg in args for word in _words(arg)] if origin in (*UNIONS, tuple, Sequence) else []
 
 
 def _fits(value: Any, hint: Any, name: str) -> list[Any]:
@@ -216,6 +243,26 @@ def _plain(value: Any, name: str) -> Any:
         found = False
     check(found, name, "data, or a function that can be imported by its name", repr(value))
     return path
+
+
+def _typed(policy: PruningPolicy) -> str:
+    """A policy as text; one among its settings stands in parentheses."""
+    data, usual = write(policy), fields_of(type(policy))
+    words = []
+    for name, default in usual.items():
+        value = getattr(policy, name)
+        if value == default:
+            continue
+        if isinstance(value, PruningPolicy):
+            words.append(f"{name}=({_typed(value)})")
+        else:
+            entries = data[name] if isinstance(data[name], list) else [data[name]]
+            words.append(f"{name}={'/'.join(map(_word, entries))}")
+    return f"{data['policy']}{':' if words else ''}{','.join(words)}"
+
+
+def _word(entry: Any) -> str:
+    return "none" if entry is None else str(entry).lower() if isinstance(entry, bool) else str(entry)
 
 
 def _load(file: Path) -> object:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from importlib import metadata
 
-from vlmprune.errors import InputError, check, first_line
+from vlmprune.errors import InputError, check, check_known, first_line
 from vlmprune.policies.accm import ACCM
 from vlmprune.policies.accm_selection import ACCMSelection
 from vlmprune.policies.aim import AIM
@@ -127,7 +127,7 @@ def policy_class(name: str) -> type[PruningPolicy]:
     if name in OURS:
         return OURS[name]
     announced = _announced()
-    check(name in announced, "policy", f"one of {', '.join(list_policies())}", repr(name))
+    check_known(name, list_policies(), "policy")
     entries = announced[name]
     one = len({entry.value for entry in entries}) == 1
     check(one, f"policy {name}", "one package that announces it", _values(entries))

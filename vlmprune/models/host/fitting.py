@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from vlmprune.errors import check
+from vlmprune.errors import check, check_known
 from vlmprune.models.host.families import FAMILIES, REFUSED
 from vlmprune.policies.base import PruningPolicy
 
@@ -32,8 +32,9 @@ def settings_for(family: str, policy: PruningPolicy) -> dict[str, Any] | None:
         >>> settings_for("qwen2_5_vl", FasterVLM()), settings_for("qwen2_5_vl", released), settings_for("llava", released)
         ({}, {'positions': 'keep'}, {})
     """
-    why = f" ({REFUSED[family]})" if family in REFUSED else ""
-    check(family in FAMILIES, "family", f"one of {', '.join(FAMILIES)}", f"{family!r}{why}")
+    why = f"{family!r} ({REFUSED.get(family)})"
+    check(family not in REFUSED, "family", f"one of {', '.join(FAMILIES)}", why)
+    check_known(family, FAMILIES, "family")
     if FAMILIES[family].packs:
         return {}
     if policy.inserts:
