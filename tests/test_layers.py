@@ -28,6 +28,8 @@ ALLOWED = {
     "tuning": BASE | {"policies", "models", "checkpoints", "eval"},
     "training": BASE | {"compensation", "images", "policies", "models", "checkpoints"},
     "bench": BASE | {"flops", "policies", "models", "testing", "checkpoints", "eval"},
+    "view": BASE | {"flops", "images", "policies", "models", "checkpoints", "eval"},
+    "web": BASE | {"images", "policies", "models", "checkpoints", "view"},
     "cli": BASE
     | {
         "flops",
@@ -40,6 +42,8 @@ ALLOWED = {
         "checkpoints",
         "eval",
         "bench",
+        "view",
+        "web",
     }
     | {"training", "tuning"},
     "integrations": BASE | {"images", "ops", "policies", "models", "checkpoints", "smaller"},
@@ -49,6 +53,8 @@ ONLY_IN = {
     "triton": {"triton_kernels"},
     "typer": {"cli"},
     "rich": {"cli"},
+    "gradio": {"web"},
+    "starlette": {"web"},
     "matplotlib": {"eval", "bench"},
     "yaml": {"policies"},
 }
