@@ -7,9 +7,10 @@ NEWEST := .venv-newest
 FLOOR := .venv-torch-floor
 EVAL := .venv-eval
 VLLM := .venv-vllm
+PAGES := .venv-pages
 PY := $(VENV)/bin/python
 TORCH := 2.13.0
-SOURCES := vlmprune triton_kernels csrc tests benchmarks studies examples setup.py
+SOURCES := vlmprune triton_kernels csrc tests benchmarks studies examples notebooks website setup.py
 SCENES := examples/glyphworld
 
 # Keeps the checkout off sys.path: its triton_kernels/ must not pass for OpenAI's package of that name.
@@ -27,12 +28,12 @@ VLLM_SETTINGS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_C
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format typecheck test-interpret test-compile test-slow test-oldest test-newest \
-	test-torch-floor test-device test-eval test-vllm bench bench-pytest gpu-day resources wheel clean
+	test-torch-floor test-device test-eval test-vllm test-pages site gallery notebooks bench bench-pytest gpu-day resources wheel test-package clean
 
 help:
 	@echo "make demo | test | install | lint | format | typecheck"
-	@echo "     test-slow | test-oldest | test-newest | test-torch-floor | test-device | test-eval | test-vllm"
-	@echo "     bench | bench-pytest | gpu-day | resources | wheel | clean"
+	@echo "     test-slow | test-oldest | test-newest | test-torch-floor | test-device | test-eval | test-vllm | test-pages"
+	@echo "     site | gallery | notebooks | bench | bench-pytest | gpu-day | resources | wheel | test-package | clean"
 
 install: $(VENV)/.installed
 
@@ -62,6 +63,9 @@ $(FLOOR)/.installed: requirements/oldest.txt setup.py pyproject.toml
 	$(make_environment)
 
 $(EVAL)/.installed: requirements/eval.txt setup.py pyproject.toml
+	$(make_environment)
+
+$(PAGES)/.installed: requirements/pages.txt setup.py pyproject.toml
 	$(make_environment)
 
 # vLLM's CPU build. PyPI's torchvision is made for CUDA: beside a CPU build of torch two of its registrations name operators
@@ -166,9 +170,41 @@ test-eval: $(EVAL)/.installed
 test-vllm: $(VLLM)/.installed
 	$(VLLM_SETTINGS) $(VLLM)/bin/python -m pytest tests/vllm
 
+# What people look at: the page in a headless Chromium (Debian: apt install chromium), the site and every block of code on it,
+# the notebooks.
+test-pages: PY := $(PAGES)/bin/python
+test-pages: $(PAGES)/.installed
+	$(PYTEST) tests/pages
+
+# The docs site, into build/site: no network needed, and none used by its pages.
+site: build/gallery/gallery.json
+	$(PAGES)/bin/python -m mkdocs build -q --strict -d build/site
+
+# What every method keeps at the same budgets. docs/gallery.webp is its contact sheet.
+GALLERY := --model $(SCENES)/checkpoint-576 --questions $(SCENES)/gallery --dtype float32
+build/gallery/gallery.json: $(PAGES)/.installed
+	OMP_NUM_THREADS=1 $(PAGES)/bin/vlmprune gallery $(GALLERY) --out build/gallery
+
+gallery: $(PAGES)/.installed
+	OMP_NUM_THREADS=1 $(PAGES)/bin/vlmprune gallery $(GALLERY) --out build/gallery
+	cp build/gallery/sheet.webp docs/gallery.webp
+
+# Runs the notebooks and stores what their cells give.
+notebooks: $(PAGES)/.installed
+	OMP_NUM_THREADS=1 $(PAGES)/bin/python notebooks/execute.py
+
+# The wheel is built from the sdist, so both hold the same. setuptools would add to the sdist what an older list of its
+# files names.
 wheel: install
-	rm -rf build
-	$(PY) -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist .
+	rm -rf dist vlmprune.egg-info
+	$(PY) setup.py -q sdist
+	rm -rf vlmprune.egg-info
+	$(PY) -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist dist/*.tar.gz
+
+# Installs them as a user would, for each Python with pip and with uv; PyPI's torch is a CUDA build of some 3 GB, so .ci/run
+# leaves it out. `make test-package PYTHONS="python3.11 python3.12 python3.13"`.
+test-package: wheel
+	.ci/check_package $(PYTHONS)
 
 clean:
-	rm -rf build dist $(VENV) $(OLDEST) $(NEWEST) $(FLOOR) $(EVAL) $(VLLM) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis kept.png
+	rm -rf build dist $(VENV) $(OLDEST) $(NEWEST) $(FLOOR) $(EVAL) $(VLLM) $(PAGES) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis kept.png
