@@ -1,0 +1,100 @@
+"""A method set for one model and one budget."""
+
+import pytest
+
+from vlmprune import FastV, Feather, Scout
+from vlmprune.errors import InputError
+from vlmprune.policies.recipe import policy_from, to_text
+from vlmprune.policies.registry import BUILT_IN, fields_of
+from vlmprune.view.fitting import Size, fit, mean_of, to_depth
+
+SMALL, LLAVA = Size(layers=8, tower=4, visual=576), Size(layers=32, tower=24, visual=576)
+AS_SET = {"accm", "learned", "sgl"}
+METHODS = [name for name in BUILT_IN if name not in AS_SET | {"vtw"}]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("size", [SMALL, LLAVA], ids=["8 layers", "32 layers"])
+def test_the_mean_is_the_budget_or_is_said_not_to_be(name, size):
+    for budget in (192, 64):
+        found = fit(name, budget, size)
+        assert policy_from(found.text) == found.policy
+        assert found.policy.layers[-1] < size.layers
+        if found.meets:  # the largest share that does: one token more is at most a token more of the mean
+            assert budget - 3 <= found.mean <= budget
+        else:  # no share at all would
+            assert found.mean >= mean_of(found.policy.at(1e-9), size) > budget
+
+
+def test_before_the_model_every_budget_is_met_exactly():
+    for name in ("divprune", "fastervlm", "cdpruner", "uniform"):
+        assert [fit(name, budget, SMALL).mean for budget in (192, 128, 64)] == [192, 128, 64]
+
+
+def test_published_presets_come_back_at_their_own_depth():
+    """At 32 layers and 576 tokens the share keeps what the preset's number of tokens does."""
+    assert fit("fastv", 192, LLAVA).policy.kept(576, 1, 2) == 166
+    assert fit("fastv", 64, LLAVA).policy.kept(576, 1, 2) == 29  # the preset's 30 are a mean of 64.1
+    assert fit("feather", 192, LLAVA).policy == Feather(keep=0.22)
+
+
+def test_what_first_layers_alone_exceed_keeps_as_many_at_last():
+    found = fit("fastv", 64, SMALL)  # one whole layer of eight is a mean of 72
+    assert not found.meets
+    assert found.policy.kept(576, 1, 1) == 64
+    assert found.mean == (576 + 7 * 64) / 8
+
+
+def test_layers_stand_at_the_same_relative_depth():
+    assert to_depth(Feather(), SMALL).layers == (2, 4)
+    assert to_depth(FastV(layer=31), SMALL).layers == (7,)
+    assert to_depth(Feather(), LLAVA) == Feather()
+    assert to_depth(Scout(), SMALL).layers == (0, 5)
+    assert fit("vscan", 192, SMALL).policy.shallow_layer == 1
+
+
+@pytest.mark.parametrize(
+    "name, budget, size, message",
+    [
+        ("nothing", 192, SMALL, "nothing"),
+        ("sgl", 192, SMALL, "guide"),
+        ("vtw", 192, SMALL, "share"),
+        ("divprune", 577, SMALL, "budget: expected visual tokens from 1 to 576, got 577"),
+        ("divprune", 0, SMALL, "budget: expected visual tokens from 1 to 576, got 0"),
+        ("feather", 192, Size(layers=1, tower=4, visual=576), "layer"),
+    ],
+)
+def test_what_cannot_be_fitted_says_so(name, budget, size, message):
+    with pytest.raises(InputError, match=message):
+        fit(name, budget, size)
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name not in AS_SET])
+def test_a_policy_as_typed_is_the_policy(name):
+    usual = policy_from(name)
+    assert to_text(usual) == name
+    for preset in BUILT_IN[name].presets.values():
+        policy = policy_from(f"{name}:{preset}")
+        assert policy_from(to_text(policy)) == policy
+        told = to_text(policy).partition(":")[2]
+        changed = {f for f in fields_of(type(policy)) if getattr(policy, f) != getattr(usual, f)}
+        assert {part.partition("=")[0] for part in told.split(",") if part} == changed
+
+
+def test_policies_among_the_settings_are_typed_in_parentheses():
+    policy = policy_from("scout:coarse=(divprune:keep=0.2),look=5")
+    assert to_text(policy) == "scout:coarse=(divprune:keep=0.2),look=5"
+    assert policy_from(to_text(policy)) == policy
+
+
+def test_what_cannot_be_typed_is_refused():
+    with pytest.raises(InputError, match="policy"):
+        to_text(
+            policy_from(
+                {
+                    "policy": "scout",
+                    "by": "diverse",
+                    "coarse": {"policy": "stages", "policies": ["divprune", "fastv"]},
+                }
+            )
+        )

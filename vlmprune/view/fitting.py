@@ -1,0 +1,139 @@
+"""A method set for one model and one budget: layers at the paper's relative depth, and as many tokens as the budget says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+from vlmprune.errors import InputError, check
+from vlmprune.flops import mean_tokens, visual_inputs
+from vlmprune.policies.base import PruningPolicy
+from vlmprune.policies.budgets import PUBLISHED
+from vlmprune.policies.recipe import policy_from, to_text
+from vlmprune.policies.registry import policy_class
+from vlmprune.policies.schedule import keep_for_mean_tokens, stage_counts, wave_rows
+
+DECODER, TOWER = 32, 24
+"""Layers of LLaVA-1.5's decoder and vision tower, which defaults and presets are given for."""
+LAYERS = {"layer": DECODER, "layers": DECODER, "look": DECODER, "scatter": DECODER, "prune": DECODER}
+LAYERS |= {"stages": DECODER, "shallow_layer": TOWER}
+"""Settings that are layers, or numbers of them, and of how many."""
+HALVINGS = 40
+
+
+class Size(NamedTuple):
+    """What a setting depends on: decoder layers, layers of the vision tower, visual tokens of one image."""
+
+    layers: int
+    tower: int
+    visual: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A method as it is asked.
+
+    Attributes:
+        policy: with its settings.
+        mean: visual tokens that these leave, a mean over the inputs of the model's layers.
+        meets: whether that is the budget; if not, the layers ahead of the method's first stage alone cost more, and its last
+            stage leaves as many tokens as the budget says.
+    """
+
+    policy: PruningPolicy
+    mean: float
+    meets: bool
+
+    @property
+    def text(self) -> str:
+        """The policy as typed."""
+        return to_text(self.policy)
+
+
+def fit(name: str, budget: float, size: Size) -> Fitted:
+    """A method by its name: published settings where there are some, scaled to the model, and fitted to a budget.
+
+    Args:
+        name: one of ``vlmprune.list_policies()``.
+        budget: visual tokens of one image, a mean over the inputs of the decoder's layers.
+        size: of the model.
+
+    Raises:
+        InputError: an unknown name; a method that has to be given settings, keeps no share, or has no room in so few layers.
+
+    Example:
+        >>> fit("feather", 192, Size(layers=8, tower=4, visual=576)).text
+        'feather:layers=2/4,keep=0.22'
+    """
+    check(0 < budget <= size.visual, "budget", f"visual tokens from 1 to {size.visual}", budget)
+    policy = to_depth(_published(name), size)
+    check(policy.layers[-1] < size.layers, name, f"stages at layers 0..{size.layers - 1}", policy.layers)
+    try:
+        fitted, meets = policy.at(keep_for_mean_tokens(policy, budget, size.layers, size.visual)), True
+    except InputError:
+        least = policy.at(1e-9)  # raises where there is no share at all
+        if mean_of(least, size) <= budget:
+            raise
+        fitted, meets = _leaving(policy, budget, size), False
+    return Fitted(fitted, mean_of(fitted, size), meets)
+
+
+def to_depth(policy: PruningPolicy, size: Size) -> PruningPolicy:
+    """The policy with those settings that are layers of LLaVA-1.5's 32 (and 24) at the same relative depth of ``size``.
+
+    Raises:
+        InputError: settings that so few layers leave no room for.
+    """
+    changed: dict[str, Any] = {}
+    for setting in fields(policy):
+        of, value = LAYERS.get(setting.name), getattr(policy, setting.name)
+        if of is None or not setting.init:
+            continue
+        depth = size.tower if of == TOWER else size.layers
+        if isinstance(value, tuple):
+            changed[setting.name] = tuple(dict.fromkeys(scaled(layer, depth, of) for layer in value))
+        elif isinstance(value, int):
+            changed[setting.name] = scaled(value, depth, of)
+    return replace(policy, **changed)
+
+
+def scaled(layer: int, depth: int, of: int = DECODER) -> int:
+    """A layer of ``of`` at the nearest relative depth of a model of ``depth`` layers: 0 stays 0, others are at least 1.
+
+    >>> scaled(16, 8), scaled(3, 8), scaled(5, 4, TOWER), scaled(31, 8), scaled(0, 8)
+    (4, 1, 1, 7, 0)
+    """
+    return min(max(1, round(layer * depth / of)), depth - 1) if layer else 0
+
+
+def _published(name: str) -> PruningPolicy:
+    """The method with a published table's settings, or its defaults; of either a share that any depth can have."""
+    presets = policy_class(name).presets
+    budgets = [budget for budget in PUBLISHED[0].budgets if budget in presets]
+    policy = policy_from(f"{name}:{presets[budgets[0]]}" if budgets else name)
+    return policy.at(0.5)
+
+
+def mean_of(policy: PruningPolicy, size: Size) -> float:
+    """Visual tokens of one image that a policy leaves, a mean over the inputs of the model's layers."""
+    stages = stage_counts(policy, size.visual)
+    wave = wave_rows(policy, stages, 0)
+    return mean_tokens(visual_inputs(size.layers, size.visual, stages, wave))
+
+
+def _leaving(policy: PruningPolicy, budget: float, size: Size) -> PruningPolicy:
+    """The policy whose last stage leaves as many tokens as the budget says, or as few more as it can."""
+    low, high = 1e-9, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        fits = _last(policy.at(middle), size) <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    digits: Sequence[float] = [int(low * 10**n) / 10**n for n in range(1, 10)]
+    wanted = _last(policy.at(low), size)
+    short = (share for share in digits if share > 0 and _last(policy.at(share), size) == wanted)
+    return policy.at(next(short, low))
+
+
+def _last(policy: PruningPolicy, size: Size) -> int:
+    return stage_counts(policy, size.visual)[-1][1]
