@@ -8,19 +8,11 @@ from dataclasses import replace
 from vlmprune import policy_from
 from vlmprune.errors import InputError, check
 from vlmprune.policies.base import PruningPolicy
+from vlmprune.view.fitting import TOWER, scaled
+
+__all__ = ["KEEP", "PACK", "TOWER", "placed", "scaled", "that_fit"]
 
 KEEP, PACK = "keep", "pack"
-DECODER, TOWER = 32, 24
-"""Layers of the decoder and of the vision tower that most papers' layers are given for (LLaVA-1.5's, 7B)."""
-
-
-def scaled(layer: int, depth: int, of: int = DECODER) -> int:
-    """A layer of a paper's ``of`` at the nearest relative depth of a model of ``depth`` layers, at least 1.
-
-    >>> scaled(16, 8), scaled(3, 8), scaled(5, 4, TOWER)
-    (4, 1, 1)
-    """
-    return max(1, round(layer * depth / of))
 
 
 def that_fit(texts: Mapping[str, str], depth: int) -> tuple[dict[str, PruningPolicy], list[str]]:

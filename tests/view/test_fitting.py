@@ -1,11 +1,14 @@
 """A method set for one model and one budget."""
 
+from dataclasses import dataclass
+
 import pytest
 
 from vlmprune import FastV, Feather, Scout
 from vlmprune.errors import InputError
+from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.recipe import policy_from, to_text
-from vlmprune.policies.registry import BUILT_IN, fields_of
+from vlmprune.policies.registry import BUILT_IN, OURS, fields_of
 from vlmprune.view.fitting import Size, fit, mean_of, to_depth
 
 SMALL, LLAVA = Size(layers=8, tower=4, visual=576), Size(layers=32, tower=24, visual=576)
@@ -87,14 +90,50 @@ def test_policies_among_the_settings_are_typed_in_parentheses():
     assert policy_from(to_text(policy)) == policy
 
 
-def test_what_cannot_be_typed_is_refused():
-    with pytest.raises(InputError, match="policy"):
-        to_text(
-            policy_from(
-                {
-                    "policy": "scout",
-                    "by": "diverse",
-                    "coarse": {"policy": "stages", "policies": ["divprune", "fastv"]},
-                }
-            )
-        )
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(divprune:keep=0.5) + (fastv:layer=9)",
+        "(fastv) | (uniform)",
+        "(fastv:keep=0.3) & ((fastv:rows=mean) | (uniform))",
+        "(divprune:earlier_kv=compact) + (fastv:layer=9,earlier_kv=compact)",
+    ],
+)
+def test_what_signs_join_is_typed_with_signs(text):
+    assert policy_from(to_text(policy_from(text))) == policy_from(text)
+
+
+@dataclass(frozen=True)
+class Named(PruningPolicy):
+    """A foreign policy: ``look`` and ``stages`` are no layers here, and it refuses some in its own way."""
+
+    layer: int = 16
+    look: bool = True
+    stages: int = 3
+    note: str = ""
+    keep: float = 0.5
+
+    def __post_init__(self):
+        if self.layer == 4:
+            raise ValueError("not at layer 4\nfor reasons")
+
+    def select(self, ctx):
+        return ctx.mask.nonzero()
+
+
+def test_of_a_foreign_policy_only_layers_are_scaled():
+    there = to_depth(Named(), Size(layers=16, tower=4, visual=576))
+    assert (there.layer, there.look, there.stages) == (8, True, 3)
+
+
+def test_a_foreign_refusal_is_told():
+    with pytest.raises(InputError, match=r"^Named: not at layer 4$"):
+        to_depth(Named(), SMALL)
+
+
+@pytest.mark.parametrize("note", ["a,b", "a+b", "x.yaml", "a=b|c"])
+def test_what_cannot_be_typed_is_refused(note, monkeypatch):
+    monkeypatch.setattr("vlmprune.policies.registry.OURS", {**OURS, "named": Named})
+    assert to_text(Named(note="plain")) == "named:note=plain"
+    with pytest.raises(InputError, match=r"^policy: expected settings that can be typed, got Named"):
+        to_text(Named(note=note))

@@ -11,7 +11,8 @@ from vlmprune.errors import InputError
 from vlmprune.eval.questions import Question
 from vlmprune.eval.scoring import judge
 from vlmprune.policies.recipe import policy_from
-from vlmprune.view.gallery import Size, fit_all, make_gallery, ready, size_of
+from vlmprune.view.fitting import Size
+from vlmprune.view.gallery import fit_all, make_gallery, ready
 from vlmprune.view.outcome import run_once
 from vlmprune.view.sheets import RIGHT, WRONG, Frame
 
@@ -19,6 +20,9 @@ from vlmprune.view.sheets import RIGHT, WRONG, Frame
 @pytest.fixture(scope="module")
 def checkpoint():
     return Checkpoint(str(CHECKPOINT), device="cpu", dtype="float32")
+
+
+SIZE = Size(layers=8, tower=4, visual=196)
 
 
 def write_questions(folder, lines):
@@ -98,13 +102,13 @@ def test_a_frame_dims_what_was_dropped_and_shows_whether_the_answer_is_right():
 
 def test_without_names_all_that_can_be_fitted_are_drawn(checkpoint):
     """Those that have to be given settings are told with the reason; nothing is run for that here."""
-    fitted, left_out = fit_all(["divprune", "sgl", "vtw"], [64.0], size_of(checkpoint.config), given=False)
+    fitted, left_out = fit_all(["divprune", "sgl", "vtw"], [64.0], SIZE, given=False)
     assert set(fitted) == {"divprune"} and set(left_out) == {"sgl", "vtw"}
     assert "guide" in left_out["sgl"] and "share" in left_out["vtw"]
 
 
 def test_the_size_of_a_checkpoint(checkpoint):
-    assert size_of(checkpoint.config) == Size(layers=8, tower=4, visual=196)
+    assert ready(checkpoint, Question("1", SCENE, "", "what is it ?", "")).size == SIZE
 
 
 @pytest.mark.parametrize(
@@ -112,7 +116,14 @@ def test_the_size_of_a_checkpoint(checkpoint):
     [
         ({"methods": ("sgl",)}, "guide"),
         ({"methods": ("nothing",)}, "nothing"),
-        ({"budgets": (197,)}, "budget: expected visual tokens from 1 to 196, got 197"),
+        (
+            {"budgets": (197, 64)},
+            "budgets: expected different numbers of visual tokens from 1 to 196, got 197, 64",
+        ),
+        ({"budgets": (64, 64)}, "budgets: expected different numbers"),
+        ({"budgets": (0.5,)}, "budgets: expected different numbers"),
+        ({"budgets": ()}, "budgets: expected different numbers"),
+        ({"budgets": (float("nan"),), "methods": ()}, "budgets: expected different numbers"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(checkpoint, tmp_path, change, message):

@@ -18,13 +18,14 @@ from vlmprune.errors import InputError, check, check_known, first_line, nearest
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.custom import Checked
 from vlmprune.policies.registry import FAULTS, fields_of, name_of, policy_class
-from vlmprune.policies.syntax import Word, parse
+from vlmprune.policies.syntax import OPERATORS, SHARED, Word, parse
 
 UNIONS = (typing.Union, types.UnionType)
 WORDS: Mapping[Any, Mapping[str, Any]] = {
     bool: {"true": True, "false": False},
     types.NoneType: {"none": None},
 }
+SIGNS_OF = {name: sign for sign, name in OPERATORS}
 
 
 def policy_from(source: Mapping[str, Any] | str | Path) -> PruningPolicy:
@@ -120,7 +121,11 @@ def to_text(policy: PruningPolicy) -> str:
         'feather:layers=2/5'
     """
     text = _typed(policy)
-    check(policy_from(text) == policy, "policy", "settings that can be typed", repr(policy))
+    try:
+        same = policy_from(text) == policy
+    except InputError:
+        same = False
+    check(same, "policy", "settings that can be typed", repr(policy))
     return text
 
 
@@ -246,8 +251,12 @@ def _plain(value: Any, name: str) -> Any:
 
 
 def _typed(policy: PruningPolicy) -> str:
-    """A policy as text; one among its settings stands in parentheses."""
+    """A policy as text; one among its settings, and what signs join, stands in parentheses."""
     data, usual = write(policy), fields_of(type(policy))
+    if data["policy"] in SIGNS_OF:
+        members = [getattr(policy, name) for name in usual if name not in SHARED]
+        parts = [part for some in members for part in (some if isinstance(some, tuple) else [some])]
+        return f" {SIGNS_OF[data['policy']]} ".join(f"({_typed(part)})" for part in parts)
     words = []
     for name, default in usual.items():
         value = getattr(policy, name)

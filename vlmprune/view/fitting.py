@@ -6,19 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from vlmprune.errors import InputError, check
+from vlmprune.errors import InputError, check, first_line
 from vlmprune.flops import mean_tokens, visual_inputs
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.budgets import PUBLISHED
 from vlmprune.policies.recipe import policy_from, to_text
-from vlmprune.policies.registry import policy_class
+from vlmprune.policies.registry import BUILT_IN, policy_class
 from vlmprune.policies.schedule import keep_for_mean_tokens, stage_counts, wave_rows
 
 DECODER, TOWER = 32, 24
 """Layers of LLaVA-1.5's decoder and vision tower, which defaults and presets are given for."""
-LAYERS = {"layer": DECODER, "layers": DECODER, "look": DECODER, "scatter": DECODER, "prune": DECODER}
-LAYERS |= {"stages": DECODER, "shallow_layer": TOWER}
-"""Settings that are layers, or numbers of them, and of how many."""
+LAYERS = {"layer": DECODER, "layers": DECODER}
+"""Settings that are layers, and of how many."""
+OF_OURS = LAYERS | dict.fromkeys(("look", "scatter", "prune", "stages"), DECODER) | {"shallow_layer": TOWER}
+"""The same of built-in policies; another package's may call something else by these names."""
 HALVINGS = 40
 
 
@@ -60,7 +61,8 @@ def fit(name: str, budget: float, size: Size) -> Fitted:
         size: of the model.
 
     Raises:
-        InputError: an unknown name; a method that has to be given settings, keeps no share, or has no room in so few layers.
+        InputError: an unknown name; a method that has to be given settings, keeps no share, has no room in so few layers, or
+            cannot be typed.
 
     Example:
         >>> fit("feather", 192, Size(layers=8, tower=4, visual=576)).text
@@ -76,6 +78,7 @@ def fit(name: str, budget: float, size: Size) -> Fitted:
         if mean_of(least, size) <= budget:
             raise
         fitted, meets = _leaving(policy, budget, size), False
+    to_text(fitted)  # a policy that cannot be typed is told here, before anything runs
     return Fitted(fitted, mean_of(fitted, size), meets)
 
 
@@ -86,16 +89,26 @@ def to_depth(policy: PruningPolicy, size: Size) -> PruningPolicy:
         InputError: settings that so few layers leave no room for.
     """
     changed: dict[str, Any] = {}
+    known = OF_OURS if type(policy) in BUILT_IN.values() else LAYERS
     for setting in fields(policy):
-        of, value = LAYERS.get(setting.name), getattr(policy, setting.name)
+        of, value = known.get(setting.name), getattr(policy, setting.name)
         if of is None or not setting.init:
             continue
         depth = size.tower if of == TOWER else size.layers
-        if isinstance(value, tuple):
+        if isinstance(value, tuple) and all(map(_is_layer, value)):
             changed[setting.name] = tuple(dict.fromkeys(scaled(layer, depth, of) for layer in value))
-        elif isinstance(value, int):
+        elif _is_layer(value):
             changed[setting.name] = scaled(value, depth, of)
-    return replace(policy, **changed)
+    try:
+        return replace(policy, **changed)
+    except InputError:
+        raise
+    except ValueError as error:  # a foreign policy's own way to refuse a setting
+        raise InputError(f"{type(policy).__name__}: {first_line(error)}") from error
+
+
+def _is_layer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def scaled(layer: int, depth: int, of: int = DECODER) -> int:

@@ -10,17 +10,16 @@ from typing import Any
 
 from PIL import Image
 
-from vlmprune.checkpoints import Checkpoint, build_text, make_inputs
+from vlmprune.checkpoints import Checkpoint
 from vlmprune.errors import InputError, check
 from vlmprune.eval.questions import Question, read_questions
 from vlmprune.eval.scoring import judge
 from vlmprune.images import open_rgb
-from vlmprune.models import patch_grid
 from vlmprune.policies.base import Grid
 from vlmprune.policies.registry import load_policies
 from vlmprune.view.fitting import Fitted, Size, fit
 from vlmprune.view.outcome import Outcome, run_once
-from vlmprune.view.picture import seen_images
+from vlmprune.view.scene import make_ready, seen, size_of
 from vlmprune.view.sheets import Frame, contact_sheet, strip
 
 BUDGETS = (192.0, 128.0, 64.0)
@@ -57,11 +56,12 @@ class Exhibit:
 
 @dataclass(frozen=True)
 class Scene:
-    """A question made ready: the picture as the model sees it, its grid of tokens, and the inputs."""
+    """A question made ready: the picture as the model sees it, its grid of tokens, what settings depend on, and the inputs."""
 
     question: Question
     seen: Image.Image
     grid: Grid
+    size: Size
     inputs: Any
 
 
@@ -92,11 +92,13 @@ def make_gallery(
         By name, why a method is left out: it has to be given settings, or has none that a budget could change.
 
     Raises:
-        InputError: bad questions or budgets, an unknown method, or a model that sees an image as several tiles.
+        InputError: bad questions or budgets, an unknown method, or a model that does not see a picture as one grid of tokens.
+        ModelError: a checkpoint that cannot be pruned.
     """
     wanted = list(methods) or list(load_policies()[0])
     scenes = [ready(checkpoint, question) for question in read_questions(questions)]
-    size = size_of(checkpoint.config)
+    size = scenes[0].size
+    _check_budgets(budgets, size)
     fitted, left_out = fit_all(wanted, budgets, size, given=bool(methods))
     out.mkdir(parents=True, exist_ok=True)
     shown = {"": [_exhibit(checkpoint, scene, "", None, None, max_new_tokens) for scene in scenes]}
@@ -117,23 +119,20 @@ def make_gallery(
     return left_out
 
 
-def size_of(config: Any) -> Size:
-    """Layers and tokens of a checkpoint whose images become one grid each. Raises InputError for another."""
-    grid = patch_grid(config)
-    return Size(
-        config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers, grid[0] * grid[1]
-    )
+def _check_budgets(budgets: Sequence[float], size: Size) -> None:
+    expected = f"different numbers of visual tokens from 1 to {size.visual}"
+    fine = len(budgets) > 0 and all(1 <= budget <= size.visual for budget in budgets)
+    check(fine and len(set(budgets)) == len(budgets), "budgets", expected, ", ".join(map(str, budgets)))
 
 
 def ready(checkpoint: Checkpoint, question: Question) -> Scene:
-    """A question as the checkpoint sees it. Raises InputError for a model that sees an image as several tiles."""
-    text = build_text(checkpoint.processor, question.prompt, 1)
-    inputs = make_inputs(checkpoint.processor, [text], [[open_rgb(question.image, "questions")]], "questions")
-    shape = tuple(inputs["pixel_values"].shape)
-    check(len(shape) == 4 and shape[0] == 1, "checkpoint", "one tile per image", f"pixels {shape}")
-    (seen,) = seen_images(inputs["pixel_values"].float(), checkpoint.processor.image_processor)
-    inputs = inputs.to(checkpoint.device, dtype=checkpoint.model.dtype)
-    return Scene(question, seen, patch_grid(checkpoint.config), inputs)
+    """A question as the checkpoint sees it. Raises InputError for one that does not see a picture as one grid of tokens."""
+    inputs = make_ready(checkpoint, question.prompt, open_rgb(question.image, "questions"), "questions")
+    image, grid = seen(checkpoint, inputs)
+    check(image is not None, "checkpoint", "one that sees a picture as one grid of tokens", checkpoint.source)
+    assert image is not None
+    size = size_of(checkpoint, inputs)
+    return Scene(question, image, grid, size, inputs.to(checkpoint.device, dtype=checkpoint.model.dtype))
 
 
 def fit_all(
