@@ -17,6 +17,8 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="Gradio is not installed (make test-pages)")
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 GLYPHWORLD = ROOT / "examples" / "glyphworld"
@@ -305,15 +307,18 @@ def test_files_that_are_no_pictures(idle, server, tmp_path):
 
 
 def test_files_that_are_too_large(idle, tmp_path):
-    heavy = tmp_path / "heavy.png"
+    heavy, wide = tmp_path / "heavy.png", tmp_path / "wide.png"
     heavy.write_bytes(SCENE.read_bytes() + bytes(10 * 2**20))
-    upload(idle, heavy)
-    idle.get_by_text("exceed the maximum allowed size of 10").wait_for()
-    idle.reload()
-    idle.wait_for_selector("#methods input")
-    Image.new("1", (8000, 6000)).save(tmp_path / "wide.png")
-    upload(idle, tmp_path / "wide.png")
-    idle.wait_for_selector(".vp-fault:has-text('at most 40 million pixels, got 8000 x 6000')")
+    Image.new("1", (8000, 6000)).save(wide)
+    told = {
+        heavy: "exceed the maximum allowed size of 10",
+        wide: "at most 40 million pixels, got 8000 x 6000",
+    }
+    for path, words in told.items():
+        idle.reload()
+        idle.wait_for_selector("#methods input")
+        upload(idle, path)
+        idle.get_by_text(words).wait_for()
 
 
 def test_the_server_measures_too(idle, server):
@@ -328,21 +333,37 @@ def test_the_server_measures_too(idle, server):
     assert idle.request.get(server[0]).headers["content-security-policy"].startswith("default-src 'self'")
 
 
-def test_no_file_of_this_machine_is_read(page):
-    """A browser that says its picture lies somewhere else."""
-    upload(page, SCENE)
-    page.wait_for_selector("#picture img")
-    page.get_by_label("Question", exact=True).fill(QUESTION)
+METAS = ('"meta":{"_type":"gradio.FileData"}', '"meta":null', '"meta":{}')
 
-    def forge(route):
-        sent = route.request.post_data
-        route.continue_(post_data=re.sub(r'"path":"[^"]*"', '"path":"/etc/hostname"', sent))
 
-    page.route("**/queue/join*", forge)
-    page.get_by_role("button", name="Ask", exact=True).click()
-    page.get_by_text("This could not be answered.").wait_for()
-    assert page.get_by_role("button", name="Ask", exact=True).is_enabled()
-    assert page.locator(".vp-empty").is_visible()
+def test_nothing_but_what_was_put_in_is_read(page, server, tmp_path):
+    """A browser that says its picture lies somewhere else: a picture of this machine, or one of another."""
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (112, 112), (250, 10, 10)).save(secret)
+    tick(page)
+    ask_own(page)
+    before, forged = pixels(page, "unpruned"), []
+
+    def forge(path, meta, route):
+        sent = re.sub(r'"path":"[^"]*"', f'"path":"{path}"', route.request.post_data)
+        sent = re.sub(r'"meta":\{[^}]*\}', meta, sent)
+        forged.append(path in sent and meta in sent)
+        route.continue_(post_data=sent)
+
+    for path, meta in product((str(secret), "http://pictures.invalid/a.png"), METAS):
+        page.route("**/queue/join*", partial(forge, path, meta))
+        page.evaluate("document.querySelectorAll('.vp-fault').forEach(old => old.dataset.old = 'yes')")
+        page.get_by_role("button", name="Ask", exact=True).click()
+        told = page.wait_for_selector(".vp-fault:not([data-old])").inner_text()
+        refused = (
+            "picture: expected one that was put in here, got another file",
+            "This could not be answered.",
+        )
+        assert any(words in told for words in refused) and str(tmp_path) not in told
+        expect(page.get_by_role("button", name="Ask", exact=True)).to_be_enabled()
+        assert answer(page, "unpruned") == "9 11 12 14" and differ(pixels(page, "unpruned"), before) < SAME
+        page.unroute("**/queue/join*")
+    assert any(forged) and "pictures.invalid" not in server[2].read_text()
 
 
 def test_nothing_to_ask(page):
@@ -386,8 +407,8 @@ def test_stop_keeps_what_is_there(page):
     page.wait_for_selector(".vp-card:nth-child(2)")
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("Stopped").wait_for()
-    assert page.get_by_role("button", name="Ask", exact=True).is_enabled()
     page.wait_for_timeout(1500)
+    assert page.get_by_role("button", name="Ask", exact=True).is_enabled()
     assert page.locator("#status").inner_text().strip() == "Stopped"
     assert 2 <= page.locator(".vp-card").count() < 25 and not page.locator(".vp-copies").count()
     tick(page, "fastv")
@@ -405,7 +426,8 @@ def test_stop_before_it_is_ones_turn(browser, server):
         other.get_by_text("Stopped").wait_for()
         one.wait_for_selector(".vp-copies")
         other.wait_for_timeout(1000)
-        assert other.locator(".vp-empty").is_visible()
+        assert other.locator("#status").inner_text().strip() == "Stopped"
+        assert not other.locator(".vp-card").count()
 
 
 def copied(page, what):

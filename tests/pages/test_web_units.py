@@ -110,13 +110,37 @@ def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
 def test_a_picture_is_called_what_its_owner_calls_it(tmp_path):
     path = str(saved(tmp_path, "0123abc.png", Image.new("RGB", (8, 8)), "PNG"))
     for called, name in (("../../dog.png", "dog.png"), ("", "0123abc.png"), (7, "0123abc.png")):
-        assert limits.read_picture({"path": path, "orig_name": called})[2] == name
+        assert limits.read_picture({"path": path, "orig_name": called}, tmp_path)[2] == name
 
 
 @pytest.mark.parametrize("payload", [None, {}, {"path": None}, {"path": 3}, "a", []])
 def test_no_picture(payload):
     with pytest.raises(InputError, match="picture: expected a picture, got none"):
-        limits.read_picture(payload)
+        limits.read_picture(payload, Path("."))
+
+
+def test_only_what_was_put_in_is_opened(tmp_path, monkeypatch):
+    """By another path, through a link, a device, or a name that no file has."""
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    own = saved(uploads, "own", Image.new("RGB", (8, 8)), "PNG")
+    other = saved(tmp_path, "other", Image.new("RGB", (8, 8)), "PNG")
+    (uploads / "link").symlink_to(other)
+    assert limits.read_picture({"path": str(own)}, uploads)[1] == own
+    monkeypatch.setattr(limits, "open_picture", lambda *args: pytest.fail("opened"))
+    for path in (
+        other,
+        uploads / ".." / other.name,
+        uploads / "link",
+        "/dev/stdin",
+        uploads,
+        "a\0b",
+        "x" * 5000,
+    ):
+        with pytest.raises(
+            InputError, match=r"^picture: expected one that was put in here, got another file$"
+        ):
+            limits.read_picture({"path": str(path)}, uploads)
 
 
 @pytest.mark.parametrize("sent", [None, "", "  \n", "x" * 1001, 7, ["a"]])
@@ -346,7 +370,7 @@ def test_without_gradio(monkeypatch):
     monkeypatch.setattr("vlmprune.cli.web.find_spec", lambda name: None)
     done = cli("show")
     assert done.exit_code == 2
-    assert done.stderr == "error: vlmprune show needs Gradio: pip install 'vlmprune[web]'\n"
+    assert done.stderr == "error: vlmprune show needs Gradio: pip install 'gradio>=6.31,<7'\n"
 
 
 def test_a_port_that_is_taken(monkeypatch):

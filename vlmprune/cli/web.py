@@ -23,7 +23,7 @@ def execute(
 ) -> None:
     """Run the command. Raises one of ``vlmprune.errors`` without Gradio, a free port, or a checkpoint that can be pruned."""
     if find_spec("gradio") is None:
-        raise VersionError("vlmprune show needs Gradio: pip install 'vlmprune[web]'")
+        raise VersionError("vlmprune show needs Gradio: pip install 'gradio>=6.31,<7'")
     _check_free(host, port)
     with waiting("opening the page"):
         from vlmprune.web.desk import Desk, shipped

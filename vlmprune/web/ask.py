@@ -10,13 +10,11 @@ from PIL import Image
 
 from vlmprune.checkpoints import Checkpoint
 from vlmprune.errors import BackendError, InputError, ModelError, NotPrunedError, check
-from vlmprune.models import patch_grid
-from vlmprune.models.host.families import FAMILIES
 from vlmprune.policies.base import Grid
 from vlmprune.view.fitting import Fitted, Size
 from vlmprune.view.outcome import Outcome, median, run_once
-from vlmprune.view.picture import seen_images
-from vlmprune.web.desk import Desk, fitted, make_ready, size_of
+from vlmprune.view.scene import make_ready, seen, size_of
+from vlmprune.web.desk import Desk, fitted
 
 TIMED = 3
 EXPECTED = (InputError, ModelError, NotPrunedError, BackendError)
@@ -104,15 +102,12 @@ def answers(desk: Desk, question: Question) -> Iterator[Results]:
 def _before(desk: Desk, question: Question, inputs: Any) -> Results:
     """Results without a column. A picture is drawn where it becomes one grid of tokens."""
     checkpoint = question.checkpoint
-    size, shape = size_of(checkpoint, inputs), tuple(inputs["pixel_values"].shape)
+    size = size_of(checkpoint, inputs)
     check(question.budget <= size.visual, "budget", f"at most {size.visual} visual tokens", question.budget)
-    seen, grid, undrawn = None, (1, size.visual), ""
-    if len(shape) == 4 and shape[0] == 1 and FAMILIES[checkpoint.config.model_type].square:
-        (seen,) = seen_images(inputs["pixel_values"].float(), checkpoint.processor.image_processor)
-        grid = patch_grid(checkpoint.config)
-    else:
-        undrawn = f"Not drawn: {checkpoint.config.model_type} does not see a picture as one grid of tokens."
-    return Results(question, size, desk.limit, seen, grid, undrawn)
+    image, grid = seen(checkpoint, inputs)
+    kind = checkpoint.config.model_type
+    undrawn = "" if image else f"Not drawn: {kind} does not see a picture as one grid of tokens."
+    return Results(question, size, desk.limit, image, grid, undrawn)
 
 
 def _column(

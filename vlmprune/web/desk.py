@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
-from vlmprune.checkpoints import Checkpoint, build_text, make_inputs
+from vlmprune.checkpoints import Checkpoint
 from vlmprune.errors import InputError, check
-from vlmprune.models.host.families import TOWERS
 from vlmprune.models.host.fitting import settings_for
-from vlmprune.models.host.names import attribute
 from vlmprune.policies.registry import load_policies
 from vlmprune.view.fitting import Fitted, Size, fit
+from vlmprune.view.scene import make_ready, size_of
 
 GLYPHWORLD = Path(__file__).parents[2] / "examples" / "glyphworld"
 SHARE = 0.4
@@ -95,7 +94,7 @@ class Desk:
         """What a command calls an uploaded picture: an example by its path, any other by its name."""
         for example in self.examples:
             if example.image.name == name and example.image.read_bytes() == picture.read_bytes():
-                return named(example.image)
+                return as_typed(example.image)
         return name
 
 
@@ -117,22 +116,6 @@ def offer(checkpoint: Checkpoint, picture: Image.Image | None = None) -> Offer:
     return Offer(size, methods, left_out)
 
 
-def make_ready(checkpoint: Checkpoint, prompt: str, picture: Image.Image) -> Any:
-    """Token ids and pixel values of a question, on the CPU. Raises InputError for what the checkpoint's processor refuses."""
-    text = build_text(checkpoint.processor, prompt, 1)
-    return make_inputs(checkpoint.processor, [text], [[picture]], "picture")
-
-
-def size_of(checkpoint: Checkpoint, inputs: Any) -> Size:
-    """Layers of decoder and vision tower, and as many visual tokens as these inputs have."""
-    config, tokenizer = checkpoint.config, checkpoint.processor.tokenizer
-    vision = config.vision_config
-    image = tokenizer.convert_tokens_to_ids(checkpoint.processor.image_token)
-    visual = int((inputs["input_ids"] == image).sum())
-    tower = attribute(vision, TOWERS[vision.model_type].depth)
-    return Size(config.text_config.num_hidden_layers, tower, visual)
-
-
 def fitted(checkpoint: Checkpoint, name: str, budget: float, size: Size) -> Fitted:
     """A method fitted to a budget, as this family can run it. Raises InputError where that cannot be."""
     found = fit(name, budget, size)
@@ -143,7 +126,7 @@ def fitted(checkpoint: Checkpoint, name: str, budget: float, size: Size) -> Fitt
     return replace(found, policy=replace(found.policy, **settings)) if settings else found
 
 
-def named(path: Path) -> str:
+def as_typed(path: Path) -> str:
     """A path as it is typed here: relative where it lies below the current folder."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
@@ -155,7 +138,7 @@ def shipped(folder: Path = GLYPHWORLD) -> tuple[list[str], list[Example]]:
     Args:
         folder: with ``checkpoint/`` and ``images/``.
     """
-    sources = [named(folder / "checkpoint")] if (folder / "checkpoint" / "config.json").is_file() else []
+    sources = [as_typed(folder / "checkpoint")] if (folder / "checkpoint" / "config.json").is_file() else []
     examples = [Example(folder / "images" / image, prompt) for image, prompt in QUESTIONS.items()]
     return sources, [example for example in examples if example.image.is_file()]
 

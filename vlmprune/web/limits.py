@@ -52,18 +52,31 @@ def _check_sides(width: int, height: int) -> None:
     check(fits, "picture", f"one side at most {SIDES} times the other", got)
 
 
-def read_picture(payload: Any) -> tuple[Image.Image, Path, str]:
+def read_picture(payload: Any, uploads: Path) -> tuple[Image.Image, Path, str]:
     """The picture of an image component as it is sent, where it lies, and what the visitor calls it.
 
+    Args:
+        payload: as the browser sent it: the path in it is the visitor's word.
+        uploads: folder of what visitors put in; no file outside it is opened.
+
     Raises:
-        InputError: none, or one that ``open_picture`` refuses.
+        InputError: none, one that lies elsewhere, or one that ``open_picture`` refuses.
     """
     sent = isinstance(payload, Mapping) and isinstance(payload.get("path"), str)
     check(sent, "picture", "a picture", "none")
     path = Path(payload["path"])
+    check(_lies_in(path, uploads), "picture", "one that was put in here", "another file")
     called = payload.get("orig_name")
     name = Path(called).name if isinstance(called, str) and Path(called).name else path.name
     return open_picture(path, name), path, name
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether it is a file there, links followed."""
+    try:
+        return path.is_file() and path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):  # too long a name, a zero byte
+        return False
 
 
 def read_prompt(sent: Any) -> str:

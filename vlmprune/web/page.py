@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
-from vlmprune.errors import InputError, ModelError, VersionError
+from vlmprune.errors import InputError, ModelError, VersionError, check
 from vlmprune.web.ask import Question, answers
 from vlmprune.web.cards import results_html
 from vlmprune.web.controls import EMPTY, examples_html, fault_html, line_html, methods_html, status_html
@@ -28,12 +30,36 @@ BUSY = gr.update(interactive=False), gr.update(visible=True)
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """Of events: the page has its own line for progress, and is for people."""
 WAITING = 20
-"""Visitors whose questions may stand in line; one is answered at a time."""
+"""What may stand in line, questions above all, of which one is answered at a time."""
 SWEEP, AGE = 600, 3600
 """Seconds between looks for uploads, and the age at which one is deleted."""
 SOURCE = "'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 POLICY = f"default-src {SOURCE}; object-src 'none'; base-uri 'self'; form-action 'self'".encode()
 """Gradio makes code of templates in the browser, hence the two words; nothing is fetched from anywhere else."""
+
+
+class Upload(gr.Image):  # type: ignore[misc]
+    """A picture that a visitor put in. Gradio's own would also fetch one from any address that a browser names."""
+
+    is_template = True
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+        """As Gradio's, for files. Raises InputError for an address."""
+        check("://" not in str(url_or_file_path), "picture", "one that was put in here", "an address")
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+
+class Controls(NamedTuple):
+    """What a visitor asks with, and the line that says what is done."""
+
+    picture: Upload
+    prompt: gr.Textbox
+    ask: gr.Button
+    stop: gr.Button
+    status: gr.HTML
+    budget: gr.Slider
+    methods: gr.HTML
+    model: gr.Dropdown
 
 
 def make_page(desk: Desk) -> gr.Blocks:
@@ -42,63 +68,66 @@ def make_page(desk: Desk) -> gr.Blocks:
     Raises:
         InputError, ModelError: that checkpoint is not there, or cannot be pruned.
     """
-    on, first = Events(desk), offer(desk.open(desk.sources[0]))
-    with gr.Blocks(
-        title="vlmprune show", analytics_enabled=False, delete_cache=(SWEEP, AGE), fill_width=True
-    ) as page:
+    first = offer(desk.open(desk.sources[0]))
+    settings: dict[str, Any] = {"analytics_enabled": False, "delete_cache": (SWEEP, AGE)}
+    with gr.Blocks(title="vlmprune show", fill_width=True, **settings) as page:
         gr.HTML(HEAD)
         examples = gr.HTML(examples_html(desk.examples), js_on_load=EXAMPLES_JS, visible=bool(desk.examples))
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                picture = gr.Image(
-                    label="Picture",
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload"],
-                    height=230,
-                    buttons=[],
-                    placeholder="Drop a picture here, or click\nPNG, JPEG or WebP",
-                    alt_text="The picture to ask about",
-                    elem_id="picture",
-                )
-                prompt = gr.Textbox(
-                    label="Question", placeholder="What is in the picture?", max_lines=4, max_length=LETTERS
-                )
-                with gr.Row():
-                    ask = gr.Button("Ask", variant="primary", scale=3)
-                    stop = gr.Button("Stop", visible=False, scale=1, min_width=80)
-                status = gr.HTML(elem_id="status")
-                budget = _slider(first)
-                methods = gr.HTML(methods_html(first, TICKED), container=True, elem_id="methods")
-                model = gr.Dropdown(
-                    desk.sources,
-                    label="Model",
-                    elem_id="model",
-                    allow_custom_value=desk.any_model,
-                    filterable=desk.any_model,
-                )
+                controls = _controls(desk, first)
             with gr.Column(scale=4, min_width=300):
                 results = gr.HTML(EMPTY, js_on_load=RESULTS_JS, elem_id="results")
-        asking = {
-            "fn": on.answers,
-            "inputs": [picture, prompt, model, methods, budget],
-            "outputs": [status, results, ask, stop],
-            "js": TICKED_JS,
-            "preprocess": False,
-            "concurrency_limit": 1,
-            "concurrency_id": "model",
-            "trigger_mode": "multiple",
-            **QUIET,
-        }
-        waiting, raw = [status, ask, stop], {"preprocess": False, **QUIET}
-        asked = gr.on([ask.click, prompt.submit], on.waiting, None, waiting, **QUIET).then(**asking)
-        tried = examples.click(on.example, None, [picture, prompt, *waiting], **QUIET).then(**asking)
-        for asking_event in (asked, tried):
-            asking_event.failure(on.failed, [status], waiting, js=STOPPED_JS, **raw)
-        stop.click(on.stopped, None, waiting, cancels=[asked, tried], js=STOP_JS, **QUIET)
-        picture.upload(on.uploaded, [picture, model, budget], [picture, budget, status], **raw)
-        model.change(on.chosen, [model], [budget, methods, status], **raw)
+        _connect(Events(desk), controls, examples, results)
     return page
+
+
+def _controls(desk: Desk, first: Offer) -> Controls:
+    """From top to bottom, as they are made."""
+    picture = Upload(
+        label="Picture",
+        type="filepath",
+        image_mode=None,
+        sources=["upload"],
+        height=230,
+        buttons=[],
+        placeholder="Drop a picture here, or click\nPNG, JPEG or WebP",
+        alt_text="The picture to ask about",
+        elem_id="picture",
+    )
+    hint = "What is in the picture?"
+    prompt = gr.Textbox(label="Question", placeholder=hint, max_lines=4, max_length=LETTERS)
+    with gr.Row():
+        ask = gr.Button("Ask", variant="primary", scale=3)
+        stop = gr.Button("Stop", visible=False, scale=1, min_width=80)
+    status = gr.HTML(elem_id="status")
+    budget = _slider(first)
+    methods = gr.HTML(methods_html(first, TICKED), container=True, elem_id="methods")
+    typed = {"allow_custom_value": desk.any_model, "filterable": desk.any_model}
+    model = gr.Dropdown(desk.sources, label="Model", elem_id="model", **typed)
+    return Controls(picture, prompt, ask, stop, status, budget, methods, model)
+
+
+def _connect(on: Events, controls: Controls, examples: gr.HTML, results: gr.HTML) -> None:
+    """Say what follows on what: a question waits for its turn, is answered, and may be stopped or fail."""
+    picture, prompt, ask, stop, status, budget, methods, model = controls
+    waiting, raw = [status, ask, stop], {"preprocess": False, **QUIET}
+    asking = {
+        "inputs": [picture, prompt, model, methods, budget],
+        "outputs": [status, results, ask, stop],
+        "js": TICKED_JS,
+        "concurrency_limit": 1,
+        "concurrency_id": "model",
+        "trigger_mode": "multiple",
+        **raw,
+    }
+    asked = gr.on([ask.click, prompt.submit], on.waiting, None, waiting, **QUIET).then(on.answers, **asking)
+    tried = examples.click(on.example, None, [picture, prompt, *waiting], **QUIET).then(on.answers, **asking)
+    for answered in (asked, tried):
+        answered.failure(on.failed, [status], waiting, js=STOPPED_JS, **raw)
+    stop.click(on.stopped, None, waiting, cancels=[asked, tried], js=STOP_JS, **QUIET)
+    picture.upload(on.uploaded, [picture, model, budget], [picture, budget, status], **raw)
+    model.change(on.chosen, [model], [budget, methods, status], **raw)
 
 
 def start(desk: Desk, host: str = "127.0.0.1", port: int = 7860) -> gr.Blocks:
@@ -181,7 +210,7 @@ class Events:
         """What the page shows of a question while it is answered."""
         try:
             checkpoint = self._desk.open(model)
-            image, path, name = read_picture(picture)
+            image, path, name = read_picture(picture, Path(get_upload_folder()))
             asked = read_prompt(prompt)
             file = self._desk.path_of(path, name)
             question = Question(checkpoint, image, file, asked, read_methods(methods), read_budget(budget))
@@ -201,7 +230,7 @@ class Events:
     def uploaded(self, picture: Any, model: Any, budget: Any) -> tuple[Any, Any, str]:
         """A picture that cannot be used goes at once, with a word why; the budget is one of this picture's tokens."""
         try:
-            image, _, _ = read_picture(picture)
+            image, _, _ = read_picture(picture, Path(get_upload_folder()))
             offered = offer(self._desk.open(model), image)
         except REFUSED as error:
             return None, gr.skip(), fault_html(str(error))
