@@ -178,11 +178,11 @@ test-pages: $(PAGES)/.installed
 
 # The docs site, into build/site: no network needed, and none used by its pages.
 site: build/gallery/gallery.json
-	$(PAGES)/bin/python -m mkdocs build -q --strict -d build/site
+	NO_MKDOCS_2_WARNING=1 $(PAGES)/bin/python -m mkdocs build -q --strict -d build/site
 
 # What every method keeps at the same budgets. docs/gallery.webp is its contact sheet.
 GALLERY := --model $(SCENES)/checkpoint-576 --questions $(SCENES)/gallery --dtype float32
-build/gallery/gallery.json: $(PAGES)/.installed
+build/gallery/gallery.json: $(PAGES)/.installed $(wildcard vlmprune/policies/*.py vlmprune/view/*.py $(SCENES)/gallery/* $(SCENES)/checkpoint-576/*)
 	OMP_NUM_THREADS=1 $(PAGES)/bin/vlmprune gallery $(GALLERY) --out build/gallery
 
 gallery: $(PAGES)/.installed

@@ -194,10 +194,10 @@ def test_languages_and_reasons(page):
     "command, why",
     [
         ("vlmprune run --modle MODEL --image photo.jpg --prompt Where?", "No such option"),
-        ("vlmprune eval --questions QUESTIONS --out results", "Missing option"),
+        ("vlmprune eval --questions QUESTIONS --out results", "Missing parameter"),
         ("vlmprune bench --shape cpu --policy fastv:leyer=2", "leyer"),
         ("vlmprune look", "expected one of"),
-        ("python examples/glyphworld/train.py --minuets 5", "SystemExit"),
+        ("python examples/glyphworld/train.py --out A --minuets 5", "unrecognized arguments"),
         ("python examples/glyphworld/no_such.py", "no such file"),
         ("python examples/serving/client.py Where? --imgae photo.jpg", "imgae"),
         ("pip install '.[evals]'", "evals"),

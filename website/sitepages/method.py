@@ -64,8 +64,8 @@ def _picture(name: str, cls: type[PruningPolicy], drawn: Mapping[str, Any]) -> s
     over = any(not answers[0]["meets"] for answers in own)
     note = "\n\n\\* The layers ahead of its first stage alone cost more." if over else ""
     table = rows(
-        ("visual tokens, mean over the layers", "`--policy`", "right answers"),
-        zip((f"{budget:g}" for budget in budgets), policies, right, strict=True),
+        ("visual tokens, mean over the layers", "right answers", "`--policy`"),
+        zip((f"{budget:g}" for budget in budgets), right, policies, strict=True),
     )
     return (
         f"## What it keeps\n\n[![What {cls.__name__} keeps of {tokens} visual tokens]({name}.webp)]({name}.webp)\n\n"
@@ -102,11 +102,10 @@ def _use(name: str, cls: type[PruningPolicy]) -> str:
 
 def _settings(facts: Mapping[str, Any]) -> str:
     """Every setting with its default and what the docstring says of it."""
-    docs = facts["docs"]
-    cells = [
-        (f"`{name}`", f"`{typed(value)}`", literal(docs.get(name, "")))
-        for name, value in facts["fields"].items()
-    ]
+    cells = []
+    for name, value in facts["fields"].items():
+        default = typed(value).replace("\n", "\\n")
+        cells.append((f"`{name}`", f"`{default}`", literal(facts["docs"].get(name, ""))))
     return f"## Settings\n\n{rows(('setting', 'default', 'what it says'), cells)}"
 
 

@@ -36,8 +36,15 @@ def literal(text: str) -> str:
 
 
 def rows(heads: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    lines = [heads, ["---"] * len(heads), *cells]
+    """A table.
+
+    Raises:
+        ValueError: a cell of several lines, which would end the table.
+    """
+    lines = [list(heads), ["---"] * len(heads), *map(list, cells)]
+    broken = [cell for line in lines for cell in line if "\n" in cell]
+    if broken:
+        raise ValueError(f"cells: expected one line each, got {broken[0]!r}")
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 

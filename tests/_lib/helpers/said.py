@@ -10,6 +10,7 @@ import importlib
 import json
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,6 @@ from typing import Any
 from unittest import mock
 
 import typer
-from click import ClickException
 
 import vlmprune
 from helpers.warm import run
@@ -30,7 +30,7 @@ from vlmprune.integrations.vllm import ARCHITECTURES
 from vlmprune.tuning import expand
 
 ROOT = Path(__file__).parents[3]
-EXTRAS = {*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"], "web"}
+EXTRAS = {*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]}
 LEFT_OUT = "..."
 """Stands in a command for what is said elsewhere."""
 FOLDERS = "compensator", "scorer"
@@ -58,13 +58,11 @@ def put_noting(folder: Path, warm: Path) -> None:
 
 
 def check_noted(argv: list[str]) -> None:
-    """Every command in the file that ``argv`` names."""
+    """Every command in the file that ``argv`` names; on stderr the last one is the one that fails."""
     for words in Path(argv[1]).read_text().split("\036\0")[:-1]:
         command = words.split("\0")[:-1]
-        try:
-            PROGRAMS[command[0]](command)
-        except (AssertionError, SystemExit, ValueError, typer.Exit, ClickException, KeyError) as error:
-            raise SystemExit(f"{shlex.join(command)}\n  {type(error).__name__}: {error}") from error
+        sys.stderr.write(f"{shlex.join(command)}\n")
+        PROGRAMS[command[0]](command)
 
 
 class Parsed(BaseException):
