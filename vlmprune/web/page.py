@@ -10,13 +10,14 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
-from vlmprune.errors import InputError, ModelError, VersionError, check
+from vlmprune.errors import InputError, ModelError, VersionError
 from vlmprune.web.ask import Question, answers
 from vlmprune.web.cards import results_html
 from vlmprune.web.controls import EMPTY, examples_html, fault_html, line_html, methods_html, status_html
 from vlmprune.web.desk import SHARE, Desk, Offer, offer
 from vlmprune.web.limits import BYTES, LETTERS, read_budget, read_methods, read_picture, read_prompt
 from vlmprune.web.look import CSS, EXAMPLES_JS, RESULTS_JS, STOP_JS, STOPPED_JS, THEME, TICKED_JS
+from vlmprune.web.upload import Upload
 
 HEAD = """\
 <div id="head"><h1>What pruning drops</h1><p>Ask a vision-language model about a picture: once with every visual token, and once
@@ -36,17 +37,6 @@ SWEEP, AGE = 600, 3600
 SOURCE = "'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 POLICY = f"default-src {SOURCE}; object-src 'none'; base-uri 'self'; form-action 'self'".encode()
 """Gradio makes code of templates in the browser, hence the two words; nothing is fetched from anywhere else."""
-
-
-class Upload(gr.Image):  # type: ignore[misc]
-    """A picture that a visitor put in. Gradio's own would also fetch one from any address that a browser names."""
-
-    is_template = True
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        """As Gradio's, for files. Raises InputError for an address."""
-        check("://" not in str(url_or_file_path), "picture", "one that was put in here", "an address")
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
 
 
 class Controls(NamedTuple):
