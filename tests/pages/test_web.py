@@ -156,8 +156,13 @@ def upload(page, path):
 
 def tick(page, *names):
     """These methods and no others."""
-    for box in page.locator("#methods input").all():
-        box.set_checked(box.get_attribute("value") in names)
+    for name in every(page):
+        page.locator(f"#methods input[value={name}]").set_checked(name in names)
+
+
+def every(page):
+    """Names of all methods."""
+    return page.locator("#methods input").evaluate_all("(boxes) => boxes.map((box) => box.value)")
 
 
 def ask(page, click):
@@ -402,7 +407,7 @@ def test_another_model(page):
 
 
 def test_stop_keeps_what_is_there(page):
-    tick(page, *(box.get_attribute("value") for box in page.locator("#methods input").all()))
+    tick(page, *every(page))
     page.locator("[data-example]").first.click()
     page.wait_for_selector(".vp-card:nth-child(2)")
     page.get_by_role("button", name="Stop").click()
@@ -418,14 +423,16 @@ def test_stop_keeps_what_is_there(page):
 
 def test_stop_before_it_is_ones_turn(browser, server):
     with visitor(browser, server[0]) as one, visitor(browser, server[0]) as other:
+        tick(one, *every(one))
         one.locator("[data-example='0']").click()
         one.wait_for_selector(".vp-card")
         other.locator("[data-example='1']").click()
         other.get_by_text("Waiting for its turn").wait_for()
         other.get_by_role("button", name="Stop").click()
         other.get_by_text("Stopped").wait_for()
-        one.wait_for_selector(".vp-copies")
-        other.wait_for_timeout(1000)
+        one.get_by_role("button", name="Stop").click()
+        one.get_by_text("Stopped").wait_for()
+        other.wait_for_timeout(1500)
         assert other.locator("#status").inner_text().strip() == "Stopped"
         assert not other.locator(".vp-card").count()
 
