@@ -480,6 +480,7 @@ def test_what_is_copied_gives_the_same(page, server, tmp_path):
 def test_a_phone(browser, server):
     with visitor(browser, server[0], viewport={"width": 390, "height": 844}) as page:
         assert page.evaluate("document.documentElement.scrollWidth") == 390
+        tick(page, "visionzip", "feather")
         ask(page, lambda: page.locator("[data-example]").first.click())
         assert page.evaluate("document.documentElement.scrollWidth") == 390
         page.wait_for_function("document.querySelector('#results').getBoundingClientRect().top < 100")
@@ -496,6 +497,7 @@ def test_the_space(browser, tmp_path):
             assert server.poll() is None
             time.sleep(0.2)
         with visitor(browser, f"http://127.0.0.1:{port}/") as page:
+            tick(page, "uniform")
             ask(page, lambda: page.locator("[data-example]").first.click())
             assert answer(page, "unpruned") == "9 11 12 14"
             command = page.locator(".vp-copy pre").first.inner_text()
