@@ -255,7 +255,7 @@ def test_every_column_has_its_outcome(asked):
 
 def test_what_cannot_be_met_or_made_is_told(asked):
     html = results_html(asked[-1])
-    assert "Cannot come down to 60: it drops nothing before layer 5" in html
+    assert "Cannot come down to 60: some layers see every token. Set so that those behind them" in html
     assert "policy accm: expected a value for selection, compensator" in html
     assert html.count("<article") == 4 and html.count("data-stages=") == 3
 

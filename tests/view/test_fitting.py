@@ -48,6 +48,21 @@ def test_what_first_layers_alone_exceed_keeps_as_many_at_last():
     assert found.mean == (576 + 7 * 64) / 8
 
 
+def test_where_it_cannot_be_met_a_smaller_budget_still_costs_less():
+    """Behind the layers that see every token the mean is the budget."""
+    found = [fit("feather", budget, SMALL) for budget in (144, 128, 100, 64, 30)]
+    assert not any(one.meets for one in found)
+    assert [one.mean for one in found] == sorted((one.mean for one in found), reverse=True)
+    for one, budget in zip(found, (144, 128, 100, 64, 30), strict=True):
+        behind = (8 * one.mean - 2 * 576) / 6
+        assert budget - 2 < behind <= budget
+
+
+def test_a_budget_below_what_a_method_has_to_keep_is_refused():
+    with pytest.raises(InputError, match=r"^Scout: expected a budget of at least 2 visual tokens, got 1$"):
+        fit("scout", 1, SMALL)
+
+
 def test_layers_stand_at_the_same_relative_depth():
     assert to_depth(Feather(), SMALL).layers == (2, 4)
     assert to_depth(FastV(layer=31), SMALL).layers == (7,)

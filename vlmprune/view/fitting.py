@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ LAYERS = {"layer": DECODER, "layers": DECODER}
 """Settings that are layers, and of how many."""
 OF_OURS = LAYERS | dict.fromkeys(("look", "scatter", "prune", "stages"), DECODER) | {"shallow_layer": TOWER}
 """The same of built-in policies; another package's may call something else by these names."""
-HALVINGS = 40
+LEAST, HALVINGS = 1e-9, 40
 
 
 class Size(NamedTuple):
@@ -38,8 +37,8 @@ class Fitted:
     Attributes:
         policy: with its settings.
         mean: visual tokens that these leave, a mean over the inputs of the model's layers.
-        meets: whether that is the budget; if not, the layers ahead of the method's first stage alone cost more, and its last
-            stage leaves as many tokens as the budget says.
+        meets: whether that is the budget; if not, the layers that see every token alone cost more, and the budget is that of
+            the layers behind them, as far as the method comes down to it.
     """
 
     policy: PruningPolicy
@@ -68,16 +67,16 @@ def fit(name: str, budget: float, size: Size) -> Fitted:
         >>> fit("feather", 192, Size(layers=8, tower=4, visual=576)).text
         'feather:layers=2/4,keep=0.22'
     """
-    check(0 < budget <= size.visual, "budget", f"visual tokens from 1 to {size.visual}", budget)
+    check(1 <= budget <= size.visual, "budget", f"visual tokens from 1 to {size.visual}", budget)
     policy = to_depth(_published(name), size)
     check(policy.layers[-1] < size.layers, name, f"stages at layers 0..{size.layers - 1}", policy.layers)
     try:
         fitted, meets = policy.at(keep_for_mean_tokens(policy, budget, size.layers, size.visual)), True
     except InputError:
-        least = policy.at(1e-9)  # raises where there is no share at all
+        least = policy.at(LEAST)  # raises where there is no share at all
         if mean_of(least, size) <= budget:
             raise
-        fitted, meets = _leaving(policy, budget, size), False
+        fitted, meets = _behind(policy, budget, size), False
     to_text(fitted)  # a policy that cannot be typed is told here, before anything runs
     return Fitted(fitted, mean_of(fitted, size), meets)
 
@@ -130,23 +129,29 @@ def _published(name: str) -> PruningPolicy:
 
 def mean_of(policy: PruningPolicy, size: Size) -> float:
     """Visual tokens of one image that a policy leaves, a mean over the inputs of the model's layers."""
-    stages = stage_counts(policy, size.visual)
-    wave = wave_rows(policy, stages, 0)
-    return mean_tokens(visual_inputs(size.layers, size.visual, stages, wave))
+    return mean_tokens(_inputs(policy, size))
 
 
-def _leaving(policy: PruningPolicy, budget: float, size: Size) -> PruningPolicy:
-    """The policy whose last stage leaves as many tokens as the budget says, or as few more as it can."""
-    low, high = 1e-9, 1.0
+def _behind(policy: PruningPolicy, budget: float, size: Size) -> PruningPolicy:
+    """The policy of which those layers meet the budget that lie behind the last one with every token."""
+    least = f"a budget of at least {mean_of(policy.at(LEAST), size):.3g} visual tokens"
+    whole = [tokens >= size.visual for tokens in _inputs(policy.at(LEAST), size)]
+    check(True in whole, type(policy).__name__, least, budget)
+    first = size.layers - whole[::-1].index(True)
+
+    def cost(share: float) -> float:
+        return mean_tokens(_inputs(policy.at(share), size)[first:])
+
+    low, high = LEAST, 1.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        fits = _last(policy.at(middle), size) <= budget
-        low, high = (middle, high) if fits else (low, middle)
-    digits: Sequence[float] = [int(low * 10**n) / 10**n for n in range(1, 10)]
-    wanted = _last(policy.at(low), size)
-    short = (share for share in digits if share > 0 and _last(policy.at(share), size) == wanted)
-    return policy.at(next(short, low))
+        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+    reached = cost(low)
+    short = (int(low * 10**digits) / 10**digits for digits in range(1, 10))
+    return policy.at(next((share for share in short if share > 0 and cost(share) == reached), low))
 
 
-def _last(policy: PruningPolicy, size: Size) -> int:
-    return stage_counts(policy, size.visual)[-1][1]
+def _inputs(policy: PruningPolicy, size: Size) -> list[float]:
+    """Visual tokens of one image that enter each layer."""
+    stages = stage_counts(policy, size.visual)
+    return visual_inputs(size.layers, size.visual, stages, wave_rows(policy, stages, 0))

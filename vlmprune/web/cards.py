@@ -121,8 +121,8 @@ def _missed(results: Results, column: Column) -> str:
     """What is said of a method that cannot meet the budget."""
     if column.fitted is None or column.fitted.meets:
         return ""
-    budget, layer = f"{results.question.budget:g}", column.fitted.policy.layers[0]
-    told = f"Cannot come down to {budget}: it drops nothing before layer {layer}. Set so that its last stage leaves {budget}."
+    budget = f"{results.question.budget:g}"
+    told = f"Cannot come down to {budget}: some layers see every token. Set so that those behind them have a mean of {budget}."
     return f'<p class="vp-note">{told}</p>'
 
 
