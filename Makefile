@@ -105,7 +105,7 @@ typecheck: install
 	MYPYPATH=build/typecheck $(VENV)/bin/mypy -p vlmprune -m user
 
 test-interpret: install
-	$(PYTEST) -m "not slow" --ignore tests/compile tests
+	$(PYTEST) -m "not slow" --ignore tests/compile --ignore tests/pages tests
 
 test-compile: install
 	TRITON_INTERPRET=0 $(PYTEST) -m "not slow" tests/compile
