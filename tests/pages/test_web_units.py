@@ -23,7 +23,7 @@ from vlmprune.policies.registry import list_policies
 from vlmprune.view.fitting import Size
 from vlmprune.view.picture import dim_dropped
 from vlmprune.web import limits
-from vlmprune.web.ask import Question, answers
+from vlmprune.web.ask import Asked, answers
 from vlmprune.web.cards import results_html
 from vlmprune.web.controls import examples_html, fault_html, methods_html, status_html
 from vlmprune.web.desk import Desk, Example, fitted, offer, shipped
@@ -228,7 +228,7 @@ def test_a_family_without_packed_positions():
 def ask(checkpoint, methods=("feather",), budget=78.0, prompt="locate the green phone .", picture=None):
     desk = Desk([checkpoint.source], limit=8)
     picture = picture or open_rgb(SCENE, "")
-    return list(answers(desk, Question(checkpoint, picture, "it's.png", prompt, methods, budget)))
+    return list(answers(desk, Asked(checkpoint, picture, "it's.png", prompt, methods, budget)))
 
 
 @pytest.fixture(scope="module")

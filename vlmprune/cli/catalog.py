@@ -50,7 +50,7 @@ def list_command(
         typer.Option(min=1, help="With a name: visual tokens of an image; else the model's, or 576."),
     ] = None,
     as_json: AsJson = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="The README's table.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table of docs/policies.md.")] = False,
 ) -> None:
     """The pruning policies: what they keep, where they act; of one everything, with its schedule layer by layer."""
     from vlmprune.cli.listing import Filters, show_policies

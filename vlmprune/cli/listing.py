@@ -1,4 +1,4 @@
-"""The ``list`` command: every policy with its facts, those that fit, and the README's table; of one there is more in ``method``."""
+"""The ``list`` command: every policy with its facts, those that fit, and the table of docs/policies.md; ``method`` has one in full."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FACTS = {
     "CLS": "cls",
     "grows": "growth",
 }
-"""Heading in the README's table -> fact."""
+"""Heading in the table of docs/policies.md -> fact."""
 
 COLUMNS = {
     "keeps": "summary",
@@ -87,7 +87,7 @@ def show_policies(
     of: Published = MODEL,
 ) -> None:
     """Print every policy that fits, or the one called ``name`` in full; JSON maps a name to its fields and facts, Markdown is
-    the README's table.
+    the table of docs/policies.md.
 
     Entry points that cannot be used are named on stderr, and so is what fits or not as it is set.
 
@@ -140,7 +140,7 @@ def _show_all(found: Mapping[str, dict[str, Any]]) -> None:
 
 
 def markdown_table(found: Mapping[str, dict[str, Any]]) -> str:
-    """The table of methods in the README; with what a family asks for in a column more."""
+    """The table of methods in docs/policies.md; with what a family asks for in a column more."""
     words = {True: "yes", False: "no", None: "unknown"}
     budgets = PUBLISHED[0].budgets
     facts = FACTS | ({"with": "with"} if any("with" in policy for policy in found.values()) else {})

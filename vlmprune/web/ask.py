@@ -22,7 +22,7 @@ EXPECTED = (InputError, ModelError, NotPrunedError, BackendError)
 
 
 @dataclass(frozen=True)
-class Question:
+class Asked:
     """What a visitor asks, checked.
 
     Attributes:
@@ -67,7 +67,7 @@ class Results:
         doing: what is done now; "" = all is there.
     """
 
-    question: Question
+    question: Asked
     size: Size
     limit: int
     seen: Image.Image | None
@@ -77,7 +77,7 @@ class Results:
     doing: str = ""
 
 
-def answers(desk: Desk, question: Question) -> Iterator[Results]:
+def answers(desk: Desk, question: Asked) -> Iterator[Results]:
     """Ask; yields before the model is loaded, before each method, and at the end.
 
     Every method has one untimed run, which compiles and warms up, and ``TIMED`` timed ones, whose median is told.
@@ -99,7 +99,7 @@ def answers(desk: Desk, question: Question) -> Iterator[Results]:
     yield results
 
 
-def _before(desk: Desk, question: Question, inputs: Any) -> Results:
+def _before(desk: Desk, question: Asked, inputs: Any) -> Results:
     """Results without a column. A picture is drawn where it becomes one grid of tokens."""
     checkpoint = question.checkpoint
     size = size_of(checkpoint, inputs)

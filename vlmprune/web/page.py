@@ -11,7 +11,7 @@ from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from vlmprune.errors import InputError, ModelError, VersionError
-from vlmprune.web.ask import Question, answers
+from vlmprune.web.ask import Asked, answers
 from vlmprune.web.cards import results_html
 from vlmprune.web.controls import EMPTY, examples_html, fault_html, line_html, methods_html, status_html
 from vlmprune.web.desk import SHARE, Desk, Offer, offer
@@ -203,7 +203,7 @@ class Events:
             image, path, name = read_picture(picture, Path(get_upload_folder()))
             asked = read_prompt(prompt)
             file = self._desk.path_of(path, name)
-            question = Question(checkpoint, image, file, asked, read_methods(methods), read_budget(budget))
+            question = Asked(checkpoint, image, file, asked, read_methods(methods), read_budget(budget))
             for results in answers(self._desk, question):
                 yield status_html(results), results_html(results), *(BUSY if results.doing else IDLE)
         except REFUSED as error:
