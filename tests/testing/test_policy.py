@@ -81,6 +81,29 @@ def test_a_right_one():
     } <= set(ran)
 
 
+def like_the_last_word(ctx, last):
+    """Tokens most like the last word, said to stand at ``last(ctx)`` of each text; none: all alike."""
+    if not ctx.text_hidden.shape[1]:
+        return select_scores(torch.zeros(ctx.mask.shape), ctx, 0.3)
+    words = ctx.text_hidden.float()[torch.arange(len(ctx.counts)), last(ctx)]
+    return select_scores((ctx.hidden.float() @ words[..., None])[..., 0], ctx, 0.3)
+
+
+def test_padding_of_shorter_texts_counts():
+    """Texts are padded on the right: the last column is a word of the longest one alone."""
+    needs = Needs(hidden=True, text=True)
+    right = Mine(
+        lambda ctx: like_the_last_word(ctx, lambda ctx: ((ctx.text >= 0).sum(1) - 1).clamp(min=0)),
+        reads=needs,
+    )
+    assert "layer 2, alone and in a batch of 2, beside a longer text" in check_policy(right)
+    wrong = Mine(lambda ctx: like_the_last_word(ctx, lambda ctx: -1), reads=needs)
+    with pytest.raises(
+        InputError, match=r"^layer 2, alone and in a batch of \d.*, sample 0: expected what it gets alone"
+    ):
+        check_policy(wrong)
+
+
 def test_cases_follow_needs():
     tower, deep = check_policy(VisionZip(dominant=5, positions="pack")), check_policy(FastV())
     assert "layer 0, a tower without CLS" in tower and "layer 0, inf in one token of vision[-2].key" in tower

@@ -102,9 +102,10 @@ def _check_all_stay(policy: PruningPolicy, layer: int) -> Iterator[str]:
 
 def _check_alone(policy: PruningPolicy, needs: Needs, layer: int) -> Iterator[str]:
     """A sample's choice depends neither on those beside it nor on the padding that they bring."""
-    for beside in ([[WIDE, FLAT, TALL], []], [[TALL]]):
-        case = f"layer {layer}, alone and in a batch of {1 + len(beside)}"
-        ctx = make_context(needs, [[WIDE, FLAT], *beside], layer)
+    for beside, after in (([[WIDE, FLAT, TALL], []], None), ([[TALL]], None), ([[TALL]], (2, 9))):
+        longer = "" if after is None else ", beside a longer text"
+        case = f"layer {layer}, alone and in a batch of {1 + len(beside)}{longer}"
+        ctx = make_context(needs, [[WIDE, FLAT], *beside], layer, after=after)
         batch, alone = _ask(policy, ctx, case), _ask(policy, first_alone(ctx), case)
         _expect_same(batch, alone, 0, f"{case}: {policy!r}.select(ctx), sample 0", "what it gets alone")
         yield case
