@@ -33,7 +33,7 @@ def pack(folder: Path) -> None:
     for name in FILES:
         shutil.copy(HERE / name, folder)
     for name, source in PARTS.items():
-        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.pyi"))
+        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     shutil.copy(ROOT / "LICENSE", folder)
 
 

@@ -380,3 +380,11 @@ def test_a_port_that_is_taken(monkeypatch):
         done = cli("show", "--port", port)
     assert done.exit_code == 2
     assert f"error: --port: expected a free port of 127.0.0.1, got {port} (" in done.stderr
+
+
+def test_nothing_is_written_beside_the_package():
+    """Gradio writes a stub beside a file with a component of its own."""
+    from vlmprune.web import upload
+
+    assert issubclass(upload.Upload, upload.gr.Image)
+    assert not list(Path(upload.__file__).parent.glob("*.pyi"))
