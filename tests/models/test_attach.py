@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import threading
 from dataclasses import dataclass
 
@@ -160,6 +161,30 @@ def test_refused_models(make, message):
 def test_layer_beyond_the_depth(model):
     with pytest.raises(ValueError, match=r"^layer: expected at most 5 \(the decoder has 6 layers\), got 6$"):
         vlmprune.attach(model, vlmprune.FastV(layer=6))
+    assert not any(key.endswith("_pre_hooks") for key in hooks(model))
+
+
+@pytest.mark.parametrize(
+    "layers, said",
+    [
+        ((-1,), "layer: expected a whole number >= 0, got -1"),
+        ((True,), "layer: expected a whole number >= 0, got True"),
+        (("2",), "layer: expected a whole number >= 0, got '2'"),
+        ((3, 1), "layers: expected one or more layers, ascending, got (3, 1)"),
+        ((2, 2), "layers: expected one or more layers, ascending, got (2, 2)"),
+        ((), "layers: expected one or more layers, ascending, got ()"),
+        ([2], "layers: expected one or more layers, ascending, got [2]"),
+    ],
+)
+def test_layers_of_a_policy_that_checks_none(model, layers, said):
+    """Before anything runs, and not after it as a stage that did not fire."""
+
+    class Anywhere(vlmprune.FastV):
+        """Its layers are those of the test."""
+
+    Anywhere.layers = property(lambda self: layers)
+    with pytest.raises(vlmprune.InputError, match=f"^{re.escape(said)}$"):
+        vlmprune.attach(model, Anywhere())
     assert not any(key.endswith("_pre_hooks") for key in hooks(model))
 
 

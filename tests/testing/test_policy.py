@@ -290,13 +290,10 @@ class Soft(Deaf):
     "policy, message",
     [
         (FastV, r"^policy: expected a PruningPolicy, got <class"),
-        (
-            Deaf(layers=()),
-            r"^Deaf\(.*\)\.layers: expected a tuple of one or more layers, ascending, each once, got \(\)$",
-        ),
-        (Deaf(layers={2}), r"\.layers: expected a tuple .*, got \{2\}$"),
-        (Deaf(layers=(3, 2)), r"\.layers: expected .*ascending.*, got \(3, 2\)$"),
-        (Deaf(layers=(-1,)), r"\.layers: expected .*, got \(-1,\)$"),
+        (Deaf(layers=()), r"^layers: expected one or more layers, ascending, got \(\)$"),
+        (Deaf(layers={2}), r"^layers: expected one or more layers, ascending, got \{2\}$"),
+        (Deaf(layers=(3, 2)), r"^layers: expected one or more layers, ascending, got \(3, 2\)$"),
+        (Deaf(layers=(-1,)), r"^layer: expected a whole number >= 0, got -1$"),
         (Mine(reads=None), r"\.needs\(2\): expected Needs\(\.\.\.\), got None$"),
         (Open(), r"^Open\(.*\): expected attributes that are fields of a dataclass, got \['extra'\]$"),
         (Soft(), r"^Soft\(.*\): expected a class under @dataclass\(frozen=True\), got one that can change$"),

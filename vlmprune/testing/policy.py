@@ -15,6 +15,7 @@ from torch import Tensor
 from vlmprune.errors import check
 from vlmprune.policies.answer import check_ranking, check_selection
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.checks import check_layers
 from vlmprune.policies.inputs import Rating
 from vlmprune.testing.context import make_context
 from vlmprune.testing.context_changes import broken, copied, first_alone, inputs_of, with_other_values
@@ -46,10 +47,12 @@ def check_policy(policy: PruningPolicy, keep_all: PruningPolicy | None = None) -
         'layer 2, one image'
     """
     check(isinstance(policy, PruningPolicy), "policy", "a PruningPolicy", repr(policy))
-    ran = [name for layer in _layers(policy) for name in _check_stage(policy, layer)]
+    check_layers(policy.layers, 0)
+    ran = [name for layer in policy.layers for name in _check_stage(policy, layer)]
     if keep_all is not None:
         check(isinstance(keep_all, PruningPolicy), "keep_all", "a PruningPolicy or None", repr(keep_all))
-        ran += [name for layer in _layers(keep_all) for name in _check_all_stay(keep_all, layer)]
+        check_layers(keep_all.layers, 0)
+        ran += [name for layer in keep_all.layers for name in _check_all_stay(keep_all, layer)]
     _check_value(policy)
     return [*ran, "settings are a value"]
 
@@ -168,15 +171,6 @@ def _noted(note: str) -> Iterator[None]:
     except BaseException as error:
         error.add_note(note)
         raise
-
-
-def _layers(policy: PruningPolicy) -> tuple[int, ...]:
-    """The policy's layers. Raises InputError unless they are whole numbers from 0, ascending, one or more."""
-    layers = policy.layers
-    ok = isinstance(layers, tuple) and len(layers) > 0 and all(type(layer) is int for layer in layers)
-    ok = ok and list(layers) == sorted(set(layers)) and layers[0] >= 0
-    check(ok, f"{policy!r}.layers", "a tuple of one or more layers, ascending, each once", repr(layers))
-    return layers
 
 
 def _check_value(policy: PruningPolicy) -> None:

@@ -23,6 +23,7 @@ from vlmprune.models.host.families import (
 )
 from vlmprune.models.host.names import Host, attribute
 from vlmprune.policies.base import Grid, PruningPolicy
+from vlmprune.policies.checks import check_layers
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,13 @@ def _named(policy: PruningPolicy, layer: int) -> str:
 
 
 def check_stages(policy: PruningPolicy, config: Any) -> None:
-    """Raise ValueError if the model cannot run a stage: beyond its last layer, or of another form than stages can have.
+    """Raise ValueError if the model cannot run a stage: at no layer of its, or of another form than stages can have.
 
     One at layer 0 has no layer before it to read; one that brings tokens back leaves nothing to compact; one that may keep
     nothing reads where the text is.
     """
     depth = config.text_config.num_hidden_layers
+    check_layers(policy.layers, 0)
     for layer in policy.layers:
         fits = layer < depth
         check(fits, _named(policy, layer), f"at most {depth - 1} (the decoder has {depth} layers)", layer)
