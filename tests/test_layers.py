@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BASE = {"env", "errors"}
+BASE = {"env", "errors", "progress"}
 ALLOWED = {
     "constants": set(),
     "env": set(),
@@ -14,6 +14,7 @@ ALLOWED = {
     "flops": {"errors"},
     "images": {"errors"},
     "precision": set(),
+    "progress": set(),
     "register": set(),
     "triton_kernels": {"env"},
     "ops": BASE | {"constants", "triton_kernels"},

@@ -132,6 +132,7 @@ def _choose(value, best, step, sample, threshold, RULE: tl.constexpr, CHUNK: tl.
             row = _factor_row(cos, r, r_best, value, best, state_ptr, step, offs, N)
             tl.store(state_ptr + (step + tl.zeros((), tl.int64)) * N + offs, row, mask=mask)
             new = old - row * row
+            # in this order, as Triton 3.7's interpreter does not multiply a constexpr by a tensor
             new = tl.where(new <= r * RANK_TOLERANCE * r, 0.0, new)
         elif RULE == "coverage":
             covered = tl.load(state_ptr + offs, mask=mask, other=0.0)

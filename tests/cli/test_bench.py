@@ -7,7 +7,7 @@ import pytest
 from helpers.command_line import CHECKPOINT, cli
 from vlmprune import ops
 from vlmprune.bench import Peaks
-from vlmprune.cli.bench import read_batch
+from vlmprune.cli.options import read_numbers
 
 pytest.importorskip("matplotlib")
 
@@ -107,4 +107,4 @@ def test_without_matplotlib(monkeypatch, tmp_path):
 
 
 def test_batch():
-    assert read_batch("1,4, 16") == (1, 4, 16)
+    assert read_numbers("1,4, 16", int, "batch") == (1, 4, 16)

@@ -48,9 +48,10 @@ def gallery(checkpoint, tmp_path_factory):
         "answer": "never",
     }
     write_questions(folder, [phone, never])
-    left_out = make_gallery(checkpoint, folder, out, budgets=(98, 20), methods=("fastv", "divprune"))
-    assert left_out == {}
-    return out, json.loads((out / "gallery.json").read_text())
+    told = make_gallery(checkpoint, folder, out, budgets=(98, 20), methods=("fastv", "divprune"))
+    found = json.loads((out / "gallery.json").read_text())
+    assert found == json.loads(json.dumps(told)) and found["left_out"] == []
+    return out, found
 
 
 def test_every_answer_is_what_its_policy_gives_when_asked_again(gallery, checkpoint):

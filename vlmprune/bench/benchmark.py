@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,7 @@ from vlmprune.models import find_parts
 from vlmprune.models.host.parts import decoder_shape
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.recipe import named
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, how many timed answers have come, and how many there are; 0 of 0 where that is not known."""
+from vlmprune.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def run(
     warm_up: int = 2,
     baselines: bool = True,
     profile: Path | str | None = None,
-    progress: Progress = lambda doing, done, total: None,
+    progress: Progress = silent,
 ) -> Bench:
     """How long the unpruned model and each policy take, phase by phase: what ``vlmprune bench`` does, without printing.
 

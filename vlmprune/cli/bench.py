@@ -12,8 +12,8 @@ from rich.text import Text
 from vlmprune.bench import Bench, FullSize, Row, Spent, Spread, by_range, read_profile, run
 from vlmprune.checkpoints import Checkpoint
 from vlmprune.cli.console import progress_bar, table
-from vlmprune.cli.options import open_checkpoint, silence_transformers
-from vlmprune.errors import InputError, check
+from vlmprune.cli.options import open_checkpoint, read_numbers, silence_transformers
+from vlmprune.errors import check
 
 GAINS = {"vision": "vision", "prefill": "prefill", "ttft": "TTFT", "decode": "a token", "total": "answer"}
 TIMES = {"vision": "vision", "prefill": "prefill", "selection": "selects", "ttft": "TTFT"}
@@ -35,14 +35,6 @@ def open_subject(model: str | None, shape: str | None, device: str, dtype: str, 
     return FullSize(shape, device, dtype, attn)
 
 
-def read_batch(text: str) -> tuple[int, ...]:
-    """Batch sizes from ``1,4,16``. Raises InputError for what is no number."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"batch: expected numbers separated by commas, got {text!r}") from error
-
-
 def execute(
     checkpoint: Checkpoint,
     policies: Sequence[str] | None,
@@ -56,7 +48,7 @@ def execute(
     as_json: bool,
 ) -> None:
     """Run the command. Raises one of ``vlmprune.errors`` for bad input, OSError where a file cannot be written."""
-    sizes = read_batch(batch)
+    sizes = read_numbers(batch, int, "batch")
     with progress_bar() as progress:
         found = run(
             checkpoint,

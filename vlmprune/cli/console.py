@@ -7,25 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
+
+from vlmprune.progress import Progress
 
 OPEN: Mapping[str, Any] = {"box": None, "pad_edge": False, "padding": (0, 2, 1, 0)}
 """The look of a table of many columns: space in place of lines."""
 WEIGHTS = "Loading weights"
 """What transformers calls its bar of them."""
-
-Tell = Callable[[str, int, int], None]
-"""Says what is done, how far it is, and of how many; of 0 = nobody knows."""
 
 
 class _Share(ProgressColumn):
@@ -53,7 +45,7 @@ def waiting(text: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(doing: str = "starting") -> Iterator[Tell]:
+def progress_bar(doing: str = "starting") -> Iterator[Progress]:
     """Yield what shows how far a command is; where and when as ``waiting``. Weights that are loaded inside move the bar too."""
     with _display() as bar:
         tell = _Told(bar)
@@ -68,11 +60,11 @@ def progress_bar(doing: str = "starting") -> Iterator[Tell]:
 class _Told:
     """The one line of a bar. Where the total changes something else has begun, whose time is its own."""
 
-    def __init__(self, bar: Progress) -> None:
+    def __init__(self, bar: Bar) -> None:
         self.bar, self.task = bar, bar.add_task("", total=None)
 
     def __call__(self, doing: str, done: int, total: int) -> None:
-        """As a ``Tell``."""
+        """As a ``Progress``."""
         if (total or None) != self.bar.tasks[0].total:
             self.bar.remove_task(self.task)
             self.task = self.bar.add_task(doing, total=total or None)
@@ -83,12 +75,12 @@ class _Told:
         self(self.bar.tasks[0].description, done, total)
 
 
-def _display() -> Progress:
+def _display() -> Bar:
     console = Console(stderr=True)
     said = TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True))
     columns = (SpinnerColumn(), said, BarColumn(20), _Share(), TimeElapsedColumn())
     off = not console.is_terminal
-    return Progress(*columns, console=console, transient=True, expand=True, disable=off)
+    return Bar(*columns, console=console, transient=True, expand=True, disable=off)
 
 
 @contextmanager

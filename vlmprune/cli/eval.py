@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from vlmprune.cli.console import OPEN, table
-from vlmprune.errors import InputError, check
+from vlmprune.cli.options import read_numbers
+from vlmprune.errors import check
 from vlmprune.eval import BUDGETS, Evaluation
 from vlmprune.eval.page import HEADS, NAMES, family_cells, summary_cells
 
@@ -18,10 +19,7 @@ def read_budgets(text: str | None, keep: bool) -> tuple[float, ...]:
     check(text is None or not keep, "budgets", "either --budgets or --keep", "both")
     if keep or text is None:
         return () if keep else BUDGETS
-    try:
-        return tuple(dict.fromkeys(float(part) for part in text.split(",")))
-    except ValueError as error:
-        raise InputError(f"budgets: expected numbers separated by commas, got {text!r}") from error
+    return tuple(dict.fromkeys(read_numbers(text, float, "budgets")))
 
 
 def read_baselines(wanted: bool, named: Sequence[str]) -> bool | tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,20 +12,8 @@ from rich.text import Text
 
 from vlmprune.checkpoints import Checkpoint
 from vlmprune.cli.console import progress_bar, table
-from vlmprune.errors import InputError
+from vlmprune.cli.options import read_numbers
 from vlmprune.view.gallery import BUDGETS, NAME, SHEET, make_gallery
-
-
-def read_tokens(typed: str | None) -> tuple[float, ...]:
-    """Budgets as typed, "192,128,64". Raises InputError for anything but numbers."""
-    if typed is None:
-        return BUDGETS
-    try:
-        return tuple(float(part) for part in typed.split(","))
-    except ValueError as error:
-        raise InputError(
-            f"budgets: expected numbers of visual tokens, e.g. 192,128,64, got {typed!r}"
-        ) from error
 
 
 def execute(
@@ -34,15 +21,15 @@ def execute(
     questions: Path,
     out: Path,
     methods: Sequence[str],
-    budgets: Sequence[float],
+    typed: str | None,
     max_new_tokens: int,
 ) -> None:
     """Draw, then say how many answers of each method were right. Raises what ``make_gallery`` raises."""
+    budgets = BUDGETS if typed is None else read_numbers(typed, float, "budgets")
     with progress_bar() as progress:
-        left_out = make_gallery(
+        found = make_gallery(
             checkpoint, questions, out, budgets, methods, max_new_tokens=max_new_tokens, progress=progress
         )
-    found = json.loads((out / NAME).read_text())
     console = Console()
     heads = ("method", *(f"{budget:g}" for budget in budgets))
     asked = len(found["questions"])
@@ -53,7 +40,7 @@ def execute(
             title=f"right answers of {asked}, by visual tokens (mean over layers)",
         )
     )
-    lines = [f"left out: {name}: {why}" for name, why in left_out.items()]
+    lines = [f"left out: {one['method']}: {one['why']}" for one in found["left_out"]]
     lines += ["* layers ahead of its first stage alone cost more than this budget"]
     lines += [f"pictures: {out / SHEET}, and one a method beside it; answers: {out / NAME}"]
     console.print(Text("\n".join(lines), style="dim"))

@@ -211,9 +211,9 @@ def gallery_command(
 ) -> None:
     """Draw what every method keeps at the same budgets, and whether it answers right."""
     checkpoint = open_checkpoint(model, device, dtype, attn)
-    from vlmprune.cli.gallery import execute, read_tokens
+    from vlmprune.cli.gallery import execute
 
-    execute(checkpoint, questions, out, method or (), read_tokens(budgets), max_new_tokens)
+    execute(checkpoint, questions, out, method or (), budgets, max_new_tokens)
 
 
 @app.command("show")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
 from vlmprune.cli.console import waiting
+from vlmprune.errors import InputError
 
 if TYPE_CHECKING:
     from vlmprune.checkpoints import Checkpoint
 
 log = logging.getLogger(__name__)
+Number = TypeVar("Number", int, float)
 
 Model = Annotated[str, typer.Option(help="Checkpoint folder or hub id of a supported vision-language model.")]
 POLICY = "NAME[:field=x, ...], several joined by +, & or |, or a YAML file"
@@ -39,6 +42,18 @@ def open_checkpoint(model: str, device: str, dtype: str, attn: str) -> Checkpoin
         from huggingface_hub.constants import HF_HUB_CACHE
     log.info("downloads are kept in %s", HF_HUB_CACHE)
     return Checkpoint(model, device, dtype, attn)
+
+
+def read_numbers(text: str, kind: Callable[[str], Number], name: str) -> tuple[Number, ...]:
+    """What ``kind`` reads from ``1,4,16``. Raises InputError, which calls it ``name``, for anything else.
+
+    >>> read_numbers("0.48,0.64", float, "budgets")
+    (0.48, 0.64)
+    """
+    try:
+        return tuple(map(kind, text.split(",")))
+    except ValueError as error:
+        raise InputError(f"{name}: expected numbers separated by commas, got {text!r}") from error
 
 
 def silence_transformers() -> None:

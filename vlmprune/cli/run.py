@@ -13,11 +13,12 @@ from PIL import Image
 
 from vlmprune import __version__
 from vlmprune.checkpoints import Checkpoint, build_text, generate, make_inputs
-from vlmprune.cli.console import Tell, progress_bar
+from vlmprune.cli.console import progress_bar
 from vlmprune.cli.show import show, told_stages, told_times
 from vlmprune.errors import check
 from vlmprune.models import explain, patch_grid
 from vlmprune.policies.base import PruningPolicy
+from vlmprune.progress import Progress
 from vlmprune.view.outcome import Outcome, median, run_once
 from vlmprune.view.picture import check_target, draw, seen_images
 
@@ -91,7 +92,7 @@ def _ask(
     columns: Sequence[tuple[str | None, PruningPolicy | None]],
     limit: int,
     repeat: int,
-    tell: Tell,
+    tell: Progress,
 ) -> list[Outcome]:
     """The median of every column's timed runs. An untimed one goes first, which compiles and warms up."""
     if checkpoint.attention == "vlmprune":
@@ -117,7 +118,7 @@ def _ask(
 class _Tokens:
     """Tells how many new tokens a warm-up has, as one of transformers' streamers: these wait for each, so nothing is timed."""
 
-    tell: Tell
+    tell: Progress
     where: str
     name: str
     done: int

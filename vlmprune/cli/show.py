@@ -12,6 +12,7 @@ from rich.text import Text
 
 from vlmprune.models import Report
 from vlmprune.view.outcome import Outcome
+from vlmprune.view.units import duration, flops
 
 SETTINGS = re.compile(r"(?::|(?<=\)),)([^()+&|]*[^()+&|\s])")
 """What stands behind the names of policies as typed, alone or joined."""
@@ -43,7 +44,7 @@ def show(settings: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
 def cells(outcome: Outcome) -> list[dict[str, str]]:
     """What stands in a run's column, section by section."""
     report = outcome.report
-    tokens, flops, seconds, steps = report.tokens, report.flops, report.seconds, report.decode_steps
+    tokens, cost, seconds, steps = report.tokens, report.flops, report.seconds, report.decode_steps
     stages = (f"layer {layer}: {before}→{after}" for layer, before, after in report.stages)
     captions = [text for sample in report.captions for text in sample]
     return [
@@ -58,21 +59,21 @@ def cells(outcome: Outcome) -> list[dict[str, str]]:
             "KV cache": _bytes(report.kv_bytes),
         },
         {
-            "FLOPs, full": _flops(flops.full, flops.full),
-            "FLOPs, this run": _flops(flops.pruned, flops.full),
-            "FLOPs cut": f"{flops.cut:.1%}",
-            "FLOPs, vision": _flops(flops.vision, flops.full),
-            "FLOPs, captions": _flops(flops.captions, flops.full) if captions else "-",
+            "FLOPs, full": flops(cost.full, cost.full),
+            "FLOPs, this run": flops(cost.pruned, cost.full),
+            "FLOPs cut": f"{cost.cut:.1%}",
+            "FLOPs, vision": flops(cost.vision, cost.full),
+            "FLOPs, captions": flops(cost.captions, cost.full) if captions else "-",
         },
         {
-            "vision": _time(seconds.vision),
-            "prefill": _time(seconds.prefill),
-            "selection": _time(seconds.selection) if outcome.kept else "-",
-            "second wave": _time(seconds.second_wave) if report.second_wave else "-",
-            "captions, of it": _time(report.caption_seconds) if captions else "-",
-            "decode": _time(seconds.decode) if steps else "-",
+            "vision": duration(seconds.vision),
+            "prefill": duration(seconds.prefill),
+            "selection": duration(seconds.selection) if outcome.kept else "-",
+            "second wave": duration(seconds.second_wave) if report.second_wave else "-",
+            "captions, of it": duration(report.caption_seconds) if captions else "-",
+            "decode": duration(seconds.decode) if steps else "-",
             "decode steps": f"{steps or '-'}",
-            "decode per token": _time(seconds.decode / steps) if steps else "-",
+            "decode per token": duration(seconds.decode / steps) if steps else "-",
         },
     ]
 
@@ -87,21 +88,9 @@ def told_stages(report: Report) -> str:
 def told_times(report: Report) -> str:
     """The durations of one run, on one line."""
     parts = vars(report.seconds).items()
-    return ", ".join(f"{part.replace('_', ' ')} {_time(seconds)}" for part, seconds in parts if seconds)
-
-
-def _flops(count: int, like: int) -> str:
-    """``count`` in the unit that suits ``like``, so that numbers to be compared share one."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if like >= size:
-            return f"{count / size:.2f} {unit}FLOP"
-    return f"{count} FLOP"
+    return ", ".join(f"{part.replace('_', ' ')} {duration(seconds)}" for part, seconds in parts if seconds)
 
 
 def _bytes(count: int) -> str:
     """KV-cache memory, text and whole batch included."""
     return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1000:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"

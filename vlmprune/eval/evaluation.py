@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,10 @@ from vlmprune.eval.summary import Result, answers_of, kept_share, summarize
 from vlmprune.models import patch_grid
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.recipe import named
+from vlmprune.progress import Progress, silent
 
 BUDGETS = (0.48, 0.64)
 """FLOPs cuts where none are given: those of FEATHER's tables."""
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, how many answers have come, and how many are to come; 0 of 0 where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def run(
     seeds: int = 3,
     batch_size: int = 16,
     max_new_tokens: int = 32,
-    progress: Progress = lambda doing, done, total: None,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Accuracy of policies at equal FLOPs on a set of questions: what ``vlmprune eval`` does, without printing.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from vlmprune.compensation import Known
 from vlmprune.errors import check
 from vlmprune.policies import ACCM
 from vlmprune.policies.recipe import policy_from
+from vlmprune.progress import Progress, silent
 from vlmprune.training.folder import COMPENSATOR, Folder
 from vlmprune.training.plan import Plan
 from vlmprune.training.referee import Captioned, Referee
@@ -24,8 +25,6 @@ from vlmprune.training.trainer import Trainer
 
 RECENT = 20
 """Steps over which figures are averaged where they are shown."""
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, the steps taken, and those of the whole run; 0 of 0 where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def train(
     resume: bool = False,
     save_steps: int | None = None,
     save_seconds: float = 120.0,
-    progress: Progress = lambda doing, done, total: None,
+    progress: Progress = silent,
 ) -> Trained:
     """Train ACCM's captioner and selector: what ``vlmprune accm train`` does, without printing.
 

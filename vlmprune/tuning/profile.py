@@ -16,12 +16,12 @@ from torch import Tensor
 from vlmprune.checkpoints import Checkpoint, check_padding, generate
 from vlmprune.errors import check
 from vlmprune.eval.ask import Subject, show, with_template
-from vlmprune.eval.evaluation import Progress
 from vlmprune.eval.intervals import Estimate, bootstrap
 from vlmprune.eval.questions import Question, read_questions
 from vlmprune.policies.base import TokenContext, attention_of
 from vlmprune.policies.compose import Stages
 from vlmprune.policies.custom import Custom
+from vlmprune.progress import Progress, silent
 
 ENOUGH, HARDLY = 0.8, 0.1
 """A layer is recommended from this share of the largest ``seeks`` on, and none where that is not even ``HARDLY``."""
@@ -75,7 +75,7 @@ def profile_layers(
     families: Sequence[str] = (),
     images: int = 8,
     seed: int = 0,
-    progress: Progress = lambda doing, done, total: None,
+    progress: Progress = silent,
 ) -> Profile:
     """Where attention begins to depend on the question: no answer is needed, and none is generated.
 

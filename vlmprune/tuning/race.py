@@ -11,10 +11,10 @@ from typing import Any
 from vlmprune.errors import check
 from vlmprune.eval.arms import UNPRUNED, Arm
 from vlmprune.eval.ask import Subject, ask_all, missing
-from vlmprune.eval.evaluation import Progress
 from vlmprune.eval.intervals import Estimate, bootstrap, proportion
 from vlmprune.eval.questions import Question
 from vlmprune.eval.store import Answer, Store
+from vlmprune.progress import Progress
 
 SLACK = 0.01
 """How far the cut that was measured may stay behind the budget: prompts are not all as long as the typical one."""

@@ -13,12 +13,12 @@ from vlmprune.checkpoints import Checkpoint, check_padding
 from vlmprune.errors import InputError, check
 from vlmprune.eval.arms import Arm, PromptSize, fit_arm
 from vlmprune.eval.ask import Subject, typical_prompt, with_template
-from vlmprune.eval.evaluation import Progress
 from vlmprune.eval.plots import check_matplotlib
 from vlmprune.eval.questions import Question, read_questions
 from vlmprune.eval.store import Store, check_out, write
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.recipe import to_yaml
+from vlmprune.progress import Progress, silent
 from vlmprune.tuning.plots import draw_race
 from vlmprune.tuning.race import Rung, Standing, answers_to, ask, race, split
 from vlmprune.tuning.schedules import GSearch, Score
@@ -64,7 +64,7 @@ def search(
     seed: int = 0,
     batch_size: int = 16,
     max_new_tokens: int = 32,
-    progress: Progress = lambda doing, done, total: None,
+    progress: Progress = silent,
 ) -> Found:
     """The best of many settings of any policies at equal FLOPs, by successive halving on questions with answers.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from vlmprune.eval.scoring import judge
 from vlmprune.images import open_rgb
 from vlmprune.policies.base import Grid
 from vlmprune.policies.registry import load_policies
+from vlmprune.progress import Progress, silent
 from vlmprune.view.fitting import Fitted, Size, fit
 from vlmprune.view.outcome import Outcome, run_once
 from vlmprune.view.scene import make_ready, seen, size_of
@@ -24,7 +25,6 @@ from vlmprune.view.sheets import Frame, contact_sheet, strip
 
 BUDGETS = (192.0, 128.0, 64.0)
 NAME, SHEET = "gallery.json", "sheet.webp"
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def make_gallery(
     budgets: Sequence[float] = BUDGETS,
     methods: Sequence[str] = (),
     max_new_tokens: int = 16,
-    progress: Progress = lambda doing, done, total: None,
-) -> dict[str, str]:
+    progress: Progress = silent,
+) -> dict[str, Any]:
     """Ask every method every question at every budget, and draw what it keeps.
 
     Writes into ``out`` one strip a method (``fastv.webp``: a row a question, a column a budget), ``sheet.webp`` with all methods on
@@ -89,7 +89,8 @@ def make_gallery(
         progress: is told what is done, how far it is, and of how many.
 
     Returns:
-        By name, why a method is left out: it has to be given settings, or has none that a budget could change.
+        What ``gallery.json`` holds; under ``left_out`` why a method is: it has to be given settings, or has none that a budget
+        could change.
 
     Raises:
         InputError: bad questions or budgets, an unknown method, or a model that does not see a picture as one grid of tokens.
@@ -116,7 +117,7 @@ def make_gallery(
     settings = {"model": checkpoint.source, "visual_tokens": size.visual, "layers": size.layers}
     data = {**settings, "budgets": list(budgets), "questions": asked, "left_out": told, "answers": rows}
     (out / NAME).write_text(json.dumps(data, indent=1) + "\n")
-    return left_out
+    return data
 
 
 def _check_budgets(budgets: Sequence[float], size: Size) -> None:

@@ -60,9 +60,8 @@ class Results:
         question: that was asked.
         size: of the model, and the visual tokens of the image.
         limit: tokens of the longest answer.
-        seen: the picture as the model sees it; None = it cannot be drawn, and ``undrawn`` says why.
+        seen: the picture as the model sees it; None = it is not one grid of tokens, and not drawn.
         grid: visual tokens of the picture, rows and columns.
-        undrawn: "" where it is drawn.
         columns: one for no pruning, then one a method.
         doing: what is done now; "" = all is there.
     """
@@ -72,7 +71,6 @@ class Results:
     limit: int
     seen: Image.Image | None
     grid: Grid
-    undrawn: str
     columns: tuple[Column, ...] = field(default=())
     doing: str = ""
 
@@ -105,9 +103,7 @@ def _before(desk: Desk, question: Asked, inputs: Any) -> Results:
     size = size_of(checkpoint, inputs)
     check(question.budget <= size.visual, "budget", f"at most {size.visual} visual tokens", question.budget)
     image, grid = seen(checkpoint, inputs)
-    kind = checkpoint.config.model_type
-    undrawn = "" if image else f"Not drawn: {kind} does not see a picture as one grid of tokens."
-    return Results(question, size, desk.limit, image, grid, undrawn)
+    return Results(question, size, desk.limit, image, grid)
 
 
 def _column(

@@ -6,11 +6,10 @@ from difflib import SequenceMatcher
 from html import escape
 
 from vlmprune.view.outcome import Outcome
+from vlmprune.view.units import duration, flops
 from vlmprune.web.ask import TIMED, Column, Results
 from vlmprune.web.pictures import data_uri, enlarged, veil
 from vlmprune.web.text import command, python
-
-UNITS = {"T": 1e12, "G": 1e9, "M": 1e6}
 
 
 def results_html(results: Results) -> str:
@@ -66,7 +65,10 @@ def _answer(results: Results, outcome: Outcome) -> str:
 def _picture(results: Results, column: Column, outcome: Outcome) -> str:
     """The picture under a veil for each stage, of which the slider shows one."""
     if results.seen is None:
-        return f'<p class="vp-note">{escape(results.undrawn)}</p>'
+        kind = results.question.checkpoint.config.model_type
+        return (
+            f'<p class="vp-note">Not drawn: {escape(kind)} does not see a picture as one grid of tokens.</p>'
+        )
     total, last = results.size.visual, len(outcome.kept)
     veils, captions = [], [_at(0, last, "figcaption", f"all {total}")]
     for stage, ((layer, *_), kept) in enumerate(zip(outcome.report.stages, outcome.kept, strict=True), 1):
@@ -88,13 +90,13 @@ def _at(stage: int, last: int, tag: str, text: str, attributes: str = "") -> str
 
 def _numbers(results: Results, outcome: Outcome) -> str:
     report, total = outcome.report, results.size.visual
-    tokens, flops, seconds = report.tokens, report.flops, report.seconds
-    cut = f"\u2212{flops.cut:.0%}" if outcome.kept else ""
+    tokens, cost, seconds = report.tokens, report.flops, report.seconds
+    cut = f"\u2212{cost.cut:.0%}" if outcome.kept else ""
     rows = {
         "tokens": (f"{tokens.mean_per_layer:.1f}", f"of {total}", tokens.mean_per_layer / total),
-        "FLOPs": (_flops(flops.pruned, flops.full), cut, flops.pruned / flops.full),
-        "prefill": (_time(seconds.prefill), "", None),
-        "decode": (_time(seconds.decode), f"{report.decode_steps} steps", None),
+        "FLOPs": (flops(cost.pruned, cost.full, unit=""), cut, cost.pruned / cost.full),
+        "prefill": (duration(seconds.prefill), "", None),
+        "decode": (duration(seconds.decode), f"{report.decode_steps} steps", None),
     }
     cells = "".join(
         f"<div><dt>{name}</dt><dd><b>{value}</b> {more}{_bar(share)}</dd></div>"
@@ -105,16 +107,6 @@ def _numbers(results: Results, outcome: Outcome) -> str:
 
 def _bar(share: float | None) -> str:
     return "" if share is None else f'<i class="vp-bar" style="--share: {share:.1%}"></i>'
-
-
-def _flops(count: int, like: int) -> str:
-    """``count`` in the unit that suits ``like``, so that cards share one."""
-    unit = next((unit for unit, size in UNITS.items() if like >= size), "")
-    return f"{count / UNITS.get(unit, 1):.2f} {unit}"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def _missed(results: Results, column: Column) -> str:
