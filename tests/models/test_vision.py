@@ -10,7 +10,8 @@ import torch
 import vlmprune
 from helpers.families import CASES, build, prompts
 from helpers.families_oracle import TOLERANCE, Reader, dropped_from, generate, oracle
-from vlmprune.policies.base import TokenContext
+from vlmprune.models.host.parts import find_parts, tower_layers
+from vlmprune.policies.base import Needs, TokenContext
 
 
 def attention_of(tower, **inputs):
@@ -49,6 +50,52 @@ def test_vision_attention_is_the_towers_own(name):
     torch.testing.assert_close(seen.received(), seen.per_token(received), atol=1e-5, rtol=1e-4)
     features = contexts[0].features
     assert features.shape[:2] == (len(pixels), blocks.shape[1])
+
+
+def layer_of(model, layer):
+    """The attention of a block of a model's vision tower, and the projection behind it."""
+    parts = find_parts(model)
+    attn = getattr(tower_layers(parts)[layer], parts.tower.attention)
+    found = [name for name, _ in attn.named_children() if name in ("out_proj", "proj", "projection_layer")]
+    (name,) = found
+    return getattr(attn, name)
+
+
+@pytest.mark.parametrize("layer", [0, -2])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if not name.startswith("llava-") or name == "llava-llama"]
+)
+def test_values_are_the_towers_own(name, layer):
+    """Of every tower: weighed by the attention of query and key they are what its layer projects."""
+    case = CASES[name]
+    model = build(case)
+    inputs, _ = prompts(case, [case.one])
+    contexts: list[TokenContext] = []
+    told: list[torch.Tensor] = []
+    with (
+        vlmprune.prune(model, Reader(contexts.append, Needs(vision=(layer,), values=True))),
+        layer_of(model, layer).register_forward_pre_hook(lambda _, args: told.append(args[0].detach())),
+    ):
+        generate(model, inputs)
+    seen = contexts[0].vision[layer]
+    logits = seen.query @ seen.key.transpose(2, 3) * seen.scale
+    if seen.mask is not None:
+        logits = logits.masked_fill(~seen.mask[:, None, None], float("-inf"))
+    made = (logits.softmax(-1) @ seen.value).transpose(1, 2).flatten(2)
+    made = made.flatten(0, 1) if seen.mask is None else made[seen.mask]
+    want = torch.cat([x.reshape(-1, x.shape[-1]) for x in told])
+    torch.testing.assert_close(made, want, atol=1e-5, rtol=1e-4)
+
+
+def test_values_are_not_read_where_nobody_asks():
+    case = CASES["llava-llama"]
+    model = build(case)
+    contexts: list[TokenContext] = []
+    with vlmprune.prune(model, Reader(contexts.append)):
+        generate(model, prompts(case, [case.one])[0])
+    assert contexts[0].vision[-2].value is None
+    with pytest.raises(ValueError, match=r"^values: expected False without vision layers, got True$"):
+        Needs(values=True)
 
 
 def test_padded_patches_of_a_tower_neither_attend_nor_count():

@@ -38,6 +38,13 @@ POLICIES = [
     vlmprune.ACCMSelection(keep=18, relevance="none", order="selected", positions="pack"),
     vlmprune.CDPruner(keep=18, relevance=first_column),
     vlmprune.CDPruner(keep=18, relevance=first_column, positions="pack"),
+    vlmprune.PruMerge(keep=18, neighbours=3),
+    vlmprune.PruMerge(keep=17, plus=True, positions="pack"),
+    vlmprune.TRIM(keep=18, relevance=first_column),
+    vlmprune.TRIM(keep=17, relevance=first_column, positions="pack"),
+    vlmprune.ToMe(keep=17, rounds=4),
+    vlmprune.VisionTrim(keep=18, text_ratio=0.0),
+    vlmprune.VisionTrim(keep=17, text_ratio=0.0, score="received", positions="pack"),
 ]
 
 NAMES = [f"{type(policy).__name__}-{i}" for i, policy in enumerate(POLICIES)]

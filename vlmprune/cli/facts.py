@@ -66,7 +66,7 @@ def reading(needs: Iterable[Needs]) -> list[str]:
             n.embeds or n.text or n.tokens or (n.rows == "text" and n.attention) for n in all_of
         ),
         "vision attention": any(n.vision for n in all_of),
-        "hidden states": any(n.hidden for n in all_of),
+        "hidden states": any(n.hidden or n.earlier for n in all_of),
     }
     return [part for part, read in used.items() if read]
 

@@ -104,8 +104,11 @@ class CropReads:
                 features = mixed(features, cells, shares).to(features)
         vision = {}
         for layer, scale in scales.items():
-            query, key = (mine(note.taken[layer, name]) for name in ("q", "k"))
-            vision[layer] = VisionAttention(query, key, scale, self.parts.tower.cls, mask, cells, shares)
+            own = _own(note, layer, mine)
+            cls = self.parts.tower.cls
+            vision[layer] = VisionAttention(
+                **own, scale=scale, cls=cls, mask=mask, cells=cells, shares=shares
+            )
         # project is no call of the module: no hook should see it
         return {"vision": vision, "features": features, "project": self.parts.projector.forward}
 
@@ -134,19 +137,28 @@ class CropReads:
         self, note: Encoded, layer: int, scale: float, packed: Packed, mine: _Mine, windowed: bool
     ) -> VisionAttention:
         """Of packed patches, in frames or windows."""
-        query, key = (mine(note.taken[layer, name]) for name in ("q", "k"))
-        cells, rows, mask = packed_cells(packed, self.side, key.device), None, None
+        own = _own(note, layer, mine)
+        device = own["key"].device
+        cells, rows, mask = packed_cells(packed, self.side, device), None, None
         if len(set(packed.groups)) > 1:
-            at = group_rows(packed.groups, key.device)
+            at = group_rows(packed.groups, device)
             mask = at >= 0
-            query, key = (x[at.clamp(min=0)] for x in (query, key))
+            own = {name: x[at.clamp(min=0)] for name, x in own.items()}
         else:
-            query, key = (x.view(len(packed.groups), -1, *x.shape[1:]) for x in (query, key))
+            own = {name: x.view(len(packed.groups), -1, *x.shape[1:]) for name, x in own.items()}
         if windowed:
-            rows = whole_numbers(tuple(len(units) * self.side**2 for units in packed.units), key.device)
+            rows = whole_numbers(tuple(len(units) * self.side**2 for units in packed.units), device)
             rows = rows[:, None].float()
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
-        return VisionAttention(query, key, scale, False, mask, cells, None, rows)
+        own = {name: x.transpose(1, 2) for name, x in own.items()}
+        return VisionAttention(**own, scale=scale, cls=False, mask=mask, cells=cells, rows=rows)
+
+
+def _own(note: Encoded, layer: int, mine: _Mine) -> dict[str, Tensor]:
+    """A call's query and key of a layer, and its values if they were noted, by their names in a ``VisionAttention``."""
+    names = {"q": "query", "k": "key", "v": "value"}
+    return {
+        field: mine(note.taken[layer, name]) for name, field in names.items() if (layer, name) in note.taken
+    }
 
 
 class _OfBlocks:

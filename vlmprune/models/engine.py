@@ -54,7 +54,8 @@ class Engine:
                 check_shows(parts.text.config)
         needs = {} if policy is None else {layer: policy.needs(layer) for layer in policy.layers}
         self.wants = Wants.of(needs, parts.layers, parts.text.config)
-        self.vision = VisionReads(parts, sorted({layer for need in needs.values() for layer in need.vision}))
+        read = sorted({layer for need in needs.values() for layer in need.vision})
+        self.vision = VisionReads(parts, read, any(need.values for need in needs.values()))
         self.stage = None if policy is None else StageRunner(parts, policy, self.vision)
         self.fast = (
             None if graphs is None else FastPath(parts, policy, self.wants, self.vision, self.clock, graphs)
@@ -201,6 +202,8 @@ class Engine:
         if i == self.wants.wave_layer and prefill.waves is not None:
             with self.clock.second_wave():
                 hidden = run_second_wave(self.parts, prefill, hidden, kwargs)
+        if stage is not None:
+            prefill.keep_earlier(i, hidden)
         decided = prefill.decision(i)
         if decided is None and layer is None and not prefill.bound:
             return None if hidden is args[0] else ((hidden, *args[1:]), kwargs)

@@ -143,6 +143,7 @@ class Prefill:
         unpruned: the chunk before any stage, known when the first layer runs.
         decisions: by stage layer; None for a stage that kept everything.
         attention: query and key, by the stage layer that will read them.
+        earlier: ``[B, n, D]`` rows that entered the layer before, by the stage layer that will read them.
         lse: ``[B, H, n]`` log-sum-exp of their rows, by layer, where our attention backend ran them.
         ropes: shifts of packed caches, each with its tables.
         masks: built masks, shared by the layers that need the same one.
@@ -161,6 +162,7 @@ class Prefill:
     unpruned: Unpruned | None = None
     decisions: dict[int, Decision | None] = field(default_factory=dict)
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
+    earlier: dict[int, Tensor] = field(default_factory=dict)
     lse: dict[int, Tensor] = field(default_factory=dict)
     ropes: list[tuple[Tensor, Rope]] = field(default_factory=list)
     masks: dict[Any, Any] = field(default_factory=dict)
@@ -184,6 +186,12 @@ class Prefill:
         """Whether a stage still to come scores from this module's attention in this call."""
         here = self.call.visual is not None and module in self.wants.scored and not self.second
         return here and module.layer_idx + 1 not in self.decisions
+
+    def keep_earlier(self, i: int, hidden: Tensor) -> None:
+        """Keep the rows ``hidden [B, n, D]`` that enter layer ``i`` for a stage still to come at the next one, if it reads them."""
+        needs = self.wants.needs.get(i + 1)
+        if needs is not None and needs.earlier and i + 1 not in self.decisions:
+            self.earlier[i + 1] = hidden
 
     def rectified(self, i: int) -> bool:
         """Whether some key that layer ``i``, which has run, holds stands for others."""

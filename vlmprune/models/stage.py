@@ -192,6 +192,9 @@ class StageRunner:
             seen |= self.vision.fields(needs.vision, prefill.call.visuals, unpruned.seen)
         if needs.hidden:
             seen["hidden"] = ops.gather_tokens([hidden], layout.visual)[0]
+        if needs.earlier:
+            entered = prefill.earlier.pop(i)
+            seen["earlier"] = ops.gather_tokens([entered], layout.visual.to(entered.device))[0]
         if needs.embeds:
             seen |= {"embeds": unpruned.embeds, "image": unpruned.layout.visual}
         if needs.wave and prefill.waves is not None:

@@ -25,10 +25,16 @@ class VisionReads:
     """Notes what every run of the vision tower saw, so that a call finds the query and key of its own images.
 
     While the tower runs the note waits here, one for each thread.
+
+    Args:
+        parts: the model's.
+        layers: which vision layers are read.
+        values: whether their values are, too.
     """
 
-    def __init__(self, parts: Parts, layers: Iterable[int]) -> None:
+    def __init__(self, parts: Parts, layers: Iterable[int], values: bool = False) -> None:
         self.parts, self.blocks = parts, tower_layers(parts)
+        self.names = ("q", "k", "v") if values else ("q", "k")
         self.told = Names(
             parts.vision, [n for n in (parts.tower.grids, parts.tower.padding) if n is not None]
         )
@@ -56,20 +62,21 @@ class VisionReads:
                 yield attn.register_forward_pre_hook(partial(self._turn, told), with_kwargs=True)
                 keep = partial(self._keep_fused, layer, attn)
                 yield attribute(attn, fused).register_forward_hook(keep)
-            for name in ("q", "k") if fused is None else ():
+            for name in self.names if fused is None else ():
                 keep = partial(self._keep, layer, name, attn)
                 yield self._projection(attn, name).register_forward_hook(keep)
         if self.attn and fused is None:
             # torch.compile runs what it made of the first block as every block: it must have seen hooks there
             first = self._attention_of(0)
-            for name in ("q", "k"):
+            for name in self.names:
                 yield self._projection(first, name).register_forward_hook(_nothing)
         if self.attn:
             yield self.parts.projector.register_forward_pre_hook(self._see)
 
     def _projection(self, attn: Any, name: str) -> Any:
-        """Of the query ("q") or key ("k"); a norm behind it (InternVL) has the last word."""
-        return attribute(attn, f"{name}_norm" if self.parts.tower.normed else f"{name}_proj")
+        """Of the query ("q"), key ("k") or value ("v"); a norm behind the first two (InternVL) has the last word."""
+        normed = self.parts.tower.normed and name != "v"
+        return attribute(attn, f"{name}_norm" if normed else f"{name}_proj")
 
     def visuals(self, given: Arguments) -> Visuals | None:
         """The images and videos that a call brings, or None; until ``done``, runs of the tower in this thread are its own."""
@@ -143,7 +150,9 @@ class VisionReads:
         note = self.mine.note
         if note is not None:
             cos, sin = (t.detach()[:, None].float() for t in note.rope)
-            query, key, _ = output.detach().view(len(output), 3, -1, attn.head_dim).unbind(1)
+            query, key, value = output.detach().view(len(output), 3, -1, attn.head_dim).unbind(1)
+            if "v" in self.names:
+                note.taken[layer, "v"] = value
             for name, x in (("q", query), ("k", key)):  # in float32, as the tower turns them
                 first, second = x.float().chunk(2, -1)
                 turned = torch.cat([-second, first], -1)

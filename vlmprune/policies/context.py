@@ -28,6 +28,7 @@ class TokenContext:
             one per image, or several where an image has a small view and tiles, or a video has frames. A newline token
             ends its row of the grid, or is a grid of its own.
         hidden: ``[B, N, D]`` hidden states entering the stage, zeros at padding, or None if not asked for.
+        earlier: ``[B, N, D]`` hidden states with which the same tokens entered the layer before, or None if not asked for.
         attention: query and key of one layer, or None if not asked for.
         ran: ``[B, c]`` int64 numbers of the entering tokens that have run through the layers before, ascending, -1 = padding:
             the columns of ``attention``. Given for ``Needs(wave=True)`` where there are others; None = all have.
@@ -64,6 +65,7 @@ class TokenContext:
     positions: Tensor
     grids: tuple[tuple[Grid, ...], ...]
     hidden: Tensor | None = None
+    earlier: Tensor | None = None
     attention: AttentionInputs | None = None
     ran: Tensor | None = None
     ran_counts: tuple[int, ...] | None = None

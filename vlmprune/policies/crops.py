@@ -26,16 +26,18 @@ def images_of(ctx: TokenContext) -> Groups:
     return _grouped(ctx, lines, sizes)
 
 
-def crops_of(ctx: TokenContext) -> Groups:
+def crops_of(ctx: TokenContext, unpruned: bool = False) -> Groups:
     """Where the crops of the images lie, as the vision tower saw them. Raises ValueError as ``images_of``.
+
+    ``unpruned`` asks where they lay among the tokens that ``ctx.ordinals`` number, whatever earlier stages have left of them.
 
     Example:
         >>> crops_of(ctx).crops[0], crops_of(ctx).tokens
         (Crop(first=0, width=2, rows=2, columns=2), (4, 4, 4))
     """
-    sizes = _whole(ctx)
+    sizes = _whole(ctx, unpruned)
     if ctx.crops is not None:
-        return _grouped(ctx, ctx.crops, sizes)
+        return _grouped(ctx, ctx.crops, sizes, unpruned)
     found = []
     for grids, own in zip(ctx.grids, sizes, strict=True):
         left, first, images = list(grids), 0, []
@@ -47,20 +49,24 @@ def crops_of(ctx: TokenContext) -> Groups:
                 first += rows * columns
             images.append(tuple(some))
         found.append(tuple(images))
-    return _grouped(ctx, found, sizes)
+    return _grouped(ctx, found, sizes, unpruned)
 
 
-def _whole(ctx: TokenContext) -> tuple[Counts, ...]:
+def _whole(ctx: TokenContext, unpruned: bool = False) -> tuple[Counts, ...]:
     cut = ctx.shares is not None
     check(not cut, "prefill_chunk_size", "None with a method that needs whole images", "a prompt in chunks")
     sizes = ctx.images()
     whole = tuple(map(sum, sizes))
-    check(ctx.counts == whole, "ctx.counts", f"{whole}, every token of every image", ctx.counts)
+    there = unpruned or ctx.counts == whole
+    check(there, "ctx.counts", f"{whole}, every token of every image", ctx.counts)
     return sizes
 
 
 def _grouped(
-    ctx: TokenContext, samples: Sequence[Sequence[Sequence[Crop]]], sizes: Sequence[Sequence[int]]
+    ctx: TokenContext,
+    samples: Sequence[Sequence[Sequence[Crop]]],
+    sizes: Sequence[Sequence[int]],
+    unpruned: bool = False,
 ) -> Groups:
     crops: list[Crop] = []
     of_sample: list[int] = []
@@ -78,6 +84,5 @@ def _grouped(
                 inside -= set(places_of(crop))
             rest.append(tuple(sorted(inside)))
             owners.append(b)
-    return Groups(
-        tuple(crops), tuple(of_sample), tuple(of_image), tuple(rest), tuple(owners), *ctx.mask.shape
-    )
+    shape = (len(sizes), max(map(sum, sizes), default=0)) if unpruned else ctx.mask.shape
+    return Groups(tuple(crops), tuple(of_sample), tuple(of_image), tuple(rest), tuple(owners), *shape)

@@ -36,6 +36,7 @@ class Needs:
             prefill), or every prompt row ("all").
         embeds: the input embeddings of the whole prompt, and where its text is (one host read a prefill).
         vision: vision-tower layers whose query and key to read (-2 = the last but one); with any, also the features.
+        values: whether the values of these vision layers are read, too.
         keys_only: whether of that attention only the keys, and where the rows are, are read: then no query is projected.
         tokens: the prompt's token ids, the table that embeds them, and the tokenizer; such a stage is the first one.
         text: the hidden states entering the stage of the text after the last image (one host read a prefill), where the
@@ -47,6 +48,8 @@ class Needs:
             the last image once more, over what these layers hold of all others (``models/waves.py``). The stage before is
             at layer 0, and all that it left stays. Beside it ``restored`` is True; ``attention`` may be "previous", of the
             tokens that have run (``TokenContext.ran``).
+        earlier: the hidden states with which the same tokens entered the layer before; False where tokens are restored, and at
+            layer 0.
     """
 
     hidden: bool = False
@@ -59,11 +62,17 @@ class Needs:
     text: bool = False
     restored: bool = False
     wave: bool = False
+    earlier: bool = False
+    values: bool = False
 
     def __post_init__(self) -> None:
         check(self.restored or not self.wave, "wave", "False where no token is restored", self.wave)
         known = self.wave or not (self.restored and self.attention == "previous")
         check(known, "attention", "'own' or None where tokens are restored", repr(self.attention))
+        check(
+            not (self.restored and self.earlier), "earlier", "False where tokens are restored", self.earlier
+        )
+        check(bool(self.vision) or not self.values, "values", "False without vision layers", self.values)
 
     @property
     def reads_text(self) -> bool:
@@ -84,6 +93,8 @@ class Needs:
             text=self.text or other.text,
             restored=self.restored or other.restored,
             wave=self.wave or other.wave,
+            earlier=self.earlier or other.earlier,
+            values=self.values or other.values,
         )
 
 

@@ -45,6 +45,7 @@ class VisionAttention:
             token; None = the tokens are the patches in their order.
         shares: ``[I, T, m]`` float32, how much of a token each of its patches is; None = equal parts.
         rows: ``[I, 1]`` float32, the patches of each crop, where the layer attends in windows; else None.
+        value: like ``key``, or None if it was not asked for (``Needs(values=True)``).
     """
 
     query: Tensor
@@ -55,6 +56,7 @@ class VisionAttention:
     cells: Tensor | None = None
     shares: Tensor | None = None
     rows: Tensor | None = None
+    value: Tensor | None = None
 
     def rating(self) -> Rating:
         """The attention that patches receive, one column each: from CLS, or without one the mean over all rows.

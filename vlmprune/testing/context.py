@@ -173,6 +173,7 @@ def make_case(
         positions=torch.where(columns >= 0, origin.gather(1, (columns - P).clamp(min=0)), -1),
         grids=tuple(tuple(grids) for grids in images),
         hidden=torch.randn(B, columns.shape[1], WIDTH, generator=g),
+        earlier=torch.randn(B, columns.shape[1], WIDTH, generator=g),
         attention=attention,
     )
     image, text = (padded([getattr(sample, name) for sample in made]) for name in ("image", "text"))
@@ -236,6 +237,12 @@ def with_vision(
     for layer in layers:
         query, key = draw((len(grids), 2 * H, patches, D), patches, few_values, g)
         seen[layer] = VisionAttention(query[:, :H], key, D**-0.5, cls, cells=cells)
+    values = Generator().manual_seed(
+        seed + 1
+    )  # a draw of their own: what else is drawn does not depend on them
+    for layer, own in seen.items():
+        _, value = draw((len(grids), 2 * H, patches, D), patches, few_values, values)
+        seen[layer] = replace(own, value=value)
     features = torch.randn(len(grids), tokens, FEATURES, generator=g)
     weight = torch.randn(FEATURES, WIDTH, generator=g) / 4
 
@@ -267,9 +274,13 @@ def make_context(needs: Needs, images: Sequence[Sequence[Grid]], layer: int, **s
     return bare(with_wave(made.ctx) if needs.wave else made.ctx, needs)
 
 
+def _seen(vision: VisionAttention, needs: Needs) -> VisionAttention:
+    return vision if needs.values else replace(vision, value=None)
+
+
 def bare(ctx: TokenContext, needs: Needs) -> TokenContext:
     """The same with what ``needs`` asks for and nothing else, as the wiring hands it out."""
-    assert ctx.hidden is not None
+    assert ctx.hidden is not None and ctx.earlier is not None
     attention = ctx.attention if needs.attention else None
     if attention is not None and needs.rows == "last":
         attention = replace(attention, query=attention.query[:, :, -1:], rows=attention.last)
@@ -277,9 +288,11 @@ def bare(ctx: TokenContext, needs: Needs) -> TokenContext:
         S, rows = attention.key.shape[2], attention.rows
         reach = int(torch.where(rows >= 0, S - rows, 0).max()) if rows.numel() else 0
         attention = replace(attention, query=attention.query[:, :, attention.query.shape[2] - reach :])
+    outside = ~ctx.mask[..., None]
     return replace(
         ctx,
-        hidden=ctx.hidden.masked_fill(~ctx.mask[..., None], 0.0) if needs.hidden else None,
+        hidden=ctx.hidden.masked_fill(outside, 0.0) if needs.hidden else None,
+        earlier=ctx.earlier.masked_fill(outside, 0.0) if needs.earlier else None,
         attention=attention,
         embeds=ctx.embeds if needs.embeds else None,
         image=ctx.image if needs.embeds else None,
@@ -288,7 +301,7 @@ def bare(ctx: TokenContext, needs: Needs) -> TokenContext:
         text_hidden=ctx.text_hidden if needs.text else None,
         norm=ctx.norm if needs.text else None,
         start=ctx.start if needs.text else None,
-        vision={layer: ctx.vision[layer] for layer in needs.vision if layer in ctx.vision},
+        vision={layer: _seen(ctx.vision[layer], needs) for layer in needs.vision if layer in ctx.vision},
         features=ctx.features if needs.vision else None,
         project=ctx.project if needs.vision else None,
         tokens=ctx.tokens if needs.tokens else None,

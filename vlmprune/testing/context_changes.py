@@ -20,9 +20,9 @@ def changed(ctx: TokenContext, change: Callable[[str, Tensor], Tensor]) -> Token
         return replace(holder, **{n: change(prefix + n, x) for n, x in inputs.items() if x is not None})
 
     pair = ("query", "key")
-    ctx = among(ctx, ("hidden", "text_hidden", "embeds", "features"))
+    ctx = among(ctx, ("hidden", "earlier", "text_hidden", "embeds", "features"))
     attention = None if ctx.attention is None else among(ctx.attention, pair)
-    vision = {layer: among(seen, pair, f"vision[{layer}].") for layer, seen in ctx.vision.items()}
+    vision = {layer: among(seen, (*pair, "value"), f"vision[{layer}].") for layer, seen in ctx.vision.items()}
     return replace(ctx, attention=attention, vision=vision)
 
 
@@ -80,7 +80,7 @@ def _one_token(ctx: TokenContext, name: str, sample: int, x: Tensor) -> int:
         return int(ctx.attention.columns[sample, 0])
     if name == "embeds" and ctx.image is not None:
         return int(ctx.image[sample, 0])
-    return 0 if name in ("hidden", "text_hidden", "features") else x.shape[-2] - 1
+    return 0 if name in ("hidden", "earlier", "text_hidden", "features") else x.shape[-2] - 1
 
 
 def with_other_values(ctx: TokenContext) -> TokenContext:
@@ -121,6 +121,7 @@ def first_alone(ctx: TokenContext) -> TokenContext:
         ordinals=ctx.ordinals[:1, :n],
         positions=ctx.positions[:1, :n],
         hidden=None if ctx.hidden is None else ctx.hidden[:, :n],
+        earlier=None if ctx.earlier is None else ctx.earlier[:, :n],
         attention=None if ctx.attention is None else _first_rows(ctx.attention),
         ran=None if ctx.ran is None else _real(ctx.ran),
         ran_counts=None if ctx.ran_counts is None else ctx.ran_counts[:1],

@@ -29,8 +29,8 @@ class PrunedImages:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.pruning = Settings.of(self.config)
         blocks, projector = self.vision_parts()
-        layers = self.pruning.policy.needs(0).vision
-        self.reads = TowerReads(self.config, blocks, self.attention, projector, layers)
+        needs = self.pruning.policy.needs(0)
+        self.reads = TowerReads(self.config, blocks, self.attention, projector, needs.vision, needs.values)
         self.at_once: int = vllm_config.scheduler_config.max_num_batched_tokens
 
     def vision_parts(self) -> tuple[Sequence[Any], Any]:

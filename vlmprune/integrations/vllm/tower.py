@@ -41,10 +41,17 @@ class TowerReads:
         attention: name of a block's attention; inside it is vLLM's attention of encoders, ``attn``.
         projector: the projector.
         layers: vision layers to read, counted as in the whole tower, of which vLLM has loaded ``blocks`` (startup.py checks).
+        values: whether their values are read, too.
     """
 
     def __init__(
-        self, config: Any, blocks: Sequence[Any], attention: str, projector: nn.Module, layers: Sequence[int]
+        self,
+        config: Any,
+        blocks: Sequence[Any],
+        attention: str,
+        projector: nn.Module,
+        layers: Sequence[int],
+        values: bool = False,
     ) -> None:
         tower = TOWERS[config.vision_config.model_type]
         self.encoder = Encoder(config, FAMILIES[config.model_type], tower, projector)
@@ -55,6 +62,7 @@ class TowerReads:
         self.features: list[Tensor] = []
         self.scales: dict[int, float] = {}
         self.crops = CropReads(self.encoder)
+        self.names = {"q": "query", "k": "key"} | ({"v": "value"} if values else {})
         for layer in layers:
             attn = attribute(blocks[layer % self.depth], attention).attn
             self.scales[layer] = attn.scale
@@ -96,8 +104,9 @@ class TowerReads:
     def _keep(self, layer: int, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.note is None:
             return
-        query, key = args[:2] if args else (kwargs["query"], kwargs["key"])
-        for name, x in (("q", query), ("k", key)):
+        told = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        for name, called in self.names.items():
+            x = told[called]
             # [crops, T, heads of this rank, D], or [1, patches, heads of this rank, D]
             own = x.view(*x.shape[:2], -1, attn.head_size)
             every = tensor_model_parallel_all_gather(own.contiguous(), dim=2)

@@ -53,7 +53,7 @@ class Encoded:
         crops: patches of each crop (or video frame) that the tower saw.
         thw: frames, height and width in patches of each image, where the tower was told them.
         mask: ``[T, P]`` False at patches that are padding; None = none are.
-        taken: query and key projections, by vision layer and name.
+        taken: query and key projections, and values where they are asked for, by vision layer and name.
         features: ``[T, P', Dv]`` what the projector got, or ``[S, Dv]`` of packed patches.
         rope: cos and sin of the packed patches, while the tower runs.
         sizes: height and width in pixels of each image, where tiles depend on them; None for one that was not tiled.
