@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from vlmprune.errors import InputError
-from vlmprune.images import as_rgb, open_rgb
+from vlmprune.images import as_rgb, open_clip, open_rgb
 
 RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
 """The 16-bit values that are exactly 0 to 255 in 8 bits."""
@@ -163,3 +163,45 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(content, reason, tm
 def test_no_file(tmp_path):
     with pytest.raises(InputError, match=r"^--image: expected an image file, got '.*', which is no file$"):
         open_rgb(tmp_path, "--image")
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "png"])
+def test_all_pictures_of_an_animation(ending, tmp_path):
+    """A codec may blur one a little, and a frame is told apart from the next."""
+    frames = [Image.new("RGB", (16, 12), color) for color in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+    frames[0].save(tmp_path / f"clip.{ending}", save_all=True, append_images=frames[1:], duration=100)
+    read = open_clip(tmp_path / f"clip.{ending}", "--video")
+    assert len(read) == 3
+    for got, made in zip(read, frames, strict=True):
+        assert got.size == made.size and got.mode == "RGB"
+        assert np.abs(pixels(got).astype(int) - pixels(made)).max() <= 8
+
+
+def test_the_pictures_of_a_folder_by_name(tmp_path):
+    for name, level in (("2.png", 20), ("10.png", 100), ("1.png", 10)):  # by name, not by number
+        Image.new("RGB", (4, 3), (level,) * 3).save(tmp_path / name)
+    (tmp_path / ".hidden").write_text("no picture")
+    assert [frame.getpixel((0, 0))[0] for frame in open_clip(tmp_path, "--video")] == [10, 100, 20]
+
+
+def test_what_is_no_clip(tmp_path):
+    one, other = tmp_path / "one.png", tmp_path / "folder"
+    picture().save(one)
+    with pytest.raises(InputError, match=r"^--video: expected two or more pictures, got 1 in '.*one\.png'$"):
+        open_clip(one, "--video")
+    with pytest.raises(
+        InputError, match=r"^--video: expected an animation or a folder of pictures, got '.*folder', wh"
+    ):
+        open_clip(other, "--video")
+    other.mkdir()
+    with pytest.raises(InputError, match=r"^--video: expected two or more pictures, got 0 in '.*folder'$"):
+        open_clip(other, "--video")
+    picture().save(other / "a.png"), picture(7).save(other / "b.png")
+    said = r"^--video: expected pictures of one size in '.*folder', got \[\(5, 3\), \(7, 3\)\]$"
+    with pytest.raises(InputError, match=said):
+        open_clip(other, "--video")
+    (tmp_path / "clip.gif").write_bytes(b"GIF89a and no more")
+    with pytest.raises(
+        InputError, match=r"^--video: expected an animation \(GIF, WebP, PNG\), got '.*clip\.gif', wh"
+    ):
+        open_clip(tmp_path / "clip.gif", "--video")

@@ -6,10 +6,8 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from helpers.clips import tokenizer
 from helpers.families import CASES, build
 from helpers.tiny import GRID, make_model
 from vlmprune import FastV, meter, prune
@@ -21,17 +19,6 @@ from vlmprune.smaller import Smaller, SmallPictures, as_they_are
 
 IMAGE = 199
 SIDE = 14 * GRID
-
-
-def tokenizer():
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<video>": 198, "<image>": IMAGE}
-    words |= {f"w{i}": i for i in range(3, 198)}
-    made = Tokenizer(WordLevel(words, unk_token="w3"))
-    made.pre_tokenizer = WhitespaceSplit()
-    marks = {"image_token": "<image>", "video_token": "<video>"}
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", extra_special_tokens=marks
-    )
 
 
 def llava(tower):
@@ -156,7 +143,7 @@ def of_any_size(kind):
             vision_feature_select_strategy="full",
         ),
     }
-    return SimpleNamespace(model_type=kind, image_token_id=IMAGE), made[kind]()
+    return SimpleNamespace(model_type=kind, image_token_id=IMAGE, video_token_id=-2), made[kind]()
 
 
 ANY_SIZE = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_next", "llava_onevision"]

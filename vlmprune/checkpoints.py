@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from vlmprune.errors import InputError, check, first_line
-from vlmprune.models import Run, check_config, check_stages, meter, prune
+from vlmprune.models import Run, check_config, check_stages, meter, prune, takes_videos
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.precision import slow_on_cpu
 
@@ -176,20 +177,26 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def build_text(processor: Any, prompt: str, images: int) -> str:
-    """The full prompt: as typed if it holds the image placeholder token, else through the chat template.
+def build_text(processor: Any, prompt: str, pictures: int, kind: Literal["image", "video"] = "image") -> str:
+    """The full prompt: as typed if it holds the placeholder token, else through the chat template.
+
+    Args:
+        processor: the checkpoint's.
+        prompt: what is asked.
+        pictures: how many images or videos stand in front of it.
+        kind: which of both.
 
     Raises:
-        InputError: not one placeholder an image, or a prompt that the template does not take.
+        InputError: not one placeholder an image or video, or a prompt that the template does not take.
     """
-    token = processor.image_token
+    token = processor.image_token if kind == "image" else processor.video_token
     if token in prompt:
         text = prompt
     else:
         template = processor.chat_template
         expected = f"a text with {token!r} in it (this checkpoint has no chat template to add it)"
         check(template is not None, "prompt", expected, repr(prompt))
-        content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+        content = [{"type": kind}] * pictures + [{"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         try:
             text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -198,7 +205,7 @@ def build_text(processor: Any, prompt: str, images: int) -> str:
                 f"prompt: expected what the checkpoint's chat template takes, got: {error}"
             ) from error
     count = text.count(token)
-    check(count == images, "prompt", f"{images} x {token!r}, one per image", count)
+    check(count == pictures, "prompt", f"{pictures} x {token!r}, one per {kind}", count)
     return text
 
 
@@ -207,6 +214,8 @@ def make_inputs(
     texts: Sequence[str],
     images: Sequence[list[Image.Image]],
     name: str,
+    *,
+    clips: Sequence[list[Image.Image]] = (),
     **image_settings: Any,
 ) -> Any:
     """Token ids, padded on the left, and pixel values of a batch, on the CPU.
@@ -216,6 +225,7 @@ def make_inputs(
         texts: full prompts, as ``build_text`` makes them.
         images: those of each prompt, in its order.
         name: what errors call the images.
+        clips: the frames of the videos of all prompts, in their order; all of them are shown.
         image_settings: for the image processor, in place of its own.
 
     Raises:
@@ -228,13 +238,22 @@ def make_inputs(
         "add_special_tokens": not has_bos(processor, texts),
         **image_settings,
     }
-    given = list(images) if any(images) else None
+    given: dict[str, Any] = {"images": list(images) if any(images) else None}
+    if clips:
+        videos = [np.stack([np.asarray(frame).transpose(2, 0, 1) for frame in clip]) for clip in clips]
+        given |= {"videos": videos, "do_sample_frames": False}
     try:
-        return processor(text=list(texts), images=given, return_tensors="pt", **options)
+        return processor(text=list(texts), return_tensors="pt", **given, **options)
     except ValueError as error:
         raise InputError(
             f"{name}: expected what the checkpoint's processor takes, got: {first_line(error)}"
         ) from error
+
+
+def is_visual(config: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Which token ids stand for visual tokens, of images or of videos: bool of the same shape."""
+    there = ids == config.image_token_id
+    return there | (ids == config.video_token_id) if takes_videos(config) else there
 
 
 def check_padding(processor: Any, batch_size: int) -> None:

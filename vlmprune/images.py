@@ -1,4 +1,4 @@
-"""A picture as a person sees it: upright, 8 bits a channel, RGB. The one way by which images come in."""
+"""A picture as a person sees it: upright, 8 bits a channel, RGB. The one way by which images and the frames of clips come in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 
 from vlmprune.errors import InputError, check, first_line
 
@@ -32,6 +32,37 @@ def open_rgb(path: Path, name: str) -> Image.Image:
     except UNREADABLE as error:
         got = f"{str(path)!r}, which cannot be read: {first_line(error)}"
         raise InputError(f"{name}: expected an image file, got {got}") from error
+
+
+def open_clip(path: Path, name: str) -> list[Image.Image]:
+    """Read a clip: all pictures of an animation (GIF, WebP, PNG), or the image files of a folder in the order of their names.
+
+    Formats that need a codec are not read: `ffmpeg -i clip.mp4 -vf fps=2 FOLDER/%05d.png` makes a folder of one.
+
+    Args:
+        path: the file or folder; names beginning with a dot are left out.
+        name: the argument that errors name.
+
+    Raises:
+        InputError: nothing there, a file that cannot be read, one picture only, or pictures of different sizes.
+    """
+    if path.is_dir():
+        files = sorted(entry for entry in path.iterdir() if entry.is_file() and entry.name[0] != ".")
+        frames = [open_rgb(file, name) for file in files]
+    else:
+        check(
+            path.is_file(), name, "an animation or a folder of pictures", f"{str(path)!r}, which is neither"
+        )
+        try:
+            with Image.open(path) as image:
+                frames = [as_rgb(frame) for frame in ImageSequence.Iterator(image)]
+        except UNREADABLE as error:
+            got = f"{str(path)!r}, which cannot be read: {first_line(error)}"
+            raise InputError(f"{name}: expected an animation (GIF, WebP, PNG), got {got}") from error
+    check(len(frames) > 1, name, "two or more pictures", f"{len(frames)} in {str(path)!r}")
+    sizes = sorted({frame.size for frame in frames})
+    check(len(sizes) == 1, name, f"pictures of one size in {str(path)!r}", sizes)
+    return frames
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

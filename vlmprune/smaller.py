@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from vlmprune.checkpoints import make_inputs
+from vlmprune.checkpoints import is_visual, make_inputs
 from vlmprune.errors import InputError, ModelError, check
 from vlmprune.flops import decoder_flops
 from vlmprune.models import Report, find_parts, patch_grid
@@ -109,7 +109,7 @@ class Shown:
 
 def as_they_are(config: Any, inputs: Any) -> Shown:
     """A batch whose pictures nobody made smaller."""
-    counts = tuple((inputs["input_ids"] == config.image_token_id).sum(1).tolist())
+    counts = tuple(is_visual(config, inputs["input_ids"]).sum(1).tolist())
     return Shown(inputs, counts, counts)
 
 

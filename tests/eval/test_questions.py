@@ -109,3 +109,45 @@ def test_not_utf8(folder):
     (here / "questions.jsonl").write_bytes(b"\xff\xfe{")
     with pytest.raises(ValueError, match=r"questions.jsonl: expected UTF-8 text, got"):
         read_questions(here)
+
+
+CLIP = {"id": "1", "video": "clip", "family": "when", "prompt": "when does it go ?", "answer": "time 3"}
+
+
+@pytest.fixture
+def clip(folder, tmp_path):
+    frames = tmp_path / "clip"
+    frames.mkdir()
+    for i in range(3):
+        Image.new("RGB", (6, 4), (i, 0, 0)).save(frames / f"{i}.png")
+    first = Image.new("RGB", (5, 5))
+    first.save(tmp_path / "clip.gif", save_all=True, append_images=[Image.new("RGB", (5, 5), (9, 9, 9))])
+    return folder
+
+
+def test_clips(clip):
+    first, second = read_questions(clip(CLIP, CLIP | {"id": "2", "video": "clip.gif"}))
+    assert (first.kind, first.size, len(first.pictures())) == ("video", (6, 4), 3)
+    assert (second.kind, second.size, len(second.pictures())) == ("video", (5, 5), 2)
+    assert [frame.getpixel((0, 0))[0] for frame in first.pictures()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        (
+            [CLIP, GOOD | {"id": "2"}],
+            r"^questions: expected all of them about images, or all about clips, got both$",
+        ),
+        ([CLIP | {"image": "a.png"}], r"line 1: expected a text as 'image' or as 'video', got both$"),
+        (
+            [CLIP | {"video": "none"}],
+            r"line 1: expected an animation or a folder of frames in the folder, got 'none'$",
+        ),
+        ([CLIP | {"video": "a.png"}], r"^questions: expected two or more pictures, got 1 in '.*a\.png'$"),
+        ([CLIP | {"box": [0, 0, 1, 1]}], r"line 1: expected no 'box' beside 'video', got \[0, 0, 1, 1\]$"),
+    ],
+)
+def test_what_is_no_question_about_a_clip(clip, lines, said):
+    with pytest.raises(ValueError, match=said):
+        read_questions(clip(*lines))

@@ -62,10 +62,14 @@ def root(
 @app.command()
 def run(
     model: Model,
-    image: Annotated[list[Path], typer.Option(help="Image file; repeatable.")],
     prompt: Annotated[
         str, typer.Option(help="Question. With the image placeholder token in it, it is taken literally.")
     ],
+    image: Annotated[list[Path] | None, typer.Option(help="Image file; repeatable.")] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(help="A clip instead: an animation (GIF, WebP, PNG) or a folder of frames."),
+    ] = None,
     policy: Policies = None,
     max_new_tokens: MaxNewTokens = 32,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each policy; the median is shown.")] = 3,
@@ -82,16 +86,16 @@ def run(
 ) -> None:
     """Answer one question with each policy, and show what was kept and what it saved."""
     # Before transformers is imported, which takes seconds: a wrong file or policy is told at once.
-    from vlmprune.images import open_rgb
+    from vlmprune.cli.pictures import read_pictures
 
-    images = [(path, open_rgb(path, "--image")) for path in image]
+    shown = read_pictures(image or (), video)
     from vlmprune.policies.recipe import policy_from
 
     policies = [(text, policy_from(text)) for text in policy or ()]
     checkpoint = open_checkpoint(model, device, dtype, attn)
     from vlmprune.cli.run import execute
 
-    execute(checkpoint, images, prompt, policies, max_new_tokens, repeat, compare, save, as_json)
+    execute(checkpoint, shown, prompt, policies, max_new_tokens, repeat, compare, save, as_json)
 
 
 @app.command("eval")

@@ -14,6 +14,7 @@ from PIL import Image
 from vlmprune import __version__
 from vlmprune.checkpoints import Checkpoint, build_text, generate, make_inputs
 from vlmprune.cli.console import progress_bar
+from vlmprune.cli.pictures import Pictures
 from vlmprune.cli.show import show, told_stages, told_times
 from vlmprune.errors import check
 from vlmprune.models import explain, patch_grid
@@ -21,13 +22,14 @@ from vlmprune.policies.base import PruningPolicy
 from vlmprune.progress import Progress
 from vlmprune.view.outcome import Outcome, median, run_once
 from vlmprune.view.picture import check_target, draw, seen_images
+from vlmprune.view.strip import check_clips, clip_of, draw_strips
 
 log = logging.getLogger(__name__)
 
 
 def execute(
     checkpoint: Checkpoint,
-    images: Sequence[tuple[Path, Image.Image]],
+    shown: Pictures,
     prompt: str,
     policies: Sequence[tuple[str, PruningPolicy]],
     max_new_tokens: int,
@@ -41,15 +43,15 @@ def execute(
     if compare or not columns:
         columns.insert(0, (None, None))
     with progress_bar(f"loading {checkpoint.source}") as tell:
-        inputs = prepare(checkpoint, images, prompt, [policy for _, policy in policies], save)
+        inputs = prepare(checkpoint, shown, prompt, [policy for _, policy in policies], save)
         outcomes = _ask(checkpoint, inputs, columns, max_new_tokens, repeat, tell)
     if save is not None:
-        seen = seen_images(inputs["pixel_values"].float().cpu(), checkpoint.processor.image_processor)
-        draw(seen, patch_grid(checkpoint.config), outcomes).save(save)
+        _picture(checkpoint, inputs, shown, outcomes).save(save)
     settings = {
         "version": __version__,
         "model": checkpoint.source,
-        "images": [str(path) for path, _ in images],
+        "images": [str(path) for path in shown.paths],
+        "frames": len(shown.images) if shown.clip else None,
         "prompt": prompt,
         "max_new_tokens": max_new_tokens,
         "device": checkpoint.device,
@@ -69,7 +71,7 @@ def execute(
 
 def prepare(
     checkpoint: Checkpoint,
-    images: Sequence[tuple[Path, Image.Image]],
+    shown: Pictures,
     prompt: str,
     policies: Sequence[PruningPolicy],
     save: Path | None,
@@ -78,12 +80,26 @@ def prepare(
     if save is not None:
         check_target(save)
     checkpoint.check_depth(policies)
-    text = build_text(checkpoint.processor, prompt, len(images))
-    inputs = make_inputs(checkpoint.processor, [text], [[image for _, image in images]], "--image")
-    if save is not None:
-        shape = tuple(inputs["pixel_values"].shape)
-        check(len(shape) == 4 and shape[0] == len(images), "--save", "one tile per image", f"pixels {shape}")
+    processor = checkpoint.processor
+    if shown.clip:
+        check_clips(checkpoint.config)
+        text = build_text(processor, prompt, 1, "video")
+        inputs = make_inputs(processor, [text], [[]], "--video", clips=[shown.images])
+    else:
+        text = build_text(processor, prompt, len(shown.images))
+        inputs = make_inputs(processor, [text], [shown.images], "--image")
+    if save is not None and not shown.clip:
+        shape, images = tuple(inputs["pixel_values"].shape), len(shown.images)
+        check(len(shape) == 4 and shape[0] == images, "--save", "one tile per image", f"pixels {shape}")
     return inputs.to(checkpoint.device, dtype=checkpoint.model.dtype)
+
+
+def _picture(checkpoint: Checkpoint, inputs: Any, shown: Pictures, outcomes: list[Outcome]) -> Image.Image:
+    """What the model saw and what was kept of it."""
+    if shown.clip:
+        return draw_strips(shown.images, clip_of(checkpoint.config, inputs), outcomes)
+    seen = seen_images(inputs["pixel_values"].float().cpu(), checkpoint.processor.image_processor)
+    return draw(seen, patch_grid(checkpoint.config), outcomes)
 
 
 def _ask(

@@ -13,13 +13,12 @@ from typing import Any
 from PIL.Image import Image
 
 from vlmprune import __version__
-from vlmprune.checkpoints import Checkpoint, build_text, generate, has_bos, make_inputs
+from vlmprune.checkpoints import Checkpoint, build_text, generate, has_bos, is_visual, make_inputs
 from vlmprune.errors import InputError
 from vlmprune.eval.arms import Arm, PromptSize, cost
 from vlmprune.eval.questions import FILE, Question
 from vlmprune.eval.scoring import judge
 from vlmprune.eval.store import Answer, Store
-from vlmprune.images import open_rgb
 from vlmprune.models import Run
 from vlmprune.models.host.parts import decoder_shape
 from vlmprune.policies.base import PruningPolicy
@@ -79,7 +78,7 @@ def with_template(processor: Any, questions: Sequence[Question]) -> list[Questio
     out = []
     for question in questions:
         try:
-            out.append(replace(question, prompt=build_text(processor, question.prompt, 1)))
+            out.append(replace(question, prompt=build_text(processor, question.prompt, 1, question.kind)))
         except InputError as error:
             raise InputError(f"question {question.id!r}: {error}") from error
     return out
@@ -107,24 +106,27 @@ def typical_prompt(checkpoint: Checkpoint, questions: Sequence[Question]) -> Pro
     """The prompt that budgets are counted for: the first question's visual tokens, the mean text."""
     ids = batch_inputs(checkpoint.processor, questions[:1])["input_ids"]
     lengths = text_lengths(checkpoint.processor, questions)
-    visual = int((ids == checkpoint.config.image_token_id).sum())
+    visual = int(is_visual(checkpoint.config, ids).sum())
     return PromptSize(decoder_shape(checkpoint.config), visual, round(sum(lengths) / len(lengths)))
 
 
 def batch_inputs(processor: Any, questions: Sequence[Question]) -> Any:
-    """Token ids, padded on the left, and pixel values of a batch, on the CPU.
+    """Token ids, padded on the left, and pixel values of a batch about images, or about clips, on the CPU.
 
     Raises:
         InputError: an image that cannot be read, or that the processor does not take.
     """
-    return make_inputs(processor, *_asked(questions))
+    texts, pictures, name = _asked(questions)
+    if any(question.kind == "video" for question in questions):
+        return make_inputs(processor, texts, [], name, clips=pictures)
+    return make_inputs(processor, texts, pictures, name)
 
 
 def _asked(questions: Sequence[Question]) -> tuple[list[str], list[list[Image]], str]:
     """Texts and pictures of a batch, and what errors call it."""
     texts = [question.prompt for question in questions]
-    images = [[open_rgb(question.image, "questions")] for question in questions]
-    return texts, images, f"questions {', '.join(question.id for question in questions)}"
+    pictures = [question.pictures() for question in questions]
+    return texts, pictures, f"questions {', '.join(question.id for question in questions)}"
 
 
 def show(subject: Subject, questions: Sequence[Question], smaller: Smaller | None = None) -> Shown:

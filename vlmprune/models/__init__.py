@@ -8,7 +8,7 @@ from vlmprune.models.host.versions import SUPPORTED, TESTED, dotted
 from vlmprune.models.attention.backend import explain
 from vlmprune.models.graphs.store import Graphs
 from vlmprune.models.graphs.warmup import warmup
-from vlmprune.models.host.parts import check_config, check_stages, find_parts, patch_grid
+from vlmprune.models.host.parts import check_config, check_stages, find_parts, patch_grid, takes_videos
 from vlmprune.models.prompt import StageRecord
 from vlmprune.models.report import Report, Run
 from vlmprune.models.scope import Scope, attach, detach, meter, prune
@@ -31,5 +31,6 @@ __all__ = [
     "meter",
     "patch_grid",
     "prune",
+    "takes_videos",
     "warmup",
 ]

@@ -122,6 +122,8 @@ def check_stages(policy: PruningPolicy, config: Any) -> None:
         needs = policy.needs(layer)
         fits = layer > 0 or needs.attention != "previous"
         check(fits, "layer", "at least 1 where attention of the layer before is read", layer)
+        fits = layer > 0 or not needs.earlier
+        check(fits, "layer", "at least 1 where rows that entered the layer before are read", layer)
         if policy.empties(layer):
             text = (
                 "Needs(rows='text') at a stage that may keep nothing (a token that ends a prompt must stay)"
@@ -163,6 +165,11 @@ def patch_grid(config: Any) -> Grid:
     if not family.square:
         raise ModelError(f"model: expected a family whose images share one grid, got {config.model_type!r}")
     return token_grid(config)
+
+
+def takes_videos(config: Any) -> bool:
+    """Whether a model of this configuration has videos, and ours knows the grids of their tokens."""
+    return FAMILIES[config.model_type].videos is not None
 
 
 def find_parts(model: Any) -> Parts:
