@@ -12,6 +12,9 @@ from vlmprune.constants import whole_numbers
 from vlmprune.policies.base import PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.counts import keep_count
 
+FLOOR = torch.finfo(torch.float32).min
+"""Below every score, but above what does not compete."""
+
 
 def quotas(ctx: TokenContext, keep: float | PruningPolicy) -> list[int]:
     """How many tokens each sample keeps at this stage, on the host: what a policy says, a share or a number per image.
@@ -114,6 +117,19 @@ def choose_relevant(
         return found
     index = order.gather(1, found.clamp(min=0)).masked_fill(found < 0, order.shape[1]).sort(dim=1).values
     return index.masked_fill(index == order.shape[1], -1)
+
+
+def falling_places(scores: Tensor, among: Tensor) -> Tensor:
+    """The place of each of the tokens ``among [..., P]`` in falling order of ``scores [..., P]``, from 0; others come behind.
+
+    Ties go to the lower place, NaN ranks below everything. The c best are those whose place is below c.
+
+    Example:
+        >>> falling_places(torch.tensor([[1.0, 5, 3, 9]]), torch.tensor([[True, True, True, False]]))
+        tensor([[2, 0, 1, 3]])
+    """
+    order = scores.float().nan_to_num(FLOOR, -FLOOR, FLOOR).masked_fill(~among, float("-inf"))
+    return order.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
 def marks(index: Tensor, tokens: int) -> Tensor:

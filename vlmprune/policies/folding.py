@@ -26,11 +26,13 @@ class Rounds(NamedTuple):
             same where a CLS row stands ahead of the tokens.
         spare: a round merges ``(n - spare) // 2`` of n tokens at most, but one of two.
         weighted: whether a token that stands for m counts m times in the next mean.
+        least: over how many rounds what goes is spread evenly; halving may take more.
     """
 
     first: int = 1
     spare: int = 0
     weighted: bool = False
+    least: int = 1
 
 
 class Folded(NamedTuple):
@@ -106,8 +108,9 @@ def fold(metric: Tensor, rows: Tensor, keep: int, rounds: Rounds, penalty: Tenso
     sizes = torch.ones(metric.shape[:2], device=device)
     same = rows is metric
     metric, rows = metric.contiguous(), rows.contiguous()  # a tower's rows may lie across one another
+    most = -(-(n - keep) // rounds.least)
     while n > keep:
-        r = min(n - keep, max(1, (n - rounds.spare) // 2))
+        r = min(n - keep, most, max(1, (n - rounds.spare) // 2))
         assignment, index = _matched(metric, r, rounds.first, penalty)
         n, weights = index.shape[1], sizes if rounds.weighted else None
         metric = ops.merge_tokens(metric, assignment, n, weights=weights)

@@ -1,5 +1,6 @@
 """Rounds of bipartite matching written out token by token, in double precision."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -40,8 +41,11 @@ class Token:
         self.size, self.members = sum(t.size for t in all_of), [m for t in all_of for m in t.members]
 
 
-def fold_slowly(metric, rows, keep, *, first=1, spare=0, weighted=False, penalty=None):
-    """The tokens that stay, ascending. ``first``: the first destination; ``spare``: (n - spare) // 2 merge, at least one."""
+def fold_slowly(metric, rows, keep, *, first=1, spare=0, weighted=False, penalty=None, least=1):
+    """The tokens that stay, ascending. ``first``: the first destination; ``spare``: (n - spare) // 2 merge, at least one, and
+    at most one of ``least`` equal parts of all that go.
+    """
+    part = math.ceil((len(rows) - keep) / least)
     penalty = [0.0] * len(rows) if penalty is None else penalty
     tokens = [Token(*parts) for parts in zip(range(len(rows)), metric, rows, penalty, strict=True)]
     while len(tokens) > keep:
@@ -51,7 +55,7 @@ def fold_slowly(metric, rows, keep, *, first=1, spare=0, weighted=False, penalty
             alike = [round(cosine(source.metric, target.metric), 6) for target in turns[0]]
             nearest = alike.index(max(alike))
             best.append((-(max(alike) - source.penalty), number, source, turns[0][nearest]))
-        most = min(len(tokens) - keep, max(1, (len(tokens) - spare) // 2))
+        most = min(len(tokens) - keep, part, max(1, (len(tokens) - spare) // 2))
         going = sorted(best, key=lambda pair: (round(pair[0], 5), pair[1]))[:most]
         for target in turns[0]:
             target.absorb([source for *_, source, at in going if at is target], weighted)
