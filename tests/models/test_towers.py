@@ -170,12 +170,19 @@ BEFORE = {
     "vscan": vlmprune.VScan(keep=0.6, then=0.5, layer=3, window=2, shallow_layer=0, positions="keep"),
     "accm_selection": vlmprune.ACCMSelection(keep=0.4, positions="keep"),
     "cdpruner": vlmprune.CDPruner(keep=6, positions="keep"),
+    "prumerge": vlmprune.PruMerge(keep=6, neighbours=3),
+    "prumerge-outliers": vlmprune.PruMerge(keep=0.9, adaptive=True, plus=True),
+    "trim": vlmprune.TRIM(keep=0.4),
+    "tome": vlmprune.ToMe(keep=0.4),
+    "visiontrim": vlmprune.VisionTrim(keep=8),
+    "visiontrim-received": vlmprune.VisionTrim(keep=0.5, score="received"),
 }
 PACKED = {
     "fastervlm": vlmprune.FasterVLM(keep=6, positions="pack"),
     "visionzip": vlmprune.VisionZip(dominant=0.3, contextual=0.2, positions="pack"),
     "vscan": vlmprune.VScan(keep=0.6, then=0.5, layer=3, window=2, shallow_layer=0, positions="pack"),
     "cdpruner": vlmprune.CDPruner(keep=0.5, positions="pack"),
+    "prumerge": vlmprune.PruMerge(keep=0.5, plus=True, neighbours=3, positions="pack"),
 }
 
 
