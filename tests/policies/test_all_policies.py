@@ -10,24 +10,34 @@ from helpers.scorers import SLOPE, glance
 from vlmprune.policies import (
     ACCM,
     AIM,
+    EVS,
     LVLMCSP,
     SGL,
+    TRIM,
     VTW,
     ACCMSelection,
     CDPruner,
     Custom,
     DivPrune,
+    DyCoke,
     FasterVLM,
     Feather,
     Folder,
+    HiPrune,
+    HoloV,
     Intersection,
+    MustDrop,
+    PruMerge,
+    PruneVid,
     Random,
     Reduction,
     Scout,
     SparseVLM,
     Stages,
+    ToMe,
     Uniform,
     Union,
+    VisionTrim,
     VisionZip,
     VisPruner,
 )
@@ -59,6 +69,14 @@ METHODS = {
     ],
     "knorm": [dict(), dict(keep=5)],
     "greedyprune": [dict(keep=6, tau=0.3)],
+    "v2drop": [dict(layers=(1, 4), keep=(0.5, 3)), dict(layers=(3,), keep=(0.2,))],
+    "priortr": [dict(keep=6), dict(keep=0.3, rows="last", heads="max", null=1)],
+    "fitprune": [dict(layers=(2, 4), drop=5), dict(layers=(2, 3, 4), drop=(2, 0.3, 1))],
+    "mustdrop": [
+        dict(layers=(2, 4), global_thr=0.04, individual_thr=0.05),
+        dict(layers=(2, 4), keep=6),
+        dict(layers=(2, 4), keep=(0.5, 3), key_share=0, positions="pack"),
+    ],
     "ficoco": [dict(layers=(2, 4), drop=5), dict(layers=(3,), drop=0.4, targets="kept", merge="mean")],
     "vscan": [dict(keep=8, then=4, window=2, shallow_layer=1)],
     "star": [dict(keep=8, then=4)],
@@ -82,10 +100,50 @@ METHODS = {
         dict(keep=6, relevance="none", positions="pack"),
         dict(keep=6, spend="prompt"),
     ],
+    "scope": [dict(keep=6), dict(keep=0.3, alpha=0.5, spend="prompt", positions="pack")],
+    "mmtok": [dict(keep=6), dict(keep=0.3, alpha=2, spend="image", positions="pack")],
+    "prunesid": [dict(keep=6), dict(keep=0.5, seed=3, positions="pack")],
+    "zoo_prune": [dict(keep=6), dict(keep=0.3, directions=4, step=1, spend="prompt", positions="pack")],
+    "agilepruner": [dict(keep=6, average=1.0), dict(keep=0.3, cap=0.8, average=0.1, positions="pack")],
+    "prumerge": [
+        dict(keep=6),
+        dict(keep=9, plus=True, neighbours=4, positions="pack"),
+        dict(keep=0.6, adaptive=True),
+        dict(keep=1.0, adaptive=True, plus=True, positions="pack"),
+    ],
+    "trim": [dict(keep=6), dict(keep=0.3, positions="pack"), dict(keep=0.8, adaptive=True)],
+    "flowcut": [
+        dict(keep=6, vision_layers=(0, 1, 2)),
+        dict(keep=0.3, vision_layers=(1, 2, 3, 4), positions="pack"),
+    ],
+    "tome": [dict(keep=6), dict(keep=0.3, rounds=3, positions="pack")],
+    "visiontrim": [
+        dict(keep=8),
+        dict(keep=0.4, score="received", positions="pack"),
+        dict(keep=5, text_ratio=0.0),
+    ],
+    "hired": [dict(keep=6), dict(keep=0.3, content="runs", positions="pack")],
+    "globalcom2": [dict(keep=6), dict(keep=0.3, positions="pack")],
+    "holov": [dict(keep=6, runs=3), dict(keep=0.3, runs=None, positions="pack")],
+    "hiprune": [dict(keep=12, alpha=0.9), dict(keep=0.3, positions="pack")],
     "accm": [
         dict(selection=FasterVLM(), compensator=echo, keep=5),
         dict(selection=VisionZip(dominant=5, contextual=2), compensator=echo, keep=None),
     ],
+    "evs": [dict(), dict(keep=6, positions="pack")],
+    "vidcom2": [dict(), dict(keep=6, temperature=1.0, positions="pack")],
+    "dycoke": [dict(), dict(keep=6, positions="pack")],
+    "fastvid": [dict(keep=6), dict(keep=0.5, context=0.8, own=0.0, positions="pack")],
+    "flashvid": [
+        dict(keep=8, layer=2, tau=0.1),
+        dict(keep=0.4, then=4, layer=2, tau=0.1, segments=1, cut=-2, events=False, positions="pack"),
+    ],
+    "prunevid": [
+        dict(layer=2, tau=0.1),
+        dict(layer=2, tau=0.1, keep=8),
+        dict(layer=2, segments=0.6, keep=0.4, positions="pack"),
+    ],
+    "holitom": [dict(keep=8, layer=2, tau=0.1), dict(keep=0.4, then=4, layer=2, positions="pack")],
     "accm_selection": [
         dict(keep=8),
         dict(keep=6, text=4, nearest=False, heads="joined", overflow="last", order="selected"),
@@ -115,6 +173,10 @@ KEEP_ALL = {
     "dart": [dict(keep=1.0, count="exact"), dict(layer=0, keep=1.0, count="exact")],
     "knorm": [dict(keep=1.0), dict(keep=10_000)],
     "greedyprune": [dict(keep=1.0)],
+    "v2drop": [dict(layers=(1, 4), keep=(1.0, 1.0))],
+    "priortr": [dict(keep=1.0), dict(keep=10_000, rows="last")],
+    "fitprune": [dict(layers=(2, 4), drop=0)],
+    "mustdrop": [dict(layers=(2, 4), keep=1.0), dict(layers=(2, 4), global_thr=1e-9, individual_thr=1e-9)],
     "ficoco": [dict(layers=(2, 4), drop=0)],
     "vscan": [dict(keep=1.0, then=1.0, window=2)],
     "star": [dict(keep=1.0, then=1.0)],
@@ -126,7 +188,28 @@ KEEP_ALL = {
     "aim": [dict(keep=1.0, layer=2, stages=2, last=1.0)],
     "divprune": [dict(keep=1.0)],
     "cdpruner": [dict(keep=1.0)],
+    "scope": [dict(keep=1.0)],
+    "mmtok": [dict(keep=1.0)],
+    "prunesid": [dict(keep=1.0)],
+    "zoo_prune": [dict(keep=1.0)],
+    "agilepruner": [dict(keep=1.0)],
+    "prumerge": [dict(keep=1.0), dict(keep=10_000, plus=True)],
+    "trim": [dict(keep=1.0)],
+    "flowcut": [dict(keep=1.0, vision_layers=(0, 1))],
+    "tome": [dict(keep=1.0)],
+    "visiontrim": [dict(keep=1.0), dict(keep=1.0, text_ratio=1.0)],
+    "hired": [dict(keep=1.0)],
+    "globalcom2": [dict(keep=1.0), dict(keep=10_000)],
+    "holov": [dict(keep=1.0), dict(keep=10_000, runs=None)],
+    "hiprune": [dict(keep=1.0, alpha=1.0)],
     "accm": [dict(selection=FasterVLM(), compensator=echo, keep=1.0)],
+    "evs": [dict(keep=1.0), dict(keep=10_000)],
+    "vidcom2": [dict(keep=1.0), dict(keep=10_000)],
+    "dycoke": [dict(keep=1.0), dict(keep=10_000)],
+    "fastvid": [dict(keep=1.0), dict(keep=10_000)],
+    "flashvid": [dict(keep=1.0, then=1.0, tau=0.1)],
+    "prunevid": [dict(keep=1.0, then=1.0, tau=0.1)],
+    "holitom": [dict(keep=1.0, then=1.0, tau=0.1)],
     "accm_selection": [dict(keep=1.0), dict(keep=10_000, order="selected")],
     "learned": [dict(scorer=SLOPE, layer=2, keep=1.0)],
     "sgl": [dict(guide=shuffled, keep=1.0)],
@@ -196,9 +279,11 @@ def counts(policy, ctx):
 
 
 def counts_by_data(policy):
-    """Whether how many stay depends on which: a union with a grid, an overlap, a rank."""
+    """Whether how many stay depends on which: a union with a grid, an overlap, a rank, outliers, thresholds."""
     rank = isinstance(policy, SparseVLM) and policy.version != "1.5"
-    return rank or isinstance(policy, Feather | Union | Intersection)
+    outliers = isinstance(policy, PruMerge | TRIM) and policy.adaptive
+    by_threshold = isinstance(policy, MustDrop | PruneVid) and policy.keep is None
+    return rank or outliers or by_threshold or isinstance(policy, Feather | Union | Intersection)
 
 
 @pytest.mark.parametrize("policy", [p for p in POLICIES if not counts_by_data(p)], ids=repr)
@@ -225,10 +310,18 @@ def chooses_by_more_than_scores(policy):
         | AIM
         | CDPruner
         | Custom
+        | DyCoke
+        | EVS
         | Feather
         | Folder
+        | HiPrune
+        | HoloV
         | Intersection
         | LVLMCSP
+        | PruMerge
+        | TRIM
+        | ToMe
+        | VisionTrim
         | Random
         | Scout
         | SGL
@@ -274,7 +367,13 @@ def test_a_budget_is_what_a_run_keeps(policy):
 def test_a_share_of_1_is_everything_and_an_int_is_tokens_per_image(name):
     cls, whole = policy_class(name), usual(name).at(1.0)
     assert [whole.kept(1152, 2, layer) for layer in whole.layers] == [1152] * len(whole.layers)
-    if "keep" in cls.__dataclass_fields__ and name not in ("feather", "sparsevlm", "sparsevlm_plus", "dart"):
+    if "keep" in cls.__dataclass_fields__ and name not in (
+        "feather",
+        "sparsevlm",
+        "sparsevlm_plus",
+        "dart",
+        "v2drop",
+    ):
         for keep in (1, 5):
             assert usual(name, keep=keep).kept(1152, 2, whole.layers[0]) == 2 * keep
 

@@ -30,26 +30,33 @@ from vlmprune.testing.context import make_context
 
 pytestmark = pytest.mark.cpu("operations are counted, which are the same everywhere")
 GRIDS = ((16, 32), (32, 32), (32, 64))
-FEWER = {"ficoco": {"layers": (6,)}, "aim": {"stages": 1}}  # of many stages that are alike: one
+# of many stages that are alike: one
+FEWER = {
+    "ficoco": {"layers": (6,)},
+    "fitprune": {"layers": (2,), "drop": 0.5},
+    "aim": {"stages": 1},
+    "zoo_prune": {"directions": 1},
+}
+SMALL, AGAIN = ((8, 16), (16, 16), (16, 32)), ("scope", "mmtok")  # every choice looks at all pairs again
 WITHIN = {"n": (0.9, 1.2), "n^2": (1.5, 2.2), "n^3": (2.6, 3.2)}
 
 
-def exponent(works):
+def exponent(works, grids=GRIDS):
     """The slope of log(work) over log(tokens), least squares."""
-    x = torch.tensor([[math.log(math.prod(grid)), 1.0] for grid in GRIDS], dtype=torch.float64)
+    x = torch.tensor([[math.log(math.prod(grid)), 1.0] for grid in grids], dtype=torch.float64)
     y = torch.tensor([math.log(work) for work in works], dtype=torch.float64)
     return float(torch.linalg.lstsq(x, y[:, None]).solution[0])
 
 
-def measured(policy, monkeypatch, **settings):
+def measured(policy, monkeypatch, grids=GRIDS, **settings):
     """The exponent of the work at all its stages, of a prompt of one image that is not the first of its kind."""
     works = []
-    for grid in GRIDS:
+    for grid in grids:
         contexts = [make_context(policy.needs(k), [[grid]], k, **settings) for k in policy.layers]
         for ctx in contexts:
             policy.select(ctx)
         works.append(sum(work_of(lambda ctx=ctx: policy.select(ctx), monkeypatch) for ctx in contexts))
-    return exponent(works)
+    return exponent(works, grids)
 
 
 def assert_grows(policy, growth, monkeypatch, **settings):
@@ -61,7 +68,7 @@ def assert_grows(policy, growth, monkeypatch, **settings):
 def test_every_method_grows_as_it_says(name, monkeypatch):
     policy = usual(name, **FEWER.get(name, {}))
     policy = policy if name == "vtw" else policy.at(0.25)  # it keeps nothing
-    assert_grows(policy, policy.growth, monkeypatch)
+    assert_grows(policy, policy.growth, monkeypatch, grids=SMALL if name in AGAIN else GRIDS)
 
 
 @pytest.mark.parametrize(

@@ -176,8 +176,12 @@ def test_presets_are_of_published_budgets():
     for name, kind in registry.BUILT_IN.items():
         assert kind.presets.keys() <= every, name
     assert {name for name, kind in registry.BUILT_IN.items() if kind.presets.keys() == every} == {
-        *("accm_selection", "aim", "cdpruner", "divprune", "fastervlm", "folder", "lvlm_csp"),
+        *("accm_selection", "aim", "cdpruner", "divprune", "fastervlm", "fitprune", "flowcut", "folder"),
+        "lvlm_csp",
         *("random", "star", "uniform", "visionzip", "vispruner", "vscan"),
+        *("prumerge", "trim", "tome", "visiontrim"),
+        *("globalcom2", "hiprune", "hired", "holov"),
+        *("agilepruner", "mmtok", "prunesid", "scope", "zoo_prune"),
     }
 
 

@@ -9,6 +9,7 @@ from importlib import metadata
 from vlmprune.errors import InputError, check, check_known, first_line
 from vlmprune.policies.accm import ACCM
 from vlmprune.policies.accm_selection import ACCMSelection
+from vlmprune.policies.agilepruner import AgilePruner
 from vlmprune.policies.aim import AIM
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.policies.cdpruner import CDPruner
@@ -16,29 +17,53 @@ from vlmprune.policies.compose import Intersection, Stages, Union
 from vlmprune.policies.custom import Custom
 from vlmprune.policies.dart import DART
 from vlmprune.policies.divprune import DivPrune
+from vlmprune.policies.dycoke import DyCoke
+from vlmprune.policies.evs import EVS
 from vlmprune.policies.fastervlm import FasterVLM
 from vlmprune.policies.fastv import FastV
+from vlmprune.policies.fastvid import FastVID
 from vlmprune.policies.feather import Feather
 from vlmprune.policies.ficoco import FiCoCo
+from vlmprune.policies.fitprune import FitPrune
+from vlmprune.policies.flashvid import FlashVID
+from vlmprune.policies.flowcut import FlowCut
 from vlmprune.policies.folder import Folder
+from vlmprune.policies.globalcom2 import GlobalCom2
 from vlmprune.policies.greedyprune import GreedyPrune
+from vlmprune.policies.hiprune import HiPrune
+from vlmprune.policies.hired import HiRED
+from vlmprune.policies.holitom import HoliTom
+from vlmprune.policies.holov import HoloV
 from vlmprune.policies.knorm import KNorm
 from vlmprune.policies.learned import Learned
 from vlmprune.policies.lvlm_csp import LVLMCSP
+from vlmprune.policies.mmtok import MMTok
+from vlmprune.policies.mustdrop import MustDrop
+from vlmprune.policies.priortr import PriorTR
+from vlmprune.policies.prumerge import PruMerge
+from vlmprune.policies.prunesid import PruneSID
+from vlmprune.policies.prunevid import PruneVid
 from vlmprune.policies.pyramiddrop import PyramidDrop
 from vlmprune.policies.random import Random
 from vlmprune.policies.random_deep import RandomDeep
+from vlmprune.policies.scope import SCOPE
 from vlmprune.policies.scout import Scout
 from vlmprune.policies.sgl import SGL
 from vlmprune.policies.sinks import WithoutSinks
 from vlmprune.policies.sparsevlm import SparseVLM
 from vlmprune.policies.sparsevlm_plus import SparseVLMPlus
 from vlmprune.policies.star import STAR
+from vlmprune.policies.tome import ToMe
+from vlmprune.policies.trim import TRIM
 from vlmprune.policies.uniform import Uniform
+from vlmprune.policies.v2drop import V2Drop
+from vlmprune.policies.vidcom2 import VidCom2
+from vlmprune.policies.visiontrim import VisionTrim
 from vlmprune.policies.visionzip import VisionZip
 from vlmprune.policies.vispruner import VisPruner
 from vlmprune.policies.vscan import VScan
 from vlmprune.policies.vtw import VTW
+from vlmprune.policies.zoo_prune import ZOOPrune
 
 GROUP = "vlmprune.policies"
 """Entry-point group: ``name = "package.module:PolicyClass"``."""
@@ -52,6 +77,10 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "dart": DART,
     "knorm": KNorm,
     "greedyprune": GreedyPrune,
+    "v2drop": V2Drop,
+    "priortr": PriorTR,
+    "fitprune": FitPrune,
+    "mustdrop": MustDrop,
     "ficoco": FiCoCo,
     "vscan": VScan,
     "star": STAR,
@@ -64,6 +93,27 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "aim": AIM,
     "divprune": DivPrune,
     "cdpruner": CDPruner,
+    "scope": SCOPE,
+    "mmtok": MMTok,
+    "prunesid": PruneSID,
+    "zoo_prune": ZOOPrune,
+    "agilepruner": AgilePruner,
+    "prumerge": PruMerge,
+    "trim": TRIM,
+    "flowcut": FlowCut,
+    "tome": ToMe,
+    "visiontrim": VisionTrim,
+    "hired": HiRED,
+    "globalcom2": GlobalCom2,
+    "holov": HoloV,
+    "hiprune": HiPrune,
+    "evs": EVS,
+    "vidcom2": VidCom2,
+    "dycoke": DyCoke,
+    "fastvid": FastVID,
+    "flashvid": FlashVID,
+    "prunevid": PruneVid,
+    "holitom": HoliTom,
     "accm_selection": ACCMSelection,
     "accm": ACCM,
     "learned": Learned,

@@ -17,7 +17,11 @@ DECODER, TOWER = 32, 24
 """Layers of LLaVA-1.5's decoder and vision tower, which defaults and presets are given for."""
 LAYERS = {"layer": DECODER, "layers": DECODER}
 """Settings that are layers, and of how many."""
-OF_OURS = LAYERS | dict.fromkeys(("look", "scatter", "prune", "stages"), DECODER) | {"shallow_layer": TOWER}
+OF_OURS = (
+    LAYERS
+    | dict.fromkeys(("look", "scatter", "prune", "stages"), DECODER)
+    | dict.fromkeys(("shallow_layer", "vision_layers", "early_layer", "object_layer"), TOWER)
+)
 """The same of built-in policies; another package's may call something else by these names."""
 LEAST, HALVINGS = 1e-9, 40
 
