@@ -182,7 +182,7 @@ site: build/gallery/gallery.json
 
 # What every method keeps at the same budgets. docs/gallery.webp is its contact sheet.
 GALLERY := --model $(SCENES)/checkpoint-576 --questions $(SCENES)/gallery --dtype float32
-build/gallery/gallery.json: $(PAGES)/.installed $(wildcard vlmprune/policies/*.py vlmprune/view/*.py $(SCENES)/gallery/* $(SCENES)/checkpoint-576/*)
+build/gallery/gallery.json: $(PAGES)/.installed $(wildcard vlmprune/policies/*.py vlmprune/policies/*/*.py vlmprune/view/*.py $(SCENES)/gallery/* $(SCENES)/checkpoint-576/*)
 	OMP_NUM_THREADS=1 $(PAGES)/bin/vlmprune gallery $(GALLERY) --out build/gallery
 
 gallery: $(PAGES)/.installed

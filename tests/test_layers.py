@@ -106,6 +106,16 @@ def test_imports_of(part):
     assert not found, "\n".join(found)
 
 
+def test_methods_stand_on_parts_and_both_on_the_interface():
+    """But for the list of names, and the package that hands them out."""
+    lists = {"registry.py", "__init__.py"}
+    for folder, above in ((".", ("parts", "methods")), ("parts", ("methods",))):
+        for path in (ROOT / "vlmprune" / "policies" / folder).glob("*.py"):
+            upward = tuple(f"vlmprune.policies.{name}" for name in above)
+            found = [n for n in imported(ast.parse(path.read_text()), path) if n.startswith(upward)]
+            assert not found or path.name in lists, f"{path}: {found}"
+
+
 def test_every_part_has_a_rule():
     here = {
         p.stem for p in (ROOT / "vlmprune").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()

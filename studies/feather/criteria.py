@@ -16,7 +16,7 @@ from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, attention
 from vlmprune.policies.checks import BEFORE, check_keep, check_layer, check_whole
 from vlmprune.policies.choose import index_of, marks, select_scores
 from vlmprune.policies.counts import union_count
-from vlmprune.policies.lattice import grid_count, stride_grid
+from vlmprune.policies.parts.lattice import grid_count, stride_grid
 
 STRIDE = 3
 SWEEP_KEEP = 0.25

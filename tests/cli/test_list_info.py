@@ -48,7 +48,7 @@ def test_a_broken_plugin_is_named_and_the_others_listed(how, monkeypatch):
     announced = {
         "broken": "nosuchmodule:Broken",
         "fastv": "mine:FastV",
-        "good": "vlmprune.policies.random:Random",
+        "good": "vlmprune.policies.methods.random:Random",
     }
     entries = metadata.EntryPoints(metadata.EntryPoint(*entry, registry.GROUP) for entry in announced.items())
     monkeypatch.setattr(registry.metadata, "entry_points", lambda group: entries.select(group=group))

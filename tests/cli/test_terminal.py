@@ -19,7 +19,7 @@ from vlmprune.cli import accm, run
 from vlmprune.cli.console import OPEN, progress_bar, table, waiting
 from vlmprune.errors import InputError, nearest
 from vlmprune.policies import FastV, policy_from
-from vlmprune.policies.accm import WORDING
+from vlmprune.policies.methods.accm import WORDING
 
 FASTV = "fastv:layer=2,keep=0.25"
 

@@ -11,7 +11,7 @@ from helpers.families_oracle import Reader
 from vlmprune.models.graphs.reads import HostReads
 from vlmprune.policies import crops_of
 from vlmprune.policies.base import Needs
-from vlmprune.policies.tiles import tiled_images
+from vlmprune.policies.parts.tiles import tiled_images
 from vlmprune.testing import check_model
 
 LED = {

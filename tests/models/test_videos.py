@@ -9,7 +9,7 @@ import vlmprune
 from helpers.families import CASES, build, prompts
 from helpers.families_oracle import Reader
 from vlmprune.policies.base import Needs, TokenContext
-from vlmprune.policies.frames import frames_of
+from vlmprune.policies.parts.frames import frames_of
 
 BATCH = ((3, "video", 5, "wide", 4), (2, "video", 6), (9,))
 METHODS = [

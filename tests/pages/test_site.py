@@ -187,7 +187,7 @@ def test_every_page_of_the_repository_is_there(site, sitepages):
         "examples/serving/README.md",
     ):
         assert page(site, path).heads, path
-    assert any(link.endswith("policies/fastv.py.html") for link in shown)
+    assert any(link.endswith("policies/methods/fastv.py.html") for link in shown)
 
 
 def mirrored(sitepages):

@@ -9,8 +9,14 @@ import torch
 
 from helpers.contexts import case, images_in, kept_lists, patch_scores, sight, text_case
 from vlmprune.policies import Random
-from vlmprune.policies.accm_selection import ACCMSelection, joined_attention, outliers, places, shuffled
 from vlmprune.policies.base import Needs, Reduction
+from vlmprune.policies.methods.accm_selection import (
+    ACCMSelection,
+    joined_attention,
+    outliers,
+    places,
+    shuffled,
+)
 
 RELEASE = dict(nearest=False, vision_layer=-1, heads="joined", overflow="last", order="selected")
 BATCHES = [

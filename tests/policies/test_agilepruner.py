@@ -8,8 +8,8 @@ import torch
 
 from helpers.contexts import images_in, kept_lists, patch_scores, sight
 from vlmprune.policies import FasterVLM
-from vlmprune.policies.agilepruner import AgilePruner
 from vlmprune.policies.base import Needs
+from vlmprune.policies.methods.agilepruner import AgilePruner
 
 BATCHES = [
     pytest.param({"images": ["square"]}, id="one"),

@@ -12,7 +12,7 @@ from helpers.folds import assert_folded, fold_slowly, projected_sight
 from vlmprune.policies import AIM
 from vlmprune.policies.base import Needs
 from vlmprune.policies.counts import keep_count
-from vlmprune.policies.page_rank import page_rank
+from vlmprune.policies.parts.page_rank import page_rank
 
 
 @pytest.mark.parametrize("keep", [25, 0.25, 1, 1000])

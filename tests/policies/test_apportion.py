@@ -8,8 +8,8 @@ import torch
 
 from helpers.contexts import kept_lists, named
 from vlmprune.policies import crops_of, ranked
-from vlmprune.policies.apportion import apportioned
-from vlmprune.policies.random import Random
+from vlmprune.policies.methods.random import Random
+from vlmprune.policies.parts.apportion import apportioned
 from vlmprune.testing.context import make_case
 
 

@@ -8,19 +8,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.contexts import case, images_in, patch_scores, sight
 from vlmprune.ops.greedy_select import greedy_select
-from vlmprune.policies.accm_selection import ACCMSelection
 from vlmprune.policies.base import Reduction, outcome
 from vlmprune.policies.by_image import nearest, vision_of
-from vlmprune.policies.cdpruner import CDPruner
 from vlmprune.policies.choose import choose_greedily, others
 from vlmprune.policies.counts import even_shares
 from vlmprune.policies.crops import crops_of, images_of
-from vlmprune.policies.divprune import DivPrune
-from vlmprune.policies.fastervlm import FasterVLM
 from vlmprune.policies.groups import Quota
-from vlmprune.policies.visionzip import VisionZip
-from vlmprune.policies.vispruner import VisPruner
-from vlmprune.policies.vscan import VScan
+from vlmprune.policies.methods.accm_selection import ACCMSelection
+from vlmprune.policies.methods.cdpruner import CDPruner
+from vlmprune.policies.methods.divprune import DivPrune
+from vlmprune.policies.methods.fastervlm import FasterVLM
+from vlmprune.policies.methods.visionzip import VisionZip
+from vlmprune.policies.methods.vispruner import VisPruner
+from vlmprune.policies.methods.vscan import VScan
 
 BATCHES = [
     pytest.param(["square"], id="one"),

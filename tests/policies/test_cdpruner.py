@@ -8,8 +8,8 @@ import torch
 
 from helpers.contexts import case, images_in, kept_lists, sight, text_case
 from vlmprune.policies.base import Needs
-from vlmprune.policies.cdpruner import CDPruner
 from vlmprune.policies.choose import choose_greedily, choose_relevant, marks
+from vlmprune.policies.methods.cdpruner import CDPruner
 
 BATCHES = [["square"], ["two", "none", "tall"], [((2, 3), (4, 6)), ((3, 3),)], [((1, 1),)], ["none"]]
 

@@ -8,7 +8,7 @@ import torch
 
 from helpers.contexts import kept_lists, text_case, top
 from vlmprune.policies.base import AttentionInputs, Needs
-from vlmprune.policies.dart import DART
+from vlmprune.policies.methods.dart import DART
 from vlmprune.policies.schedule import stage_counts
 
 CASES = [

@@ -8,7 +8,7 @@ import torch
 
 from helpers.contexts import case, kept_lists
 from vlmprune.policies.base import Needs, Reduction
-from vlmprune.policies.divprune import DivPrune
+from vlmprune.policies.methods.divprune import DivPrune
 
 BATCHES = [["square"], ["two", "none", "tall"], ["two", "square"], [((1, 1),)], ["none", "none"]]
 

@@ -9,8 +9,8 @@ import torch
 from helpers.contexts import kept_lists
 from helpers.videos import NEWLINE, frames_of_images, videos
 from vlmprune.policies.base import Needs
-from vlmprune.policies.dycoke import DyCoke
-from vlmprune.policies.lattice import lattice
+from vlmprune.policies.methods.dycoke import DyCoke
+from vlmprune.policies.parts.lattice import lattice
 
 VIDEO = [[(3, 4)] * 8]
 BATCHES = [

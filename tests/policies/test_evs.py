@@ -9,8 +9,8 @@ import torch
 from helpers.contexts import kept_lists
 from helpers.videos import NEWLINE, frames_of_images, videos
 from vlmprune.policies.base import Needs
-from vlmprune.policies.evs import EVS
-from vlmprune.policies.lattice import lattice
+from vlmprune.policies.methods.evs import EVS
+from vlmprune.policies.parts.lattice import lattice
 
 VIDEO = [[(3, 4)] * 6]
 BATCHES = [

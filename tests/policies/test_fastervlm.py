@@ -4,7 +4,7 @@ import pytest
 
 from helpers.contexts import images_in, kept_lists, patch_scores, sight, top
 from vlmprune.policies.base import Needs, Reduction
-from vlmprune.policies.fastervlm import FasterVLM
+from vlmprune.policies.methods.fastervlm import FasterVLM
 
 BATCHES = [
     pytest.param({"images": ["square"]}, id="one"),

@@ -11,7 +11,7 @@ import torch
 from helpers.contexts import kept_lists, patch_scores
 from helpers.videos import NEWLINE, frames_of_images, videos
 from vlmprune.policies.base import Needs, Reduction
-from vlmprune.policies.fastvid import FastVID
+from vlmprune.policies.methods.fastvid import FastVID
 
 VIDEO = [[(4, 5)] * 6]
 BATCHES = [

@@ -9,7 +9,7 @@ import torch
 
 from helpers.contexts import case, kept_lists, top
 from vlmprune.policies.base import Needs, Reduction
-from vlmprune.policies.ficoco import FiCoCo
+from vlmprune.policies.methods.ficoco import FiCoCo
 
 BATCHES = [
     pytest.param({}, id="one"),

@@ -7,8 +7,8 @@ import torch
 
 from helpers.contexts import attention_row, case, kept_lists, top
 from vlmprune.policies import FitPrune, Needs
-from vlmprune.policies.attention_maps import attention_maps
-from vlmprune.policies.fitprune import SCHEDULES, attended
+from vlmprune.policies.methods.fitprune import SCHEDULES, attended
+from vlmprune.policies.parts.attention_maps import attention_maps
 from vlmprune.policies.schedule import stage_counts
 
 CASES = [

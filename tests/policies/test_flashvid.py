@@ -11,7 +11,7 @@ from helpers.contexts import case, kept_lists, patch_scores, sight, top
 from helpers.films import clips, cosine, dot, film, in_turn, mean, slow_peaks
 from helpers.videos import NEWLINE, videos
 from vlmprune.policies.base import Needs, Ranking
-from vlmprune.policies.flashvid import FlashVID, weighted_maxmin
+from vlmprune.policies.methods.flashvid import FlashVID, weighted_maxmin
 
 
 def segments_of(x, policy):

@@ -19,7 +19,7 @@ from helpers.contexts import top
 from vlmprune import policies
 from vlmprune.policies import Reduction
 from vlmprune.policies.base import SYMBOLS
-from vlmprune.policies.lattice import lattice
+from vlmprune.policies.parts.lattice import lattice
 from vlmprune.policies.registry import BUILT_IN, OURS, fields_of
 from vlmprune.testing.context import make_case, rotate, with_text, with_vision
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.videos import NEWLINE, frames_of_images, videos
-from vlmprune.policies.frames import (
+from vlmprune.policies.parts.frames import (
     anchors_first,
     cosine_before,
     cosine_with,

@@ -7,7 +7,7 @@ import pytest
 from helpers.contexts import images_in, kept_lists, sight, top
 from helpers.tiles import image, images_with_first, left_over, newlines_of, share_slowly, tiled
 from vlmprune.policies.base import Needs, Reduction
-from vlmprune.policies.globalcom2 import GlobalCom2
+from vlmprune.policies.methods.globalcom2 import GlobalCom2
 
 NEXT = [image(4), image(4, 2, 2)], [], [image(4, 1, 3, (1, 2, 2, 8))]
 TILED = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.contexts import case
-from vlmprune.policies.lattice import stride_grid
+from vlmprune.policies.parts.lattice import stride_grid
 
 BATCHES = [
     pytest.param([((27, 27),)], None, id="square"),

@@ -6,7 +6,7 @@ import torch
 from helpers.contexts import images_in, kept_lists, sight, top
 from helpers.tiles import image, images_with_first, newlines_of, share_slowly, tiled
 from vlmprune.policies.base import Needs, Reduction
-from vlmprune.policies.hiprune import HiPrune
+from vlmprune.policies.methods.hiprune import HiPrune
 
 BATCHES = [
     pytest.param({"images": ["square"]}, id="one"),

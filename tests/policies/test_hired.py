@@ -8,7 +8,7 @@ import torch
 from helpers.contexts import images_in, kept_lists, patch_scores, sight, top
 from helpers.tiles import image, images_with_first, left_over, newlines_of, share_slowly, tiled
 from vlmprune.policies.base import Needs, Reduction
-from vlmprune.policies.hired import HiRED
+from vlmprune.policies.methods.hired import HiRED
 
 NEXT = [image(4), image(4, 2, 2)], [], [image(4, 1, 3, (1, 2, 2, 8))]
 TILED = [

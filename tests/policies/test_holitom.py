@@ -10,8 +10,8 @@ from helpers.contexts import case, kept_lists, patch_scores, sight, top
 from helpers.films import clips, cosine, film, in_turn, mean, slow_peaks
 from helpers.videos import NEWLINE, videos
 from vlmprune.policies.base import Needs
-from vlmprune.policies.holitom import HoliTom, best_cuts
-from vlmprune.policies.peaks import in_proportion
+from vlmprune.policies.methods.holitom import HoliTom, best_cuts
+from vlmprune.policies.parts.peaks import in_proportion
 
 
 def ways(frames):

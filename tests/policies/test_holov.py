@@ -7,7 +7,7 @@ import pytest
 from helpers.contexts import images_in, kept_lists, patch_scores, sight, top
 from helpers.tiles import image, images_with_first, left_over, newlines_of, tiled
 from vlmprune.policies.base import Needs, Reduction
-from vlmprune.policies.holov import HoloV
+from vlmprune.policies.methods.holov import HoloV
 
 BATCHES = [
     pytest.param({"images": ["square"]}, id="one"),

@@ -7,7 +7,7 @@ from helpers.contexts import case, kept_lists
 from vlmprune.policies import Custom, FastV, Random, Uniform
 from vlmprune.policies.base import Needs, Reduction
 from vlmprune.policies.compose import Intersection
-from vlmprune.policies.pyramiddrop import PyramidDrop
+from vlmprune.policies.methods.pyramiddrop import PyramidDrop
 
 
 @pytest.mark.parametrize("images", [["square"], ["two", "none", "tall"], ["none"]])

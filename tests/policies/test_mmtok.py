@@ -8,7 +8,7 @@ import torch
 
 from helpers.contexts import images_in, kept_lists, sight
 from vlmprune.policies.base import Needs
-from vlmprune.policies.mmtok import MMTok
+from vlmprune.policies.methods.mmtok import MMTok
 
 BATCHES = [
     pytest.param({"images": ["square"]}, id="one"),

@@ -4,7 +4,7 @@ import pytest
 
 from helpers.words import ASSISTANT, BLANK, CLOSE, OPEN, TEMPLATE, USER, make_tokenizer
 from vlmprune.errors import InputError
-from vlmprune.policies.prompt_words import closes, places_behind, question_of, turn_of, without_special
+from vlmprune.policies.parts.prompt_words import closes, places_behind, question_of, turn_of, without_special
 
 I = 199  # noqa: E741
 CHATML = (

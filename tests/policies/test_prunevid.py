@@ -9,7 +9,7 @@ import torch
 from helpers.contexts import kept_lists, text_case, top
 from helpers.films import clips, cosine, film, in_turn, mean, slow_peaks
 from vlmprune.policies.base import Needs
-from vlmprune.policies.prunevid import PruneVid, stretches
+from vlmprune.policies.methods.prunevid import PruneVid, stretches
 from vlmprune.testing.context import make_context
 
 

@@ -6,7 +6,7 @@ import torch
 
 from helpers.contexts import attention_row, case, kept_lists, top
 from vlmprune.policies.base import Needs, Reduction
-from vlmprune.policies.pyramiddrop import PyramidDrop
+from vlmprune.policies.methods.pyramiddrop import PyramidDrop
 from vlmprune.policies.schedule import stage_counts
 
 CASES = [

@@ -4,7 +4,7 @@ import torch
 
 from helpers.contexts import case
 from vlmprune.policies import FastV, Random, Stages
-from vlmprune.policies.random_deep import RandomDeep
+from vlmprune.policies.methods.random_deep import RandomDeep
 from vlmprune.policies.schedule import stage_counts
 
 

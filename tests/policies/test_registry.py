@@ -322,8 +322,8 @@ def test_foreign_policy_errors(foreign):
     [
         ("nosuchmodule:Broken", "ModuleNotFoundError: No module named 'nosuchmodule'"),
         (
-            "vlmprune.policies.fastv:Slow",
-            "AttributeError: module 'vlmprune.policies.fastv' has no attribute 'Slow'",
+            "vlmprune.policies.methods.fastv:Slow",
+            "AttributeError: module 'vlmprune.policies.methods.fastv' has no attribute 'Slow'",
         ),
         ("elsewhere:BROKEN", "TypeError: 'not a class' is no PruningPolicy class"),
         ("elsewhere:Abstract", "InputError: Abstract: expected `rank` or `select` of its own, got neither"),
@@ -451,7 +451,7 @@ def test_a_whole_number_where_only_shares_are_taken():
 
 
 def test_real_entry_point_import(announce):
-    announce(other="vlmprune.policies.fastv:FastV")
+    announce(other="vlmprune.policies.methods.fastv:FastV")
     assert policies()["other"] is FastV
 
 

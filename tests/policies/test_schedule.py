@@ -130,7 +130,7 @@ def test_a_pair_is_expected_to_keep_the_share(share):
     [
         (
             FastV,
-            r"^policy: expected a policy, such as FastV\(\), got <class 'vlmprune.policies.fastv.FastV'>$",
+            r"^policy: expected a policy, such as FastV\(\), got <class 'vlmprune.policies.methods.fastv.FastV'>$",
         ),
         (Custom(2, len), r"^Custom: expected a policy with a share to set, got the function len$"),
         (SparseVLM(version="paper"), r"^keep: expected \(\) for version 'paper'"),

@@ -7,7 +7,7 @@ import torch
 
 from helpers.contexts import images_in, kept_lists, patch_scores, sight
 from vlmprune.policies.base import Needs
-from vlmprune.policies.scope import SCOPE
+from vlmprune.policies.methods.scope import SCOPE
 
 BATCHES = [
     pytest.param({"images": ["square"]}, id="one"),

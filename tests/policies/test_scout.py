@@ -21,9 +21,9 @@ from vlmprune.policies import (
     VisionZip,
     policy_from,
 )
-from vlmprune.policies.blur import blurred
+from vlmprune.policies.methods.scout import apart
+from vlmprune.policies.parts.blur import blurred
 from vlmprune.policies.schedule import keep_for_flops, keep_for_mean_tokens, stage_counts, wave_rows
-from vlmprune.policies.scout import apart
 from vlmprune.testing.context import make_context
 
 SHAPE = DecoderShape(layers=8, hidden=256, heads=8, kv_heads=8, head_dim=32, intermediate=704)

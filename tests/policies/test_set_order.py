@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from vlmprune.policies.set_order import set_order
+from vlmprune.policies.parts.set_order import set_order
 
 
 def walked(rows):

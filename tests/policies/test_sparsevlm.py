@@ -9,10 +9,10 @@ import torch
 
 from helpers.contexts import attention_row, text_case, top
 from vlmprune.policies.base import Needs, Reduction
-from vlmprune.policies.raters import rated, rater_weights, row_attention
-from vlmprune.policies.recycle import recycle_counts
+from vlmprune.policies.methods.sparsevlm import SparseVLM
+from vlmprune.policies.parts.raters import rated, rater_weights, row_attention
+from vlmprune.policies.parts.recycle import recycle_counts
 from vlmprune.policies.schedule import stage_counts
-from vlmprune.policies.sparsevlm import SparseVLM
 from vlmprune.testing.context import make_context
 from vlmprune.testing.context_changes import broken
 

@@ -9,9 +9,9 @@ import torch
 
 from helpers.contexts import attention_row, case, kept_lists, text_case, top
 from vlmprune.policies.base import Needs
-from vlmprune.policies.raters import rater_weights
+from vlmprune.policies.methods.sparsevlm_plus import SparseVLMPlus, rope_kernel
+from vlmprune.policies.parts.raters import rater_weights
 from vlmprune.policies.schedule import stage_counts
-from vlmprune.policies.sparsevlm_plus import SparseVLMPlus, rope_kernel
 
 CASES = [
     pytest.param({"images": ["square"]}, id="one-image"),

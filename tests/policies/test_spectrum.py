@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vlmprune.models.graphs.reads import HostReads
-from vlmprune.policies.spectrum import drawn, effective_rank, eigenvectors, principal_axes
+from vlmprune.policies.parts.spectrum import drawn, effective_rank, eigenvectors, principal_axes
 
 
 def slow_rank(x):

@@ -6,7 +6,7 @@ import torch
 
 from helpers.contexts import attention_row, images_in, kept_lists, sight, text_case, top
 from vlmprune.policies.base import Needs
-from vlmprune.policies.star import STAR
+from vlmprune.policies.methods.star import STAR
 
 BATCHES = [
     pytest.param({"images": ["square"]}, id="one"),

@@ -9,7 +9,7 @@ from helpers.contexts import sight
 from helpers.tiles import image, tiled
 from vlmprune.policies.base import Crop
 from vlmprune.policies.crops import crops_of
-from vlmprune.policies.tiles import Tiled, areas, by_weight, over_areas, seats, tiled_images
+from vlmprune.policies.parts.tiles import Tiled, areas, by_weight, over_areas, seats, tiled_images
 
 CPU = torch.device("cpu")
 

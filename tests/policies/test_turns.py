@@ -2,7 +2,7 @@
 
 import torch
 
-from vlmprune.policies.turns import in_order, outlived, taken_in_turn
+from vlmprune.policies.parts.turns import in_order, outlived, taken_in_turn
 
 
 def told(values, sent):

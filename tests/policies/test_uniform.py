@@ -8,7 +8,7 @@ import torch
 
 from helpers.contexts import case, kept_lists
 from vlmprune.policies import Uniform
-from vlmprune.policies.lattice import lattice, lattice_scores
+from vlmprune.policies.parts.lattice import lattice, lattice_scores
 
 GRIDS = [(24, 24), (14, 14), (5, 7), (7, 5), (2, 60), (24, 25), (27, 27)]
 

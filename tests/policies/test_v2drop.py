@@ -8,8 +8,8 @@ import torch
 
 from helpers.contexts import kept_lists, named, top
 from vlmprune.policies.base import Needs
+from vlmprune.policies.methods.v2drop import V2Drop
 from vlmprune.policies.schedule import stage_counts
-from vlmprune.policies.v2drop import V2Drop
 from vlmprune.testing.context import make_context
 
 NEEDS = Needs(hidden=True, earlier=True)

@@ -9,7 +9,7 @@ import torch
 from helpers.contexts import kept_lists
 from helpers.videos import NEWLINE, frames_of_images, videos
 from vlmprune.policies.base import Needs
-from vlmprune.policies.vidcom2 import VidCom2
+from vlmprune.policies.methods.vidcom2 import VidCom2
 
 VIDEO = [[(3, 4)] * 6]
 BATCHES = [

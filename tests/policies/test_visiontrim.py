@@ -10,9 +10,9 @@ import torch
 from helpers.contexts import images_in, patch_scores, sight
 from helpers.folds import cosine, projected_sight
 from vlmprune.policies import VisionTrim
-from vlmprune.policies.affinity import local_affinity
 from vlmprune.policies.base import Needs
 from vlmprune.policies.counts import keep_count
+from vlmprune.policies.parts.affinity import local_affinity
 
 BATCHES = [
     pytest.param({"images": ["square"]}, id="one"),

@@ -9,7 +9,7 @@ import torch
 from helpers import contexts
 from helpers.contexts import images_in, patch_scores
 from vlmprune.policies.base import Needs
-from vlmprune.policies.visionzip import VisionZip
+from vlmprune.policies.methods.visionzip import VisionZip
 
 BATCHES = [
     pytest.param({"images": ["square"]}, id="one"),

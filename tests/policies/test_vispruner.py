@@ -8,7 +8,7 @@ import torch
 
 from helpers.contexts import images_in, kept_lists, patch_scores, sight
 from vlmprune.policies.base import Needs
-from vlmprune.policies.vispruner import VisPruner, remove_duplicates
+from vlmprune.policies.methods.vispruner import VisPruner, remove_duplicates
 
 BATCHES = [
     pytest.param({"images": ["square"]}, id="one"),

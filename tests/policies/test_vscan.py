@@ -8,7 +8,7 @@ import torch
 
 from helpers.contexts import case, images_in, kept_lists, patch_scores, sight, top
 from vlmprune.policies.base import Needs, Reduction
-from vlmprune.policies.vscan import VScan, rank_within, windows_of
+from vlmprune.policies.methods.vscan import VScan, rank_within, windows_of
 
 BATCHES = [
     pytest.param({"images": ["square"]}, id="one"),

@@ -7,7 +7,7 @@ import torch
 
 from helpers.contexts import images_in, kept_lists, sight
 from vlmprune.policies.base import Needs
-from vlmprune.policies.zoo_prune import ZOOPrune, taken_apart
+from vlmprune.policies.methods.zoo_prune import ZOOPrune, taken_apart
 
 BATCHES = [
     pytest.param({"images": ["square"]}, id="one"),

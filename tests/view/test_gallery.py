@@ -103,8 +103,10 @@ def test_a_frame_dims_what_was_dropped_and_shows_whether_the_answer_is_right():
 
 def test_without_names_all_that_can_be_fitted_are_drawn(checkpoint):
     """Those that have to be given settings are told with the reason; nothing is run for that here."""
-    fitted, left_out = fit_all(["divprune", "sgl", "vtw"], [64.0], SIZE, given=False)
-    assert set(fitted) == {"divprune"} and set(left_out) == {"sgl", "vtw"}
+    fitted, left_out = fit_all(["divprune", "sgl", "vtw", "evs"], [64.0], SIZE, given=False)
+    assert set(fitted) == {"divprune"} and set(left_out) == {"sgl", "vtw", "evs"}
+    assert left_out["evs"] == "evs is made for video"
+    assert set(fit_all(["evs"], [64.0], SIZE, given=True)[0]) == {"evs"}
     assert "guide" in left_out["sgl"] and "share" in left_out["vtw"]
 
 

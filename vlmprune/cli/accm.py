@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vlmprune.training import Trained
 
 WORDING = "additional information: {}\n"
-"""That of ``vlmprune.policies.accm``, which knows torch: ``--help`` must not wait for that."""
+"""That of ``vlmprune.policies.methods.accm``, which knows torch: ``--help`` must not wait for that."""
 
 app = typer.Typer(no_args_is_help=True, help="ACCM: words for what pruning loses.")
 

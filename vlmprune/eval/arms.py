@@ -13,9 +13,9 @@ from vlmprune.eval.oracle import Oracle
 from vlmprune.eval.questions import Region
 from vlmprune.flops import DecoderShape, Wave, decoder_flops, mean_tokens, prefill_flops, visual_inputs
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.random import Random
+from vlmprune.policies.methods.random import Random
+from vlmprune.policies.methods.uniform import Uniform
 from vlmprune.policies.schedule import keep_for_flops, stage_counts, wave_rows
-from vlmprune.policies.uniform import Uniform
 from vlmprune.smaller import NAME as SMALLER
 from vlmprune.smaller import Smaller
 

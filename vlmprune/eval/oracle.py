@@ -15,8 +15,8 @@ from vlmprune.eval.questions import Question, Region
 from vlmprune.models import patch_grid
 from vlmprune.policies.base import Grid, PruningPolicy, TokenContext
 from vlmprune.policies.choose import quotas
-from vlmprune.policies.lattice import grid_scores
-from vlmprune.policies.uniform import Uniform
+from vlmprune.policies.methods.uniform import Uniform
+from vlmprune.policies.parts.lattice import grid_scores
 
 ROUNDING = 1e-6
 """How far a region may reach into a patch, in patches, without touching it."""

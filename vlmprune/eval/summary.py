@@ -14,7 +14,7 @@ from vlmprune.eval.intervals import Estimate, bootstrap, proportion
 from vlmprune.eval.questions import Question
 from vlmprune.eval.store import Answer, Key
 from vlmprune.policies.base import Grid
-from vlmprune.policies.uniform import Uniform
+from vlmprune.policies.methods.uniform import Uniform
 
 NEAR = 0.05
 """How far apart the FLOPs cuts of a method and of the uniform baseline may be for a comparison."""

@@ -15,7 +15,7 @@ from vlmprune.guidance.scores import Guidance
 from vlmprune.models import Run, prune
 from vlmprune.models.watching import Watch
 from vlmprune.policies.checks import check_whole
-from vlmprune.policies.sgl import SGL
+from vlmprune.policies.methods.sgl import SGL
 
 
 @dataclass(frozen=True, eq=False)

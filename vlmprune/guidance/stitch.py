@@ -14,7 +14,7 @@ from vlmprune.errors import check
 from vlmprune.guidance.first import answer_first, consistency
 from vlmprune.models import Run
 from vlmprune.policies.checks import check_keep, check_share, is_number
-from vlmprune.policies.sgl import SGL
+from vlmprune.policies.methods.sgl import SGL
 
 
 @dataclass(frozen=True, eq=False)

@@ -63,6 +63,8 @@ class PruningPolicy:
     checked: ClassVar[str] = "formula"
     """"formula": compared with an independent implementation of the published formula; "reading": the sources leave
     room, and the docstring says how it was used."""
+    for_video: ClassVar[bool] = False
+    """Whether it is made for videos: images are pruned, too, but what the method knows is how frames differ."""
     presets: ClassVar[Mapping[float, str]] = {}
     """Settings, as typed on the command line, by the budget of a published table that they meet: ``budgets.PUBLISHED``."""
 

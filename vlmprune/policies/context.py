@@ -55,7 +55,7 @@ class TokenContext:
             sample's first position that is no padding.
         ordered: False if an earlier stage has rearranged the tokens.
         shared: what the stages of one prompt chunk share: a method may keep here what depends on the prompt alone, together
-            with the tensors it was made of, as a changed copy of the context has others (``policies/raters.py``).
+            with the tensors it was made of, as a changed copy of the context has others (``policies/parts/raters.py``).
     """
 
     layer: int

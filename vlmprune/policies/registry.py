@@ -7,63 +7,63 @@ from dataclasses import MISSING, fields
 from importlib import metadata
 
 from vlmprune.errors import InputError, check, check_known, first_line
-from vlmprune.policies.accm import ACCM
-from vlmprune.policies.accm_selection import ACCMSelection
-from vlmprune.policies.agilepruner import AgilePruner
-from vlmprune.policies.aim import AIM
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.cdpruner import CDPruner
 from vlmprune.policies.compose import Intersection, Stages, Union
 from vlmprune.policies.custom import Custom
-from vlmprune.policies.dart import DART
-from vlmprune.policies.divprune import DivPrune
-from vlmprune.policies.dycoke import DyCoke
-from vlmprune.policies.evs import EVS
-from vlmprune.policies.fastervlm import FasterVLM
-from vlmprune.policies.fastv import FastV
-from vlmprune.policies.fastvid import FastVID
-from vlmprune.policies.feather import Feather
-from vlmprune.policies.ficoco import FiCoCo
-from vlmprune.policies.fitprune import FitPrune
-from vlmprune.policies.flashvid import FlashVID
-from vlmprune.policies.flowcut import FlowCut
-from vlmprune.policies.folder import Folder
-from vlmprune.policies.globalcom2 import GlobalCom2
-from vlmprune.policies.greedyprune import GreedyPrune
-from vlmprune.policies.hiprune import HiPrune
-from vlmprune.policies.hired import HiRED
-from vlmprune.policies.holitom import HoliTom
-from vlmprune.policies.holov import HoloV
-from vlmprune.policies.knorm import KNorm
-from vlmprune.policies.learned import Learned
-from vlmprune.policies.lvlm_csp import LVLMCSP
-from vlmprune.policies.mmtok import MMTok
-from vlmprune.policies.mustdrop import MustDrop
-from vlmprune.policies.priortr import PriorTR
-from vlmprune.policies.prumerge import PruMerge
-from vlmprune.policies.prunesid import PruneSID
-from vlmprune.policies.prunevid import PruneVid
-from vlmprune.policies.pyramiddrop import PyramidDrop
-from vlmprune.policies.random import Random
-from vlmprune.policies.random_deep import RandomDeep
-from vlmprune.policies.scope import SCOPE
-from vlmprune.policies.scout import Scout
-from vlmprune.policies.sgl import SGL
+from vlmprune.policies.methods.accm import ACCM
+from vlmprune.policies.methods.accm_selection import ACCMSelection
+from vlmprune.policies.methods.agilepruner import AgilePruner
+from vlmprune.policies.methods.aim import AIM
+from vlmprune.policies.methods.cdpruner import CDPruner
+from vlmprune.policies.methods.dart import DART
+from vlmprune.policies.methods.divprune import DivPrune
+from vlmprune.policies.methods.dycoke import DyCoke
+from vlmprune.policies.methods.evs import EVS
+from vlmprune.policies.methods.fastervlm import FasterVLM
+from vlmprune.policies.methods.fastv import FastV
+from vlmprune.policies.methods.fastvid import FastVID
+from vlmprune.policies.methods.feather import Feather
+from vlmprune.policies.methods.ficoco import FiCoCo
+from vlmprune.policies.methods.fitprune import FitPrune
+from vlmprune.policies.methods.flashvid import FlashVID
+from vlmprune.policies.methods.flowcut import FlowCut
+from vlmprune.policies.methods.folder import Folder
+from vlmprune.policies.methods.globalcom2 import GlobalCom2
+from vlmprune.policies.methods.greedyprune import GreedyPrune
+from vlmprune.policies.methods.hiprune import HiPrune
+from vlmprune.policies.methods.hired import HiRED
+from vlmprune.policies.methods.holitom import HoliTom
+from vlmprune.policies.methods.holov import HoloV
+from vlmprune.policies.methods.knorm import KNorm
+from vlmprune.policies.methods.learned import Learned
+from vlmprune.policies.methods.lvlm_csp import LVLMCSP
+from vlmprune.policies.methods.mmtok import MMTok
+from vlmprune.policies.methods.mustdrop import MustDrop
+from vlmprune.policies.methods.priortr import PriorTR
+from vlmprune.policies.methods.prumerge import PruMerge
+from vlmprune.policies.methods.prunesid import PruneSID
+from vlmprune.policies.methods.prunevid import PruneVid
+from vlmprune.policies.methods.pyramiddrop import PyramidDrop
+from vlmprune.policies.methods.random import Random
+from vlmprune.policies.methods.random_deep import RandomDeep
+from vlmprune.policies.methods.scope import SCOPE
+from vlmprune.policies.methods.scout import Scout
+from vlmprune.policies.methods.sgl import SGL
+from vlmprune.policies.methods.sparsevlm import SparseVLM
+from vlmprune.policies.methods.sparsevlm_plus import SparseVLMPlus
+from vlmprune.policies.methods.star import STAR
+from vlmprune.policies.methods.tome import ToMe
+from vlmprune.policies.methods.trim import TRIM
+from vlmprune.policies.methods.uniform import Uniform
+from vlmprune.policies.methods.v2drop import V2Drop
+from vlmprune.policies.methods.vidcom2 import VidCom2
+from vlmprune.policies.methods.visiontrim import VisionTrim
+from vlmprune.policies.methods.visionzip import VisionZip
+from vlmprune.policies.methods.vispruner import VisPruner
+from vlmprune.policies.methods.vscan import VScan
+from vlmprune.policies.methods.vtw import VTW
+from vlmprune.policies.methods.zoo_prune import ZOOPrune
 from vlmprune.policies.sinks import WithoutSinks
-from vlmprune.policies.sparsevlm import SparseVLM
-from vlmprune.policies.sparsevlm_plus import SparseVLMPlus
-from vlmprune.policies.star import STAR
-from vlmprune.policies.tome import ToMe
-from vlmprune.policies.trim import TRIM
-from vlmprune.policies.uniform import Uniform
-from vlmprune.policies.v2drop import V2Drop
-from vlmprune.policies.vidcom2 import VidCom2
-from vlmprune.policies.visiontrim import VisionTrim
-from vlmprune.policies.visionzip import VisionZip
-from vlmprune.policies.vispruner import VisPruner
-from vlmprune.policies.vscan import VScan
-from vlmprune.policies.vtw import VTW
-from vlmprune.policies.zoo_prune import ZOOPrune
 
 GROUP = "vlmprune.policies"
 """Entry-point group: ``name = "package.module:PolicyClass"``."""
@@ -123,7 +123,7 @@ BUILT_IN: Mapping[str, type[PruningPolicy]] = {
     "random": Random,
     "uniform": Uniform,
 }
-"""A new method is one file and one row here."""
+"""A new method is one file in ``methods`` and one row here."""
 
 OURS: Mapping[str, type[PruningPolicy]] = {
     **BUILT_IN,

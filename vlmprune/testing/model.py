@@ -22,9 +22,9 @@ from vlmprune.models import Run, find_parts, prune
 from vlmprune.models.host.families import FAMILIES
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.compose import Stages
-from vlmprune.policies.fastv import FastV
-from vlmprune.policies.random import Random
-from vlmprune.policies.uniform import Uniform
+from vlmprune.policies.methods.fastv import FastV
+from vlmprune.policies.methods.random import Random
+from vlmprune.policies.methods.uniform import Uniform
 from vlmprune.testing.masked import masked_logits
 from vlmprune.testing.model_report import ModelReport, Row, versions
 from vlmprune.testing.pictures import Samples, make_inputs, samples_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from vlmprune.errors import check
-from vlmprune.policies.accm import WORDING
+from vlmprune.policies.methods.accm import WORDING
 from vlmprune.training.objective import Weighting
 
 WARM_UP = 1000

@@ -16,7 +16,7 @@ from vlmprune.eval.questions import Question, read_questions
 from vlmprune.eval.scoring import judge
 from vlmprune.images import open_rgb
 from vlmprune.policies.base import Grid
-from vlmprune.policies.registry import load_policies
+from vlmprune.policies.registry import load_policies, policy_class
 from vlmprune.progress import Progress, silent
 from vlmprune.view.fitting import Fitted, Size, fit
 from vlmprune.view.outcome import Outcome, run_once
@@ -89,8 +89,8 @@ def make_gallery(
         progress: is told what is done, how far it is, and of how many.
 
     Returns:
-        What ``gallery.json`` holds; under ``left_out`` why a method is: it has to be given settings, or has none that a budget
-        could change.
+        What ``gallery.json`` holds; under ``left_out`` why a method is: it has to be given settings, has none that a budget
+        could change, or is made for video.
 
     Raises:
         InputError: bad questions or budgets, an unknown method, or a model that does not see a picture as one grid of tokens.
@@ -142,6 +142,9 @@ def fit_all(
     """Every method at every budget, and why others are left out; one that was asked for by name is not."""
     fitted, left_out = {}, {}
     for name in names:
+        if policy_class(name).for_video and not given:
+            left_out[name] = f"{name} is made for video"
+            continue
         try:
             fitted[name] = {budget: fit(name, budget, size) for budget in budgets}
         except InputError as error:

@@ -1,0 +1,165 @@
+"""AIM: merge tokens that are alike before the language model, then drop a few at every layer by PageRank on attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+from torch import Tensor
+
+from vlmprune.errors import check
+from vlmprune.policies.base import (
+    Needs,
+    Positions,
+    PruningPolicy,
+    Ranking,
+    Reduction,
+    TokenContext,
+    attention_of,
+)
+from vlmprune.policies.by_image import vision_of
+from vlmprune.policies.checks import (
+    BEFORE,
+    check_keep,
+    check_layer,
+    check_share,
+    check_whole,
+    check_word,
+    is_number,
+    share_of,
+)
+from vlmprune.policies.choose import quotas
+from vlmprune.policies.counts import keep_count
+from vlmprune.policies.crops import crops_of
+from vlmprune.policies.parts.folding import Rounds, fold_crops
+from vlmprune.policies.parts.page_rank import page_rank
+
+
+@dataclass(frozen=True)
+class AIM(PruningPolicy):
+    """Merges every crop to ``keep`` tokens, then lets their number fall in a straight line over ``stages`` layers.
+
+    Stage 1, before the language model: rounds of bipartite matching, each of which halves the tokens (the last one takes
+    less): the even tokens most like their nearest odd one merge into it, as plain means.
+    At each later stage the ranking of a token is its PageRank in the previous layer, of all prompt rows, text included: a softmax of
+    logits / ``temperature`` for every head, ``rounds`` steps from even shares without damping, and the root of the mean
+    square over heads. That takes whole rows: ``4 B (H / Hkv) S^2`` bytes, twice while the softmax runs, for S rows.
+
+    Where we differ from the released code: it masks, so that nothing is saved and dropped tokens still are rows of the first
+    step; ours are gone (on random attention, alike in all layers, 99 % of what stays after the second stage is the same,
+    92 % after the seventh). It ends with no visual token, ours with one of a sample that had any. Its counts are
+    ``int(share n)`` of the n merged tokens, ours follow from what enters each stage and are off by two at most. Where a
+    round of merging is not a full half (that of an odd number never is) it puts the even tokens that stay first, by falling
+    likeness, where we keep raster order, which changes what a round after that merges; of 576 and 196 tokens its settings
+    have one such round, the last. Beside the authors' functions on the same float32 tensors (576 to 252 and 72, 196 to 49
+    tokens) the merged rows are equal to 1e-6, PageRank of 46 rows to 1e-5 of its size. Half-precision rows they compare in
+    half precision, we in float32: near ties then fall otherwise.
+
+    Args:
+        keep: tokens per image (int) or share (float) after merging, shared out evenly over its crops; newline tokens go.
+            Released: 0.25 of a video's frame in LLaVA-OneVision, 252 or 72 of 576 in LLaVA-1.5.
+        features: what is compared and merged: ``"projected"`` rows (LLaVA-OneVision), or (LLaVA-1.5) the tower's features
+            by the ``"keys"`` of a layer, all heads side by side, before the projector.
+        layer: first decoder layer that sees fewer: one behind the first whose attention is read. Released: 14 of 32, for
+            Qwen2's 28 layers 15.
+        stages: over how many layers their number falls.
+        last: which share of the merged tokens the last of them leaves; 0.0 (released) leaves one token.
+        temperature: of the softmax, above 0.
+        rounds: steps of PageRank, at least 1.
+        vision_layer: vision-tower layer of the ``"keys"``.
+        positions: of what merging leaves: ``"keep"``, a merged token having its odd one's, or ``"pack"`` (released code).
+    """
+
+    summary = "tokens alike merged before the LM, then a linear decay by PageRank on attention"
+    paper = "AIM: Adaptive Inference of Multi-Modal LLMs via Token Merging and Pruning (ICCV 2025), arXiv 2412.03248"
+    formula = (
+        "stage 1: rounds in every crop while m > k, m = tokens left: min(m - k, ⌊m / 2⌋) merge,\n"
+        "those of highest max_j cos(x_i, x_j), i at places 0, 2, …, j at 1, 3, …  (features='projected')\n"
+        "x_j ← plain mean of x_j and the x_i that merge into it\n"
+        "stage a = 1 … stages:  P_h = causal softmax of z[K-1][h] / temperature, all rows and keys\n"
+        "p_h = even shares of all rows · P_h^rounds;  s_j = √(mean_h p_h[j]²)\n"
+        "keep the round(n f_a / f_{a-1}) highest s_j, at least 1,  f_a = 1 - a / stages  (last=0.0)"
+    )
+    presets = {
+        192: "keep=350,positions=pack",
+        128: "keep=233,positions=pack",
+        64: "keep=116,positions=pack",
+        640: "keep=1169,positions=pack",
+        320: "keep=584,positions=pack",
+        160: "keep=292,positions=pack",
+        0.333: "keep=0.504,layer=15",
+        0.222: "keep=0.3355,layer=15",
+        0.111: "keep=0.1675,layer=15",
+    }
+    growth = "n^2"  # all pairs, before the model and in every layer that drops
+
+    keep: int | float = 0.25
+    features: Literal["projected", "keys"] = "projected"
+    layer: int = 14
+    stages: int = 8
+    last: float = 0.0
+    temperature: float = 0.1
+    rounds: int = 5
+    vision_layer: int = -1
+    positions: Positions = "keep"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_word("features", self.features, "projected", "keys")
+        check_layer(self.layer, 1, BEFORE)
+        check_whole("stages", self.stages, 1)
+        check_share("last", self.last)
+        above = is_number(self.temperature) and 0 < self.temperature < float("inf")
+        check(above, "temperature", "a number > 0", repr(self.temperature))
+        check_whole("rounds", self.rounds, 1)
+        check_whole("vision_layer", self.vision_layer)
+        check_word("positions", self.positions, "keep", "pack")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (0, *range(self.layer, self.layer + self.stages))
+
+    def needs(self, layer: int) -> Needs:
+        """To merge, the rows and perhaps a vision layer's keys; to drop, all rows of the layer before."""
+        if layer > 0:
+            return Needs(attention="previous", rows="all")
+        return Needs(hidden=True, vision=(self.vision_layer,) if self.features == "keys" else ())
+
+    def ranks(self, layer: int) -> bool:
+        """All but the first, which merges."""
+        return super().ranks(layer) and layer > 0
+
+    def at(self, share: float) -> Self:
+        """``share`` after merging, and ``share`` of that after the last stage."""
+        return replace(self, keep=share_of(share), last=share_of(share))
+
+    def spends(self, layer: int) -> str:
+        return "prompt" if layer else "crop"
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        if layer == 0:
+            return keep_count(self.keep, tokens, images, "crop")
+        after = layer - self.layer + 1
+        share = self._left(after) / self._left(after - 1)
+        return min(tokens, max(1, round(share * tokens)))
+
+    def _left(self, stages: int) -> float:
+        """Which share of the merged tokens is left after so many stages."""
+        return 1 - (1 - self.last) * stages / self.stages
+
+    def select(self, ctx: TokenContext) -> Tensor | Reduction:
+        return super().select(ctx) if ctx.layer else self._merged(ctx)
+
+    def rank(self, ctx: TokenContext) -> Ranking:
+        seen = attention_of(ctx)
+        return Ranking(page_rank(seen, self.temperature, self.rounds), tuple(quotas(ctx, self)))
+
+    def _merged(self, ctx: TokenContext) -> Tensor | Reduction:
+        crops = crops_of(ctx)
+        if not crops.tokens:
+            return ctx.ordinals
+        if self.features == "projected":
+            return fold_crops(ctx, self, crops, Rounds(), self.positions)
+        seen = vision_of(ctx, self.vision_layer, crops)
+        keys = seen.per_token(seen.key[:, :, int(seen.cls) :].transpose(1, 2).flatten(2))
+        return fold_crops(ctx, self, crops, Rounds(), self.positions, keys)

@@ -1,0 +1,164 @@
+"""DART: a few pivot tokens, and around each the visual tokens that duplicate it least. No attention is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlmprune import ops
+from vlmprune.constants import whole_numbers
+from vlmprune.errors import check, require
+from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, attention_of
+from vlmprune.policies.checks import check_keep, check_layer, check_word
+from vlmprune.policies.choose import select_counts
+from vlmprune.policies.counts import keep_count
+from vlmprune.policies.parts.set_order import set_order
+
+
+@dataclass(frozen=True)
+class DART(PruningPolicy):
+    """Keeps pivots and the tokens least like them: each pivot in turn takes the free tokens of lowest cosine to it.
+
+    Pivots are the visual tokens, and the text tokens after the last image, with the largest L1 norm of the previous
+    layer's keys (all heads, after RoPE). Text pivots choose but are no visual tokens. What is compared are the hidden
+    states that enter the stage, behind the text model's last norm. All as released.
+
+    Layer 0 is the variant before the language model that TensorRT-Edge-LLM ships: there are no keys yet, so input
+    embeddings are what has the norms, and what is compared, without the last norm. Its counts and turns are those of
+    ``DART(layer=0, count="exact", order="norm")`` for a prompt of one image. Readings: text pivots come from the text after
+    the last image, there from all text; several images share one budget and its pivots, there each has its own.
+
+    Not in the released code, which then fails: where pivots are missing, as there is too little text, the others take what
+    these would have taken, and without any the largest norms decide. A sample keeps at least one token.
+
+    Args:
+        layer: layers 0..layer-1 see every token, ``layer`` and later only the kept ones; 0 = before the language model.
+        keep: share (float) of the visual tokens, or visual tokens per image (int).
+        pivots: visual and text pivots per sample.
+        count: ``"released"``: every pivot takes ``keep // all pivots``, on top of the visual pivots themselves (128
+            becomes 132); ``"exact"``: exactly ``keep``, pivots included, shared out evenly, the first taking the rest.
+        order: the pivots' turns. ``"norm"``: the largest norm first, visual pivots before text pivots; ``"released"``: as
+            CPython walks the set of their positions in the prompt, filled in that order.
+    """
+
+    summary = "tokens that duplicate a few pivots least, without attention"
+    paper = 'Stop Looking for "Important Tokens" in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494'
+    formula = (
+        "p_i = ∑_h ‖k_i[K-1][h]‖₁;  P = the 4 visual and 4 text tokens of highest p  (pivots=(4, 4))\n"
+        "y_i = norm(x_i), the text model's last norm\n"
+        "each i of P in turn takes the ⌊k / 8⌋ free j of lowest cos(y_i, y_j)  (order='released')\n"
+        "keep the visual tokens of P and all that are taken  (count='released')"
+    )
+    presets = {
+        192: "layer=2,keep=166,count=exact",
+        128: "layer=2,keep=98,count=exact",
+        64: "layer=2,keep=30,count=exact",
+        640: "layer=2,keep=490,count=exact",
+        320: "layer=2,keep=149,count=exact",  # two full layers alone are a mean of 180
+        0.333: "layer=2,keep=0.2816,count=exact",
+        0.222: "layer=2,keep=0.1621,count=exact",
+        0.111: "layer=2,keep=0.0426,count=exact",
+    }
+    growth = "n"  # a few pivots, each compared with all
+
+    layer: int = 2
+    keep: int | float = 128
+    pivots: tuple[int, int] = (4, 4)
+    count: Literal["released", "exact"] = "released"
+    order: Literal["released", "norm"] = "released"
+
+    def __post_init__(self) -> None:
+        check_layer(self.layer, 0)
+        check_keep(self.keep)
+        two = isinstance(self.pivots, tuple) and len(self.pivots) == 2
+        ok = two and all(isinstance(p, int) and p >= 0 for p in self.pivots) and sum(self.pivots) > 0
+        check(ok, "pivots", "a number of visual and one of text pivots, not both 0", repr(self.pivots))
+        check_word("count", self.count, "released", "exact")
+        check_word("order", self.order, "released", "norm")
+
+    def needs(self, layer: int) -> Needs:
+        """What enters the stage, images and text; behind layer 0 the previous layer's keys, and which of them are text."""
+        entering = Needs(hidden=True, text=True)
+        return entering | Needs(attention="previous", rows="text", keys_only=True) if layer else entering
+
+    def select(self, ctx: TokenContext) -> Tensor:
+        """Pivots first, then what each takes, in as many rounds as there are pivots; no host sync."""
+        if ctx.mask.shape[1] == 0:
+            return ctx.ordinals
+        first, total = zip(*map(self._counts, ctx.counts, ctx.image_counts()), strict=True)
+        states, norms = _states(ctx)
+        text, N = (
+            require(ctx.text, "ctx.text", "positions of the text (declare Needs(text=True))"),
+            ctx.mask.shape[1],
+        )
+        most = min(self.pivots[1], text.shape[1])
+        absent = torch.where(text >= 0, 0, 2).to(torch.int8)
+        asked = ops.select_topk(norms[:, N:], most, code=absent)[0][:, :most]
+        pivots = torch.cat(
+            [select_counts(norms[:, :N], ctx, first), torch.where(asked >= 0, asked + N, -1)], 1
+        )
+        pivots = self._in_turn(ctx, pivots, norms)
+        rest = whole_numbers(tuple(t - f for f, t in zip(first, total, strict=True)), norms.device)[:, None]
+        there = (pivots >= 0).sum(1, keepdim=True).clamp(min=1)
+        turn = torch.arange(pivots.shape[1], device=norms.device)
+        share = (rest // there + (turn < rest % there)) * (pivots >= 0)
+        unit = normalize(states.float(), dim=-1)
+        unlike = (ops.gather_tokens([unit], pivots)[0] @ unit[:, :N].transpose(1, 2)).neg_()
+        code = _taken(unlike, share, torch.where(pivots < N, pivots, -1), ctx.mask)
+        left = whole_numbers(total, norms.device) - (code == 1).sum(1)
+        return ops.select_topk(norms[:, :N], left, code=code)[0][:, : max(total)]
+
+    def _in_turn(self, ctx: TokenContext, pivots: Tensor, norms: Tensor) -> Tensor:
+        """``pivots [B, P]`` (visual tokens, then text; -1 = none) in the order of their turns; those that are none come last."""
+        falling = ops.gather_tokens([norms], pivots)[0].argsort(dim=1, descending=True, stable=True)
+        kind = torch.where(pivots >= 0, (pivots >= ctx.mask.shape[1]).long(), 2)
+        pivots = pivots.gather(1, falling.gather(1, kind.gather(1, falling).argsort(dim=1, stable=True)))
+        if self.order == "norm":
+            return pivots
+        text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(text=True))")
+        start = require(ctx.start, "ctx.start", "where the prompt begins (declare Needs(text=True))")
+        at = torch.cat([ctx.positions, text], 1) - start
+        return pivots.gather(1, set_order(torch.where(pivots >= 0, at.gather(1, pivots.clamp(min=0)), -1)))
+
+    def kept(self, tokens: int, images: float, layer: int) -> int:
+        """With "released" up to the visual pivots more than ``keep``, or up to one less for each pivot."""
+        return self._counts(tokens, images)[1]
+
+    def _counts(self, tokens: int, images: float) -> tuple[int, int]:
+        """Of one sample: how many visual pivots, and how many tokens stay."""
+        if not tokens:
+            return 0, 0
+        keep, pivots = keep_count(self.keep, tokens, images), sum(self.pivots)
+        if self.count == "exact":
+            return min(self.pivots[0], keep), keep
+        first = min(self.pivots[0], tokens)
+        return first, min(tokens, max(1, first + keep // pivots * pivots))
+
+
+def _states(ctx: TokenContext) -> tuple[Tensor, Tensor]:
+    """What is compared, ``[B, N + T, D]``, and what pivots are chosen by, ``[B, N + T]`` float32: visual tokens, then text."""
+    hidden = require(ctx.hidden, "ctx.hidden", "hidden states (declare Needs(hidden=True))")
+    text = require(ctx.text_hidden, "ctx.text_hidden", "those of the text (declare Needs(text=True))")
+    states = torch.cat([hidden, text], 1)
+    if ctx.layer == 0:
+        return states, torch.linalg.vector_norm(states, 1, dim=-1, dtype=torch.float32)
+    seen = attention_of(ctx).chunk()
+    strength = torch.linalg.vector_norm(seen.key, 1, dim=(1, 3), dtype=torch.float32)  # [B, S]
+    strength = seen.across_ranks(strength, "sum")
+    norm = require(ctx.norm, "ctx.norm", "the text model's last norm (declare Needs(text=True))")
+    return norm(states), ops.gather_tokens([strength], torch.cat([seen.columns, seen.rows], 1))[0]
+
+
+def _taken(unlike: Tensor, share: Tensor, visual: Tensor, mask: Tensor) -> Tensor:
+    """Code ``[B, N]`` for ``select_topk``: 1 for the visual pivots and each pivot's share of ``unlike [B, pivots, N]``."""
+    free = torch.where(mask, 0, 2).to(torch.int8)
+    code = torch.cat([free, free[:, :1]], 1)  # one place more takes what is padding
+    N, chosen = mask.shape[1], visual
+    for values, few in zip(unlike.unbind(1), share.unbind(1), strict=True):
+        code.scatter_(1, torch.where(chosen < 0, N, chosen), 1)
+        chosen = ops.select_topk(values, few, code=code[:, :N])[0]
+    return code.scatter_(1, torch.where(chosen < 0, N, chosen), 1)[:, :N]

@@ -1,0 +1,146 @@
+"""PruneSID: patches in groups by principal axis, of each group the most attended ones unlike each other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmprune import ops
+from vlmprune.errors import require
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.budgets import each
+from vlmprune.policies.by_image import gathered, quota_of, vision_of
+from vlmprune.policies.checks import check_keep, check_seed, check_whole, check_word
+from vlmprune.policies.crops import crops_of
+from vlmprune.policies.parts.spectrum import principal_axes
+from vlmprune.policies.parts.turns import directions, in_order, outlived
+
+MEMBERS = 4
+"""Kept tokens for each principal axis."""
+
+
+@dataclass(frozen=True)
+class PruneSID(PruningPolicy):
+    """Groups a crop's patches by the principal axis of their features that each is most of, and keeps some of every group.
+
+    Of k tokens k/4 axes make groups: right singular vectors of the features behind a sigmoid, features as rows and patches as
+    columns, each column minus its mean. In a group patches go by falling CLS attention, but one that resembles a kept one,
+    with a cosine above k/32 times the crop's mean cosine, goes behind all others. Every group keeps one; the rest is shared
+    out by how many of a group have not gone behind (running sums in the order of the axes are rounded), up to a bound: as many
+    as these, at most 5 for every 64 of k begun, raised by one and another one until the bounds add up to k. What is then
+    missing goes to the groups where most have not gone behind.
+
+    The released code draws a random subspace for the axes at each call, so its choice varies from call to call; here it is
+    that of ``seed``. Its T tokens are the CLS row and T - 1 patches; here k are patches.
+
+    Args:
+        keep: k, tokens per image (int; published budgets 192, 128, 64) or share (float), shared out evenly over its crops,
+            each of which is chosen from by itself with its own k.
+        vision_layer: vision-tower layer whose attention is read.
+        seed: of the random subspace.
+        positions: ``"keep"`` their own, or ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...).
+    """
+
+    summary = "some patches of every principal axis, by CLS attention, unlike each other"
+    paper = (
+        "Prune Redundancy, Preserve Essence: Vision Token Compression in VLMs via Synergistic Importance-Diversity "
+        "(ICLR 2026), arXiv 2603.09480"
+    )
+    formula = (
+        "w_m = right singular vector m = 1 … k/4 of all sigmoid(v_j), columns j, each minus its mean\n"
+        "s_j = mean_h V[vision_layer][h, CLS, j];  j is of the group m of highest |w_m[j]|\n"
+        "by falling s_j, j goes behind if an i of its group stays with cos(v_i, v_j) > k/32 · mean of all\n"
+        "c_m = how many of m stay;  a_m = 1 + (k - groups) · c_m / ∑ c, rounded, at most 5 ⌈k/64⌉ and c_m\n"
+        "in every crop keep the a_m first of every group m, and more of those of highest c_m until k are kept"
+    )
+    presets = each("keep={}", counts=",positions=pack")
+    growth = "n^2"  # cosines of all pairs
+
+    keep: int | float = 64
+    vision_layer: int = -2
+    seed: int = 0
+    positions: Positions = "keep"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        check_whole("vision_layer", self.vision_layer)
+        check_seed(self.seed)
+        check_word("positions", self.positions, "keep", "pack")
+
+    layers = (0,)  # before the language model
+    spend = "crop"
+
+    def needs(self, layer: int) -> Needs:
+        """Query and key of the vision layer; the features come with them."""
+        return Needs(vision=(self.vision_layer,))
+
+    def select(self, ctx: TokenContext) -> Tensor | Reduction:
+        crops = crops_of(ctx)
+        if not crops.tokens:
+            return ctx.ordinals
+        quota = quota_of(ctx, self, crops)
+        scores = vision_of(ctx, self.vision_layer, crops).received().nan_to_num(0.0, 0.0, 0.0)
+        features = require(ctx.features, "ctx.features", "what the projector got (declare Needs(vision=...))")
+        picked = []
+        for kind in crops.kinds(quota):
+            own = crops.take(features, kind), crops.take(scores, kind)
+            picked.append((kind, kept_of_groups(*own, kind.kept, kind.kept, self.seed)))
+        return gathered(ctx, crops, quota, crops.together(picked), self.positions)
+
+
+def kept_of_groups(features: Tensor, scores: Tensor, keep: int, budget: int, seed: int) -> Tensor:
+    """Places ``[I, keep]`` of the patches of ``features [I, P, D]`` that stay, ascending; groups are made for ``budget``."""
+    P, device = scores.shape[1], scores.device
+    if keep in (0, P):
+        return torch.arange(keep, device=device).expand(len(scores), -1)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    group = groups_of(features, budget, seed).gather(1, order)
+    unit = directions(features)
+    cosine = unit @ unit.mT
+    mean = (cosine.sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).sum(1)) / (P * (P - 1))
+    close = in_order(cosine, order) > (budget / 32 * mean)[:, None, None]
+    behind = outlived(close & (group[:, :, None] == group[:, None, :]))
+    own = group[:, :, None] == torch.arange(max(1, budget // MEMBERS), device=device)
+    stay = shared_out(own.sum(1), (own & ~behind[:, :, None]).sum(1), keep, budget)
+    last = behind.to(torch.int8).argsort(dim=1, stable=True)
+    order, group = order.gather(1, last), group.gather(1, last)
+    own = own.gather(1, last[:, :, None].expand_as(own))
+    place = own.long().cumsum(1).gather(2, group[:, :, None])[:, :, 0]
+    chosen = (place <= stay.gather(1, group)).float()
+    return ops.select_topk(torch.zeros_like(chosen).scatter_(1, order, chosen), keep)[0]
+
+
+def groups_of(features: Tensor, budget: int, seed: int) -> Tensor:
+    """Which principal axis each patch ``[I, P]`` is most of."""
+    data = features.float().nan_to_num(0.0, 0.0, 0.0).sigmoid().mT
+    axes = min(max(1, budget // MEMBERS), *data.shape[1:])
+    return principal_axes(data - data.mean(1, keepdim=True), axes, seed).abs().argmax(-1)
+
+
+def shared_out(members: Tensor, standing: Tensor, keep: int, budget: int) -> Tensor:
+    """How many of each group ``[I, q]`` stay, ``keep`` in all.
+
+    Args:
+        members: how many it has.
+        standing: how many of them have not gone behind.
+        keep: at least as many as groups have members.
+        budget: what the bounds are made for.
+    """
+    least = members.clamp(max=1)
+    most = torch.minimum(members, standing.clamp(max=5 * math.ceil(budget / 64)))
+    raised = torch.minimum(
+        most[:, None] + torch.arange(budget + 1, device=most.device)[:, None], members[:, None]
+    )
+    short = (raised.sum(2, keepdim=True) < budget).sum(1, keepdim=True)
+    most = raised.gather(1, short.expand(-1, -1, most.shape[1]))[:, 0]
+    rest = keep - least.sum(1, keepdim=True)
+    shares = standing.cumsum(1).double() / standing.sum(1, keepdim=True).clamp(min=1) * rest
+    ends = shares.round().long()
+    stay = torch.minimum(least + ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1])), most)
+    turn = standing.argsort(dim=1, descending=True, stable=True)
+    room = (most - stay).gather(1, turn)
+    missing = keep - stay.sum(1, keepdim=True) - (room.cumsum(1) - room)
+    return stay.scatter_add(1, turn, torch.minimum(missing.clamp(min=0), room))

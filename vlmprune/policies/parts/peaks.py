@@ -1,0 +1,67 @@
+"""Groups of tokens of which the device knows how many stay: shares in proportion, clusters around density peaks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlmprune.policies.choose import falling_places
+from vlmprune.policies.parts.recycle import MOST
+
+
+def in_proportion(sizes: Tensor, total: Tensor) -> Tensor:
+    """Shares of ``total [...]`` in proportion to ``sizes [..., M]``, both int64: whole numbers that add up to it exactly.
+
+    Each is ``size * total / sum`` rounded up or down: what the groups up to one get together is rounded down. Where ``total``
+    is at most the sum, no share is larger than its size.
+
+    Example:
+        >>> in_proportion(torch.tensor([3, 3, 4]), torch.tensor(5))
+        tensor([1, 2, 2])
+    """
+    ends = sizes.cumsum(-1) * total[..., None] // sizes.sum(-1, keepdim=True).clamp(min=1)
+    return ends.diff(dim=-1, prepend=torch.zeros_like(ends[..., :1]))
+
+
+def density_peaks(x: Tensor, among: Tensor, wanted: Tensor, near: Tensor, most: int) -> Tensor:
+    """Clusters around density peaks, each group's own number of them: ``ops.cluster_dpc`` where the device knows how many.
+
+    Distance = L2 / sqrt(D). Density of a token = exp(-mean of its ``near`` smallest squared distances, its own 0 included); its gap
+    = distance to the nearest denser one, for the densest the largest of the group. The centres are those of largest density
+    * gap; every other token joins its nearest centre. Ties go to the lower place. Never waits for the device.
+
+    Args:
+        x: ``[G, P, D]``; what is out of range counts as the nearest in range, NaN as 0.
+        among: ``[G, P]`` bool, the tokens to cluster.
+        wanted: ``[G]`` int64, how many clusters, at most the group's tokens.
+        near: ``[G]`` int64, how many neighbours make a density; of fewer tokens all.
+        most: what ``near`` is at most.
+
+    Returns:
+        ``[G, P]`` int64, the place of the centre of each token's cluster, its own for a centre; -1 = not among, or no clusters.
+
+    Example:
+        >>> line = torch.tensor([[[0.0], [0.1], [5.0], [5.2]]])
+        >>> all_of_them = torch.ones(1, 4, dtype=torch.bool)
+        >>> density_peaks(line, all_of_them, torch.tensor([2]), torch.tensor([2]), most=2)
+        tensor([[0, 0, 2, 2]])
+    """
+    (_, P, D), at = x.shape, torch.arange(x.shape[1], device=x.device)
+    x = x.float().clamp(-MOST, MOST).nan_to_num(0.0)
+    pair = among[:, :, None] & among[:, None, :]
+    # from differences: equal tokens are 0 apart, and padding changes nothing
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / D**0.5
+    apart = distance.masked_fill(~pair, float("inf"))
+    k = torch.minimum(near, among.sum(1)).clamp(min=1)[:, None]
+    closest = apart.topk(min(most, P), dim=2, largest=False).values.square()
+    spread = closest.masked_fill(at[: closest.shape[2]] >= k[:, :, None], 0.0).sum(2) / k
+    tighter = spread[:, None, :] < spread[:, :, None]
+    denser = pair & (tighter | ((spread[:, None, :] == spread[:, :, None]) & (at < at[:, None])))
+    farthest = distance.masked_fill(~pair, 0.0).amax((1, 2))
+    gap = distance.masked_fill(~denser, float("inf")).amin(2)
+    gap = torch.where(denser.any(2), gap, farthest[:, None])
+    # the logarithm of density * gap: the same order, and far tokens do not all underflow to 0
+    center = among & (falling_places(gap.log() - spread, among) < wanted[:, None])
+    own = center[:, None, :] & (at == at[:, None])
+    nearest = distance.masked_fill(~center[:, None, :], float("inf")).masked_fill(own, -1.0).argmin(2)
+    return nearest.masked_fill(~(among & center.any(1, keepdim=True)), -1)
