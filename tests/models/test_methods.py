@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import pytest
@@ -229,6 +230,20 @@ def test_a_sample_in_a_padded_batch_keeps_what_it_keeps_alone(model, name):
         model(**both, position_ids=positions)
         got = [run.kept_at(i, 1).tolist() for i in range(len(run.stages))]
     assert got == want
+
+
+@BY_TOWER
+def test_runs_in_bfloat16(model, name):
+    """As checkpoints are stored: policies compute in float32 what they hand back to layers that do not."""
+    batch, policy = make_batch(BATCHES["padded-2-1-0-images"]), make(name)
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    half = copy.deepcopy(model).bfloat16()
+    with vlmprune.prune(half, policy) as run:
+        _, logits, _ = generate(half, batch, 1)
+    assert logits.isfinite().all()
+    for stage in () if name in READS_THE_DEVICE else run.stages:
+        told = [policy.kept(n, m, stage.layer) for n, m in zip(stage.entered, (2, 1, 0), strict=True)]
+        assert list(stage.kept) == told
 
 
 @pytest.fixture(scope="module")

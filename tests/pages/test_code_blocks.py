@@ -48,6 +48,7 @@ REASONS = {
     "needs a server": "of vLLM",
     "needs lmms-eval": "some 140 packages: make test-eval",
     "needs a GPU": "or Triton on one",
+    "needs torchvision": "which PyPI has beside torch's CUDA build alone",
     "needs Ray": "a package that nothing else here needs",
     "needs a package index": "it installs or downloads",
     "makes environments": "gigabytes of them",

@@ -214,7 +214,7 @@ def test_the_first_screen(idle):
     for button in idle.locator("[data-example]").all():
         box = button.bounding_box()
         assert box["y"] + box["height"] < 900
-    assert idle.locator("#methods input").count() == 24
+    assert idle.locator("#methods input").count() == 42
     assert idle.locator("#methods input:checked").count() == 4
     assert idle.get_by_label("feather RoPE-free attention").is_checked()
     assert idle.get_by_label("number input for Budget").input_value() == "78"

@@ -19,7 +19,7 @@ from helpers.command_line import CHECKPOINT, EXAMPLE, SCENE, cli
 from vlmprune.checkpoints import Checkpoint
 from vlmprune.errors import InputError
 from vlmprune.images import open_rgb
-from vlmprune.policies.registry import list_policies
+from vlmprune.policies.registry import BUILT_IN, list_policies
 from vlmprune.view.fitting import Size
 from vlmprune.view.picture import dim_dropped
 from vlmprune.web import limits
@@ -205,7 +205,10 @@ def checkpoint():
 def test_methods_that_can_be_fitted(checkpoint):
     size, methods, left_out = offer(checkpoint)
     assert size == SCENE_SIZE
-    assert {*methods, *left_out} == {*list_policies()} and set(left_out) == {"accm", "learned", "sgl", "vtw"}
+    assert {*methods, *left_out} == {*list_policies()}
+    assert set(left_out) == {"accm", "learned", "sgl", "vtw"} | {
+        n for n, k in BUILT_IN.items() if k.for_video
+    }
     assert (methods["fastv"].before, methods["divprune"].before) == (False, True)
     html = methods_html(offer(checkpoint), ("fastv",))
     assert html.count('type="checkbox"') == len(methods) and html.count(" checked") == 1

@@ -105,7 +105,7 @@ def test_without_names_all_that_can_be_fitted_are_drawn(checkpoint):
     """Those that have to be given settings are told with the reason; nothing is run for that here."""
     fitted, left_out = fit_all(["divprune", "sgl", "vtw", "evs"], [64.0], SIZE, given=False)
     assert set(fitted) == {"divprune"} and set(left_out) == {"sgl", "vtw", "evs"}
-    assert left_out["evs"] == "evs is made for video"
+    assert left_out["evs"] == "evs: made for video"
     assert set(fit_all(["evs"], [64.0], SIZE, given=True)[0]) == {"evs"}
     assert "guide" in left_out["sgl"] and "share" in left_out["vtw"]
 

@@ -109,8 +109,7 @@ class CropReads:
             vision[layer] = VisionAttention(
                 **own, scale=scale, cls=cls, mask=mask, cells=cells, shares=shares
             )
-        # project is no call of the module: no hook should see it
-        return {"vision": vision, "features": features, "project": self.parts.projector.forward}
+        return {"vision": vision, "features": features, "project": _Projector(self.parts.projector, features)}
 
     def _packed(
         self, scales: Mapping[int, float], note: Encoded, seen: Seen, order: tuple[int, ...], depth: int
@@ -131,7 +130,7 @@ class CropReads:
         units = packed_units(packed_frames(frames, self.side, None, window), note.features.device)
         blocks = mine(note.features).view(-1, m * note.features.shape[1])
         features = mixed(blocks[None], units, None).to(blocks)
-        return {"vision": vision, "features": features, "project": _OfBlocks(self.parts.projector, m)}
+        return {"vision": vision, "features": features, "project": _Projector(self.parts.projector, features, m)}
 
     def _attention(
         self, note: Encoded, layer: int, scale: float, packed: Packed, mine: _Mine, windowed: bool
@@ -161,18 +160,23 @@ def _own(note: Encoded, layer: int, mine: _Mine) -> dict[str, Tensor]:
     }
 
 
-class _OfBlocks:
-    """A projector that takes patches, for features ``[..., m Dv]`` of the m patches of each token."""
+class _Projector:
+    """The projector, for features ``[..., Dv]`` in any precision; with ``patches`` for those of so many of each token, in a row.
 
-    def __init__(self, projector: Any, patches: int) -> None:
-        self.projector, self.patches = projector, patches
+    It works in the precision of the features that it got.
+    """
+
+    def __init__(self, projector: Any, features: Tensor, patches: int | None = None) -> None:
+        self.projector, self.dtype, self.patches = projector, features.dtype, patches
 
     def __call__(self, features: Tensor) -> Tensor:
-        """``[..., D]``."""
-        rows = features.reshape(-1, features.shape[-1] // self.patches)
-        # project is no call of the module: no hook should see it
-        made = self.projector.forward(rows)
-        return made.view(*features.shape[:-1], made.shape[-1])
+        """``[..., D]``. No call of the module: no hook should see it."""
+        rows = features.to(self.dtype)
+        if self.patches is None:
+            made: Tensor = self.projector.forward(rows)
+            return made
+        made = self.projector.forward(rows.reshape(-1, rows.shape[-1] // self.patches))
+        return made.view(*rows.shape[:-1], made.shape[-1])
 
 
 class _Mine(NamedTuple):

@@ -41,7 +41,7 @@ class TokenContext:
         vision: query and key of the vision layers asked for, by the number they were asked with.
         features: ``[I, T, Dv]`` what the projector got for the tokens of every crop, zeros where one has fewer, or None if no
             vision layer was asked for.
-        project: the projector, ``[..., Dv]`` to ``[..., D]``, for features made anew; given with ``features``.
+        project: the projector, ``[..., Dv]`` in any precision to ``[..., D]``, for features made anew; given with ``features``.
         sizes: per sample, the visual tokens of each image or video; None where every grid is an image.
         crops: per sample and image, the crops that the tower saw of it and that have tokens; None where every grid is one. A
             newline token is of none.

@@ -143,7 +143,7 @@ def fit_all(
     fitted, left_out = {}, {}
     for name in names:
         if policy_class(name).for_video and not given:
-            left_out[name] = f"{name} is made for video"
+            left_out[name] = f"{name}: made for video"
             continue
         try:
             fitted[name] = {budget: fit(name, budget, size) for budget in budgets}

@@ -108,6 +108,9 @@ def offer(checkpoint: Checkpoint, picture: Image.Image | None = None) -> Offer:
     size = size_of(checkpoint, inputs)
     methods, left_out = {}, {}
     for name, kind in load_policies()[0].items():
+        if kind.for_video:  # the page has pictures alone
+            left_out[name] = f"{name}: made for video"
+            continue
         try:
             policy = fitted(checkpoint, name, SHARE * size.visual, size).policy
             methods[name] = Method(policy.layers[0] == 0, kind.summary)
