@@ -54,7 +54,11 @@ TABLE = {
     "pyramiddrop": "layers=4/8/12,ratio=0.255",
     "sparsevlm": "layers=2/4/8,tokens=192",
     "sparsevlm_plus": "layers=2/4/8,tokens=192",
+    "v2drop": "layers=2/8/11,keep=0.468/0.468/1",
+    "mustdrop": "layers=1/3/5/7,keep=0.628",
     "ficoco": "layers=1/2/3,drop=0.365",
+    "flowcut": "vision_layers=0/1/2/3/4/5,keep=192",
+    "hiprune": "object_layer=3,keep=192",
     "vscan": "layer=8,keep=288,then=96",
     "star": "layer=8,keep=288,then=96",
     "vtw": "layer=5",
@@ -63,7 +67,7 @@ TABLE = {
     "scout": "coarse=(uniform:layer=0,keep=115),fine=77,look=10",
     "random_deep": "layer=10,keep=0.33",
 }
-"""Methods whose stages do not fit into 16 layers: here at half their layers. VTW leaves 180 of 576 tokens in the mean."""
+"""Methods whose stages do not fit into 16 layers, or what they read into a tower of 8: here at half their layers. VTW leaves 180 of 576 tokens in the mean."""
 SHOWN = (
     "batch",
     "policy",

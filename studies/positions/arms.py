@@ -1,4 +1,4 @@
-"""Every method that can pack positions, twice at each budget: with the positions kept, and with them packed."""
+"""Every method that could pack positions when this was measured, twice at each budget: with them kept, and with them packed."""
 
 from __future__ import annotations
 

@@ -22,6 +22,26 @@ BEFORE = {
     "FasterVLM": "fastervlm",
 }
 """Methods that choose ahead of the language model, at their own defaults."""
+LATER = {
+    "HoloV": "holov",
+    "HiPrune": "hiprune:object_layer={eight}",
+    "PruMerge": "prumerge",
+    "PruMerge+": "prumerge:plus=true",
+    "TRIM": "trim",
+    "ToMe": "tome",
+    "SCOPE": "scope",
+    "MMTok": "mmtok",
+    "PruneSID": "prunesid",
+    "ZOO-Prune": "zoo_prune:directions=16",
+    "AgilePruner": "agilepruner",
+    "FlowCut": "flowcut:vision_layers={all}",
+    "VisionTrim": "visiontrim",
+    "V2Drop, early": "v2drop:layers=1/2/3,keep=0.5/0.5/0.5",
+    "PriorTR, early": "priortr:layer=1",
+    "FitPrune, early": "fitprune:layers=1/2/3,drop=0.5",
+    "MustDrop, early": "mustdrop:layers=1/2/3,keep=0.5",
+}
+"""Methods that came later, with positions kept: asked where ``--only`` names them. Those that need tiles are not here."""
 
 
 def published(depth: int, tower: int) -> tuple[dict[str, PruningPolicy], list[str]]:
@@ -53,6 +73,12 @@ def published(depth: int, tower: int) -> tuple[dict[str, PruningPolicy], list[st
     return out, left_out
 
 
+def later(depth: int, tower: int) -> dict[str, PruningPolicy]:
+    """Methods that came later, as far as ``depth`` has room for them."""
+    layers = {"eight": scaled(8, tower, TOWER), "all": "/".join(map(str, range(tower)))}
+    return that_fit({name: text.format(**layers) for name, text in LATER.items()}, depth)[0]
+
+
 def study_arms(
     scouts: dict[str, PruningPolicy],
     budgets: Sequence[float],
@@ -69,7 +95,7 @@ def study_arms(
         prompt: what they are counted for.
         tower: layers of the vision tower.
         draws: of those that draw.
-        only: beginnings of the names of methods to ask; empty: all.
+        only: beginnings of the names of methods to ask; empty: all but those that came later.
 
     Raises:
         InputError: no method begins so.
@@ -77,6 +103,8 @@ def study_arms(
     theirs, refused = published(prompt.shape.layers, tower)
     baselines = {LATTICE: Uniform(layer=0), RANDOM: Random(layer=0), SMALLER: None}
     methods = scouts | baselines | theirs | {ORACLE: Oracle(layer=0)}
+    if only:
+        methods |= later(prompt.shape.layers, tower)
     wanted = [name for name in methods if not only or name.startswith(tuple(only))]
     if not wanted:
         raise InputError(f"only: expected beginnings of {', '.join(methods)}, got {', '.join(only)}")

@@ -230,7 +230,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, bug):
     def fail(path, name):
         raise bug
 
-    monkeypatch.setattr("vlmprune.images.open_rgb", fail)
+    monkeypatch.setattr("vlmprune.cli.pictures.open_rgb", fail)
     done = ask()
     assert done.exit_code == 1 and done.exception is bug and done.stderr == ""
 
@@ -250,7 +250,7 @@ def test_what_is_expected_is_one_line_unless_tracebacks_are_asked_for(monkeypatc
     def fail(path, name):
         raise error
 
-    monkeypatch.setattr("vlmprune.images.open_rgb", fail)
+    monkeypatch.setattr("vlmprune.cli.pictures.open_rgb", fail)
     assert one_line(ask()) == f"error: {error}"
     monkeypatch.setattr("vlmprune.env.TRACEBACKS", True)
     done = ask()

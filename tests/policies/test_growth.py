@@ -23,8 +23,8 @@ from vlmprune.policies import (
     Stages,
     Uniform,
     VisionZip,
-    lattice,
 )
+from vlmprune.policies.parts import lattice
 from vlmprune.policies.registry import BUILT_IN
 from vlmprune.testing.context import make_context
 

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from vlmprune.policies.base import AttentionInputs, Grid, Needs, TokenContext, VisionAttention
-from vlmprune.testing.context_changes import with_wave
+from vlmprune.testing.context_changes import bare, with_wave
 from vlmprune.testing.words import last_norm, with_tokens
 
 PAST, BEFORE, BETWEEN, AFTER = 4, 3, 2, 5
@@ -272,39 +272,3 @@ def make_context(needs: Needs, images: Sequence[Sequence[Grid]], layer: int, **s
     if needs.tokens:
         made = replace(made, ctx=with_tokens(made.ctx, made.image, made.text))
     return bare(with_wave(made.ctx) if needs.wave else made.ctx, needs)
-
-
-def _seen(vision: VisionAttention, needs: Needs) -> VisionAttention:
-    return vision if needs.values else replace(vision, value=None)
-
-
-def bare(ctx: TokenContext, needs: Needs) -> TokenContext:
-    """The same with what ``needs`` asks for and nothing else, as the wiring hands it out."""
-    assert ctx.hidden is not None and ctx.earlier is not None
-    attention = ctx.attention if needs.attention else None
-    if attention is not None and needs.rows == "last":
-        attention = replace(attention, query=attention.query[:, :, -1:], rows=attention.last)
-    if attention is not None and needs.rows == "text":  # queries from the first text row on
-        S, rows = attention.key.shape[2], attention.rows
-        reach = int(torch.where(rows >= 0, S - rows, 0).max()) if rows.numel() else 0
-        attention = replace(attention, query=attention.query[:, :, attention.query.shape[2] - reach :])
-    outside = ~ctx.mask[..., None]
-    return replace(
-        ctx,
-        hidden=ctx.hidden.masked_fill(outside, 0.0) if needs.hidden else None,
-        earlier=ctx.earlier.masked_fill(outside, 0.0) if needs.earlier else None,
-        attention=attention,
-        embeds=ctx.embeds if needs.embeds else None,
-        image=ctx.image if needs.embeds else None,
-        text=ctx.text if needs.reads_text else None,
-        words=ctx.words if needs.reads_text else None,
-        text_hidden=ctx.text_hidden if needs.text else None,
-        norm=ctx.norm if needs.text else None,
-        start=ctx.start if needs.text else None,
-        vision={layer: _seen(ctx.vision[layer], needs) for layer in needs.vision if layer in ctx.vision},
-        features=ctx.features if needs.vision else None,
-        project=ctx.project if needs.vision else None,
-        tokens=ctx.tokens if needs.tokens else None,
-        embed=ctx.embed if needs.tokens else None,
-        tokenizer=ctx.tokenizer if needs.tokens else None,
-    )

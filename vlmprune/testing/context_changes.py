@@ -1,4 +1,4 @@
-"""A context made different in one way: fewer samples, broken or repeated values, half the precision."""
+"""A context made different in one way: fewer samples, broken or repeated values, half the precision, no more than is asked for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.policies.base import AttentionInputs, TokenContext
+from vlmprune.policies.base import AttentionInputs, Needs, TokenContext, VisionAttention
 
 
 def changed(ctx: TokenContext, change: Callable[[str, Tensor], Tensor]) -> TokenContext:
@@ -154,3 +154,37 @@ def _first_rows(seen: AttentionInputs) -> AttentionInputs:
 def _real(x: Tensor) -> Tensor:
     """The first row of ``x [B, n]`` up to its padding."""
     return x[:1, : int((x[0] >= 0).sum())]
+
+
+def bare(ctx: TokenContext, needs: Needs) -> TokenContext:
+    """The same with what ``needs`` asks for and nothing else, as the wiring hands it out."""
+    assert ctx.hidden is not None and ctx.earlier is not None
+    attention = ctx.attention if needs.attention else None
+    if attention is not None and needs.rows == "last":
+        attention = replace(attention, query=attention.query[:, :, -1:], rows=attention.last)
+    if attention is not None and needs.rows == "text":  # queries from the first text row on
+        S, rows = attention.key.shape[2], attention.rows
+        reach = int(torch.where(rows >= 0, S - rows, 0).max()) if rows.numel() else 0
+        attention = replace(attention, query=attention.query[:, :, attention.query.shape[2] - reach :])
+    outside, asked = (
+        ~ctx.mask[..., None],
+        {
+            ("embeds", "image"): needs.embeds,
+            ("text", "words"): needs.reads_text,
+            ("text_hidden", "norm", "start"): needs.text,
+            ("features", "project"): bool(needs.vision),
+            ("tokens", "embed", "tokenizer"): needs.tokens,
+        },
+    )
+    return replace(
+        ctx,
+        hidden=ctx.hidden.masked_fill(outside, 0.0) if needs.hidden else None,
+        earlier=ctx.earlier.masked_fill(outside, 0.0) if needs.earlier else None,
+        attention=attention,
+        vision={layer: _seen(ctx.vision[layer], needs) for layer in needs.vision if layer in ctx.vision},
+        **{name: None for names, wanted in asked.items() if not wanted for name in names},
+    )
+
+
+def _seen(vision: VisionAttention, needs: Needs) -> VisionAttention:
+    return vision if needs.values else replace(vision, value=None)
