@@ -21,9 +21,15 @@ GREYS = {LATTICE: "0.2", RANDOM: "0.4", SMALLER: "0.6", ORACLE: "0.75"}
 def draw_plot(rows: Sequence[Row]) -> bytes:
     """A line a method through its budgets: Scout thick with its intervals, baselines in grey, ablations left out.
 
+    So are methods that were asked at one budget alone, where no line is.
+
     A published method has one colour: dotted with packed positions, dashed at early layers.
     """
-    shown = [r for r in find(rows, quantity=RIGHT, family="") if not r.method.startswith(ABLATED)]
+    whole_rows = [r for r in find(rows, quantity=RIGHT, family="") if not r.method.startswith(ABLATED)]
+    budgets: dict[str, set[float | None]] = {}
+    for r in whole_rows:
+        budgets.setdefault(r.method, set()).add(r.budget)
+    shown = [r for r in whole_rows if r.method == UNPRUNED or len(budgets[r.method]) > 1]
     models = list(dict.fromkeys(r.model for r in shown))
     figure, panels = make_figure(1, len(models), WIDTH, HEIGHT)
     colours = _colours(shown)
