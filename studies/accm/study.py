@@ -80,7 +80,7 @@ def study(chosen: argparse.Namespace) -> tuple[list[Row], str]:
     """Every arm of every selection at every budget, then what costs as much without words."""
     checkpoint = Checkpoint(chosen.model, chosen.device, chosen.dtype)
     side = checkpoint.config.vision_config.image_size
-    questions = with_template(checkpoint.processor, read_questions(chosen.questions))
+    questions = with_template(checkpoint, read_questions(chosen.questions))
     subject = Subject(checkpoint, chosen.batch_size, NEW_TOKENS)
     store = Store(chosen.out, subject.settings(chosen.questions))
     batches = make_batches(checkpoint.processor, questions, chosen.batch_size)

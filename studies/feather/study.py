@@ -90,7 +90,7 @@ def study_model(chosen: argparse.Namespace) -> tuple[list[Row], str]:
     grid = patch_grid(checkpoint.config)
     questions = read_questions(chosen.questions, chosen.families)
     check_oracle(questions, checkpoint.config, checkpoint.processor)
-    questions = with_template(checkpoint.processor, questions)
+    questions = with_template(checkpoint, questions)
     swept = [asked for asked in questions if asked.family == chosen.families[0]][: chosen.sweep_questions]
     prompt = typical_prompt(checkpoint, questions)
     arms, refused = budget_arms(prompt, BUDGETS, chosen.draws)

@@ -69,7 +69,7 @@ def study(chosen: argparse.Namespace) -> tuple[list[Row], str]:
     """Every pair of arms on one checkpoint."""
     checkpoint = Checkpoint(chosen.model, chosen.device, chosen.dtype)
     questions = first(read_questions(chosen.questions), chosen.limit)
-    questions = with_template(checkpoint.processor, questions)
+    questions = with_template(checkpoint, questions)
     prompt = typical_prompt(checkpoint, questions)
     texts, no_room = chosen.methods, []
     if texts is None:

@@ -72,7 +72,7 @@ def study(chosen: argparse.Namespace) -> tuple[list[Row], str]:
     checkpoint = Checkpoint(chosen.model, chosen.device, chosen.dtype)
     questions = first(read_questions(chosen.questions, chosen.families), chosen.limit)
     check_oracle(questions, checkpoint.config, checkpoint.processor)
-    questions = with_template(checkpoint.processor, questions)
+    questions = with_template(checkpoint, questions)
     prompt = typical_prompt(checkpoint, questions)
     ours = scouts(prompt.shape.layers)
     tower = checkpoint.config.vision_config.num_hidden_layers

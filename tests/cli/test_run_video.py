@@ -10,6 +10,7 @@ from helpers.command_line import CHECKPOINT, ask, cli
 from vlmprune import FastV
 from vlmprune.cli import main
 from vlmprune.cli.pictures import read_pictures
+from vlmprune.eval import Checkpoint
 from vlmprune.eval import run as evaluate
 from vlmprune.view.strip import HEIGHT, NEXT
 
@@ -110,3 +111,8 @@ def test_a_family_without_videos(clip):
     assert done.stderr.startswith(
         "error: --video: expected a checkpoint of a family with videos (llava_onevision, "
     )
+    line = {"id": "1", "video": "clip", "family": "when", "prompt": "w7", "answer": "w9"}
+    (clip.parent / "questions.jsonl").write_text(json.dumps(line))
+    said = r"^questions: expected a checkpoint of a family with videos \(.*\), got llava$"
+    with pytest.raises(ValueError, match=said):
+        evaluate(Checkpoint(str(CHECKPOINT)), clip.parent, clip.parent / "out", ["evs"])

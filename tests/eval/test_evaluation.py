@@ -91,9 +91,7 @@ def test_the_smaller_pictures_answers_cost_what_ran(checkpoint, questions, tmp_p
     found = run(checkpoint, questions, tmp_path / "out", budgets=(0.6,), baselines=("smaller",))
     (small,) = (result for result in found.results if result.method == "smaller")
     shape = decoder_shape(checkpoint.config)
-    lengths = text_lengths(
-        checkpoint.processor, with_template(checkpoint.processor, read_questions(questions))
-    )
+    lengths = text_lengths(checkpoint.processor, with_template(checkpoint, read_questions(questions)))
     cuts = [
         1
         - decoder_flops(shape, [small.tokens + text] * shape.layers)

@@ -148,7 +148,8 @@ def test_a_broken_sample_keeps_its_first_tokens():
 
 
 def test_needs_every_row():
-    assert FitPrune().needs(1) == Needs(attention="previous", rows="all")
+    assert FitPrune().needs(1) == Needs(attention="previous", rows="all", text=True)
+    assert replace(FitPrune(), reduction=10) == FitPrune(reduction=10)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """HoloV against its formula: quotas of the raster's runs, and the most attended tokens of each."""
 
-from math import floor, sqrt
+from math import floor, frexp, ldexp, sqrt
 
 import pytest
 
@@ -37,6 +37,12 @@ def score_of(rows, attention, diversity):
     return sum(a + diversity * d * scaling for a, d in zip(paid, spread, strict=True)) / m
 
 
+def to_16_bits(x):
+    """What float32 sums cannot tell apart is a tie."""
+    whole, power = frexp(x)
+    return ldexp(round(whole * 65536) / 65536, power)
+
+
 def chosen(places, attention, hidden, k, wanted, diversity):
     """Of one image: its tokens' places in raster order, their attention, rows by place, and how many stay."""
     count = min(wanted or max(1, int(1024 / 576 * len(places) / k)), len(places))
@@ -46,7 +52,7 @@ def chosen(places, attention, hidden, k, wanted, diversity):
         runs.append(range(at, at + size))
         at += size
     weights = [
-        round(score_of([hidden[places[j]] for j in run], [attention[j] for j in run], diversity), 8)
+        to_16_bits(score_of([hidden[places[j]] for j in run], [attention[j] for j in run], diversity))
         for run in runs
     ]
     quotas = [floor(k * w / sum(weights) + 1e-6) for w in weights]

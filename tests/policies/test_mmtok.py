@@ -9,6 +9,8 @@ import torch
 from helpers.contexts import images_in, kept_lists, sight
 from vlmprune.policies.base import Needs
 from vlmprune.policies.methods.mmtok import MMTok
+from vlmprune.testing.context import make_case, with_text
+from vlmprune.testing.context_changes import first_alone
 
 BATCHES = [
     pytest.param({"images": ["square"]}, id="one"),
@@ -139,3 +141,24 @@ def test_rejects(settings, error):
     with pytest.raises(ValueError) as caught:
         MMTok(**settings)
     assert str(caught.value) == error
+
+
+def test_a_larger_neighbour_with_more_text_changes_nothing():
+    """Its crop makes padding of ours, and its text makes rows that are no words of ours."""
+    policy = MMTok(keep=4, text_temperature=0.2, vision_temperature=0.2)
+    changed = 0
+    for seed in range(20):
+        made = with_text(make_case([((3, 3),), ((4, 4),)], 0, after=[2, 20], seed=seed), seed=seed + 1)
+        ctx = with_features(made, seed)
+        both = kept_lists(policy.select(ctx))
+        alone = kept_lists(policy.select(replace(first_alone(ctx), features=ctx.features[:1, :9])))
+        changed += both[0] != alone[0]
+    assert changed == 0
+
+
+def with_features(made, seed):
+    """One crop an image, of nine and of sixteen patches."""
+    g = torch.Generator().manual_seed(seed)
+    features = torch.randn(2, 16, 12, generator=g)
+    features[0, 9:] = 0
+    return replace(made.ctx, features=features, project=lambda x: x, attention=None)

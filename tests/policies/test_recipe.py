@@ -16,13 +16,16 @@ from helpers.methods import typed
 from vlmprune import policy_from
 from vlmprune.errors import InputError
 from vlmprune.policies import (
+    SCOPE,
     ACCMSelection,
     CDPruner,
     Custom,
     DivPrune,
     FastV,
     Feather,
+    GreedyPrune,
     Intersection,
+    MMTok,
     PruningPolicy,
     PyramidDrop,
     Random,
@@ -36,7 +39,7 @@ from vlmprune.policies import (
     WithoutSinks,
     registry,
 )
-from vlmprune.policies.recipe import named, to_yaml
+from vlmprune.policies.recipe import named, to_text, to_yaml
 from vlmprune.policies.registry import BUILT_IN
 from vlmprune.testing.policy import check_policy
 
@@ -413,3 +416,9 @@ def test_pairs_are_made_of_classes_of_their_own():
 )
 def test_what_tables_call_an_object(policy, name):
     assert str(policy) == name and [*named([policy])] == [name]
+
+
+@pytest.mark.parametrize("policy", [MMTok(alpha=1), SCOPE(alpha=0), GreedyPrune(tau=1)])
+def test_a_whole_number_in_place_of_a_float_is_typed_as_one(policy):
+    text = to_text(policy)
+    assert text.endswith((".0",)) and policy_from(text) == policy

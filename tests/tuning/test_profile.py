@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 def test_attention_is_that_of_the_model(folder):
     checkpoint = Checkpoint(str(CHECKPOINT), device="cpu", dtype="float32", attention="eager")
-    asked = with_template(checkpoint.processor, read_questions(folder, labelled=False))
+    asked = with_template(checkpoint, read_questions(folder, labelled=False))
     group = [question for question in asked if question.image == asked[0].image][:3]
     subject = Subject(checkpoint, 3, 1)
     inputs = show(subject, group).inputs

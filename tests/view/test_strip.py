@@ -6,9 +6,10 @@ import pytest
 from PIL import Image
 
 from helpers.families import CASES, VIDEO, prompts
+from vlmprune.models import check_videos
 from vlmprune.policies.base import tokens_in
 from vlmprune.view.picture import CAPTION, GAP, TITLE
-from vlmprune.view.strip import HEIGHT, NEXT, Clip, check_clips, clip_of, draw_strips, strip
+from vlmprune.view.strip import HEIGHT, NEXT, Clip, clip_of, draw_strips, strip
 
 FAMILIES = [name for name in CASES if name.endswith("-video")]
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -30,8 +31,8 @@ def test_frames_are_the_grids_of_the_tokens(name):
 def test_families_without_videos_are_refused(name):
     said = rf"^--video: expected a checkpoint of a family with videos \(llava_onevision, .*\), got {name[:5]}"
     with pytest.raises(ValueError, match=said):
-        check_clips(CASES[name].config())
-    check_clips(CASES["llava_onevision"].config())
+        check_videos(CASES[name].config(), "--video")
+    check_videos(CASES["llava_onevision"].config(), "--video")
 
 
 def bright(sheet, frame, place, grid=(2, 2), size=HEIGHT):

@@ -17,12 +17,12 @@ from vlmprune.cli.console import progress_bar
 from vlmprune.cli.pictures import Pictures
 from vlmprune.cli.show import show, told_stages, told_times
 from vlmprune.errors import check
-from vlmprune.models import explain, patch_grid
+from vlmprune.models import check_videos, explain, patch_grid
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.progress import Progress
 from vlmprune.view.outcome import Outcome, median, run_once
 from vlmprune.view.picture import check_target, draw, seen_images
-from vlmprune.view.strip import check_clips, clip_of, draw_strips
+from vlmprune.view.strip import clip_of, draw_strips
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def prepare(
     checkpoint.check_depth(policies)
     processor = checkpoint.processor
     if shown.clip:
-        check_clips(checkpoint.config)
+        check_videos(checkpoint.config, "--video")
         text = build_text(processor, prompt, 1, "video")
         inputs = make_inputs(processor, [text], [[]], "--video", clips=[shown.images])
     else:

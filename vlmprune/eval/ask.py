@@ -19,7 +19,7 @@ from vlmprune.eval.arms import Arm, PromptSize, cost
 from vlmprune.eval.questions import FILE, Question
 from vlmprune.eval.scoring import judge
 from vlmprune.eval.store import Answer, Store
-from vlmprune.models import Run
+from vlmprune.models import Run, check_videos
 from vlmprune.models.host.parts import decoder_shape
 from vlmprune.policies.base import PruningPolicy
 from vlmprune.smaller import Shown, Smaller, SmallPictures, as_they_are
@@ -67,15 +67,17 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def with_template(processor: Any, questions: Sequence[Question]) -> list[Question]:
+def with_template(checkpoint: Checkpoint, questions: Sequence[Question]) -> list[Question]:
     """The questions, with one image placeholder token and all else that the chat template adds in their prompts.
 
     Everything below takes such questions.
 
     Raises:
-        InputError: a prompt that does not fit, with the question's id.
+        InputError: a prompt that does not fit, with the question's id; clips, for a model without videos.
     """
-    out = []
+    if any(question.kind == "video" for question in questions):
+        check_videos(checkpoint.config, "questions")
+    out, processor = [], checkpoint.processor
     for question in questions:
         try:
             out.append(replace(question, prompt=build_text(processor, question.prompt, 1, question.kind)))

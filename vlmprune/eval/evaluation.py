@@ -107,7 +107,7 @@ def run(
     if oracle:
         check_oracle(asked, checkpoint.config, checkpoint.processor)
     check_padding(checkpoint.processor, min(batch_size, len(asked)))
-    asked = with_template(checkpoint.processor, asked)
+    asked = with_template(checkpoint, asked)
     prompt = typical_prompt(checkpoint, asked)
     names = tuple(dict.fromkeys(BASELINES if baselines is True else baselines or ()))
     known = all(name in BASELINES for name in names)

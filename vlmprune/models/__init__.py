@@ -8,7 +8,14 @@ from vlmprune.models.host.versions import SUPPORTED, TESTED, dotted
 from vlmprune.models.attention.backend import explain
 from vlmprune.models.graphs.store import Graphs
 from vlmprune.models.graphs.warmup import warmup
-from vlmprune.models.host.parts import check_config, check_stages, find_parts, patch_grid, takes_videos
+from vlmprune.models.host.parts import (
+    check_config,
+    check_stages,
+    check_videos,
+    find_parts,
+    patch_grid,
+    takes_videos,
+)
 from vlmprune.models.prompt import StageRecord
 from vlmprune.models.report import Report, Run
 from vlmprune.models.scope import Scope, attach, detach, meter, prune
@@ -24,6 +31,7 @@ __all__ = [
     "attach",
     "check_config",
     "check_stages",
+    "check_videos",
     "detach",
     "dotted",
     "explain",

@@ -130,7 +130,11 @@ class CropReads:
         units = packed_units(packed_frames(frames, self.side, None, window), note.features.device)
         blocks = mine(note.features).view(-1, m * note.features.shape[1])
         features = mixed(blocks[None], units, None).to(blocks)
-        return {"vision": vision, "features": features, "project": _Projector(self.parts.projector, features, m)}
+        return {
+            "vision": vision,
+            "features": features,
+            "project": _Projector(self.parts.projector, features, m),
+        }
 
     def _attention(
         self, note: Encoded, layer: int, scale: float, packed: Packed, mine: _Mine, windowed: bool

@@ -67,6 +67,11 @@ def check_share(name: str, value: object) -> None:
     check(is_number(value) and 0 <= value <= 1, name, "a share in [0, 1]", repr(value))
 
 
+def check_cosine(name: str, value: object) -> None:
+    """``value`` is what cosines are compared with: a finite number, beyond -1 or 1 where all shall be above or below."""
+    check(is_number(value) and abs(value) < float("inf"), name, "a number", repr(value))
+
+
 def check_keep(keep: object, name: str = "keep", counts: bool = True) -> None:
     """``keep`` is a share, a float in (0, 1], or where ``counts`` are taken a number of tokens per image, an int.
 

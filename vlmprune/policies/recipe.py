@@ -257,7 +257,7 @@ def _typed(policy: PruningPolicy) -> str:
         members = [getattr(policy, name) for name in usual if name not in SHARED]
         parts = [part for some in members for part in (some if isinstance(some, tuple) else [some])]
         return f" {SIGNS_OF[data['policy']]} ".join(f"({_typed(part)})" for part in parts)
-    words = []
+    words, hints = [], typing.get_type_hints(type(policy))
     for name, default in usual.items():
         value = getattr(policy, name)
         if value == default:
@@ -266,6 +266,8 @@ def _typed(policy: PruningPolicy) -> str:
             words.append(f"{name}=({_typed(value)})")
         else:
             entries = data[name] if isinstance(data[name], list) else [data[name]]
+            if hints[name] is float:  # an int is read where a float is meant, but not typed
+                entries = [float(entry) for entry in entries]
             words.append(f"{name}={'/'.join(map(_word, entries))}")
     return f"{data['policy']}{':' if words else ''}{','.join(words)}"
 

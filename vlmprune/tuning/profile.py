@@ -103,7 +103,7 @@ def profile_layers(
         ModelError: a model that cannot be pruned.
     """
     check(images >= 2, "images", "at least 2", images)
-    asked = with_template(checkpoint.processor, read_questions(Path(questions), families, labelled=False))
+    asked = with_template(checkpoint, read_questions(Path(questions), families, labelled=False))
     depth = checkpoint.config.text_config.num_hidden_layers
     check(depth > 1, "model", "a decoder of several layers", depth)
     drawn = _drawn(asked, images, seed)

@@ -102,7 +102,7 @@ def search(
     check_out(out)
     tried, left_out = candidates(policies, checkpoint)
     check_padding(checkpoint.processor, min(batch_size, len(asked)))
-    asked = with_template(checkpoint.processor, asked)
+    asked = with_template(checkpoint, asked)
     prompt = typical_prompt(checkpoint, asked)
     own, parts = _parts(asked, first, seed, tried)
     fitted = _fitted(tried, budget, prompt, left_out)

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from vlmprune.errors import check
-from vlmprune.models import takes_videos
 from vlmprune.models.host.families import FAMILIES
 from vlmprune.models.host.views import Encoded, Shapes
 from vlmprune.policies.base import Grid, tokens_in
@@ -19,14 +17,6 @@ from vlmprune.view.picture import CAPTION, GAP, INK, PAPER, TITLE, dim_dropped
 
 HEIGHT, NEXT, COLUMNS = 96, 4, 16
 """Pixels of a frame's height and between two frames; how many frames stand side by side."""
-
-
-def check_clips(config: Any) -> None:
-    """Raise InputError for a family without videos."""
-    known = ", ".join(name for name, family in FAMILIES.items() if family.videos is not None)
-    check(
-        takes_videos(config), "--video", f"a checkpoint of a family with videos ({known})", config.model_type
-    )
 
 
 class Clip(NamedTuple):

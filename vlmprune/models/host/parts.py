@@ -172,6 +172,12 @@ def takes_videos(config: Any) -> bool:
     return FAMILIES[config.model_type].videos is not None
 
 
+def check_videos(config: Any, name: str) -> None:
+    """Raise InputError, which calls what was given ``name``, for a family without videos."""
+    known = ", ".join(family for family, row in FAMILIES.items() if row.videos is not None)
+    check(takes_videos(config), name, f"a checkpoint of a family with videos ({known})", config.model_type)
+
+
 def find_parts(model: Any) -> Parts:
     """Find the parts of a supported VLM; PEFT wrappers are looked through. Raises ModelError otherwise."""
     if hasattr(model, "get_base_model"):

@@ -92,7 +92,8 @@ class FitPrune(PruningPolicy):
         check(known, "reduction", named, repr(self.reduction))
         schedule = SCHEDULES[self.reduction]
         own = tuple(layer for layer, gone in enumerate(schedule, 1) if gone)
-        if self.layers == ():
+        of_schedules = {tuple(k for k, gone in enumerate(some, 1) if gone) for some in SCHEDULES.values()}
+        if self.layers == () or (self.drop is None and self.layers in of_schedules):  # of a copy: another's
             object.__setattr__(self, "layers", own)
         check_layers(self.layers, 1, BEFORE)
         if self.drop is None:
@@ -108,7 +109,8 @@ class FitPrune(PruningPolicy):
         check(fits, "drop", f"{len(self.layers)} entries, one per layer", repr(self.drop))
 
     def needs(self, layer: int) -> Needs:
-        return Needs(attention="previous", rows="all")
+        """Every row, and where the text is: its rows are told from the image's."""
+        return Needs(attention="previous", rows="all", text=True)
 
     def at(self, share: float) -> Self:
         return replace(self, drop=1 - share_of(share))

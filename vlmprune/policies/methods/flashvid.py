@@ -24,12 +24,12 @@ from vlmprune.policies.base import (
 )
 from vlmprune.policies.by_image import quota_of, ranked, vision_of
 from vlmprune.policies.checks import (
+    check_cosine,
     check_keep,
     check_layer,
     check_share,
     check_whole,
     check_word,
-    is_number,
     share_of,
 )
 from vlmprune.policies.choose import FLOOR, falling_places
@@ -110,8 +110,8 @@ class FlashVID(PruningPolicy):
         check_layer(self.layer, 1, " (stage 1 is at layer 0)")
         check_share("alpha", self.alpha)
         check(isinstance(self.events, bool), "events", "True or False", repr(self.events))
-        check(is_number(self.tau), "tau", "a number", repr(self.tau))
-        check(is_number(self.cut), "cut", "a number", repr(self.cut))
+        check_cosine("tau", self.tau)
+        check_cosine("cut", self.cut)
         check_whole("segments", self.segments, 1)
         check_word("divide", self.divide, "tokens", "links")
         check_whole("vision_layer", self.vision_layer)

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.errors import check, require
+from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, attention_of
 from vlmprune.policies.by_image import vision_of
 from vlmprune.policies.checks import (
+    check_cosine,
     check_keep,
     check_layer,
     check_share,
     check_whole,
     check_word,
-    is_number,
     share_of,
 )
 from vlmprune.policies.choose import falling_places, marks, select_scores
@@ -86,7 +86,7 @@ class HoliTom(PruningPolicy):
         check_keep(self.keep)
         check_keep(self.then, "then")
         check_layer(self.layer, 1, " (stage 1 is at layer 0)")
-        check(is_number(self.tau), "tau", "a number", repr(self.tau))
+        check_cosine("tau", self.tau)
         check_share("beta", self.beta)
         check_whole("longest", self.longest, 1)
         check_whole("vision_layer", self.vision_layer)

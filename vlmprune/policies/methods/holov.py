@@ -20,6 +20,8 @@ from vlmprune.policies.parts.tiles import by_weight
 
 SCALE, SMALL = 1e3, 1e-6
 """What attention is multiplied by, and what is added to divisors, in the released code."""
+DIGITS = 1 << 16
+"""Of a run's score: what is beyond is rounding, which must not decide between runs of the same values."""
 RUNS = 1024 / 576
 """Runs for each token dropped to one in so many: 16 where 64 of 576 stay."""
 
@@ -132,10 +134,11 @@ def run_scores(rows: Tensor, attention: Tensor, real: Tensor, diversity: float) 
     alike.diagonal(dim1=1, dim2=2).zero_()
     apart = alike - (alike.sum(2) / others)[..., None]
     spread = apart.square().masked_fill(~real[:, None], 0.0).sum(2) / others
-    # in float64, so that runs of the same values tie whatever their order
+    # in float64 and then rounded, so that runs of the same values tie whatever their order
     attention, spread = (x.double().masked_fill(~real, 0.0).sum(1) / count[:, 0] for x in (attention, spread))
     paid = SCALE * attention
-    return paid + diversity * spread * (paid / (spread + SMALL))
+    whole, power = torch.frexp(paid + diversity * spread * (paid / (spread + SMALL)))
+    return torch.ldexp((whole * DIGITS).round() / DIGITS, power)
 
 
 @lru_cache(64)

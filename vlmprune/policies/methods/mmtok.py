@@ -96,6 +96,8 @@ class MMTok(PruningPolicy):
     def _taken(self, kept: list[int], mask: Tensor | None, unit: Tensor, alike: Tensor) -> Tensor:
         """Places ``[G, K]`` by directions ``[G, P, D]`` and cosines with the text ``[G, P, T]``."""
         real = unit.new_ones(unit.shape[:2]) if mask is None else mask.float()
+        if mask is not None:  # padding resembles no text
+            alike = alike.masked_fill(~mask[..., None], float("-inf"))
         worded = (alike > float("-inf")).any(1)
         text = shares(alike.mT / self.text_temperature, mask) / worded.sum(1).clamp(min=1)[:, None, None]
         image = shares(unit @ unit.mT / self.vision_temperature, mask) * real[:, :, None]

@@ -109,7 +109,7 @@ class MustDrop(PruningPolicy):
         check_layers(self.layers, 1, BEFORE)
         for name in ("global_thr", "individual_thr"):
             value = getattr(self, name)
-            check(is_number(value) and value > 0, name, "a number > 0", repr(value))
+            check(is_number(value) and 0 < value < float("inf"), name, "a number > 0", repr(value))
         each = self.keep if isinstance(self.keep, tuple) else (self.keep,)
         for entry in each if self.keep is not None else ():
             check_keep(entry)

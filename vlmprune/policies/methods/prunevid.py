@@ -11,15 +11,15 @@ from torch.nn.functional import normalize
 
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
-from vlmprune.errors import check, require
+from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, attention_of
 from vlmprune.policies.checks import (
     BEFORE,
+    check_cosine,
     check_keep,
     check_layer,
     check_share,
     check_word,
-    is_number,
     share_of,
 )
 from vlmprune.policies.choose import FLOOR, falling_places, index_of, quotas, select_counts
@@ -96,7 +96,7 @@ class PruneVid(PruningPolicy):
         check_keep(self.ratio, "ratio", counts=False)
         check_keep(self.then, "then", counts=False)
         check_layer(self.layer, 1, BEFORE)
-        check(is_number(self.tau), "tau", "a number", repr(self.tau))
+        check_cosine("tau", self.tau)
         check_share("segments", self.segments)
         if self.keep is not None:
             check_keep(self.keep)
