@@ -28,6 +28,7 @@ from world.scenes import SIDES
 
 from vlmprune.precision import slow_on_cpu
 
+STATE = "state.pt"
 _LOG_EVERY = 20  # steps
 _SAVE_EVERY = 120  # seconds
 _LEAST = {"minutes": 0.01, "steps": 1, "batch": 0, "decoder_rate": 0, "text": 32}  # words: any question
@@ -38,7 +39,7 @@ _GENTLE = 0.1  # learning rate of a pretrained decoder against the rest's
 def main() -> None:
     """Train, save, say where the checkpoint is."""
     args = _arguments()
-    state = args.out / "state.pt"
+    state = args.out / STATE
     if state.exists() and not args.resume:
         raise SystemExit(f"--out: expected a new folder or --resume, got {args.out}, which holds a run")
     if args.resume and not state.exists():
@@ -52,9 +53,9 @@ def main() -> None:
     if args.compile:
         trainer.compile()
     args.out.mkdir(parents=True, exist_ok=True)
-    _train(trainer, args, state)
+    follow(trainer, args.out, args.workers)
     target = args.out / "checkpoint"
-    _export(trainer, target)
+    export(trainer, target)
     print(f"{trainer.step} steps, checkpoint in {target}")
 
 
@@ -147,12 +148,14 @@ def _model(args: argparse.Namespace, mixed: bool) -> tuple[LlavaForConditionalGe
     return model, make_processor(args.size, tokenizer)
 
 
-def _train(trainer: Trainer, args: argparse.Namespace, state: Path) -> None:
+def follow(trainer: Trainer, out: Path, workers: int = 0) -> None:
+    """Train to the end, with a bar, out/log.jsonl and, every two minutes, out/state.pt."""
+    state = out / STATE
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     saved = time.monotonic()
-    with Progress(*columns) as bar, (args.out / "log.jsonl").open("a") as log:
+    with Progress(*columns) as bar, (out / "log.jsonl").open("a") as log:
         task = bar.add_task("starting", total=1.0)
-        for losses in trainer.run(args.workers):
+        for losses in trainer.run(workers):
             text = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
             bar.update(task, completed=trainer.progress, description=f"step {trainer.step}: {text}")
             if trainer.step % _LOG_EVERY == 0:
@@ -165,7 +168,7 @@ def _train(trainer: Trainer, args: argparse.Namespace, state: Path) -> None:
     trainer.save(state)
 
 
-def _export(trainer: Trainer, target: Path) -> None:
+def export(trainer: Trainer, target: Path) -> None:
     """Write the checkpoint in bfloat16; transformers leaves the parts' configs at the dtype they were loaded in."""
     model = trainer.model.to(torch.bfloat16)
     for config in (model.config, model.config.text_config, model.config.vision_config):

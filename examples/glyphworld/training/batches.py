@@ -93,7 +93,7 @@ def make_batch(
     """
     scenes = [make_scene(seed, side, clutter * difficulty(seed)) for seed in seeds]
     packed = [_row(seed, scene, wording, text, notes) for seed, scene in zip(seeds, scenes, strict=True)]
-    dense = [_patches(scene) for scene in scenes]
+    dense = [show_patches(scene) for scene in scenes]
     columns = [*zip(*packed, strict=True), *zip(*dense, strict=True)]
     images = torch.from_numpy(np.stack([scene.image for scene in scenes]))
     ids, labels, segment, document, positions, *dense = (
@@ -109,7 +109,7 @@ def make_text(seeds: Sequence[int], side: int, wording: Wording, text: int = 192
     """
     rows = []
     for seed in seeds:
-        rng, row = np.random.default_rng((seed, 8)), _Row(wording, text)
+        rng, row = np.random.default_rng((seed, 8)), Row(wording, text)
         while True:
             scene = make_scene(_FAR + int(rng.integers(_FAR)), side)
             size = int(rng.choice(_SIZES))
@@ -135,7 +135,7 @@ def _row(seed: int, scene: Scene, wording: Wording, text: int, notes: bool) -> t
     Behind a picture that shows all that is asked notes would only be ignored: some tell of another scene, and only that is
     asked then.
     """
-    rng, row = np.random.default_rng((seed, 7)), _Row(wording, text)
+    rng, row = np.random.default_rng((seed, 7)), Row(wording, text)
     first = len(wording.prefix) + (scene.side // PATCH) ** 2
     told: list[Question] = []
     noted: list[Words] = []
@@ -178,7 +178,7 @@ def _ask(
         yield question
 
 
-class _Row:
+class Row:
     """One row of text while it is filled."""
 
     def __init__(self, wording: Wording, text: int) -> None:
@@ -226,7 +226,7 @@ class _Row:
         self._end += len(ids)
 
 
-def _patches(scene: Scene) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+def show_patches(scene: Scene) -> tuple[Ints, Ints, Ints, Ints, Ints]:
     """patch_class, patch_color, patch_box, anchor_shape, anchor_color of one picture."""
     grid = scene.side // PATCH
     kind, color, anchor_shape, anchor_color = np.zeros((4, grid, grid), np.int64)

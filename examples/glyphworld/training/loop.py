@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,19 @@ class Plan:
 
 
 class Trainer:
-    """A model in training: weights in float32, and computed in bfloat16 where ``mixed``, else in float32 throughout."""
+    """A model in training: weights in float32, and computed in bfloat16 where ``mixed``, else in float32 throughout.
+
+    Attributes:
+        kind: what stands in front of the questions.
+        make_heads: the class of the heads that exist during training only.
+        weights: of the losses beside that of the answers.
+        frozen: how the names of weights begin that stay as they are.
+    """
+
+    kind = "image"
+    make_heads = DenseHeads
+    weights: ClassVar[dict[str, float]] = {"dense": _DENSE_WEIGHT}
+    frozen: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -62,11 +74,12 @@ class Trainer:
     ) -> None:
         config = model.config
         self.model, self.plan, self.device, self.mixed = model.to(device), plan, device, mixed
-        self.processor, self.wording = processor, Wording(processor)
+        self.processor, self.wording = processor, Wording(processor, self.kind)
         sizes = config.vision_config.hidden_size, config.text_config.hidden_size
-        self.heads = DenseHeads(*sizes).to(device)
+        self.heads = self.make_heads(*sizes).to(device)
         self.parts = nn.ModuleDict({"model": self.model, "heads": self.heads})
-        self.optimizers, self.shares = make_optimizers(self.parts, plan.decoder_rate, plan.notes > 0)
+        frozen = plan.decoder_rate, plan.notes > 0, self.frozen
+        self.optimizers, self.shares = make_optimizers(self.parts, *frozen)
         self.single = nullcontext() if mixed else Single()
         self.step, self.elapsed = 0, 0.0
         self.see: Callable[..., Any] = see
@@ -85,19 +98,10 @@ class Trainer:
 
     def train_step(self, batch: Batch | None = None, told: Text | None = None) -> dict[str, float]:
         """One update, by pictures, by text alone, or both. Returns the losses before it."""
-        looking, losses = self.progress < self.plan.looking, {}
+        looking = self.progress < self.plan.looking
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
-            if batch is not None:
-                patches, projected = self.see(self.model, batch.images)
-                if not self.plan.notes:
-                    losses["dense"] = self.heads(patches, projected, batch)
-                if not looking:
-                    losses["answers"] = self.answer_loss(self.model, projected, batch)
-            if told is not None:
-                width = self.model.config.text_config.hidden_size
-                nothing = torch.zeros(len(told.ids), 0, width, device=self.device)
-                losses["told"] = self.answer_loss(self.model, nothing, told)
-            weights = {"dense": 1.0 if looking else _DENSE_WEIGHT}
+            losses = self.losses(batch, told, looking)
+            weights = self.weights | ({"dense": 1.0} if looking else {})
             total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
         total.backward()
         nn.utils.clip_grad_norm_(self.parts.parameters(), 1.0)
@@ -112,6 +116,25 @@ class Trainer:
         self.step += 1
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
+    def losses(self, batch: Batch | None, told: Text | None, looking: bool) -> dict[str, Tensor]:
+        """What is wrong now: with what is seen, unless one learns to read, and, unless one learns to look, with answers."""
+        losses = {}
+        if batch is not None:
+            patches, projected = self.see(self.model, batch.images)
+            if not self.plan.notes:
+                losses["dense"] = self.heads(patches, projected, batch)
+            if not looking:
+                losses["answers"] = self.answer_loss(self.model, projected, batch)
+        if told is not None:
+            width = self.model.config.text_config.hidden_size
+            nothing = torch.zeros(len(told.ids), 0, width, device=self.device)
+            losses["told"] = self.answer_loss(self.model, nothing, told)
+        return losses
+
+    def batches(self) -> Dataset[tuple[Batch | None, Text | None]]:
+        """The batch of every step."""
+        return _Batches(self.plan, self.wording)
+
     def run(self, workers: int = 0, until: int | None = None) -> Iterator[dict[str, float]]:
         """Train until the budget is used (or to step ``until``); yields the losses of every step.
 
@@ -119,7 +142,7 @@ class Trainer:
         """
         last = until if until is not None else self.plan.steps if self.plan.steps is not None else 10**9
         batches = DataLoader(
-            _Batches(self.plan, self.wording),
+            self.batches(),
             batch_size=None,
             sampler=range(self.step, last),
             num_workers=workers,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from world.words import COLORS, NUMBERS, SHAPES
 
 from training.batches import IGNORED, NOTES, PATCH_CLASSES, Batch, Text
@@ -40,11 +41,11 @@ class DenseHeads(nn.Module):
         shown = (batch.patch_class > 0).flatten().float()
         box_loss = F.cross_entropy(box, batch.patch_box.flatten(), reduction="none").view(-1, 4).mean(1)
         return (
-            _rare(self.patch_class(seen), batch.patch_class)
-            + _rare(self.patch_color(seen), batch.patch_color)
+            rare(self.patch_class(seen), batch.patch_class)
+            + rare(self.patch_color(seen), batch.patch_color)
             + (box_loss * shown).sum() / shown.sum().clamp_min(1)
-            + _rare(self.anchor_shape(anchors), batch.anchor_shape)
-            + _rare(self.anchor_color(anchors), batch.anchor_color)
+            + rare(self.anchor_shape(anchors), batch.anchor_shape)
+            + rare(self.anchor_color(anchors), batch.anchor_color)
         )
 
 
@@ -66,18 +67,30 @@ def see(model: LlavaForConditionalGeneration, images: Tensor) -> tuple[Tensor, T
 
 def answer_loss(model: LlavaForConditionalGeneration, projected: Tensor, batch: Text) -> Tensor:
     """Mean cross entropy of the tokens of all answers, given the visual tokens, of which there may be none."""
+    return word_loss(model, read(model, projected, batch).last_hidden_state, batch)
+
+
+def read(
+    model: LlavaForConditionalGeneration, projected: Tensor, batch: Text, **options: bool
+) -> BaseModelOutputWithPast:
+    """What the decoder, run with these ``options``, makes of prefix, visual tokens and text."""
     embed = model.get_input_embeddings()
     prefix = embed(batch.prefix).expand(len(projected), -1, -1)
     inputs = torch.cat([prefix, projected.to(prefix.dtype), embed(batch.ids)], 1)
     first = inputs.shape[1] - batch.ids.shape[1]
     pictures = torch.arange(first, device=projected.device).expand(len(projected), -1)
-    hidden = model.model.language_model(
+    return model.model.language_model(
         inputs_embeds=inputs,
         attention_mask=packed_mask(batch.segment, batch.document, first),
         position_ids=torch.cat([pictures, batch.positions], 1),
         use_cache=False,
-    ).last_hidden_state[:, first:]
-    tokens = model.lm_head(hidden).float().flatten(0, 1)
+        **options,
+    )
+
+
+def word_loss(model: LlavaForConditionalGeneration, hidden: Tensor, batch: Text) -> Tensor:
+    """The mean cross entropy, given the decoder's last states ``[B, S, decoder]``."""
+    tokens = model.lm_head(hidden[:, -batch.ids.shape[1] :]).float().flatten(0, 1)
     return F.cross_entropy(tokens, batch.labels.flatten(), ignore_index=IGNORED)
 
 
@@ -91,7 +104,7 @@ def packed_mask(segment: Tensor, document: Tensor, first: int) -> Tensor:
     return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
 
 
-def _rare(scores: Tensor, target: Tensor) -> Tensor:
+def rare(scores: Tensor, target: Tensor) -> Tensor:
     """Mean cross entropy with background patches weighted down."""
     target = target.flatten()
     weight = torch.where(target > 0, 1.0, _BACKGROUND)

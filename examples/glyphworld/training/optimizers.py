@@ -29,12 +29,12 @@ class Single(TorchFunctionMode):
 
 
 def make_optimizers(
-    parts: nn.ModuleDict, decoder_rate: float | None, reading: bool
+    parts: nn.ModuleDict, decoder_rate: float | None, reading: bool, frozen: tuple[str, ...] = ()
 ) -> tuple[tuple[torch.optim.Optimizer, ...], tuple[list[float], ...]]:
     """Muon for the matrices inside the blocks, Adam for everything else, and the share of the rate of each group.
 
     ``decoder_rate`` is a pretrained decoder's share of the rate (None: it is trained like the rest); ``reading`` trains the
-    decoder alone.
+    decoder alone; what begins with one of the names in ``frozen`` stays as it is.
 
     A pretrained decoder is Adam's: Muon costs more than the rest of a step where the matrices are large and the batch is
     small. Its table of words is left alone: Adam would move even the rows of words that never occur here. Who learns to
@@ -47,7 +47,7 @@ def make_optimizers(
         decoder = name.startswith(_DECODER)
         pretrained = decoder_rate is not None and decoder
         share = decoder_rate if pretrained else 1.0
-        if (pretrained and table) or (reading and not decoder):
+        if (pretrained and table) or (reading and not decoder) or name.startswith(frozen):
             share = 0.0
         parameter.requires_grad_(share > 0)
         if share == 0:

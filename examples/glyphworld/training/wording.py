@@ -8,9 +8,9 @@ from transformers import LlavaProcessor
 from world.questions import Question
 
 
-def full_prompt(processor: LlavaProcessor, question: str) -> str:
-    """``question`` about one picture in the frame of the checkpoint's chat template, up to where the answer begins."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+def full_prompt(processor: LlavaProcessor, question: str, kind: str = "image") -> str:
+    """``question`` about one picture, or "video", in the frame of the chat template, up to where the answer begins."""
+    content = [{"type": kind}, {"type": "text", "text": question}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
@@ -18,14 +18,15 @@ class Wording:
     """Questions and answers as token ids, by a processor's chat template and tokenizer: what ``generate`` will meet.
 
     Attributes:
-        prefix: the ids in front of the picture, the same in every prompt.
+        prefix: the ids in front of the picture, or "video", the same in every prompt.
     """
 
-    def __init__(self, processor: LlavaProcessor) -> None:
-        self._tokenizer, self._image = processor.tokenizer, processor.image_token_id
-        self._frame = full_prompt(processor, "{}")
+    def __init__(self, processor: LlavaProcessor, kind: str = "image") -> None:
+        self._tokenizer = processor.tokenizer
+        token = processor.image_token_id if kind == "image" else processor.video_token_id
+        self._frame = full_prompt(processor, "{}", kind)
         ids = self._ids(self._frame)
-        self.prefix = tuple(ids[: ids.index(self._image)])
+        self.prefix = tuple(ids[: ids.index(token)])
 
     def encode(self, question: Question) -> tuple[list[int], list[int]]:
         """Token ids after the picture up to where the answer begins, and those of the answer with its end.

@@ -44,13 +44,14 @@ def _pick(scene: Scene, rng: np.random.Generator) -> Thing | None:
     return scene.things[rng.integers(len(scene.things))] if scene.things else None
 
 
-def _name(thing: Thing, size: bool, color: bool, shape: bool) -> tuple[str, ...]:
+def name_of(thing: Thing, size: bool, color: bool, shape: bool) -> tuple[str, ...]:
+    """Those of its attributes that are to be said; "object" for an unsaid shape."""
     words = [SIZE_NAMES[thing.size]] if size else []
     words += [COLOR_NAMES[thing.color]] if color else []
     return (*words, SHAPES[thing.shape] if shape else "object")
 
 
-def _refer(scene: Scene, thing: Thing, rng: np.random.Generator) -> tuple[str, ...] | None:
+def refer(scene: Scene, thing: Thing, rng: np.random.Generator) -> tuple[str, ...] | None:
     """Random words that fit this thing alone, or None."""
     unique = []
     for shape, color, size in product((False, True), repeat=3):
@@ -62,7 +63,7 @@ def _refer(scene: Scene, thing: Thing, rng: np.random.Generator) -> tuple[str, .
         )
         if (shape or color) and fitting == 1:
             unique.append((size, color, shape))
-    return _name(thing, *unique[rng.integers(len(unique))]) if unique else None
+    return name_of(thing, *unique[rng.integers(len(unique))]) if unique else None
 
 
 def _place(scene: Scene, rng: np.random.Generator) -> tuple[tuple[str, ...], Box] | None:
@@ -70,7 +71,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> tuple[tuple[str, ...], Box
     if scene.sign and rng.random() < _SIGN_SHARE:
         return ("sign",), scene.sign.box
     thing = _pick(scene, rng)
-    words = _refer(scene, thing, rng) if thing else None
+    words = refer(scene, thing, rng) if thing else None
     return (words, thing.box) if thing and words else None
 
 
@@ -101,7 +102,7 @@ def _at(scene: Scene, rng: np.random.Generator) -> Question | None:
     if sum(scene.cell(t.box) == (row, col) for t in scene.things) > 1:
         return None
     words = ("what", "is", "at", "row", str(row), "col", str(col), "?")
-    return Question("at", words, _name(thing, True, True, True), thing.box)
+    return Question("at", words, name_of(thing, True, True, True), thing.box)
 
 
 def _color(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -162,7 +163,7 @@ def _exist(scene: Scene, rng: np.random.Generator) -> Question | None:
         return None
     color, shape = thing.color, thing.shape
     if not there:
-        pair = _absent(scene, color, shape, rng)
+        pair = absent(scene, color, shape, rng)
         if pair is None:
             return None
         color, shape = pair
@@ -170,7 +171,7 @@ def _exist(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("exist", words, ("yes" if there else "no",), thing.box if there else None)
 
 
-def _absent(scene: Scene, color: int, shape: int, rng: np.random.Generator) -> tuple[int, int] | None:
+def absent(scene: Scene, color: int, shape: int, rng: np.random.Generator) -> tuple[int, int] | None:
     """A colour and shape that nothing has together, as close to the given pair as random changes leave it."""
     for _ in range(20):
         if rng.random() < 0.5:

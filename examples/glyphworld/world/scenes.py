@@ -91,7 +91,7 @@ def make_scene(seed: int, side: int = 112, clutter: float = 0.0) -> Scene:
     if not 0 <= clutter <= 1:
         raise ValueError(f"clutter: expected a number within 0 and 1, got {clutter}")
     rng = np.random.default_rng(seed)
-    canvas = _background(rng, side)
+    canvas = background(rng, side)
     # What clutter draws has random numbers of its own: without it nothing changes.
     own = np.random.default_rng((seed, 11)) if clutter else None
     if own is not None:
@@ -106,12 +106,13 @@ def make_scene(seed: int, side: int = 112, clutter: float = 0.0) -> Scene:
     for coverage, color in cluttered.decoys(own, clutter) if own is not None else ():
         box = _free_box(own, side, taken, *coverage.shape)
         if box is not None:
-            _paint(canvas, box, coverage, color)
+            lay_on(canvas, box, coverage, color)
     canvas += rng.standard_normal((side, side)).astype(np.float32)[..., None] * rng.uniform(0, 6)
     return Scene(np.clip(canvas, 0, 255).astype(np.uint8), tuple(things), sign)
 
 
-def _background(rng: np.random.Generator, side: int) -> sprites.Array:
+def background(rng: np.random.Generator, side: int) -> sprites.Array:
+    """A part of a texture, ``[side, side, 3]`` float32."""
     bank = sprites.textures(side + sprites.MARGIN)
     top, left = rng.integers(0, 64, 2)
     image = bank[rng.integers(len(bank))][top : top + side, left : left + side]
@@ -151,7 +152,7 @@ def _draw_sign(rng: np.random.Generator, canvas: sprites.Array, taken: list[Box]
     left, top = box.left + _SIGN_PAD, box.top + _SIGN_PAD
     for coverage in glyphs:
         boxes.append(Box(left, top, left + coverage.shape[1], top + height))
-        _paint(canvas, boxes[-1], coverage, ink)
+        lay_on(canvas, boxes[-1], coverage, ink)
         left = boxes[-1].right + _LETTER_GAP
     return Sign(letters, box, tuple(boxes))
 
@@ -180,10 +181,11 @@ def _draw_thing(
     if box is None:
         return None
     paint = np.clip(np.array(COLORS[COLOR_NAMES[color]]) + rng.uniform(-14, 14, 3), 0, 255)
-    _paint(canvas, box, coverage, (paint * rng.uniform(0.92, 1.0)).astype(np.float32))
+    lay_on(canvas, box, coverage, (paint * rng.uniform(0.92, 1.0)).astype(np.float32))
     return Thing(shape, color, size, box, coverage)
 
 
-def _paint(canvas: sprites.Array, box: Box, coverage: sprites.Array, color: NDArray[np.floating]) -> None:
+def lay_on(canvas: sprites.Array, box: Box, coverage: sprites.Array, color: NDArray[np.floating]) -> None:
+    """Paint a glyph into ``canvas``, which is changed."""
     region = canvas[box.top : box.bottom, box.left : box.right]
     region += coverage[..., None] * (color - region)
