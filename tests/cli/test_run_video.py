@@ -84,7 +84,7 @@ def test_evaluation_leaves_smaller_pictures_out(model, clip, tmp_path):
     found = evaluate(
         model, tmp_path, tmp_path / "out", ["fastv:layer=2"], budgets=(0.3,), seeds=1, max_new_tokens=1
     )
-    assert "smaller" in found.settings["left_out"]
+    assert "smaller: expected questions about images, got clips" in found.settings["left_out"]
     methods = {result.method for result in found.results}
     assert methods >= {"unpruned", "fastv:layer=2", "uniform:layer=2", "random:layer=2"}
 

@@ -8,7 +8,8 @@ import torch
 
 from helpers.contexts import case, images_in, kept_lists, patch_scores, sight, top
 from vlmprune.policies.base import Needs, Reduction
-from vlmprune.policies.methods.vscan import VScan, rank_within, windows_of
+from vlmprune.policies.choose import rank_within
+from vlmprune.policies.methods.vscan import VScan, windows_of
 
 BATCHES = [
     pytest.param({"images": ["square"]}, id="one"),

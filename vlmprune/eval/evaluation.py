@@ -146,6 +146,8 @@ def _possible(
     for arm in arms:
         try:
             if arm.smaller is not None:
+                still = all(question.kind == "image" for question in questions)
+                check(still, "smaller", "questions about images", "clips")
                 for size in sizes:
                     subject.pictures.plan(size, arm.smaller.keep)
             possible.append(arm)

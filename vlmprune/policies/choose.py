@@ -132,6 +132,19 @@ def falling_places(scores: Tensor, among: Tensor) -> Tensor:
     return order.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
+def rank_within(scores: Tensor, groups: Tensor) -> Tensor:
+    """How many patches of its own group beat each patch ``[I, P]``; of equal ones the earlier beats the later."""
+    by_score = scores.argsort(dim=1, descending=True, stable=True)
+    order = by_score.gather(1, groups.gather(1, by_score).argsort(dim=1, stable=True))  # group by group
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    sorted_groups = groups.gather(1, order)
+    starts = sorted_groups != sorted_groups.roll(
+        1, 1
+    )  # where all are one group the first stands for 0 anyway
+    start = torch.where(starts, place, 0).cummax(1).values
+    return torch.zeros_like(order).scatter(1, order, place - start)
+
+
 def marks(index: Tensor, tokens: int) -> Tensor:
     """Turn an index ``[B, K]`` int64 (-1 = padding) into bool ``[B, tokens]``, True = kept.
 

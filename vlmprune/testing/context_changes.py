@@ -166,23 +166,25 @@ def bare(ctx: TokenContext, needs: Needs) -> TokenContext:
         S, rows = attention.key.shape[2], attention.rows
         reach = int(torch.where(rows >= 0, S - rows, 0).max()) if rows.numel() else 0
         attention = replace(attention, query=attention.query[:, :, attention.query.shape[2] - reach :])
-    outside, asked = (
-        ~ctx.mask[..., None],
-        {
-            ("embeds", "image"): needs.embeds,
-            ("text", "words"): needs.reads_text,
-            ("text_hidden", "norm", "start"): needs.text,
-            ("features", "project"): bool(needs.vision),
-            ("tokens", "embed", "tokenizer"): needs.tokens,
-        },
-    )
+    outside = ~ctx.mask[..., None]
     return replace(
         ctx,
         hidden=ctx.hidden.masked_fill(outside, 0.0) if needs.hidden else None,
         earlier=ctx.earlier.masked_fill(outside, 0.0) if needs.earlier else None,
         attention=attention,
+        embeds=ctx.embeds if needs.embeds else None,
+        image=ctx.image if needs.embeds else None,
+        text=ctx.text if needs.reads_text else None,
+        words=ctx.words if needs.reads_text else None,
+        text_hidden=ctx.text_hidden if needs.text else None,
+        norm=ctx.norm if needs.text else None,
+        start=ctx.start if needs.text else None,
         vision={layer: _seen(ctx.vision[layer], needs) for layer in needs.vision if layer in ctx.vision},
-        **{name: None for names, wanted in asked.items() if not wanted for name in names},
+        features=ctx.features if needs.vision else None,
+        project=ctx.project if needs.vision else None,
+        tokens=ctx.tokens if needs.tokens else None,
+        embed=ctx.embed if needs.tokens else None,
+        tokenizer=ctx.tokenizer if needs.tokens else None,
     )
 
 

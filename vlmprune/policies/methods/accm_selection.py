@@ -19,7 +19,6 @@ from vlmprune.policies.base import (
     Ranking,
     Reduction,
     TokenContext,
-    VisionAttention,
 )
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import quota_of, ranked, vision_of
@@ -27,13 +26,11 @@ from vlmprune.policies.checks import check_keep, check_seed, check_share, check_
 from vlmprune.policies.choose import marks
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.groups import Groups, Kind, Quota
+from vlmprune.policies.parts.outlying import joined_attention, outliers
 from vlmprune.policies.parts.relevance import Relevance, check_relevance, relevance_of
 
 TEXT = {288: 150, 144: 70, 72: 40, 36: 20, 18: 12}
 """The authors' budgets, and how many tokens of each the question chooses."""
-
-FENCE = 1.5
-"""An outlier is above the third quartile by more than so many times what lies between the quartiles."""
 
 
 @dataclass(frozen=True)
@@ -187,36 +184,6 @@ class ACCMSelection(PruningPolicy):
         if self.text is None:
             return TEXT.get(kept, round(kept * 5 / 9))
         return int(self.text * kept + 1e-6) if isinstance(self.text, float) else min(kept, self.text)
-
-
-def joined_attention(seen: VisionAttention) -> Tensor:
-    """As ``received``, with all heads as one: ``softmax(q k^T / sqrt(H D))``; a sum over heads before the softmax."""
-    query, key = (x.transpose(1, 2).flatten(2).float() for x in (seen.query, seen.key))
-    rows = query[:, :1] if seen.cls else query
-    logits = rows @ key.mT * key.shape[2] ** -0.5
-    if seen.mask is None:
-        paid = logits.softmax(2)[..., int(seen.cls) :]
-        return seen.over_rows(paid.sum(1), paid.shape[1])
-    share = logits.masked_fill(~seen.mask[:, None], float("-inf")).softmax(2)
-    share = share.masked_fill(~seen.mask[:, :, None], 0.0)
-    return seen.over_rows(share.sum(1), seen.mask.sum(1, keepdim=True))
-
-
-def outliers(attention: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of ``attention [I, N]`` are outliers above, bool, and everyone's rank, int64, 0 = the highest, ties by place."""
-    ordered, order = attention.sort(dim=1, descending=True, stable=True)
-    third, first = quantile(ordered, 0.25), quantile(ordered, 0.75)
-    numbers = counting(1, order.shape[1], order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, numbers)
-    return attention > third + FENCE * (third - first), rank
-
-
-def quantile(ordered: Tensor, share: float) -> Tensor:
-    """What lies after this share of ``ordered [I, N]``, ``[I, 1]``, linear between two numbers."""
-    last = ordered.shape[1] - 1
-    low = int(share * last)
-    here, after = ordered[:, low : low + 1], ordered[:, min(low + 1, last)][:, None]
-    return here.lerp(after, share * last - low)
 
 
 def places(chosen: Tensor, kept: int, at: Tensor, leftover: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from vlmprune.policies.checks import check_keep, check_whole, check_word, is_num
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.groups import Groups
 from vlmprune.policies.parts.spectrum import effective_rank
-from vlmprune.policies.parts.turns import directions, in_order, outlived
+from vlmprune.policies.parts.turns import in_order, outlived, unit_rows
 
 RISE = 0.01
 """By how much the threshold grows with every place in the order of attention, for an image of average rank."""
@@ -98,7 +98,7 @@ class AgilePruner(PruningPolicy):
         if real is not None:
             scores, features = scores.masked_fill(~real, -1), features.masked_fill(~real[..., None], 0)
         order = scores.argsort(dim=1, descending=True, stable=True)
-        unit, places = directions(features), torch.arange(P, device=scores.device)
+        unit, places = unit_rows(features), torch.arange(P, device=scores.device)
         rise = RISE / self.average * effective_rank(features)[:, None] * (places + 1)
         close = 1 - in_order(unit @ unit.mT, order) < rise.clamp(max=self.cap).float()[:, :, None]
         place = places + P * outlived(close)

@@ -25,7 +25,7 @@ from vlmprune.policies.choose import falling_places, marks, select_scores
 from vlmprune.policies.counts import keep_count
 from vlmprune.policies.parts.frames import cosine_before, frames_of, over_runs, run_numbers
 from vlmprune.policies.parts.peaks import density_peaks
-from vlmprune.policies.parts.scenes import Scene, budgets, settled
+from vlmprune.policies.parts.scenes import Scene, settled, totals
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class HoliTom(PruningPolicy):
         starts = best_cuts(alike, self.longest)
         runs = run_numbers(starts, there)
         scene = Scene(starts, runs, still_in(alike, starts, runs, real), real)
-        shares, more = scene.shared_out(budgets(ctx, self, frames))
+        shares, more = scene.shared_out(totals(ctx, self, frames))
         moving = scene.moving & (falling_places(seen, scene.moving) < shares[..., 1, None])
         means = scene.over_time(x, more)
         wanted = shares[..., 0].flatten()

@@ -14,7 +14,7 @@ from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import spent
 from vlmprune.policies.checks import check_keep, check_whole, check_word, is_number
 from vlmprune.policies.crops import crops_of
-from vlmprune.policies.parts.turns import Rule, directions, taken_in_turn
+from vlmprune.policies.parts.turns import Rule, taken_in_turn, unit_rows
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class MMTok(PruningPolicy):
         embeds = require(ctx.embeds, "ctx.embeds", "input embeddings (declare Needs(embeds=True))")
         text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(embeds=True))")
         at = text.clamp(min=0)[:, :, None].expand(-1, -1, embeds.shape[2])
-        alike = directions(hidden) @ directions(embeds.gather(1, at)).mT
+        alike = unit_rows(hidden) @ unit_rows(embeds.gather(1, at)).mT
         alike = alike.masked_fill((text < 0)[:, None], float("-inf"))  # rows of no text
-        by_sample = crops.spread(directions(features)), alike
+        by_sample = crops.spread(unit_rows(features)), alike
         return spent(ctx, self, self._taken, *by_sample, positions=self.positions)
 
     def _taken(self, kept: list[int], mask: Tensor | None, unit: Tensor, alike: Tensor) -> Tensor:

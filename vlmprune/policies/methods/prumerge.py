@@ -17,8 +17,7 @@ from vlmprune.policies.by_image import gathered, vision_of
 from vlmprune.policies.checks import check_keep, check_whole, check_word
 from vlmprune.policies.choose import marks
 from vlmprune.policies.crops import crops_of
-from vlmprune.policies.methods.accm_selection import joined_attention, outliers
-from vlmprune.policies.parts.outlying import Picked, budget, in_order, pick
+from vlmprune.policies.parts.outlying import Picked, budget, in_raster_order, joined_attention, outliers, pick
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class PruMerge(PruningPolicy):
             rows.append((kind, made))
         both = crops.together(places), crops.together(rows)
         choice = gathered(ctx, crops, quota, both[0], self.positions, both[1])
-        return in_order(choice, self.fixed_count)
+        return in_raster_order(choice, self.fixed_count)
 
     def _turns(self, paid: Tensor, kept: int) -> Tensor:
         """When each patch's turn is, ``[i, n]`` int64: first by attention, from n on spaced ones, from 2 n on the others."""

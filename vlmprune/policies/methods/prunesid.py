@@ -16,7 +16,7 @@ from vlmprune.policies.by_image import gathered, quota_of, vision_of
 from vlmprune.policies.checks import check_keep, check_seed, check_whole, check_word
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.parts.spectrum import principal_axes
-from vlmprune.policies.parts.turns import directions, in_order, outlived
+from vlmprune.policies.parts.turns import in_order, outlived, unit_rows
 
 MEMBERS = 4
 """Kept tokens for each principal axis."""
@@ -98,7 +98,7 @@ def kept_of_groups(features: Tensor, scores: Tensor, keep: int, budget: int, see
         return torch.arange(keep, device=device).expand(len(scores), -1)
     order = scores.argsort(dim=1, descending=True, stable=True)
     group = groups_of(features, budget, seed).gather(1, order)
-    unit = directions(features)
+    unit = unit_rows(features)
     cosine = unit @ unit.mT
     mean = (cosine.sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).sum(1)) / (P * (P - 1))
     close = in_order(cosine, order) > (budget / 32 * mean)[:, None, None]

@@ -22,14 +22,13 @@ from vlmprune.policies.checks import (
     check_word,
     share_of,
 )
-from vlmprune.policies.choose import FLOOR, falling_places, index_of, quotas, select_counts
+from vlmprune.policies.choose import FLOOR, falling_places, index_of, quotas, rank_within, select_counts
 from vlmprune.policies.counts import keep_count
 from vlmprune.policies.inputs import Rating
-from vlmprune.policies.methods.vscan import rank_within
 from vlmprune.policies.parts.frames import Frames, frame_means, frames_of, over_runs, run_numbers
 from vlmprune.policies.parts.peaks import density_peaks, in_proportion
 from vlmprune.policies.parts.raters import rated
-from vlmprune.policies.parts.scenes import Scene, budgets, settled
+from vlmprune.policies.parts.scenes import Scene, settled, totals
 
 NEAR = 7
 """Neighbours that make a density; a group of at most twice as many tokens is not clustered."""
@@ -141,7 +140,7 @@ class PruneVid(PruningPolicy):
             )
             shares, more = shares.view(len(shares), -1, 2), torch.zeros_like(scene.real)
         else:
-            shares, more = scene.shared_out(budgets(ctx, self, frames))
+            shares, more = scene.shared_out(totals(ctx, self, frames))
         means = scene.over_time(x, more)
         flat, near = means.flatten(0, 1).contiguous(), torch.full_like(shares[..., 0].flatten(), NEAR)
         parts = zip((scene.lead, scene.moving), shares.flatten(0, 1).unbind(1), strict=True)

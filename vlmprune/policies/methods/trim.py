@@ -14,8 +14,7 @@ from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import gathered
 from vlmprune.policies.checks import check_keep, check_word, is_number
 from vlmprune.policies.crops import crops_of
-from vlmprune.policies.methods.accm_selection import outliers
-from vlmprune.policies.parts.outlying import Picked, budget, in_order, pick
+from vlmprune.policies.parts.outlying import Picked, budget, in_raster_order, outliers, pick
 from vlmprune.policies.parts.relevance import Relevance, relevance_of
 
 TOWER = (-2,)
@@ -118,7 +117,7 @@ class TRIM(PruningPolicy):
             into.append((kind, merged_into_rest(picked)))
         both = crops.together(places), crops.together(rows)
         choice = gathered(ctx, crops, quota, both[0], self.positions, both[1], crops.together(into))
-        return in_order(choice, self.fixed_count)
+        return in_raster_order(choice, self.fixed_count)
 
     def _turns(self, score: Tensor) -> Tensor:
         """When each token's turn to be kept is, ``[i, n]`` int64: by relevance, from n on those that are not wanted."""

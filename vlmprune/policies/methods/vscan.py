@@ -25,7 +25,7 @@ from vlmprune.policies.base import (
 )
 from vlmprune.policies.by_image import gathered, nearest, quota_of, ranked, rows_at, vision_of
 from vlmprune.policies.checks import check_keep, check_layer, check_share, check_whole, check_word, share_of
-from vlmprune.policies.choose import others
+from vlmprune.policies.choose import others, rank_within
 from vlmprune.policies.counts import keep_count
 from vlmprune.policies.crops import crops_of
 
@@ -165,19 +165,6 @@ def windows_of(grid: Grid, window: int) -> list[int]:
     """Number of the window that each patch of a grid lies in, in raster order; edge windows may be smaller."""
     across = -(-grid[1] // window)
     return [r // window * across + c // window for r in range(grid[0]) for c in range(grid[1])]
-
-
-def rank_within(scores: Tensor, groups: Tensor) -> Tensor:
-    """How many patches of its own group beat each patch ``[I, P]``; of equal ones the earlier beats the later."""
-    by_score = scores.argsort(dim=1, descending=True, stable=True)
-    order = by_score.gather(1, groups.gather(1, by_score).argsort(dim=1, stable=True))  # group by group
-    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    sorted_groups = groups.gather(1, order)
-    starts = sorted_groups != sorted_groups.roll(
-        1, 1
-    )  # where all are one group the first stands for 0 anyway
-    start = torch.where(starts, place, 0).cummax(1).values
-    return torch.zeros_like(order).scatter(1, order, place - start)
 
 
 def merge_dropped(hidden: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from vlmprune.policies.by_image import spent
 from vlmprune.policies.checks import check_keep, check_seed, check_whole, check_word, is_number
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.parts.spectrum import drawn
-from vlmprune.policies.parts.turns import Rule, directions, taken_in_turn
+from vlmprune.policies.parts.turns import Rule, taken_in_turn, unit_rows
 
 AT_ONCE = 8
 """Directions that go through the projector together: all of them would take gigabytes."""
@@ -92,7 +92,7 @@ class ZOOPrune(PruningPolicy):
         if not crops.tokens:
             return ctx.ordinals
         hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
-        by_sample = directions(hidden), crops.spread(self._sensitivity(ctx))
+        by_sample = unit_rows(hidden), crops.spread(self._sensitivity(ctx))
         return spent(ctx, self, taken_apart, *by_sample, positions=self.positions)
 
     def _sensitivity(self, ctx: TokenContext) -> Tensor:
@@ -100,7 +100,7 @@ class ZOOPrune(PruningPolicy):
         features = require(ctx.features, "ctx.features", "what the projector got (declare Needs(vision=...))")
         project = require(ctx.project, "ctx.project", "the projector (declare a vision layer)")
         (crops, tokens, width), total = features.shape, torch.zeros((), device=features.device)
-        unit = directions(drawn(self.seed, self.directions, width, features.device))
+        unit = unit_rows(drawn(self.seed, self.directions, width, features.device))
         for first in range(0, self.directions, AT_ONCE):
             some = self.step * unit[first : first + AT_ONCE]
             moves = some.to(features.dtype)[:, None, None]

@@ -11,10 +11,13 @@ from torch import Tensor
 from vlmprune import ops
 from vlmprune.constants import counting
 from vlmprune.errors import require
-from vlmprune.policies.base import PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.base import PruningPolicy, Reduction, TokenContext, VisionAttention
 from vlmprune.policies.by_image import quota_of, rows_at
 from vlmprune.policies.choose import marks
 from vlmprune.policies.groups import Groups, Quota
+
+FENCE = 1.5
+"""An outlier is above the third quartile by more than so many times what lies between the quartiles."""
 
 
 class Picked(NamedTuple):
@@ -65,7 +68,7 @@ def budget(ctx: TokenContext, policy: PruningPolicy, crops: Groups) -> Quota:
     return quota if policy.fixed_count else quota._replace(rest=(0,) * len(quota.rest))
 
 
-def in_order(choice: Tensor | Reduction, fixed: bool) -> Reduction:
+def in_raster_order(choice: Tensor | Reduction, fixed: bool) -> Reduction:
     """The same with padding on the right, and ascending unless positions are packed.
 
     Where the number of tokens is not ``fixed`` the list is as long as the fullest sample's: one host read.
@@ -80,3 +83,33 @@ def in_order(choice: Tensor | Reduction, fixed: bool) -> Reduction:
         most = int((index >= 0).sum(1).max())
         index, hidden = index[:, :most], hidden[:, :most]
     return replace(choice, index=index, hidden=hidden)
+
+
+def joined_attention(seen: VisionAttention) -> Tensor:
+    """As ``received``, with all heads as one: ``softmax(q k^T / sqrt(H D))``; a sum over heads before the softmax."""
+    query, key = (x.transpose(1, 2).flatten(2).float() for x in (seen.query, seen.key))
+    rows = query[:, :1] if seen.cls else query
+    logits = rows @ key.mT * key.shape[2] ** -0.5
+    if seen.mask is None:
+        paid = logits.softmax(2)[..., int(seen.cls) :]
+        return seen.over_rows(paid.sum(1), paid.shape[1])
+    share = logits.masked_fill(~seen.mask[:, None], float("-inf")).softmax(2)
+    share = share.masked_fill(~seen.mask[:, :, None], 0.0)
+    return seen.over_rows(share.sum(1), seen.mask.sum(1, keepdim=True))
+
+
+def outliers(attention: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of ``attention [I, N]`` are outliers above, bool, and everyone's rank, int64, 0 = the highest, ties by place."""
+    ordered, order = attention.sort(dim=1, descending=True, stable=True)
+    third, first = quantile(ordered, 0.25), quantile(ordered, 0.75)
+    numbers = counting(1, order.shape[1], order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, numbers)
+    return attention > third + FENCE * (third - first), rank
+
+
+def quantile(ordered: Tensor, share: float) -> Tensor:
+    """What lies after this share of ``ordered [I, N]``, ``[I, 1]``, linear between two numbers."""
+    last = ordered.shape[1] - 1
+    low = int(share * last)
+    here, after = ordered[:, low : low + 1], ordered[:, min(low + 1, last)][:, None]
+    return here.lerp(after, share * last - low)

@@ -87,7 +87,7 @@ class Scene:
         return centre.flatten(1).gather(1, mine.flatten(1)).view(joined.shape)
 
 
-def budgets(ctx: TokenContext, policy: PruningPolicy, frames: Frames) -> Tensor:
+def totals(ctx: TokenContext, policy: PruningPolicy, frames: Frames) -> Tensor:
     """``[I]`` int64 how many tokens of its frames each image keeps."""
     kept = quota_of(ctx, policy, frames.groups).kept
     return whole_numbers(tuple(sum(kept[g] for g in own) for own in frames.groups.members), ctx.device)

@@ -64,6 +64,6 @@ def in_order(matrix: Tensor, order: Tensor) -> Tensor:
     return rows.gather(2, order[:, None, :].expand(-1, P, -1))
 
 
-def directions(features: Tensor) -> Tensor:
+def unit_rows(features: Tensor) -> Tensor:
     """Unit vectors ``[..., D]`` float32; zeros for what has no direction: zero, NaN or infinite."""
     return torch.nn.functional.normalize(features.float(), dim=-1).nan_to_num(0.0, 0.0, 0.0)
