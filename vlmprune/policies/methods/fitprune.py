@@ -92,7 +92,7 @@ class FitPrune(PruningPolicy):
         check(known, "reduction", named, repr(self.reduction))
         schedule = SCHEDULES[self.reduction]
         own = tuple(layer for layer, gone in enumerate(schedule, 1) if gone)
-        of_schedules = {tuple(k for k, gone in enumerate(some, 1) if gone) for some in SCHEDULES.values()}
+        of_schedules = [tuple(k for k, gone in enumerate(some, 1) if gone) for some in SCHEDULES.values()]
         if self.layers == () or (self.drop is None and self.layers in of_schedules):  # of a copy: another's
             object.__setattr__(self, "layers", own)
         check_layers(self.layers, 1, BEFORE)
