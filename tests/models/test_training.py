@@ -87,6 +87,7 @@ TRAINED = {
     "fastv": FASTV,
     "own": vlmprune.PyramidDrop(layers=(2, 4), positions="pack"),
     "merged": vlmprune.VisionZip(positions="pack"),
+    "v2drop": vlmprune.V2Drop(layers=(2, 4), keep=(0.5, 3)),
 }
 
 
