@@ -376,6 +376,7 @@ def test_nothing_to_ask(page):
     page.wait_for_selector(".vp-fault:has-text('picture: expected a picture, got none')")
     upload(page, SCENE)
     page.wait_for_selector("#picture img")
+    page.wait_for_selector(".vp-fault", state="hidden")  # the picture has arrived, and with it a new status
     page.get_by_role("button", name="Ask", exact=True).click()
     page.wait_for_selector(".vp-fault:has-text('question: expected a text of 1 to 1000 letters, got 0')")
 
