@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 
 import vlmprune
-from helpers.tiny import Drawn, make_batch, make_model
-from vlmprune.policies.base import Needs, PruningPolicy, TokenContext
+from helpers.tiny import Drawn, Onlooker, make_batch, make_model
+from vlmprune.policies.base import Needs
 
 SPECS = [["I", 9, "I", 4], [3, "I", 5], [12], [4, "I"]]
 
 
-@dataclass(frozen=True)
-class Seen(PruningPolicy):
-    """Keeps every other token, and what it was shown."""
-
-    layer: int = 2
-    shown: dict = field(default_factory=dict, hash=False)
-    earlier: bool = True
-
-    def needs(self, layer: int) -> Needs:
-        return Needs(earlier=self.earlier, hidden=True)
-
-    def select(self, ctx: TokenContext) -> torch.Tensor:
-        self.shown[self.layer] = ctx
-        return vlmprune.Uniform(layer=self.layer, keep=0.5).select(ctx)
+ASKED = Needs(earlier=True, hidden=True)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +35,7 @@ def test_rows_that_entered_the_layer_before(model, side, layer, before):
         real = batch["attention_mask"].sum(1).tolist()
         for name in ("input_ids", "attention_mask"):
             batch[name] = torch.stack([x.roll(n, 0) for x, n in zip(batch[name], real, strict=True)])
-    seen = Seen(layer)
+    seen = Onlooker(layer, ASKED)
     policy = seen if before is None else vlmprune.Stages([Drawn((before,)), seen])
     entered = []
     hook = model.model.language_model.layers[layer - 1].self_attn.register_forward_pre_hook(
@@ -79,7 +64,7 @@ def _places(rows, norm, ctx, b):
 
 
 def test_the_distance_is_that_of_the_models_own_hidden_states(model):
-    batch, seen = make_batch([[4, "I", 7]]), Seen(3)
+    batch, seen = make_batch([[4, "I", 7]]), Onlooker(3, ASKED)
     with torch.no_grad():
         run(model, batch, seen)
         plain = model(**batch, output_hidden_states=True).hidden_states
@@ -89,7 +74,7 @@ def test_the_distance_is_that_of_the_models_own_hidden_states(model):
 
 
 def test_only_who_asks_is_given_them(model):
-    seen = Seen(earlier=False)
+    seen = Onlooker(asked=Needs(hidden=True))
     with torch.no_grad():
         run(model, make_batch([[3, "I", 5]]), seen)
     assert seen.shown[2].earlier is None
@@ -99,7 +84,7 @@ def test_where_there_are_none(model):
     with pytest.raises(ValueError, match=r"^earlier: expected False where tokens are restored, got True$"):
         Needs(restored=True, earlier=True)
     said = r"^layer: expected at least 1 where rows that entered the layer before are read, got 0$"
-    with pytest.raises(ValueError, match=said), vlmprune.prune(model, Seen(layer=0)):
+    with pytest.raises(ValueError, match=said), vlmprune.prune(model, Onlooker(0, ASKED)):
         pass
 
 

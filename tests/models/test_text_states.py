@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 
 import vlmprune
-from helpers.tiny import Drawn, make_batch, make_model
-from vlmprune.policies.base import Needs, PruningPolicy, TokenContext
+from helpers.tiny import Drawn, Onlooker, make_batch, make_model
+from vlmprune.policies.base import Needs
 
 SPECS = [["I", 9, "I", 4], [3, "I", 5], [12], [4, "I"]]
 WORDS = [4, 5, 0, 0]
 
 
-@dataclass(frozen=True)
-class Seen(PruningPolicy):
-    """Keeps every other token, and what it was shown."""
-
-    layer: int = 2
-    shown: dict = field(default_factory=dict, hash=False)
-    text: bool = True
-
-    def needs(self, layer: int) -> Needs:
-        return Needs(text=self.text, hidden=True)
-
-    def select(self, ctx: TokenContext) -> torch.Tensor:
-        self.shown[self.layer] = ctx
-        return vlmprune.Uniform(layer=self.layer, keep=0.5).select(ctx)
+ASKED = Needs(text=True, hidden=True)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +48,7 @@ def test_text_rows(model, side, layer, before):
         real = batch["attention_mask"].sum(1).tolist()
         for name in ("input_ids", "attention_mask"):
             batch[name] = torch.stack([x.roll(n, 0) for x, n in zip(batch[name], real, strict=True)])
-    seen = Seen(layer)
+    seen = Onlooker(layer, ASKED)
     policy = vlmprune.Stages([Drawn((2,)), seen]) if before else seen
     entering = rows_entering(model, layer, batch, policy)
     ctx = seen.shown[layer]
@@ -84,7 +69,7 @@ def test_text_rows(model, side, layer, before):
 
 
 def test_only_who_asks_is_given_them(model):
-    seen = Seen(text=False)
+    seen = Onlooker(asked=Needs(hidden=True))
     with torch.no_grad(), vlmprune.prune(model, seen):
         model(**make_batch([[3, "I", 5]]))
     ctx = seen.shown[2]

@@ -26,7 +26,7 @@ from vlmprune.web import limits
 from vlmprune.web.ask import Asked, answers
 from vlmprune.web.cards import results_html
 from vlmprune.web.controls import examples_html, fault_html, methods_html, status_html
-from vlmprune.web.desk import Desk, Example, fitted, offer, shipped
+from vlmprune.web.desk import Desk, Example, fitted, offer, shipped, size_for
 from vlmprune.web.pictures import veil
 from vlmprune.web.text import command, python
 
@@ -282,8 +282,8 @@ def test_tiles_are_not_drawn_but_answered(tmp_path):
 
     checkpoint = Checkpoint(str(tiny("llava_next", tmp_path)), device="cpu", dtype="float32")
     square, wide = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (96, 30), "red")
-    assert offer(checkpoint, square).size.visual > offer(checkpoint, wide).size.visual
-    budget = offer(checkpoint, wide).size.visual * 0.7
+    assert size_for(checkpoint, square).visual > size_for(checkpoint, wide).visual
+    budget = size_for(checkpoint, wide).visual * 0.7
     results = ask(checkpoint, ("divprune",), budget, "what ?", wide)[-1]
     assert results.seen is None and all(column.outcome is not None for column in results.columns)
     html = results_html(results)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.contexts import case, kept_lists, patch_scores, sight, top
-from helpers.films import clips, cosine, dot, film, in_turn, mean, slow_peaks
+from helpers.films import check_merged, clips, cosine, dot, film, in_turn, mean, slow_peaks
 from helpers.videos import NEWLINE, videos
 from vlmprune.policies.base import Needs, Ranking
 from vlmprune.policies.methods.flashvid import FlashVID, weighted_maxmin
@@ -114,15 +114,7 @@ def slow(policy, ctx):
 
 
 def check(policy, ctx):
-    got, want = policy.select(ctx), slow(policy, ctx)
-    assert kept_lists(got.index) == [sorted(tokens) for tokens in want]
-    for b, tokens in enumerate(want):
-        rows = [tokens[i] for i in sorted(tokens)]
-        if rows:
-            torch.testing.assert_close(got.hidden[b, : len(rows)], torch.tensor(rows), atol=1e-5, rtol=1e-5)
-        for i, target in enumerate(got.merged[b].tolist()):
-            assert target == -1 or (target in tokens and i not in tokens)
-    return got
+    return check_merged(policy, ctx, slow(policy, ctx))
 
 
 VIDEOS = [[(6,)], [(5, 1), (), (3,)], [(1,), (2, 4)]]

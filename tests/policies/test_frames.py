@@ -8,8 +8,7 @@ import torch
 from helpers.videos import NEWLINE, frames_of_images, videos
 from vlmprune.policies.parts.frames import (
     anchors_first,
-    cosine_before,
-    cosine_with,
+    cosine_at,
     frame_means,
     frames_of,
     over_runs,
@@ -66,11 +65,7 @@ def test_which_frame_stands_before(ctx):
 
 def test_cosines(ctx):
     frames = frames_of(ctx)
-    x = frames.split(ctx.hidden)
-    got = cosine_before(x, frames.follows(ctx.device))
-    at = torch.tensor(frames.before())
-    assert torch.equal(frames.flat(got), cosine_with(frames.flat(x), at.to(x.device)))
-    earlier = None
+    got, earlier = cosine_at(ctx.hidden, frames.same_place(frames.before(), ctx.device)), None
     for sample, image, t, places in each(ctx):
         rows = ctx.hidden[sample, places].double()
         if t and (image, t) not in ((1, 2), (2, 1)):
@@ -78,10 +73,10 @@ def test_cosines(ctx):
                 float(a @ b / math.sqrt(a @ a) / math.sqrt(b @ b)) for a, b in zip(rows, earlier, strict=True)
             ]
             torch.testing.assert_close(
-                got[image, t, : len(places)].double(), torch.tensor(want).double().to(x.device)
+                got[sample, places].double(), torch.tensor(want).double().to(got.device)
             )
         else:
-            assert (got[image, t] == -1).all()
+            assert (got[sample, places] == -1).all()
         earlier = rows
 
 

@@ -98,14 +98,18 @@ class Desk:
         return name
 
 
-def offer(checkpoint: Checkpoint, picture: Image.Image | None = None) -> Offer:
-    """What can be asked of a checkpoint, about this picture or (None) one of ordinary size. Reads no weights.
+def size_for(checkpoint: Checkpoint, picture: Image.Image) -> Size:
+    """The size of a checkpoint with this picture. Reads no weights.
 
     Raises:
         InputError, ModelError: what is not there, or cannot be pruned.
     """
-    inputs = make_ready(checkpoint, "?", picture or Image.new("RGB", BLANK))
-    size = size_of(checkpoint, inputs)
+    return size_of(checkpoint, make_ready(checkpoint, "?", picture))
+
+
+def offer(checkpoint: Checkpoint) -> Offer:
+    """What can be asked of a checkpoint about a picture of ordinary size. Errors as ``size_for``."""
+    size = size_for(checkpoint, Image.new("RGB", BLANK))
     methods, left_out = {}, {}
     for name, kind in load_policies()[0].items():
         if kind.for_video:  # the page has pictures alone

@@ -11,10 +11,11 @@ from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from vlmprune.errors import InputError, ModelError, VersionError
+from vlmprune.view.fitting import Size
 from vlmprune.web.ask import Asked, answers
 from vlmprune.web.cards import results_html
 from vlmprune.web.controls import EMPTY, examples_html, fault_html, line_html, methods_html, status_html
-from vlmprune.web.desk import SHARE, Desk, Offer, offer
+from vlmprune.web.desk import SHARE, Desk, Offer, offer, size_for
 from vlmprune.web.limits import BYTES, LETTERS, read_budget, read_methods, read_picture, read_prompt
 from vlmprune.web.look import CSS, EXAMPLES_JS, RESULTS_JS, STOP_JS, STOPPED_JS, THEME, TICKED_JS
 from vlmprune.web.upload import Upload
@@ -91,7 +92,7 @@ def _controls(desk: Desk, first: Offer) -> Controls:
         ask = gr.Button("Ask", variant="primary", scale=3)
         stop = gr.Button("Stop", visible=False, scale=1, min_width=80)
     status = gr.HTML(elem_id="status")
-    budget = _slider(first)
+    budget = _slider(first.size)
     methods = gr.HTML(methods_html(first, TICKED), container=True, elem_id="methods")
     typed = {"allow_custom_value": desk.any_model, "filterable": desk.any_model}
     model = gr.Dropdown(desk.sources, label="Model", elem_id="model", **typed)
@@ -165,9 +166,9 @@ class _Headers:
         await self.app(scope, receive, with_headers)
 
 
-def _slider(offered: Offer, budget: Any = None) -> gr.Slider:
+def _slider(size: Size, budget: Any = None) -> gr.Slider:
     """At this budget if the picture has as many tokens."""
-    visual = offered.size.visual
+    visual = size.visual
     stays = isinstance(budget, int | float) and 1 <= budget <= visual
     return gr.Slider(
         1,
@@ -175,7 +176,7 @@ def _slider(offered: Offer, budget: Any = None) -> gr.Slider:
         value=budget if stays else round(SHARE * visual),
         step=1,
         label="Budget",
-        info=f"visual tokens of {visual}, a mean over the {offered.size.layers} layers",
+        info=f"visual tokens of {visual}, a mean over the {size.layers} layers",
         interactive=True,
     )
 
@@ -221,10 +222,10 @@ class Events:
         """A picture that cannot be used goes at once, with a word why; the budget is one of this picture's tokens."""
         try:
             image, _, _ = read_picture(picture, Path(get_upload_folder()))
-            offered = offer(self._desk.open(model), image)
+            size = size_for(self._desk.open(model), image)
         except REFUSED as error:
             return None, gr.skip(), fault_html(str(error))
-        return gr.skip(), _slider(offered, budget), ""
+        return gr.skip(), _slider(size, budget), ""
 
     def chosen(self, model: Any) -> tuple[Any, Any, str]:
         """The budget and the methods of another model."""
@@ -232,7 +233,7 @@ class Events:
             offered = offer(self._desk.open(model))
         except REFUSED as error:
             return gr.skip(), gr.skip(), fault_html(str(error))
-        return _slider(offered), methods_html(offered, TICKED), ""
+        return _slider(offered.size), methods_html(offered, TICKED), ""
 
     def stopped(self) -> tuple[Any, Any, Any]:
         """Nothing is asked any more; what was found stays."""

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from helpers.contexts import sight
+from helpers.contexts import kept_lists, sight
 
 
 def film(videos, grid=(3, 4), seed=0, cls=False, few=False, layers=(-1,), width=8, layer=0):
@@ -78,3 +78,16 @@ def in_turn(sizes, total):
         out.append(upto - done)
         done = upto
     return out
+
+
+def check_merged(policy, ctx, want):
+    """A choice of a video's tokens is that of ``want``, one dict of kept place to row a sample; who merged, merged into one kept."""
+    got = policy.select(ctx)
+    assert kept_lists(got.index) == [sorted(tokens) for tokens in want]
+    for b, tokens in enumerate(want):
+        rows = [tokens[i] for i in sorted(tokens)]
+        if rows:
+            torch.testing.assert_close(got.hidden[b, : len(rows)], torch.tensor(rows), atol=1e-5, rtol=1e-5)
+        for i, target in enumerate(got.merged[b].tolist()):
+            assert target == -1 or (target in tokens and i not in tokens)
+    return got

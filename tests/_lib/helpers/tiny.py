@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from helpers.device import placed
-from vlmprune.policies import PruningPolicy, Ranking, TokenContext, quotas
+from vlmprune.policies import Needs, PruningPolicy, Ranking, TokenContext, Uniform, quotas
 
 IMAGE, PAD, BOS, EOS = 199, 0, 1, 2
 LAYERS, GRID = 6, 4  # 16 visual tokens per image
@@ -56,6 +56,22 @@ class Drawn(PruningPolicy):
     def rank(self, ctx: TokenContext) -> Ranking:
         generator = torch.Generator().manual_seed(ctx.layer)
         return Ranking(torch.rand(ctx.mask.shape, generator=generator), tuple(quotas(ctx, self.keep)))
+
+
+@dataclass(frozen=True)
+class Onlooker(PruningPolicy):
+    """Keeps every other token, and what it was shown."""
+
+    layer: int = 2
+    asked: Needs = field(default_factory=Needs)
+    shown: dict[int, TokenContext] = field(default_factory=dict, hash=False)
+
+    def needs(self, layer: int) -> Needs:
+        return self.asked
+
+    def rank(self, ctx: TokenContext) -> Ranking:
+        self.shown[self.layer] = ctx
+        return Uniform(layer=self.layer, keep=0.5).rank(ctx)
 
 
 DECODERS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}

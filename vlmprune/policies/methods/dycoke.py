@@ -17,7 +17,7 @@ from vlmprune.policies.parts.frames import (
     Frames,
     anchors_first,
     budgets_of,
-    cosine_with,
+    cosine_at,
     frames_of,
     spread_evenly,
 )
@@ -79,12 +79,10 @@ class DyCoke(PruningPolicy):
         earlier = compared_with(frames)
         anchors = tuple(g for g, other in enumerate(earlier) if other < 0)
         kept = anchors_first(frames, anchors, budgets_of(ctx, self))
-        at = whole_numbers(earlier, device)
-        rows = frames.groups.split(hidden)
-        even = frames.flat(spread_evenly(frames, kept, device))
-        scores = torch.where(at[:, None] < 0, even, -cosine_with(rows, at))
+        at, even = frames.same_place(earlier, device), frames.spread(spread_evenly(frames, kept, device))
+        scores = torch.where(at < 0, even, -cosine_at(hidden, at))
         level = filled((len(kept),), 0.0, torch.float32, device)  # nothing is left over
-        by = apportioned(frames.groups, scores, whole_numbers(kept, device), level)
+        by = apportioned(frames.groups, frames.groups.split(scores), whole_numbers(kept, device), level)
         return ranked(ctx, self, by, self.positions)
 
 

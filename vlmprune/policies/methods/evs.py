@@ -10,7 +10,7 @@ from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import check_keep, check_word
-from vlmprune.policies.parts.frames import anchors_first, budgets_of, cosine_before, frames_of, spread_evenly
+from vlmprune.policies.parts.frames import anchors_first, budgets_of, cosine_at, frames_of, spread_evenly
 
 FIRST = 2.0
 """What a first frame's scores have on top: no dissimilarity is above 2, and theirs are not below 0."""
@@ -59,9 +59,9 @@ class EVS(PruningPolicy):
     def rank(self, ctx: TokenContext) -> Ranking:
         frames = frames_of(ctx)
         hidden = require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))")
-        follows = frames.follows(ctx.device)
-        changed = 1 - cosine_before(frames.split(hidden), follows)
-        firsts = tuple(g for g, before in enumerate(frames.before()) if before < 0)
+        before = frames.before()
+        firsts = tuple(g for g, other in enumerate(before) if other < 0)
         even = spread_evenly(frames, anchors_first(frames, firsts, budgets_of(ctx, self)), ctx.device)
-        scores = torch.where(follows[..., None], changed, FIRST + even)
-        return ranked(ctx, self, frames.spread(scores, fill=-1), self.positions)
+        at = frames.same_place(before, ctx.device)
+        scores = torch.where(at >= 0, 1 - cosine_at(hidden, at), frames.spread(FIRST + even, fill=-1))
+        return ranked(ctx, self, scores, self.positions)

@@ -23,7 +23,7 @@ from vlmprune.policies.checks import (
 )
 from vlmprune.policies.choose import falling_places, marks, select_scores
 from vlmprune.policies.counts import keep_count
-from vlmprune.policies.parts.frames import cosine_before, frames_of, over_runs, run_numbers
+from vlmprune.policies.parts.frames import cosine_at, frames_of, over_runs, run_numbers
 from vlmprune.policies.parts.peaks import density_peaks
 from vlmprune.policies.parts.scenes import Scene, settled, totals
 
@@ -118,10 +118,11 @@ class HoliTom(PruningPolicy):
         frames = frames_of(ctx)
         if not frames.groups.crops:
             return ctx.ordinals
-        x = frames.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
+        hidden = require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))")
+        x, at = frames.split(hidden), frames.same_place(frames.before(), ctx.device)
         seen = frames.lay(vision_of(ctx, self.vision_layer, frames.groups).received())
         real, there = frames.real(ctx.device), frames.there(ctx.device)
-        alike = (cosine_before(x, frames.follows(ctx.device)) > self.tau) & real
+        alike = (frames.split(cosine_at(hidden, at)) > self.tau) & real
         starts = best_cuts(alike, self.longest)
         runs = run_numbers(starts, there)
         scene = Scene(starts, runs, still_in(alike, starts, runs, real), real)

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
 
+from vlmprune import ops
 from vlmprune.constants import remembered, whole_numbers
 from vlmprune.policies.base import Grid, PruningPolicy, TokenContext
 from vlmprune.policies.counts import even_shares
 from vlmprune.policies.crops import crops_of
-from vlmprune.policies.groups import Counts, Groups, rows_or
+from vlmprune.policies.groups import Counts, Groups, places_of, rows_or
 from vlmprune.policies.parts.lattice import grid_scores
 
 
@@ -53,6 +54,10 @@ class Frames:
             earlier = zip((*[-1] * min(steps, len(own)), *own), own, strict=False)
             out += [e if e >= 0 and self.grids[e] == self.grids[g] else -1 for e, g in earlier]
         return tuple(out)
+
+    def same_place(self, others: Counts, device: torch.device) -> Tensor:
+        """``[B, N]`` int64 the token in each one's place in another frame of its sample, ``others[g]`` for the g-th; -1 = none."""
+        return _same_place(self.groups, others, device)
 
     def there(self, device: torch.device) -> Tensor:
         """``[I, F]`` bool, False behind the frames of a shorter video."""
@@ -114,23 +119,14 @@ def budgets_of(ctx: TokenContext, policy: PruningPolicy) -> Counts:
     return tuple(policy.kept(n, 1, ctx.layer) for own in ctx.images() for n in own)
 
 
-def cosine_with(x: Tensor, other: Tensor) -> Tensor:
-    """Cosine of every token of the frames ``x [G, P, D]`` with the one in its place in frame ``other [G]``: ``[G, P]`` float32.
+def cosine_at(x: Tensor, other: Tensor) -> Tensor:
+    """Cosine of every token of ``x [B, N, D]`` with that in the place ``other [B, N]`` of its sample: ``[B, N]`` float32.
 
     -1 where ``other`` is below 0. A row of zeros has cosine 0.
     """
-    x = x.float()
-    return cosine_similarity(x, x[other.clamp(min=0)], dim=-1).masked_fill(other[:, None] < 0, -1.0)
-
-
-def cosine_before(x: Tensor, follows: Tensor) -> Tensor:
-    """Cosine of every token of ``x [I, F, P, D]`` with the one in its place in the frame before: ``[I, F, P]`` float32.
-
-    -1 where ``follows [I, F]`` is False: in the first frame, and behind one of another shape. A row of zeros has cosine 0.
-    """
-    x = x.float()
-    before = torch.cat([x[:, :1], x[:, :-1]], 1)
-    return cosine_similarity(x, before, dim=-1).masked_fill(~follows[..., None], -1.0)
+    return cosine_similarity(x.float(), ops.gather_tokens([x], other)[0].float(), dim=-1).masked_fill(
+        other < 0, -1.0
+    )
 
 
 def frame_means(x: Tensor, real: Tensor) -> Tensor:
@@ -202,3 +198,12 @@ def _even(grids: tuple[Grid, ...], kept: Counts, device: torch.device) -> Tensor
     """``[G, P]``, zeros behind a smaller frame's tokens."""
     rows = [grid_scores(grid, k) for grid, k in zip(grids, kept, strict=True)]
     return (pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 0)).to(device)
+
+
+@remembered()
+def _same_place(groups: Groups, others: Counts, device: torch.device) -> Tensor:
+    out = torch.full((groups.batch, groups.width), -1, dtype=torch.int64)
+    for crop, other, sample in zip(groups.crops, others, groups.samples, strict=True):
+        if other >= 0:
+            out[sample, places_of(crop)] = torch.tensor(places_of(groups.crops[other]))
+    return out.to(device)
