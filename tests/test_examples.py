@@ -1,4 +1,5 @@
-"""Every public function shows an example in its docstring, every op's classes too, and the examples are true.
+"""Every public function shows an example in its docstring, every op's classes and what a policy sees too, and the
+examples are true.
 
 Beside what is in their module they may use torch, ops, a tiny ``model`` with the ``inputs`` of one image, and ``ctx``: what a
 policy sees of two samples, one image of 2 x 2 tokens and two of them.
@@ -14,7 +15,7 @@ import torch
 
 from helpers.tiny import make_batch, make_model
 from vlmprune import ops
-from vlmprune.policies import Needs
+from vlmprune.policies import Needs, TokenContext
 from vlmprune.testing.context import make_context
 
 PACKAGES = ("vlmprune", "vlmprune.ops", "vlmprune.policies", "vlmprune.testing")
@@ -22,13 +23,14 @@ FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
 def public():
-    """Functions in the order of the packages, each once; the classes of ops."""
+    """Functions in the order of the packages, each once; the classes of ops; what a policy sees."""
     found = {}
     for package in PACKAGES:
         module = importlib.import_module(package)
         for name in module.__all__:
             value = getattr(module, name)
-            if inspect.isroutine(value) or (package == "vlmprune.ops" and inspect.isclass(value)):
+            of_ops = package == "vlmprune.ops" and inspect.isclass(value)
+            if inspect.isroutine(value) or of_ops or value is TokenContext:
                 found.setdefault(id(value), pytest.param(value, id=f"{package}.{name}"))
     return found.values()
 

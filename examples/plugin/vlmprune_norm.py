@@ -41,5 +41,4 @@ class Norm(PruningPolicy):
 
     def rank(self, ctx: TokenContext) -> Ranking:
         """The best of every prompt: vlmprune selects them and shortens everything in one fused pass."""
-        assert ctx.hidden is not None  # asked for in needs()
-        return ranked(ctx, self, ctx.hidden.float().norm(dim=-1))
+        return ranked(ctx, self, ctx.given("hidden").float().norm(dim=-1))

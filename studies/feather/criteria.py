@@ -12,7 +12,7 @@ from vlmprune.errors import InputError
 from vlmprune.eval.arms import Arm, PromptSize, cut_of, draws_of, fit_arm, make_arms
 from vlmprune.eval.oracle import Oracle
 from vlmprune.policies import FastV, Feather, PyramidDrop, Random, Uniform
-from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, attention_of
+from vlmprune.policies.base import Needs, PruningPolicy, TokenContext
 from vlmprune.policies.checks import BEFORE, check_keep, check_layer, check_whole
 from vlmprune.policies.choose import index_of, marks, select_scores
 from vlmprune.policies.counts import union_count
@@ -49,7 +49,7 @@ class RopeFree(PruningPolicy):
         return Needs(attention="previous")
 
     def select(self, ctx: TokenContext) -> Tensor:
-        seen = attention_of(ctx).chunk()
+        seen = ctx.given("attention").chunk()
         best = select_scores(seen.received(seen.last, normalize="columns", unrotated=True), ctx, self.keep)
         if self.stride is None:
             return best

@@ -11,7 +11,6 @@ from vlmprune.policies.base import Needs
 
 SPECS = [["I", 9, "I", 4], [3, "I", 5], [12], [4, "I"]]
 
-
 ASKED = Needs(earlier=True, hidden=True)
 
 
@@ -30,11 +29,7 @@ def run(model, batch, policy):
 @pytest.mark.parametrize("layer, before", [(1, None), (2, None), (4, 2), (4, 3)])
 def test_rows_that_entered_the_layer_before(model, side, layer, before):
     """Also where a stage acts there, or further ahead: ``before``."""
-    batch = make_batch(SPECS)
-    if side == "right":
-        real = batch["attention_mask"].sum(1).tolist()
-        for name in ("input_ids", "attention_mask"):
-            batch[name] = torch.stack([x.roll(n, 0) for x, n in zip(batch[name], real, strict=True)])
+    batch = make_batch(SPECS, pad=side)
     seen = Onlooker(layer, ASKED)
     policy = seen if before is None else vlmprune.Stages([Drawn((before,)), seen])
     entered = []

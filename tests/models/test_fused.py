@@ -16,7 +16,7 @@ from vlmprune.models import plans as kept_plans
 from vlmprune.models.host.parts import find_parts
 from vlmprune.models.scope import find_engine
 from vlmprune.ops.scoring import Scoring
-from vlmprune.policies import PruningPolicy, Ranking, TokenContext, attention_of, quotas
+from vlmprune.policies import PruningPolicy, Ranking, TokenContext, quotas
 from vlmprune.policies.inputs import Rating
 
 VIEWS = {"view", "expand", "unsqueeze", "slice", "select", "t", "transpose", "detach", "alias", "split"}
@@ -306,7 +306,7 @@ class Loudest(PruningPolicy):
         return vlmprune.Needs(attention="previous", rows="text")
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        rating = attention_of(ctx).rating(head_reduce="max", row_reduce="max")
+        rating = ctx.given("attention").rating(head_reduce="max", row_reduce="max")
         code = torch.zeros(ctx.mask.shape, dtype=torch.int8)
         code[:, 0] = 3
         return Ranking(rating, tuple(quotas(ctx, self)), code=code, extra=(1,) * len(ctx.counts))
@@ -414,7 +414,7 @@ def test_plans_know_settings_by_their_names(model):
             return vlmprune.Needs(attention="previous", rows="text")
 
         def rank(self, ctx):
-            return Ranking(attention_of(ctx).rating(**next(turn)), tuple(quotas(ctx, self)))
+            return Ranking(ctx.given("attention").rating(**next(turn)), tuple(quotas(ctx, self)))
 
     batch, kept = make_batch(BATCHES["one"]), []
     with torch.no_grad(), ops.use_backend("triton"), vlmprune.prune(model, Turns(keep=5)) as run:
@@ -444,7 +444,7 @@ def test_a_constant_that_a_policy_writes_to_reaches_nobody_else(model):
         def rank(self, ctx):
             ranking = super().rank(ctx)
             ranking.code.zero_()
-            attention_of(ctx).last.sub_(3)
+            ctx.given("attention").last.sub_(3)
             return ranking
 
     batch, policy = make_batch(BATCHES["one"]), vlmprune.Feather(layers=(2, 4), keep=0.1)

@@ -14,7 +14,7 @@ from vlmprune import ops
 from vlmprune.models import plans as kept_plans
 from vlmprune.models.host.parts import find_parts
 from vlmprune.models.scope import find_engine
-from vlmprune.policies import PruningPolicy, Ranking, attention_of, ranked
+from vlmprune.policies import PruningPolicy, Ranking, ranked
 
 BATCHES = {
     "one": [[4, "I", 7]],
@@ -72,7 +72,7 @@ class Mine(PruningPolicy):
         return vlmprune.Needs(attention="previous")
 
     def rank(self, ctx):
-        seen = attention_of(ctx)
+        seen = ctx.given("attention")
         if self.how == "made anew":
             return ranked(ctx, self, seen.rating(seen.last.clone()), static=True)
         if self.how == "by numbers":

@@ -12,7 +12,6 @@ from vlmprune.policies.base import Needs
 SPECS = [["I", 9, "I", 4], [3, "I", 5], [12], [4, "I"]]
 WORDS = [4, 5, 0, 0]
 
-
 ASKED = Needs(text=True, hidden=True)
 
 
@@ -43,11 +42,7 @@ def rows_entering(model, layer, batch, policy):
     "layer, before", [(0, False), (2, False), (4, False), (4, True)], ids=["0", "2", "4", "4-after-a-stage"]
 )
 def test_text_rows(model, side, layer, before):
-    batch = make_batch(SPECS)
-    if side == "right":
-        real = batch["attention_mask"].sum(1).tolist()
-        for name in ("input_ids", "attention_mask"):
-            batch[name] = torch.stack([x.roll(n, 0) for x, n in zip(batch[name], real, strict=True)])
+    batch = make_batch(SPECS, pad=side)
     seen = Onlooker(layer, ASKED)
     policy = vlmprune.Stages([Drawn((2,)), seen]) if before else seen
     entering = rows_entering(model, layer, batch, policy)

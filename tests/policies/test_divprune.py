@@ -104,5 +104,5 @@ def test_rejects(settings, message):
 
 
 def test_missing_features():
-    with pytest.raises(ValueError, match=r"^ctx\.hidden: expected projected features .*, got None$"):
+    with pytest.raises(ValueError, match=r"^ctx\.hidden: expected hidden states .*, got None$"):
         DivPrune(positions="pack").select(replace(case(layer=0).ctx, hidden=None))

@@ -108,7 +108,7 @@ def test_needs():
 
 def test_missing_rows():
     with pytest.raises(
-        ValueError, match=r"^ctx\.hidden: expected rows \(declare Needs\(hidden=True\)\), got None$"
+        ValueError, match=r"^ctx\.hidden: expected hidden states \(declare Needs\(hidden=True\)\), got None$"
     ):
         DyCoke().select(replace(videos([VIDEO]), hidden=None))
 

@@ -94,7 +94,7 @@ def test_needs():
 
 def test_missing_rows():
     with pytest.raises(
-        ValueError, match=r"^ctx\.hidden: expected rows \(declare Needs\(hidden=True\)\), got None$"
+        ValueError, match=r"^ctx\.hidden: expected hidden states \(declare Needs\(hidden=True\)\), got None$"
     ):
         EVS().select(replace(videos([VIDEO]), hidden=None))
 

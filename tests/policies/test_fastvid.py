@@ -188,7 +188,7 @@ def test_no_images():
 
 def test_missing_rows():
     with pytest.raises(
-        ValueError, match=r"^ctx\.hidden: expected rows \(declare Needs\(hidden=True\)\), got None$"
+        ValueError, match=r"^ctx\.hidden: expected hidden states \(declare Needs\(hidden=True\)\), got None$"
     ):
         FastVID().select(replace(videos([VIDEO], (-2,)), hidden=None))
 

@@ -158,7 +158,7 @@ def test_what_it_reads_and_costs_is_the_methods():
         ),
         (
             lambda: WithoutSinks(FastV()).select(replace(case(["square"]).ctx, hidden=None)),
-            r"^ctx\.hidden: expected the hidden states",
+            r"^ctx\.hidden: expected hidden states",
         ),
     ],
 )

@@ -349,7 +349,7 @@ def test_says_what_is_missing():
     ctx = text_case(["square"], layer=3).ctx
     for field, message in (
         ("embeds", "ctx.embeds: expected input"),
-        ("text", "ctx.text: expected positions"),
+        ("text", "ctx.text: expected where"),
         ("hidden", "ctx.hidden: expected hidden"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):

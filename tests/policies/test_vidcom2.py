@@ -123,7 +123,7 @@ def test_needs():
 
 def test_missing_rows():
     with pytest.raises(
-        ValueError, match=r"^ctx\.hidden: expected rows \(declare Needs\(hidden=True\)\), got None$"
+        ValueError, match=r"^ctx\.hidden: expected hidden states \(declare Needs\(hidden=True\)\), got None$"
     ):
         VidCom2().select(replace(videos([VIDEO]), hidden=None))
 

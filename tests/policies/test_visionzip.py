@@ -167,6 +167,6 @@ def test_rejects(settings, message):
 
 def test_missing_rows():
     with pytest.raises(
-        ValueError, match=r"^ctx\.hidden: expected rows \(declare Needs\(hidden=True\)\), got None$"
+        ValueError, match=r"^ctx\.hidden: expected hidden states \(declare Needs\(hidden=True\)\), got None$"
     ):
         VisionZip(positions="pack").select(replace(sight(["square"]), hidden=None))

@@ -15,7 +15,6 @@ from vlmprune.policies.base import Ranking as Ranking
 from vlmprune.policies.base import Reduction as Reduction
 from vlmprune.policies.base import TokenContext as TokenContext
 from vlmprune.policies.base import VisionAttention as VisionAttention
-from vlmprune.policies.base import attention_of as attention_of
 from vlmprune.policies.base import outcome as outcome
 from vlmprune.policies.by_image import ranked as ranked
 from vlmprune.policies.by_image import spent as spent

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from vlmprune.errors import InputError, check, require
+from vlmprune.errors import InputError, check
 from vlmprune.policies.checks import check_word, plain, share_of
 from vlmprune.policies.chosen import Insertion as Insertion
 from vlmprune.policies.chosen import Positions as Positions
@@ -261,13 +261,3 @@ def _short(value: object) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(map(_short, value))}{',' * (len(value) == 1)})"
     return str(value) if isinstance(value, PruningPolicy) else repr(value)
-
-
-def attention_of(ctx: TokenContext) -> AttentionInputs:
-    """The context's attention inputs, or an error that says what the policy forgot to declare.
-
-    Example:
-        >>> attention_of(ctx).received().shape  # of two samples, the fuller one with 8 visual tokens
-        torch.Size([2, 8])
-    """
-    return require(ctx.attention, "ctx.attention", "query and key (declare Needs(attention='previous'))")

@@ -82,7 +82,7 @@ def gathered(
     if rows is not None:
         made = groups.join(rows, quota)
         if any(quota.rest):
-            own = ops.gather_tokens([require(ctx.hidden, "ctx.hidden", "rows")], index)[0]
+            own = ops.gather_tokens([ctx.given("hidden")], index)[0]
             made = torch.where((groups.numbers(rows.shape[1], quota, ctx.device) < 0)[..., None], own, made)
     if positions == "keep" and not groups.in_line:
         last = ctx.mask.shape[1]

@@ -5,13 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from vlmprune.errors import check_known, require
 from vlmprune.policies.inputs import AttentionInputs, Grid
 from vlmprune.policies.vision import Crop, VisionAttention
+
+Rows = Literal["hidden", "earlier", "embeds", "image", "text", "text_hidden", "start", "tokens", "features"]
+Module = Literal["embed", "norm", "project"]
+
+ASKED = {
+    "hidden": ("hidden states", "Needs(hidden=True)"),
+    "earlier": ("hidden states that entered the layer before", "Needs(earlier=True)"),
+    "attention": ("query and key", "Needs(attention='previous')"),
+    "embeds": ("input embeddings", "Needs(embeds=True)"),
+    "image": ("where the images are", "Needs(embeds=True)"),
+    "text": ("where the text is", "Needs(text=True) or Needs(embeds=True)"),
+    "text_hidden": ("hidden states of the text", "Needs(text=True)"),
+    "norm": ("the text model's last norm", "Needs(text=True)"),
+    "start": ("where the prompt begins", "Needs(text=True)"),
+    "tokens": ("the prompt's ids", "Needs(tokens=True)"),
+    "embed": ("the table of embeddings", "Needs(tokens=True)"),
+    "tokenizer": ("the tokenizer", "Needs(tokens=True)"),
+    "features": ("what the projector got", "Needs(vision=...)"),
+    "project": ("the projector", "Needs(vision=...)"),
+}
+"""What a context has only for whom it was asked: in words, and how a policy asks."""
 
 
 @dataclass(frozen=True)
@@ -106,3 +128,25 @@ class TokenContext:
         """Per sample, the visual tokens of each of its images and videos before any pruning."""
         found = (tuple(rows * columns for rows, columns in grids) for grids in self.grids)
         return tuple(found) if self.sizes is None else self.sizes
+
+    @overload
+    def given(self, name: Rows) -> Tensor: ...
+    @overload
+    def given(self, name: Literal["attention"]) -> AttentionInputs: ...
+    @overload
+    def given(self, name: Module) -> Callable[[Tensor], Tensor]: ...
+    @overload
+    def given(self, name: Literal["tokenizer"]) -> Callable[[], Any]: ...
+    def given(self, name: str) -> Any:
+        """What was asked for under this name.
+
+        Raises:
+            InputError: it was not, and what the policy forgot to declare; or nothing is called that.
+
+        Example:
+            >>> ctx.given("attention").received().shape  # of two samples, the fuller one with 8 visual tokens
+            torch.Size([2, 8])
+        """
+        check_known(name, ASKED, "name")
+        what, need = ASKED[name]
+        return require(getattr(self, name), f"ctx.{name}", f"{what} (declare {need})")

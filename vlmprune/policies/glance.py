@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import Growth, Needs, TokenContext
 from vlmprune.policies.scorer import Scorer
 
@@ -53,7 +53,7 @@ class GlanceScorer(Scorer):
 
     def forward(self, ctx: TokenContext) -> Tensor:
         """Logits ``[B, N]`` of showing what is asked, in the type of the weights."""
-        hidden = require(ctx.hidden, "ctx.hidden", "entering states (declare Needs(hidden=True))")
+        hidden = ctx.given("hidden")
         width = hidden.shape[2]
         check(
             width == self.width,
@@ -69,8 +69,8 @@ class GlanceScorer(Scorer):
 
     def question(self, ctx: TokenContext) -> Tensor:
         """What the vector asks for after it has read the text: ``[B, heads, size]``."""
-        text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(text=True))")
-        rows = require(ctx.text_hidden, "ctx.text_hidden", "the text's states (declare Needs(text=True))")
+        text = ctx.given("text")
+        rows = ctx.given("text_hidden")
         there = (text >= 0)[..., None]
         words = self.read(rows.to(self.dtype)).masked_fill(~there, 0.0)
         padded = nn.functional.pad(words, (0, 0, 1, 1))

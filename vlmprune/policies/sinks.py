@@ -8,7 +8,7 @@ from typing import Self
 from torch import Tensor
 
 from vlmprune.constants import whole_numbers
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import Growth, Needs, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.checks import check_whole, is_number
 from vlmprune.policies.compose import check_member
@@ -95,7 +95,7 @@ class WithoutSinks(PruningPolicy):
 
     def sinks(self, ctx: TokenContext) -> Tensor:
         """``[B, N]`` bool, True at sinks. What is not finite is none."""
-        hidden = require(ctx.hidden, "ctx.hidden", "the hidden states (declare Needs(hidden=True))").float()
+        hidden = ctx.given("hidden").float()
         size = hidden.square().mean(2, keepdim=True).add(EPSILON).rsqrt()
         if self.dimensions:
             most = max(self.dimensions)

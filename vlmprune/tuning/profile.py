@@ -18,7 +18,7 @@ from vlmprune.errors import check
 from vlmprune.eval.ask import Subject, show, with_template
 from vlmprune.eval.intervals import Estimate, bootstrap
 from vlmprune.eval.questions import Question, read_questions
-from vlmprune.policies.base import TokenContext, attention_of
+from vlmprune.policies.base import TokenContext
 from vlmprune.policies.compose import Stages
 from vlmprune.policies.custom import Custom
 from vlmprune.progress import Progress, silent
@@ -161,7 +161,7 @@ def _attention(subject: Subject, group: Sequence[Question], depth: int) -> list[
 
 def _note(seen: dict[int, Tensor], ctx: TokenContext) -> Tensor:
     """Write down what is attended to, and keep everything: all prompts of a batch show one image."""
-    attention = attention_of(ctx)
+    attention = ctx.given("attention")
     seen[ctx.layer] = attention.received(attention.last, normalize="columns").cpu()
     return torch.arange(ctx.mask.shape[1], device=ctx.device).expand(len(ctx.counts), -1)
 

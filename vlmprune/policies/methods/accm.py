@@ -16,7 +16,7 @@ from vlmprune.compensation.interface import Caption, Compensator, Discarded
 from vlmprune.compensation.known import Known
 from vlmprune.compensation.remembering import Remembering
 from vlmprune.compensation.saved import Saved, written_at
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import Growth, Insertion, Needs, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.checks import check_keep, check_whole, spelt
 from vlmprune.policies.parts.prompt_words import (
@@ -155,7 +155,7 @@ class ACCM(PruningPolicy):
         dropped = _dropped(change.index.tolist(), ctx.images())
         if not any(len(image) for sample in dropped for image in sample):
             return choice
-        tokenizer = self.tokenizer or require(ctx.tokenizer, "ctx.tokenizer", "declare Needs(tokens=True)")()
+        tokenizer = self.tokenizer or ctx.given("tokenizer")()
         start = perf_counter()
         cases = self._cases(ctx, dropped, tokenizer)
         said = captions_of(self._compensator, [case.shown for case in cases], self.candidates)
@@ -166,8 +166,8 @@ class ACCM(PruningPolicy):
 
     def _cases(self, ctx: TokenContext, dropped: list[list[list[int]]], tokenizer: Tokenizer) -> list[_Case]:
         """All images, with what is asked of each and where its text goes."""
-        hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
-        tokens = require(ctx.tokens, "ctx.tokens", "the prompt's ids (declare Needs(tokens=True))")
+        hidden = ctx.given("hidden")
+        tokens = ctx.given("tokens")
         cases = []
         prompts = zip(tokens.tolist(), ctx.positions.tolist(), ctx.images(), dropped, strict=True)
         for sample, (ids, positions, sizes, lost) in enumerate(prompts):
@@ -247,7 +247,7 @@ def _insertion(
     ctx: TokenContext, cases: list[_Case], said: list[Caption], texts: Sequence[list[int]], seconds: float
 ) -> Insertion:
     """The texts sample by sample, embedded."""
-    embed = require(ctx.embed, "ctx.embed", "the table of embeddings (declare Needs(tokens=True))")
+    embed = ctx.given("embed")
     samples = [[i for i, case in enumerate(cases) if case.sample == b] for b in range(len(ctx.counts))]
     rows = [[token for i in own for token in texts[i]] for own in samples]
     width, size = max(map(len, rows)), embed.num_embeddings if isinstance(embed, nn.Embedding) else None

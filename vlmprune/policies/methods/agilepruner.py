@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import ranked, vision_of
@@ -85,7 +85,7 @@ class AgilePruner(PruningPolicy):
         crops = crops_of(ctx)
         if not crops.tokens:
             return Ranking(ctx.mask.float(), ctx.counts)
-        features = require(ctx.features, "ctx.features", "what the projector got (declare Needs(vision=...))")
+        features = ctx.given("features")
         scores = vision_of(ctx, self.vision_layer, crops).received()
         return ranked(
             ctx, self, crops.spread(self._thinned(features, scores, crops), fill=-torch.inf), self.positions

@@ -15,7 +15,6 @@ from vlmprune.policies.base import (
     Ranking,
     Reduction,
     TokenContext,
-    attention_of,
 )
 from vlmprune.policies.by_image import vision_of
 from vlmprune.policies.checks import (
@@ -151,7 +150,7 @@ class AIM(PruningPolicy):
         return super().select(ctx) if ctx.layer else self._merged(ctx)
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        seen = attention_of(ctx)
+        seen = ctx.given("attention")
         return Ranking(page_rank(seen, self.temperature, self.rounds), tuple(quotas(ctx, self)))
 
     def _merged(self, ctx: TokenContext) -> Tensor | Reduction:

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import spent
@@ -86,7 +85,7 @@ class CDPruner(PruningPolicy):
         return Needs(hidden=True, embeds=self.relevance != "none")
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
+        hidden = ctx.given("hidden")
         found = relevance_of(ctx, self.relevance)
         relevance = (
             torch.ones_like(ctx.mask, dtype=torch.float32) if found is None else scaled(found, ctx.mask)

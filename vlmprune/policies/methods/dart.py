@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
-from vlmprune.errors import check, require
-from vlmprune.policies.base import Needs, PruningPolicy, TokenContext, attention_of
+from vlmprune.errors import check
+from vlmprune.policies.base import Needs, PruningPolicy, TokenContext
 from vlmprune.policies.checks import check_keep, check_layer, check_word
 from vlmprune.policies.choose import select_counts
 from vlmprune.policies.counts import keep_count
@@ -91,10 +91,7 @@ class DART(PruningPolicy):
             return ctx.ordinals
         first, total = zip(*map(self._counts, ctx.counts, ctx.image_counts()), strict=True)
         states, norms = _states(ctx)
-        text, N = (
-            require(ctx.text, "ctx.text", "positions of the text (declare Needs(text=True))"),
-            ctx.mask.shape[1],
-        )
+        text, N = ctx.given("text"), ctx.mask.shape[1]
         most = min(self.pivots[1], text.shape[1])
         absent = torch.where(text >= 0, 0, 2).to(torch.int8)
         asked = ops.select_topk(norms[:, N:], most, code=absent)[0][:, :most]
@@ -119,8 +116,8 @@ class DART(PruningPolicy):
         pivots = pivots.gather(1, falling.gather(1, kind.gather(1, falling).argsort(dim=1, stable=True)))
         if self.order == "norm":
             return pivots
-        text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(text=True))")
-        start = require(ctx.start, "ctx.start", "where the prompt begins (declare Needs(text=True))")
+        text = ctx.given("text")
+        start = ctx.given("start")
         at = torch.cat([ctx.positions, text], 1) - start
         return pivots.gather(1, set_order(torch.where(pivots >= 0, at.gather(1, pivots.clamp(min=0)), -1)))
 
@@ -141,15 +138,15 @@ class DART(PruningPolicy):
 
 def _states(ctx: TokenContext) -> tuple[Tensor, Tensor]:
     """What is compared, ``[B, N + T, D]``, and what pivots are chosen by, ``[B, N + T]`` float32: visual tokens, then text."""
-    hidden = require(ctx.hidden, "ctx.hidden", "hidden states (declare Needs(hidden=True))")
-    text = require(ctx.text_hidden, "ctx.text_hidden", "those of the text (declare Needs(text=True))")
+    hidden = ctx.given("hidden")
+    text = ctx.given("text_hidden")
     states = torch.cat([hidden, text], 1)
     if ctx.layer == 0:
         return states, torch.linalg.vector_norm(states, 1, dim=-1, dtype=torch.float32)
-    seen = attention_of(ctx).chunk()
+    seen = ctx.given("attention").chunk()
     strength = torch.linalg.vector_norm(seen.key, 1, dim=(1, 3), dtype=torch.float32)  # [B, S]
     strength = seen.across_ranks(strength, "sum")
-    norm = require(ctx.norm, "ctx.norm", "the text model's last norm (declare Needs(text=True))")
+    norm = ctx.given("norm")
     return norm(states), ops.gather_tokens([strength], torch.cat([seen.columns, seen.rows], 1))[0]
 
 

@@ -8,7 +8,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import spent
@@ -56,7 +55,7 @@ class DivPrune(PruningPolicy):
         return Needs(hidden=True)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
+        hidden = ctx.given("hidden")
         return spent(ctx, self, partial(choose_greedily, "maxmin"), hidden, positions=self.positions)
 
     def kept(self, tokens: int, images: float, layer: int) -> int:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from vlmprune.constants import filled, whole_numbers
-from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import check_keep, check_word
@@ -75,7 +74,7 @@ class DyCoke(PruningPolicy):
 
     def rank(self, ctx: TokenContext) -> Ranking:
         frames, device = frames_of(ctx), ctx.device
-        hidden = require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))")
+        hidden = ctx.given("hidden")
         earlier = compared_with(frames)
         anchors = tuple(g for g, other in enumerate(earlier) if other < 0)
         kept = anchors_first(frames, anchors, budgets_of(ctx, self))

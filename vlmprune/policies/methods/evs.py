@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import check_keep, check_word
@@ -58,7 +57,7 @@ class EVS(PruningPolicy):
 
     def rank(self, ctx: TokenContext) -> Ranking:
         frames = frames_of(ctx)
-        hidden = require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))")
+        hidden = ctx.given("hidden")
         before = frames.before()
         firsts = tuple(g for g, other in enumerate(before) if other < 0)
         even = spread_evenly(frames, anchors_first(frames, firsts, budgets_of(ctx, self)), ctx.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vlmprune.policies.base import Growth, Needs, PruningPolicy, Ranking, TokenContext, attention_of
+from vlmprune.policies.base import Growth, Needs, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import BEFORE, check_keep, check_layer, check_word
 
@@ -58,5 +58,5 @@ class FastV(PruningPolicy):
         return Needs(attention="previous", rows="last" if self.rows == "last" else "all")
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        seen = attention_of(ctx)
+        seen = ctx.given("attention")
         return ranked(ctx, self, seen.rating(seen.last if self.rows == "last" else seen.rows), static=True)

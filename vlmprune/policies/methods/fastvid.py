@@ -11,7 +11,6 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
-from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
 from vlmprune.policies.by_image import ranked, vision_of
 from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word
@@ -112,7 +111,7 @@ class FastVID(PruningPolicy):
         frames, device = frames_of(ctx), ctx.device
         if not frames.most:
             return ctx.ordinals
-        hidden = require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))")
+        hidden = ctx.given("hidden")
         rows, real = frames.groups.split(hidden), frames.flat(frames.real(device))
         shares = self._shares(frames, budgets_of(ctx, self))
         attended = falling_places(vision_of(ctx, self.vision_layer, frames.groups).received(), real)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext, attention_of
+from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import BEFORE, check_keep, check_layers, check_whole, check_word
 from vlmprune.policies.counts import keep_count, union_count
@@ -57,7 +57,7 @@ class Feather(PruningPolicy):
 
     def rank(self, ctx: TokenContext) -> Ranking:
         """Top-k and grid at the first stage (their union: one host read for the width), top-k alone at the second."""
-        seen = attention_of(ctx).chunk()
+        seen = ctx.given("attention").chunk()
         rating = seen.rating(seen.last, normalize="columns", unrotated=True)
         if ctx.layer != self.layers[0]:
             return ranked(ctx, self, rating, static=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.ops.select_topk import positions_of
 from vlmprune.policies.base import (
     AttentionInputs,
@@ -19,7 +19,6 @@ from vlmprune.policies.base import (
     PruningPolicy,
     Reduction,
     TokenContext,
-    attention_of,
 )
 from vlmprune.policies.checks import BEFORE, check_layers, check_share, check_word, share_of
 from vlmprune.policies.choose import marks, quotas, select_counts
@@ -133,7 +132,7 @@ class FiCoCo(PruningPolicy):
         return self._merged(ctx, kept, most)
 
     def _merged(self, ctx: TokenContext, kept: list[int], most: int) -> Reduction:
-        seen, N = attention_of(ctx), ctx.mask.shape[1]
+        seen, N = ctx.given("attention"), ctx.mask.shape[1]
         sides = Sides.of(seen.chunk())
         score = seen.across_ranks(sides.lacking(self.g), "mean")
         score[:, :1].fill_(torch.inf)
@@ -141,7 +140,7 @@ class FiCoCo(PruningPolicy):
         stays = marks(index, N)
         dropped = positions_of(ctx.mask & ~stays, most)
         weights = self._weights(ctx, seen, sides, dropped, stays)
-        hidden = require(ctx.hidden, "ctx.hidden", "hidden states (declare Needs(hidden=True))")
+        hidden = ctx.given("hidden")
         rows, gone = (ops.gather_tokens([hidden], at)[0].float() for at in (index, dropped))
         given = weights.gather(2, index.clamp(min=0)[:, None].expand(-1, most, -1))
         given = given.masked_fill((index < 0)[:, None], 0.0)

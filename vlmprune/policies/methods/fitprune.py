@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, Ranking, TokenContext, attention_of
+from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.checks import BEFORE, check_layers, share_of
 from vlmprune.policies.choose import marks, quotas
 from vlmprune.policies.counts import keep_count
@@ -127,7 +127,7 @@ class FitPrune(PruningPolicy):
         return min(tokens, max(1, round(tokens - here * images)))
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        return Ranking(attended(attention_of(ctx)), tuple(quotas(ctx, self)))
+        return Ranking(attended(ctx.given("attention")), tuple(quotas(ctx, self)))
 
 
 def attended(seen: AttentionInputs) -> Tensor:

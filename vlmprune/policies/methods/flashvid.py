@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import (
     Needs,
     Positions,
@@ -20,7 +20,6 @@ from vlmprune.policies.base import (
     Ranking,
     Reduction,
     TokenContext,
-    attention_of,
 )
 from vlmprune.policies.by_image import quota_of, ranked, vision_of
 from vlmprune.policies.checks import (
@@ -142,7 +141,7 @@ class FlashVID(PruningPolicy):
         return keep_count(self.then if layer else self.keep, tokens, images, self.spends(layer))
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        seen = attention_of(ctx)
+        seen = ctx.given("attention")
         return ranked(ctx, self, seen.rating(seen.last), static=True)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
@@ -152,7 +151,7 @@ class FlashVID(PruningPolicy):
         frames = frames_of(ctx)
         if not frames.groups.crops:
             return ctx.ordinals
-        hidden = require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))")
+        hidden = ctx.given("hidden")
         x, real = frames.split(hidden), frames.real(ctx.device)
         kept = quota_of(ctx, self, frames.groups).kept
         firsts = tuple(min(k, ceil(self.alpha * k - 1e-9)) for k in kept)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import Needs, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.by_image import spent
 from vlmprune.policies.checks import check_keep, check_layer, is_number
@@ -79,14 +79,14 @@ class GreedyPrune(PruningPolicy):
         return Needs(hidden=True, text=True)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        hidden = require(ctx.hidden, "ctx.hidden", "hidden states (declare Needs(hidden=True))")
+        hidden = ctx.given("hidden")
         salience = torch.cosine_similarity(hidden.float(), _last_word(ctx).float(), dim=-1)
         return spent(ctx, self, partial(choose_greedily, "nms", threshold=self.tau), hidden, salience)
 
 
 def _last_word(ctx: TokenContext) -> Tensor:
     """``[B, 1, D]`` state of the last text token behind the images; zeros where there is none."""
-    text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(text=True))")
-    states = require(ctx.text_hidden, "ctx.text_hidden", "those of the text (declare Needs(text=True))")
+    text = ctx.given("text")
+    states = ctx.given("text_hidden")
     last = (text >= 0).sum(1, keepdim=True) - 1
     return ops.gather_tokens([states], last)[0]

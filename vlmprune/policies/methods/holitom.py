@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.errors import require
-from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, attention_of
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.by_image import vision_of
 from vlmprune.policies.checks import (
     check_cosine,
@@ -118,7 +117,7 @@ class HoliTom(PruningPolicy):
         frames = frames_of(ctx)
         if not frames.groups.crops:
             return ctx.ordinals
-        hidden = require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))")
+        hidden = ctx.given("hidden")
         x, at = frames.split(hidden), frames.same_place(frames.before(), ctx.device)
         seen = frames.lay(vision_of(ctx, self.vision_layer, frames.groups).received())
         real, there = frames.real(ctx.device), frames.there(ctx.device)
@@ -138,9 +137,9 @@ class HoliTom(PruningPolicy):
         return settled(ctx, self, frames, moving | peaks | more, rows, scene.into(joined, more))
 
     def _merged(self, ctx: TokenContext) -> Tensor | Reduction:
-        seen = attention_of(ctx)
+        seen = ctx.given("attention")
         index = select_scores(seen.received(seen.last), ctx, self)
-        rows = require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))")
+        rows = ctx.given("hidden")
         if index.shape[1] in (0, ctx.mask.shape[1]):  # nothing there, or all of it stays
             return index
         made, merged = _halved(rows, index, ctx.mask)

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import Crop, Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import ranked, vision_of
@@ -93,7 +93,7 @@ class HoloV(PruningPolicy):
         crops = crops_of(ctx)
         if not crops.tokens:
             return Ranking(ctx.mask.float(), ctx.counts)
-        hidden = require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))")
+        hidden = ctx.given("hidden")
         seen = vision_of(ctx, self.vision_layer, crops).received()
         attention, real = crops.spread(seen), crops.spread(torch.ones_like(seen)) > 0
         budgets = tuple(self.kept(n, 1, ctx.layer) for own in ctx.images() for n in own)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from vlmprune import ops
-from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext, attention_of
+from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import check_keep, check_layer
 from vlmprune.policies.methods.fastv import FastV
@@ -52,7 +52,7 @@ class KNorm(PruningPolicy):
         return Needs(attention="previous", keys_only=True)
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        seen = attention_of(ctx)
+        seen = ctx.given("attention")
         mean = seen.across_ranks(seen.key.mean(1, dtype=torch.float32), "mean")
         keys = ops.gather_tokens([mean], seen.columns)[0]
         return ranked(ctx, self, -torch.linalg.vector_norm(keys, dim=2))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmprune.constants import remembered
 from vlmprune.errors import check
-from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext, attention_of
+from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked, vision_of
 from vlmprune.policies.checks import check_keep, check_seed, check_whole, check_word, share_of
 from vlmprune.policies.counts import keep_count
@@ -107,7 +107,7 @@ class LVLMCSP(PruningPolicy):
         if ctx.layer == self.scatter:
             return Ranking(ctx.mask.float(), ctx.counts)
         if ctx.layer == self.prune:
-            seen = attention_of(ctx)
+            seen = ctx.given("attention")
             rows = seen.last if self.rows == "last" else seen.rows
             return ranked(ctx, self, seen.rating(rows), static=True)
         if self.by == "random":

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import spent
@@ -83,10 +83,10 @@ class MMTok(PruningPolicy):
         crops = crops_of(ctx)
         if not crops.tokens:
             return ctx.ordinals
-        hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
-        features = require(ctx.features, "ctx.features", "what the projector got (declare Needs(vision=...))")
-        embeds = require(ctx.embeds, "ctx.embeds", "input embeddings (declare Needs(embeds=True))")
-        text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(embeds=True))")
+        hidden = ctx.given("hidden")
+        features = ctx.given("features")
+        embeds = ctx.given("embeds")
+        text = ctx.given("text")
         at = text.clamp(min=0)[:, :, None].expand(-1, -1, embeds.shape[2])
         alike = unit_rows(hidden) @ unit_rows(embeds.gather(1, at)).mT
         alike = alike.masked_fill((text < 0)[:, None], float("-inf"))  # rows of no text

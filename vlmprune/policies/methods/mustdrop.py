@@ -20,7 +20,6 @@ from vlmprune.policies.base import (
     Ranking,
     Reduction,
     TokenContext,
-    attention_of,
     outcome,
 )
 from vlmprune.policies.by_image import vision_of
@@ -140,7 +139,7 @@ class MustDrop(PruningPolicy):
         return super().ranks(layer) and self.keep is not None
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        sums, largest = self._attended(attention_of(ctx))
+        sums, largest = self._attended(ctx.given("attention"))
         share = sums / sums.sum(1, keepdim=True)
         scores = torch.maximum(share / self.global_thr, largest / self.individual_thr)
         order = rated(scores, ctx).nan_to_num(-1.0, torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -152,7 +151,7 @@ class MustDrop(PruningPolicy):
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         if self.keep is not None:
             return super().select(ctx)
-        sums, largest = self._attended(attention_of(ctx))
+        sums, largest = self._attended(ctx.given("attention"))
         goes = (sums < sums.sum(1, keepdim=True) * self.global_thr) & (largest < self.individual_thr)
         stays = ctx.mask & (~goes | self._keys(ctx))
         none = ctx.mask & ~stays.any(1, keepdim=True)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, Ranking, TokenContext, attention_of
+from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import BEFORE, check_keep, check_layer, check_whole, check_word
 from vlmprune.policies.parts.raters import rated
@@ -87,7 +87,7 @@ class PriorTR(PruningPolicy):
         return Needs(attention="previous", rows="text")
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        seen = attention_of(ctx)
+        seen = ctx.given("attention")
         if not seen.rows.shape[1]:
             return ranked(ctx, self, rated(torch.zeros(ctx.mask.shape, device=ctx.device), ctx))
         last, null = seen.rows.amax(1, keepdim=True), _null(seen, self.null)

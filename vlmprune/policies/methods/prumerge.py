@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from vlmprune import ops
 from vlmprune.constants import counting, remembered
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import gathered, vision_of
@@ -98,9 +98,9 @@ class PruMerge(PruningPolicy):
         crops = crops_of(ctx)
         if not crops.tokens:
             return ctx.ordinals
-        hidden = crops.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
-        features = require(ctx.features, "ctx.features", "features (declare a vision layer)")
-        project = require(ctx.project, "ctx.project", "the projector (declare a vision layer)")
+        hidden = crops.split(ctx.given("hidden"))
+        features = ctx.given("features")
+        project = ctx.given("project")
         seen, quota = vision_of(ctx, self.vision_layer, crops), budget(ctx, self, crops)
         keys = seen.per_token(seen.key[:, :, int(seen.cls) :].transpose(1, 2).flatten(2))
         attention, places, rows = joined_attention(seen), [], []

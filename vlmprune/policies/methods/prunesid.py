@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import gathered, quota_of, vision_of
@@ -83,7 +82,7 @@ class PruneSID(PruningPolicy):
             return ctx.ordinals
         quota = quota_of(ctx, self, crops)
         scores = vision_of(ctx, self.vision_layer, crops).received().nan_to_num(0.0, 0.0, 0.0)
-        features = require(ctx.features, "ctx.features", "what the projector got (declare Needs(vision=...))")
+        features = ctx.given("features")
         picked = []
         for kind in crops.kinds(quota):
             own = crops.take(features, kind), crops.take(scores, kind)

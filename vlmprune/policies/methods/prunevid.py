@@ -11,8 +11,7 @@ from torch.nn.functional import normalize
 
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
-from vlmprune.errors import require
-from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, attention_of
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.checks import (
     BEFORE,
     check_cosine,
@@ -131,7 +130,7 @@ class PruneVid(PruningPolicy):
         frames = frames_of(ctx)
         if not frames.groups.crops:
             return ctx.ordinals
-        x = frames.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
+        x = frames.split(ctx.given("hidden"))
         scene = self._scene(ctx, frames, x)
         ctx.shared[self] = (ctx.grids, *_groups(scene, frames))
         if self.keep is None:
@@ -170,7 +169,7 @@ class PruneVid(PruningPolicy):
         )
 
     def _asked(self, ctx: TokenContext) -> Tensor | Reduction:
-        seen = attention_of(ctx).chunk()
+        seen = ctx.given("attention").chunk()
         rating = seen.rating(unrotated=True, head_reduce="max", row_reduce="max")
         rating = Rating(rating.scoring._replace(causal=False), rating.group)
         scores = rated(rating.scores(), ctx).nan_to_num(FLOOR)

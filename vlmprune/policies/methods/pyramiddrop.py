@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from vlmprune.errors import check
-from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext, attention_of
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.checks import check_keep, check_layers, check_word
 from vlmprune.policies.choose import quotas
 from vlmprune.policies.counts import keep_count
@@ -74,7 +74,7 @@ class PyramidDrop(PruningPolicy):
         return Needs(attention="own")
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        seen = attention_of(ctx)
+        seen = ctx.given("attention")
         return Ranking(seen.rating(seen.last), self._kept(ctx), positions=self.positions, static=True)
 
     def _kept(self, ctx: TokenContext) -> tuple[int, ...]:

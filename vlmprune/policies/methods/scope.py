@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import spent, vision_of
@@ -69,7 +69,7 @@ class SCOPE(PruningPolicy):
         crops = crops_of(ctx)
         if not crops.tokens:
             return ctx.ordinals
-        features = require(ctx.features, "ctx.features", "what the projector got (declare Needs(vision=...))")
+        features = ctx.given("features")
         saliency = vision_of(ctx, self.vision_layer, crops).received() ** self.alpha
         by_sample = crops.spread(features.contiguous()), crops.spread(saliency)
         return spent(ctx, self, partial(choose_greedily, "coverage"), *by_sample, positions=self.positions)

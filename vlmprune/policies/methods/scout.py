@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.errors import InputError, check, require
+from vlmprune.errors import InputError, check
 from vlmprune.policies.base import (
     Growth,
     Needs,
@@ -17,7 +17,6 @@ from vlmprune.policies.base import (
     Ranking,
     Reduction,
     TokenContext,
-    attention_of,
 )
 from vlmprune.policies.checks import check_keep, check_seed, check_whole, check_word, is_number, share_of
 from vlmprune.policies.choose import marks, quotas
@@ -159,15 +158,15 @@ class Scout(PruningPolicy):
         looked = self._looked(ctx, ctx.ran)
         if self.by == "attention":
             return looked
-        embeds = require(ctx.embeds, "ctx.embeds", "the prompt's rows (declare Needs(embeds=True))")
-        image = require(ctx.image, "ctx.image", "where the tokens stand in them (declare Needs(embeds=True))")
+        embeds = ctx.given("embeds")
+        image = ctx.given("image")
         rows = image.gather(1, ctx.ordinals.clamp(min=0)).masked_fill(~ctx.mask, -1)
         features = ops.gather_tokens([embeds], rows)[0]
         return apart(looked, features, marks(ctx.ran, ctx.mask.shape[1]), ctx.mask, kept)
 
     def _looked(self, ctx: TokenContext, ran: Tensor) -> Tensor:
         """float32 ``[B, N]``: the attention that coarse tokens received, spread to those around them."""
-        seen = attention_of(ctx)
+        seen = ctx.given("attention")
         if self.rope:
             received = seen.received(seen.last)
         else:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import (
     Growth,
     Needs,
@@ -18,7 +18,6 @@ from vlmprune.policies.base import (
     Ranking,
     Reduction,
     TokenContext,
-    attention_of,
 )
 from vlmprune.policies.checks import BEFORE, check_layers, check_schedule, check_whole, check_word
 from vlmprune.policies.counts import thinned
@@ -146,14 +145,14 @@ class SparseVLM(PruningPolicy):
 
     def _rated(self, ctx: TokenContext) -> tuple[Tensor | Rating, tuple[int, ...]]:
         weights = rater_weights(ctx)
-        return rated(attention_of(ctx).rating(row_weight=weights), ctx), tuple(self._kept(ctx, weights))
+        return rated(ctx.given("attention").rating(row_weight=weights), ctx), tuple(self._kept(ctx, weights))
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         if not self.recycle:
             return super().select(ctx)
         rating, kept = self._rated(ctx)
         scores = rating.scores() if isinstance(rating, Rating) else rating
-        hidden = require(ctx.hidden, "ctx.hidden", "hidden states (declare Needs(hidden=True))")
+        hidden = ctx.given("hidden")
         index, rows, merged = recycled(scores, hidden, ctx, kept, self.merge)
         return Reduction(index, rows, self.positions, merged=merged)
 
@@ -187,7 +186,7 @@ class SparseVLM(PruningPolicy):
 
 def attention_ranks(ctx: TokenContext, weights: Tensor) -> list[int]:
     """Rank of each sample's head-mean attention ``[raters, visual tokens]``; its tokens if it has none or a NaN. Host sync."""
-    seen = attention_of(ctx)
+    seen = ctx.given("attention")
     shares = seen.across_ranks(row_attention(seen).mean(1), "mean") * weights[..., None]
     # matrix_rank's own default, for the matrix without the rows and columns that are padding or no raters
     tokens = ctx.mask.sum(1)

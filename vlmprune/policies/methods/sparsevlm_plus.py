@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, Ranking, TokenContext, attention_of
+from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import BEFORE, check_layers, check_schedule, check_whole
 from vlmprune.policies.counts import thinned
@@ -80,7 +80,7 @@ class SparseVLMPlus(PruningPolicy):
         return Needs(attention="previous", rows="text", embeds=True)
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        seen = attention_of(ctx)
+        seen = ctx.given("attention")
         rating = seen.rating(
             row_weight=rater_weights(ctx), pair_weight=1 / rope_kernel(seen), top_heads=self.heads
         )

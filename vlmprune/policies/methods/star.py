@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext, attention_of
+from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked, vision_of
 from vlmprune.policies.checks import check_keep, check_layer, check_whole, share_of
 from vlmprune.policies.counts import keep_count
@@ -90,7 +90,7 @@ class STAR(PruningPolicy):
 
     def rank(self, ctx: TokenContext) -> Ranking:
         if ctx.layer:
-            return ranked(ctx, self, rated(attention_of(ctx).rating(), ctx))
+            return ranked(ctx, self, rated(ctx.given("attention").rating(), ctx))
         crops = crops_of(ctx)
         if not crops.tokens:
             return Ranking(ctx.mask.float(), ctx.counts)

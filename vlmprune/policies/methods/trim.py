@@ -99,9 +99,9 @@ class TRIM(PruningPolicy):
         crops = crops_of(ctx)
         if not crops.tokens:
             return ctx.ordinals
-        hidden = crops.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
-        features = require(ctx.features, "ctx.features", "features (declare a vision layer)")
-        project = require(ctx.project, "ctx.project", "the projector (declare a vision layer)")
+        hidden = crops.split(ctx.given("hidden"))
+        features = ctx.given("features")
+        project = ctx.given("project")
         relevance = require(relevance_of(ctx, self.relevance), "relevance", "one that is not 'none'")
         scores, quota = crops.split(relevance), budget(ctx, self, crops)
         places, rows, into = [], [], []

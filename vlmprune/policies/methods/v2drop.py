@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.checks import check_keep, check_layers
 from vlmprune.policies.choose import quotas
@@ -59,8 +59,8 @@ class V2Drop(PruningPolicy):
         return Needs(hidden=True, earlier=True)
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        now = require(ctx.hidden, "ctx.hidden", "hidden states (declare Needs(hidden=True))")
-        before = require(ctx.earlier, "ctx.earlier", "those before the layer (declare Needs(earlier=True))")
+        now = ctx.given("hidden")
+        before = ctx.given("earlier")
         return Ranking(
             torch.linalg.vector_norm(now.float() - before.float(), dim=2), tuple(quotas(ctx, self))
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmprune.constants import whole_numbers
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import check_keep, check_word, is_number
@@ -82,7 +82,7 @@ class VidCom2(PruningPolicy):
         frames, device = frames_of(ctx), ctx.device
         if not frames.most:
             return Ranking(ctx.mask.float(), ctx.counts)
-        hidden = frames.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
+        hidden = frames.split(ctx.given("hidden"))
         real = frames.real(device)
         rows = _unit_rows(hidden, real, self.channels)
         of_video = _typical(rows, _mean(rows, real, (1, 2)))

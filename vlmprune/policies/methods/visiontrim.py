@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from vlmprune import ops
 from vlmprune.constants import counting, whole_numbers
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import (
     Needs,
     Positions,
@@ -114,8 +114,8 @@ class VisionTrim(PruningPolicy):
         crops = crops_of(ctx)
         if not crops.tokens:
             return ctx.ordinals
-        hidden = crops.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
-        features = require(ctx.features, "ctx.features", "features (declare a vision layer)")
+        hidden = crops.split(ctx.given("hidden"))
+        features = ctx.given("features")
         seen, quota = vision_of(ctx, self.vision_layer, crops), quota_of(ctx, self, crops)
         paid = [seen.received()] + ([from_others(seen)] if self.score == "received" else [])
         speaks = crops.split(text_similarity(ctx)) if self.text_ratio > 0 else None
@@ -164,7 +164,7 @@ class VisionTrim(PruningPolicy):
         features: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The centres' places ``[i, r]``, their rows ``[i, r, D]``, and into which place each token was merged ``[i, T]``."""
-        project = require(ctx.project, "ctx.project", "the projector (declare a vision layer)")
+        project = ctx.given("project")
         taken = marks(dominant, own.shape[1])
         count = kind.kept - dominant.shape[1]
         found = ops.select_topk(speaks, count, code=taken.to(torch.int8) * 2)[0][:, :count]

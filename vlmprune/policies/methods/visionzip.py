@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.by_image import gathered, nearest, quota_of, rows_at, vision_of
 from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word, share_of
@@ -112,8 +112,8 @@ class VisionZip(PruningPolicy):
         crops = crops_of(ctx)
         if not crops.tokens:
             return ctx.ordinals
-        hidden = crops.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
-        features = require(ctx.features, "ctx.features", "features (declare a vision layer)")
+        hidden = crops.split(ctx.given("hidden"))
+        features = ctx.given("features")
         seen, quota = vision_of(ctx, self.vision_layer, crops), quota_of(ctx, self, crops)
         scores, keys = seen.received(), seen.per_token(seen.key[:, :, int(seen.cls) :].float().mean(1))
         firsts = crops.shared_out([self._counts(n)[0] for own in ctx.images() for n in own]).kept
@@ -140,7 +140,7 @@ class VisionZip(PruningPolicy):
         """Of crops alike: the places ``[i, k]`` of dominant and contextual tokens, their rows ``[i, k, D]``, and into which
         place every token was merged, ``[i, T]``, -1 = into none.
         """
-        project = require(ctx.project, "ctx.project", "the projector (declare a vision layer)")
+        project = ctx.given("project")
         dominant, _ = ops.select_topk(scores, first)
         left = others(dominant, scores.shape[1])
         targets, merged, into = merge_rest(features, keys, left, kind.kept - first)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmprune.errors import require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import gathered, quota_of, rows_at, vision_of
@@ -83,7 +82,7 @@ class VisPruner(PruningPolicy):
             return ctx.ordinals
         quota = quota_of(ctx, self, crops)
         scores = vision_of(ctx, self.vision_layer, crops).received()
-        features = require(ctx.features, "ctx.features", "what the projector got (declare Needs(vision=...))")
+        features = ctx.given("features")
         picked = []
         for kind in crops.kinds(quota):
             order = crops.take(scores, kind).argsort(dim=1, descending=True, stable=True)

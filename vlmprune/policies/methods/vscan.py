@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
-from vlmprune.errors import require
 from vlmprune.policies.base import (
     Crop,
     Grid,
@@ -21,7 +20,6 @@ from vlmprune.policies.base import (
     Ranking,
     Reduction,
     TokenContext,
-    attention_of,
 )
 from vlmprune.policies.by_image import gathered, nearest, quota_of, ranked, rows_at, vision_of
 from vlmprune.policies.checks import check_keep, check_layer, check_share, check_whole, check_word, share_of
@@ -119,7 +117,7 @@ class VScan(PruningPolicy):
         return super().ranks(layer) and layer != 0
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        seen = attention_of(ctx)
+        seen = ctx.given("attention")
         return ranked(ctx, self, seen.rating(seen.last), self.positions, static=True)
 
     def at(self, share: float) -> Self:
@@ -135,7 +133,7 @@ class VScan(PruningPolicy):
         crops = crops_of(ctx)
         if not crops.tokens:
             return ctx.ordinals
-        hidden = crops.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
+        hidden = crops.split(ctx.given("hidden"))
         quota = quota_of(ctx, self, crops)
         layers = (self.shallow_layer, self.vision_layer)
         scores = [vision_of(ctx, layer, crops).received() for layer in layers]

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import spent
@@ -91,14 +91,14 @@ class ZOOPrune(PruningPolicy):
         crops = crops_of(ctx)
         if not crops.tokens:
             return ctx.ordinals
-        hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
+        hidden = ctx.given("hidden")
         by_sample = unit_rows(hidden), crops.spread(self._sensitivity(ctx))
         return spent(ctx, self, taken_apart, *by_sample, positions=self.positions)
 
     def _sensitivity(self, ctx: TokenContext) -> Tensor:
         """Mean length ``[I, T]`` float32 of what the projector's output moves by for a step there and back."""
-        features = require(ctx.features, "ctx.features", "what the projector got (declare Needs(vision=...))")
-        project = require(ctx.project, "ctx.project", "the projector (declare a vision layer)")
+        features = ctx.given("features")
+        project = ctx.given("project")
         (crops, tokens, width), total = features.shape, torch.zeros((), device=features.device)
         unit = unit_rows(drawn(self.seed, self.directions, width, features.device))
         for first in range(0, self.directions, AT_ONCE):

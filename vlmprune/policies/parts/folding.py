@@ -11,7 +11,6 @@ from torch.nn.functional import cosine_similarity
 
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
-from vlmprune.errors import require
 from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.by_image import gathered, quota_of, rows_at
 from vlmprune.policies.choose import marks, others
@@ -73,10 +72,10 @@ def fold_crops(
         finish: merged projected rows ``[i, k, D]`` and their sizes ``[i, k]`` to hidden states; None = as they are.
     """
     quota = quota_of(ctx, policy, crops)
-    hidden = crops.split(require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"))
+    hidden = crops.split(ctx.given("hidden"))
     if keys is not None:
-        features = require(ctx.features, "ctx.features", "features (declare a vision layer)")
-        project = require(ctx.project, "ctx.project", "the projector (declare a vision layer)")
+        features = ctx.given("features")
+        project = ctx.given("project")
     picked, made, into = [], [], []
     for kind in crops.kinds(quota):
         own = metric = rows = crops.take(hidden, kind)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.errors import require
 from vlmprune.policies.base import AttentionInputs, TokenContext
 from vlmprune.policies.inputs import Rating
 
@@ -24,9 +23,9 @@ def rater_weights(ctx: TokenContext) -> Tensor:
     ``r = mean_j softmax_over_text(H_v H_q^T)[j]`` from the input embeddings of all visual tokens and of the text after
     the last image; raters are the rows with ``r > mean(r)``, and all rows where none is above (equal ones).
     """
-    embeds = require(ctx.embeds, "ctx.embeds", "input embeddings (declare Needs(embeds=True))")
-    text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(embeds=True))")
-    at = require(ctx.image, "ctx.image", "positions of the images (declare Needs(embeds=True))")
+    embeds = ctx.given("embeds")
+    text = ctx.given("text")
+    at = ctx.given("image")
     sources = embeds, text, at
     known = ctx.shared.get(_weights)  # the same at every stage of a prompt
     if known is None or any(own is not other for own, other in zip(sources, known[0], strict=True)):
@@ -51,7 +50,7 @@ def rated(scores: Rated, ctx: TokenContext) -> Rated | Tensor:
     if ctx.words is not None and all(ctx.words):
         return scores
     known = scores.scores() if isinstance(scores, Rating) else scores
-    text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(embeds=True))")
+    text = ctx.given("text")
     even = torch.arange(known.shape[1], dtype=torch.float64, device=known.device) * GOLDEN % 1
     return torch.where((text >= 0).any(1, keepdim=True), known, even.float())
 

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmprune.errors import check, require
+from vlmprune.errors import check
 from vlmprune.policies.base import TokenContext
 
 Relevance = Literal["text", "none"] | Callable[[TokenContext], Tensor]
@@ -36,16 +36,15 @@ def relevance_of(ctx: TokenContext, relevance: Relevance) -> Tensor | None:
 
 def text_directions(ctx: TokenContext) -> Tensor:
     """Input embeddings of the text after the last image over their norms, ``[B, T, D]`` float32, zeros at padding."""
-    embeds = require(ctx.embeds, "ctx.embeds", "input embeddings (declare Needs(embeds=True))")
-    text = require(ctx.text, "ctx.text", "positions of the text (declare Needs(embeds=True))")
+    embeds = ctx.given("embeds")
+    text = ctx.given("text")
     at = text.clamp(min=0)[:, :, None].expand(-1, -1, embeds.shape[2])
     return normalize(embeds.gather(1, at).float(), dim=-1).masked_fill(text[:, :, None] < 0, 0.0)
 
 
 def text_similarity(ctx: TokenContext) -> Tensor:
     """Mean cosine ``[B, N]`` float32 between each visual token and the text tokens; 0 where there is no text."""
-    hidden = require(ctx.hidden, "ctx.hidden", "projected features (declare Needs(hidden=True))")
+    hidden = ctx.given("hidden")
     unit = text_directions(ctx)
-    assert ctx.text is not None
-    mean = unit.sum(1) / (ctx.text >= 0).sum(1, keepdim=True).clamp(min=1)
+    mean = unit.sum(1) / (ctx.given("text") >= 0).sum(1, keepdim=True).clamp(min=1)
     return (normalize(hidden.float(), dim=-1) @ mean[:, :, None])[..., 0]

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
-from vlmprune.errors import require
 from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.by_image import quota_of
 from vlmprune.policies.choose import index_of, select_counts
@@ -110,7 +109,7 @@ def settled(
         into: ``[I, F, P]`` int64, the place ``f P + p`` in its video of what each token was merged into, -1 = into nothing.
         counted: whether as many stay as the policy says, which asks nothing of the device; else one host read.
     """
-    hidden, groups = require(ctx.hidden, "ctx.hidden", "rows (declare Needs(hidden=True))"), frames.groups
+    hidden, groups = ctx.given("hidden"), frames.groups
     marks = frames.spread(kept.float())
     if counted:
         quota = quota_of(ctx, policy, groups)
