@@ -67,9 +67,24 @@ def check_share(name: str, value: object) -> None:
     check(is_number(value) and 0 <= value <= 1, name, "a share in [0, 1]", repr(value))
 
 
-def check_cosine(name: str, value: object) -> None:
-    """``value`` is what cosines are compared with: a finite number, beyond -1 or 1 where all shall be above or below."""
-    check(is_number(value) and abs(value) < float("inf"), name, "a number", repr(value))
+def check_flag(name: str, value: object) -> None:
+    """``value`` is True or False."""
+    check(isinstance(value, bool), name, "True or False", repr(value))
+
+
+def check_number(name: str, value: object, above: float | None = None, least: float | None = None) -> None:
+    """``value`` is a finite number, larger than ``above`` or at least ``least`` if one of them is given.
+
+    Example:
+        >>> check_number("temperature", 0.0, above=0)
+        Traceback (most recent call last):
+            ...
+        vlmprune.errors.InputError: temperature: expected a number > 0, got 0.0
+    """
+    low, floor = (float("-inf") if end is None else end for end in (above, least))
+    ok = is_number(value) and low < value < float("inf") and value >= floor
+    ends = "" if above is None else f" > {above}", "" if least is None else f" >= {least}"
+    check(ok, name, f"a number{''.join(ends)}", repr(value))
 
 
 def check_keep(keep: object, name: str = "keep", counts: bool = True) -> None:

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from vlmprune.errors import check
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.policies.checks import check_keep, check_layers, check_whole, is_number, plain
+from vlmprune.policies.checks import check_keep, check_layers, check_number, check_whole, is_number, plain
 from vlmprune.policies.compose import Stages
 
 HALVINGS = 60
@@ -152,8 +152,7 @@ def g_search(
     layers = plain(tuple(layers))
     check_layers(layers, 0)
     check_whole("levels", levels, 1)
-    fits = is_number(tolerance) and 0 <= tolerance < math.inf
-    check(fits, "tolerance", "a number >= 0", repr(tolerance))
+    check_number("tolerance", tolerance, least=0)
     enough = score(scheduled(policy, layers[:1], (1.0,))) - tolerance
     check(not math.isnan(enough), "score", "a number", enough)
     found: list[int] = []

@@ -12,17 +12,10 @@ from torch import Tensor
 from vlmprune import ops
 from vlmprune.constants import counting, remembered
 from vlmprune.errors import check
-from vlmprune.policies.base import (
-    Needs,
-    Positions,
-    PruningPolicy,
-    Ranking,
-    Reduction,
-    TokenContext,
-)
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import quota_of, ranked, vision_of
-from vlmprune.policies.checks import check_keep, check_seed, check_share, check_whole, check_word
+from vlmprune.policies.checks import check_flag, check_keep, check_seed, check_share, check_whole, check_word
 from vlmprune.policies.choose import marks
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.groups import Groups, Kind, Quota
@@ -112,13 +105,12 @@ class ACCMSelection(PruningPolicy):
             fits = isinstance(self.keep, float) or self.text <= self.keep
             check(fits, "text", f"at most keep, which is {self.keep}", self.text)
         check_relevance(self.relevance)
-        check(isinstance(self.nearest, bool), "nearest", "True or False", repr(self.nearest))
+        check_flag("nearest", self.nearest)
         check_whole("vision_layer", self.vision_layer)
         check_word("heads", self.heads, "split", "joined")
         check_word("overflow", self.overflow, "score", "last")
         check_word("order", self.order, "raster", "selected")
         check_seed(self.seed)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "crop"

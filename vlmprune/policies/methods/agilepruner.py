@@ -12,7 +12,7 @@ from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import ranked, vision_of
-from vlmprune.policies.checks import check_keep, check_whole, check_word, is_number
+from vlmprune.policies.checks import check_keep, check_number, check_whole, is_number
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.groups import Groups
 from vlmprune.policies.parts.spectrum import effective_rank
@@ -69,11 +69,9 @@ class AgilePruner(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        known = is_number(self.average) and 0 < self.average < float("inf")
-        check(known, "average", "a number > 0", repr(self.average))
+        check_number("average", self.average, above=0)
         check(is_number(self.cap) and 0 <= self.cap <= 2, "cap", "a number in [0, 2]", repr(self.cap))
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
 

@@ -7,24 +7,16 @@ from typing import Literal, Self
 
 from torch import Tensor
 
-from vlmprune.errors import check
-from vlmprune.policies.base import (
-    Needs,
-    Positions,
-    PruningPolicy,
-    Ranking,
-    Reduction,
-    TokenContext,
-)
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, Reduction, TokenContext
 from vlmprune.policies.by_image import vision_of
 from vlmprune.policies.checks import (
     BEFORE,
     check_keep,
     check_layer,
+    check_number,
     check_share,
     check_whole,
     check_word,
-    is_number,
     share_of,
 )
 from vlmprune.policies.choose import quotas
@@ -108,11 +100,9 @@ class AIM(PruningPolicy):
         check_layer(self.layer, 1, BEFORE)
         check_whole("stages", self.stages, 1)
         check_share("last", self.last)
-        above = is_number(self.temperature) and 0 < self.temperature < float("inf")
-        check(above, "temperature", "a number > 0", repr(self.temperature))
+        check_number("temperature", self.temperature, above=0)
         check_whole("rounds", self.rounds, 1)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     @property
     def layers(self) -> tuple[int, ...]:

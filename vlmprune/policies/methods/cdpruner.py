@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import spent
-from vlmprune.policies.checks import check_keep, check_word
+from vlmprune.policies.checks import check_keep
 from vlmprune.policies.choose import choose_relevant
 from vlmprune.policies.parts.lattice import lattice_scores
 from vlmprune.policies.parts.relevance import Relevance, check_relevance, relevance_of
@@ -76,7 +76,6 @@ class CDPruner(PruningPolicy):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_relevance(self.relevance)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
 

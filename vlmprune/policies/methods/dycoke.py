@@ -9,7 +9,7 @@ import torch
 from vlmprune.constants import filled, whole_numbers
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
-from vlmprune.policies.checks import check_keep, check_word
+from vlmprune.policies.checks import check_keep
 from vlmprune.policies.groups import Counts
 from vlmprune.policies.parts.apportion import apportioned
 from vlmprune.policies.parts.frames import (
@@ -64,7 +64,6 @@ class DyCoke(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "image"

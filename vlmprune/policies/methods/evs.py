@@ -8,7 +8,7 @@ import torch
 
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
-from vlmprune.policies.checks import check_keep, check_word
+from vlmprune.policies.checks import check_keep
 from vlmprune.policies.parts.frames import anchors_first, budgets_of, cosine_at, frames_of, spread_evenly
 
 FIRST = 2.0
@@ -47,7 +47,6 @@ class EVS(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "image"

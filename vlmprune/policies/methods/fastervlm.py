@@ -8,7 +8,7 @@ from typing import Literal
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import ranked, vision_of
-from vlmprune.policies.checks import check_keep, check_whole, check_word
+from vlmprune.policies.checks import check_keep, check_whole
 from vlmprune.policies.crops import crops_of
 
 
@@ -41,7 +41,6 @@ class FasterVLM(PruningPolicy):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
 

@@ -13,7 +13,7 @@ from vlmprune import ops
 from vlmprune.constants import whole_numbers
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, outcome
 from vlmprune.policies.by_image import ranked, vision_of
-from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word
+from vlmprune.policies.checks import check_keep, check_share, check_whole
 from vlmprune.policies.choose import falling_places, marks
 from vlmprune.policies.groups import Counts
 from vlmprune.policies.parts.apportion import apportioned
@@ -99,7 +99,6 @@ class FastVID(PruningPolicy):
         check_whole("period", self.period, 1)
         check_share("own", self.own)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "image"

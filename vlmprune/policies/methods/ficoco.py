@@ -12,14 +12,7 @@ from vlmprune import ops
 from vlmprune.constants import whole_numbers
 from vlmprune.errors import check
 from vlmprune.ops.select_topk import positions_of
-from vlmprune.policies.base import (
-    AttentionInputs,
-    Needs,
-    Positions,
-    PruningPolicy,
-    Reduction,
-    TokenContext,
-)
+from vlmprune.policies.base import AttentionInputs, Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.checks import BEFORE, check_layers, check_share, check_word, share_of
 from vlmprune.policies.choose import marks, quotas, select_counts
 from vlmprune.policies.counts import keep_count
@@ -111,7 +104,6 @@ class FiCoCo(PruningPolicy):
             check_share(name, getattr(self, name))
         check_word("targets", self.targets, "any", "kept")
         check_word("merge", self.merge, "sum", "mean")
-        check_word("positions", self.positions, "keep", "pack")
 
     def needs(self, layer: int) -> Needs:
         return Needs(hidden=True, attention="previous", rows="all")

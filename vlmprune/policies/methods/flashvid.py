@@ -12,20 +12,13 @@ from torch.nn.functional import normalize
 
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
-from vlmprune.errors import check
-from vlmprune.policies.base import (
-    Needs,
-    Positions,
-    PruningPolicy,
-    Ranking,
-    Reduction,
-    TokenContext,
-)
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, Reduction, TokenContext
 from vlmprune.policies.by_image import quota_of, ranked, vision_of
 from vlmprune.policies.checks import (
-    check_cosine,
+    check_flag,
     check_keep,
     check_layer,
+    check_number,
     check_share,
     check_whole,
     check_word,
@@ -108,13 +101,12 @@ class FlashVID(PruningPolicy):
         check_keep(self.then, "then")
         check_layer(self.layer, 1, " (stage 1 is at layer 0)")
         check_share("alpha", self.alpha)
-        check(isinstance(self.events, bool), "events", "True or False", repr(self.events))
-        check_cosine("tau", self.tau)
-        check_cosine("cut", self.cut)
+        check_flag("events", self.events)
+        check_number("tau", self.tau)
+        check_number("cut", self.cut)
         check_whole("segments", self.segments, 1)
         check_word("divide", self.divide, "tokens", "links")
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -11,17 +11,10 @@ from torch import Tensor
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
 from vlmprune.errors import check, require
-from vlmprune.policies.base import (
-    Needs,
-    Positions,
-    PruningPolicy,
-    Ranking,
-    TokenContext,
-    VisionAttention,
-)
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext, VisionAttention
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import quota_of, ranked, vision_of
-from vlmprune.policies.checks import check_keep, check_word
+from vlmprune.policies.checks import check_keep
 from vlmprune.policies.choose import marks
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.inputs import Rating
@@ -84,7 +77,6 @@ class FlowCut(PruningPolicy):
         )
         rising = known and list(layers) == sorted(set(layers))
         check(rising, "vision_layers", "one or more layers, ascending from 0", repr(layers))
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "crop"

@@ -7,11 +7,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import vision_of
-from vlmprune.policies.checks import check_keep, check_whole, check_word, is_number
+from vlmprune.policies.checks import check_keep, check_number, check_whole, check_word
 from vlmprune.policies.counts import keep_count
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.parts.folding import Rounds, fold_crops
@@ -78,10 +77,8 @@ class Folder(PruningPolicy):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_word("place", self.place, "tower", "projected")
-        fits = is_number(self.alpha) and 0 <= self.alpha < float("inf")
-        check(fits, "alpha", "a number >= 0", repr(self.alpha))
+        check_number("alpha", self.alpha, least=0)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "crop"

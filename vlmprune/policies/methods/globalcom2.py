@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from vlmprune.constants import whole_numbers
-from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext, VisionAttention
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import vision_of
-from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word, is_number
+from vlmprune.policies.checks import check_keep, check_number, check_share, check_whole
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.parts.tiles import HAIR, Tiled, over_areas, seats, shared_over_tiles, tiled_images
 
@@ -68,10 +67,8 @@ class GlobalCom2(PruningPolicy):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_share("alpha", self.alpha)
-        positive = is_number(self.temperature) and 0 < self.temperature < float("inf")
-        check(positive, "temperature", "a number > 0", repr(self.temperature))
+        check_number("temperature", self.temperature, above=0)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "image"

@@ -11,7 +11,7 @@ from vlmprune.constants import counting, whole_numbers
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext, VisionAttention
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import quota_of, ranked, vision_of
-from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word
+from vlmprune.policies.checks import check_keep, check_share, check_whole
 from vlmprune.policies.choose import falling_places
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.groups import Groups
@@ -70,7 +70,6 @@ class HiPrune(PruningPolicy):
         check_share("alpha", self.alpha)
         check_whole("object_layer", self.object_layer)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "crop"

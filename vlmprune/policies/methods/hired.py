@@ -73,7 +73,6 @@ class HiRED(PruningPolicy):
         check_whole("early_layer", self.early_layer)
         check_whole("vision_layer", self.vision_layer)
         check_word("content", self.content, "area", "runs")
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "image"

@@ -11,15 +11,7 @@ from torch import Tensor
 from vlmprune import ops
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.by_image import vision_of
-from vlmprune.policies.checks import (
-    check_cosine,
-    check_keep,
-    check_layer,
-    check_share,
-    check_whole,
-    check_word,
-    share_of,
-)
+from vlmprune.policies.checks import check_keep, check_layer, check_number, check_share, check_whole, share_of
 from vlmprune.policies.choose import falling_places, marks, select_scores
 from vlmprune.policies.counts import keep_count
 from vlmprune.policies.parts.frames import cosine_at, frames_of, over_runs, run_numbers
@@ -85,11 +77,10 @@ class HoliTom(PruningPolicy):
         check_keep(self.keep)
         check_keep(self.then, "then")
         check_layer(self.layer, 1, " (stage 1 is at layer 0)")
-        check_cosine("tau", self.tau)
+        check_number("tau", self.tau)
         check_share("beta", self.beta)
         check_whole("longest", self.longest, 1)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     @property
     def layers(self) -> tuple[int, ...]:

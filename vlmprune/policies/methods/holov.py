@@ -8,11 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vlmprune.errors import check
 from vlmprune.policies.base import Crop, Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import ranked, vision_of
-from vlmprune.policies.checks import check_keep, check_whole, check_word, is_number
+from vlmprune.policies.checks import check_keep, check_number, check_whole
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.groups import Counts, Groups, places_of
 from vlmprune.policies.parts.apportion import apportioned
@@ -77,10 +76,8 @@ class HoloV(PruningPolicy):
         check_keep(self.keep)
         if self.runs is not None:
             check_whole("runs", self.runs, 1)
-        fine = is_number(self.diversity) and 0 <= self.diversity < float("inf")
-        check(fine, "diversity", "a number >= 0", repr(self.diversity))
+        check_number("diversity", self.diversity, least=0)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "image"

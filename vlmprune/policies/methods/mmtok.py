@@ -8,11 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import spent
-from vlmprune.policies.checks import check_keep, check_whole, check_word, is_number
+from vlmprune.policies.checks import check_keep, check_number, check_whole
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.parts.turns import Rule, taken_in_turn, unit_rows
 
@@ -65,13 +64,10 @@ class MMTok(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        weight = is_number(self.alpha) and 0 <= self.alpha < float("inf")
-        check(weight, "alpha", "a number >= 0", repr(self.alpha))
+        check_number("alpha", self.alpha, least=0)
         for name in ("text_temperature", "vision_temperature"):
-            value = getattr(self, name)
-            check(is_number(value) and 0 < value < float("inf"), name, "a number > 0", repr(value))
+            check_number(name, getattr(self, name), above=0)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
 

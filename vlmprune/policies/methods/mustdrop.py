@@ -27,10 +27,9 @@ from vlmprune.policies.checks import (
     BEFORE,
     check_keep,
     check_layers,
+    check_number,
     check_share,
     check_whole,
-    check_word,
-    is_number,
     share_of,
 )
 from vlmprune.policies.choose import index_of, marks, quotas
@@ -107,8 +106,7 @@ class MustDrop(PruningPolicy):
     def __post_init__(self) -> None:
         check_layers(self.layers, 1, BEFORE)
         for name in ("global_thr", "individual_thr"):
-            value = getattr(self, name)
-            check(is_number(value) and 0 < value < float("inf"), name, "a number > 0", repr(value))
+            check_number(name, getattr(self, name), above=0)
         each = self.keep if isinstance(self.keep, tuple) else (self.keep,)
         for entry in each if self.keep is not None else ():
             check_keep(entry)
@@ -116,7 +114,6 @@ class MustDrop(PruningPolicy):
         check(fits, "keep", f"{len(self.layers)} entries, one per layer", repr(self.keep))
         check_share("key_share", self.key_share)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     def needs(self, layer: int) -> Needs:
         return Needs(attention="previous", rows="text", vision=(self.vision_layer,))

@@ -10,11 +10,10 @@ from torch.nn.functional import normalize
 
 from vlmprune import ops
 from vlmprune.constants import counting, remembered
-from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import gathered, vision_of
-from vlmprune.policies.checks import check_keep, check_whole, check_word
+from vlmprune.policies.checks import check_flag, check_keep, check_whole
 from vlmprune.policies.choose import marks
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.parts.outlying import Picked, budget, in_raster_order, joined_attention, outliers, pick
@@ -78,11 +77,10 @@ class PruMerge(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        check(isinstance(self.plus, bool), "plus", "True or False", repr(self.plus))
-        check(isinstance(self.adaptive, bool), "adaptive", "True or False", repr(self.adaptive))
+        check_flag("plus", self.plus)
+        check_flag("adaptive", self.adaptive)
         check_whole("neighbours", self.neighbours, 0)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "crop"

@@ -12,7 +12,7 @@ from vlmprune import ops
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import gathered, quota_of, vision_of
-from vlmprune.policies.checks import check_keep, check_seed, check_whole, check_word
+from vlmprune.policies.checks import check_keep, check_seed, check_whole
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.parts.spectrum import principal_axes
 from vlmprune.policies.parts.turns import in_order, outlived, unit_rows
@@ -67,7 +67,6 @@ class PruneSID(PruningPolicy):
         check_keep(self.keep)
         check_whole("vision_layer", self.vision_layer)
         check_seed(self.seed)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "crop"

@@ -12,15 +12,7 @@ from torch.nn.functional import normalize
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
-from vlmprune.policies.checks import (
-    BEFORE,
-    check_cosine,
-    check_keep,
-    check_layer,
-    check_share,
-    check_word,
-    share_of,
-)
+from vlmprune.policies.checks import BEFORE, check_keep, check_layer, check_number, check_share, share_of
 from vlmprune.policies.choose import FLOOR, falling_places, index_of, quotas, rank_within, select_counts
 from vlmprune.policies.counts import keep_count
 from vlmprune.policies.inputs import Rating
@@ -94,11 +86,10 @@ class PruneVid(PruningPolicy):
         check_keep(self.ratio, "ratio", counts=False)
         check_keep(self.then, "then", counts=False)
         check_layer(self.layer, 1, BEFORE)
-        check_cosine("tau", self.tau)
+        check_number("tau", self.tau)
         check_share("segments", self.segments)
         if self.keep is not None:
             check_keep(self.keep)
-        check_word("positions", self.positions, "keep", "pack")
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Self
 
 from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
-from vlmprune.policies.checks import check_keep, check_layers, check_word
+from vlmprune.policies.checks import check_keep, check_layers
 from vlmprune.policies.choose import quotas
 from vlmprune.policies.counts import keep_count
 
@@ -54,7 +54,6 @@ class PyramidDrop(PruningPolicy):
             falling = sorted(self.ratio, reverse=True) == [*self.ratio]
             right = falling and len(self.ratio) == len(self.layers)
             check(right, "ratio", f"{len(self.layers)} falling shares of the image", repr(self.ratio))
-        check_word("positions", self.positions, "keep", "pack")
 
     def at(self, share: float) -> Self:
         return replace(self, ratio=share)

@@ -8,11 +8,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import spent, vision_of
-from vlmprune.policies.checks import check_keep, check_whole, check_word, is_number
+from vlmprune.policies.checks import check_keep, check_number, check_whole
 from vlmprune.policies.choose import choose_greedily
 from vlmprune.policies.crops import crops_of
 
@@ -54,10 +53,8 @@ class SCOPE(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        power = is_number(self.alpha) and 0 <= self.alpha < float("inf")
-        check(power, "alpha", "a number >= 0", repr(self.alpha))
+        check_number("alpha", self.alpha, least=0)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
 

@@ -18,7 +18,15 @@ from vlmprune.policies.base import (
     Reduction,
     TokenContext,
 )
-from vlmprune.policies.checks import check_keep, check_seed, check_whole, check_word, is_number, share_of
+from vlmprune.policies.checks import (
+    check_flag,
+    check_keep,
+    check_seed,
+    check_whole,
+    check_word,
+    is_number,
+    share_of,
+)
 from vlmprune.policies.choose import marks, quotas
 from vlmprune.policies.compose import check_member
 from vlmprune.policies.counts import keep_count
@@ -98,7 +106,7 @@ class Scout(PruningPolicy):
         check_word("by", self.by, "attention", "diverse", "random")
         ok = is_number(self.spread) and SPREADS[0] <= self.spread <= SPREADS[1]
         check(ok, "spread", "a number from {:g} to {:g}".format(*SPREADS), repr(self.spread))
-        check(isinstance(self.rope, bool), "rope", "True or False", repr(self.rope))
+        check_flag("rope", self.rope)
         if self.by == "random":
             object.__setattr__(self, "seed", 0 if self.seed is None else self.seed)
             check_seed(self.seed)

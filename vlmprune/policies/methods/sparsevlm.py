@@ -10,16 +10,8 @@ import torch
 from torch import Tensor
 
 from vlmprune.errors import check
-from vlmprune.policies.base import (
-    Growth,
-    Needs,
-    Positions,
-    PruningPolicy,
-    Ranking,
-    Reduction,
-    TokenContext,
-)
-from vlmprune.policies.checks import BEFORE, check_layers, check_schedule, check_whole, check_word
+from vlmprune.policies.base import Growth, Needs, Positions, PruningPolicy, Ranking, Reduction, TokenContext
+from vlmprune.policies.checks import BEFORE, check_flag, check_layers, check_schedule, check_whole, check_word
 from vlmprune.policies.counts import thinned
 from vlmprune.policies.inputs import Rating
 from vlmprune.policies.parts.raters import rated, rater_weights, row_attention
@@ -105,9 +97,8 @@ class SparseVLM(PruningPolicy):
         if self.layers == ():
             object.__setattr__(self, "layers", LAYERS[self.version])
         check_layers(self.layers, 1, BEFORE)
-        check(isinstance(self.recycle, bool), "recycle", "True or False", repr(self.recycle))
+        check_flag("recycle", self.recycle)
         check_word("merge", self.merge, "mean", "sum")
-        check_word("positions", self.positions, "keep", "pack")
         check_whole("tokens", self.tokens, 1)
         for name, number in (("scale", self.scale), ("bias", self.bias)):
             check(number is None or isinstance(number, int | float), name, "a number or None", repr(number))

@@ -9,7 +9,7 @@ from torch import Tensor
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import vision_of
-from vlmprune.policies.checks import check_keep, check_whole, check_word
+from vlmprune.policies.checks import check_keep, check_whole
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.parts.folding import Rounds, fold_crops
 
@@ -68,7 +68,6 @@ class ToMe(PruningPolicy):
         check_keep(self.keep)
         check_whole("rounds", self.rounds, 1)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "crop"

@@ -12,7 +12,7 @@ from vlmprune.errors import check, require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import gathered
-from vlmprune.policies.checks import check_keep, check_word, is_number
+from vlmprune.policies.checks import check_flag, check_keep, check_number
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.parts.outlying import Picked, budget, in_raster_order, outliers, pick
 from vlmprune.policies.parts.relevance import Relevance, relevance_of
@@ -77,12 +77,10 @@ class TRIM(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        check(isinstance(self.adaptive, bool), "adaptive", "True or False", repr(self.adaptive))
+        check_flag("adaptive", self.adaptive)
         known = self.relevance == "text" or callable(self.relevance)
         check(known, "relevance", "'text' or a function of the context", repr(self.relevance))
-        above = is_number(self.scale) and 0 < self.scale < float("inf")
-        check(above, "scale", "a number > 0", repr(self.scale))
-        check_word("positions", self.positions, "keep", "pack")
+        check_number("scale", self.scale, above=0)
 
     layers = (0,)  # before the language model
     spend = "crop"

@@ -12,7 +12,7 @@ from vlmprune.constants import whole_numbers
 from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
-from vlmprune.policies.checks import check_keep, check_word, is_number
+from vlmprune.policies.checks import check_keep, check_number, is_number
 from vlmprune.policies.choose import falling_places
 from vlmprune.policies.parts.frames import budgets_of, frames_of
 
@@ -68,9 +68,7 @@ class VidCom2(PruningPolicy):
         check_keep(self.keep)
         share = is_number(self.channels) and 0 < self.channels <= 1
         check(share, "channels", "a share in (0, 1]", repr(self.channels))
-        warm = is_number(self.temperature) and 0 < self.temperature < float("inf")
-        check(warm, "temperature", "a number > 0", repr(self.temperature))
-        check_word("positions", self.positions, "keep", "pack")
+        check_number("temperature", self.temperature, above=0)
 
     layers = (0,)  # before the language model
     spend = "image"

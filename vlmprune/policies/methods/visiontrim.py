@@ -12,14 +12,7 @@ from torch.nn.functional import normalize
 from vlmprune import ops
 from vlmprune.constants import counting, whole_numbers
 from vlmprune.errors import check
-from vlmprune.policies.base import (
-    Needs,
-    Positions,
-    PruningPolicy,
-    Reduction,
-    TokenContext,
-    VisionAttention,
-)
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext, VisionAttention
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import gathered, quota_of, rows_at, vision_of
 from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word
@@ -101,7 +94,6 @@ class VisionTrim(PruningPolicy):
         check(self.window % 2 == 1, "window", "an odd number", self.window)
         check_whole("rounds", self.rounds, 1)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
     spend = "crop"

@@ -13,7 +13,7 @@ from vlmprune.constants import whole_numbers
 from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.by_image import gathered, nearest, quota_of, rows_at, vision_of
-from vlmprune.policies.checks import check_keep, check_share, check_whole, check_word, share_of
+from vlmprune.policies.checks import check_flag, check_keep, check_share, check_whole, share_of
 from vlmprune.policies.choose import others
 from vlmprune.policies.counts import keep_count
 from vlmprune.policies.crops import crops_of
@@ -89,9 +89,8 @@ class VisionZip(PruningPolicy):
             agrees = self.tokens is None or given in (None, value)
             check(agrees, name, f"{value} with tokens={self.tokens}", repr(given))
             object.__setattr__(self, name, value if given is None else given)
-        check(isinstance(self.count_cls, bool), "count_cls", "True or False", repr(self.count_cls))
+        check_flag("count_cls", self.count_cls)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
         if not isinstance(self.dominant, float):
             check_whole("dominant", self.dominant, 1 + self.count_cls)
             check_whole("contextual", self.contextual, 0)

@@ -22,7 +22,7 @@ from vlmprune.policies.base import (
     TokenContext,
 )
 from vlmprune.policies.by_image import gathered, nearest, quota_of, ranked, rows_at, vision_of
-from vlmprune.policies.checks import check_keep, check_layer, check_share, check_whole, check_word, share_of
+from vlmprune.policies.checks import check_keep, check_layer, check_share, check_whole, share_of
 from vlmprune.policies.choose import others, rank_within
 from vlmprune.policies.counts import keep_count
 from vlmprune.policies.crops import crops_of
@@ -97,7 +97,6 @@ class VScan(PruningPolicy):
         check_whole("window", self.window, 1)
         check_whole("shallow_layer", self.shallow_layer)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Self
 from vlmprune.constants import counting
 from vlmprune.errors import InputError
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
-from vlmprune.policies.checks import check_layer, check_word
+from vlmprune.policies.checks import check_layer
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ class VTW(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_layer(self.layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     def at(self, share: float) -> Self:
         raise InputError(f"VTW: expected a policy with a share to set, got {self!r}, which keeps nothing")

@@ -8,11 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import spent
-from vlmprune.policies.checks import check_keep, check_seed, check_whole, check_word, is_number
+from vlmprune.policies.checks import check_keep, check_number, check_seed, check_whole
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.parts.spectrum import drawn
 from vlmprune.policies.parts.turns import Rule, taken_in_turn, unit_rows
@@ -76,10 +75,9 @@ class ZOOPrune(PruningPolicy):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_whole("directions", self.directions, least=1)
-        check(is_number(self.step) and 0 < self.step < float("inf"), "step", "a number > 0", repr(self.step))
+        check_number("step", self.step, above=0)
         check_seed(self.seed)
         check_whole("vision_layer", self.vision_layer)
-        check_word("positions", self.positions, "keep", "pack")
 
     layers = (0,)  # before the language model
 
