@@ -11,7 +11,8 @@ from helpers.contexts import case, kept_lists, patch_scores, sight, top
 from helpers.films import check_merged, clips, cosine, dot, film, in_turn, mean, slow_peaks
 from helpers.videos import NEWLINE, videos
 from vlmprune.policies.base import Needs, Ranking
-from vlmprune.policies.methods.flashvid import FlashVID, weighted_maxmin
+from vlmprune.policies.methods.flashvid import FlashVID
+from vlmprune.policies.parts.turns import farthest
 
 
 def segments_of(x, policy):
@@ -149,12 +150,12 @@ def test_a_negative_weight_chooses_nobody_twice():
     g = torch.Generator().manual_seed(0)
     x, weights = torch.randn(3, 9, 5, generator=g), torch.randn(3, 9, generator=g)
     real = torch.arange(9) < torch.tensor([[9], [7], [1]])
-    marks = weighted_maxmin(x, weights, real, (9, 4, 1))
+    marks = farthest(x, weights, real, (9, 4, 1))
     assert marks.sum(1).tolist() == [9, 4, 1] and not (marks & ~real).any()
     for i, (n, k) in enumerate(((9, 9), (7, 4), (1, 1))):
         want = chosen_slowly(x[i, :n].double().tolist(), weights[i, :n].double().tolist(), k)
         assert marks[i].nonzero()[:, 0].tolist() == sorted(want)
-    assert not weighted_maxmin(x, weights, real, (0, 0, 0)).any()
+    assert not farthest(x, weights, real, (0, 0, 0)).any()
 
 
 @pytest.mark.parametrize("keep", [1, 15, 0.3, 1.0, 49])

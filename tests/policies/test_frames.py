@@ -14,6 +14,7 @@ from vlmprune.policies.parts.frames import (
     over_runs,
     run_numbers,
     spread_evenly,
+    toward_runs,
 )
 
 BATCH = [
@@ -40,19 +41,57 @@ def each(ctx):
 
 
 def test_cut_out_and_put_back(ctx):
+    of_frames, back, seen = torch.zeros_like(ctx.mask), torch.full_like(ctx.hidden, -5), 0
+    for some in frames_of(ctx).alike():
+        x, real = some.split(ctx.hidden), some.real(ctx.device)
+        assert real.shape == x.shape[:3] and some.shape == x.shape[:2] and (x[~real] == 0).all()
+        for i, t, places, sample in found(ctx, some):
+            assert torch.equal(x[i, t, : len(places)], ctx.hidden[sample, places])
+            assert real[i, t].tolist() == [p < len(places) for p in range(x.shape[2])]
+            of_frames[sample, places] = True
+            seen += 1
+        back = some.put(back, x)
+    assert seen == len(frames_of(ctx).grids)
+    assert torch.equal(back[of_frames], ctx.hidden[of_frames]) and (back[~of_frames] == -5).all()
+
+
+def found(ctx, some):
+    """Every frame of these videos as (video, frame, its places, its sample)."""
+    every = {}
+    for number, (sample, image, t, places) in enumerate(each(ctx)):
+        every[number] = sample, image, t, places
+    for i, (image, own) in enumerate(zip(some.images, some.members(), strict=True)):
+        for t, number in enumerate(own):
+            sample, of, at, places = every[number]
+            assert (of, at) == (image, t)
+            yield i, t, places, sample
+
+
+def test_a_long_video_widens_no_other():
+    """What is worked on has a place for every token of a frame, and no more, where the frames of a video are of one shape."""
+    ctx = videos([[[(2, 3)] * 9 + [NEWLINE], [(1, 2)]], [[(8, 8)]], [[(2, 3)] * 9, [(1, 2)] * 3]])
+    parts = frames_of(ctx).alike()
+    assert [(part.shape, part.split(ctx.ordinals).shape[2]) for part in parts] == [
+        ((2, 9), 6),
+        ((1, 1), 2),
+        ((1, 1), 64),
+        ((1, 3), 2),
+    ]
+    assert all(part.real(ctx.device).all() for part in parts)
+
+
+def test_what_belongs_to_frames(ctx):
+    """Numbers and rows of all frames of the batch, taken for some videos and brought together again."""
     frames = frames_of(ctx)
-    assert frames.counts == (4, 3, 3, 1) and frames.most == 4
-    x, real = frames.split(ctx.hidden), frames.real(ctx.device)
-    assert x.shape == (4, 4, 9, 8) and frames.there(ctx.device).sum() == 11
-    back = frames.spread(x, fill=-5)
-    of_frames = torch.zeros_like(ctx.mask)
-    for sample, image, t, places in each(ctx):
-        assert torch.equal(x[image, t, : len(places)], ctx.hidden[sample, places])
-        assert real[image, t].tolist() == [p < len(places) for p in range(9)]
-        assert torch.equal(back[sample, places], ctx.hidden[sample, places])
-        of_frames[sample, places] = True
-    assert (x[~real] == 0).all() and (back[~of_frames] == -5).all()
-    assert torch.equal(frames.lay(frames.flat(x)), x)
+    numbers = tuple(range(len(frames.grids)))
+    rows = frames.groups.split(ctx.hidden)
+    parts = frames.alike()
+    for some in parts:
+        assert some.counts(numbers, ctx.device).flatten().tolist() == list(some.numbers)
+        assert torch.equal(some.take(rows), some.split(ctx.hidden))
+    back = frames.by_frame(parts, [v.split(ctx.ordinals) for v in parts])
+    assert torch.equal(back, frames.groups.split(ctx.ordinals))
+    assert frames.by_frame(parts, [v.counts(numbers, ctx.device) for v in parts]).tolist() == list(numbers)
 
 
 def test_which_frame_stands_before(ctx):
@@ -60,7 +99,8 @@ def test_which_frame_stands_before(ctx):
     assert frames.before() == (-1, 0, 1, 2, -1, 4, -1, -1, -1, 8, -1)
     assert frames.before(2) == (-1, -1, 0, 1, -1, -1, -1, -1, -1, -1, -1)
     assert frames.before(9) == (-1,) * 11
-    assert frames.follows(ctx.device).int().tolist() == [[0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0], [0] * 4]
+    follows = [some.follows(ctx.device).int().tolist() for some in frames.alike()]
+    assert follows == [[[0, 1, 1, 1]], [[0, 1, 0]], [[0, 0, 1]], [[0]]]
 
 
 def test_cosines(ctx):
@@ -81,26 +121,27 @@ def test_cosines(ctx):
 
 
 def test_means(ctx):
-    frames = frames_of(ctx)
-    got = frame_means(frames.split(ctx.hidden), frames.real(ctx.device))
-    for sample, image, t, places in each(ctx):
-        torch.testing.assert_close(got[image, t], ctx.hidden[sample, places].mean(0))
-    assert (got[~frames.there(ctx.device)] == 0).all()
+    for some in frames_of(ctx).alike():
+        got = frame_means(some.split(ctx.hidden), some.real(ctx.device))
+        for i, t, places, sample in found(ctx, some):
+            torch.testing.assert_close(got[i, t], ctx.hidden[sample, places].mean(0))
 
 
 def test_runs():
-    there = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    starts = torch.tensor([[False, True, False, False, True], [True, False, True, True, False]])
-    runs = run_numbers(starts, there)
-    assert runs.tolist() == [[0, 1, 1, 1, 2], [0, 0, 1, -1, -1]]
-    x = torch.randn(2, 5, 3, 2, generator=torch.Generator().manual_seed(0)) * there[:, :, None, None]
-    sums = over_runs(x, runs)
+    starts = torch.tensor([[False, True, False, False, True], [True, False, False, True, False]])
+    runs = run_numbers(starts)
+    assert runs.tolist() == [[0, 1, 1, 1, 2], [0, 0, 0, 1, 1]]
+    x = torch.randn(2, 5, 3, 2, generator=torch.Generator().manual_seed(0))
+    sums, there = over_runs(x, runs), torch.tensor([True, True, False])
+    product = toward_runs(x, there.expand(2, 5, 3), runs)
     for i in range(2):
         for r in range(5):
-            torch.testing.assert_close(
-                sums[i, r], sum((x[i, t] for t in range(5) if runs[i, t] == r), torch.zeros(3, 2))
-            )
-    assert over_runs(there, runs).tolist() == [[1, 3, 1, 0, 0], [2, 1, 0, 0, 0]]
+            own = [x[i, t] for t in range(5) if runs[i, t] == r]
+            torch.testing.assert_close(sums[i, r], sum(own, torch.zeros(3, 2)))
+        for t in range(5):
+            own = [x[i, f, :2].mean(0) for f in range(5) if runs[i, f] == runs[i, t]]
+            torch.testing.assert_close(product[i, t], x[i, t] @ (sum(own) / len(own)))
+    assert over_runs(torch.ones_like(runs), runs).tolist() == [[1, 3, 1, 0, 0], [3, 2, 0, 0, 0]]
 
 
 def test_anchors_come_first(ctx):
@@ -109,16 +150,11 @@ def test_anchors_come_first(ctx):
     assert anchors_first(frames, anchors, (16, 3, 9, 9)) == (6, 2, 6, 2, 2, 1, 0, 3, 3, 3, 5)
     assert anchors_first(frames, anchors, (7, 1, 0, 2)) == (4, 0, 3, 0, 1, 0, 0, 0, 0, 0, 2)
     kept = anchors_first(frames, anchors, (16, 3, 9, 9))
-    even = frames.flat(spread_evenly(frames, kept, ctx.device))
+    even = spread_evenly(frames, kept, ctx.device)
     assert (even >= 1).sum(1).tolist() == list(kept) and (even < 2 + 1e-6).all()
 
 
 def test_without_images():
-    ctx = videos([[], []])
-    frames = frames_of(ctx)
-    x = frames.split(ctx.hidden)
-    assert frames.counts == () and frames.most == 0 and x.shape[:3] == (0, 0, 0)
-    assert frames.spread(x).shape == ctx.hidden.shape
-    runs = run_numbers(frames.follows(ctx.device), frames.there(ctx.device))
-    assert over_runs(x, runs).shape == x.shape
-    assert spread_evenly(frames, (), ctx.device).shape == (0, 0, 0)
+    frames = frames_of(videos([[], []]))
+    assert frames.alike() == () and frames.grids == () and frames.before() == ()
+    assert spread_evenly(frames, (), torch.device("cpu")).shape == (0, 0)

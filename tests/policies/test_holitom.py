@@ -10,8 +10,9 @@ from helpers.contexts import case, kept_lists, patch_scores, sight, top
 from helpers.films import check_merged, clips, cosine, film, in_turn, mean, slow_peaks
 from helpers.videos import NEWLINE, videos
 from vlmprune.policies.base import Needs
-from vlmprune.policies.methods.holitom import HoliTom, best_cuts
+from vlmprune.policies.methods.holitom import HoliTom
 from vlmprune.policies.parts.peaks import in_proportion
+from vlmprune.policies.parts.segments import best_cuts
 
 
 def ways(frames):

@@ -9,7 +9,8 @@ import torch
 from helpers.contexts import kept_lists, text_case, top
 from helpers.films import clips, cosine, film, in_turn, mean, slow_peaks
 from vlmprune.policies.base import Needs
-from vlmprune.policies.methods.prunevid import PruneVid, stretches
+from vlmprune.policies.methods.prunevid import PruneVid
+from vlmprune.policies.parts.segments import stretches
 from vlmprune.testing.context import make_context
 
 
@@ -117,12 +118,8 @@ def test_stretches(seed):
     labels = torch.randint(0, 2 + seed % 4, (3, 5 + seed % 13), generator=g)
     if seed % 2:
         labels = labels.repeat_interleave(2, 1)
-    there = torch.ones_like(labels, dtype=torch.bool)
-    there[1, 4:] = False  # a shorter video
-    got = stretches(torch.where(there, labels, -1), there)
-    for row, starts, real in zip(labels.tolist(), got.tolist(), there.tolist(), strict=True):
-        n = sum(real)
-        assert [f for f in range(n) if starts[f] or f == 0] == [first for first, _ in refined(row[:n])]
+    for row, starts in zip(labels.tolist(), stretches(labels).tolist(), strict=True):
+        assert [f for f in range(len(row)) if starts[f] or f == 0] == [first for first, _ in refined(row)]
 
 
 def attention_slowly(made, ctx, b):

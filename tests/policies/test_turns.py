@@ -2,7 +2,7 @@
 
 import torch
 
-from vlmprune.policies.parts.turns import in_order, outlived, taken_in_turn
+from vlmprune.policies.parts.turns import apart, covering, in_order, outlived, taken_in_turn
 
 
 def told(values, sent):
@@ -18,6 +18,23 @@ def test_in_turn():
     assert [best.tolist()[0] for best in sent] == [1, 2, 3]
     assert taken_in_turn(told(values, []), [1, 2], None).tolist() == [[1, -1], [1, 2]]
     assert taken_in_turn(told(values, []), [0, 0], None).shape == (2, 0)
+
+
+def test_covering():
+    """The first covers most of all rows; then the one that adds most, and not the next best alone."""
+    weights = torch.tensor([[[0.9, 0.8, 0.0], [0.9, 0.9, 0.2], [0.0, 0.0, 0.4]]])
+    rule = covering(weights)
+    torch.testing.assert_close(next(rule), torch.tensor([[1.8, 1.7, 0.6]]))
+    torch.testing.assert_close(rule.send(torch.tensor([0])), torch.tensor([[0.0, 0.0, 0.4]]))
+
+
+def test_apart():
+    """Weight alone, then times the distance to the nearest one taken."""
+    unit = torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]])
+    rule = apart(unit, torch.tensor([[1.0, 2.0, 3.0]]))
+    assert next(rule).tolist() == [[1.0, 2.0, 3.0]]
+    torch.testing.assert_close(rule.send(torch.tensor([2])), torch.tensor([[1.0, 2 * 0.2, 0.0]]))
+    torch.testing.assert_close(rule.send(torch.tensor([0])), torch.tensor([[0.0, 2 * 0.2, 0.0]]))
 
 
 def test_outlived():

@@ -9,7 +9,8 @@ import torch
 from helpers.contexts import case, images_in, kept_lists, patch_scores, sight, top
 from vlmprune.policies.base import Needs, Reduction
 from vlmprune.policies.choose import rank_within
-from vlmprune.policies.methods.vscan import VScan, windows_of
+from vlmprune.policies.methods.vscan import VScan
+from vlmprune.policies.parts.windows import windows_of
 
 BATCHES = [
     pytest.param({"images": ["square"]}, id="one"),

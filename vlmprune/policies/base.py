@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 from torch import Tensor
 
 from vlmprune.errors import InputError, check
-from vlmprune.policies.checks import check_flag, check_word, plain, share_of
+from vlmprune.policies.checks import check_flag, check_whole, check_word, plain, share_of
 from vlmprune.policies.chosen import Insertion as Insertion
 from vlmprune.policies.chosen import Positions as Positions
 from vlmprune.policies.chosen import Ranking as Ranking
@@ -98,6 +98,8 @@ class PruningPolicy:
         for setting in fields(self):
             if setting.init:
                 object.__setattr__(self, setting.name, plain(getattr(self, setting.name)))
+            if setting.name == "vision_layer":
+                check_whole(setting.name, getattr(self, setting.name))
         check_word("earlier_kv", self.earlier_kv, "full", "compact")
         check_flag("rectify", self.rectify)
         check_word("positions", self.positions, "keep", "pack")

@@ -12,16 +12,21 @@ from vlmprune import ops
 from vlmprune.constants import whole_numbers
 from vlmprune.errors import check, require
 from vlmprune.policies.base import Positions, PruningPolicy, Ranking, TokenContext, VisionAttention, outcome
-from vlmprune.policies.choose import marks, padding, quotas
+from vlmprune.policies.choose import best_among, marks, padding, quotas
 from vlmprune.policies.chosen import Reduction
 from vlmprune.policies.crops import crops_of, images_of
-from vlmprune.policies.groups import Groups, Quota
+from vlmprune.policies.groups import Counts, Groups, Quota
 from vlmprune.policies.inputs import Rating
+
+
+def budgets_of(ctx: TokenContext, policy: PruningPolicy) -> Counts:
+    """How many tokens the policy keeps of each of the I images and videos of the batch."""
+    return tuple(policy.kept(n, 1, ctx.layer) for own in ctx.images() for n in own)
 
 
 def quota_of(ctx: TokenContext, policy: PruningPolicy, groups: Groups) -> Quota:
     """How many tokens of each group stay: what the policy keeps of an image, shared out evenly over its crops."""
-    return groups.shared_out([policy.kept(n, 1, ctx.layer) for own in ctx.images() for n in own])
+    return groups.shared_out(budgets_of(ctx, policy))
 
 
 def spent(
@@ -131,13 +136,16 @@ def _chosen(ctx: TokenContext, groups: Groups, quota: Quota, scores: Tensor, pos
     def behind(last: Tensor) -> Ranking:
         return _chosen(ctx, groups, quota, scores.masked_fill(last, -torch.inf), positions)
 
-    there = groups.padding(ctx.device)
-    absent = None if there is None else torch.where(there, 0, 2).to(torch.int8)
-    wanted = whole_numbers(quota.kept, ctx.device)
-    best = ops.select_topk(groups.split(scores), wanted, code=absent)[0][:, : max(quota.kept)]
+    best = best_of_each(groups, groups.split(scores), quota.kept)
     chosen = marks(groups.index(best, quota), ctx.mask.shape[1]).float()
     keep = tuple(map(sum, groups.by_sample(quota.kept, quota.rest)))
     return Ranking(chosen, keep, positions=positions, again=behind)
+
+
+def best_of_each(groups: Groups, scores: Tensor, counts: Counts) -> Tensor:
+    """Places ``[I, k]`` of the ``counts[i]`` best of each group by ``scores [I, T]``, ascending, -1 on the right."""
+    wanted = whole_numbers(counts, scores.device)
+    return best_among(scores, wanted, groups.padding(scores.device))[:, : max(counts)]
 
 
 def _groups(ctx: TokenContext, spend: str) -> Groups:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -188,6 +188,14 @@ class Groups:
         back = tuple(sorted(range(len(order)), key=order.__getitem__))
         return torch.cat(wide)[whole_numbers(back, device)]
 
+    def by_kind(
+        self, quota: Quota, choose: Callable[[Kind], tuple[Tensor, ...]], *more: Counts
+    ) -> tuple[Tensor, ...]:
+        """What ``choose`` gives of the groups of every kind, several tensors ``[i, k, ...]``, each of them ``together``."""
+        found = [(kind, choose(kind)) for kind in self.kinds(quota, *more)]
+        parts = range(len(found[0][1]))
+        return tuple(self.together([(kind, given[n]) for kind, given in found]) for n in parts)
+
     def _rest(self, quota: Quota) -> list[Counts]:
         return [places[:n] for places, n in zip(self.rest, quota.rest, strict=True)]
 
@@ -219,6 +227,22 @@ def rows_or(x: Tensor, at: Tensor, fill: float) -> Tensor:
         return x.new_full((*at.shape, *x.shape[2:]), fill)
     rows = flat[at.clamp(min=0)]
     return rows.masked_fill(at.view(*at.shape, *[1] * (x.ndim - 2)) < 0, fill)
+
+
+def real_places(groups: Groups, device: torch.device) -> Tensor:
+    """``[2, n]`` int64 of the groups' n tokens: the place ``b N + n`` of each in the batch, and its ``i T + t`` among groups."""
+    return _real_places(groups.crops, groups.samples, groups.width, device)
+
+
+@remembered()
+def _real_places(crops: tuple[Crop, ...], samples: Counts, width: int, device: torch.device) -> Tensor:
+    most = max((c.rows * c.columns for c in crops), default=0)
+    both = [
+        (b * width + n, i * most + t)
+        for i, (crop, b) in enumerate(zip(crops, samples, strict=True))
+        for t, n in enumerate(places_of(crop))
+    ]
+    return torch.tensor(both, dtype=torch.int64).view(-1, 2).T.contiguous().to(device)
 
 
 @remembered()

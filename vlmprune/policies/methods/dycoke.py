@@ -8,18 +8,11 @@ import torch
 
 from vlmprune.constants import filled, whole_numbers
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
-from vlmprune.policies.by_image import ranked
+from vlmprune.policies.by_image import budgets_of, ranked
 from vlmprune.policies.checks import check_keep
 from vlmprune.policies.groups import Counts
 from vlmprune.policies.parts.apportion import apportioned
-from vlmprune.policies.parts.frames import (
-    Frames,
-    anchors_first,
-    budgets_of,
-    cosine_at,
-    frames_of,
-    spread_evenly,
-)
+from vlmprune.policies.parts.frames import Frames, anchors_first, cosine_at, frames_of, spread_evenly
 
 BACK = (0, 1, 2, 1)
 """How many frames before it the one stands with which each frame of a group is compared; 0 = it is the group's first."""
@@ -77,7 +70,10 @@ class DyCoke(PruningPolicy):
         earlier = compared_with(frames)
         anchors = tuple(g for g, other in enumerate(earlier) if other < 0)
         kept = anchors_first(frames, anchors, budgets_of(ctx, self))
-        at, even = frames.same_place(earlier, device), frames.spread(spread_evenly(frames, kept, device))
+        at, even = (
+            frames.same_place(earlier, device),
+            frames.groups.spread(spread_evenly(frames, kept, device)),
+        )
         scores = torch.where(at < 0, even, -cosine_at(hidden, at))
         level = filled((len(kept),), 0.0, torch.float32, device)  # nothing is left over
         by = apportioned(frames.groups, frames.groups.split(scores), whole_numbers(kept, device), level)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
-from vlmprune.policies.by_image import ranked
+from vlmprune.policies.by_image import budgets_of, ranked
 from vlmprune.policies.checks import check_keep
-from vlmprune.policies.parts.frames import anchors_first, budgets_of, cosine_at, frames_of, spread_evenly
+from vlmprune.policies.parts.frames import anchors_first, cosine_at, frames_of, spread_evenly
 
 FIRST = 2.0
 """What a first frame's scores have on top: no dissimilarity is above 2, and theirs are not below 0."""
@@ -61,5 +61,5 @@ class EVS(PruningPolicy):
         firsts = tuple(g for g, other in enumerate(before) if other < 0)
         even = spread_evenly(frames, anchors_first(frames, firsts, budgets_of(ctx, self)), ctx.device)
         at = frames.same_place(before, ctx.device)
-        scores = torch.where(at >= 0, 1 - cosine_at(hidden, at), frames.spread(FIRST + even, fill=-1))
+        scores = torch.where(at >= 0, 1 - cosine_at(hidden, at), frames.groups.spread(FIRST + even, fill=-1))
         return ranked(ctx, self, scores, self.positions)

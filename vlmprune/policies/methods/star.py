@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
 
-from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext
+from vlmprune.policies.base import Needs, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked, vision_of
-from vlmprune.policies.checks import check_keep, check_layer, check_whole, share_of
-from vlmprune.policies.counts import keep_count
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.parts.raters import rated
+from vlmprune.policies.parts.two_stages import TwoStages
 
 
 @dataclass(frozen=True)
-class STAR(PruningPolicy):
+class STAR(TwoStages):
     """Keeps the patches with the most attention from all patches of their crop, later the ones that the text attends to most.
 
     A reading: no code is released, and we know the paper by its abstract and by reviews that repeat its formulas. Stage 1,
@@ -64,29 +62,11 @@ class STAR(PruningPolicy):
     then: int | float = 0.333
     layer: int = 16
     vision_layer: int = -2
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_keep(self.then, "then")
-        check_layer(self.layer, 1, " (stage 1 is at layer 0)")
-        check_whole("vision_layer", self.vision_layer)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return (0, self.layer)
+    spend = "crop"
 
     def needs(self, layer: int) -> Needs:
         """Stage 1: a vision layer. Stage 2: query and key of the layer before it."""
         return Needs(attention="previous", rows="text") if layer else Needs(vision=(self.vision_layer,))
-
-    def at(self, share: float) -> Self:
-        return replace(self, keep=share_of(share), then=share_of(share))
-
-    def spends(self, layer: int) -> str:
-        return "prompt" if layer else "crop"
-
-    def kept(self, tokens: int, images: float, layer: int) -> int:
-        return keep_count(self.then if layer else self.keep, tokens, images, self.spends(layer))
 
     def rank(self, ctx: TokenContext) -> Ranking:
         if ctx.layer:

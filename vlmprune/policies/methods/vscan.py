@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.constants import whole_numbers
-from vlmprune.policies.base import (
-    Crop,
-    Grid,
-    Needs,
-    Positions,
-    PruningPolicy,
-    Ranking,
-    Reduction,
-    TokenContext,
-)
-from vlmprune.policies.by_image import gathered, nearest, quota_of, ranked, rows_at, vision_of
-from vlmprune.policies.checks import check_keep, check_layer, check_share, check_whole, share_of
-from vlmprune.policies.choose import others, rank_within
-from vlmprune.policies.counts import keep_count
+from vlmprune.policies.base import Needs, Positions, Ranking, Reduction, TokenContext
+from vlmprune.policies.budgets import each
+from vlmprune.policies.by_image import gathered, quota_of, ranked, vision_of
+from vlmprune.policies.checks import check_share, check_whole
 from vlmprune.policies.crops import crops_of
+from vlmprune.policies.groups import Kind
+from vlmprune.policies.parts.merging import averaged_with_nearest
+from vlmprune.policies.parts.two_stages import MergesFirst
+from vlmprune.policies.parts.windows import best_of_windows
 
 
 @dataclass(frozen=True)
-class VScan(PruningPolicy):
+class VScan(MergesFirst):
     """Keeps T patches of every image, then at one decoder layer the ones that the last prompt row attends to.
 
     Stage 1: ``int(T * local_ratio)`` patches are local: shared out evenly over the windows, in each window those with the
@@ -68,15 +59,9 @@ class VScan(PruningPolicy):
         "keep the k(then) highest s_j"
     )
     presets = {
-        192: "keep=288,then=96,positions=pack",
-        128: "keep=192,then=64,positions=pack",
-        64: "keep=96,then=32,positions=pack",
-        640: "keep=960,then=320,positions=pack",
-        320: "keep=480,then=160,positions=pack",
-        160: "keep=240,then=80,positions=pack",
-        0.333: "keep=0.5,then=0.333,layer=14",
-        0.222: "keep=0.333,then=0.333,layer=14",
-        0.111: "keep=0.167,then=0.333,layer=14",  # the authors'; the two above follow from the same ratio
+        **{n: f"keep={3 * n // 2},then={n // 2},positions=pack" for n in (192, 128, 64, 640, 320, 160)},
+        # the authors' are of 0.111; the other two follow from the same ratio
+        **each("keep={},then=0.333,layer=14", of={0.333: 0.5, 0.222: 0.333, 0.111: 0.167}),
     }
     growth = "n^2"  # every dropped token is compared with every kept one
 
@@ -88,19 +73,13 @@ class VScan(PruningPolicy):
     shallow_layer: int = 5
     vision_layer: int = -2
     positions: Positions = "keep"
+    spend = "crop"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_keep(self.then, "then")
-        check_layer(self.layer, 1, " (stage 1 is at layer 0)")
+        super().__post_init__()
         check_share("local_ratio", self.local_ratio)
         check_whole("window", self.window, 1)
         check_whole("shallow_layer", self.shallow_layer)
-        check_whole("vision_layer", self.vision_layer)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return (0, self.layer)
 
     def needs(self, layer: int) -> Needs:
         """Stage 1: two vision layers and the rows to merge. Stage 2: the layer's own query and key."""
@@ -108,73 +87,23 @@ class VScan(PruningPolicy):
             return Needs(hidden=True, vision=tuple(sorted({self.shallow_layer, self.vision_layer})))
         return Needs(attention="own")
 
-    def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        return self._scan(ctx) if ctx.layer == 0 else super().select(ctx)
-
-    def ranks(self, layer: int) -> bool:
-        """Stage 2; stage 1 merges."""
-        return super().ranks(layer) and layer != 0
-
     def rank(self, ctx: TokenContext) -> Ranking:
         seen = ctx.given("attention")
         return ranked(ctx, self, seen.rating(seen.last), self.positions, static=True)
 
-    def at(self, share: float) -> Self:
-        return replace(self, keep=share_of(share), then=share_of(share))
-
-    def spends(self, layer: int) -> str:
-        return "crop" if layer == 0 else "prompt"
-
-    def kept(self, tokens: int, images: float, layer: int) -> int:
-        return keep_count(self.keep if layer == 0 else self.then, tokens, images, self.spends(layer))
-
-    def _scan(self, ctx: TokenContext) -> Tensor | Reduction:
+    def first(self, ctx: TokenContext) -> Tensor | Reduction:
         crops = crops_of(ctx)
-        if not crops.tokens:
-            return ctx.ordinals
-        hidden = crops.split(ctx.given("hidden"))
-        quota = quota_of(ctx, self, crops)
-        layers = (self.shallow_layer, self.vision_layer)
-        scores = [vision_of(ctx, layer, crops).received() for layer in layers]
-        picked, rows, into = [], [], []
-        for kind in crops.kinds(quota):
-            shallow, deep = (crops.take(x, kind) for x in scores)
-            local, count = self._local(shallow, kind.crop, int(kind.kept * self.local_ratio))
-            code = local.to(torch.int8)
-            chosen = ops.select_topk(deep, kind.kept - count, code=code)[0][:, : kind.kept]
-            picked.append((kind, chosen))
-            made, own = merge_dropped(crops.take(hidden, kind), chosen)
-            rows.append((kind, made))
-            into.append((kind, own))
-        made, own = crops.together(rows), crops.together(into)
-        return gathered(ctx, crops, quota, crops.together(picked), self.positions, made, own)
+        hidden, quota = crops.split(ctx.given("hidden")), quota_of(ctx, self, crops)
+        layers = self.shallow_layer, self.vision_layer
+        shallow, deep = (vision_of(ctx, layer, crops).received() for layer in layers)
 
-    def _local(self, scores: Tensor, crop: Crop, share: int) -> tuple[Tensor, int]:
-        """Marks ``[i, P]`` of each window's best patches, ``share`` divided by the windows, and how many a crop has."""
-        windows = windows_of((crop.rows, crop.columns), self.window)
-        patches = Counter(windows)
-        each = share // len(patches)
-        layout = whole_numbers(tuple(windows), scores.device).expand_as(scores)
-        return rank_within(scores, layout) < each, sum(min(each, most) for most in patches.values())
+        def scanned(kind: Kind) -> tuple[Tensor, ...]:
+            grid, share = (kind.crop.rows, kind.crop.columns), int(kind.kept * self.local_ratio)
+            local, count = best_of_windows(crops.take(shallow, kind), grid, self.window, share)
+            others = kind.kept - count
+            index, _ = ops.select_topk(crops.take(deep, kind), others, code=local.to(torch.int8))
+            chosen = index[:, : kind.kept]
+            return chosen, *averaged_with_nearest(crops.take(hidden, kind), chosen)
 
-
-def windows_of(grid: Grid, window: int) -> list[int]:
-    """Number of the window that each patch of a grid lies in, in raster order; edge windows may be smaller."""
-    across = -(-grid[1] // window)
-    return [r // window * across + c // window for r in range(grid[0]) for c in range(grid[1])]
-
-
-def merge_dropped(hidden: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``[I, k, D]`` of the picked tokens ``[I, k]``, each the mean of itself and the dropped ones nearest to it.
-
-    And into which place every token was merged, ``[I, P]``, -1 = it was picked.
-    """
-    P, k = hidden.shape[1], picked.shape[1]
-    if k in (0, P):  # nothing to merge into, or nothing to merge
-        return hidden[:, :k], torch.full(hidden.shape[:2], -1, dtype=torch.int64, device=hidden.device)
-    dropped = others(picked, P)
-    own = torch.arange(k, device=picked.device).expand_as(picked)
-    assigned = picked.new_zeros(picked.shape[0], P).scatter(1, picked, own)
-    assigned = assigned.scatter(1, dropped, nearest(rows_at(hidden, dropped), rows_at(hidden, picked)))
-    into = picked.gather(1, assigned).scatter(1, picked, -1)
-    return ops.merge_tokens(hidden, assigned, k, mode="mean"), into
+        picked, rows, into = crops.by_kind(quota, scanned)
+        return gathered(ctx, crops, quota, picked, self.positions, rows, into)

@@ -70,3 +70,12 @@ def row_attention(seen: AttentionInputs) -> Tensor:
     logits = torch.einsum("bghrd,bgnd->bghrn", shared, key).flatten(1, 2) * seen.scale
     real = (seen.rows >= 0)[:, None, :, None] & (seen.columns >= 0)[:, None, None, :]
     return (logits - lse[..., None]).masked_fill(~real, float("-inf")).exp()
+
+
+def most_asked(ctx: TokenContext) -> Tensor:
+    """The most that any head of any word behind the last image pays, softmax over all keys, without RoPE and causal mask.
+
+    ``[B, N]`` float32. It is of the rows of one chunk; ``rated`` where a sample has no such words.
+    """
+    rating = ctx.given("attention").chunk().rating(unrotated=True, head_reduce="max", row_reduce="max")
+    return rated(Rating(rating.scoring._replace(causal=False), rating.group).scores(), ctx)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from vlmprune import ops
-from vlmprune.constants import whole_numbers
+from vlmprune.constants import filled, whole_numbers
 from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.by_image import quota_of
 from vlmprune.policies.choose import index_of, select_counts
 from vlmprune.policies.groups import Quota
-from vlmprune.policies.parts.frames import Frames, over_runs
-from vlmprune.policies.parts.peaks import in_proportion
+from vlmprune.policies.parts.frames import Frames, Videos, frame_means, frames_of, over_runs, run_numbers
+from vlmprune.policies.parts.peaks import NEAR, density_peaks, in_proportion, means_of
+from vlmprune.policies.parts.segments import stretches
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,37 @@ class Scene:
     runs: Tensor
     still: Tensor
     real: Tensor
+
+    @classmethod
+    def unchanging(cls, starts: Tensor, alike: Tensor, real: Tensor) -> Self:
+        """Still are the places that are ``alike [I, F, P]``, the same as in the frame before, in all of a run but its first."""
+        runs = run_numbers(starts)
+        moved = over_runs((real & ~alike & ~starts[..., None]).float(), runs)
+        return cls._where(moved == 0, starts, runs, real)
+
+    @classmethod
+    def similar(cls, videos: Videos, x: Tensor, share: float, tau: float) -> Self:
+        """Of runs by clusters of frames: still are places whose tokens have a mean cosine, of all pairs, above ``tau``.
+
+        Mean rows of the F frames of ``x [I, F, P, D]`` are clustered around ``int(share F)`` density peaks, one at least; of a
+        cluster its longest ``stretches`` stay. Frames of another shape begin a run.
+        """
+        (some, frames), real = videos.shape, videos.real(x.device)
+        means, there = frame_means(x, real), filled((some, frames), True, torch.bool, x.device)
+        wanted = filled((some,), max(1, int(frames * share)), torch.int64, x.device)
+        clusters = density_peaks(means, there, wanted, torch.full_like(wanted, NEAR), NEAR)
+        starts = stretches(clusters) | ~videos.follows(x.device)
+        runs = run_numbers(starts)
+        length = over_runs(torch.ones_like(runs), runs)
+        total = over_runs(normalize(x.float(), dim=-1), runs).square().sum(-1)
+        alike = (total - length[..., None]) / (length * (length - 1)).clamp(min=1)[..., None]
+        return cls._where(alike > tau, starts, runs, real)
+
+    @classmethod
+    def _where(cls, calm: Tensor, starts: Tensor, runs: Tensor, real: Tensor) -> Self:
+        """Of the places that are calm in each run, ``[I, runs, P]``."""
+        calm = calm & (over_runs(torch.ones_like(runs), runs) > 1)[..., None]
+        return cls(starts, runs, calm.gather(1, runs[..., None].expand_as(calm)) & real, real)
 
     @property
     def lead(self) -> Tensor:
@@ -64,13 +99,27 @@ class Scene:
         more = others & (others.cumsum(1) <= (totals - distinct)[:, None])
         return in_proportion(sizes, distinct).view(len(sizes), -1, 2), more.view(self.still.shape)
 
+    def parts(self, ratio: float, whole: int) -> tuple[Tensor, Tensor]:
+        """The same, ``ratio`` of the lead and of the moving tokens of each frame where they are more than ``whole``, else all."""
+        some = torch.where(self.sizes > whole, (self.sizes.double() * ratio).long(), self.sizes)
+        return some.view(len(some), -1, 2), torch.zeros_like(self.still)
+
+    def clustered(self, x: Tensor, shares: Tensor, more: Tensor) -> Merged:
+        """Lead and moving tokens of each frame become means around density peaks, ``shares [I, F, 2]`` of them; ``more`` stay."""
+        means, near = self.over_time(x, more), torch.full_like(shares[..., 0], NEAR)
+        each = zip((self.lead, self.moving), shares.unbind(2), strict=True)
+        joined = torch.maximum(*(density_peaks(means, of, n, near, NEAR) for of, n in each))
+        rows = torch.where(more[..., None], x.float(), means_of(means, joined))
+        stays = (joined == torch.arange(x.shape[2], device=x.device)) | more
+        return Merged(stays, rows, self.into(joined, more))
+
     def over_time(self, x: Tensor, but: Tensor) -> Tensor:
         """``x [I, F, P, D]`` with the mean over the run, ``but`` for tokens that stay, in each lead token: float32."""
         of = self.still & ~but
         total = over_runs(x.float().masked_fill(~of[..., None], 0.0), self.runs)
         count = over_runs(of.float(), self.runs).clamp(min=1)
         mean = total / count[..., None]
-        at = self.runs.clamp(min=0)[:, :, None, None].expand_as(mean)
+        at = self.runs[:, :, None, None].expand_as(mean)
         return torch.where(self.lead[..., None], mean.gather(1, at), x.float())
 
     def into(self, joined: Tensor, more: Tensor) -> Tensor:
@@ -86,55 +135,80 @@ class Scene:
         return centre.flatten(1).gather(1, mine.flatten(1)).view(joined.shape)
 
 
-def totals(ctx: TokenContext, policy: PruningPolicy, frames: Frames) -> Tensor:
-    """``[I]`` int64 how many tokens of its frames each image keeps."""
-    kept = quota_of(ctx, policy, frames.groups).kept
-    return whole_numbers(tuple(sum(kept[g] for g in own) for own in frames.groups.members), ctx.device)
+class Merged(NamedTuple):
+    """What comes of the tokens of some videos.
+
+    Attributes:
+        kept: ``[I, F, P]`` bool.
+        rows: ``[I, F, P, D]``, of those that stay.
+        into: ``[I, F, P]`` int64, the place ``f P + p`` in its video of what each token was merged into, -1 = into nothing.
+    """
+
+    kept: Tensor
+    rows: Tensor
+    into: Tensor
+
+    def targets(self, videos: Videos) -> Tensor:
+        """``[I, F, P]`` int64, the place among its sample's tokens of what each one was merged into, -1 = it was not."""
+        tokens = torch.arange(self.kept.shape[2], device=self.kept.device)
+        places = videos.groups.places(tokens.expand(len(videos.numbers), -1)).view(len(self.kept), -1)
+        target = places.gather(1, self.into.clamp(min=0).flatten(1)).view(self.into.shape)
+        return target.masked_fill((self.into < 0) | self.kept, -1)
+
+
+def remember_groups(ctx: TokenContext, policy: PruningPolicy, scenes: Mapping[Videos, Scene]) -> None:
+    """Note for a later stage which group of the prompt each token is of: two a frame, lead and moving, and one of newlines.
+
+    A token that stands still is of its run's lead.
+    """
+    frames = sum(len(videos.numbers) for videos in scenes)
+    group = torch.full_like(ctx.ordinals, 2 * frames)
+    for videos, scene in scenes.items():
+        own = whole_numbers(videos.numbers, ctx.device).view(videos.shape)
+        frame = torch.where(scene.still, own.gather(1, scene.first_frames())[..., None], own[..., None])
+        group = videos.put(group, 2 * frame + scene.moving)
+    ctx.shared[policy] = ctx.grids, group, 2 * frames + 1
+
+
+def remembered_groups(ctx: TokenContext, policy: PruningPolicy) -> tuple[Tensor, int]:
+    """Of each token that enters ``[B, N]`` the number of its group, and how many there are; one where none are noted."""
+    known = ctx.shared.get(policy)
+    if known is None or known[0] != ctx.grids:
+        return torch.zeros_like(ctx.ordinals), 1
+    return known[1].gather(1, ctx.ordinals.clamp(min=0)), known[2]
 
 
 def settled(
     ctx: TokenContext,
     policy: PruningPolicy,
-    frames: Frames,
-    kept: Tensor,
-    rows: Tensor,
-    into: Tensor,
+    merge: Callable[[Videos], Merged],
     counted: bool = True,
 ) -> Reduction:
-    """A choice of tokens of frames, with new rows, as a policy answers it.
+    """What ``merge`` makes of the videos of a batch, those of a shape together, as a policy answers it.
 
-    Args:
-        kept: ``[I, F, P]`` bool.
-        rows: ``[I, F, P, D]``, of those that stay.
-        into: ``[I, F, P]`` int64, the place ``f P + p`` in its video of what each token was merged into, -1 = into nothing.
-        counted: whether as many stay as the policy says, which asks nothing of the device; else one host read.
+    ``counted`` says that as many stay as the policy says, which asks nothing of the device; else one host read.
     """
-    hidden, groups = ctx.given("hidden"), frames.groups
-    marks = frames.spread(kept.float())
+    frames, hidden = frames_of(ctx), ctx.given("hidden")
+    kept, rows, merged = torch.zeros_like(ctx.mask), hidden, torch.full_like(ctx.ordinals, -1)
+    for videos in frames.alike():
+        made = merge(videos)
+        kept, rows = videos.put(kept, made.kept), videos.put(rows, made.rows)
+        merged = videos.put(merged, made.targets(videos))
     if counted:
-        quota = quota_of(ctx, policy, groups)
-        marks = marks + _newlines(ctx, frames, quota) if any(quota.rest) else marks
-        each = tuple(map(sum, groups.by_sample(quota.kept, quota.rest)))
-        index = select_counts(marks, ctx, each)
+        quota = quota_of(ctx, policy, frames.groups)
+        kept = kept | _newlines(ctx, frames, quota) if any(quota.rest) else kept
+        counts = frames.groups.by_sample(quota.kept, quota.rest)
+        index = select_counts(kept.float(), ctx, tuple(map(sum, counts)))
     else:
-        index = index_of(marks > 0)
-    made = torch.where(frames.spread(kept)[..., None], frames.spread(rows).to(hidden.dtype), hidden)
-    tokens = torch.arange(rows.shape[2], device=ctx.device).expand(len(groups.crops), -1)
-    place = frames.lay(groups.places(tokens)).flatten(1)
-    gone = (into < 0) | kept
-    merged = place.gather(1, into.clamp(min=0).flatten(1)).view(into.shape).masked_fill(gone, -1)
+        index = index_of(kept)
     positions: Positions = policy.positions  # type: ignore[assignment]
-    return Reduction(
-        index, ops.gather_tokens([made], index)[0], positions, merged=frames.spread(merged, fill=-1)
-    )
+    return Reduction(index, ops.gather_tokens([rows], index)[0], positions, merged=merged)
 
 
 def _newlines(ctx: TokenContext, frames: Frames, quota: Quota) -> Tensor:
-    """``[B, N]`` float32, 1 at the newline tokens that stay because all others of their image do."""
+    """``[B, N]`` bool, the newline tokens that stay because all others of their image do."""
     groups, width = frames.groups, ctx.mask.shape[1]
     lines: list[set[int]] = [set() for _ in ctx.counts]
     for owner, places, n in zip(groups.owners, groups.rest, quota.rest, strict=True):
         lines[owner] |= set(places[:n])
-    return whole_numbers(
-        tuple(tuple(int(i in own) for i in range(width)) for own in lines), ctx.device
-    ).float()
+    return whole_numbers(tuple(tuple(int(i in own) for i in range(width)) for own in lines), ctx.device) > 0

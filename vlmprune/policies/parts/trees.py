@@ -6,8 +6,43 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vlmprune import ops
 from vlmprune.policies.parts.frames import over_runs
-from vlmprune.policies.parts.peaks import in_proportion
+from vlmprune.policies.parts.peaks import NEAR, density_peaks, in_proportion, means_of
+
+
+def clustered_trees(
+    x: Tensor, free: Tensor, runs: Tensor, left: Tensor, threshold: float, divide: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is left of tokens when trees of links become one row at their root, and clusters of a frame's roots one at their peak.
+
+    Args:
+        x, free, runs, left, threshold: as in ``linked``. What a run's frames have left they share in proportion to their roots.
+        divide: a tree's sum by its ``"tokens"``, or by one more than its root's own ``"links"``.
+
+    Returns:
+        Which stay, ``[I, F, P]`` bool; their rows, ``[I, F, P, D]`` float32; and the place ``f P + p`` in its video of what each
+        token has become a part of, ``[I, F, P]`` int64, -1 = of nothing.
+    """
+    parent, link = linked(x, free, runs, left, threshold)
+    root, heads = roots(parent, link), free & ~link
+    rows = _grown(x, parent, link, root, divide)
+    wanted = shares_of_runs(heads.sum(2), left, runs)
+    joined = density_peaks(rows, heads, wanted, wanted.clamp(max=NEAR), NEAR)
+    places = torch.arange(x.shape[2], device=x.device)
+    at = joined + torch.arange(x.shape[1], device=x.device)[:, None] * len(places)
+    into = torch.where(joined < 0, -1, at).flatten(1).gather(1, root).view(free.shape)
+    return joined == places, means_of(rows, joined), into
+
+
+def _grown(x: Tensor, parent: Tensor, link: Tensor, root: Tensor, divide: str) -> Tensor:
+    """``[I, F, P, D]`` float32, every tree's row at its root."""
+    rows, tokens = x.float().flatten(1, 2), root.shape[1]
+    if divide == "tokens":
+        return ops.merge_tokens(rows, root, tokens).view(x.shape)
+    total = ops.merge_tokens(rows, root, tokens, mode="sum")
+    links = torch.zeros_like(root).scatter_add(1, parent.flatten(1), link.flatten(1).long())
+    return (total / (1 + links)[..., None]).view(x.shape)
 
 
 def linked(x: Tensor, free: Tensor, runs: Tensor, left: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -31,7 +66,7 @@ def linked(x: Tensor, free: Tensor, runs: Tensor, left: Tensor, threshold: float
     to = torch.cat([torch.zeros_like(free[:, :1]), free[:, :-1]], 1)
     cosine = (unit @ before.mT).masked_fill(~to[:, :, None], -1.0)
     likeness, place = cosine.max(3)
-    same = torch.cat([torch.zeros_like(runs[:, :1], dtype=torch.bool), runs[:, 1:] == runs[:, :-1]], 1)
+    same = torch.cat([torch.zeros_like(free[:, :1, 0]), runs[:, 1:] == runs[:, :-1]], 1)
     likeness = likeness.masked_fill(~(free & same[..., None]), -1.0)
     link = likeness > _highest(likeness, free, runs, left, threshold).clamp(min=-1.0 + 1e-6)
     own = torch.arange(F * P, device=x.device).view(F, P)
@@ -47,11 +82,10 @@ def _highest(likeness: Tensor, free: Tensor, runs: Tensor, left: Tensor, thresho
     order = flat.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, of.gather(1, order).argsort(dim=1, stable=True))  # run by run, the highest first
     sizes = over_runs(torch.ones_like(runs), runs).long() * P
-    absent = (runs < 0).sum(1, keepdim=True) * P  # frames that are not there come before all runs
-    place = absent + sizes.cumsum(1) - sizes + spare - 1
+    place = sizes.cumsum(1) - sizes + spare - 1
     limit = flat.gather(1, order).gather(1, place.clamp(0, flat.shape[1] - 1))
     limit = torch.where(spare < 1, torch.inf, torch.where(above > spare, limit, threshold))
-    return limit.gather(1, runs.clamp(min=0))[..., None]
+    return limit.gather(1, runs)[..., None]
 
 
 def roots(parent: Tensor, link: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.constants import whole_numbers
+from vlmprune.policies.choose import marks
 
 Rule = Generator[Tensor, Tensor, None]
 """Yields what each token ``[G, P]`` is worth if it is taken next, no NaN, and is sent the one ``[G]`` that was."""
@@ -38,6 +39,52 @@ def taken_in_turn(rule: Rule, kept: Sequence[int], mask: Tensor | None) -> Tenso
     late = turn >= whole_numbers(tuple(kept), worth.device)[:, None]
     index = index.masked_fill(late, P).sort(dim=1).values
     return index.masked_fill(index == P, -1)
+
+
+def farthest(x: Tensor, weights: Tensor, real: Tensor, counts: Sequence[int]) -> Tensor:
+    """Marks ``[..., P]`` bool of ``counts[g]`` tokens of each of the G groups, chosen one after another.
+
+    Each is the one of largest ``min_i w_j (1 - cos(x_i, x_j))`` over the chosen i; the first over all i, but for the least.
+
+    Args:
+        x: ``[..., P, D]``, G groups in all.
+        weights: ``[..., P]``; NaN and infinities count as 0.
+        real: ``[..., P]`` bool, False = padding.
+    """
+    shape, P = real.shape, real.shape[-1]
+    unit, mask = unit_rows(x.reshape(-1, P, x.shape[-1])), real.reshape(-1, P)
+    far = (1 - unit @ unit.mT) * weights.reshape(-1, 1, P).float().nan_to_num(0.0, 0.0, 0.0)
+    far = far.masked_fill(~mask[..., None], float("inf"))
+    return marks(taken_in_turn(_farthest(far), counts, mask), P).view(shape)
+
+
+def _farthest(far: Tensor) -> Rule:
+    """How far each token is from the nearest one taken, ``far [G, P, P]`` from each."""
+    best = yield far.topk(min(2, far.shape[1]), dim=1, largest=False).values[:, -1]
+    nearest = torch.full_like(far[:, 0], float("inf"))
+    while True:
+        row = far.gather(1, best[:, None, None].expand(-1, 1, far.shape[2]))[:, 0]
+        nearest = torch.minimum(nearest, row)
+        best = yield nearest
+
+
+def covering(weights: Tensor) -> Rule:
+    """How much more of the rows of ``weights [G, R, P]`` each token would cover: a row by the largest weight taken from it."""
+    covered = torch.zeros_like(weights[:, :, :1])
+    while True:
+        best = yield (weights - covered).clamp(min=0).sum(1)
+        column = weights.gather(2, best[:, None, None].expand(-1, weights.shape[1], 1))
+        covered = torch.maximum(covered, column)
+
+
+def apart(unit: Tensor, weight: Tensor) -> Rule:
+    """``weight [G, P]``, from the second choice on times 1 - cosine, by ``unit [G, P, D]``, with the nearest one taken."""
+    best = yield weight
+    gap = torch.full_like(weight, 2.0)
+    while True:
+        row = unit.gather(1, best[:, None, None].expand(-1, 1, unit.shape[2]))
+        gap = torch.minimum(gap, (1 - (row @ unit.mT)[:, 0]).clamp(min=0))
+        best = yield weight * gap
 
 
 def outlived(close: Tensor) -> Tensor:

@@ -1,0 +1,41 @@
+"""Windows of a crop's grid, and the best tokens of each (VScan)."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import Tensor
+
+from vlmprune.constants import whole_numbers
+from vlmprune.policies.base import Grid
+from vlmprune.policies.choose import rank_within
+
+
+def windows_of(grid: Grid, window: int) -> list[int]:
+    """Number of the window that each token of a grid lies in, in raster order; windows at its edge may be smaller.
+
+    Example:
+        >>> windows_of((2, 5), 2)
+        [0, 0, 1, 1, 2, 0, 0, 1, 1, 2]
+    """
+    across = -(-grid[1] // window)
+    return [r // window * across + c // window for r in range(grid[0]) for c in range(grid[1])]
+
+
+def best_of_windows(scores: Tensor, grid: Grid, window: int, share: int) -> tuple[Tensor, int]:
+    """The best tokens of every window: ``share`` divided by the windows and rounded down, or all that a window has.
+
+    Args:
+        scores: ``[i, P]`` of crops of one grid.
+        grid: its rows and columns, P in all.
+        window: rows and columns of a window.
+        share: how many of a crop all windows together may have.
+
+    Returns:
+        Marks ``[i, P]`` bool, and how many tokens of each crop they mark.
+    """
+    windows = windows_of(grid, window)
+    sizes = Counter(windows)
+    each = share // len(sizes)
+    layout = whole_numbers(tuple(windows), scores.device).expand_as(scores)
+    return rank_within(scores, layout) < each, sum(min(each, most) for most in sizes.values())
