@@ -116,6 +116,13 @@ def test_methods_stand_on_parts_and_both_on_the_interface():
             assert not found or path.name in lists, f"{path}: {found}"
 
 
+def test_a_method_is_read_in_one_sitting():
+    """What is longer stands in parts, by its own name."""
+    folder = ROOT / "vlmprune" / "policies" / "methods"
+    lines = {path.name: len(path.read_text().splitlines()) for path in folder.glob("*.py")}
+    assert lines and not {name: n for name, n in lines.items() if n > 110}
+
+
 def test_every_part_has_a_rule():
     here = {
         p.stem for p in (ROOT / "vlmprune").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()

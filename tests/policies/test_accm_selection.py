@@ -10,13 +10,10 @@ import torch
 from helpers.contexts import case, images_in, kept_lists, patch_scores, sight, text_case
 from vlmprune.policies import Random
 from vlmprune.policies.base import Needs, Reduction
-from vlmprune.policies.methods.accm_selection import (
-    ACCMSelection,
-    joined_attention,
-    outliers,
-    places,
-    shuffled,
-)
+from vlmprune.policies.methods.accm_selection import ACCMSelection
+from vlmprune.policies.parts.filling import places, shuffled
+from vlmprune.policies.parts.outlying import outliers
+from vlmprune.policies.parts.received import joined_attention
 
 RELEASE = dict(nearest=False, vision_layer=-1, heads="joined", overflow="last", order="selected")
 BATCHES = [

@@ -56,6 +56,15 @@ def test_split_and_join(images, groups_of):
         assert not rows[sample, len(expected) :].any()
 
 
+@pytest.mark.parametrize("images", BATCHES[:-1])
+def test_by_kind_puts_groups_back_in_their_order(images):
+    found = crops_of(case(images, layer=0).ctx)
+    split = found.split(case(images, layer=0).ctx.hidden)
+    quota = found.shared_out([n // 2 for n in found.tokens])
+    both = found.by_kind(quota, lambda kind: (found.take(split, kind), torch.tensor(kind.members)[:, None]))
+    assert torch.equal(both[0], split) and both[1][:, 0].tolist() == [*range(len(split))]
+
+
 @pytest.mark.parametrize("cls", [True, False])
 @pytest.mark.parametrize("few_values", [True, False])
 def test_attention_received(cls, few_values):

@@ -7,8 +7,8 @@ import torch
 
 from helpers.contexts import attention_row, case, kept_lists, top
 from vlmprune.policies import FitPrune, Needs
-from vlmprune.policies.methods.fitprune import SCHEDULES, attended
-from vlmprune.policies.parts.attention_maps import attention_maps
+from vlmprune.policies.parts.attention_maps import attention_maps, text_times_image
+from vlmprune.policies.parts.fitted import SCHEDULES
 from vlmprune.policies.schedule import stage_counts
 
 CASES = [
@@ -144,7 +144,7 @@ def test_a_broken_sample_keeps_its_first_tokens():
     policy = FitPrune(layers=(2,), drop=5)
     whole, got = (kept_lists(policy.select(ctx)) for ctx in (made.ctx, broken))
     assert got == [list(range(15)), whole[1]]
-    assert attended(broken.attention)[1, :9].isfinite().all()
+    assert text_times_image(broken.attention)[1, :9].isfinite().all()
 
 
 def test_needs_every_row():

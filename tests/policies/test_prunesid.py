@@ -9,7 +9,8 @@ import torch
 
 from helpers.contexts import images_in, kept_lists, patch_scores, sight
 from vlmprune.policies.base import Needs
-from vlmprune.policies.methods.prunesid import PruneSID, kept_of_groups, shared_out
+from vlmprune.policies.methods.prunesid import PruneSID, kept_of_groups
+from vlmprune.policies.parts.apportion import shared_out
 
 BATCHES = [
     pytest.param({"images": ["square"]}, id="one"),

@@ -21,8 +21,8 @@ from vlmprune.policies import (
     VisionZip,
     policy_from,
 )
-from vlmprune.policies.methods.scout import apart
 from vlmprune.policies.parts.blur import blurred
+from vlmprune.policies.parts.joining import apart
 from vlmprune.policies.schedule import keep_for_flops, keep_for_mean_tokens, stage_counts, wave_rows
 from vlmprune.testing.context import make_context
 

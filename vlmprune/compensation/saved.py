@@ -1,4 +1,4 @@
-"""A compensator that lies in a folder, and is loaded when it is first asked."""
+"""A compensator as it is given to a policy: one that lies in a folder is loaded when it is first asked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from vlmprune.compensation.interface import Caption, Compensator, Discarded
+from vlmprune.compensation.known import Known
+from vlmprune.compensation.remembering import Remembering
 from vlmprune.compensation.saving import standing
 from vlmprune.errors import check
 
@@ -50,3 +52,16 @@ class Saved:
 
                 self._loaded = load_compensator(self.folder).to(images[0].features.device)
         return self._loaded(images, candidates)
+
+
+def opened(given: Compensator | str) -> Compensator:
+    """A compensator, or the one saved in a folder, behind a memory of what it has said.
+
+    Known texts go by the order of the images, and have none.
+
+    Raises:
+        InputError: no such folder, or something that cannot be called.
+    """
+    found = Saved(given) if isinstance(given, str) else given
+    check(callable(found), "compensator", "a compensator, or the folder of a saved one", repr(found))
+    return found if isinstance(found, Known | Remembering) else Remembering(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -28,15 +29,20 @@ PUBLISHED = (
 )
 
 
-def each(setting: str, counts: str = "") -> dict[float, str]:
+def each(setting: str, counts: str = "", of: Mapping[float, float] | None = None) -> dict[float, str]:
     """Presets of a method that acts before the language model: the budget, put in at ``{}``, is what every layer gets.
 
-    ``counts`` is added where it is a number of tokens: what the published tables for LLaVA were made with.
+    Args:
+        setting: as typed on the command line.
+        counts: is added where the budget is a number of tokens: what the published tables for LLaVA were made with.
+        of: by budget, what is put in instead, where layers get unlike numbers; only these budgets then have a preset.
 
     Example:
         >>> presets = each("keep={}", counts=",positions=pack")
         >>> presets[640], presets[0.111]
         ('keep=640,positions=pack', 'keep=0.111')
+        >>> each("layer=2,keep={}", of={192: 166})
+        {192: 'layer=2,keep=166'}
     """
-    budgets = [budget for model in PUBLISHED for budget in model.budgets]
-    return {b: setting.format(b) + (counts if isinstance(b, int) else "") for b in budgets}
+    own = {budget: budget for model in PUBLISHED for budget in model.budgets} if of is None else of
+    return {b: setting.format(put) + (counts if isinstance(b, int) else "") for b, put in own.items()}

@@ -60,6 +60,22 @@ def select_counts(scores: Tensor, ctx: TokenContext, kept: Sequence[int]) -> Ten
     return Ranking(scores, tuple(kept)).index(ctx)
 
 
+def best_among(scores: Tensor, count: int | Tensor, among: Tensor | None) -> Tensor:
+    """Places ``[G, P]`` of the ``count`` best of ``scores [G, P]``, ascending, -1 on the right; no host sync.
+
+    Args:
+        scores: ``[G, P]``, the higher survives; ties go to the lower place, NaN ranks below everything.
+        count: how many of each row, an int or ``[G]`` int64.
+        among: ``[G, P]`` bool, the tokens that compete, others go; None = all do.
+
+    Example:
+        >>> best_among(torch.tensor([[3.0, 1, 2]]), 1, torch.tensor([[False, True, True]]))
+        tensor([[ 2, -1, -1]])
+    """
+    code = None if among is None else torch.where(among, 0, 2).to(torch.int8)
+    return ops.select_topk(scores, count, code=code)[0]
+
+
 def padding(tokens: Sequence[int], mask: Tensor) -> Tensor | None:
     """``mask``, or None where all rows are as full as it is wide."""
     return None if all(n == mask.shape[1] for n in tokens) else mask

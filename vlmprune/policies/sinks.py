@@ -9,16 +9,17 @@ from torch import Tensor
 
 from vlmprune.constants import whole_numbers
 from vlmprune.errors import check
-from vlmprune.policies.base import Growth, Needs, PruningPolicy, Ranking, TokenContext
+from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.checks import check_whole, is_number
 from vlmprune.policies.compose import check_member
+from vlmprune.policies.wrapping import Wrapping
 
 EPSILON = 1e-6
 """Of the RMS norm, as in the paper's code."""
 
 
 @dataclass(frozen=True)
-class WithoutSinks(PruningPolicy):
+class WithoutSinks(Wrapping):
     """Another ranking, in which attention sinks come behind all other tokens: as many stay, but a sink only for want of others.
 
     A token is a sink if its hidden state, divided by its own root mean square, exceeds ``tau`` in magnitude in a sink
@@ -68,24 +69,11 @@ class WithoutSinks(PruningPolicy):
             check_whole("dimensions", dimension, 0)
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        return self.method.layers
-
-    @property
-    def growth(self) -> Growth | None:
-        """The method's: who is a sink costs every token the same."""
-        return self.method.growth
-
-    @property
-    def packs(self) -> bool:
-        return self.method.packs
-
-    @property
-    def fixed_count(self) -> bool:
-        return self.method.fixed_count
+    def inside(self) -> PruningPolicy:
+        return self.method
 
     def needs(self, layer: int) -> Needs:
-        return self.method.needs(layer) | Needs(hidden=True)
+        return super().needs(layer) | Needs(hidden=True)
 
     def empties(self, layer: int) -> bool:
         return self.method.empties(layer)
@@ -105,12 +93,3 @@ class WithoutSinks(PruningPolicy):
 
     def at(self, share: float) -> Self:
         return replace(self, method=self.method.at(share))
-
-    def kept(self, tokens: int, images: float, layer: int) -> int:
-        return self.method.kept(tokens, images, layer)
-
-    def spends(self, layer: int) -> str:
-        return self.method.spends(layer)
-
-    def forget(self) -> None:
-        self.method.forget()

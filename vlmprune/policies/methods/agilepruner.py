@@ -12,7 +12,7 @@ from vlmprune.errors import check
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import ranked, vision_of
-from vlmprune.policies.checks import check_keep, check_number, check_whole, is_number
+from vlmprune.policies.checks import check_keep, check_number, is_number
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.groups import Groups
 from vlmprune.policies.parts.spectrum import effective_rank
@@ -71,7 +71,6 @@ class AgilePruner(PruningPolicy):
         check_keep(self.keep)
         check_number("average", self.average, above=0)
         check(is_number(self.cap) and 0 <= self.cap <= 2, "cap", "a number in [0, 2]", repr(self.cap))
-        check_whole("vision_layer", self.vision_layer)
 
     layers = (0,)  # before the language model
 

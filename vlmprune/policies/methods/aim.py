@@ -2,49 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal, Self
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, Reduction, TokenContext
-from vlmprune.policies.by_image import vision_of
-from vlmprune.policies.checks import (
-    BEFORE,
-    check_keep,
-    check_layer,
-    check_number,
-    check_share,
-    check_whole,
-    check_word,
-    share_of,
-)
-from vlmprune.policies.choose import quotas
-from vlmprune.policies.counts import keep_count
+from vlmprune.policies.base import Needs, Positions, Ranking, Reduction, TokenContext
+from vlmprune.policies.budgets import each
+from vlmprune.policies.by_image import ranked, vision_of
+from vlmprune.policies.checks import check_number, check_whole, check_word
 from vlmprune.policies.crops import crops_of
+from vlmprune.policies.parts.decay import LinearDecay
 from vlmprune.policies.parts.folding import Rounds, fold_crops
 from vlmprune.policies.parts.page_rank import page_rank
+from vlmprune.policies.parts.tower_keys import joined_keys
 
 
 @dataclass(frozen=True)
-class AIM(PruningPolicy):
+class AIM(LinearDecay):
     """Merges every crop to ``keep`` tokens, then lets their number fall in a straight line over ``stages`` layers.
 
-    Stage 1, before the language model: rounds of bipartite matching, each of which halves the tokens (the last one takes
-    less): the even tokens most like their nearest odd one merge into it, as plain means.
-    At each later stage the ranking of a token is its PageRank in the previous layer, of all prompt rows, text included: a softmax of
-    logits / ``temperature`` for every head, ``rounds`` steps from even shares without damping, and the root of the mean
-    square over heads. That takes whole rows: ``4 B (H / Hkv) S^2`` bytes, twice while the softmax runs, for S rows.
+    Before the language model rounds of bipartite matching halve the tokens (the last round takes less): the even tokens most
+    like their nearest odd one merge into it, as plain means. At each later stage a token is worth its PageRank in the previous
+    layer, of all prompt rows, text included: softmax of logits / ``temperature`` in every head, ``rounds`` steps from even
+    shares without damping, and the root of the mean square over heads. That takes whole rows: ``4 B (H / Hkv) S^2`` bytes for S
+    rows, twice while the softmax runs.
 
-    Where we differ from the released code: it masks, so that nothing is saved and dropped tokens still are rows of the first
-    step; ours are gone (on random attention, alike in all layers, 99 % of what stays after the second stage is the same,
-    92 % after the seventh). It ends with no visual token, ours with one of a sample that had any. Its counts are
-    ``int(share n)`` of the n merged tokens, ours follow from what enters each stage and are off by two at most. Where a
-    round of merging is not a full half (that of an odd number never is) it puts the even tokens that stay first, by falling
-    likeness, where we keep raster order, which changes what a round after that merges; of 576 and 196 tokens its settings
-    have one such round, the last. Beside the authors' functions on the same float32 tensors (576 to 252 and 72, 196 to 49
-    tokens) the merged rows are equal to 1e-6, PageRank of 46 rows to 1e-5 of its size. Half-precision rows they compare in
-    half precision, we in float32: near ties then fall otherwise.
+    The released code masks, so that nothing is saved and dropped tokens are rows of the first step; ours are gone (on random
+    attention, alike in all layers, 99 % of what stays after the second stage is the same, 92 % after the seventh). It ends with
+    no visual token, ours with one of a sample that had any. Its counts are ``int(share n)`` of the n merged tokens, ours follow
+    from what enters each stage, off by two at most. In a round that is no full half (of an odd number none is) it puts the even
+    tokens that stay first, by falling likeness, where we keep raster order, which changes later rounds; of 576 and 196 tokens
+    its settings have one such round, the last. Beside the authors' functions on the same float32 tensors (576 to 252 and 72,
+    196 to 49 tokens) merged rows are equal to 1e-6, PageRank of 46 rows to 1e-5 of its size. Half-precision rows they compare
+    in half precision, we in float32: near ties then fall otherwise.
 
     Args:
         keep: tokens per image (int) or share (float) after merging, shared out evenly over its crops; newline tokens go.
@@ -72,15 +63,8 @@ class AIM(PruningPolicy):
         "keep the round(n f_a / f_{a-1}) highest s_j, at least 1,  f_a = 1 - a / stages  (last=0.0)"
     )
     presets = {
-        192: "keep=350,positions=pack",
-        128: "keep=233,positions=pack",
-        64: "keep=116,positions=pack",
-        640: "keep=1169,positions=pack",
-        320: "keep=584,positions=pack",
-        160: "keep=292,positions=pack",
-        0.333: "keep=0.504,layer=15",
-        0.222: "keep=0.3355,layer=15",
-        0.111: "keep=0.1675,layer=15",
+        **each("keep={},positions=pack", of={192: 350, 128: 233, 64: 116, 640: 1169, 320: 584, 160: 292}),
+        **each("keep={},layer=15", of={0.333: 0.504, 0.222: 0.3355, 0.111: 0.1675}),
     }
     growth = "n^2"  # all pairs, before the model and in every layer that drops
 
@@ -95,60 +79,24 @@ class AIM(PruningPolicy):
     positions: Positions = "keep"
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        super().__post_init__()
         check_word("features", self.features, "projected", "keys")
-        check_layer(self.layer, 1, BEFORE)
-        check_whole("stages", self.stages, 1)
-        check_share("last", self.last)
         check_number("temperature", self.temperature, above=0)
         check_whole("rounds", self.rounds, 1)
-        check_whole("vision_layer", self.vision_layer)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return (0, *range(self.layer, self.layer + self.stages))
 
     def needs(self, layer: int) -> Needs:
         """To merge, the rows and perhaps a vision layer's keys; to drop, all rows of the layer before."""
-        if layer > 0:
+        if layer:
             return Needs(attention="previous", rows="all")
         return Needs(hidden=True, vision=(self.vision_layer,) if self.features == "keys" else ())
 
-    def ranks(self, layer: int) -> bool:
-        """All but the first, which merges."""
-        return super().ranks(layer) and layer > 0
-
-    def at(self, share: float) -> Self:
-        """``share`` after merging, and ``share`` of that after the last stage."""
-        return replace(self, keep=share_of(share), last=share_of(share))
-
-    def spends(self, layer: int) -> str:
-        return "prompt" if layer else "crop"
-
-    def kept(self, tokens: int, images: float, layer: int) -> int:
-        if layer == 0:
-            return keep_count(self.keep, tokens, images, "crop")
-        after = layer - self.layer + 1
-        share = self._left(after) / self._left(after - 1)
-        return min(tokens, max(1, round(share * tokens)))
-
-    def _left(self, stages: int) -> float:
-        """Which share of the merged tokens is left after so many stages."""
-        return 1 - (1 - self.last) * stages / self.stages
-
-    def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        return super().select(ctx) if ctx.layer else self._merged(ctx)
-
-    def rank(self, ctx: TokenContext) -> Ranking:
-        seen = ctx.given("attention")
-        return Ranking(page_rank(seen, self.temperature, self.rounds), tuple(quotas(ctx, self)))
-
-    def _merged(self, ctx: TokenContext) -> Tensor | Reduction:
-        crops = crops_of(ctx)
+    def first(self, ctx: TokenContext) -> Tensor | Reduction:
+        crops, keys = crops_of(ctx), None
         if not crops.tokens:
             return ctx.ordinals
-        if self.features == "projected":
-            return fold_crops(ctx, self, crops, Rounds(), self.positions)
-        seen = vision_of(ctx, self.vision_layer, crops)
-        keys = seen.per_token(seen.key[:, :, int(seen.cls) :].transpose(1, 2).flatten(2))
+        if self.features == "keys":
+            keys = joined_keys(vision_of(ctx, self.vision_layer, crops))
         return fold_crops(ctx, self, crops, Rounds(), self.positions, keys)
+
+    def rank(self, ctx: TokenContext) -> Ranking:
+        return ranked(ctx, self, page_rank(ctx.given("attention"), self.temperature, self.rounds))

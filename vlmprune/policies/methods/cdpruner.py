@@ -14,7 +14,7 @@ from vlmprune.policies.by_image import spent
 from vlmprune.policies.checks import check_keep
 from vlmprune.policies.choose import choose_relevant
 from vlmprune.policies.parts.lattice import lattice_scores
-from vlmprune.policies.parts.relevance import Relevance, check_relevance, relevance_of
+from vlmprune.policies.parts.relevance import Relevance, check_relevance, relevance_of, scaled
 
 LEAST = 1e-6
 """Added to the least relevance in the released code, so that no token has none at all."""
@@ -86,17 +86,9 @@ class CDPruner(PruningPolicy):
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         hidden = ctx.given("hidden")
         found = relevance_of(ctx, self.relevance)
-        relevance = (
-            torch.ones_like(ctx.mask, dtype=torch.float32) if found is None else scaled(found, ctx.mask)
-        )
+        if found is None:
+            relevance = torch.ones_like(ctx.mask, dtype=torch.float32)
+        else:
+            relevance = scaled(found, ctx.mask, LEAST, ROUNDING)
         spread = lattice_scores(ctx, [0] * len(ctx.counts))
         return spent(ctx, self, choose_relevant, hidden, relevance, spread, positions=self.positions)
-
-
-def scaled(relevance: Tensor, mask: Tensor) -> Tensor:
-    """Relevance ``[B, N]`` mapped to 0..1 within each sample's real tokens; 1 for all where they are equal to within ROUNDING."""
-    if not mask.shape[1]:
-        return relevance
-    least = relevance.masked_fill(~mask, float("inf")).amin(1, keepdim=True)
-    span = relevance.masked_fill(~mask, float("-inf")).amax(1, keepdim=True) - least
-    return torch.where(span > ROUNDING, (relevance - least + LEAST) / span, 1.0)

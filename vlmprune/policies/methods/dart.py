@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
 from vlmprune.errors import check
 from vlmprune.policies.base import Needs, PruningPolicy, TokenContext
+from vlmprune.policies.budgets import each
 from vlmprune.policies.checks import check_keep, check_layer, check_word
-from vlmprune.policies.choose import select_counts
 from vlmprune.policies.counts import keep_count
-from vlmprune.policies.parts.set_order import set_order
+from vlmprune.policies.parts.pivots import as_a_set, largest, states_and_norms, taken_by
 
 
 @dataclass(frozen=True)
@@ -53,16 +51,11 @@ class DART(PruningPolicy):
         "each i of P in turn takes the ⌊k / 8⌋ free j of lowest cos(y_i, y_j)  (order='released')\n"
         "keep the visual tokens of P and all that are taken  (count='released')"
     )
-    presets = {
-        192: "layer=2,keep=166,count=exact",
-        128: "layer=2,keep=98,count=exact",
-        64: "layer=2,keep=30,count=exact",
-        640: "layer=2,keep=490,count=exact",
-        320: "layer=2,keep=149,count=exact",  # two full layers alone are a mean of 180
-        0.333: "layer=2,keep=0.2816,count=exact",
-        0.222: "layer=2,keep=0.1621,count=exact",
-        0.111: "layer=2,keep=0.0426,count=exact",
-    }
+    # none for 160: of LLaVA-NeXT's tokens two full layers alone are a mean of 180
+    presets = each(
+        "layer=2,keep={},count=exact",
+        of={192: 166, 128: 98, 64: 30, 640: 490, 320: 149, 0.333: 0.2816, 0.222: 0.1621, 0.111: 0.0426},
+    )
     growth = "n"  # a few pivots, each compared with all
 
     layer: int = 2
@@ -90,36 +83,13 @@ class DART(PruningPolicy):
         if ctx.mask.shape[1] == 0:
             return ctx.ordinals
         first, total = zip(*map(self._counts, ctx.counts, ctx.image_counts()), strict=True)
-        states, norms = _states(ctx)
-        text, N = ctx.given("text"), ctx.mask.shape[1]
-        most = min(self.pivots[1], text.shape[1])
-        absent = torch.where(text >= 0, 0, 2).to(torch.int8)
-        asked = ops.select_topk(norms[:, N:], most, code=absent)[0][:, :most]
-        pivots = torch.cat(
-            [select_counts(norms[:, :N], ctx, first), torch.where(asked >= 0, asked + N, -1)], 1
-        )
-        pivots = self._in_turn(ctx, pivots, norms)
-        rest = whole_numbers(tuple(t - f for f, t in zip(first, total, strict=True)), norms.device)[:, None]
-        there = (pivots >= 0).sum(1, keepdim=True).clamp(min=1)
-        turn = torch.arange(pivots.shape[1], device=norms.device)
-        share = (rest // there + (turn < rest % there)) * (pivots >= 0)
-        unit = normalize(states.float(), dim=-1)
-        unlike = (ops.gather_tokens([unit], pivots)[0] @ unit[:, :N].transpose(1, 2)).neg_()
-        code = _taken(unlike, share, torch.where(pivots < N, pivots, -1), ctx.mask)
-        left = whole_numbers(total, norms.device) - (code == 1).sum(1)
-        return ops.select_topk(norms[:, :N], left, code=code)[0][:, : max(total)]
-
-    def _in_turn(self, ctx: TokenContext, pivots: Tensor, norms: Tensor) -> Tensor:
-        """``pivots [B, P]`` (visual tokens, then text; -1 = none) in the order of their turns; those that are none come last."""
-        falling = ops.gather_tokens([norms], pivots)[0].argsort(dim=1, descending=True, stable=True)
-        kind = torch.where(pivots >= 0, (pivots >= ctx.mask.shape[1]).long(), 2)
-        pivots = pivots.gather(1, falling.gather(1, kind.gather(1, falling).argsort(dim=1, stable=True)))
-        if self.order == "norm":
-            return pivots
-        text = ctx.given("text")
-        start = ctx.given("start")
-        at = torch.cat([ctx.positions, text], 1) - start
-        return pivots.gather(1, set_order(torch.where(pivots >= 0, at.gather(1, pivots.clamp(min=0)), -1)))
+        states, norms = states_and_norms(ctx)
+        pivots = largest(ctx, norms, first, self.pivots[1])
+        if self.order == "released":
+            pivots = as_a_set(ctx, pivots)
+        code = taken_by(pivots, states, [t - f for f, t in zip(first, total, strict=True)], ctx.mask)
+        left = whole_numbers(total, ctx.device) - (code == 1).sum(1)
+        return ops.select_topk(norms[:, : ctx.mask.shape[1]], left, code=code)[0][:, : max(total)]
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
         """With "released" up to the visual pivots more than ``keep``, or up to one less for each pivot."""
@@ -134,28 +104,3 @@ class DART(PruningPolicy):
             return min(self.pivots[0], keep), keep
         first = min(self.pivots[0], tokens)
         return first, min(tokens, max(1, first + keep // pivots * pivots))
-
-
-def _states(ctx: TokenContext) -> tuple[Tensor, Tensor]:
-    """What is compared, ``[B, N + T, D]``, and what pivots are chosen by, ``[B, N + T]`` float32: visual tokens, then text."""
-    hidden = ctx.given("hidden")
-    text = ctx.given("text_hidden")
-    states = torch.cat([hidden, text], 1)
-    if ctx.layer == 0:
-        return states, torch.linalg.vector_norm(states, 1, dim=-1, dtype=torch.float32)
-    seen = ctx.given("attention").chunk()
-    strength = torch.linalg.vector_norm(seen.key, 1, dim=(1, 3), dtype=torch.float32)  # [B, S]
-    strength = seen.across_ranks(strength, "sum")
-    norm = ctx.given("norm")
-    return norm(states), ops.gather_tokens([strength], torch.cat([seen.columns, seen.rows], 1))[0]
-
-
-def _taken(unlike: Tensor, share: Tensor, visual: Tensor, mask: Tensor) -> Tensor:
-    """Code ``[B, N]`` for ``select_topk``: 1 for the visual pivots and each pivot's share of ``unlike [B, pivots, N]``."""
-    free = torch.where(mask, 0, 2).to(torch.int8)
-    code = torch.cat([free, free[:, :1]], 1)  # one place more takes what is padding
-    N, chosen = mask.shape[1], visual
-    for values, few in zip(unlike.unbind(1), share.unbind(1), strict=True):
-        code.scatter_(1, torch.where(chosen < 0, N, chosen), 1)
-        chosen = ops.select_topk(values, few, code=code[:, :N])[0]
-    return code.scatter_(1, torch.where(chosen < 0, N, chosen), 1)[:, :N]

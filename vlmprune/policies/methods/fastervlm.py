@@ -8,7 +8,7 @@ from typing import Literal
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import ranked, vision_of
-from vlmprune.policies.checks import check_keep, check_whole
+from vlmprune.policies.checks import check_keep
 from vlmprune.policies.crops import crops_of
 
 
@@ -40,7 +40,6 @@ class FasterVLM(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        check_whole("vision_layer", self.vision_layer)
 
     layers = (0,)  # before the language model
 

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Self
 
-import torch
-from torch import Tensor
-
 from vlmprune.errors import check
-from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, Ranking, TokenContext
+from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.checks import BEFORE, check_layers, share_of
-from vlmprune.policies.choose import marks, quotas
-from vlmprune.policies.counts import keep_count
-from vlmprune.policies.parts.attention_maps import attention_maps
-
-IMAGE = 576
-SCHEDULES: Mapping[int, tuple[int, ...]] = {
-    10: (0, 0, 1, 2, 1, 0, 1, 4, 5, 5, 11, 4, 2, 2, 0, 0, 1, 1, 2, 4, 2, 10, 1, 1, 1, 2, 1, 1, 0, 1),
-    20: (0, 0, 3, 3, 1, 1, 4, 16, 14, 15, 24, 4, 2, 3, 2, 0, 6, 0, 5, 13, 4, 19, 2, 1, 1, 1, 1, 1, 2, 1),
-    30: (0, 0, 7, 6, 4, 5, 16, 40, 24, 21, 24, 4, 2, 3, 4, 0, 16, 0, 11, 26, 6, 32, 3, 1, 0, 1, 2, 2, 4),
-    40: (0, 1, 21, 13, 14, 11, 41, 53, 29, 15, 14, 5, 1, 4, 5, 1, 26, 1, 13, 28, 6, 27, 2, 1, 0, 0, 1, 1, 2),
-    50: (3, 7, 49, 24, 29, 17, 59, 41, 26, 8, 10, 6, 2, 5, 7, 2, 30, 3, 13, 27, 5, 23, 2, 1, 0, 0, 1, 1, 2),
-    55: (6, 17, 69, 31, 34, 19, 59, 30, 23, 6, 8, 7, 2, 5, 8, 2, 29, 4, 12, 25, 4, 19, 2, 1, 0, 0, 1, 0, 1),
-    60: (14, 33, 89, 36, 36, 20, 55, 21, 18, 4, 7, 5, 2, 5, 7, 4, 26, 5, 11, 24, 4, 18, 2, 1, 0, 0, 1, 0, 1),
-    70: (48, 79, 118, 41, 33, 17, 36, 9, 9, 2, 3, 2, 1, 3, 4, 8, 18, 7, 8, 20, 4, 13, 2, 1, 0, 0, 1, 0, 1),
-    80: (128, 127, 118, 35, 26, 8, 13, 3, 2, 1, 0, 0, 0, 2, 1, 8, 7, 8, 5, 11, 2, 6, 1, 1, 0, 0, 0, 1),
-    90: (262, 153, 80, 19, 13, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 1, 2, 0, 1, 0, 0, 0, 0, 0, 1),
-}
-"""Per cut of the FLOPs in percent, how many tokens of an image of 576 go within each of LLaVA-1.5-7B's layers, as released."""
+from vlmprune.policies.choose import quotas
+from vlmprune.policies.parts.attention_maps import text_times_image
+from vlmprune.policies.parts.fitted import SCHEDULES, left_of, stages_of
+from vlmprune.policies.parts.stage_settings import at_stage, check_drop, check_each_stage, left_after
 
 
 @dataclass(frozen=True)
@@ -90,23 +71,16 @@ class FitPrune(PruningPolicy):
         named = f"one of {', '.join(map(str, SCHEDULES))}"
         known = isinstance(self.reduction, int) and self.reduction in SCHEDULES
         check(known, "reduction", named, repr(self.reduction))
-        schedule = SCHEDULES[self.reduction]
-        own = tuple(layer for layer, gone in enumerate(schedule, 1) if gone)
-        of_schedules = [tuple(k for k, gone in enumerate(some, 1) if gone) for some in SCHEDULES.values()]
-        if self.layers == () or (self.drop is None and self.layers in of_schedules):  # of a copy: another's
+        own = stages_of(self.reduction)
+        released = self.drop is None and self.layers in map(stages_of, SCHEDULES)
+        if self.layers == () or released:  # of a copy: another's
             object.__setattr__(self, "layers", own)
         check_layers(self.layers, 1, BEFORE)
         if self.drop is None:
             right = self.layers == own
             check(right, "layers", "() for a released schedule, or `drop` too", repr(self.layers))
-            return
-        each = self.drop if isinstance(self.drop, tuple) else (self.drop,)
-        for some in each:
-            share = isinstance(some, float) and 0 <= some < 1
-            whole = isinstance(some, int) and not isinstance(some, bool) and some >= 0
-            check(share or whole, "drop", "a share in [0, 1) or a whole number >= 0", repr(some))
-        fits = not isinstance(self.drop, tuple) or len(each) == len(self.layers)
-        check(fits, "drop", f"{len(self.layers)} entries, one per layer", repr(self.drop))
+        else:
+            check_each_stage("drop", self.drop, self.layers, check_drop)
 
     def needs(self, layer: int) -> Needs:
         """Every row, and where the text is: its rows are told from the image's."""
@@ -116,31 +90,9 @@ class FitPrune(PruningPolicy):
         return replace(self, drop=1 - share_of(share))
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
-        stage, drop = self.layers.index(layer), self.drop
-        if drop is None:
-            left = [IMAGE - gone for gone in accumulate(SCHEDULES[self.reduction])]
-            before = left[layer - 2] if layer > 1 else IMAGE
-            return min(tokens, max(1, round(tokens * left[layer - 1] / before)))
-        here = drop[stage] if isinstance(drop, tuple) else drop
-        if isinstance(here, float):
-            return keep_count(1 - here, tokens)
-        return min(tokens, max(1, round(tokens - here * images)))
+        if self.drop is None:
+            return left_of(tokens, self.reduction, layer)
+        return left_after(at_stage(self.drop, self.layers, layer), tokens, images)
 
     def rank(self, ctx: TokenContext) -> Ranking:
-        return Ranking(attended(ctx.given("attention")), tuple(quotas(ctx, self)))
-
-
-def attended(seen: AttentionInputs) -> Tensor:
-    """``[B, N]`` float32: what text and visual tokens pay to each visual token, multiplied."""
-    rows, columns = seen.rows, seen.columns
-    if not columns.shape[1]:
-        return columns.float()
-    real = rows >= 0
-    text = real & (rows > columns.amax(1, keepdim=True))
-    visual = real & marks(columns, seen.key.shape[2]).gather(1, rows.clamp(min=0))
-    kinds = torch.stack([text, visual], 1).float()
-    paid = torch.zeros(len(rows), 2, columns.shape[1], device=rows.device)
-    for some, joined in attention_maps(seen, rows, "max"):
-        paid += kinds[..., some] @ joined
-    by_text, by_image = paid.unbind(1)
-    return torch.where(text.any(1, keepdim=True), by_text, 1.0) * by_image
+        return Ranking(text_times_image(ctx.given("attention")), tuple(quotas(ctx, self)))

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from vlmprune import ops
 from vlmprune.constants import whole_numbers
-from vlmprune.errors import check, require
-from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext, VisionAttention
+from vlmprune.errors import check
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import quota_of, ranked, vision_of
 from vlmprune.policies.checks import check_keep
-from vlmprune.policies.choose import marks
+from vlmprune.policies.choose import best_among, marks
 from vlmprune.policies.crops import crops_of
-from vlmprune.policies.inputs import Rating
+from vlmprune.policies.parts.flow import Flow, fewer
 
 
 @dataclass(frozen=True)
@@ -89,73 +86,16 @@ class FlowCut(PruningPolicy):
         crops = crops_of(ctx)
         if not crops.tokens:
             return ranked(ctx, self, ctx.mask.float(), self.positions)
-        quota = quota_of(ctx, self, crops)
-        there = crops.padding(ctx.device)
-        if there is None:
-            there = torch.ones(len(crops.tokens), max(crops.tokens), dtype=torch.bool, device=ctx.device)
-        left, score = there, None
-        count, target = (whole_numbers(x, ctx.device) for x in (crops.tokens, quota.kept))
+        left, score = crops.padding(ctx.device), None
+        if left is None:
+            left = torch.ones(len(crops.tokens), max(crops.tokens), dtype=torch.bool, device=ctx.device)
+        kept = quota_of(ctx, self, crops).kept
+        count, target = (whole_numbers(x, ctx.device) for x in (crops.tokens, kept))
         for ahead, layer in zip(range(len(self.vision_layers))[::-1], self.vision_layers, strict=True):
-            flow = Flow.of(vision_of(ctx, layer, crops))
-            relation, here = flow.among(left)
+            relation, here = Flow.of(vision_of(ctx, layer, crops)).among(left)
             score = here if score is None else 0.5 * score + 0.5 * here
             if ahead % 2 == 0:
-                count = _fewer(relation, count, target, ahead)
-                code = torch.where(left, 0, 2).to(torch.int8)
-                left = marks(ops.select_topk(score, count, code=code)[0], left.shape[1])
+                count = fewer(relation, count, target, ahead)
+                left = marks(best_among(score, count, left), left.shape[1])
         # what is left has 1, and is as many as stay
         return ranked(ctx, self, crops.spread(left.float(), fill=-1), self.positions)
-
-
-class Flow(NamedTuple):
-    """What flows to the tokens of every crop in one layer, float32.
-
-    Attributes:
-        relation, semantic: ``[I, T, H]`` softmax over all keys of what CLS's query, and its value, have in common with each
-            token; without CLS the mean attention received, of one head, and None.
-        own: ``[I, H]`` each, what CLS has in common with itself.
-        parts: how many keys a token stands for.
-        strength: ``[I, T]`` L1 norm of the value, head mean.
-    """
-
-    relation: Tensor
-    semantic: Tensor | None
-    own: tuple[Tensor, ...]
-    parts: int
-    strength: Tensor
-
-    @classmethod
-    def of(cls, seen: VisionAttention) -> Self:
-        """Of one layer."""
-        value = require(seen.value, "ctx.vision", "values (declare Needs(values=True))")
-        mean = value.mean(1, dtype=torch.float32)[:, int(seen.cls) :]
-        strength = seen.per_token(mean.abs().sum(-1))
-        parts = 1 if seen.cells is None or seen.shares is not None else seen.cells.shape[2]
-        if not seen.cls:
-            received = seen.received()[..., None]
-            return cls(received, None, (torch.zeros_like(received[:, 0]),), parts, strength)
-        alike = replace(seen, query=value, key=value, scale=1.0)
-        heads = [Rating(one.rating().scoring._replace(head_reduce="none")).scores() for one in (seen, alike)]
-        own = tuple(1 - one.sum(2) for one in heads)
-        relation, semantic = (seen.per_token(one.transpose(1, 2)) for one in heads)
-        return cls(relation, semantic, own, parts, strength)
-
-    def among(self, left: Tensor) -> tuple[Tensor, Tensor]:
-        """``[I, T]`` each: the share of relation of every token among those ``left``, and its score; 0 for others."""
-        both = [] if self.semantic is None else [self.semantic]
-        shares = []
-        for flow, own in zip([self.relation, *both], self.own, strict=True):
-            there = flow.masked_fill(~left[..., None], 0.0)
-            per_head = there / (there.sum(1) * self.parts + own)[:, None]
-            mean = per_head.mean(2)
-            shares.append(mean / mean.sum(1, keepdim=True))
-        return shares[0], sum(shares[1:], shares[0]) * self.strength
-
-
-def _fewer(relation: Tensor, count: Tensor, target: Tensor, ahead: int) -> Tensor:
-    """``[I]`` how many of ``count`` tokens of every crop stay with ``ahead`` layers still to be read: 0 = the target."""
-    if ahead == 0:
-        return target
-    entropy = torch.special.entr(relation).sum(1) / count.clamp(min=2).log()
-    gone = ((count - target) / ahead**0.5 * (1 - entropy.square())).nan_to_num(0.0).round()
-    return torch.maximum(count - gone.clamp(min=0).long(), target)

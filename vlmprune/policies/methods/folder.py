@@ -10,10 +10,11 @@ from torch import Tensor
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import vision_of
-from vlmprune.policies.checks import check_keep, check_number, check_whole, check_word
+from vlmprune.policies.checks import check_keep, check_number, check_word
 from vlmprune.policies.counts import keep_count
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.parts.folding import Rounds, fold_crops
+from vlmprune.policies.parts.tower_keys import mean_keys
 
 ALPHA_UNIT = 100
 """What the authors' code for LLaVA-1.5 multiplies alpha with; that for BLIP has 30."""
@@ -78,7 +79,6 @@ class Folder(PruningPolicy):
         check_keep(self.keep)
         check_word("place", self.place, "tower", "projected")
         check_number("alpha", self.alpha, least=0)
-        check_whole("vision_layer", self.vision_layer)
 
     layers = (0,)  # before the language model
     spend = "crop"
@@ -97,7 +97,7 @@ class Folder(PruningPolicy):
             rounds = Rounds(spare=1, weighted=True)
             return fold_crops(ctx, self, crops, rounds, self.positions, finish=_louder)
         seen = vision_of(ctx, self.vision_layer, crops)
-        keys = seen.per_token(seen.key[:, :, int(seen.cls) :].float().mean(1))
+        keys = mean_keys(seen)
         rounds = Rounds(first=1 - seen.cls, spare=1 - seen.cls, weighted=True)
         penalty = seen.received() * (self.alpha * ALPHA_UNIT)
         return fold_crops(ctx, self, crops, rounds, self.positions, keys, penalty)

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import normalize
 
 from vlmprune.constants import whole_numbers
-from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext, VisionAttention
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import vision_of
-from vlmprune.policies.checks import check_keep, check_number, check_share, check_whole
+from vlmprune.policies.checks import check_keep, check_number, check_share
 from vlmprune.policies.crops import crops_of
-from vlmprune.policies.parts.tiles import HAIR, Tiled, over_areas, seats, shared_over_tiles, tiled_images
+from vlmprune.policies.parts.received import received_logits
+from vlmprune.policies.parts.tiles import HAIR, Tiled, over_areas, shared_over_tiles, stretched, tiled_images
 
 
 @dataclass(frozen=True)
 class GlobalCom2(PruningPolicy):
     """Keeps more of the tiles that the small view finds important, and in a tile what both of them find important.
 
-    Scores are the CLS row's attention logits, mean over heads, of the last vision layer, as released. The small view keeps its
-    share of the budget, by its own scores. A tile's share is larger or smaller by the softmax, over tiles, of what the small
-    view's scores add up to in the area that the tile shows. In a tile its own scores and those of the small view, stretched
-    over all tiles (bilinear), are mixed, each divided by its norm.
+    Scores are the CLS row's attention logits, mean over heads, of the last vision layer, as released. The small view keeps
+    its share of the budget, by its own scores. A tile's share is larger or smaller by the softmax, over tiles, of what the
+    small view's scores add up to in the area that the tile shows. In a tile its own scores and those of the small view,
+    stretched over all tiles (bilinear), are mixed, each divided by its norm.
 
     Exactly the budget stays: what rounding, full tiles and tiles of unequal size leave over goes to all in turn, one token
-    each, the tiles of largest share first and the small view last (the released code keeps fewer); where tiles of unequal size
-    would have more than there is, all get less. A tile's area is that of what is left of it without padding; the released code
-    cuts the small view into equal parts. Newline tokens go (released: all stay).
+    each, to tiles of larger share first and to the small view last (the released code keeps fewer); where tiles of unequal
+    size would have more than there is, all get less. A tile's area is what is left of it without padding (released: the small
+    view is cut into equal parts). Newline tokens go (released: all stay).
 
     An image of one crop keeps its best patches by its own scores, where the released code keeps everything; so does every
     frame of a video, an equal part each; and where the model takes every crop as an image (InternVL, Idefics3, SmolVLM), each
@@ -68,7 +70,6 @@ class GlobalCom2(PruningPolicy):
         check_keep(self.keep)
         check_share("alpha", self.alpha)
         check_number("temperature", self.temperature, above=0)
-        check_whole("vision_layer", self.vision_layer)
 
     layers = (0,)  # before the language model
     spend = "image"
@@ -81,44 +82,28 @@ class GlobalCom2(PruningPolicy):
         crops = crops_of(ctx)
         if not crops.tokens:
             return Ranking(ctx.mask.float(), ctx.counts)
-        own = logits_of(vision_of(ctx, self.vision_layer, crops))
+        own = received_logits(vision_of(ctx, self.vision_layer, crops))
         scores = []
         for members, tiled in zip(crops.members, tiled_images(ctx, crops), strict=True):
             mine = own[members[0] : members[-1] + 1] if members else own[:0]
             scores.append(mine if tiled is None else self._mixed(mine, tiled))
-
-        def share(k: int, tiled: Tiled) -> tuple[Tensor, Tensor]:
-            return self._shares(own[tiled.first, : tiled.tokens], k, tiled)
-
+        share = partial(self._shares, own)
         return shared_over_tiles(ctx, self, crops, torch.cat(scores), share, self.positions)
 
-    def _shares(self, small: Tensor, k: int, tiled: Tiled) -> tuple[Tensor, Tensor]:
-        """How many tokens small view and tiles get of ``k``, and by what the tiles get what is left over."""
-        sizes = whole_numbers(tiled.sizes, small.device).double()
+    def _shares(self, own: Tensor, k: int, tiled: Tiled) -> tuple[int, Tensor, Tensor]:
+        """How many tokens of ``k`` the small view gets, and every tile, and by what the tiles get what is left over."""
+        sizes = whole_numbers(tiled.sizes, own.device).double()
         ratio = min(k / (tiled.tokens + sum(tiled.sizes)), 1.0)
         first = int(ratio * tiled.tokens + 1e-6)
-        sums = over_areas(small.nan_to_num(0.0, 0.0, 0.0), tiled)
+        sums = over_areas(own[tiled.first, : tiled.tokens].nan_to_num(0.0, 0.0, 0.0), tiled)
         sigma = (sums / self.temperature).softmax(0)
         wish = (ratio * sizes * (1 + sigma - 1 / len(tiled.parts))).minimum(sizes)
         wish = wish * ((k - first) / wish.sum()).clamp(max=1.0)
-        grants = (wish + HAIR).floor().long()
-        weights = torch.cat([sigma.new_full((1,), float("-inf")), sigma])
-        return torch.cat([torch.full_like(grants[:1], first), grants]), weights
+        return first, (wish + HAIR).floor().long(), sigma
 
     def _mixed(self, own: Tensor, tiled: Tiled) -> Tensor:
         """``[1 + tiles, T]`` the small view's scores, and those of the tiles mixed with them."""
-        seat = seats(tiled, own.shape[1], own.device)
-        small = own[0, : tiled.tokens].view(1, 1, *tiled.small)
-        wide = interpolate(small, size=tiled.grid, mode="bilinear", align_corners=False).flatten()
-        guide = wide[seat.clamp(min=0)].masked_fill(seat < 0, 0.0)
-        local = own[1:].masked_fill(seat < 0, 0.0)
+        guide, real = stretched(own[0, : tiled.tokens], tiled, own.shape[1])
+        local = own[1:].masked_fill(~real, 0.0)
         both = self.alpha * normalize(guide, dim=1) + (1 - self.alpha) * normalize(local, dim=1)
         return torch.cat([own[:1], both])
-
-
-def logits_of(seen: VisionAttention) -> Tensor:
-    """Attention logits of the CLS row, or the mean over all rows, of every token's patches: ``[I, T]`` float32, head mean."""
-    rating = seen.rating()
-    raw = rating._replace(scoring=rating.scoring._replace(normalize="none")).scores()
-    tokens = seen.per_token(raw)
-    return tokens if seen.rows is None else tokens / seen.rows

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from vlmprune.constants import counting, whole_numbers
-from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext, VisionAttention
+from vlmprune.constants import whole_numbers
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import quota_of, ranked, vision_of
 from vlmprune.policies.checks import check_keep, check_share, check_whole
 from vlmprune.policies.choose import falling_places
 from vlmprune.policies.crops import crops_of
-from vlmprune.policies.groups import Groups
+from vlmprune.policies.parts.around import with_neighbours
+from vlmprune.policies.parts.received import received_from_all
 
 CROSS = 5
 """An anchor and the four tokens around it."""
@@ -69,7 +69,6 @@ class HiPrune(PruningPolicy):
         check_keep(self.keep)
         check_share("alpha", self.alpha)
         check_whole("object_layer", self.object_layer)
-        check_whole("vision_layer", self.vision_layer)
 
     layers = (0,)  # before the language model
     spend = "crop"
@@ -91,33 +90,5 @@ class HiPrune(PruningPolicy):
         real = crops.padding(ctx.device)
         there = torch.ones_like(middle, dtype=torch.bool) if real is None else real
         best = falling_places(middle, there) < whole_numbers(anchors, ctx.device)[:, None]
-        near = around(crops, best)
-        scores = deep.masked_fill(near, float("inf"))
+        scores = deep.masked_fill(with_neighbours(crops, best), float("inf"))
         return ranked(ctx, self, crops.spread(scores, fill=-1), self.positions)
-
-
-def received_from_all(seen: VisionAttention) -> Tensor:
-    """Attention that the patches of every token receive from a mean row of the crop, CLS among the rows: ``[I, T]`` float32."""
-    if not seen.cls:
-        return seen.received()
-    groups, _, places, _ = seen.key.shape
-    rating = seen.rating()
-    rows = counting(groups, places, seen.key.device)
-    return seen.per_token(rating._replace(scoring=rating.scoring._replace(rows=rows)).scores())
-
-
-def around(crops: Groups, marked: Tensor) -> Tensor:
-    """``[I, T]`` bool, the marked tokens of every crop and those left, right, above and below them."""
-    last, device = marked.shape[1] - 1, marked.device
-    columns = whole_numbers(tuple(crop.columns for crop in crops.crops), device)[:, None]
-    place = torch.arange(last + 1, device=device).expand_as(marked)
-    column = place % columns
-    found = marked
-    for beside, inside in (
-        (place - 1, column > 0),
-        (place + 1, column < columns - 1),
-        (place - columns, place >= columns),
-        (place + columns, place + columns <= last),
-    ):
-        found = found | (marked.gather(1, beside.clamp(0, last)) & inside)
-    return found

@@ -71,7 +71,6 @@ class HiRED(PruningPolicy):
         check_keep(self.keep)
         check_share("alpha", self.alpha)
         check_whole("early_layer", self.early_layer)
-        check_whole("vision_layer", self.vision_layer)
         check_word("content", self.content, "area", "runs")
 
     layers = (0,)  # before the language model
@@ -89,12 +88,10 @@ class HiRED(PruningPolicy):
             vision_of(ctx, layer, crops).received() for layer in (self.vision_layer, self.early_layer)
         )
 
-        def share(k: int, tiled: Tiled) -> tuple[Tensor, Tensor]:
+        def share(k: int, tiled: Tiled) -> tuple[int, Tensor, Tensor]:
             content = self._content(early[tiled.first, : tiled.tokens], tiled)
             own = min(int(self.alpha * k + 1e-6), tiled.tokens)
-            grants = by_weight(content, k - own)
-            first = torch.full_like(grants[:1], own)
-            return torch.cat([first, grants]), torch.cat([content.new_full((1,), -torch.inf), content])
+            return own, by_weight(content, k - own), content
 
         return shared_over_tiles(ctx, self, crops, late, share, self.positions)
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from vlmprune.policies.base import Crop, Needs, Positions, PruningPolicy, Ranking, TokenContext
+from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.budgets import each
-from vlmprune.policies.by_image import ranked, vision_of
+from vlmprune.policies.by_image import budgets_of, vision_of
 from vlmprune.policies.checks import check_keep, check_number, check_whole
 from vlmprune.policies.crops import crops_of
-from vlmprune.policies.groups import Counts, Groups, places_of
-from vlmprune.policies.parts.apportion import apportioned
+from vlmprune.policies.parts.apportion import ranked_by_grants
+from vlmprune.policies.parts.runs import run_scores, runs_of
 from vlmprune.policies.parts.tiles import by_weight
 
-SCALE, SMALL = 1e3, 1e-6
-"""What attention is multiplied by, and what is added to divisors, in the released code."""
-DIGITS = 1 << 16
-"""Of a run's score: what is beyond is rounding, which must not decide between runs of the same values."""
 RUNS = 1024 / 576
 """Runs for each token dropped to one in so many: 16 where 64 of 576 stay."""
 
@@ -77,7 +71,6 @@ class HoloV(PruningPolicy):
         if self.runs is not None:
             check_whole("runs", self.runs, 1)
         check_number("diversity", self.diversity, least=0)
-        check_whole("vision_layer", self.vision_layer)
 
     layers = (0,)  # before the language model
     spend = "image"
@@ -93,66 +86,16 @@ class HoloV(PruningPolicy):
         hidden = ctx.given("hidden")
         seen = vision_of(ctx, self.vision_layer, crops).received()
         attention, real = crops.spread(seen), crops.spread(torch.ones_like(seen)) > 0
-        budgets = tuple(self.kept(n, 1, ctx.layer) for own in ctx.images() for n in own)
-        counts = [
-            self._count(sum(crops.tokens[group] for group in own), k)
-            for own, k in zip(crops.members, budgets, strict=True)
-        ]
+        budgets = budgets_of(ctx, self)
+        sizes = (sum(crops.tokens[group] for group in own) for own in crops.members)
+        counts = [self._count(n, k) for n, k in zip(sizes, budgets, strict=True)]
         runs = runs_of(crops, tuple(counts))
         weights = run_scores(runs.split(hidden), runs.split(attention), runs.split(real), self.diversity)
         shares = [by_weight(own, k) for own, k in zip(torch.split(weights, counts), budgets, strict=True)]
-        return self._ranked(ctx, runs, attention.masked_fill(~real, -torch.inf), torch.cat(shares), weights)
+        attention = attention.masked_fill(~real, -torch.inf)  # newlines within a run come last of all
+        return ranked_by_grants(ctx, self, runs, attention, torch.cat(shares), weights, self.positions)
 
     def _count(self, tokens: int, kept: int) -> int:
         """How many runs an image of so many tokens is cut into, of which so many stay."""
         wanted = max(1, int(RUNS * tokens / kept)) if self.runs is None else self.runs
         return min(wanted, tokens)
-
-    def _ranked(
-        self, ctx: TokenContext, runs: Groups, attention: Tensor, grants: Tensor, weights: Tensor
-    ) -> Ranking:
-        """By the attention ``[B, N]``, -inf at tokens of no crop."""
-
-        def behind(last: Tensor) -> Ranking:
-            return self._ranked(ctx, runs, attention.masked_fill(last, -torch.inf), grants, weights)
-
-        by = apportioned(runs, runs.split(attention), grants, weights)
-        by = by.masked_fill(attention == -torch.inf, -torch.inf)  # newlines within a run come last of all
-        return replace(ranked(ctx, self, by, self.positions), again=behind)
-
-
-def run_scores(rows: Tensor, attention: Tensor, real: Tensor, diversity: float) -> Tensor:
-    """Score ``[R]`` float64 of every run of ``rows [R, L, D]``, ``attention [R, L]``, of the tokens that are ``real [R, L]``."""
-    count = real.sum(1, keepdim=True).clamp(min=1)
-    others = (count - 1).clamp(min=1)
-    rows = rows.float().masked_fill(~real[..., None], 0.0)
-    rows = rows / (rows.norm(dim=2, keepdim=True) + SMALL)
-    alike = rows @ rows.mT
-    alike.diagonal(dim1=1, dim2=2).zero_()
-    apart = alike - (alike.sum(2) / others)[..., None]
-    spread = apart.square().masked_fill(~real[:, None], 0.0).sum(2) / others
-    # in float64 and then rounded, so that runs of the same values tie whatever their order
-    attention, spread = (x.double().masked_fill(~real, 0.0).sum(1) / count[:, 0] for x in (attention, spread))
-    paid = SCALE * attention
-    whole, power = torch.frexp(paid + diversity * spread * (paid / (spread + SMALL)))
-    return torch.ldexp((whole * DIGITS).round() / DIGITS, power)
-
-
-@lru_cache(64)
-def runs_of(crops: Groups, counts: Counts) -> Groups:
-    """Each image's tokens of its crops, in raster order, cut into ``counts[i]`` runs; the first ones may have one more.
-
-    A run reaches from its first token to its last, over newlines between.
-    """
-    found, samples, images = [], [], []
-    for image, (own, count) in enumerate(zip(crops.members, counts, strict=True)):
-        places = sorted(place for group in own for place in places_of(crops.crops[group]))
-        each, more = divmod(len(places), max(count, 1))
-        for run in range(count):
-            first = run * each + min(run, more)
-            span = places[first + each - (run >= more)] - places[first] + 1
-            found.append(Crop(places[first], span, 1, span))
-        samples += [crops.owners[image]] * count
-        images += [image] * count
-    none = ((),) * len(counts)
-    return replace(crops, crops=tuple(found), samples=tuple(samples), images=tuple(images), rest=none)

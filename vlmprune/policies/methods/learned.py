@@ -4,62 +4,28 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from vlmprune.compensation.saving import standing
-from vlmprune.errors import InputError, check
+from vlmprune.errors import check
 from vlmprune.policies.answer import check_scores
 from vlmprune.policies.base import Growth, Needs, PruningPolicy, Ranking, TokenContext
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import check_keep, check_layer, share_of
 from vlmprune.policies.choose import marks, quotas, select_counts
+from vlmprune.policies.parts.held_scorer import Held, check_scorer
 from vlmprune.policies.scorer import Scorer, fingerprint_of
-
-
-class Held:
-    """A scorer, or the folder of one, which is read when first asked for; copied to where it is asked for and is not."""
-
-    def __init__(self, given: Scorer | str) -> None:
-        self._given, self._lock = given, threading.Lock()
-        self._scorer = given if isinstance(given, Scorer) else None
-        self._copies: dict[torch.device, Scorer] = {}
-
-    def __reduce__(self) -> Any:
-        return Held, (self._given,)
-
-    @property
-    def scorer(self) -> Scorer:
-        """As it was given, or on the CPU."""
-        with self._lock, torch.inference_mode(False):  # else nobody could ever train it on
-            if self._scorer is None:
-                self._scorer = Scorer.from_pretrained(str(self._given))
-            return self._scorer
-
-    def on(self, device: torch.device) -> Scorer:
-        """The one for rows there. Raises InputError if it is in training mode."""
-        scorer = self.scorer
-        check(not scorer.training, "scorer", "a module in evaluation mode (.eval())", "one in training mode")
-        weight = next(scorer.parameters(), None)
-        if weight is None or weight.device == device:
-            return scorer
-        with self._lock, torch.inference_mode(False):
-            if device not in self._copies:
-                self._copies[device] = copy.deepcopy(scorer).to(device)
-            return self._copies[device]
 
 
 @dataclass(frozen=True)
 class Learned(PruningPolicy):
     """Keeps the visual tokens that a trained scorer scores highest.
 
-    How many stay is said by ``keep``, so nothing is read back to the host; or, with ``threshold``, by the scores, which costs
-    one host read a prefill: all tokens stay whose probability, the sigmoid of the score, lies above it, but at most ``keep``
-    and at least one of a prompt.
+    ``keep`` says how many stay, so nothing is read back to the host; or, with ``threshold``, the scores do, at one host read a
+    prefill: those whose probability, the sigmoid of the score, lies above it, at most ``keep`` and at least one of a prompt.
 
     Args:
         scorer: a ``Scorer`` in evaluation mode, or the folder of a saved one, which is loaded when it is first needed. Where
@@ -69,8 +35,7 @@ class Learned(PruningPolicy):
         threshold: a probability in (0, 1), with ``spend="prompt"``; None = as many as ``keep`` says stay.
         spend: "prompt": the best tokens of all images of a prompt stay; "image": every image keeps its own budget; "crop":
             which is shared out over its crops (tiles, small view, frames).
-        weights: fingerprint of the scorer's weights when the policy is made, so that other weights are another policy;
-            "" = whatever they are.
+        weights: fingerprint of the scorer's weights as the policy is made; others make another policy. "" = whatever they are.
 
     Raises:
         InputError: a setting is out of range, or the weights are others than said; when it is first needed, a folder without a
@@ -92,8 +57,7 @@ class Learned(PruningPolicy):
 
     def __post_init__(self) -> None:
         given, level = self.scorer, self.threshold
-        known = isinstance(given, Scorer) or (isinstance(given, str) and standing(given).is_dir())
-        check(known, "scorer", "a Scorer, or the folder of a saved one", repr(given))
+        check_scorer(given)
         check_layer(self.layer)
         check_keep(self.keep)
         right = level is None or (isinstance(level, float) and 0 < level < 1)
@@ -101,18 +65,13 @@ class Learned(PruningPolicy):
         fits = level is None or self.spend == "prompt"
         check(fits, "spend", "'prompt' with a threshold, which counts no images", repr(self.spend))
         there = fingerprint_of(given)
-        check(
-            self.weights in ("", there),
-            "weights",
-            f"{there!r}, those of {given!r}, or ''",
-            repr(self.weights),
-        )
+        same = self.weights in ("", there)
+        check(same, "weights", f"{there!r}, those of {given!r}, or ''", repr(self.weights))
         object.__setattr__(self, "weights", there)
         object.__setattr__(self, "_held", Held(given))
 
     @property
     def growth(self) -> Growth | None:
-        """The scorer's."""
         return self._held.scorer.growth
 
     @property
@@ -125,16 +84,14 @@ class Learned(PruningPolicy):
         return scorer.needs
 
     def at(self, share: float) -> Self:
-        other = copy.copy(
-            self
-        )  # which holds the same scorer: a search for a share neither loads nor hashes it anew
+        other = copy.copy(self)  # with the same scorer: a search for a share neither loads nor hashes it anew
         object.__setattr__(other, "keep", share_of(share))
         return other
 
     def kept(self, tokens: int, images: float, layer: int) -> int:
-        if self.threshold is None:
-            return super().kept(tokens, images, layer)
-        raise InputError("threshold: expected None where counts must be known beforehand, got one; see keep")
+        known = self.threshold is None
+        check(known, "threshold", "None where counts must be known beforehand", "one; see keep")
+        return super().kept(tokens, images, layer)
 
     def rank(self, ctx: TokenContext) -> Ranking:
         scores = self.scores(ctx)

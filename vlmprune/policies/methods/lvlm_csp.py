@@ -5,48 +5,36 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-import torch
-from torch import Tensor
-
-from vlmprune.constants import remembered
 from vlmprune.errors import check
 from vlmprune.policies.base import Needs, PruningPolicy, Ranking, TokenContext
-from vlmprune.policies.by_image import ranked, vision_of
+from vlmprune.policies.budgets import each
+from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import check_keep, check_seed, check_whole, check_word, share_of
 from vlmprune.policies.counts import keep_count
-from vlmprune.policies.crops import crops_of
 from vlmprune.policies.methods.random import drawn
+from vlmprune.policies.parts.received import attended
+from vlmprune.policies.parts.strides import stride_scores
 
 
 @dataclass(frozen=True)
 class LVLMCSP(PruningPolicy):
-    """Runs a subset of every image's tokens in the early layers (clustering), all in some middle layers (scattering), and from
-    there on those with the most attention (pruning).
+    """Early layers see a part of an image (clustering), middle ones all (scattering), later ones the most attended (pruning).
 
     N_c of an image's N tokens stand for its clusters: by "uniform" those at ``i * floor(N / N_c)``, by "random" a draw, by
-    "cls" those with the most CLS attention (head mean; without a CLS token the mean attention received). The others are set
-    aside before layer 0 and stand in their places again at layer ``scatter``.
+    "cls" those that CLS attends to most (head mean; without CLS the mean attention received). The others leave before layer 0.
+    At layer ``scatter`` all are active again, taken literally: with their input embeddings, not what the clusters have become.
 
     A reading, of the abstract and of summaries: no code was found, nor which layers and how many tokens the authors took.
     Defaults and presets are ours; the defaults run 34 % of the tokens on average over 32 layers, near the published cut of
-    65 %. All tokens become active again, which is taken literally: each brings the input embedding with which it left, not
-    what the clusters have become. The paper prunes by the attention of a [SEG] token, which other models' prompts do not
-    have: here by that of the last prompt row, or of all text behind the image, in the last layer that sees every token,
-    softmax over the whole row, head mean. Left out is "seg first", clusters in proportion to the objects that a segmenter
-    finds.
+    65 %. The paper prunes by the attention of a [SEG] token, which other models' prompts do not have: here by that of the last
+    prompt row, or of all text behind the image, in the last layer that sees every token, softmax over the whole row, head mean.
+    Left out is "seg first", clusters in proportion to the objects that a segmenter finds.
 
     Args:
-        cluster: N_c, tokens per image (int) or share (float).
-        then: tokens per image (int) or share (float) from layer ``prune`` on.
-        scatter: first decoder layer that sees all tokens again; at least 1.
-        prune: first decoder layer that sees ``then``; behind ``scatter``.
-        by: how clusters are chosen: "uniform", "random" or "cls".
+        cluster, then: N_c, and what stays from layer ``prune`` on: tokens per image (int) or shares (float).
+        scatter, prune: first decoder layers that see all tokens again, at least 1, and ``then``, behind ``scatter``.
+        by, vision_layer, seed: how clusters are chosen: "uniform", "random" (that draw) or "cls" (by that tower layer).
         rows: whose attention prunes: "last" or "text".
-        vision_layer: vision-tower layer whose attention "cls" reads.
-        seed: which draw "random" is.
-
-    Raises:
-        InputError: a setting is out of range.
     """
 
     summary = "a subset in the early layers, all tokens in the middle, then the most attended"
@@ -62,15 +50,10 @@ class LVLMCSP(PruningPolicy):
     )
     checked = "reading"
     presets = {
-        192: "cluster=137,then=137",
-        128: "cluster=64,then=64",
+        **each("cluster={0},then={0}", of={192: 137, 128: 64, 640: 320, 0.333: 0.2218, 0.222: 0.0923}),
+        **each("prune=10,cluster={0},then={0}", of={320: 149, 0.111: 0.0426}),
         64: "prune=10,cluster=29,then=30",
-        640: "cluster=320,then=320",
-        320: "prune=10,cluster=149,then=149",
         160: "prune=9,cluster=72,then=72",
-        0.333: "cluster=0.2218,then=0.2218",
-        0.222: "cluster=0.0923,then=0.0923",
-        0.111: "prune=10,cluster=0.0426,then=0.0426",
     }
     growth = "n"
 
@@ -91,7 +74,6 @@ class LVLMCSP(PruningPolicy):
         check(self.prune > self.scatter, "prune", f"a layer behind scatter={self.scatter}", self.prune)
         check_word("by", self.by, "uniform", "random", "cls")
         check_word("rows", self.rows, "last", "text")
-        check_whole("vision_layer", self.vision_layer)
         check_seed(self.seed)
 
     @property
@@ -108,18 +90,13 @@ class LVLMCSP(PruningPolicy):
             return Ranking(ctx.mask.float(), ctx.counts)
         if ctx.layer == self.prune:
             seen = ctx.given("attention")
-            rows = seen.last if self.rows == "last" else seen.rows
-            return ranked(ctx, self, seen.rating(rows), static=True)
+            return ranked(ctx, self, seen.rating(seen.last if self.rows == "last" else None), static=True)
         if self.by == "random":
             return ranked(ctx, self, drawn(self.seed, ctx.counts, ctx.device), static=True)
         if self.by == "uniform":
-            steps = tuple(tuple(n // self.kept(n, 1, 0) for n in own) for own in ctx.images())
-            return ranked(ctx, self, strided(ctx.images(), steps, ctx.device), static=True)
-        crops = crops_of(ctx)
-        if not crops.tokens:
-            return ranked(ctx, self, ctx.mask.float())
-        attended = vision_of(ctx, self.vision_layer, crops).received()
-        return ranked(ctx, self, crops.spread(attended, fill=-1))  # behind all of it what is of no crop
+            counts = tuple(tuple(self.kept(n, 1, 0) for n in own) for own in ctx.images())
+            return ranked(ctx, self, stride_scores(ctx.images(), counts, ctx.device), static=True)
+        return ranked(ctx, self, attended(ctx, self.vision_layer))
 
     def spends(self, layer: int) -> str:
         return "image" if layer == 0 else "prompt"
@@ -131,20 +108,3 @@ class LVLMCSP(PruningPolicy):
 
     def at(self, share: float) -> Self:
         return replace(self, cluster=share_of(share), then=share_of(share))
-
-
-@remembered()
-def strided(
-    images: tuple[tuple[int, ...], ...], steps: tuple[tuple[int, ...], ...], device: torch.device
-) -> Tensor:
-    """float32 ``[B, N]``: 1 at every ``step``-th token of every image of every sample from its first one on, elsewhere 0.
-
-    Of equal scores the first ones stay: of k of n tokens those at ``i * floor(n / k)``.
-    """
-    scores = torch.zeros(len(images), max(map(sum, images), default=0))
-    for row, sizes, own in zip(scores, images, steps, strict=True):
-        first = 0
-        for n, step in zip(sizes, own, strict=True):
-            row[first : first + n : step] = 1
-            first += n
-    return scores.to(device)

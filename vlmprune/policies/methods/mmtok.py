@@ -11,9 +11,10 @@ from torch import Tensor
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import spent
-from vlmprune.policies.checks import check_keep, check_number, check_whole
+from vlmprune.policies.checks import check_keep, check_number
 from vlmprune.policies.crops import crops_of
-from vlmprune.policies.parts.turns import Rule, taken_in_turn, unit_rows
+from vlmprune.policies.parts.relevance import text_directions
+from vlmprune.policies.parts.turns import covering, taken_in_turn, unit_rows
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ class MMTok(PruningPolicy):
         vision_temperature: of that of visual tokens over each other, above 0.
         vision_layer: a layer of the vision tower; asked for as the features come with it, whichever it is.
         positions: ``"keep"`` their own, or ``"pack"`` (released code: the kept tokens stand at 0, 1, 2, ...).
-        spend: "crop": each crop keeps its share; "image": every image is chosen from as one; "prompt": all images of a prompt
-            are.
+        spend: "crop": each crop keeps its share; "image": each image is chosen from as one; "prompt": so is each prompt.
     """
 
     summary = "tokens that cover the text and the image at once (greedy)"
@@ -67,7 +67,6 @@ class MMTok(PruningPolicy):
         check_number("alpha", self.alpha, least=0)
         for name in ("text_temperature", "vision_temperature"):
             check_number(name, getattr(self, name), above=0)
-        check_whole("vision_layer", self.vision_layer)
 
     layers = (0,)  # before the language model
 
@@ -81,11 +80,9 @@ class MMTok(PruningPolicy):
             return ctx.ordinals
         hidden = ctx.given("hidden")
         features = ctx.given("features")
-        embeds = ctx.given("embeds")
-        text = ctx.given("text")
-        at = text.clamp(min=0)[:, :, None].expand(-1, -1, embeds.shape[2])
-        alike = unit_rows(hidden) @ unit_rows(embeds.gather(1, at)).mT
-        alike = alike.masked_fill((text < 0)[:, None], float("-inf"))  # rows of no text
+        words = text_directions(ctx).nan_to_num(0.0, 0.0, 0.0)
+        alike = unit_rows(hidden) @ words.mT
+        alike = alike.masked_fill(ctx.given("text")[:, None] < 0, float("-inf"))  # rows of no text
         by_sample = crops.spread(unit_rows(features)), alike
         return spent(ctx, self, self._taken, *by_sample, positions=self.positions)
 
@@ -106,12 +103,3 @@ def shares(logits: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         logits = logits.masked_fill(~mask[:, None], float("-inf"))
     return logits.softmax(-1).nan_to_num(0.0)
-
-
-def covering(weights: Tensor) -> Rule:
-    """How much more of the rows of ``[G, R, P]`` each token would cover."""
-    covered = torch.zeros_like(weights[:, :, :1])
-    while True:
-        best = yield (weights - covered).clamp(min=0).sum(1)
-        column = weights.gather(2, best[:, None, None].expand(-1, weights.shape[1], 1))
-        covered = torch.maximum(covered, column)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +11,11 @@ from vlmprune import ops
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import gathered, quota_of, vision_of
-from vlmprune.policies.checks import check_keep, check_seed, check_whole
+from vlmprune.policies.checks import check_keep, check_seed
+from vlmprune.policies.choose import rank_within
 from vlmprune.policies.crops import crops_of
-from vlmprune.policies.parts.spectrum import principal_axes
+from vlmprune.policies.parts.apportion import shared_out
+from vlmprune.policies.parts.spectrum import main_axis
 from vlmprune.policies.parts.turns import in_order, outlived, unit_rows
 
 MEMBERS = 4
@@ -65,7 +66,6 @@ class PruneSID(PruningPolicy):
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        check_whole("vision_layer", self.vision_layer)
         check_seed(self.seed)
 
     layers = (0,)  # before the language model
@@ -91,54 +91,18 @@ class PruneSID(PruningPolicy):
 
 def kept_of_groups(features: Tensor, scores: Tensor, keep: int, budget: int, seed: int) -> Tensor:
     """Places ``[I, keep]`` of the patches of ``features [I, P, D]`` that stay, ascending; groups are made for ``budget``."""
-    P, device = scores.shape[1], scores.device
+    P, axes = scores.shape[1], max(1, budget // MEMBERS)
     if keep in (0, P):
-        return torch.arange(keep, device=device).expand(len(scores), -1)
+        return torch.arange(keep, device=scores.device).expand(len(scores), -1)
     order = scores.argsort(dim=1, descending=True, stable=True)
-    group = groups_of(features, budget, seed).gather(1, order)
+    squashed = features.float().nan_to_num(0.0, 0.0, 0.0).sigmoid()
+    group = main_axis(squashed, axes, seed).gather(1, order)
     unit = unit_rows(features)
     cosine = unit @ unit.mT
     mean = (cosine.sum((1, 2)) - cosine.diagonal(dim1=1, dim2=2).sum(1)) / (P * (P - 1))
     close = in_order(cosine, order) > (budget / 32 * mean)[:, None, None]
     behind = outlived(close & (group[:, :, None] == group[:, None, :]))
-    own = group[:, :, None] == torch.arange(max(1, budget // MEMBERS), device=device)
+    own = group[:, :, None] == torch.arange(axes, device=scores.device)
     stay = shared_out(own.sum(1), (own & ~behind[:, :, None]).sum(1), keep, budget)
-    last = behind.to(torch.int8).argsort(dim=1, stable=True)
-    order, group = order.gather(1, last), group.gather(1, last)
-    own = own.gather(1, last[:, :, None].expand_as(own))
-    place = own.long().cumsum(1).gather(2, group[:, :, None])[:, :, 0]
-    chosen = (place <= stay.gather(1, group)).float()
-    return ops.select_topk(torch.zeros_like(chosen).scatter_(1, order, chosen), keep)[0]
-
-
-def groups_of(features: Tensor, budget: int, seed: int) -> Tensor:
-    """Which principal axis each patch ``[I, P]`` is most of."""
-    data = features.float().nan_to_num(0.0, 0.0, 0.0).sigmoid().mT
-    axes = min(max(1, budget // MEMBERS), *data.shape[1:])
-    return principal_axes(data - data.mean(1, keepdim=True), axes, seed).abs().argmax(-1)
-
-
-def shared_out(members: Tensor, standing: Tensor, keep: int, budget: int) -> Tensor:
-    """How many of each group ``[I, q]`` stay, ``keep`` in all.
-
-    Args:
-        members: how many it has.
-        standing: how many of them have not gone behind.
-        keep: at least as many as groups have members.
-        budget: what the bounds are made for.
-    """
-    least = members.clamp(max=1)
-    most = torch.minimum(members, standing.clamp(max=5 * math.ceil(budget / 64)))
-    raised = torch.minimum(
-        most[:, None] + torch.arange(budget + 1, device=most.device)[:, None], members[:, None]
-    )
-    short = (raised.sum(2, keepdim=True) < budget).sum(1, keepdim=True)
-    most = raised.gather(1, short.expand(-1, -1, most.shape[1]))[:, 0]
-    rest = keep - least.sum(1, keepdim=True)
-    shares = standing.cumsum(1).double() / standing.sum(1, keepdim=True).clamp(min=1) * rest
-    ends = shares.round().long()
-    stay = torch.minimum(least + ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1])), most)
-    turn = standing.argsort(dim=1, descending=True, stable=True)
-    room = (most - stay).gather(1, turn)
-    missing = keep - stay.sum(1, keepdim=True) - (room.cumsum(1) - room)
-    return stay.scatter_add(1, turn, torch.minimum(missing.clamp(min=0), room))
+    first = rank_within((~behind).float(), group) < stay.gather(1, group)  # those behind rank last
+    return ops.select_topk(torch.zeros_like(scores).scatter_(1, order, first.float()), keep)[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import spent, vision_of
-from vlmprune.policies.checks import check_keep, check_number, check_whole
+from vlmprune.policies.checks import check_keep, check_number
 from vlmprune.policies.choose import choose_greedily
 from vlmprune.policies.crops import crops_of
 
@@ -54,7 +54,6 @@ class SCOPE(PruningPolicy):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_number("alpha", self.alpha, least=0)
-        check_whole("vision_layer", self.vision_layer)
 
     layers = (0,)  # before the language model
 

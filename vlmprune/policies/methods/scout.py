@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal, Self
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from vlmprune import ops
-from vlmprune.errors import InputError, check
-from vlmprune.policies.base import (
-    Growth,
-    Needs,
-    PruningPolicy,
-    Ranking,
-    Reduction,
-    TokenContext,
-)
-from vlmprune.policies.checks import (
-    check_flag,
-    check_keep,
-    check_seed,
-    check_whole,
-    check_word,
-    is_number,
-    share_of,
-)
-from vlmprune.policies.choose import marks, quotas
-from vlmprune.policies.compose import check_member
-from vlmprune.policies.counts import keep_count
+from vlmprune.errors import check
+from vlmprune.policies.base import Growth, Needs, PruningPolicy, TokenContext
+from vlmprune.policies.checks import check_flag, check_seed, check_word
+from vlmprune.policies.choose import marks
 from vlmprune.policies.growth import worst
 from vlmprune.policies.methods.divprune import DivPrune
 from vlmprune.policies.methods.random import drawn
-from vlmprune.policies.parts.blur import blurred
-
-NOMINAL = 576
-"""Visual tokens of one image (LLaVA-1.5's), by which ``at`` tells how coarse and fine share a budget."""
-
-SPREADS = 0.25, 1000.0
-"""Narrower a Gaussian is 0 in float32 within a few tokens, wider it is the same for all of them."""
-
-FIRST = 1e3
-"""What a token that is there is worth to the DPP, where others are worth 1 at most: squared, more than rounding takes."""
+from vlmprune.policies.parts.blur import blurred, check_spread
+from vlmprune.policies.parts.joining import apart, input_embeddings
+from vlmprune.policies.parts.two_waves import TwoWaves
 
 
 @dataclass(frozen=True)
-class Scout(PruningPolicy):
+class Scout(TwoWaves):
     """Looks at a coarse set of tokens first, and takes in as many fine ones where the prompt looks.
 
     Early layers do not know where to look, late ones know but save little. A coarse view is enough to know where:
@@ -96,16 +70,9 @@ class Scout(PruningPolicy):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        check(isinstance(self.coarse, PruningPolicy), "coarse", "a policy", repr(self.coarse))
-        check(self.coarse.layers == (0,), "coarse", "a policy with one stage, at layer 0", repr(self.coarse))
-        plain = not (self.coarse.inserts or self.coarse.restores or self.coarse.empties(0))
-        check(plain, "coarse", "a policy that only drops tokens, and keeps some", repr(self.coarse))
-        check_member(self, self.coarse, "coarse")
-        check_keep(self.fine, "fine")
-        check_whole("look", self.look, 1, " (the layers before it look)")
+        super().__post_init__()
         check_word("by", self.by, "attention", "diverse", "random")
-        ok = is_number(self.spread) and SPREADS[0] <= self.spread <= SPREADS[1]
-        check(ok, "spread", "a number from {:g} to {:g}".format(*SPREADS), repr(self.spread))
+        check_spread(self.spread)
         check_flag("rope", self.rope)
         if self.by == "random":
             object.__setattr__(self, "seed", 0 if self.seed is None else self.seed)
@@ -113,17 +80,9 @@ class Scout(PruningPolicy):
         check(self.by == "random" or self.seed is None, "seed", "None where nothing is drawn", self.seed)
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        return (0, self.look)
-
-    @property
     def growth(self) -> Growth | None:
         """That of the coarse policy, or of a DPP; spreading scores over a square image is n^1.5, and a small part of it."""
         return worst((self.coarse.growth, "n^3" if self.by == "diverse" else "n"))
-
-    @property
-    def fixed_count(self) -> bool:
-        return self.coarse.fixed_count
 
     def needs(self, layer: int) -> Needs:
         if layer == 0:
@@ -131,46 +90,13 @@ class Scout(PruningPolicy):
         attention: Literal["previous"] | None = None if self.by == "random" else "previous"
         return Needs(attention=attention, rows="last", embeds=self.by == "diverse", restored=True, wave=True)
 
-    def ranks(self, layer: int) -> bool:
-        return layer > 0 or self.coarse.ranks(0)
-
-    def rank(self, ctx: TokenContext) -> Ranking:
-        """The coarse policy's ranking, but for positions; later the coarse tokens before all others, and the best of those."""
-        if ctx.layer == 0:
-            return replace(self.coarse.rank(ctx), positions="keep")
-        if ctx.ran is None or ctx.ran_counts is None:
-            return Ranking(ctx.mask.float(), ctx.counts)
-        if self.fixed_count:
-            keep = tuple(map(max, quotas(ctx, self), ctx.ran_counts))
-        else:
-            more = zip(ctx.counts, ctx.ran_counts, quotas(ctx, self.fine), strict=True)
-            keep = tuple(min(n, ran + fine) for n, ran, fine in more)
-        scores = self._scores(ctx, max(keep))
-        return Ranking(scores.masked_fill(marks(ctx.ran, ctx.mask.shape[1]), float("inf")), keep)
-
-    def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        if ctx.layer > 0 or self.coarse.ranks(0):
-            return super().select(ctx)
-        choice = self.coarse.select(ctx)
-        if not isinstance(choice, Reduction):
-            return choice
-        plain = choice.hidden is None and choice.inserted is None and choice.merged is None
-        if not plain:
-            raise InputError(f"coarse: expected a policy that only drops tokens, got {self.coarse!r}")
-        return choice.index
-
-    def _scores(self, ctx: TokenContext, kept: int) -> Tensor:
-        """float32 ``[B, N]``, the higher joins first, where ``kept`` stay; what the coarse tokens have is not read."""
-        if self.by == "random" or ctx.ran is None:
+    def worth(self, ctx: TokenContext, ran: Tensor, kept: int) -> Tensor:
+        if self.by == "random":
             return drawn(self.seed or 0, ctx.counts, ctx.device)
-        looked = self._looked(ctx, ctx.ran)
+        looked = self._looked(ctx, ran)
         if self.by == "attention":
             return looked
-        embeds = ctx.given("embeds")
-        image = ctx.given("image")
-        rows = image.gather(1, ctx.ordinals.clamp(min=0)).masked_fill(~ctx.mask, -1)
-        features = ops.gather_tokens([embeds], rows)[0]
-        return apart(looked, features, marks(ctx.ran, ctx.mask.shape[1]), ctx.mask, kept)
+        return apart(looked, input_embeddings(ctx), marks(ran, ctx.mask.shape[1]), ctx.mask, kept)
 
     def _looked(self, ctx: TokenContext, ran: Tensor) -> Tensor:
         """float32 ``[B, N]``: the attention that coarse tokens received, spread to those around them."""
@@ -181,51 +107,3 @@ class Scout(PruningPolicy):
             seen = seen.chunk()
             received = seen.received(seen.last, normalize="columns", unrotated=True)
         return blurred(received, ran, ctx.grids, self.spread, ctx.mask.shape[1])
-
-    def kept(self, tokens: int, images: float, layer: int) -> int:
-        """Coarse tokens; from ``look`` on ``fine`` more."""
-        coarse = self.coarse.kept(tokens, images, 0)
-        return coarse if layer == 0 else min(tokens, coarse + keep_count(self.fine, tokens, images))
-
-    def spends(self, layer: int) -> str:
-        return self.coarse.spends(0)  # behind it, too, that counts are exact where images differ in size
-
-    def at(self, share: float) -> Self:
-        """Coarse and fine together at this share of the tokens, which they divide as they do now (of 576); all at 1.0."""
-        share, both = share_of(share), self.kept(NOMINAL, 1, self.look)
-        part = self.coarse.kept(NOMINAL, 1, 0) / both
-        check(part < 1, "fine", f"room for it beside {self.coarse!r}", self.fine)
-        if share == 1.0:  # then nothing is left for a second wave
-            return replace(self, coarse=self.coarse.at(1.0))
-        return replace(self, coarse=self.coarse.at(share * part), fine=share * (1 - part))
-
-    def forget(self) -> None:
-        self.coarse.forget()
-
-
-def apart(scores: Tensor, features: Tensor, there: Tensor, mask: Tensor, kept: int) -> Tensor:
-    """Scores that rank tokens as a DPP takes them one by one, when some are there already.
-
-    Args:
-        scores: float32 ``[B, N]``, what a token is worth by itself, at least 0.
-        features: ``[B, N, D]``.
-        there: bool ``[B, N]``, in the set from the start. Those that the others span to within rounding, as equal tokens do,
-            are as if they were not: they add nothing.
-        mask: bool ``[B, N]``, False = padding.
-        kept: at most so many are in the set in the end, those that are there among them.
-
-    Returns:
-        float32 ``[B, N]``: the larger the earlier a token is taken; 0 = not at all, or it was there, or is padding.
-    """
-    N = mask.shape[1]
-    if not kept:
-        return torch.zeros_like(scores)
-    own = scores.nan_to_num(0.0, 0.0, 0.0).masked_fill(there | ~mask, 0.0)
-    own = own / own.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    # The op sees the tokens by what they are worth: where nothing new is left all tie, and the first ones are taken.
-    best = own.masked_fill(there | ~mask, -1.0).argsort(dim=1, descending=True, stable=True)
-    features, worth = ops.gather_tokens([features, own.masked_fill(there, FIRST)], best)
-    order = ops.greedy_select(features, kept, "dpp", relevance=worth, mask=mask.gather(1, best))[1]
-    order = torch.where(order < 0, N, best.gather(1, order.clamp(min=0)))
-    rank = torch.arange(kept, 0, -1, device=order.device, dtype=torch.float32).expand_as(order)
-    return rank.new_zeros(len(order), N + 1).scatter(1, order, rank)[:, :N].masked_fill(there, 0.0)

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vlmprune import ops
-from vlmprune.policies.base import AttentionInputs, Needs, PruningPolicy, Ranking, TokenContext
+from vlmprune.policies.base import AttentionInputs, Needs, Ranking, TokenContext
+from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import ranked
-from vlmprune.policies.checks import BEFORE, check_layers, check_schedule, check_whole
-from vlmprune.policies.counts import thinned
+from vlmprune.policies.checks import check_whole
+from vlmprune.policies.parts.by_schedule import BySchedule
 from vlmprune.policies.parts.raters import rated, rater_weights
 
-SCHEDULES: Mapping[int, tuple[int, ...]] = {
-    192: (300, 200, 118),
-    128: (238, 108, 60),
-    96: (246, 54, 28),
-    64: (66, 34, 20),
-}
 LEAST, INSTEAD = 1e-3, 0.05
 """Shares of the kernel's value at distance 0: at or below the first it is taken to be the second."""
 
 
 @dataclass(frozen=True)
-class SparseVLMPlus(PruningPolicy):
+class SparseVLMPlus(BySchedule):
     """Keeps what the raters attend to in the priority heads, after division by the attention that RoPE alone would pay.
 
     Raters as in SparseVLM. Their attention ``A`` (softmax over the whole row) becomes ``A / R``, where R is the scaled
@@ -55,14 +49,11 @@ class SparseVLMPlus(PruningPolicy):
         "s_j = mean_{h ∈ H} p[h, j],  H = the 14 heads of highest ∑_j p[h, j]  (heads=14)\n"
         "keep the k(tokens) highest s_j, by its schedule, at most n - 1"
     )
-    presets = {
-        192: "tokens=192",
-        128: "tokens=128",
-        64: "tokens=64",
-        640: "keep=0.4027/0.4027/0.4027",  # no schedule is released for these: one share, for the mean over all layers
-        0.333: "keep=0.5256/0.5256/0.5256",
-        0.222: "keep=0.364/0.364/0.364",
-    }
+    # for 640 and shares no schedule is released: one share, for the mean over all layers
+    presets = {n: f"tokens={n}" for n in (192, 128, 64)} | each(
+        "keep={0}/{0}/{0}", of={640: 0.4027, 0.333: 0.5256, 0.222: 0.364}
+    )
+    schedules = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)}
     growth = "n"
 
     tokens: int = 192
@@ -71,10 +62,8 @@ class SparseVLMPlus(PruningPolicy):
     keep: tuple[int | float, ...] = ()
 
     def __post_init__(self) -> None:
-        check_whole("tokens", self.tokens, 1)
+        super().__post_init__()
         check_whole("heads", self.heads, 1)
-        check_layers(self.layers, 1, BEFORE)
-        check_schedule(self.tokens, self.keep, self.layers, SCHEDULES)
 
     def needs(self, layer: int) -> Needs:
         return Needs(attention="previous", rows="text", embeds=True)
@@ -85,10 +74,6 @@ class SparseVLMPlus(PruningPolicy):
             row_weight=rater_weights(ctx), pair_weight=1 / rope_kernel(seen), top_heads=self.heads
         )
         return ranked(ctx, self, rated(rating, ctx))
-
-    def kept(self, tokens: int, images: float, layer: int) -> int:
-        schedule = self.keep or SCHEDULES[self.tokens]
-        return thinned(schedule[self.layers.index(layer)], tokens, images)
 
 
 def rope_kernel(seen: AttentionInputs) -> Tensor:

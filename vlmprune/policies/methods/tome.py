@@ -12,6 +12,7 @@ from vlmprune.policies.by_image import vision_of
 from vlmprune.policies.checks import check_keep, check_whole
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.parts.folding import Rounds, fold_crops
+from vlmprune.policies.parts.tower_keys import mean_keys
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,6 @@ class ToMe(PruningPolicy):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_whole("rounds", self.rounds, 1)
-        check_whole("vision_layer", self.vision_layer)
 
     layers = (0,)  # before the language model
     spend = "crop"
@@ -80,6 +80,6 @@ class ToMe(PruningPolicy):
         if not crops.tokens:
             return ctx.ordinals
         seen = vision_of(ctx, self.vision_layer, crops)
-        keys = seen.per_token(seen.key[:, :, int(seen.cls) :].float().mean(1))
+        keys = mean_keys(seen)
         rounds = Rounds(first=1 - seen.cls, weighted=True, least=self.rounds)
         return fold_crops(ctx, self, crops, rounds, self.positions, keys)

@@ -7,18 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmprune import ops
 from vlmprune.errors import check, require
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
-from vlmprune.policies.by_image import gathered
 from vlmprune.policies.checks import check_flag, check_keep, check_number
 from vlmprune.policies.crops import crops_of
-from vlmprune.policies.parts.outlying import Picked, budget, in_raster_order, outliers, pick
+from vlmprune.policies.groups import Kind
+from vlmprune.policies.parts.outlying import Picked, outliers, pick, with_rest
 from vlmprune.policies.parts.relevance import Relevance, relevance_of
-
-TOWER = (-2,)
-"""Any vision layer: the features come with it, its attention is not read."""
 
 
 @dataclass(frozen=True)
@@ -26,33 +22,26 @@ class TRIM(PruningPolicy):
     """Keeps the tokens most relevant to the text as they are, and one more: the mean of all others.
 
     The mean is of the tower's features, which the projector then sees, and stands in the place of the last dropped token.
-    How many stay is ``keep``, or what an image's outliers decide: with ``adaptive`` those whose share of ``softmax(scale
-    r)`` over the image's tokens exceeds ``Q3 + 1.5 (Q3 - Q1)``, r their relevance.
+    Relevance is a reading: the mean cosine between a projected visual token and the input embeddings of the text after the
+    last image. The paper's is the product of CLIP's embeddings of patch and text, its sign turned, which undoes a peculiarity
+    of CLIP's patch embeddings; LLaVA checkpoints carry neither CLIP's text tower nor its visual projection.
 
-    The paper's r is the product of CLIP's embeddings of patch and text, its sign turned, which undoes a peculiarity of
-    CLIP's patch embeddings. LLaVA checkpoints carry neither CLIP's text tower nor its visual projection, so ``"text"`` is a
-    reading: the mean cosine between a projected visual token and the input embeddings of the text after the last image, 100
-    of which (CLIP's own factor) make a logit. A function gives those who have CLIP the paper's own, with ``scale=1.0``.
-
-    Beside the released function on the same similarities (576 tokens, five ratios and outliers, 600 images) the same tokens
-    stay and the mean is equal to the half precision it returns; of equal similarities ours are the first. Where we differ:
-    a budget counts the mean, so that the released ratio of k of n tokens is ``keep`` ``int(k n) + 1``; each image of a
-    batch counts its own outliers; where there is none (equal relevance, no text after the image) the best token stays
-    beside the mean, the release keeps the mean alone; it can lose an outlier by rounding the ratio where n is not 576. NaN
-    and infinite relevance is the least.
+    The released function keeps the same tokens by the same relevance, and the same mean to the half precision it returns (576
+    tokens, five ratios and outliers, 600 images); of equal relevance ours are the first. Where we differ: a budget counts the
+    mean, so the released ratio of k of n tokens is ``keep`` ``int(k n) + 1``; each image of a batch counts its own outliers;
+    where there is none (equal relevance, no text after the image) the best token stays beside the mean, which the release
+    keeps alone; and the release can lose an outlier by rounding the ratio where n is not 576.
 
     Args:
-        keep: tokens per image (int) or share (float), shared out evenly over its crops (tiles, small view, frames), the mean
-            included (there is none where one token stays); newline tokens go. 0.21 is what the paper's images keep on
-            average. With ``adaptive`` the most that may stay: 1.0 leaves it to the outliers.
-        adaptive: whether an image's outliers decide how many of its tokens stay (the paper's own setting).
-        relevance: ``"text"``, or a function of the TokenContext (which then has ``hidden`` and ``embeds``) that returns
-            ``[B, N]``, higher = more relevant.
-        scale: what relevance is multiplied with before the softmax, above 0; it matters with ``adaptive`` alone.
+        keep: tokens per image (int) or share (float; the paper's images keep 0.21 on average), shared out evenly over its
+            crops (tiles, small view, frames), the mean included (there is none where one token stays); newline tokens go.
+            With ``adaptive`` the most that may stay: 1.0 leaves it to the outliers.
+        adaptive: whether an image's outliers decide how many of its tokens stay (the paper's own setting): those whose share
+            of ``softmax(scale r)`` over the image's tokens exceeds ``Q3 + 1.5 (Q3 - Q1)``, r their relevance.
+        relevance: ``"text"``, or a function of the TokenContext (which then has ``hidden`` and ``embeds``), the paper's own
+            for those who have CLIP, that returns ``[B, N]`` (else InputError): higher = more relevant, NaN or infinite = least.
+        scale: of relevance in this softmax, above 0: 100, CLIP's own, makes logits of cosines; 1.0 is for the paper's own.
         positions: ``"keep"``, or ``"pack"`` (released code: in raster order, the mean last, at 0, 1, 2, ...).
-
-    Raises:
-        InputError: a setting is out of range; in ``select``, the function returns another shape.
     """
 
     summary = "tokens most relevant to the text, the mean of the rest as one more"
@@ -90,32 +79,26 @@ class TRIM(PruningPolicy):
         return not self.adaptive
 
     def needs(self, layer: int) -> Needs:
-        """The projected rows, the text's embeddings, and the tower's features."""
-        return Needs(hidden=True, embeds=True, vision=TOWER)
+        return Needs(hidden=True, embeds=True, vision=(-2,))  # any layer: the tower's features come with it
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
         crops = crops_of(ctx)
         if not crops.tokens:
             return ctx.ordinals
-        hidden = crops.split(ctx.given("hidden"))
-        features = ctx.given("features")
+        hidden, features = crops.split(ctx.given("hidden")), ctx.given("features")
         project = ctx.given("project")
-        relevance = require(relevance_of(ctx, self.relevance), "relevance", "one that is not 'none'")
-        scores, quota = crops.split(relevance), budget(ctx, self, crops)
-        places, rows, into = [], [], []
-        for kind in crops.kinds(quota):
-            own, n = crops.take(hidden, kind), kind.crop.rows * kind.crop.columns
-            picked = pick(self._turns(crops.take(scores, kind)), kind.kept, n if self.adaptive else None)
-            made = picked.of(own)
+        scores = crops.split(require(relevance_of(ctx, self.relevance), "relevance", "'text' or a function"))
+
+        def trimmed(kind: Kind) -> tuple[Picked, Tensor]:
+            own, score = crops.take(hidden, kind), crops.take(scores, kind)
+            picked = pick(self._turns(score), kind.kept, score.shape[1] if self.adaptive else None)
+            rows = picked.of(own)
             if picked.rest is not None:
-                rest = project(mean_of_rest(picked, crops.take(features, kind))).to(own.dtype)
-                made = torch.cat([made, rest], 1)
-            places.append((kind, picked.places()))
-            rows.append((kind, made))
-            into.append((kind, merged_into_rest(picked)))
-        both = crops.together(places), crops.together(rows)
-        choice = gathered(ctx, crops, quota, both[0], self.positions, both[1], crops.together(into))
-        return in_raster_order(choice, self.fixed_count)
+                mean = project(picked.mean_of_rest(crops.take(features, kind)))
+                rows = torch.cat([rows, mean.to(own.dtype)], 1)
+            return picked, rows
+
+        return with_rest(ctx, self, crops, self.positions, trimmed, merged=True)
 
     def _turns(self, score: Tensor) -> Tensor:
         """When each token's turn to be kept is, ``[i, n]`` int64: by relevance, from n on those that are not wanted."""
@@ -125,19 +108,3 @@ class TRIM(PruningPolicy):
             return rank
         outlier, _ = outliers((self.scale * score).softmax(1))
         return torch.where(outlier | (rank == 0), rank, score.shape[1] + rank)
-
-
-def mean_of_rest(picked: Picked, features: Tensor) -> Tensor:
-    """``[i, 1, Dv]`` float32, the mean of the features ``[i, n, Dv]`` of what goes."""
-    rest = torch.where(picked.stays, -1, 0)
-    return ops.merge_tokens(
-        features.float().contiguous(), rest, 1
-    )  # a tower's rows may lie across one another
-
-
-def merged_into_rest(picked: Picked) -> Tensor:
-    """Into which place every token was merged, ``[i, n]`` int64: what goes into that of the rest; -1 = into none."""
-    if picked.rest is None:
-        return torch.full(picked.stays.shape, -1, dtype=torch.int64, device=picked.stays.device)
-    into = torch.where(picked.stays, -1, picked.rest)
-    return into.scatter(1, picked.rest, -1)

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from vlmprune.policies.base import Needs, Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import gathered, quota_of, rows_at, vision_of
-from vlmprune.policies.checks import check_keep, check_share, check_whole
+from vlmprune.policies.checks import check_keep, check_share
 from vlmprune.policies.crops import crops_of
 
 ROUND = 8
@@ -66,7 +66,6 @@ class VisPruner(PruningPolicy):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         check_share("important_ratio", self.important_ratio)
-        check_whole("vision_layer", self.vision_layer)
 
     layers = (0,)  # before the language model
     spend = "crop"

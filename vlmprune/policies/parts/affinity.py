@@ -1,4 +1,4 @@
-"""How much a token is like those around it on its crop's grid (VisionTrim's local token affinity)."""
+"""How much a token is like those around it on its crop's grid (VisionTrim's local token affinity), beside another score."""
 
 from __future__ import annotations
 
@@ -43,6 +43,13 @@ def local_affinity(features: Tensor, grid: tuple[int, int], window: int) -> Tens
         total[:, *there] -= apart
     places, near = _places(rows, columns, window, x.device).unbind()
     return total.flatten(1) / places - NEARNESS * near
+
+
+def steadier(one: Tensor, other: Tensor) -> Tensor:
+    """The mean of two scores ``[i, T]`` float64 of each crop's tokens, where one counts the more the less it varies."""
+    varies, against = (x.var(1, keepdim=True) if x.shape[1] > 1 else x * 0 for x in (one, other))
+    share = torch.where(varies + against > 0, against / (varies + against), 0.5)
+    return share * one + (1 - share) * other
 
 
 @remembered()

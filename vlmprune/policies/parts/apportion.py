@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from vlmprune.policies.base import Positions, PruningPolicy, Ranking, TokenContext
+from vlmprune.policies.by_image import ranked
 from vlmprune.policies.choose import falling_places
 from vlmprune.policies.groups import Groups
 
@@ -38,3 +43,61 @@ def apportioned(groups: Groups, scores: Tensor, grants: Tensor, weights: Tensor)
     slot = falling_places(scores, torch.ones_like(scores, dtype=torch.bool) if real is None else real)
     later = (slot - grants[:, None]) * len(turn) + turn[:, None] + 1
     return groups.spread(-later.clamp(min=0).float(), fill=float("-inf"))
+
+
+def ranked_by_grants(
+    ctx: TokenContext,
+    policy: PruningPolicy,
+    groups: Groups,
+    scores: Tensor,
+    grants: Tensor,
+    weights: Tensor,
+    positions: Positions = "keep",
+) -> Ranking:
+    """``ranked`` by what is ``apportioned``; tokens of score -inf come last of all.
+
+    Args:
+        ctx: the stage's context.
+        policy: whose ``kept`` counts.
+        groups, grants, weights: as in ``apportioned``.
+        scores: ``[B, N]``, of which the higher survives within its group.
+        positions: of the tokens that stay.
+    """
+
+    def behind(last: Tensor) -> Ranking:
+        left = scores.masked_fill(last, float("-inf"))
+        return ranked_by_grants(ctx, policy, groups, left, grants, weights, positions)
+
+    by = apportioned(groups, groups.split(scores), grants, weights)
+    by = by.masked_fill(scores == float("-inf"), float("-inf"))
+    return replace(ranked(ctx, policy, by, positions), again=behind)
+
+
+def shared_out(members: Tensor, standing: Tensor, keep: int, budget: int) -> Tensor:
+    """How many of each group ``[I, q]`` stay, ``keep`` in all, by how many of it are standing (PruneSID).
+
+    Of every group that has members one stays; the rest is in proportion to the standing ones, their running sums rounded, up
+    to a bound: as many as are standing, at most 5 for every 64 of the budget begun, raised by one and another one until the
+    bounds add up to the budget. What is then missing goes to the groups of most standing ones.
+
+    Args:
+        members: how many it has.
+        standing: how many of them no other one has made superfluous.
+        keep: at least as many as groups have members.
+        budget: what the bounds are made for.
+    """
+    least = members.clamp(max=1)
+    most = torch.minimum(members, standing.clamp(max=5 * math.ceil(budget / 64)))
+    raised = torch.minimum(
+        most[:, None] + torch.arange(budget + 1, device=most.device)[:, None], members[:, None]
+    )
+    short = (raised.sum(2, keepdim=True) < budget).sum(1, keepdim=True)
+    most = raised.gather(1, short.expand(-1, -1, most.shape[1]))[:, 0]
+    rest = keep - least.sum(1, keepdim=True)
+    shares = standing.cumsum(1).double() / standing.sum(1, keepdim=True).clamp(min=1) * rest
+    ends = shares.round().long()
+    stay = torch.minimum(least + ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1])), most)
+    turn = standing.argsort(dim=1, descending=True, stable=True)
+    room = (most - stay).gather(1, turn)
+    missing = keep - stay.sum(1, keepdim=True) - (room.cumsum(1) - room)
+    return stay.scatter_add(1, turn, torch.minimum(missing.clamp(min=0), room))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmprune import ops
+from vlmprune.policies.choose import marks
 from vlmprune.policies.inputs import AttentionInputs
 
 MOST = 1 << 24
@@ -45,3 +46,22 @@ def attention_maps(
         paid = (logits - lse[..., None]).masked_fill(~sees[:, None], -torch.inf).exp()
         joined = paid.mean(1) if heads == "mean" else paid.amax(1)
         yield slice(start, start + step), seen.across_ranks(joined, heads)
+
+
+def text_times_image(seen: AttentionInputs) -> Tensor:
+    """``[B, N]`` float32: what the text behind the last image pays to each visual token, times what visual tokens pay.
+
+    Both are sums over these of the listed rows, of the largest of all heads. Where there is no such text it counts as 1.
+    """
+    rows, columns = seen.rows, seen.columns
+    if not columns.shape[1]:
+        return columns.float()
+    real = rows >= 0
+    text = real & (rows > columns.amax(1, keepdim=True))
+    visual = real & marks(columns, seen.key.shape[2]).gather(1, rows.clamp(min=0))
+    kinds = torch.stack([text, visual], 1).float()
+    paid = torch.zeros(len(rows), 2, columns.shape[1], device=rows.device)
+    for some, joined in attention_maps(seen, rows, "max"):
+        paid += kinds[..., some] @ joined
+    by_text, by_image = paid.unbind(1)
+    return torch.where(text.any(1, keepdim=True), by_text, 1.0) * by_image

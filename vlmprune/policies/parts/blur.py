@@ -9,9 +9,20 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmprune.constants import remembered
+from vlmprune.errors import check
 from vlmprune.policies.base import Grid
+from vlmprune.policies.checks import is_number
 
 Grids = tuple[tuple[Grid, ...], ...]
+
+SPREADS = 0.25, 1000.0
+"""Narrower a Gaussian is 0 in float32 within a few tokens, wider it is the same for all of them."""
+
+
+def check_spread(spread: object) -> None:
+    """``spread`` is the standard deviation of a Gaussian that float32 can tell from none, and from a constant."""
+    ok = is_number(spread) and SPREADS[0] <= spread <= SPREADS[1]
+    check(ok, "spread", "a number from {:g} to {:g}".format(*SPREADS), repr(spread))
 
 
 def blurred(scores: Tensor, ordinals: Tensor, grids: Grids, spread: float, tokens: int) -> Tensor:

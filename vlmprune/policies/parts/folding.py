@@ -14,7 +14,7 @@ from vlmprune.constants import whole_numbers
 from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext
 from vlmprune.policies.by_image import gathered, quota_of, rows_at
 from vlmprune.policies.choose import marks, others
-from vlmprune.policies.groups import Groups
+from vlmprune.policies.groups import Groups, Kind
 
 
 class Rounds(NamedTuple):
@@ -76,8 +76,8 @@ def fold_crops(
     if keys is not None:
         features = ctx.given("features")
         project = ctx.given("project")
-    picked, made, into = [], [], []
-    for kind in crops.kinds(quota):
+
+    def folded(kind: Kind) -> tuple[Tensor, ...]:
         own = metric = rows = crops.take(hidden, kind)
         less = None if penalty is None else crops.take(penalty, kind)
         if keys is not None:
@@ -86,11 +86,10 @@ def fold_crops(
         new = done.rows if keys is None else project(done.rows)
         new = new if finish is None else finish(new, done.sizes)
         alone = (done.sizes == 1)[..., None]
-        picked.append((kind, done.places))
-        made.append((kind, torch.where(alone, rows_at(own, done.places), new.to(own.dtype))))
-        into.append((kind, done.into))
-    places, new, into_ = (crops.together(parts) for parts in (picked, made, into))
-    return gathered(ctx, crops, quota, places, positions, new, into_)
+        return done.places, torch.where(alone, rows_at(own, done.places), new.to(own.dtype)), done.into
+
+    places, made, into = crops.by_kind(quota, folded)
+    return gathered(ctx, crops, quota, places, positions, made, into)
 
 
 def fold(metric: Tensor, rows: Tensor, keep: int, rounds: Rounds, penalty: Tensor | None = None) -> Folded:

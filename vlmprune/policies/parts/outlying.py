@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from vlmprune import ops
 from vlmprune.constants import counting
 from vlmprune.errors import require
-from vlmprune.policies.base import PruningPolicy, Reduction, TokenContext, VisionAttention
-from vlmprune.policies.by_image import quota_of, rows_at
+from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenContext
+from vlmprune.policies.by_image import gathered, quota_of, rows_at
 from vlmprune.policies.choose import marks
-from vlmprune.policies.groups import Groups, Quota
+from vlmprune.policies.groups import Groups, Kind, Quota
 
 FENCE = 1.5
 """An outlier is above the third quartile by more than so many times what lies between the quartiles."""
@@ -41,6 +43,22 @@ class Picked(NamedTuple):
         """Rows ``[i, m, D]`` of ``x [i, T, D]`` at the places chosen; at -1 any."""
         return rows_at(x, self.first.clamp(min=0))
 
+    def in_turn(self, turn: Tensor) -> Picked:
+        """The same, the chosen tokens no more ascending but in the order of their ``turn [i, T]``."""
+        order = turn.gather(1, self.first.clamp(min=0)).argsort(dim=1)
+        return self._replace(first=self.first.gather(1, order))
+
+    def mean_of_rest(self, x: Tensor) -> Tensor:
+        """``[i, 1, D]`` float32, the mean of those rows of ``x [i, T, D]`` that go."""
+        rest = torch.where(self.stays, -1, 0)
+        return ops.merge_tokens(x.float().contiguous(), rest, 1)  # a tower's rows may lie across one another
+
+    def into_rest(self) -> Tensor:
+        """Into which place every token goes if the rest is merged, ``[i, T]`` int64: that of the rest; -1 = into none."""
+        if self.rest is None:
+            return torch.full_like(self.stays, -1, dtype=torch.int64)
+        return torch.where(self.stays, -1, self.rest).scatter(1, self.rest, -1)
+
 
 def pick(turn: Tensor, kept: int, limit: int | None = None) -> Picked:
     """Choose of every crop as many tokens as stay, those whose turn comes first, but one: its place is that of the rest.
@@ -60,6 +78,79 @@ def pick(turn: Tensor, kept: int, limit: int | None = None) -> Picked:
     stays = marks(first, T)
     last = torch.where(stays, -1, counting(1, T, turn.device)).amax(1, keepdim=True)
     return Picked(first, stays, last if more else None)
+
+
+def turns(paid: Tensor, most: int | None, spaced: bool) -> Tensor:
+    """When each token's turn to stay is, ``[i, T]`` int64: by attention, from T on evenly spaced ones, from 2 T on the others.
+
+    Args:
+        paid: ``[i, T]``, the attention.
+        most: how many come before the others; None = the outliers do, or the best token where there is none.
+        spaced: whether spaced ones come before the others, too: half of ``most``, in place of the last by attention, in the
+            middles of equal parts; or with c outliers every ``floor(T / c / 3)``-th.
+    """
+    T, (outlier, rank) = paid.shape[1], outliers(paid)
+    at, late = counting(1, T, paid.device), 2 * T + rank
+    count: int | Tensor
+    if most is None:
+        count = outlier.sum(1, keepdim=True).clamp(min=1)
+        even = at % (T // count // 3).clamp(min=1) == 0
+    else:
+        some = most // 2 if spaced else 0
+        count = most - some
+        even = (2 * some * at + T - 1) % (2 * T) >= 2 * (T - some)  # (2 i + 1) T // (2 some) for each i
+    late = torch.where(even, T + at, late) if spaced else late
+    return torch.where(rank < count, rank, late)
+
+
+def summed(picked: Picked, paid: Tensor, features: Tensor, keys: Tensor, neighbours: int) -> Tensor:
+    """Each chosen token with those most like it added, and the sum of the rest: features ``[i, k, Dv]`` float32 (PruMerge).
+
+    Args:
+        picked: what stays.
+        paid: ``[i, T]``, by which a token's features are multiplied where they are added.
+        features: ``[i, T, Dv]``.
+        keys: ``[i, T, D]``, by whose cosine tokens are alike.
+        neighbours: how many others each of them gains, chosen or not.
+    """
+    features, unit, T = features.float(), normalize(keys.float(), dim=-1), paid.shape[1]
+    cosine = picked.of(unit) @ unit.mT
+    itself = picked.first.clamp(min=0)[..., None]
+    cosine = cosine.scatter(2, itself, float("-inf"))
+    near, _ = ops.select_topk(cosine.flatten(0, 1), min(neighbours, T - 1))
+    weight = paid[:, None].masked_fill(~marks(near, T).view_as(cosine), 0.0)
+    merged = picked.of(features) + weight @ features
+    if picked.rest is None:
+        return merged
+    gone = paid.masked_fill(picked.stays, 0.0)[:, None]
+    return torch.cat([merged, gone @ features], 1)
+
+
+def with_rest(
+    ctx: TokenContext,
+    policy: PruningPolicy,
+    crops: Groups,
+    positions: Positions,
+    choose: Callable[[Kind], tuple[Picked, Tensor]],
+    merged: bool = False,
+) -> Reduction:
+    """What stays of every crop and the one for its rest, as many as the policy keeps, or at most so many where the data decide.
+
+    Args:
+        crops: where the crops lie.
+        positions: "pack" or "keep".
+        choose: what stays of the crops of one kind, and what its ``places`` hold then, ``[i, k, D]``.
+        merged: whether what goes is merged into the one for the rest, and into nothing else.
+    """
+
+    def chosen(kind: Kind) -> tuple[Tensor, ...]:
+        picked, rows = choose(kind)
+        return picked.places(), rows, picked.into_rest()
+
+    quota = budget(ctx, policy, crops)
+    places, rows, into = crops.by_kind(quota, chosen)
+    choice = gathered(ctx, crops, quota, places, positions, rows, into if merged else None)
+    return in_raster_order(choice, policy.fixed_count)
 
 
 def budget(ctx: TokenContext, policy: PruningPolicy, crops: Groups) -> Quota:
@@ -83,19 +174,6 @@ def in_raster_order(choice: Tensor | Reduction, fixed: bool) -> Reduction:
         most = int((index >= 0).sum(1).max())
         index, hidden = index[:, :most], hidden[:, :most]
     return replace(choice, index=index, hidden=hidden)
-
-
-def joined_attention(seen: VisionAttention) -> Tensor:
-    """As ``received``, with all heads as one: ``softmax(q k^T / sqrt(H D))``; a sum over heads before the softmax."""
-    query, key = (x.transpose(1, 2).flatten(2).float() for x in (seen.query, seen.key))
-    rows = query[:, :1] if seen.cls else query
-    logits = rows @ key.mT * key.shape[2] ** -0.5
-    if seen.mask is None:
-        paid = logits.softmax(2)[..., int(seen.cls) :]
-        return seen.over_rows(paid.sum(1), paid.shape[1])
-    share = logits.masked_fill(~seen.mask[:, None], float("-inf")).softmax(2)
-    share = share.masked_fill(~seen.mask[:, :, None], 0.0)
-    return seen.over_rows(share.sum(1), seen.mask.sum(1, keepdim=True))
 
 
 def outliers(attention: Tensor) -> tuple[Tensor, Tensor]:

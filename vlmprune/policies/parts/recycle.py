@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vlmprune import ops
 from vlmprune.constants import whole_numbers
-from vlmprune.policies.base import TokenContext
-from vlmprune.policies.choose import marks
+from vlmprune.policies.base import Ranking, Reduction, TokenContext
+from vlmprune.policies.choose import best_among, marks
 
 MOST = 1e15
 """Squares of larger numbers leave the range of float32, and with it the distances between tokens."""
@@ -24,7 +24,14 @@ def recycle_counts(pruned: int) -> tuple[int, int]:
     return m, int(m / 10) + 1
 
 
-def recycled(
+def recycled(ctx: TokenContext, ranking: Ranking, merge: str) -> Reduction:
+    """What the ranking keeps and, after it, the best of the others, merged: "mean" or "sum"."""
+    hidden = ctx.given("hidden")
+    index, rows, merged = _recycled(ranking.scored(), hidden, ctx, ranking.least, merge)
+    return Reduction(index, rows, ranking.positions, merged=merged)
+
+
+def _recycled(
     scores: Tensor, hidden: Tensor, ctx: TokenContext, kept: Sequence[int], merge: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Places ``[B, K]`` of the kept tokens and, after them, of the merged ones; the contents of both ``[B, K, D]``; and into
@@ -53,13 +60,11 @@ def _thin(
 
     Numbers out of range (an overflow, a broken image) are clustered as the nearest in range, NaN as 0.
     """
-    absent = torch.where(mask, 0, 2).to(torch.int8)
-    best = ops.select_topk(scores, keep, code=absent)[0][:, :keep]
-    merged = torch.full_like(absent, -1, dtype=torch.int64)
+    best = best_among(scores, keep, mask)[:, :keep]
+    merged = torch.full_like(mask, -1, dtype=torch.int64)
     if clusters == 0:
         return best, ops.gather_tokens([hidden], best)[0], merged
-    spent = absent.masked_fill(marks(best, mask.shape[1]), 2)
-    spare = ops.select_topk(scores, pool, code=spent)[0][:, :pool]
+    spare = best_among(scores, pool, mask & ~marks(best, mask.shape[1]))[:, :pool]
     features = ops.gather_tokens([hidden], spare)[0]
     assignment, centers = ops.cluster_dpc(features.float().clamp(-MOST, MOST).nan_to_num(0.0), clusters)
     means = ops.merge_tokens(features, assignment, clusters, mode=merge)

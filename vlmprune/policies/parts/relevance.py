@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vlmprune import ops
 from vlmprune.errors import check
 from vlmprune.policies.base import TokenContext
+from vlmprune.policies.choose import marks
 
 Relevance = Literal["text", "none"] | Callable[[TokenContext], Tensor]
 """``"text"``: ``text_similarity``; ``"none"``; or a function that returns ``[B, N]``, higher = more relevant."""
@@ -34,6 +37,18 @@ def relevance_of(ctx: TokenContext, relevance: Relevance) -> Tensor | None:
     return found.float()
 
 
+def most_relevant(relevance: Tensor, count: int) -> Tensor:
+    """Marks ``[i, N]`` bool of the ``count`` most relevant tokens by ``relevance [i, N]``, ties to the lower place.
+
+    NaN and infinite ones are none of them, and where all others are equally relevant no token is.
+    """
+    sound = relevance.isfinite()
+    score = relevance.masked_fill(~sound, float("-inf"))
+    apart = score.amax(1) > score.masked_fill(~sound, float("inf")).amin(1)
+    best, _ = ops.select_topk(score, count)
+    return marks(best, score.shape[1]) & sound & apart[:, None]
+
+
 def text_directions(ctx: TokenContext) -> Tensor:
     """Input embeddings of the text after the last image over their norms, ``[B, T, D]`` float32, zeros at padding."""
     embeds = ctx.given("embeds")
@@ -48,3 +63,22 @@ def text_similarity(ctx: TokenContext) -> Tensor:
     unit = text_directions(ctx)
     mean = unit.sum(1) / (ctx.given("text") >= 0).sum(1, keepdim=True).clamp(min=1)
     return (normalize(hidden.float(), dim=-1) @ mean[:, :, None])[..., 0]
+
+
+def scaled(values: Tensor, mask: Tensor | None, least: float = 0.0, rounding: float = 0.0) -> Tensor:
+    """``values [G, P]`` mapped to 0..1 over the tokens of each row; 1 for all where they are equal to within ``rounding``.
+
+    Args:
+        values: finite ones; others spoil their row.
+        mask: ``[G, P]`` bool, False = padding; None = no padding.
+        least: what is added to all before they are divided by the span.
+        rounding: by how much equal tokens may differ.
+    """
+    if not values.shape[1]:
+        return values
+    low = high = values
+    if mask is not None:
+        low, high = (values.masked_fill(~mask, end) for end in (float("inf"), float("-inf")))
+    low = low.amin(1, keepdim=True)
+    span = high.amax(1, keepdim=True) - low
+    return torch.where(span > rounding, (values - low + least) / span, 1.0)

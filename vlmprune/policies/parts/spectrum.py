@@ -90,6 +90,15 @@ def principal_axes(data: Tensor, axes: int, seed: int, rounds: int = 2) -> Tenso
     return within.mT @ vectors * torch.where(real, 1 / length, 0.0)[:, None]
 
 
+def main_axis(rows: Tensor, axes: int, seed: int) -> Tensor:
+    """Which principal axis each of ``rows [G, P, D]`` is most of, ``[G, P]`` int64: where its entry is of largest magnitude.
+
+    An axis has an entry for every row: the D features are observations, of which each row, minus its mean, is a variable.
+    """
+    data = rows.mT - rows.mT.mean(1, keepdim=True)
+    return principal_axes(data, min(axes, *data.shape[1:]), seed).abs().argmax(-1)
+
+
 @remembered()
 def drawn(seed: int, rows: int, columns: int, device: torch.device) -> Tensor:
     """Normal random numbers ``[rows, columns]`` float32, the same on every device."""

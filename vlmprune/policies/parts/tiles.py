@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from vlmprune.constants import remembered, whole_numbers
 from vlmprune.errors import check
@@ -49,8 +50,9 @@ class Tiled(NamedTuple):
         return tuple(rows * columns for *_, rows, columns in self.parts)
 
 
-Share = Callable[[int, Tiled], tuple[Tensor, Tensor]]
-"""``(tokens that stay of an image, the image)`` to what ``apportioned`` takes for its crops: grants int64, and weights."""
+Share = Callable[[int, Tiled], tuple[int, Tensor, Tensor]]
+"""``(tokens that stay of an image, the image)`` to how many its small view gets, how many each tile (int64), and their weights:
+what is left over goes to the heaviest tile first, and to the small view last."""
 
 
 def tiled_images(ctx: TokenContext, crops: Groups) -> tuple[Tiled | None, ...]:
@@ -90,7 +92,11 @@ def shared_over_tiles(
     for members, tiled in zip(crops.members, tiled_images(ctx, crops), strict=True):
         even = tuple(quota.kept[group] for group in members)
         own = whole_numbers(even, device)
-        own, heavy = (own, torch.zeros_like(own)) if tiled is None else share(sum(even), tiled)
+        heavy = torch.zeros_like(own, dtype=torch.float64)
+        if tiled is not None:
+            first, own, heavy = share(sum(even), tiled)
+            own = torch.cat([own.new_full((1,), first), own])
+            heavy = torch.cat([heavy.new_full((1,), float("-inf")), heavy])
         grants.append(own)
         weights.append(heavy.double())
     given = torch.cat(grants), torch.cat(weights)
@@ -119,6 +125,19 @@ def over_areas(small: Tensor, tiled: Tiled) -> Tensor:
     tile = areas(tiled, small.device)
     here = tile == torch.arange(len(tiled.parts), device=small.device)[:, None]
     return torch.where(here, small.double(), 0.0).sum(1)
+
+
+def stretched(small: Tensor, tiled: Tiled, tokens: int) -> tuple[Tensor, Tensor]:
+    """The small view's ``small [n]``, stretched over the grid of all tiles (bilinear), at every tile's tokens.
+
+    Returns:
+        ``[tiles, tokens]`` each: the numbers, 0 behind a smaller tile's tokens, and bool, False there.
+    """
+    at = seats(tiled, tokens, small.device)
+    view = small.view(1, 1, *tiled.small)
+    wide = interpolate(view, size=tiled.grid, mode="bilinear", align_corners=False).flatten()
+    real = at >= 0
+    return wide[at.clamp(min=0)].masked_fill(~real, 0.0), real
 
 
 @remembered()
