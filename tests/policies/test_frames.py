@@ -50,7 +50,7 @@ def test_cut_out_and_put_back(ctx):
             assert real[i, t].tolist() == [p < len(places) for p in range(x.shape[2])]
             of_frames[sample, places] = True
             seen += 1
-        back = some.put(back, x)
+        some.put(back, x)
     assert seen == len(frames_of(ctx).grids)
     assert torch.equal(back[of_frames], ctx.hidden[of_frames]) and (back[~of_frames] == -5).all()
 

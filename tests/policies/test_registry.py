@@ -437,6 +437,42 @@ def test_numbers_of_numpy():
         Foreign((1,), earlier_kv="half")
 
 
+class Towered(PruningPolicy):
+    def rank(self, ctx):
+        return Random(keep=1).rank(ctx)
+
+
+def test_what_the_base_class_checks_of_settings():
+    """Words that mean the same everywhere; and a vision layer where a class declares an int, as it may mean something else."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Own(Towered):
+        vision_layer: tuple[int, ...] | None = None
+
+    @dataclasses.dataclass(frozen=True)
+    class Found(Towered):
+        vision_layer: int = dataclasses.field(init=False)
+
+        def __post_init__(self):
+            object.__setattr__(self, "vision_layer", -2)
+
+    @dataclasses.dataclass(frozen=True)
+    class Usual(Towered):
+        vision_layer: int = -2
+        positions: str = "keep"
+        spend: str = "prompt"
+
+    assert Own((1, 2)).vision_layer == (1, 2) and Own().vision_layer is None and Found().vision_layer == -2
+    for settings, message in (
+        ({"vision_layer": None}, r"^vision_layer: expected a whole number, got None$"),
+        ({"vision_layer": -2.0}, r"^vision_layer: expected a whole number, got -2.0$"),
+        ({"positions": "own"}, r"^positions: expected 'keep' or 'pack', got 'own'$"),
+        ({"spend": "tile"}, r"^spend: expected 'prompt', 'image' or 'crop', got 'tile'$"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Usual(**settings)
+
+
 def test_a_whole_number_where_only_shares_are_taken():
     with pytest.raises(
         InputError, match=r"^keep: expected a share .* as a float \(1\.0 is everything\), got 1$"

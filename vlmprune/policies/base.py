@@ -41,7 +41,7 @@ class PruningPolicy:
     tile, the small view, a video's frame). ``growth`` says what more tokens cost.
 
     A class checks its settings in ``__post_init__``; before that runs, numpy's numbers have become Python's, and lists and
-    arrays tuples.
+    arrays tuples, and ``positions``, ``spend`` and a ``vision_layer`` declared as an int have been checked.
 
     Args:
         earlier_kv: what the layers before the last stage hold in the KV cache once the prompt has run: "full", every
@@ -98,7 +98,7 @@ class PruningPolicy:
         for setting in fields(self):
             if setting.init:
                 object.__setattr__(self, setting.name, plain(getattr(self, setting.name)))
-            if setting.name == "vision_layer":
+            if setting.name == "vision_layer" and setting.init and setting.type in ("int", int):
                 check_whole(setting.name, getattr(self, setting.name))
         check_word("earlier_kv", self.earlier_kv, "full", "compact")
         check_flag("rectify", self.rectify)

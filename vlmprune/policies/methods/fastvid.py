@@ -30,11 +30,11 @@ class FastVID(PruningPolicy):
 
     By quotas and merging this is the released code for LLaVA-OneVision. There attention and what frames are compared by come
     from SigLIP's pooling head, which the model does not have: here they are the mean attention over rows (or CLS) and the mean
-    token, as in its code for Qwen2.5-VL (which also passes over frames above a cosine of 0.95; not here). There a remainder of
-    a segment's peaks is lost, and densities have noise added; here the count is exact, what is left goes to the peaks' frames
-    by remainders, and of equal densities the earlier token's is higher. A frame that cannot take its peaks, where the release
-    fails, leaves them to the others. A newline token goes first. An image is one segment of one frame; one that is cut up has a
-    frame for every tile and the small view.
+    token, as in its code for Qwen2.5-VL (which also passes over frames above a cosine of 0.95; not here). In the released code
+    a remainder of a segment's peaks is lost, and densities have noise added; here the count is exact, what is left goes to the
+    peaks' frames by remainders, and of equal densities the earlier token's is higher. A frame that cannot take its peaks, where
+    the released code fails, leaves them to the others. A newline token goes first. An image is one segment of one frame; one
+    that is cut up has a frame for every tile and the small view.
 
     Args:
         keep: share of a video's tokens (float; the paper's 0.1) or tokens per video (int).
@@ -100,9 +100,9 @@ class FastVID(PruningPolicy):
         index = ranked(ctx, self, taken(frames, parts, offers), self.positions).index(ctx)
         if not any(context):
             return outcome(index, self.positions)
-        kept, made = marks(index, ctx.mask.shape[1]), hidden
+        kept, made = marks(index, ctx.mask.shape[1]), hidden.contiguous().clone()
         for videos, offer in zip(parts, offers, strict=True):
             counts = tuple(sum(context[g] for g in own) for own in videos.members())
             rows = merged_into_peaks(videos.split(hidden), offer, videos.split(kept), counts, self.own)
-            made = videos.put(made, rows)
+            videos.put(made, rows)
         return outcome(index, self.positions, ops.gather_tokens([made], index)[0])

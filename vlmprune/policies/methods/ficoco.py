@@ -41,7 +41,7 @@ class FiCoCo(PruningPolicy):
     Args:
         layers: the stages, ascending.
         drop: tokens that go at each stage, a number per image (int) or a share of those entering (float, below 1).
-        g, a, epsilon: weights of the visual part of redundancy and correlation, and the quantile of correlation, in [0, 1].
+        g, a, epsilon: weights of the visual part of redundancy (g) and of correlation (a), and the latter's quantile, in [0, 1].
         targets: ``"any"`` (released code) or ``"kept"``: which tokens may receive.
         merge: ``"sum"`` (released code) or ``"mean"``: the weighted one of what a row is and what it gains.
         positions: ``"keep"``, or ``"pack"`` (released code: 0, 1, 2, ... after every stage).

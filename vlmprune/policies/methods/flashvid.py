@@ -11,7 +11,8 @@ import torch
 from vlmprune.policies.base import Needs, Positions, Reduction, TokenContext
 from vlmprune.policies.by_image import quota_of, vision_of
 from vlmprune.policies.checks import check_flag, check_number, check_share, check_whole, check_word
-from vlmprune.policies.parts.frames import Videos, frame_means, frames_of, run_numbers, toward_runs
+from vlmprune.policies.groups import Groups
+from vlmprune.policies.parts.frames import Frames, Videos, frame_means, run_numbers, toward_runs
 from vlmprune.policies.parts.scenes import Merged, settled
 from vlmprune.policies.parts.segments import unlike_frames
 from vlmprune.policies.parts.trees import clustered_trees
@@ -29,11 +30,11 @@ class FlashVID(MergesFirst):
     with the segment's mean row. Every other token is linked to the most alike one of these in the frame before, if their cosine
     is above ``tau`` (higher where too few trees would be left). A tree becomes one row at its root; what is left of a frame is
     clustered around density peaks (7 neighbours, at most as many as clusters), so that a segment keeps its budget, into means.
-    An image is a video of one frame.
+    An image is a video of one frame; one that is cut up, of its small view and tiles.
 
-    Not as released: a frame's budget is its even share (there each frame's and its clusters are rounded up); a segment of one
-    frame does not cluster chosen tokens too; none is chosen twice (there where a product is negative); ties of density go to
-    the lower place, not by noise; newlines go.
+    A reading in what a tree becomes, its mean. Not as released: a frame's budget is its even share (there each frame's and its
+    clusters are rounded up); a segment of one frame does not cluster chosen tokens too; none is chosen twice (there with
+    ``events`` where a product is negative); ties of density go to the lower place, not by noise; newlines go.
 
     Args:
         keep: tokens per image or video (int) or share (float) of stage 1: 1.25 times the authors' mean of layers, 0.1 to 0.25.
@@ -44,7 +45,7 @@ class FlashVID(MergesFirst):
         tau: cosine above which tokens of neighbouring frames are linked.
         cut: cosine of frames below which a segment ends.
         segments: how many there are at least; released 8, for Qwen-VL 4.
-        divide: a tree's sum by its ``"tokens"``, its mean (the paper), or by one more than its root's own ``"links"`` (released).
+        divide: a tree's sum by its ``"tokens"`` (paper), or by 1 + its root's ``"links"`` (released; rows grow with a tree).
         vision_layer: vision-tower layer whose attention is read; -1 is the one whose output LLaVA-OneVision's projector gets.
         positions: after stage 1: ``"keep"``, a merged token having its centre's, or ``"pack"`` (released for LLaVA).
     """
@@ -92,11 +93,10 @@ class FlashVID(MergesFirst):
     def needs(self, layer: int) -> Needs:
         return Needs(attention="previous") if layer else Needs(hidden=True, vision=(self.vision_layer,))
 
-    def first(self, ctx: TokenContext) -> Reduction:
-        frames, hidden = frames_of(ctx).groups, ctx.given("hidden")
-        kept = quota_of(ctx, self, frames).kept
+    def first(self, ctx: TokenContext, crops: Groups) -> Reduction:
+        hidden, kept = ctx.given("hidden"), quota_of(ctx, self, crops).kept
         firsts = tuple(min(k, ceil(self.alpha * k - 1e-9)) for k in kept)
-        seen = vision_of(ctx, self.vision_layer, frames).received()
+        seen = vision_of(ctx, self.vision_layer, crops).received()
 
         def merge(videos: Videos) -> Merged:
             x, real, weight = videos.split(hidden), videos.real(ctx.device), videos.take(seen)
@@ -107,4 +107,4 @@ class FlashVID(MergesFirst):
             stays, rows, into = clustered_trees(x, real & ~chosen, runs, left, self.tau, self.divide)
             return Merged(chosen | stays, torch.where(chosen[..., None], x.float(), rows), into)
 
-        return settled(ctx, self, merge)
+        return settled(ctx, self, Frames(crops), merge)

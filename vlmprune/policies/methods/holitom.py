@@ -11,7 +11,8 @@ from vlmprune.policies.base import Needs, Positions, Reduction, TokenContext
 from vlmprune.policies.by_image import quota_of, vision_of
 from vlmprune.policies.checks import check_number, check_share, check_whole
 from vlmprune.policies.choose import falling_places, select_scores
-from vlmprune.policies.parts.frames import Videos, cosine_at, frames_of
+from vlmprune.policies.groups import Groups
+from vlmprune.policies.parts.frames import Frames, Videos, cosine_at
 from vlmprune.policies.parts.halving import halved
 from vlmprune.policies.parts.peaks import NEAR, blended, density_peaks
 from vlmprune.policies.parts.scenes import Merged, Scene, settled
@@ -82,11 +83,10 @@ class HoliTom(MergesFirst):
             return Needs(hidden=True, attention="previous")
         return Needs(hidden=True, vision=(self.vision_layer,))
 
-    def first(self, ctx: TokenContext) -> Reduction:
-        frames, hidden = frames_of(ctx), ctx.given("hidden")
+    def first(self, ctx: TokenContext, crops: Groups) -> Reduction:
+        frames, hidden = Frames(crops), ctx.given("hidden")
         alike = cosine_at(hidden, frames.same_place(frames.before(), ctx.device)) > self.tau
-        seen = vision_of(ctx, self.vision_layer, frames.groups).received()
-        kept = quota_of(ctx, self, frames.groups).kept
+        seen, kept = vision_of(ctx, self.vision_layer, crops).received(), quota_of(ctx, self, crops).kept
 
         def merge(videos: Videos) -> Merged:
             x, real = videos.split(hidden), videos.real(ctx.device)
@@ -99,7 +99,7 @@ class HoliTom(MergesFirst):
             peaks = joined == torch.arange(x.shape[2], device=ctx.device)
             return Merged(best | peaks | more, blended(means, joined, self.beta), scene.into(joined, more))
 
-        return settled(ctx, self, merge)
+        return settled(ctx, self, frames, merge)
 
     def second(self, ctx: TokenContext) -> Tensor | Reduction:
         seen, rows = ctx.given("attention"), ctx.given("hidden")

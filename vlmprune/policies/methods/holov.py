@@ -12,7 +12,7 @@ from vlmprune.policies.by_image import budgets_of, vision_of
 from vlmprune.policies.checks import check_keep, check_number, check_whole
 from vlmprune.policies.crops import crops_of
 from vlmprune.policies.parts.apportion import ranked_by_grants
-from vlmprune.policies.parts.runs import run_scores, runs_of
+from vlmprune.policies.parts.raster_runs import run_scores, runs_of
 from vlmprune.policies.parts.tiles import by_weight
 
 RUNS = 1024 / 576

@@ -31,9 +31,9 @@ class LVLMCSP(PruningPolicy):
     Left out is "seg first", clusters in proportion to the objects that a segmenter finds.
 
     Args:
-        cluster, then: N_c, and what stays from layer ``prune`` on: tokens per image (int) or shares (float).
-        scatter, prune: first decoder layers that see all tokens again, at least 1, and ``then``, behind ``scatter``.
-        by, vision_layer, seed: how clusters are chosen: "uniform", "random" (that draw) or "cls" (by that tower layer).
+        cluster, then: N_c (``cluster``), and what stays from layer ``prune`` on (``then``): tokens per image (int) or shares (float).
+        scatter, prune: first decoder layers that see all tokens again (``scatter``, at least 1) and the pruned ones (``prune``, later).
+        by, vision_layer, seed: how clusters are chosen: by "uniform", "random" (draw ``seed``) or "cls" (in tower layer ``vision_layer``).
         rows: whose attention prunes: "last" or "text".
     """
 

@@ -37,11 +37,12 @@ class MustDrop(PruningPolicy):
 
     Args:
         layers: the stages, ascending: those behind the released 2, 6, 10 and 14.
-        global_thr, individual_thr: share of the attention of all visual tokens, and attention of one row, above 0. Released:
-            0.001 and 0.001 for 192 tokens on average, 0.0012 and 0.001 for 128, 0.011 and 0.01 for 64.
+        global_thr, individual_thr: share of the attention of all visual tokens (global), and attention of one row, above 0.
+            Released: 0.001 and 0.001 for 192 tokens on average, 0.0012 and 0.001 for 128, 0.011 and 0.01 for 64.
         keep: None = the thresholds decide; else tokens per image (int) or share of those entering (float), the same at every
             stage or a tuple of one for each.
-        key_share, vision_layer: share of every crop's tokens that are key tokens, in [0, 1]; tower layer that chooses them.
+        key_share: share of every crop's tokens that are key tokens, in [0, 1].
+        vision_layer: vision-tower layer whose CLS attention chooses them.
         positions: ``"keep"``, or ``"pack"`` (released code: positions count from 0 again after every stage).
     """
 

@@ -11,7 +11,8 @@ from vlmprune.policies.by_image import quota_of
 from vlmprune.policies.checks import BEFORE, check_keep, check_layer, check_number, check_share
 from vlmprune.policies.choose import FLOOR, quotas
 from vlmprune.policies.counts import keep_count
-from vlmprune.policies.parts.frames import Videos, frames_of
+from vlmprune.policies.groups import Groups
+from vlmprune.policies.parts.frames import Frames, Videos
 from vlmprune.policies.parts.peaks import NEAR, best_of_groups
 from vlmprune.policies.parts.raters import most_asked
 from vlmprune.policies.parts.scenes import Merged, Scene, remember_groups, remembered_groups, settled
@@ -30,11 +31,11 @@ class PruneVid(MergesFirst):
     without RoPE and causal mask (evenly spread without words); of each of those groups the best ``int(then m)`` stay, one of a
     sample at least. The authors also cut earlier caches: ``earlier_kv="compact"``.
 
-    How many stay depends on the video, which costs one host read a stage; ``keep`` says it instead (not in the paper): groups
-    keep in proportion to their size, exactly as many together, and where less is distinct the first tokens that stand still
-    stay beside their mean. An image is a video of one frame, all of it moving; frames of other shape (small view, tiles) begin
-    a segment. Not as released: of fewer than 7 frames it fails, here all are neighbours, and fewer than 4 are one segment; rows
-    stand in raster order, not by score; ties of density go to the lower place, not by noise; a newline token goes.
+    How many stay depends on the video, at one host read a stage; ``keep`` says it instead (not in the paper): groups keep in
+    proportion to their size, exactly as many together, and where less is distinct the first tokens that stand still stay beside
+    their mean. An image is a video of one frame, all of it moving; frames of other shape (small view, tiles) begin a segment.
+    Asked without stage 1, all are one group. Not as released: of fewer than 7 frames it fails, here all are neighbours, and
+    fewer than 4 are one segment; rows are not sorted by score; ties of density go to the lower place, not by noise; newlines go.
 
     Args:
         ratio: share of a group that stage 1 leaves.
@@ -92,9 +93,8 @@ class PruneVid(MergesFirst):
         keep = self.ratio if self.keep is None else self.keep
         return super().kept(tokens, images, layer) if layer else keep_count(keep, tokens, images, "image")
 
-    def first(self, ctx: TokenContext) -> Reduction:
-        frames, hidden = frames_of(ctx), ctx.given("hidden")
-        kept = quota_of(ctx, self, frames.groups).kept
+    def first(self, ctx: TokenContext, crops: Groups) -> Reduction:
+        frames, hidden, kept = Frames(crops), ctx.given("hidden"), quota_of(ctx, self, crops).kept
         scenes = {v: Scene.similar(v, v.split(hidden), self.segments, self.tau) for v in frames.alike()}
         remember_groups(ctx, self, scenes)
 
@@ -103,7 +103,7 @@ class PruneVid(MergesFirst):
             shared = scene.parts(self.ratio, whole=2 * NEAR) if self.keep is None else scene.shared_out(total)
             return scene.clustered(videos.split(hidden), *shared)
 
-        return settled(ctx, self, merge, self.keep is not None)
+        return settled(ctx, self, frames, merge, self.keep is not None)
 
     def second(self, ctx: TokenContext) -> Tensor:
         keep = self.then if self.keep is None else quotas(ctx, self)

@@ -38,8 +38,8 @@ class SparseVLM(BySchedule):
             them where nothing is deleted. The rank is the first release's, of the head-mean attention of raters to visual
             tokens, with torch's default tolerance; reading it back is one host sync per stage.
         keep: an explicit schedule for "1.5" in place of the budget's, per layer tokens per image or shares; () = none.
-        scale, bias: for the rank; None = the budget's ("1.0"), or 1 and 0 ("paper").
-        recycle, merge: whether pruned tokens come back, merged as their clusters' ``"mean"`` (released) or ``"sum"`` (paper).
+        scale, bias: what the rank is multiplied by, and what is added; None = the budget's ("1.0"), or 1 and 0 ("paper").
+        recycle, merge: whether pruned tokens come back (``recycle``), as their clusters' ``"mean"`` (released) or ``"sum"`` (paper).
         positions: ``"keep"``, a merged token having its cluster centre's, or ``"pack"`` (released: they count from 0 again).
     """
 

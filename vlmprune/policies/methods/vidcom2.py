@@ -77,7 +77,7 @@ class VidCom2(PruningPolicy):
         hidden = ctx.given("hidden")
         scores = hidden.new_full(ctx.mask.shape, float("-inf"), dtype=torch.float32)
         for videos in frames_of(ctx).alike():
-            scores = videos.put(scores, self._scores(ctx, videos, videos.split(hidden)))
+            videos.put(scores, self._scores(ctx, videos, videos.split(hidden)))
         return ranked(ctx, self, scores, self.positions)
 
     def _scores(self, ctx: TokenContext, videos: Videos, hidden: Tensor) -> Tensor:

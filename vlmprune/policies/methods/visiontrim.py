@@ -45,8 +45,8 @@ class VisionTrim(PruningPolicy):
 
     Args:
         keep: tokens per image (int) or share (float), shared out evenly over its crops (tiles, small view, frames), centres
-            included; newline tokens go. Released: 64, of which 16 are centres.
-        text_ratio: share of them that are centres, in [0, 1], rounded down; one dominant patch stays at least.
+            included; newline tokens go. Released: 64.
+        text_ratio: share of them that are centres, in [0, 1], rounded down; one dominant patch stays at least. Released: 16 of 64.
         score: ``"local"`` (the paper's) or ``"received"`` (the released code's; 4 bytes for each two patches and each head).
         window: rows and columns of the places around a patch, an odd number, at least 1.
         rounds: how often what is left joins the centres, at least 1.

@@ -32,7 +32,7 @@ class VisionZip(PruningPolicy):
     released for LLaVA-NeXT; newline tokens go. Where a token is a mix of patches, so are its features and key.
 
     Args:
-        dominant, contextual: tokens of every image kept as they are, and merged ones: two numbers (int) or two shares (float).
+        dominant, contextual: tokens of an image kept as they are (``dominant``) and merged (``contextual``): two numbers or shares.
         tokens: instead of the two, or in agreement with them, a published budget: 192 (162 + 30), 128 (108 + 20), 64 (54 + 10)
             or 32 (27 + 5). Without it ``dominant`` is 54, and ``contextual`` 10, where they are not given.
         count_cls: the authors count CLS among the dominant tokens and feed its row to the language model, which has no place

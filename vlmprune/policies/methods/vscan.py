@@ -12,8 +12,7 @@ from vlmprune.policies.base import Needs, Positions, Ranking, Reduction, TokenCo
 from vlmprune.policies.budgets import each
 from vlmprune.policies.by_image import gathered, quota_of, ranked, vision_of
 from vlmprune.policies.checks import check_share, check_whole
-from vlmprune.policies.crops import crops_of
-from vlmprune.policies.groups import Kind
+from vlmprune.policies.groups import Groups, Kind
 from vlmprune.policies.parts.merging import averaged_with_nearest
 from vlmprune.policies.parts.two_stages import MergesFirst
 from vlmprune.policies.parts.windows import best_of_windows
@@ -91,8 +90,7 @@ class VScan(MergesFirst):
         seen = ctx.given("attention")
         return ranked(ctx, self, seen.rating(seen.last), self.positions, static=True)
 
-    def first(self, ctx: TokenContext) -> Tensor | Reduction:
-        crops = crops_of(ctx)
+    def first(self, ctx: TokenContext, crops: Groups) -> Tensor | Reduction:
         hidden, quota = crops.split(ctx.given("hidden")), quota_of(ctx, self, crops)
         layers = self.shallow_layer, self.vision_layer
         shallow, deep = (vision_of(ctx, layer, crops).received() for layer in layers)

@@ -52,7 +52,10 @@ class Frames:
         return _same_place(self.groups, others, device)
 
     def alike(self) -> tuple[Videos, ...]:
-        """The images and videos, those together that have as many frames of the same shapes: a long one widens no other."""
+        """The images and videos, those together that have as many frames of the same shapes: a long one widens no other.
+
+        What follows is launched once for each shape, which a batch of many of them feels.
+        """
         found: dict[tuple[Grid, ...], list[int]] = {}
         for image, own in enumerate(self.groups.members):
             if own:
@@ -136,12 +139,12 @@ class Videos:
         """``[I, F]`` bool, True where the frame before is of the same shape, so that places can be compared."""
         return whole_numbers(Frames(self.groups).before(), device).view(self.shape) >= 0
 
-    def put(self, into: Tensor, x: Tensor) -> Tensor:
-        """``into [B, N, ...]`` with ``x [I, F, P, ...]`` in its tokens' places; the rest stays."""
+    def put(self, into: Tensor, x: Tensor) -> None:
+        """Write ``x [I, F, P, ...]`` in its tokens' places of ``into [B, N, ...]``."""
         at, own = real_places(self.groups, x.device)
         rows = x.flatten(0, 2)
         rows = rows if len(rows) == len(own) else rows[own]
-        return into.flatten(0, 1).index_copy(0, at, rows.to(into.dtype)).view(into.shape)
+        into.view(-1, *into.shape[2:]).index_copy_(0, at, rows.to(into.dtype))
 
 
 def frames_of(ctx: TokenContext) -> Frames:

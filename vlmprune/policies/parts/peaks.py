@@ -14,7 +14,7 @@ from vlmprune.policies.choose import falling_places, index_of, rank_within, sele
 from vlmprune.policies.parts.recycle import MOST
 
 NEAR = 7
-"""Neighbours that make a density, in methods for video."""
+"""Neighbours that make a density, as released for FlashVID, PruneVid and HoliTom."""
 
 
 def in_proportion(sizes: Tensor, total: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from vlmprune.policies.base import Positions, PruningPolicy, Reduction, TokenCon
 from vlmprune.policies.by_image import quota_of
 from vlmprune.policies.choose import index_of, select_counts
 from vlmprune.policies.groups import Quota
-from vlmprune.policies.parts.frames import Frames, Videos, frame_means, frames_of, over_runs, run_numbers
+from vlmprune.policies.parts.frames import Frames, Videos, frame_means, over_runs, run_numbers
 from vlmprune.policies.parts.peaks import NEAR, density_peaks, in_proportion, means_of
 from vlmprune.policies.parts.segments import stretches
 
@@ -166,7 +166,7 @@ def remember_groups(ctx: TokenContext, policy: PruningPolicy, scenes: Mapping[Vi
     for videos, scene in scenes.items():
         own = whole_numbers(videos.numbers, ctx.device).view(videos.shape)
         frame = torch.where(scene.still, own.gather(1, scene.first_frames())[..., None], own[..., None])
-        group = videos.put(group, 2 * frame + scene.moving)
+        videos.put(group, 2 * frame + scene.moving)
     ctx.shared[policy] = ctx.grids, group, 2 * frames + 1
 
 
@@ -181,6 +181,7 @@ def remembered_groups(ctx: TokenContext, policy: PruningPolicy) -> tuple[Tensor,
 def settled(
     ctx: TokenContext,
     policy: PruningPolicy,
+    frames: Frames,
     merge: Callable[[Videos], Merged],
     counted: bool = True,
 ) -> Reduction:
@@ -188,12 +189,12 @@ def settled(
 
     ``counted`` says that as many stay as the policy says, which asks nothing of the device; else one host read.
     """
-    frames, hidden = frames_of(ctx), ctx.given("hidden")
-    kept, rows, merged = torch.zeros_like(ctx.mask), hidden, torch.full_like(ctx.ordinals, -1)
+    rows = ctx.given("hidden").clone(memory_format=torch.contiguous_format)
+    kept, merged = torch.zeros_like(ctx.mask), torch.full_like(ctx.ordinals, -1)
     for videos in frames.alike():
         made = merge(videos)
-        kept, rows = videos.put(kept, made.kept), videos.put(rows, made.rows)
-        merged = videos.put(merged, made.targets(videos))
+        for into, x in ((kept, made.kept), (rows, made.rows), (merged, made.targets(videos))):
+            videos.put(into, x)
     if counted:
         quota = quota_of(ctx, policy, frames.groups)
         kept = kept | _newlines(ctx, frames, quota) if any(quota.rest) else kept

@@ -52,7 +52,7 @@ def farthest(x: Tensor, weights: Tensor, real: Tensor, counts: Sequence[int]) ->
         real: ``[..., P]`` bool, False = padding.
     """
     shape, P = real.shape, real.shape[-1]
-    unit, mask = unit_rows(x.reshape(-1, P, x.shape[-1])), real.reshape(-1, P)
+    unit, mask = unit_rows(x.reshape(-1, P, x.shape[-1]).nan_to_num(0.0, 0.0, 0.0)), real.reshape(-1, P)
     far = (1 - unit @ unit.mT) * weights.reshape(-1, 1, P).float().nan_to_num(0.0, 0.0, 0.0)
     far = far.masked_fill(~mask[..., None], float("inf"))
     return marks(taken_in_turn(_farthest(far), counts, mask), P).view(shape)

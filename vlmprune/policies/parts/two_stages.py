@@ -12,6 +12,8 @@ from vlmprune.policies.base import PruningPolicy, Ranking, Reduction, TokenConte
 from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import check_keep, check_layer, share_of
 from vlmprune.policies.counts import keep_count
+from vlmprune.policies.crops import crops_of
+from vlmprune.policies.groups import Groups
 
 
 class TwoStages(PruningPolicy):
@@ -55,22 +57,23 @@ class TwoStages(PruningPolicy):
 class MergesFirst(TwoStages):
     """The first stage merges; the second does, too, or else keeps what the prompt's last row attends to most, as in FastV."""
 
-    def first(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The choice before the language model, of some tokens."""
+    def first(self, ctx: TokenContext, crops: Groups) -> Tensor | Reduction:
+        """The choice before the language model, of the crops of the images, of which there are some."""
         raise NotImplementedError(f"{type(self).__name__}: expected a `first` of its own, got none")
 
     def second(self, ctx: TokenContext) -> Tensor | Reduction:
-        """The choice at ``layer``, of some tokens."""
+        """The choice at ``layer``."""
         return super().select(ctx)
 
     def ranks(self, layer: int) -> bool:
-        return layer > 0 and type(self).second is MergesFirst.second
+        return super().ranks(layer) and layer > 0 and type(self).second is MergesFirst.second
 
     def rank(self, ctx: TokenContext) -> Ranking:
         seen = ctx.given("attention")
         return ranked(ctx, self, seen.rating(seen.last), static=True)
 
     def select(self, ctx: TokenContext) -> Tensor | Reduction:
-        if not ctx.mask.shape[1]:
-            return ctx.ordinals
-        return self.second(ctx) if ctx.layer else self.first(ctx)
+        if ctx.layer:
+            return self.second(ctx)
+        crops = crops_of(ctx)
+        return self.first(ctx, crops) if crops.crops else ctx.ordinals
