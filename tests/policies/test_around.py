@@ -4,7 +4,7 @@ import torch
 
 from helpers.contexts import case
 from vlmprune.policies.crops import crops_of
-from vlmprune.policies.parts.around import with_neighbours
+from vlmprune.policies.parts.windows import with_neighbours
 
 
 def test_no_neighbour_is_across_an_edge():

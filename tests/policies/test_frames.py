@@ -42,7 +42,7 @@ def each(ctx):
 
 def test_cut_out_and_put_back(ctx):
     of_frames, back, seen = torch.zeros_like(ctx.mask), torch.full_like(ctx.hidden, -5), 0
-    for some in frames_of(ctx).alike():
+    for some in frames_of(ctx).alike:
         x, real = some.split(ctx.hidden), some.real(ctx.device)
         assert real.shape == x.shape[:3] and some.shape == x.shape[:2] and (x[~real] == 0).all()
         for i, t, places, sample in found(ctx, some):
@@ -70,7 +70,7 @@ def found(ctx, some):
 def test_a_long_video_widens_no_other():
     """What is worked on has a place for every token of a frame, and no more, where the frames of a video are of one shape."""
     ctx = videos([[[(2, 3)] * 9 + [NEWLINE], [(1, 2)]], [[(8, 8)]], [[(2, 3)] * 9, [(1, 2)] * 3]])
-    parts = frames_of(ctx).alike()
+    parts = frames_of(ctx).alike
     assert [(part.shape, part.split(ctx.ordinals).shape[2]) for part in parts] == [
         ((2, 9), 6),
         ((1, 1), 2),
@@ -85,7 +85,7 @@ def test_what_belongs_to_frames(ctx):
     frames = frames_of(ctx)
     numbers = tuple(range(len(frames.grids)))
     rows = frames.groups.split(ctx.hidden)
-    parts = frames.alike()
+    parts = frames.alike
     for some in parts:
         assert some.counts(numbers, ctx.device).flatten().tolist() == list(some.numbers)
         assert torch.equal(some.take(rows), some.split(ctx.hidden))
@@ -99,7 +99,7 @@ def test_which_frame_stands_before(ctx):
     assert frames.before() == (-1, 0, 1, 2, -1, 4, -1, -1, -1, 8, -1)
     assert frames.before(2) == (-1, -1, 0, 1, -1, -1, -1, -1, -1, -1, -1)
     assert frames.before(9) == (-1,) * 11
-    follows = [some.follows(ctx.device).int().tolist() for some in frames.alike()]
+    follows = [some.follows(ctx.device).int().tolist() for some in frames.alike]
     assert follows == [[[0, 1, 1, 1]], [[0, 1, 0]], [[0, 0, 1]], [[0]]]
 
 
@@ -121,7 +121,7 @@ def test_cosines(ctx):
 
 
 def test_means(ctx):
-    for some in frames_of(ctx).alike():
+    for some in frames_of(ctx).alike:
         got = frame_means(some.split(ctx.hidden), some.real(ctx.device))
         for i, t, places, sample in found(ctx, some):
             torch.testing.assert_close(got[i, t], ctx.hidden[sample, places].mean(0))
@@ -156,5 +156,5 @@ def test_anchors_come_first(ctx):
 
 def test_without_images():
     frames = frames_of(videos([[], []]))
-    assert frames.alike() == () and frames.grids == () and frames.before() == ()
+    assert frames.alike == () and frames.grids == () and frames.before() == ()
     assert spread_evenly(frames, (), torch.device("cpu")).shape == (0, 0)

@@ -90,7 +90,7 @@ class FastVID(PruningPolicy):
             return ctx.ordinals
         seen = vision_of(ctx, self.vision_layer, frames.groups).received()
         salient, context = divided(frames, budgets_of(ctx, self), self.context)
-        parts, offers = frames.alike(), list[Offer]()
+        parts, offers = frames.alike, list[Offer]()
         for videos in parts:
             x, real = videos.split(hidden), videos.real(ctx.device)
             runs = run_numbers(unlike_frames(frame_means(x, real), self.threshold, self.segments))

@@ -13,8 +13,8 @@ from vlmprune.policies.by_image import quota_of, ranked, vision_of
 from vlmprune.policies.checks import check_keep, check_share, check_whole
 from vlmprune.policies.choose import falling_places
 from vlmprune.policies.crops import crops_of
-from vlmprune.policies.parts.around import with_neighbours
 from vlmprune.policies.parts.received import received_from_all
+from vlmprune.policies.parts.windows import with_neighbours
 
 CROSS = 5
 """An anchor and the four tokens around it."""

@@ -12,8 +12,8 @@ from vlmprune.policies.by_image import ranked
 from vlmprune.policies.checks import check_keep, check_seed, check_whole, check_word, share_of
 from vlmprune.policies.counts import keep_count
 from vlmprune.policies.methods.random import drawn
+from vlmprune.policies.parts.lattice import stride_scores
 from vlmprune.policies.parts.received import attended
-from vlmprune.policies.parts.strides import stride_scores
 
 
 @dataclass(frozen=True)

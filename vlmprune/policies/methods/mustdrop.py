@@ -11,10 +11,10 @@ from vlmprune.policies.base import Needs, Positions, PruningPolicy, Ranking, Red
 from vlmprune.policies.budgets import each
 from vlmprune.policies.checks import BEFORE, check_layers, check_number, check_share, share_of
 from vlmprune.policies.choose import falling_places, index_of, quotas
-from vlmprune.policies.parts.key_tokens import key_tokens
+from vlmprune.policies.parts.attention_maps import below_both, over_thresholds
 from vlmprune.policies.parts.raters import rated
+from vlmprune.policies.parts.received import key_tokens
 from vlmprune.policies.parts.stage_settings import check_each_stage, kept_at
-from vlmprune.policies.parts.two_thresholds import below_both, over_thresholds
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class PruneVid(MergesFirst):
 
     def first(self, ctx: TokenContext, crops: Groups) -> Reduction:
         frames, hidden, kept = Frames(crops), ctx.given("hidden"), quota_of(ctx, self, crops).kept
-        scenes = {v: Scene.similar(v, v.split(hidden), self.segments, self.tau) for v in frames.alike()}
+        scenes = {v: Scene.similar(v, v.split(hidden), self.segments, self.tau) for v in frames.alike}
         remember_groups(ctx, self, scenes)
 
         def merge(videos: Videos) -> Merged:

@@ -76,7 +76,7 @@ class VidCom2(PruningPolicy):
     def rank(self, ctx: TokenContext) -> Ranking:
         hidden = ctx.given("hidden")
         scores = hidden.new_full(ctx.mask.shape, float("-inf"), dtype=torch.float32)
-        for videos in frames_of(ctx).alike():
+        for videos in frames_of(ctx).alike:
             videos.put(scores, self._scores(ctx, videos, videos.split(hidden)))
         return ranked(ctx, self, scores, self.positions)
 

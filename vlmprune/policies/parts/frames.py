@@ -51,6 +51,7 @@ class Frames:
         """``[B, N]`` int64 the token in each one's place in another frame of its sample, ``others[g]`` for the g-th; -1 = none."""
         return _same_place(self.groups, others, device)
 
+    @cached_property
     def alike(self) -> tuple[Videos, ...]:
         """The images and videos, those together that have as many frames of the same shapes: a long one widens no other.
 
@@ -151,7 +152,7 @@ def frames_of(ctx: TokenContext) -> Frames:
     """Where the frames lie. Raises InputError if an earlier stage or chunked prefill left a part of their tokens.
 
     Example:
-        >>> [videos.split(ctx.ordinals).shape for videos in frames_of(ctx).alike()]  # three images of four tokens
+        >>> [videos.split(ctx.ordinals).shape for videos in frames_of(ctx).alike]  # three images of four tokens
         [torch.Size([3, 1, 4])]
     """
     return Frames(crops_of(ctx))

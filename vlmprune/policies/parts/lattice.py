@@ -1,4 +1,7 @@
-"""Tokens spread evenly over images in two dimensions: exactly k of every whole image, or its raster ``[::stride, ::stride]``."""
+"""Tokens spread evenly over images in two dimensions: exactly k of every whole image, or its raster ``[::stride, ::stride]``.
+
+And along the raster alone, at equal steps.
+"""
 
 from __future__ import annotations
 
@@ -165,3 +168,26 @@ def grid_count(tokens: int, images: float, stride: int) -> int:
     """How many tokens ``stride_grid`` marks of ``tokens`` of so many whole images, taken to be square."""
     side = math.sqrt(tokens / images) if images else 0.0
     return min(tokens, round(images * math.ceil(side / stride) ** 2))
+
+
+@remembered()
+def stride_scores(
+    images: tuple[tuple[int, ...], ...], counts: tuple[tuple[int, ...], ...], device: torch.device
+) -> Tensor:
+    """float32 ``[B, N]``: the best ``counts[b][i]`` of the tokens of each image are those at equal steps,
+    k of n at ``i floor(n / k)``, i = 0 ... k - 1.
+
+    1 at every step of every image of every sample, elsewhere 0: of equal scores the first ones stay.
+
+    Args:
+        images: per sample, the tokens of each of its images.
+        counts: how many of them stay, at least one.
+        device: where the scores go.
+    """
+    scores = torch.zeros(len(images), max(map(sum, images), default=0))
+    for row, sizes, own in zip(scores, images, counts, strict=True):
+        first = 0
+        for n, count in zip(sizes, own, strict=True):
+            row[first : first + n : n // count] = 1
+            first += n
+    return scores.to(device)

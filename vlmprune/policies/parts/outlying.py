@@ -145,11 +145,11 @@ def with_rest(
 
     def chosen(kind: Kind) -> tuple[Tensor, ...]:
         picked, rows = choose(kind)
-        return picked.places(), rows, picked.into_rest()
+        return (picked.places(), rows, picked.into_rest()) if merged else (picked.places(), rows)
 
     quota = budget(ctx, policy, crops)
-    places, rows, into = crops.by_kind(quota, chosen)
-    choice = gathered(ctx, crops, quota, places, positions, rows, into if merged else None)
+    places, *rows_and_into = crops.by_kind(quota, chosen)
+    choice = gathered(ctx, crops, quota, places, positions, *rows_and_into)
     return in_raster_order(choice, policy.fixed_count)
 
 

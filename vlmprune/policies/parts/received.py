@@ -1,10 +1,11 @@
 """What tokens receive in a vision layer, by sample, or otherwise than ``VisionAttention.received`` has it.
 
-That is from all rows or from all other patches, before the softmax, or by one head made of all.
+That is from all rows or from all other patches, before the softmax, or by one head made of all; and which receive most.
 """
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from vlmprune.constants import counting
 from vlmprune.policies.base import TokenContext, VisionAttention
-from vlmprune.policies.by_image import vision_of
+from vlmprune.policies.by_image import best_of_each, vision_of
+from vlmprune.policies.choose import marks
 from vlmprune.policies.crops import crops_of
 
 
@@ -71,3 +73,17 @@ def _received(seen: VisionAttention, **how: Any) -> Tensor:
     rating = seen.rating()
     tokens = seen.per_token(rating._replace(scoring=rating.scoring._replace(**how)).scores())
     return tokens if seen.rows is None else tokens / seen.rows
+
+
+def key_tokens(ctx: TokenContext, layer: int, share: float) -> Tensor:
+    """``[B, N]`` bool, which of the entering tokens are among the ``ceil(share P)`` most attended of their crop's P.
+
+    By the attention of CLS in that vision layer, head mean; without a CLS token by the mean attention received.
+    """
+    crops = crops_of(ctx, unpruned=True)
+    if not crops.tokens or share == 0:
+        return torch.zeros_like(ctx.mask)
+    attended = vision_of(ctx, layer, crops).received()
+    counts = tuple(ceil(share * n - 1e-9) for n in crops.tokens)
+    chosen = marks(best_of_each(crops, attended, counts), attended.shape[1])
+    return ctx.mask & crops.spread(chosen).gather(1, ctx.ordinals.clamp(min=0))

@@ -191,7 +191,7 @@ def settled(
     """
     rows = ctx.given("hidden").clone(memory_format=torch.contiguous_format)
     kept, merged = torch.zeros_like(ctx.mask), torch.full_like(ctx.ordinals, -1)
-    for videos in frames.alike():
+    for videos in frames.alike:
         made = merge(videos)
         for into, x in ((kept, made.kept), (rows, made.rows), (merged, made.targets(videos))):
             videos.put(into, x)
