@@ -1,6 +1,6 @@
-"""Everything worth knowing on a GPU, in four calls of at most ten minutes, the most important first.
+"""Everything worth knowing on a GPU, in seven calls of at most ten minutes, the most important first.
 
-    python benchmarks/gpu_day/first_light.py 1|2|3|4|STAGE ... [--dry-run] [--list]
+    python benchmarks/gpu_day/first_light.py 1 to 7|STAGE ... [--dry-run] [--list]
 
 $OUT gets few files, brought up to date after every stage: summary.txt has one line a stage and the goals (met, missed,
 unmeasured), rows.csv the times, log.txt what every stage printed, and state.tar everything, for the next call. A stage that is
@@ -29,7 +29,7 @@ from typing import TextIO
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ only: a checkout must stay off the path
 
 from gpu_day import rehearsal
-from gpu_day.kit import ROOT, lay_out_package
+from gpu_day.kit import ROOT, commit, lay_out_package
 from gpu_day.stages import BENCHMARKS, PREPARES, Stage, stages
 from gpu_day.state import CUT, TAR, UNFINISHED, State
 from micro.restart import run_to_the_end
@@ -45,13 +45,15 @@ def arguments() -> argparse.Namespace:
     """Command line."""
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
-    parser.add_argument("what", nargs="*", metavar="1|2|3|4|STAGE")
+    parser.add_argument("what", nargs="*", metavar="1 to 7|STAGE")
     parser.add_argument(
         "--dry-run", action="store_true", help="every stage small, on a CPU if there is no GPU"
     )
     parser.add_argument("--list", action="store_true", help="name the stages")
     chosen = parser.parse_args()
-    names = ["1", "2", "3", "4", *(stage.name for stage in stages(Path(), Path()))]
+    every = stages(Path(), Path())
+    names = [*dict.fromkeys(str(stage.call) for stage in every if stage.call != PREPARES)]
+    names += [stage.name for stage in every]
     wrong = [name for name in chosen.what if name not in names]
     if wrong or not (chosen.what or chosen.list):
         parser.error(f"expected {', '.join(names)}, got {wrong[0] if wrong else 'nothing'}")
@@ -87,6 +89,7 @@ class Day:
             "PYTHONSAFEPATH": "1",
             "PYTHONUNBUFFERED": "1",
             "TRITON_CACHE_DIR": str(self.state.folder / "triton"),
+            "COMMIT": commit(self.kit),
         }
         return variables | ({"TRITON_INTERPRET": "1"} if self.dry and not _has_gpu() else {})
 
@@ -171,15 +174,6 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _commit() -> str:
-    """Of the checkout, if that is known here."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def main() -> int:
     """Run what was asked for; 0 whatever it finds."""
     chosen = arguments()
@@ -192,7 +186,7 @@ def main() -> int:
     limit = float(os.environ.get("LIMIT", 430 if chosen.what == ["1"] else 540))
     day = Day(chosen.dry_run, limit * (SLOWER if chosen.dry_run else 1))
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    day.state.note(f"== {now} commit {_commit()}: {' '.join(chosen.what)}")
+    day.state.note(f"== {now} commit {day.env['COMMIT']}: {' '.join(chosen.what)}")
     for stage in stages(day.state.folder, day.kit):
         if stage.name in chosen.what or str(stage.call) in chosen.what or stage.call == PREPARES:
             day.run(stage, stage.name in chosen.what)

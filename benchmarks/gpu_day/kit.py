@@ -15,16 +15,39 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LIBRARY, DIGEST = "_C.abi3.so", "_C.digest"
 KERNELS, INDEX = "kernels", "index.json"
+STAMP = "commit.json"
+MEASURED = ("vlmprune", "triton_kernels", "csrc", "benchmarks")  # what a number is a number of
+SOURCES = (".py", ".cu", ".cuh", ".h")
 
 
-def sources_digest() -> str:
-    """Of all that the CUDA extension is built from: a library of other sources is no use."""
+def sources_digest(*folders: str) -> str:
+    """Of all that the CUDA extension is built from, or of these folders: a library of other sources is no use."""
     digest = hashlib.sha256()
-    for path in sorted(
-        path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".py")
-    ):
+    paths = (path for folder in folders or ("csrc",) for path in (ROOT / folder).rglob("*"))
+    for path in sorted(path for path in paths if path.suffix in SOURCES):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def stamp(folder: Path) -> None:
+    """Note the commit of what is measured, for a machine that is given no history; "-dirty" if it is not all committed."""
+    git = ("git", "-C", str(ROOT))
+    told = [(*git, "rev-parse", "--short", "HEAD"), (*git, "status", "--porcelain", "--", *MEASURED)]
+    commit, changed = (subprocess.run(c, check=True, capture_output=True, text=True).stdout for c in told)
+    noted = {"commit": commit.strip() + ("-dirty" if changed else ""), "sources": sources_digest(*MEASURED)}
+    (folder / STAMP).write_text(json.dumps(noted))
+
+
+def commit(folder: Path) -> str:
+    """Of the checkout; where it came without history the one that was noted, marked if the sources are others by now."""
+    git = ("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*")
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        if not (folder / STAMP).exists():
+            return "unknown"
+    noted = json.loads((folder / STAMP).read_text())
+    return noted["commit"] if noted["sources"] == sources_digest(*MEASURED) else f"{noted['commit']}-changed"
 
 
 def has_library(folder: Path) -> bool:

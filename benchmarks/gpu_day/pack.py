@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -120,6 +120,18 @@ def pack_package(folder: Path) -> None:
     print(package)
 
 
+def checkout() -> Iterator[Path]:
+    """What git does not ignore, as far as it is there: see README.md for what may be left out."""
+    git = ("git", "-C", kit.ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    names = subprocess.run(git, check=True, capture_output=True).stdout.decode().split("\0")
+    return filter(Path.is_file, (kit.ROOT / name for name in names if name))
+
+
+def size_of(paths: Iterable[Path]) -> float:
+    """MiB."""
+    return sum(path.stat().st_size for path in paths) / 2**20
+
+
 def main() -> int:
     """Make everything."""
     kind = argparse.RawDescriptionHelpFormatter
@@ -131,11 +143,12 @@ def main() -> int:
     if knobs.runtime.interpret:
         parser.error("expected TRITON_INTERPRET=0, got the interpreter")
     chosen.folder.mkdir(parents=True, exist_ok=True)
+    kit.stamp(chosen.folder)
     pack_library(chosen.folder)
     pack_package(chosen.folder)
     pack_kernels(chosen.folder, [SHAPE_NAMES[name] for name in chosen.shapes], chosen.workers)
-    size = sum(path.stat().st_size for path in chosen.folder.rglob("*") if path.is_file())
-    print(f"{chosen.folder}: {size / 2**20:.1f} MiB")
+    kit_size, rest = size_of(path for path in chosen.folder.rglob("*") if path.is_file()), size_of(checkout())
+    print(f"{chosen.folder}: {kit_size:.1f} MiB, and {rest:.1f} MiB of checkout travel with it")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The stages of the four calls: what each runs, for how many seconds at most, and what makes it small in a dry run."""
+"""The stages of the seven calls: what each runs, for how many seconds at most, and what makes it small in a dry run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from gpu_day.state import BENCH
+from gpu_day.state import BENCH, LEARNED
 
 BENCHMARKS = Path(__file__).parents[1]
 PROBES = str(BENCHMARKS / "gpu_day" / "probes.py")
@@ -23,7 +23,7 @@ class Stage(NamedTuple):
     """One program.
 
     Attributes:
-        call: which of the four calls it belongs to; PREPARES = to each, and on another machine it is done again.
+        call: which of the seven calls it belongs to; PREPARES = to each, and on another machine it is done again.
         name: what it is asked for by.
         seconds: how long it may take.
         line: arguments of Python.
@@ -62,13 +62,19 @@ def _micro(rows: Path, cases: tuple[str, ...], modes: tuple[str, ...], *more: st
 def _tests(*paths: str) -> tuple[str, ...]:
     """A test file that cannot be imported does not keep the others from running."""
     options = ("-q", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors")
-    return "-m", "pytest", *options, "-n", "16", "--device", "cuda", *paths
+    return "-m", "pytest", *options, "-n", "16", "-m", "not slow", "--device", "cuda", *paths
 
 
 def _bench(state: Path, shape: str, *more: str, name: str = "") -> tuple[str, ...]:
     """What ``vlmprune bench`` is asked; its results go to a folder of the shape's name."""
     out = ("--out", str(state / BENCH / (name or shape)))
     return "-m", "vlmprune.cli", "bench", "--shape", shape, *out, *more
+
+
+def _learned(state: Path, what: str, name: str, *more: str) -> tuple[str, ...]:
+    """Training, or the questions behind it, of the model ``name``."""
+    folders = ("--run", str(state / "runs" / name), "--kept", str(state / LEARNED / name))
+    return str(BENCHMARKS / "gpu_day" / "learned.py"), what, *folders, *more
 
 
 def stages(state: Path, kit: Path) -> list[Stage]:
@@ -95,6 +101,8 @@ def stages(state: Path, kit: Path) -> list[Stage]:
     quick = ("--rounds", "3", "--no-baselines")
     batches = ("--batch", "1,16", "--rounds", "3")
     small_model = ("--shape", "tiny", "--rounds", "1", "--new-tokens", "2", "--batch", "1")
+    on_cpu = (*tiny, "--device", "cpu")
+    smollm2 = ("--decoder", "smollm2", "--minutes", "4")
     not_compiled = (*small, "--providers", "torch")
     return [
         Stage(PREPARES, "build", 120, (PROBES, "build", "--kit", str(kit)), tiny),
@@ -108,7 +116,8 @@ def stages(state: Path, kit: Path) -> list[Stage]:
         Stage(1, "prefill", 75, _bench(state, "llava-1.5-7b", *quick, name="quick"), small_model),
         Stage(1, "memcheck", 60, calls(), tiny, (*sanitizer, "memcheck")),
         Stage(2, "test_ops", 130, _tests("tests/ops", "tests/csrc"), collect),
-        Stage(2, "test_models", 110, _tests("tests/models", "tests/policies"), collect),
+        Stage(2, "test_policies", 60, _tests("tests/policies"), collect),
+        Stage(2, "test_models", 140, _tests("tests/models"), collect),
         Stage(
             2,
             "backends",
@@ -119,7 +128,7 @@ def stages(state: Path, kit: Path) -> list[Stage]:
         ),
         Stage(
             *(2, "counters", 45, (PROBES, "profiled"), tiny),
-            tool=("ncu", "--profile-from-start", "off", *sections),
+            tool=("ncu", "--clock-control", "none", "--profile-from-start", "off", *sections),
         ),
         Stage(
             2,
@@ -129,11 +138,6 @@ def stages(state: Path, kit: Path) -> list[Stage]:
             ("--check", "--budget", "1"),
             journal="sweep",
         ),
-        Stage(
-            *(2, "racecheck", 45, calls("--backends", "cuda"), tiny),
-            tool=(*sanitizer, "racecheck"),  # of Triton's kernels the compiler places the barriers
-        ),
-        Stage(2, "initcheck", 45, calls(), tiny, (*sanitizer, "initcheck")),
         Stage(3, "dependent", 90, (*environment, "VLMPRUNE_PDL", "0", "1"), tiny),
         Stage(3, "variants", 230, (*sweep, "--budget", "220"), ("--check", "--budget", "1"), journal="sweep"),
         Stage(3, "compiled_others", 60, compiled(OTHERS_COMPILED), not_compiled, journal="compiled"),
@@ -158,4 +162,13 @@ def stages(state: Path, kit: Path) -> list[Stage]:
         Stage(4, "bench_qwen3", 70, _bench(state, "qwen3-vl-4b", "--rounds", "3"), small_model),
         Stage(4, "bench_13b", 90, _bench(state, "llava-1.5-13b", *quick), small_model),
         Stage(4, "speed_goals", 5, (str(BENCHMARKS / "gpu_day" / "speed_goals.py"), str(state / BENCH))),
+        Stage(5, "train", 490, _learned(state, "train", "glyphworld"), on_cpu),
+        Stage(
+            *(5, "racecheck", 45, calls("--backends", "cuda"), tiny),
+            tool=(*sanitizer, "racecheck"),  # of Triton's kernels the compiler places the barriers
+        ),
+        Stage(6, "ask", 480, _learned(state, "ask", "glyphworld"), tiny),
+        Stage(6, "initcheck", 45, calls(), tiny, (*sanitizer, "initcheck")),
+        Stage(7, "train_smollm2", 330, _learned(state, "train", "smollm2", *smollm2), on_cpu),
+        Stage(7, "ask_smollm2", 200, _learned(state, "ask", "smollm2", "--budgets", "0.83"), tiny),
     ]

@@ -9,7 +9,8 @@ CUT = "cut"
 UNFINISHED = (CUT, "overran")  # the others: done, failed, refused
 TAR = "state.tar"
 BENCH = "bench"  # folders of results of `vlmprune bench`
-KEPT = ("summary.txt", "rows.csv", "stages", "journals", BENCH)
+LEARNED = "learned"  # folders of trained models and what they answered
+KEPT = ("summary.txt", "rows.csv", "stages", "journals", BENCH, LEARNED)
 
 
 class State:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
 import platform
 import re
 import subprocess
@@ -22,6 +23,7 @@ from .inputs import Inputs
 from .shapes import DTYPES
 
 ROOT = Path(__file__).parents[2]
+DESCRIBE = ("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*")
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -125,7 +127,12 @@ def latest(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
 
 def slug(device: torch.device) -> str:
     """File name of the rows of a device."""
-    return re.sub(r"[^a-z0-9]+", "-", machine(device)["device"].lower()).strip("-")
+    return slug_of(machine(device)["device"])
+
+
+def slug_of(device: str) -> str:
+    """The same from what rows call the device."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 @cache
@@ -136,7 +143,7 @@ def machine(device: torch.device) -> dict[str, str]:
         from triton import __version__ as triton
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _command("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"),
+        "commit": os.environ.get("COMMIT") or _command(*DESCRIBE),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "driver": _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda or "none",

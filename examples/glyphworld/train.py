@@ -104,7 +104,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="learning rate (default 0.012, with --init 0.004)")
     parser.add_argument("--first-seed", type=int, default=Plan.first_seed, help="first scene trained on")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
-    parser.add_argument("--compile", action="store_true", help="compile the model (minutes, then faster)")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compile the model (minutes, then faster)",
+    )
     args = parser.parse_args()
     for name, least in _LEAST.items():
         value = getattr(args, name)

@@ -43,8 +43,8 @@ def row_of(made, sample, row, head, columns):
     """Of columns behind the row nothing is seen."""
     seen = made.ctx.attention
     first = seen.key.shape[2] - seen.query.shape[2]
-    q = seen.query[sample, head, row - first].double()
-    keys = seen.key[sample, head // (seen.query.shape[1] // seen.key.shape[1])].double()
+    q = seen.query[sample, head, row - first].double().cpu()
+    keys = seen.key[sample, head // (seen.query.shape[1] // seen.key.shape[1])].double().cpu()
     weight = (keys @ q * seen.scale).exp() * made.valid[sample].cpu()
     weight[row + 1 :] = 0
     return [float(weight[c] / weight.sum()) for c in columns]

@@ -143,6 +143,14 @@ def plain(x):
     return x[0].double().cpu()
 
 
+def zeros(size):
+    return torch.zeros(size, dtype=torch.float64, device="cpu")
+
+
+def drawn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), device="cpu").double()
+
+
 def logits(query, key, scale):
     q, k = plain(query), plain(key)
     return q @ k.repeat_interleave(len(q) // len(k), 0).mT * scale
@@ -346,7 +354,7 @@ def cdpruner(p, k):
 
 
 def scope(p, k):
-    s, alike, c, kept = p.V(-2)[:, 0, 1:].mean(0), cos(p.v, p.v), torch.zeros(n).double(), []
+    s, alike, c, kept = p.V(-2)[:, 0, 1:].mean(0), cos(p.v, p.v), zeros(n), []
     for _ in range(k):
         kept.append(max(rest_of(kept), key=lambda j: s[j] * (alike[:, j] - c).clamp(min=0).sum()))
         c = torch.maximum(c, alike[:, kept[-1]])
@@ -355,7 +363,7 @@ def scope(p, k):
 
 def mmtok(p, k):
     t, q = (cos(p.x, p.text_e) / 0.02).softmax(0).T, (cos(p.v, p.v) / 0.2).softmax(1)
-    b, c, kept = torch.zeros(len(t)).double(), torch.zeros(n).double(), []
+    b, c, kept = zeros(len(t)), zeros(n), []
 
     def gain(j):
         return (t[:, j] - b).clamp(min=0).mean() + 0.5 * (q[:, j] - c).clamp(min=0).mean()
@@ -369,7 +377,7 @@ def mmtok(p, k):
 def prunesid(p, k):
     s, alike, data = p.V(-2)[:, 0, 1:].mean(0), cos(p.v, p.v), p.v.float().sigmoid().double().T
     data = data - data.mean(0)
-    start = torch.randn(len(data), k // 4, generator=torch.Generator().manual_seed(0)).double()
+    start = drawn(len(data), k // 4)
     for _ in range(3):  # in a random subspace, after two rounds of power iteration
         basis = torch.linalg.qr(data.T @ start).Q
         start = data @ basis
@@ -391,7 +399,7 @@ def prunesid(p, k):
 
 
 def zoo_prune(p, k):
-    d = torch.randn(64, p.v.shape[1], generator=torch.Generator().manual_seed(0))
+    d = drawn(64, p.v.shape[1])
     d = 0.3 * d / d.norm(dim=1, keepdim=True)
     g = torch.stack([(p.project(p.v + u) - p.project(p.v - u)).norm(dim=1) for u in d]).mean(0)
     r, apart, kept = (g - g.min()) / (g.max() - g.min()), 1 - cos(p.x, p.x), []
@@ -434,7 +442,7 @@ def trim(p, k):
 
 def visiontrim(p, k):
     g = p.V(-2)[:, 0, 1:].mean(0).softmax(0)
-    place = torch.tensor([divmod(j, SIDE) for j in range(n)], dtype=torch.float64)
+    place = torch.tensor([divmod(j, SIDE) for j in range(n)], dtype=torch.float64, device="cpu")
     d = torch.cdist(p.v, p.v).square() / p.v.var() + torch.cdist(place, place).square() / place.var() / 2
     around = (place[:, None] - place).abs().amax(2) <= 1
     near = (-torch.stack([d[j, around[j]].mean() for j in range(n)])).softmax(0)
@@ -558,7 +566,7 @@ def holitom_again(p, k):
 
 def flowcut(p, k):
     """Of three layers: the first cut by entropy, the last one to k."""
-    left, s = [*range(n)], torch.zeros(n, dtype=torch.float64)
+    left, s = [*range(n)], zeros(n)
     for layer, r in ((6, 2), (7, 1), (8, 0)):
         w, places = p.w(layer), [0, *(1 + j for j in left)]
         seen = p.V(layer)[:, 0, places]

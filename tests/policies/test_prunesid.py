@@ -30,7 +30,7 @@ def slow_axes(features, axes, seed):
     A = A - A.mean(0)
     turned = A.shape[0] < A.shape[1]
     A = A.T if turned else A
-    start = torch.randn(A.shape[1], axes, generator=torch.Generator().manual_seed(seed))
+    start = torch.randn(A.shape[1], axes, generator=torch.Generator().manual_seed(seed), device="cpu")
     Q = np.linalg.qr(A @ start.double().numpy())[0]
     for _ in range(2):
         Q = np.linalg.qr(A.T @ Q)[0]

@@ -64,7 +64,7 @@ def test_principal_axes(shape):
 
 
 def test_drawn():
-    assert torch.equal(drawn(3, 4, 5, torch.device("cpu")), data(4, 5, seed=3))
+    assert torch.equal(drawn(3, 4, 5, torch.device("cpu")), data(4, 5, seed=3).cpu())
 
 
 def test_nothing_is_read():

@@ -146,7 +146,7 @@ def test_affinity(grid, window):
         if grid == (1, 1):
             assert one.tolist() == [0.0]
         else:
-            wanted = affinity_slowly(own.double().numpy(), grid, window)
+            wanted = affinity_slowly(own.double().cpu().numpy(), grid, window)
             torch.testing.assert_close(one, torch.from_numpy(wanted), rtol=1e-5, atol=1e-5)
 
 

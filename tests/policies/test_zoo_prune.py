@@ -22,7 +22,8 @@ def count_of(keep, tokens):
 
 def slow_sensitivity(ctx, image, count, step, seed):
     """Each token moved by itself; the projector of the tests computes in float32."""
-    unit = torch.randn(count, ctx.features.shape[2], generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    unit = torch.randn(count, ctx.features.shape[2], generator=generator, device="cpu")
     out = []
     for row in ctx.features[image].cpu():
         total = 0.0

@@ -19,7 +19,7 @@ import torch
 CHOICES = ("cpu", "cuda", "pretend")
 FOLDERS = ("models", "policies")
 FACTORIES = {
-    *("arange", "empty", "eye", "from_numpy", "full", "linspace", "ones"),
+    *("arange", "empty", "eye", "from_numpy", "full", "linspace", "logspace", "ones"),
     *("rand", "randint", "randn", "randperm", "tensor", "zeros"),
 }
 CPU = torch.device("cpu")
