@@ -1,7 +1,7 @@
 """What came back from a GPU, put in its place at home: ``python -P benchmarks/gpu_day/home.py FOLDER``, the $OUT of the last call.
 
 Its rows join benchmarks/results/<device>.csv, with plots beside it, and what `vlmprune bench` found lies in
-benchmarks/results/<device>-bench/; then the tables for README.md are printed, as Markdown. Called again it adds nothing.
+benchmarks/results/<device>-bench/; what was trained lies in build/learned/, with rows of studies/where_to_look. Then the tables for README.md are printed, as Markdown. Called again it adds nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ only: a checkout must stay off the path
 
 from gpu_day import goals, speed_goals
-from gpu_day.state import TAR, State
+from gpu_day.kit import ROOT
+from gpu_day.state import LEARNED, TAR, State
 from micro.plot import draw
 from micro.rows import read, slug_of
 
@@ -34,6 +35,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     parser.add_argument("folder", type=Path, help=f"has {TAR}")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of what is published")
+    parser.add_argument(
+        "--learned", type=Path, default=ROOT / "build" / LEARNED, help="folder of what was trained"
+    )
     chosen = parser.parse_args()
     if not (chosen.folder / TAR).exists():
         parser.error(f"folder: expected one with {TAR}, got {chosen.folder}")
@@ -42,6 +46,8 @@ def main() -> int:
         state.load(chosen.folder / TAR)
         if not state.rows.exists():
             parser.error(f"folder: expected rows in {TAR}, got none: no op was timed")
+        if (state.folder / LEARNED).exists():
+            shutil.copytree(state.folder / LEARNED, chosen.learned, dirs_exist_ok=True)
         for path in file_rows(state.rows, chosen.results):
             print(f"{path}", file=sys.stderr)
             for mode in ("graph", "call"):

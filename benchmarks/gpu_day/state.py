@@ -75,7 +75,7 @@ class State:
     def save(self, folder: Path) -> None:
         """Write everything into one file; never half of it, whenever the machine goes."""
         fresh = folder / f"{TAR}.new"
-        with tarfile.open(fresh, "w") as tar:
+        with tarfile.open(fresh, "w:gz") as tar:
             for name in KEPT:
                 if (self.folder / name).exists():
                     tar.add(self.folder / name, name)

@@ -56,8 +56,13 @@ def brought(tmp_path, monkeypatch):
             json.dumps({"settings": settings, "rows": [*models]})
         )
         out.mkdir(exist_ok=True)
+        (state.folder / "learned" / "glyphworld").mkdir(parents=True, exist_ok=True)
         state.save(out)
-        monkeypatch.setattr(sys, "argv", ["home.py", str(out), "--results", str(results)])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["home.py", str(out), "--results", str(results), "--learned", str(tmp_path / "learned")],
+        )
         return home.main()
 
     return file, results
@@ -77,6 +82,12 @@ def test_rows_are_filed_once_and_drawn(brought, capsys):
     assert file(*rows, op_row("cuda", 15), models=models) == 0
     assert "15 (cuda)" in capsys.readouterr().out
     assert len(read(results / "nvidia-h200.csv")) == len(rows) + 1
+
+
+def test_what_was_trained_comes_home(brought, tmp_path):
+    file, _ = brought
+    file(op_row("plan", 16))
+    assert (tmp_path / "learned" / "glyphworld").is_dir()
 
 
 def test_every_card_has_its_table(brought):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
@@ -12,11 +12,12 @@ import torch
 import vlmprune
 from helpers import fake_flash
 from helpers.families import CASES, build
+from vlmprune.cli import logs
 from vlmprune.errors import InputError, ModelError
 from vlmprune.models import fused, layer_inputs, stage
 from vlmprune.models.prompt import Prompt
 from vlmprune.policies.base import PruningPolicy
-from vlmprune.testing import check_model
+from vlmprune.testing import check_model, model_report
 from vlmprune.testing.masked import masked_logits
 from vlmprune.testing.pictures import make_inputs
 from vlmprune.testing.words import Words
@@ -36,6 +37,17 @@ def failed(report):
 
 def everywhere(*names):
     return {(batch, name) for batch in ("prompt", "batch") for name in names}
+
+
+def test_a_copy_that_no_installer_knows_has_a_version(monkeypatch):
+    def version_of_others(name):
+        if name == "vlmprune":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    for module in (model_report, logs):
+        monkeypatch.setattr(module, "version", version_of_others)
+        assert module.versions()["vlmprune"] == vlmprune.__version__
 
 
 def test_says_what_it_compared_and_with_what(model):

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("vlmprune", "torch", "triton", "transformers", "numpy", "pillow", "flash-attn")
+from vlmprune import __version__
+
+PACKAGES = ("torch", "triton", "transformers", "numpy", "pillow", "flash-attn")
 
 
 class _Lines(logging.Handler):
@@ -38,7 +40,8 @@ def shown() -> Iterator[None]:
 
 def versions() -> dict[str, str | None]:
     """Of Python and of every package that matters; None = it is not installed. Imports none of them."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    own = {"python": platform.python_version(), "vlmprune": __version__}
+    return own | {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from typing import Any
 
+from vlmprune import __version__
+
 HEADS = ("", "", "compared", "difference", "same tokens", "")
 """What stands in the columns of a printed report; the others are the verdict, the batch and what is wrong."""
 
@@ -106,7 +108,7 @@ class ModelReport:
 
 def versions() -> dict[str, str]:
     """Of the packages that a run depends on; triton where it is installed."""
-    found = {name: version(name) for name in ("vlmprune", "torch", "transformers")}
+    found = {"vlmprune": __version__} | {name: version(name) for name in ("torch", "transformers")}
     with suppress(PackageNotFoundError):
         found["triton"] = version("triton")
     return found
