@@ -111,10 +111,10 @@ test-compile: install
 	TRITON_INTERPRET=0 $(PYTEST) -m "not slow" tests/compile
 
 # What `make test` leaves out: the build of the CUDA extension, first as it takes longest, every launch for sm_90, a thousand
-# requests, and the stages of the first day on a GPU, small.
+# requests, the stages of the first day on a GPU, small, and one case of every test on the device that is not there.
 test-slow: install
-	TRITON_INTERPRET=0 $(PYTEST) -m slow tests/csrc tests/compile tests/models tests/training
-	$(PYTEST) -m slow tests/benchmarks
+	TRITON_INTERPRET=0 $(PYTEST) -m slow tests/csrc tests/benchmarks tests/compile tests/models tests/training
+	$(MAKE) test-device CASES=--one-case
 
 # What kernels and transformers have a part in, once more with the oldest supported versions, whose compiler meets every
 # launch for one target (all of them: `make resources`) ...
@@ -143,7 +143,7 @@ test-torch-floor: $(FLOOR)/.installed
 
 # Models and policies on a device that is not there, which refuses what is left on the CPU: tests/_lib/helpers/pretended.py.
 test-device: install
-	$(PYTEST) -m "not slow" --device pretend $(WIRING)
+	$(PYTEST) -m "not slow" --device pretend $(CASES) $(WIRING)
 
 # Measures on the GPU if there is one; benchmarks/README.md says what the lines mean. `make bench BENCH=--full` for everything.
 bench: install

@@ -52,7 +52,9 @@ def _second_wave(layers: Sequence[Any], second: SecondWave, cache: str) -> tuple
 
     def joining(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
         rows = prompt[0][:, -second.width :]
-        kwargs[cache].crop(second.keys - second.width - args[0].shape[1])  # negative: so many from the end
+        for kept in kwargs[cache].layers:
+            if kept.is_initialized:  # which transformers 5.17 does not ask
+                kept.crop(second.keys - second.width - args[0].shape[1])  # negative: so many from the end
         mask = torch.ones(len(rows), 1, second.width, second.keys, dtype=torch.bool)
         for layer in layers:
             rows = layer(rows, **kwargs | {"attention_mask": mask})

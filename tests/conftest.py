@@ -25,6 +25,7 @@ def pytest_addoption(parser):
         "models and policies on a device that checks that nothing mixes with the CPU"
     )
     parser.addoption("--device", choices=there.CHOICES, help=said)
+    parser.addoption("--one-case", action="store_true", help="of every test the first case that can run")
 
 
 def pytest_configure(config):
@@ -65,10 +66,14 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         for marker in filter(None, map(item.get_closest_marker, leave_out)):
             item.add_marker(pytest.mark.skip(reason=f"{marker.name}: {marker.args[0]}"))
-    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if needs_gpu and config.stash[DEVICE] != "cuda":
-        config.hook.pytest_deselected(items=needs_gpu)
-        items[:] = [item for item in items if item not in needs_gpu]
+    left_out = {item for item in items if item.get_closest_marker("gpu") and config.stash[DEVICE] != "cuda"}
+    if config.getoption("one_case"):
+        can_run = [item for item in items if item not in left_out and not item.get_closest_marker("skip")]
+        first = {item.nodeid.partition("[")[0]: item for item in reversed(can_run)}
+        left_out |= {*items} - {*first.values()}
+    if left_out:
+        config.hook.pytest_deselected(items=[*left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -51,7 +51,7 @@ def ask(chosen: argparse.Namespace) -> int:
     if model is None:
         print(f"no {WEIGHTS} in {places[0]} or {places[1]}: training comes first")
         return REFUSED
-    for world, clutter in WORLDS.items():
+    for world, clutter in [*WORLDS.items()][: 1 if chosen.tiny else None]:
         questions = chosen.run / f"questions-{world}"
         seeds = "73001:73002" if chosen.tiny else "73001:73043"
         if not (questions / "questions.jsonl").exists():

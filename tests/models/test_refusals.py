@@ -248,6 +248,8 @@ def test_what_the_page_says_is_refused(do, name, row):
     MADE.clear()
     with pytest.raises((ModelError, NotPrunedError, InputError)) as refused:
         do(name)
-    assert row[1] in str(refused.value)
+    said = str(refused.value)
+    del refused  # its traceback keeps the hooks of torch.utils.checkpoint on their stack, until it is gone
+    assert row[1] in said
     left = [module for model in MADE for module in model.modules() if module._forward_pre_hooks]
     assert not left and not any("get_image_features" in vars(model.model) for model in MADE)

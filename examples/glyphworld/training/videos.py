@@ -157,12 +157,15 @@ class ClipHeads(nn.Module):
 
 def see_clips(model: LlavaOnevisionForConditionalGeneration, images: Tensor) -> Tensor:
     """The visual tokens ``[B, F C + 1, decoder]``."""
-    return model.model.get_video_features(
-        pixel_values_videos=pixels(images),
+    seen = model.model.get_video_features(
+        pixels(
+            images
+        ),  # by place: transformers 5.17 has another name for it, and puts no newline behind the tokens
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         return_dict=True,
-    ).pooler_output
+    ).pooler_output[:, : TOKENS - 1]
+    return torch.cat([seen, model.model.image_newline.to(seen).expand(len(seen), 1, -1)], 1)
 
 
 def clip_losses(
