@@ -180,7 +180,10 @@ def test_a_time_budget_ends(small):
     assert list(trainer.run()) == []
 
 
-def test_the_command_writes_a_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("slow", [False, True])
+def test_the_command_writes_a_checkpoint(slow, tmp_path, monkeypatch):
+    """Whether or not the CPU is slow in bfloat16, which decides in what precision it trains, and by which attention."""
+    monkeypatch.setattr(train, "slow_on_cpu", lambda dtype: slow)
     out = tmp_path / "run"
     command = ["train", "--steps", "2", "--batch", "1", "--text", "32", "--out", str(out)]
     monkeypatch.setattr(train, "make_model", lambda *args: make_model(*args, layers=(1, 1)))

@@ -138,7 +138,10 @@ def test_pruned_answers(tiny):
     assert list(answer_clips(model, PROCESSOR, asked, policy=few)) != whole
 
 
-def test_trains_resumes_and_loads(tiny, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("slow", [False, True])
+def test_trains_resumes_and_loads(slow, tiny, tmp_path, monkeypatch, capsys):
+    """Whether or not the CPU is slow in bfloat16, which decides in what precision it trains."""
+    monkeypatch.setattr(train_video, "slow_on_cpu", lambda dtype: slow)
     tiny().save_pretrained(tmp_path / "start")
     common = ["train", "--out", str(tmp_path / "run"), "--init", str(tmp_path / "start"), "--batch", "1"]
     common += ["--text", "64"]
