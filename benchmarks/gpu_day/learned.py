@@ -46,7 +46,9 @@ def train(chosen: argparse.Namespace) -> int:
 
 def ask(chosen: argparse.Namespace) -> int:
     """The questions of studies/where_to_look in both worlds: every method at the same FLOPs cuts."""
-    places = [folder / "checkpoint" for folder in (chosen.run, chosen.kept)]
+    places = [
+        folder / "checkpoint" for folder in (chosen.kept, chosen.run)
+    ]  # a cut run goes on by the same name
     model = next((place for place in places if (place / WEIGHTS).exists()), None)
     if model is None:
         print(f"no {WEIGHTS} in {places[0]} or {places[1]}: training comes first")

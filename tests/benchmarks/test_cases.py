@@ -6,7 +6,8 @@ from micro import foreign, gate
 from micro.cases import CASES
 from micro.inputs import Inputs
 from micro.providers import matrix_fits
-from micro.shapes import SHAPES, Setting
+from micro.shapes import SHAPES, TINY, Setting
+from torch._dynamo.utils import counters
 
 from helpers.micro_cases import make_inputs
 from vlmprune import ops
@@ -130,3 +131,13 @@ def test_inputs_do_not_depend_on_the_order_of_use():
 def test_a_huge_attention_matrix_is_not_tried():
     x = Inputs(Setting(SHAPES[-1], torch.float32, 1, torch.device("cpu")))
     assert matrix_fits(x).startswith("the attention matrices take 450 GiB")
+
+
+def test_the_compiled_version_is_one_graph():
+    """What draws inputs is no part of it: it would break the graph, and most would run uncompiled."""
+    case = next(case for case in CASES if case.name == "prune_tokens")
+    (provider,) = (provider for provider in case.providers() if provider.name == "torch.compile")
+    counters.clear()
+    provider.run(Inputs(Setting(TINY, torch.float32, 1, torch.device("cpu"))))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    torch.compiler.reset()

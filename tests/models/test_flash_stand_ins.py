@@ -305,3 +305,12 @@ def test_torchs_kernel_leaves_large_heads_to_sdpa_where_it_may_have_no_backward(
     for size, grad, taken in ((192, True, True), (256, False, True), (256, True, False), (264, False, False)):
         q, k, v = (x.to("meta").requires_grad_(grad) for x in draw(1, 2, 2, 3, 3, size, torch.bfloat16))
         assert kernel.takes(kernels.AttentionCall(q, k, v, None, True, None, 0.0)) is taken
+
+
+def test_one_packed_row_a_sample_goes_to_sdpa():
+    """There the kernels fold grouped heads into the row, and take the bounds for one sequence a sample."""
+    (kernel,) = (kernel for kernel in kernels.KERNELS if kernel.name == "torch flash")
+    for length, taken in ((1, False), (2, True)):
+        q, k, v = draw(3, 8, 2, length, length, 64, torch.bfloat16)
+        edges = kernels.bounds(torch.ones(3, length, dtype=torch.bool))
+        assert kernel.takes(kernels.AttentionCall(q, k, v, edges, True, None, 0.0)) is taken

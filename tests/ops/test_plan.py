@@ -282,6 +282,7 @@ def misaligned(x):
     return torch.cat([x.flatten(), x.flatten()[:1]])[1:].view(x.shape)
 
 
+CPU = pytest.mark.cpu("the checks come before any launch, and the same texts name the CPU")
 ERRORS = [
     (
         dict(query=lambda a: a["query"][:1]),
@@ -323,6 +324,7 @@ def masked_plan():
     return call, planned(call, keep=3)
 
 
+@CPU
 @pytest.mark.parametrize("changes, message", ERRORS)
 def test_error_text_of_a_run(changes, message, masked_plan):
     call, plan = masked_plan
@@ -332,6 +334,7 @@ def test_error_text_of_a_run(changes, message, masked_plan):
     assert torch.equal(plan.run(**call).index, truth)  # nothing was half done
 
 
+@CPU
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -349,6 +352,7 @@ def test_what_would_be_copied_is_refused(name, message):
         planned(call, keep=3)
 
 
+@CPU
 def test_bad_arguments_are_those_of_prune_tokens():
     call = stage(torch.device("cpu"))
     with pytest.raises(ValueError, match=r"^keep: expected a whole number in 0\.\.9, got 10$"):
@@ -359,6 +363,7 @@ def test_bad_arguments_are_those_of_prune_tokens():
         )
 
 
+@CPU
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -380,6 +385,7 @@ def test_error_text_of_a_run_by_scores(changes, message):
         plan.run(**call | changes)
 
 
+@CPU
 def test_scores_of_no_sample_are_refused():
     with pytest.raises(ValueError, match=r"^scores: expected at least one sample, got \(0, 4\)$"):
         ops.ScoredPlan(torch.zeros(0, 4), [], keep=2)
