@@ -46,9 +46,8 @@ def train(chosen: argparse.Namespace) -> int:
 
 def ask(chosen: argparse.Namespace) -> int:
     """The questions of studies/where_to_look in both worlds: every method at the same FLOPs cuts."""
-    places = [
-        folder / "checkpoint" for folder in (chosen.kept, chosen.run)
-    ]  # a cut run goes on by the same name
+    # what travels comes first: a study that another machine goes on with must find its model under the same name
+    places = [folder / "checkpoint" for folder in (chosen.kept, chosen.run)]
     model = next((place for place in places if (place / WEIGHTS).exists()), None)
     if model is None:
         print(f"no {WEIGHTS} in {places[0]} or {places[1]}: training comes first")

@@ -66,9 +66,8 @@ def compiled(run: Run) -> Provider:
     def call(x: Inputs) -> Any:
         if not made:
             torch.compiler.reset()  # or the shapes of the last setting would make this one dynamic
-            run(
-                x
-            )  # draws what it reads of x, which Dynamo cannot trace: it would leave the function uncompiled
+            # once before, so that its inputs are drawn: Dynamo cannot trace that, and would leave the rest uncompiled
+            run(x)
             options = {"compile_threads": 1}  # worker processes that start up disturb whatever is timed next
             made.append(torch.compile(run, dynamic=False, options=options))
         return made[0](x)

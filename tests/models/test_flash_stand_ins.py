@@ -308,7 +308,7 @@ def test_torchs_kernel_leaves_large_heads_to_sdpa_where_it_may_have_no_backward(
 
 
 def test_one_packed_row_a_sample_goes_to_sdpa():
-    """There the kernels fold grouped heads into the row, and take the bounds for one sequence a sample."""
+    """There the kernels may fold grouped heads into the row, and take each bound for a sample."""
     (kernel,) = (kernel for kernel in kernels.KERNELS if kernel.name == "torch flash")
     for length, taken in ((1, False), (2, True)):
         q, k, v = draw(3, 8, 2, length, length, 64, torch.bfloat16)

@@ -282,7 +282,7 @@ def misaligned(x):
     return torch.cat([x.flatten(), x.flatten()[:1]])[1:].view(x.shape)
 
 
-CPU = pytest.mark.cpu("the checks come before any launch, and the same texts name the CPU")
+CPU = pytest.mark.cpu("arguments are checked on the host before any launch, and some messages name the CPU")
 ERRORS = [
     (
         dict(query=lambda a: a["query"][:1]),

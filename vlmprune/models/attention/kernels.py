@@ -182,7 +182,7 @@ def takes_half(call: AttentionCall) -> bool:
     """What all flash kernels on a GPU ask for."""
     fits = call.query.dtype in HALVES and call.query.shape[-1] in EVERY
     if call.packed and call.query.shape[2] == 1:
-        return False  # they fold grouped heads into the only row, and then count the sequences by the bounds: 3B + 1 of them
+        return False  # by torch's source they fold grouped heads into the row then, and take each bound for a sample
     return call.alike and fits and (call.mask is None or call.packed)
 
 
